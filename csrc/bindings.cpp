@@ -1,0 +1,169 @@
+// The one extension module: addresses, sizes and a thread count in, nothing of torch's ABI, so that one build serves
+// any torch. The Python side (gspo_kernels/logprobs/native.py) owns shapes and lifetimes; what could make a kernel touch
+// memory it should not is checked there and here, before anything is written.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace gspo;
+
+bool supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (name == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx2")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return name == "baseline";
+}
+
+// The widest instruction set of this processor, or the one that GSPO_KERNELS_ISA names.
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = []() -> const InstructionSet& {
+    const InstructionSet* all[] = {
+#if defined(__x86_64__)
+        &kAvx512, &kAvx2,
+#endif
+        &kBaseline};
+    const char* wanted = std::getenv("GSPO_KERNELS_ISA");
+    for (const InstructionSet* isa : all)
+      if (supported(isa->name) && (!wanted || !*wanted || std::string(wanted) == isa->name)) return *isa;
+    throw std::invalid_argument(std::string("GSPO_KERNELS_ISA: expected avx512, avx2 or baseline, as far as this "
+                                            "processor has them, got '") + wanted + "'");
+  }();
+  return chosen;
+}
+
+const RowKernels& kernels(const std::string& dtype) {
+  const InstructionSet& isa = instruction_set();
+  if (dtype == "float32") return isa.float32;
+  if (dtype == "bfloat16") return isa.bfloat16;
+  if (dtype == "float16") return isa.float16;
+  throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// One call's rows: the logits, what each row is asked about, and on how many threads.
+struct Rows {
+  RowShape shape;
+  RowInputs inputs;
+  const RowKernels* kernels;
+  int threads;
+
+  Rows(const std::string& dtype, uintptr_t logits, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
+       int64_t inner_stride, uintptr_t token_ids, uintptr_t mask, double temperature, uintptr_t row_temperature,
+       int threads)
+      : shape{outer * inner, inner, vocab},
+        inputs{{pointer<char>(logits), outer_stride, inner_stride}, pointer<const int64_t>(token_ids),
+               pointer<const bool>(mask), pointer<const float>(row_temperature), temperature},
+        kernels(&::kernels(dtype)),
+        threads(threads) {
+    if (outer < 0 || inner < 0 || vocab < 1) throw std::invalid_argument("rows: sizes out of range");
+  }
+
+  // The first row that counts and whose token is not in [0, vocab), or -1.
+  int64_t first_bad_token() const {
+    for (int64_t row = 0; row < shape.rows; ++row)
+      if ((!inputs.mask || inputs.mask[row]) && (inputs.token_ids[row] < 0 || inputs.token_ids[row] >= shape.vocab))
+        return row;
+    return -1;
+  }
+
+  template <class F>
+  void for_each(const F& run) const {
+    constexpr int64_t kColumnsPerTask = 1 << 16;  // small vocabularies: several rows a task
+    const int64_t grain = shape.vocab >= kColumnsPerTask ? 1 : kColumnsPerTask / shape.vocab;
+    parallel_for(shape.rows, grain, threads, run);
+  }
+
+  void forward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse) const {
+    const RowOutputs out{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
+    for_each([&](int64_t begin, int64_t end) { kernels->forward(shape, inputs, out, begin, end); });
+  }
+
+  void backward(uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t grad_lse,
+                uintptr_t gradient, int64_t outer_stride, int64_t inner_stride) const {
+    const RowOutputs saved{nullptr, pointer<float>(entropy), pointer<double>(lse)};
+    const UpstreamArrays upstream{pointer<const float>(grad_logprobs), pointer<const float>(grad_entropy),
+                                  pointer<const double>(grad_lse)};
+    const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
+    for_each([&](int64_t begin, int64_t end) {
+      kernels->backward(shape, inputs, saved, upstream, view, begin, end);
+    });
+  }
+
+  void forward_backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs,
+                        uintptr_t gradient, int64_t outer_stride, int64_t inner_stride) const {
+    const RowOutputs out{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
+    const UpstreamArrays upstream{pointer<const float>(grad_logprobs), nullptr, nullptr};
+    const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
+    for_each([&](int64_t begin, int64_t end) {
+      kernels->forward_backward(shape, inputs, out, upstream, view, begin, end);
+    });
+  }
+
+  // Multiplies the logits (a saved gradient, say) in place; by exactly 1 there is nothing to do.
+  void scale(double factor) const {
+    if (factor == 1.0) return;
+    for_each([&](int64_t begin, int64_t end) {
+      kernels->scale(shape, inputs.logits, static_cast<float>(factor), begin, end);
+    });
+  }
+};
+
+// Page faults on a fresh gradient cost more than the arithmetic: ask for 2 MiB pages before anything touches it.
+void ask_for_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
+  if (end > begin) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Row kernels of gspo_kernels for the CPU (see csrc/).";
+  m.def("instruction_set", [] { return std::string(instruction_set().name); });
+  m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
+  m.def("ask_for_huge_pages", &ask_for_huge_pages, py::arg("address"), py::arg("bytes"));
+
+  using released = py::call_guard<py::gil_scoped_release>;
+  py::class_<Rows>(m, "Rows")
+      .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
+                    double, uintptr_t, int>(),
+           py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
+           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
+           py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("threads") = 1)
+      .def("first_bad_token", &Rows::first_bad_token, released())
+      .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
+           py::arg("lse"))
+      .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("entropy"), py::arg("lse"),
+           py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
+           py::arg("outer_stride"), py::arg("inner_stride"))
+      .def("forward_backward", &Rows::forward_backward, released(), py::kw_only(), py::arg("logprobs"),
+           py::arg("entropy"), py::arg("lse"), py::arg("grad_logprobs"), py::arg("gradient"), py::arg("outer_stride"),
+           py::arg("inner_stride"))
+      .def("scale", &Rows::scale, released(), py::arg("factor"));
+}

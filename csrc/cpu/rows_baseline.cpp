@@ -1,0 +1,3 @@
+#include "rows.inc"
+
+const gspo::InstructionSet gspo::kBaseline = instruction_set("baseline");

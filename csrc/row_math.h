@@ -1,0 +1,102 @@
+// The mathematics of one row of logits, host and device: how partial sums combine and what the gradient is.
+//
+// A row holds z_v = x_v / temperature, v = 0..V-1, and one target column y. Kernels walk the row in base 2,
+// exp z_v = 2^(x_v * scale) with scale = log2(e) / temperature, and leave the target out of their sums. What they
+// find for "the others" and the target logit combine here, in double, without a subtraction of near-equal numbers:
+//
+//     d   = logsumexp(others) - z_y
+//     l   = log p_y = -softplus(d)            never above 0, and exact however confident the row is
+//     lse = logsumexp(all),  H = entropy of the row
+//
+// The gradient of any scalar L of (l, H, lse) with upstream (g_l, g_H, g_lse) is, for every loss,
+//
+//     dL/dz_v = g_l * 1{v = y} + p_v * (g_lse - g_l - g_H * (log p_v + H)),     dL/dx_v = dL/dz_v / temperature
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define GSPO_HD __host__ __device__
+#else
+#define GSPO_HD
+#endif
+
+namespace gspo {
+
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kLog2e = 1.44269504088896340736;
+
+// Sums over every column but the target, relative to `base` (a logit): sum 2^t and sum t 2^t, t = (x - base) * scale.
+struct Others {
+  float base;
+  double sum;
+  double weighted;
+};
+
+struct RowStats {
+  double logprob;
+  double entropy;
+  double lse;
+};
+
+// The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit, or a row of -inf,
+// gives NaN: it is the caller's bug and is not hidden.
+GSPO_HD inline RowStats combine(const Others& others, double target_logit, float scale) {
+  const double target = target_logit * scale;  // base 2, like everything up to `d`
+  const bool alone = others.sum == 0.0;
+  const double log_sum = alone ? 0.0 : std::log2(others.sum);
+  const double rest = alone ? -INFINITY : others.base * static_cast<double>(scale) + log_sum;
+  const double d = (rest - target) * kLn2;
+  const double near = std::log1p(std::exp(d <= 0.0 ? d : -d));  // softplus(-|d|)
+
+  RowStats row;
+  row.logprob = d <= 0.0 ? 0.0 - near : -(d + near);
+  row.lse = (d <= 0.0 ? target : rest) * kLn2 + near;
+
+  // Entropy of {target, others}, plus the share of the others times their own: no term is negative.
+  const double p_target = std::exp(row.logprob);
+  const double log_p_others = d <= 0.0 ? d - near : 0.0 - near;
+  const double p_others = std::exp(log_p_others);
+  const double entropy_of_others = alone ? 0.0 : (log_sum - others.weighted / others.sum) * kLn2;
+  row.entropy = d != d ? d : 0.0;
+  if (p_target > 0.0) row.entropy -= p_target * row.logprob;
+  if (p_others > 0.0) row.entropy += p_others * (entropy_of_others - log_p_others);
+  return row;
+}
+
+struct Upstream {  // dL/dlogprob, dL/dentropy, dL/dlse of one row
+  double logprob;
+  double entropy;
+  double lse;
+  GSPO_HD bool zero() const { return logprob == 0.0 && entropy == 0.0 && lse == 0.0; }
+};
+
+// What a kernel needs to write a row's gradient. For every column but the target
+//     t = (x - base) * scale,   dL/dx = 2^t * (constant + slope * t)
+// `base` is the row's lse as a logit, rounded to fp32; what the rounding lost is folded into the coefficients.
+struct RowGradient {
+  float base;
+  float constant;
+  float slope;
+  float target;  // dL/dx of the target column
+};
+
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, double target_logit, double lse, double entropy, float scale) {
+  const double inverse_temperature = scale * kLn2;
+  const double lse_as_logit = lse / inverse_temperature;
+  RowGradient row;
+  row.base = static_cast<float>(lse_as_logit);
+  const double lost = (lse_as_logit - row.base) * inverse_temperature;
+  const double factor = std::exp(-lost) * inverse_temperature;
+  row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - lost)));
+  row.slope = static_cast<float>(-factor * g.entropy * kLn2);
+
+  double logprob = target_logit * inverse_temperature - lse;
+  logprob = logprob > 0.0 ? 0.0 : logprob;
+  const double p = std::exp(logprob);
+  const double through_p = p > 0.0 ? p * (g.lse - g.entropy * (logprob + entropy)) : 0.0;
+  row.target = static_cast<float>((g.logprob * -std::expm1(logprob) + through_p) * inverse_temperature);
+  return row;
+}
+
+}  // namespace gspo

@@ -1,0 +1,180 @@
+"""Which token belongs to which sequence: padded and packed batches as one thing.
+
+Token arrays are flat, `[tokens]`, sequence arrays `[sequences]`. Masked tokens belong to no sum, length or mean; what
+stands at a masked position never reaches a number, because it is selected away, not multiplied.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+class Layout:
+    """A batch of ragged sequences; `PaddedLayout` and `PackedLayout` say where their tokens lie."""
+
+    mask: Tensor  # [tokens] bool
+    shape: torch.Size  # of the caller's token arrays
+    sequences: int
+
+    def __init__(self, shape: torch.Size, mask: Tensor | None, device: torch.device, sequences: int) -> None:
+        self.shape, self.sequences = shape, sequences
+        self.mask = torch.ones(shape.numel(), dtype=torch.bool, device=device) if mask is None else mask.reshape(-1)
+        self.lengths = self.sum(torch.ones((), dtype=torch.float64, device=device).expand(shape.numel()))  # [sequences]
+        self.num_tokens = self.lengths.sum()
+        self.num_sequences = (self.lengths > 0).sum(dtype=torch.float64)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[tokens] -> [sequences], over unmasked tokens."""
+        return self._sum(torch.where(self.mask, values, 0.0))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[tokens] -> [sequences], over unmasked tokens; 0 for a sequence without any."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[sequences] -> [tokens], a sequence's value at each of its unmasked tokens and 0 elsewhere."""
+        return torch.where(self.mask, self._spread(values), 0.0)
+
+    def tokens(self, name: str, values: Any, meaning: str) -> Tensor:
+        """A caller's token array, checked: [tokens] in float64, 0 where masked."""
+        array = self._array(name, values, meaning)
+        checks.shape(name, array, self.shape, f"{meaning}, one per token")
+        return torch.where(self.mask, array.reshape(-1).double(), 0.0)
+
+    def per_sequence(self, name: str, values: Any, meaning: str) -> Tensor:
+        """A caller's sequence array, checked: [sequences] in float64, 0 for a sequence without an unmasked token."""
+        array = self._array(name, values, meaning)
+        checks.shape(name, array, (self.sequences,), f"{meaning}, one per sequence")
+        return torch.where(self.lengths > 0, array.double(), 0.0)
+
+    def is_per_token(self, values: Tensor) -> bool:
+        return values.shape == self.shape and values.shape != (self.sequences,)
+
+    def _array(self, name: str, values: Any, meaning: str) -> Tensor:
+        array = checks.tensor(name, values, meaning).detach()
+        checks.same_device(name, array, self.mask.device)
+        if not array.is_floating_point():
+            checks.integers(name, array, meaning)
+        return array
+
+    def _sum(self, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _spread(self, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PaddedLayout(Layout):
+    """Token arrays [B, T]: a row is a sequence."""
+
+    def __init__(self, shape: torch.Size, mask: Tensor | None, device: torch.device) -> None:
+        super().__init__(shape, mask, device, shape[0])
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.reshape(self.shape).sum(1)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values[:, None].expand(self.shape).reshape(-1)
+
+
+class PackedLayout(Layout):
+    """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
+
+    def __init__(self, shape: torch.Size, mask: Tensor | None, cu_seqlens: Tensor) -> None:
+        self.cu_seqlens = _checked_cu_seqlens(cu_seqlens, shape[0])
+        super().__init__(shape, mask, cu_seqlens.device, cu_seqlens.shape[0] - 1)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return cast(Tensor, _segment_sum(values, self.cu_seqlens))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return cast(Tensor, _segment_spread(values, self.cu_seqlens, self.shape[0]))
+
+
+def layout_of(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device) -> Layout:
+    """The layout of token arrays of `token_shape`, on `device`; checks `mask` and `cu_seqlens`."""
+    if mask is not None:
+        checks.tensor("mask", mask, "True or 1 at the tokens that count")
+        checks.shape("mask", mask, token_shape, "one per token")
+        checks.same_device("mask", mask, device)
+        if mask.is_complex():
+            raise TypeError(f"mask: expected bool, or 0 and 1; got {mask.dtype}")
+        mask = mask.detach() != 0
+    if cu_seqlens is None:
+        if len(token_shape) != 2:
+            raise ValueError(
+                "cu_seqlens: expected the boundaries of the packed sequences, [sequences + 1], because token arrays "
+                f"have shape {list(token_shape)}; got None (padded: logits [B, T, V] and token arrays [B, T])"
+            )
+        return PaddedLayout(token_shape, mask, device)
+    checks.tensor("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
+    checks.integers("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
+    checks.same_device("cu_seqlens", cu_seqlens, device)
+    if len(token_shape) != 1:
+        raise ValueError(
+            f"cu_seqlens: expected None with a padded batch (token arrays {list(token_shape)}); packed token arrays "
+            "have one dimension"
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected shape [sequences + 1]; got {list(cu_seqlens.shape)}")
+    return PackedLayout(token_shape, mask, cu_seqlens.detach())
+
+
+# ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
+
+
+@torch.library.custom_op("gspo_kernels::checked_cu_seqlens", mutates_args=(), device_types=("cpu", "cuda"))
+def _checked_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    if cu_seqlens.device.type == "cpu":
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of "
+                f"tokens; got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else f'{first} ... {last}'}"
+            )
+    return cu_seqlens.to(torch.int64, copy=True)
+
+
+@_checked_cu_seqlens.register_fake
+def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return torch.empty_like(cu_seqlens, dtype=torch.int64)
+
+
+@torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=(), device_types=("cpu", "cuda"))
+def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if cu_seqlens.numel() == 1:
+        return values.new_zeros(0)
+    return torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)
+
+
+@_segment_sum.register_fake
+def _(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return values.new_empty(cu_seqlens.shape[0] - 1)
+
+
+@torch.library.custom_op("gspo_kernels::segment_spread", mutates_args=(), device_types=("cpu", "cuda"))
+def _segment_spread(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return values.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+
+
+@_segment_spread.register_fake
+def _(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return values.new_empty(tokens)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.tokens = inputs[0].shape[0]
+
+
+_segment_sum.register_autograd(
+    lambda ctx, gradient: (_segment_spread(gradient, ctx.saved_tensors[0], ctx.tokens), None), setup_context=_remember
+)
+_segment_spread.register_autograd(
+    lambda ctx, gradient: (_segment_sum(gradient, ctx.saved_tensors[0]), None, None), setup_context=_remember
+)

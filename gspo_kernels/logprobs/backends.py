@@ -1,0 +1,82 @@
+"""Which implementation runs: the first of the list that takes the logits, or the one the caller names."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Protocol
+
+from torch import Tensor
+
+from .. import checks
+from . import native, reference
+from .rows import Rows, RowStats, Upstream
+
+
+class Backend(Protocol):
+    """One implementation of the row work; a module with these names."""
+
+    name: str
+
+    def about(self) -> str: ...
+    def unsupported_reasons(self, logits: Tensor) -> list[str]: ...
+    def forward(self, rows: Rows) -> RowStats: ...
+    def backward(self, rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradient: Tensor) -> None: ...
+    def forward_backward(self, rows: Rows, grad_logprobs: Tensor, gradient: Tensor) -> RowStats: ...
+    def scale(self, values: Tensor, factor: Tensor) -> None: ...
+
+
+BACKENDS: tuple[Backend, ...] = (native, reference)  # fastest first; the last takes everything
+NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+def check_name(backend: str | None) -> None:
+    if backend is not None:
+        checks.choice("backend", backend, NAMES)
+
+
+def choose(logits: Tensor, backend: str | None) -> Backend:
+    """The backend to run. Raises ValueError with every reason if the one named cannot take these logits."""
+    if backend is not None:
+        chosen = BACKENDS[NAMES.index(backend)]
+        reasons = chosen.unsupported_reasons(logits)
+        if reasons:
+            raise ValueError(
+                f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}"
+            )
+        return chosen
+    for candidate in BACKENDS:
+        reasons = candidate.unsupported_reasons(logits)
+        if not reasons:
+            return candidate
+        if candidate is native and native.missing() and logits.device.type == "cpu":
+            _warn_of_missing_kernels()
+    raise AssertionError("the reference takes everything")
+
+
+@functools.cache
+def _warn_of_missing_kernels() -> None:
+    warnings.warn(f"gspo_kernels runs on plain torch, many times slower: {native.missing()}", stacklevel=2)
+
+
+def explain(logits: Tensor, *, backend: str | None = None) -> str:
+    """Which backend runs for `logits`, and why not the others.
+
+    Args:
+        logits: what would be passed to a loss (`weight` and `hidden` have no say on this path).
+        backend: the name that would be passed as `backend=`, or None for the automatic choice.
+
+    Returns:
+        A few lines of text, the chosen backend first.
+    """
+    checks.tensor("logits", logits, "logits [.., vocabulary]")
+    check_name(backend)
+    chosen = choose(logits, backend)
+    why = "as asked" if backend is not None else "the first that takes these logits"
+    lines = [f"{chosen.name} ({chosen.about()}): runs, {why}"]
+    for other in BACKENDS:
+        if other is chosen:
+            continue
+        reasons = other.unsupported_reasons(logits)
+        lines.append(f"{other.name} ({other.about()}): {'; '.join(reasons) if reasons else 'could run, not chosen'}")
+    return "\n".join(lines)

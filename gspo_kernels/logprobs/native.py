@@ -1,0 +1,114 @@
+"""The C++ row kernels (csrc/): fp32, bf16 and fp16 logits on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Rows, RowStats, Upstream, empty_stats
+
+try:
+    import gspo_kernels._native as _native
+
+    _missing = ""
+except ImportError as error:
+    _missing = f"the C++ extension was not built or does not load ({error}); reinstall with a C++17 compiler present"
+
+name = "native"
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def unsupported_reasons(logits: Tensor) -> list[str]:
+    reasons = []
+    if _missing:
+        reasons.append(_missing)
+    if logits.device.type != "cpu":
+        reasons.append(f"logits are on {logits.device}, these kernels run on the CPU")
+    if logits.dtype not in _DTYPES:
+        reasons.append(f"logits are {logits.dtype}, these kernels take float32, bfloat16 and float16")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        reasons.append(f"the vocabulary dimension has stride {logits.stride(-1)}, these kernels need 1")
+    return reasons
+
+
+def about() -> str:
+    return "C++, not installed" if _missing else f"C++, {_native.instruction_set()}"
+
+
+def missing() -> str:
+    """Why the extension is not there; empty if it is."""
+    return _missing
+
+
+def forward(rows: Rows) -> RowStats:
+    stats = empty_stats(rows.logits)
+    _bind(rows).forward(logprobs=stats.logprobs.data_ptr(), entropy=stats.entropy.data_ptr(), lse=stats.lse.data_ptr())
+    return stats
+
+
+def backward(rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradient: Tensor) -> None:
+    _fresh(gradient)
+    _bind(rows).backward(
+        entropy=entropy.data_ptr(),
+        lse=lse.data_ptr(),
+        grad_logprobs=_address(upstream.logprobs),
+        grad_entropy=_address(upstream.entropy),
+        grad_lse=_address(upstream.lse),
+        gradient=gradient.data_ptr(),
+        outer_stride=gradient.stride(0),
+        inner_stride=gradient.stride(1),
+    )
+
+
+def forward_backward(rows: Rows, grad_logprobs: Tensor, gradient: Tensor) -> RowStats:
+    stats = empty_stats(rows.logits)
+    _fresh(gradient)
+    _bind(rows).forward_backward(
+        logprobs=stats.logprobs.data_ptr(),
+        entropy=stats.entropy.data_ptr(),
+        lse=stats.lse.data_ptr(),
+        grad_logprobs=grad_logprobs.data_ptr(),
+        gradient=gradient.data_ptr(),
+        outer_stride=gradient.stride(0),
+        inner_stride=gradient.stride(1),
+    )
+    return stats
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    _native.Rows(**_place(values)).scale(float(factor))  # a CPU tensor: reading it waits for nothing
+
+
+def _bind(rows: Rows) -> _native.Rows:
+    return _native.Rows(
+        token_ids=rows.token_ids.data_ptr(),
+        mask=_address(rows.mask),
+        temperature=rows.temperature,
+        row_temperature=_address(rows.row_temperature),
+        **_place(rows.logits),
+    )
+
+
+def _place(logits: Tensor) -> dict[str, Any]:
+    """Where [outer, inner, vocab] numbers lie, and on how many threads to visit them."""
+    return {
+        "dtype": _DTYPES[logits.dtype],
+        "logits": logits.data_ptr(),
+        "outer": logits.shape[0],
+        "inner": logits.shape[1],
+        "vocab": logits.shape[2],
+        "outer_stride": logits.stride(0),
+        "inner_stride": logits.stride(1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _fresh(gradient: Tensor) -> None:
+    storage = gradient.untyped_storage()
+    _native.ask_for_huge_pages(storage.data_ptr(), storage.nbytes())
+
+
+def _address(array: Tensor | None) -> int:
+    return 0 if array is None else array.data_ptr()

@@ -1,0 +1,226 @@
+"""The vocabulary-sized work as torch operators: log-probability, entropy and logsumexp of each row, differentiable.
+
+Everything above calls `row_stats` or, where the gradient is known before a logit is read, `row_stats_with_gradient`.
+Both run operators of `torch.library`, so torch's dispatcher, `torch.compile` and CUDA graphs see them; the operators
+pick a backend. Values that only a read can check (token ids, temperatures) are checked here: always on the CPU, on a
+GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .rows import Rows, RowStats, Upstream, empty_stats
+
+_DEVICES = ("cpu", "cuda")
+
+# Row arrays are [outer, inner].
+
+
+@torch.library.custom_op("gspo_kernels::row_stats", mutates_args=(), device_types=_DEVICES)
+def _row_stats(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    overwrite_logits: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(logits, token_ids, mask, temperature, row_temperature)
+    _check_values(rows)
+    return _as_tensors(choose(logits, backend).forward(rows))
+
+
+@_row_stats.register_fake
+def _(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    overwrite_logits: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _as_tensors(empty_stats(logits))
+
+
+@torch.library.custom_op("gspo_kernels::row_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
+def _row_gradient(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    entropy: Tensor,
+    lse: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    gradient: Tensor,
+    backend: str | None,
+) -> None:
+    rows = Rows(logits, token_ids, mask, temperature, row_temperature)
+    upstream = Upstream(*(None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)))
+    choose(logits, backend).backward(rows, entropy, lse, upstream, gradient)
+
+
+@_row_gradient.register_fake
+def _(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@torch.library.custom_op("gspo_kernels::row_stats_and_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
+def _row_stats_and_gradient(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    grad_logprobs: Tensor,
+    gradient: Tensor,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(logits, token_ids, mask, temperature, row_temperature)
+    _check_values(rows)
+    return _as_tensors(choose(logits, backend).forward_backward(rows, grad_logprobs.contiguous(), gradient))
+
+
+@_row_stats_and_gradient.register_fake
+def _(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    grad_logprobs: Tensor,
+    gradient: Tensor,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _as_tensors(empty_stats(logits))
+
+
+@torch.library.custom_op("gspo_kernels::scale_", mutates_args=("values",), device_types=_DEVICES)
+def _scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
+    choose(values, backend).scale(values, factor)
+
+
+@_scale.register_fake
+def _(values: Tensor, factor: Tensor, backend: str | None) -> None:
+    return None
+
+
+def _as_tensors(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
+    return stats.logprobs, stats.entropy, stats.lse
+
+
+# ---- autograd
+
+
+def _room_for_gradient(logits: Tensor, overwrite: bool) -> Tensor:
+    if overwrite:
+        return logits.detach()  # shares their version counter: writing here tells autograd that the logits are gone
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, token_ids, mask, row_temperature, ctx.temperature, ctx.overwrite_logits, ctx.backend = inputs
+    _, entropy, lse = output
+    ctx.save_for_backward(logits, token_ids, mask, row_temperature, entropy, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient_of_logits(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, token_ids, mask, row_temperature, entropy, lse = ctx.saved_tensors
+    gradient = _room_for_gradient(logits, ctx.overwrite_logits)
+    _row_gradient(
+        logits, token_ids, mask, row_temperature, ctx.temperature, entropy, lse,
+        grad_logprobs, grad_entropy, grad_lse, gradient, ctx.backend,
+    )  # fmt: skip
+    return gradient, None, None, None, None, None, None
+
+
+_row_stats.register_autograd(_gradient_of_logits, setup_context=_save_for_gradient)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A zero whose gradient with respect to the logits was written by the forward, while each row was in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Rows, logits: Tensor, grad_logprobs: Tensor, overwrite: bool, backend: str | None
+    ) -> Any:
+        gradient = _room_for_gradient(logits, overwrite)
+        logprobs, entropy, lse = _row_stats_and_gradient(
+            logits, rows.token_ids, rows.mask, rows.row_temperature, rows.temperature, grad_logprobs, gradient, backend
+        )
+        ctx.save_for_backward(gradient)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(logprobs, entropy, lse)
+        return grad_logprobs.new_zeros(()), logprobs, entropy, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        _scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
+        return None, gradient, None, None, None
+
+
+# ---- what the layers above call
+
+
+def row_stats(rows: Rows, *, overwrite_logits: bool = False, backend: str | None = None) -> RowStats:
+    """Statistics of each row, differentiable in all three."""
+    logprobs, entropy, lse = _row_stats(
+        rows.logits, rows.token_ids, rows.mask, rows.row_temperature, rows.temperature,
+        overwrite_logits, backend,
+    )  # fmt: skip
+    return RowStats(logprobs, entropy, lse)
+
+
+def row_stats_with_gradient(
+    rows: Rows, grad_logprobs: Tensor, *, overwrite_logits: bool, backend: str | None
+) -> tuple[Tensor, RowStats]:
+    """Statistics, and a zero that carries the gradient: its derivative is `grad_logprobs` through log p. One pass.
+
+    The gradient is scaled in place by the backward, which can therefore run once.
+    """
+    carrier, logprobs, entropy, lse = _KnownGradient.apply(rows, rows.logits, grad_logprobs, overwrite_logits, backend)
+    return carrier, RowStats(logprobs, entropy, lse)
+
+
+# ---- checks that read
+
+
+def _check_values(rows: Rows) -> None:
+    if rows.logits.device.type != "cpu" and os.environ.get("GSPO_KERNELS_DEBUG", "0") in ("", "0"):
+        return
+    vocab = rows.logits.shape[-1]
+    bad = (rows.token_ids < 0) | (rows.token_ids >= vocab)
+    _refuse(
+        bad,
+        rows,
+        rows.token_ids,
+        "token_ids",
+        f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set",
+    )
+    if rows.row_temperature is not None:
+        bad = ~((rows.row_temperature > 0) & torch.isfinite(rows.row_temperature))
+        _refuse(bad, rows, rows.row_temperature, "temperature", "finite numbers above 0 where the mask is set")
+
+
+def _refuse(bad: Tensor, rows: Rows, values: Tensor, name: str, expected: str) -> None:
+    if rows.mask is not None:
+        bad = bad & rows.mask
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        place = f"position [{row}, {column}]" if rows.logits.shape[0] > 1 else f"position {column}"
+        raise ValueError(f"{name}: expected {expected}; got {values[row, column]:g} at {place}")

@@ -1,0 +1,51 @@
+"""What a backend is asked about and what it answers: vocabulary-sized rows in, a few numbers per row out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Per row, `[outer, inner]`: zero where the row is masked."""
+
+    logprobs: Tensor  # log p(token), fp32 (fp64 for fp64 logits)
+    entropy: Tensor  # of the row's distribution, same dtype
+    lse: Tensor  # logsumexp of logits / temperature, fp64: an fp32 one would spoil p at large logits
+
+
+class Upstream(NamedTuple):
+    """dL/d of each of a row's statistics, contiguous `[outer, inner]`; None is zero."""
+
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Logits and what is asked about each of their rows; the arrays are contiguous, `[outer, inner]`."""
+
+    logits: Tensor  # [outer, inner, vocab], any strides
+    token_ids: Tensor  # int64
+    mask: Tensor | None  # bool; rows that are False are not read. None: every row counts
+    temperature: float
+    row_temperature: Tensor | None  # fp32; replaces `temperature`
+
+
+def stats_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def empty_stats(logits: Tensor) -> RowStats:
+    """Room for the statistics of [outer, inner, vocab] logits."""
+    shape, device = logits.shape[:2], logits.device
+    return RowStats(
+        logprobs=torch.empty(shape, dtype=stats_dtype(logits), device=device),
+        entropy=torch.empty(shape, dtype=stats_dtype(logits), device=device),
+        lse=torch.empty(shape, dtype=torch.float64, device=device),
+    )

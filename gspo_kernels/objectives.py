@@ -1,0 +1,169 @@
+"""The losses. An objective turns log-ratios and advantages into one number per token; everything else is shared.
+
+Write your own by subclassing `Objective`: one method, `terms`. Gradients come from autograd, so keep values that should
+not be differentiated detached, and guard before an unsafe operation (clamp before exp): the gradient is then safe too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an objective says of a batch. A unit is what has a ratio: a sequence or a token."""
+
+    loss: Tensor  # [tokens], to be minimised; before weights, KL, entropy and aggregation
+    log_ratio: Tensor  # [sequences] or [tokens]: log of each unit's importance ratio
+    clipped_low: Tensor | None = None  # bool per unit: held at the lower bound, no gradient
+    clipped_high: Tensor | None = None  # bool per unit: held at an upper bound, no gradient
+
+
+class Objective:
+    """Base of all objectives.
+
+    Attributes:
+        ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
+        advantages_per_token: whether an advantage per token makes sense; `terms` then always gets [tokens].
+        aggregation: the default of `aggregation=`.
+    """
+
+    ratio_of: ClassVar[str] = "token"
+    advantages_per_token: ClassVar[bool] = True
+    aggregation: ClassVar[str] = "sequence_mean"
+
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+        """
+        Args:
+            log_ratio: [tokens] float64, `log pi(y_t) - log pi_old(y_t)`, finite; 0 where masked.
+            advantages: [tokens] float64 if `advantages_per_token`, else [sequences].
+            layout: sums, means and spreads over sequences; `layout.mask` is [tokens].
+            max_log_ratio: above it a ratio saturates: constant, without gradient.
+        """
+        raise NotImplementedError
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None,
+    max_log_ratio: float,
+) -> Terms:
+    """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
+
+    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). Decided on the deviation `s - 1`, taken by
+    expm1, which near 1 is exact where `s` itself has lost the digits the clip range lives in. On a bound is unclipped.
+
+    Returns: the loss and where it is held at a bound, one number per log-ratio.
+    """
+    deviation = torch.expm1(log_ratio.clamp(max=max_log_ratio))  # clamp: constant and without gradient above
+    low = (advantages < 0) & (deviation < -eps_low)
+    high = (advantages > 0) & (deviation > eps_high)
+    held = torch.where(high, eps_high, torch.where(low, -eps_low, deviation))
+    if dual_clip is not None:
+        above = (advantages < 0) & (deviation > dual_clip - 1.0)
+        held, high = torch.where(above, dual_clip - 1.0, held), high | above
+    return Terms(-(1.0 + held) * advantages, log_ratio, low, high)
+
+
+@dataclass(frozen=True)
+class _Clipped(Objective):
+    eps_low: float
+    eps_high: float
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.number("eps_low", self.eps_low, "the clip range below 1", at_least=0.0)
+        checks.number("eps_high", self.eps_high, "the clip range above 1", at_least=0.0)
+        if self.dual_clip is not None:
+            checks.number("dual_clip", self.dual_clip, "the largest ratio for a negative advantage", above=1.0)
+
+    def _clip(self, log_ratio: Tensor, advantages: Tensor, max_log_ratio: float) -> Terms:
+        return clipped_surrogate(
+            log_ratio, advantages, eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
+            max_log_ratio=max_log_ratio,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GSPO(_Clipped):
+    """Group Sequence Policy Optimization (arXiv 2507.18071, equations 5 to 7).
+
+    One ratio per sequence, `s_i = exp( (1/|y_i|) sum_t m_t (l_t - o_t) )`, and
+
+        L = -(1/S) sum_i min( s_i A_i, clip(s_i, 1 - eps_low, 1 + eps_high) A_i ).
+
+    Its gradient, `dL/dl_t = -(1/S) s_i A_i / |y_i|` where unclipped, weighs all tokens of a response alike. One
+    advantage per sequence. The default clip range is the paper's.
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+
+    ratio_of: ClassVar[str] = "sequence"
+    advantages_per_token: ClassVar[bool] = False
+
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+        of_sequences = self._clip(layout.mean(log_ratio), advantages, max_log_ratio)
+        return replace(of_sequences, loss=layout.spread(of_sequences.loss))
+
+
+@dataclass(frozen=True)
+class GSPOToken(_Clipped):
+    """GSPO-token (arXiv 2507.18071, equations 13 and 14): GSPO with an advantage for every token.
+
+    `s_it = sg[s_i] pi(y_t) / sg[pi(y_t)]` has the value of the sequence's ratio and the gradient of the token's, and
+
+        L = -(1/S) sum_i (1/|y_i|) sum_t m_t min( s_it A_it, clip(s_it, 1 - eps_low, 1 + eps_high) A_it ).
+
+    With the same advantage at every token, value, clipping and gradient equal GSPO's.
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+        log_s = layout.spread(layout.mean(log_ratio.detach())) + (log_ratio - log_ratio.detach())
+        return self._clip(log_s, advantages, max_log_ratio)
+
+
+@dataclass(frozen=True)
+class GRPO(_Clipped):
+    """Group Relative Policy Optimization (arXiv 2402.03300, equation 3), without its KL term: pass `beta` for that.
+
+    One ratio per token, `w_t = exp(l_t - o_t)`, and
+
+        L = -(1/S) sum_i (1/|y_i|) sum_t m_t min( w_t A_t, clip(w_t, 1 - eps_low, 1 + eps_high) A_t ).
+
+    The default clip range is that of the GSPO paper's baseline, 0.2 and 0.27.
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.27
+
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+        return self._clip(log_ratio, advantages, max_log_ratio)
+
+
+@dataclass(frozen=True)
+class PPO(GRPO):
+    """Proximal Policy Optimization, clipped (arXiv 1707.06347, equation 7): token ratios, mean over all tokens.
+
+        L = -(1/sum_t m_t) sum_t m_t min( w_t A_t, clip(w_t, 1 - eps_low, 1 + eps_high) A_t ),   w_t = exp(l_t - o_t)
+
+    GRPO with another range (0.2 on both sides) and another mean.
+    """
+
+    eps_high: float = 0.2
+
+    aggregation: ClassVar[str] = "token_mean"

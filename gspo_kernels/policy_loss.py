@@ -1,0 +1,340 @@
+"""The public losses: rows -> objective -> scalar and stats."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import checks
+from .layout import layout_of
+from .logprobs.backends import check_name
+from .logprobs.ops import row_stats, row_stats_with_gradient
+from .logprobs.rows import Rows, stats_dtype
+from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .token_stage import LossOutput, token_stage
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token, in the token layout; differentiable; 0 where masked."""
+
+    logprobs: Tensor  # log p(token), float32 (float64 for float64 logits)
+    entropy: Tensor  # of the whole distribution, same dtype
+    lse: Tensor  # logsumexp of logits / temperature, float64
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword arguments that every loss takes; `policy_loss` explains them."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    temperature: float | Tensor
+    ref_logprobs: Tensor | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    weights: Tensor | None
+    aggregation: str | None
+    normalizer: float | Tensor | None
+    max_log_ratio: float
+    tp_group: Any
+    cp_group: Any
+    overwrite_logits: bool
+    backend: str | None
+
+
+def policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    objective: Objective = GSPO(),
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    max_log_ratio: float = 20.0,
+    tp_group: Any = None,
+    cp_group: Any = None,
+    overwrite_logits: bool = False,
+    backend: str | None = None,
+) -> LossOutput:
+    """Policy loss of any objective, from vocabulary-sized logits.
+
+    Padded batches have logits [B, T, V] and token arrays [B, T]; packed ones logits [N, V], token arrays [N] and
+    `cu_seqlens` [S + 1]. The two give the same numbers. Row t of the logits predicts `token_ids[t]`: nothing is shifted
+    inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
+
+    Args:
+        logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better.
+        token_ids: integers, one per row.
+        advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
+        old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
+            ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits.
+        objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
+        mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
+        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
+        temperature: what logits are divided by: a number, or one per token.
+        ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
+        beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
+        kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
+        entropy_coef: weight of the entropy bonus, whose gradient is exact.
+        weights: constant factors of the policy term, per sequence or per token (rollout correction).
+        aggregation: "sequence_mean", "token_mean" or "sequence_sum"; None takes the objective's.
+        normalizer: a global count in place of the local one (sequences, or tokens for "token_mean"): the shares of any
+            split over micro-batches or ranks then add up to the whole batch's loss and gradient.
+        max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
+        tp_group, cp_group: not supported yet.
+        overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or,
+            on-policy, by this call. Their version counter is bumped, so autograd refuses uses that would be wrong.
+        backend: "native", "reference" or None for the best that runs (see `explain`).
+
+    Returns:
+        `LossOutput(loss, stats)`. No host sync takes place.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    checks.not_yet("tp_group", tp_group)
+    checks.not_yet("cp_group", cp_group)
+    _check_logits(logits, token_ids, overwrite_logits)
+    layout = layout_of(token_ids.shape, mask, cu_seqlens, logits.device)
+    stage = token_stage(
+        layout, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
+        max_log_ratio=max_log_ratio,
+    )  # fmt: skip
+    rows = _rows(logits, token_ids, None if mask is None else layout.mask, temperature, backend)
+
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    if needs_gradient and stage.depends_on_log_ratio_alone() and not torch.compiler.is_compiling():
+        gradient = stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape)
+        carrier, found = row_stats_with_gradient(rows, gradient, overwrite_logits=overwrite_logits, backend=backend)
+        with torch.no_grad():
+            value, stats = stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
+        return LossOutput(value + carrier, stats)
+    found = row_stats(rows, overwrite_logits=overwrite_logits, backend=backend)
+    return stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
+
+
+def gspo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GSPO.eps_low,
+    eps_high: float = GSPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GSPO (arXiv 2507.18071): one ratio, one clip and one advantage per response. See `GSPO` and `policy_loss`."""
+    objective = GSPO(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def gspo_token_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GSPOToken.eps_low,
+    eps_high: float = GSPOToken.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GSPO-token (arXiv 2507.18071): GSPO with advantages per token. See `GSPOToken` and `policy_loss`."""
+    objective = GSPOToken(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def grpo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GRPO.eps_low,
+    eps_high: float = GRPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GRPO (arXiv 2402.03300): one ratio and one clip per token. See `GRPO` and `policy_loss`."""
+    objective = GRPO(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def ppo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = PPO.eps_low,
+    eps_high: float = PPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """PPO, clipped (arXiv 1707.06347): token ratios, mean over all tokens. See `PPO` and `policy_loss`."""
+    objective = PPO(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def policy_loss_from_logprobs(
+    logprobs: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    objective: Objective = GSPO(),
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    max_log_ratio: float = 20.0,
+    cp_group: Any = None,
+) -> LossOutput:
+    """`policy_loss` from log-probabilities that are already there, [B, T] or packed [N]; differentiable in them.
+
+    Args:
+        logprobs: current log-probabilities, fp32 or fp64: bf16 has no digits left at GSPO's clip range.
+        entropy: per token, differentiable; needed if `entropy_coef` is not 0.
+
+    The other arguments, the result and the errors are those of `policy_loss`.
+    """
+    checks.not_yet("cp_group", cp_group)
+    checks.tensor("logprobs", logprobs, "log-probabilities per token")
+    if logprobs.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            "logprobs: expected float32 or float64, because a clip range of 3e-4 needs the digits; got "
+            f"{logprobs.dtype}"
+        )
+    if logprobs.ndim not in (1, 2):
+        raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
+    layout = layout_of(logprobs.shape, mask, cu_seqlens, logprobs.device)
+    if entropy is not None:
+        checks.shape("entropy", checks.tensor("entropy", entropy, "entropy per token"), logprobs.shape, "one per token")
+        entropy = torch.where(layout.mask, entropy.reshape(-1), 0.0)
+    elif entropy_coef != 0.0:
+        raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
+    stage = token_stage(
+        layout, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
+        max_log_ratio=max_log_ratio,
+    )  # fmt: skip
+    return stage.loss(logprobs.reshape(-1), entropy)
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    tp_group: Any = None,
+    overwrite_logits: bool = False,
+    backend: str | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each token, entropy and logsumexp of its row, in one read of the logits; differentiable.
+
+    The same kernel as the losses use: take old and reference log-probabilities from here (under `torch.no_grad()`), so
+    that they carry no difference of their own into a clip range of 3e-4.
+
+    Args:
+        logits: [B, T, V] or [N, V], as in `policy_loss`.
+        token_ids: integers [B, T] or [N].
+        mask: rows that are False are not read and give 0.
+
+    The other arguments and the errors are those of `policy_loss`.
+    """
+    checks.not_yet("tp_group", tp_group)
+    _check_logits(logits, token_ids, overwrite_logits)
+    if mask is not None:
+        checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
+        checks.same_device("mask", mask, logits.device)
+        mask = mask.detach() != 0
+    rows = _rows(logits, token_ids, mask, temperature, backend)
+    found = row_stats(rows, overwrite_logits=overwrite_logits, backend=backend)
+    return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
+
+
+def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Targets for a causal model's own logits, unsliced: row t of `model(input_ids).logits` predicts token t + 1.
+
+    Args:
+        input_ids: [B, T].
+        mask: [B, T], True (or 1) at the tokens that count, such as a response's; None: all.
+
+    Returns: `(token_ids, mask)`, both rolled left by one; the last position, which predicts nothing here, is False.
+    """
+    checks.integers("input_ids", checks.tensor("input_ids", input_ids, "token ids [B, T]"), "token ids")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected shape [sequences, tokens]; got {list(input_ids.shape)}")
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
+    rolled = torch.roll(mask != 0, -1, dims=1)
+    rolled[:, -1:] = False
+    return torch.roll(input_ids, -1, dims=1), rolled
+
+
+def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
+    """[outer, inner, vocab] view of the logits, and arrays to match. The token shape is `token_ids.shape`."""
+    shape = token_ids.shape
+    view = logits if logits.ndim == 3 else logits[None]
+    as_rows = view.shape[:2]
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        checks.floating("temperature", temperature, "a number, or one temperature per token")
+        checks.same_device("temperature", temperature, logits.device)
+        if temperature.ndim:
+            checks.shape("temperature", temperature, shape, "one per token")
+        row_temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
+        temperature = 1.0
+    else:
+        checks.number("temperature", temperature, "what the logits are divided by", above=0.0)
+    check_name(backend)
+    return Rows(
+        logits=view,
+        token_ids=token_ids.detach().to(torch.int64).reshape(as_rows).contiguous(),
+        mask=None if mask is None else mask.reshape(as_rows).contiguous(),
+        temperature=float(temperature),
+        row_temperature=row_temperature,
+    )
+
+
+def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool) -> None:
+    checks.tensor("logits", logits, "logits [.., vocabulary]")
+    checks.floating("logits", logits, "logits")
+    if logits.ndim not in (2, 3):
+        raise ValueError(
+            "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
+            f"{list(logits.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
+    if overwrite_logits and any(
+        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
+    ):
+        raise ValueError(
+            "overwrite_logits: expected logits with a place for each number; got an expanded view, which repeats some"
+        )
+    checks.tensor("token_ids", token_ids, "the token each row predicts")
+    checks.integers("token_ids", token_ids, "the token each row predicts")
+    checks.shape("token_ids", token_ids, logits.shape[:-1], "one per row of logits; nothing is shifted inside")
+    checks.same_device("token_ids", token_ids, logits.device)

@@ -1,0 +1,96 @@
+"""What a training loop logs, as tensors on the device: reading one is the caller's choice, and the only host sync."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .objectives import Terms
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Detached fp32 tensors. A unit is what has a ratio: a sequence for GSPO, a token for GSPO-token, GRPO and PPO.
+
+    Units, tokens and sequences that are masked or empty are not counted; the mean of nothing is 0.
+    """
+
+    clip_fraction: Tensor  # share of units held at a bound (no gradient)
+    clip_fraction_low: Tensor  # ... at 1 - eps_low, where the advantage is negative
+    clip_fraction_high: Tensor  # ... at 1 + eps_high where it is positive, or at dual_clip where it is negative
+    ratio_mean: Tensor  # of the units' ratios, saturated ones at exp(max_log_ratio)
+    ratio_min: Tensor
+    ratio_max: Tensor
+    saturated_fraction: Tensor  # share of units whose log-ratio exceeds max_log_ratio
+    approx_kl: (
+        Tensor  # mean over tokens of exp(r) - 1 - r, r = logprob - old_logprob: KL(old || new), from old's samples
+    )
+    ref_kl: Tensor  # mean over tokens of the chosen estimator of KL(new || reference); 0 without ref_logprobs
+    entropy: Tensor  # mean over tokens
+    num_sequences: Tensor  # with at least one unmasked token
+    num_tokens: Tensor  # unmasked
+    logprobs: Tensor  # token layout, 0 where masked
+    log_ratio: Tensor  # [sequences] or token layout, 0 where masked
+
+    def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The scalars by name, ready for a logger; the two arrays are left out."""
+        scalars = (f.name for f in fields(self) if f.name not in ("logprobs", "log_ratio"))
+        return {prefix + name: getattr(self, name) for name in scalars}
+
+
+@torch.no_grad()
+def collect(
+    layout: Layout,
+    terms: Terms,
+    per_sequence: bool,
+    token_log_ratio: Tensor,
+    ref_kl: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    max_log_ratio: float,
+) -> Stats:
+    """`terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens]."""
+    log_ratio = terms.log_ratio.detach()
+    counted = layout.lengths > 0 if per_sequence else layout.mask
+    units = counted.sum(dtype=torch.float64)
+    ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
+
+    def mean(values: Tensor, where: Tensor, count: Tensor) -> Tensor:
+        return torch.where(where, values.detach().double(), 0.0).sum() / count.clamp(min=1)
+
+    def share(flags: Tensor | None) -> Tensor:
+        return torch.zeros_like(units) if flags is None else mean(flags, counted, units)
+
+    def over_tokens(values: Tensor | None) -> Tensor:
+        return torch.zeros_like(units) if values is None else mean(values, layout.mask, layout.num_tokens)
+
+    def extreme(fill: float) -> Tensor:
+        if ratio.numel() == 0:
+            return torch.zeros_like(units)
+        found = torch.where(counted, ratio, fill)
+        return torch.where(units > 0, found.amin() if fill > 0 else found.amax(), 0.0)
+
+    low, high = share(terms.clipped_low), share(terms.clipped_high)
+    r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
+    scalars = {
+        "clip_fraction": low + high,
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
+        "ratio_mean": mean(ratio, counted, units),
+        "ratio_min": extreme(torch.inf),
+        "ratio_max": extreme(-torch.inf),
+        "saturated_fraction": share(log_ratio > max_log_ratio),
+        "approx_kl": over_tokens(torch.expm1(r) - r),
+        "ref_kl": over_tokens(ref_kl),
+        "entropy": over_tokens(entropy),
+        "num_sequences": layout.num_sequences,
+        "num_tokens": layout.num_tokens,
+    }
+    return Stats(
+        **{name: value.float() for name, value in scalars.items()},
+        logprobs=torch.where(layout.mask, logprobs.detach(), 0.0).float().reshape(layout.shape),
+        log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
+    )

@@ -1,0 +1,206 @@
+"""torch.compile: one graph, the same numbers, no new compilation when a batch or a schedule moves; operators' contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, arguments, flat, ragged_batch
+from checks import check_close
+from gspo_kernels import policy_loss, token_logprobs
+
+pytestmark = pytest.mark.plain_memory  # inductor warns about, and slows down under, deterministic fills
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def value_and_gradient(function: Callable[..., Any], args: Any, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    leaf = args.logits.detach().clone().requires_grad_()
+    loss, stats = function(leaf, *args.rest, **args.keywords, **options)
+    (gradient,) = torch.autograd.grad(loss * 1.5, leaf)
+    return loss.detach(), gradient, stats
+
+
+def same(compiled: tuple[Tensor, Tensor, Any], eager: tuple[Tensor, Tensor, Any]) -> None:
+    """Rows to the bit; sums may be taken in another order."""
+    assert float(compiled[0]) == pytest.approx(float(eager[0]), rel=1e-6, abs=1e-7)
+    check_close("gradient", compiled[1], eager[1], 1e-6 * eager[1].double().abs() + 2.0**-126)
+    assert torch.equal(compiled[2].logprobs, eager[2].logprobs)
+    for name, value in eager[2].as_dict("").items():
+        assert float(compiled[2].as_dict("")[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "off-policy": ({}, {}),
+    "on-policy": ({"on_policy": True}, {}),
+    "all": (
+        {"ref": True, "weights": "token", "temperature": "token"},
+        {"beta": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_with_the_same_numbers(objective: str, layout: str, case: str) -> None:
+    """Traced and differentiated by aot_eager, which is what every backend of torch.compile starts from."""
+    build, options = CASES[case]
+    args = arguments(ragged_batch(objective, seed=30, **build), layout)
+    compiled = torch.compile(PUBLIC[objective], fullgraph=True, backend="aot_eager")
+    same(value_and_gradient(compiled, args, **options), value_and_gradient(PUBLIC[objective], args, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["off-policy", "all"])
+def test_inductor(layout: str, case: str) -> None:
+    build, options = CASES[case]
+    args = arguments(ragged_batch("gspo", seed=31, **build), layout)
+    compiled = torch.compile(PUBLIC["gspo"], fullgraph=True)
+    same(value_and_gradient(compiled, args, **options), value_and_gradient(PUBLIC["gspo"], args, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_rows_under_inductor(backend: str) -> None:
+    """Rows that a kernel returns from without writing have been silently wrong in others once compiled."""
+    args = arguments(ragged_batch("grpo", seed=32, dtype=torch.bfloat16), "padded")
+
+    def work(logits: Tensor) -> Tensor:
+        out = token_logprobs(logits, args.rest[0], mask=args.keywords["mask"], backend=backend)
+        return (out.logprobs * 2 - out.entropy).sum()
+
+    leaves = [args.logits.detach().clone().requires_grad_() for _ in range(2)]
+    eager, compiled = work(leaves[0]), torch.compile(work, fullgraph=True)(leaves[1])
+    eager.backward()
+    compiled.backward()
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    assert float(compiled.detach()) == pytest.approx(float(eager.detach()), rel=1e-6)
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_overwriting_under_compile(layout: str) -> None:
+    """As a training step compiles it: the logits are made inside, and given away."""
+    batch = ragged_batch("gspo", seed=33)
+    args = arguments(batch, layout)
+
+    def work(x: Tensor, overwrite: bool) -> Tensor:
+        loss: Tensor = PUBLIC["gspo"](x * 1, *args.rest, **args.keywords, overwrite_logits=overwrite)[0]
+        return loss
+
+    gradients = []
+    for function, overwrite in ((work, False), (torch.compile(work, fullgraph=True, backend="aot_eager"), True)):
+        leaf = args.logits.detach().clone().requires_grad_()
+        function(leaf, overwrite).backward()
+        assert leaf.grad is not None
+        gradients.append(flat(leaf.grad, batch, layout))
+    check_close("gradient", gradients[1], gradients[0], 1e-6 * gradients[0].abs())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compilations_do_not_grow_with_lengths(layout: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(PUBLIC["gspo"], fullgraph=True, backend=counter)
+    for k in range(20):
+        lengths = [3 + k, 2, 5, 4 + k % 3]
+        args = arguments(ragged_batch("gspo", seed=k, lengths=lengths), layout)
+        same(value_and_gradient(compiled, args), value_and_gradient(PUBLIC["gspo"], args))
+    assert counter.frame_count <= 2, "once as it came, once with a symbolic length"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [0.5 + 0.05 * k for k in range(20)]),
+        ("eps_high", [1e-4 * (k + 1) for k in range(20)]),
+        ("eps_low", [1e-4 * (k + 1) for k in range(20)]),
+        ("beta", [0.01 * (k + 1) for k in range(20)]),
+        ("entropy_coef", [0.01 * (k + 1) for k in range(20)]),
+        ("max_log_ratio", [5.0 + k for k in range(20)]),
+        ("normalizer", [10.0 + k / 2 for k in range(20)]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_compilations_do_not_grow_with_an_annealed_number(name: str, values: list[float]) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(PUBLIC["gspo"], fullgraph=True, backend=counter)
+    args = arguments(ragged_batch("gspo", seed=34, ref=True), "packed")
+    args.keywords.pop("temperature")
+    for value in values:
+        same(
+            value_and_gradient(compiled, args, **{name: value}),
+            value_and_gradient(PUBLIC["gspo"], args, **{name: value}),
+        )
+    assert counter.frame_count <= 3, f"{counter.frame_count} compilations for 20 values of {name}"
+
+
+def test_errors_come_through() -> None:
+    args = arguments(ragged_batch("gspo", seed=35), "packed")
+    compiled = torch.compile(PUBLIC["gspo"], backend="aot_eager")
+    with pytest.raises(ValueError, match="aggregation"):
+        compiled(args.logits, *args.rest, **args.keywords, aggregation="mean")
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for every operator of the package, by name."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 17, generator=generator)
+    ids = torch.randint(17, (2, 3), generator=generator)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    hot = torch.rand(2, 3, generator=generator) + 0.5
+    lse, zeros, g = logits.logsumexp(-1).double(), torch.zeros(2, 3), torch.ones(2, 3)
+    cu_seqlens, values = torch.tensor([0, 2, 2, 6]), torch.randn(6, generator=generator).double()
+    grad = logits.clone().requires_grad_()
+    return {
+        "row_stats": [
+            (grad, ids, None, None, 1.0, True, False, None),
+            (grad, ids, mask, hot, 1.0, True, False, "reference"),
+            (logits.bfloat16(), ids, mask, None, 0.7, False, False, "native"),
+        ],
+        "row_gradient_": [
+            (logits, ids, mask, hot, 1.0, zeros, lse, g, g, lse, torch.zeros_like(logits), None),
+            (logits, ids, None, None, 0.7, zeros, lse, g, None, None, torch.zeros_like(logits), "reference"),
+        ],
+        "row_stats_and_gradient_": [(logits, ids, mask, None, 1.0, g, torch.zeros_like(logits), None)],
+        "scale_": [(logits.clone(), torch.tensor(0.5), None)],
+        "checked_cu_seqlens": [(cu_seqlens, 6), (cu_seqlens.int(), 6)],
+        "segment_sum": [(values.clone().requires_grad_(), cu_seqlens)],
+        "segment_spread": [(values[:3].clone().requires_grad_(), cu_seqlens, 6)],
+    }
+
+
+def operators() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("gspo_kernels::") for name in names if name.startswith("gspo_kernels::"))
+
+
+@pytest.mark.parametrize("name", operators())
+def test_operators_keep_their_contract(name: str) -> None:
+    """Schema (nothing aliased or mutated unsaid), fake tensors, autograd, and dynamic shapes under AOT dispatch."""
+    for args in samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.gspo_kernels, name).default, args)
+
+
+def test_policy_loss_compiles_with_an_objective_made_outside() -> None:
+    from gspo_kernels import GSPO
+
+    args = arguments(ragged_batch("gspo", seed=36), "padded")
+    compiled = torch.compile(policy_loss, fullgraph=True, backend="aot_eager")
+    objective = GSPO(1e-3, 2e-3)
+    same(
+        value_and_gradient(compiled, args, objective=objective),
+        value_and_gradient(policy_loss, args, objective=objective),
+    )
