@@ -73,7 +73,7 @@ def compile_all(commands: dict[Path, list[str]], folder: Path) -> None:
         for target, command in commands.items()
     )
     script = folder / "build.ninja"
-    script.write_text(rule + "".join(builds))
+    script.write_text(f"builddir = {folder}\n{rule}" + "".join(builds))
     subprocess.run([ninja, "-f", str(script)], check=True)
 
 

@@ -1,6 +1,5 @@
 // The one extension module: addresses, sizes and a thread count in, nothing of torch's ABI, so that one build serves
-// any torch. The Python side (gspo_kernels/logprobs/native.py) owns shapes and lifetimes; what could make a kernel touch
-// memory it should not is checked there and here, before anything is written.
+// any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (logprobs/ops.py).
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -80,14 +79,6 @@ struct Rows {
     if (outer < 0 || inner < 0 || vocab < 1) throw std::invalid_argument("rows: sizes out of range");
   }
 
-  // The first row that counts and whose token is not in [0, vocab), or -1.
-  int64_t first_bad_token() const {
-    for (int64_t row = 0; row < shape.rows; ++row)
-      if ((!inputs.mask || inputs.mask[row]) && (inputs.token_ids[row] < 0 || inputs.token_ids[row] >= shape.vocab))
-        return row;
-    return -1;
-  }
-
   template <class F>
   void for_each(const F& run) const {
     constexpr int64_t kColumnsPerTask = 1 << 16;  // small vocabularies: several rows a task
@@ -156,7 +147,6 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
            py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("threads") = 1)
-      .def("first_bad_token", &Rows::first_bad_token, released())
       .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"))
       .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("entropy"), py::arg("lse"),

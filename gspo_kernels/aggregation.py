@@ -29,7 +29,7 @@ def token_weights(layout: Layout, aggregation: str, normalizer: float | Tensor |
     share = 1.0 / count.clamp(min=1) if normalizer is None else torch.ones_like(count) / normalizer
     if aggregation == "sequence_mean":
         return layout.spread(share / layout.lengths.clamp(min=1))
-    return torch.where(layout.mask, share, 0.0)
+    return layout.select(share.expand(layout.mask.shape))
 
 
 def check(aggregation: Any, normalizer: Any) -> None:

@@ -24,13 +24,18 @@ class Layout:
     def __init__(self, shape: torch.Size, mask: Tensor | None, device: torch.device, sequences: int) -> None:
         self.shape, self.sequences = shape, sequences
         self.mask = torch.ones(shape.numel(), dtype=torch.bool, device=device) if mask is None else mask.reshape(-1)
+        self._masked = ~self.mask
         self.lengths = self.sum(torch.ones((), dtype=torch.float64, device=device).expand(shape.numel()))  # [sequences]
         self.num_tokens = self.lengths.sum()
         self.num_sequences = (self.lengths > 0).sum(dtype=torch.float64)
 
+    def select(self, values: Tensor) -> Tensor:
+        """[tokens], with 0 where masked, whatever stood there."""
+        return values.masked_fill(self._masked, 0.0)
+
     def sum(self, values: Tensor) -> Tensor:
         """[tokens] -> [sequences], over unmasked tokens."""
-        return self._sum(torch.where(self.mask, values, 0.0))
+        return self._sum(self.select(values))
 
     def mean(self, values: Tensor) -> Tensor:
         """[tokens] -> [sequences], over unmasked tokens; 0 for a sequence without any."""
@@ -38,13 +43,13 @@ class Layout:
 
     def spread(self, values: Tensor) -> Tensor:
         """[sequences] -> [tokens], a sequence's value at each of its unmasked tokens and 0 elsewhere."""
-        return torch.where(self.mask, self._spread(values), 0.0)
+        return self.select(self._spread(values))
 
     def tokens(self, name: str, values: Any, meaning: str) -> Tensor:
         """A caller's token array, checked: [tokens] in float64, 0 where masked."""
         array = self._array(name, values, meaning)
         checks.shape(name, array, self.shape, f"{meaning}, one per token")
-        return torch.where(self.mask, array.reshape(-1).double(), 0.0)
+        return self.select(array.reshape(-1).double())
 
     def per_sequence(self, name: str, values: Any, meaning: str) -> Tensor:
         """A caller's sequence array, checked: [sequences] in float64, 0 for a sequence without an unmasked token."""

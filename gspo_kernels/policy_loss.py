@@ -229,7 +229,7 @@ def policy_loss_from_logprobs(
     layout = layout_of(logprobs.shape, mask, cu_seqlens, logprobs.device)
     if entropy is not None:
         checks.shape("entropy", checks.tensor("entropy", entropy, "entropy per token"), logprobs.shape, "one per token")
-        entropy = torch.where(layout.mask, entropy.reshape(-1), 0.0)
+        entropy = layout.select(entropy.reshape(-1))
     elif entropy_coef != 0.0:
         raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
     stage = token_stage(

@@ -58,14 +58,13 @@ def collect(
     units = counted.sum(dtype=torch.float64)
     ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
 
-    def mean(values: Tensor, where: Tensor, count: Tensor) -> Tensor:
-        return torch.where(where, values.detach().double(), 0.0).sum() / count.clamp(min=1)
-
     def share(flags: Tensor | None) -> Tensor:
-        return torch.zeros_like(units) if flags is None else mean(flags, counted, units)
+        return torch.zeros_like(units) if flags is None else (flags & counted).sum() / units.clamp(min=1)
 
     def over_tokens(values: Tensor | None) -> Tensor:
-        return torch.zeros_like(units) if values is None else mean(values, layout.mask, layout.num_tokens)
+        if values is None:
+            return torch.zeros_like(units)
+        return layout.select(values.detach().double()).sum() / layout.num_tokens.clamp(min=1)
 
     def extreme(fill: float) -> Tensor:
         if ratio.numel() == 0:
@@ -79,7 +78,7 @@ def collect(
         "clip_fraction": low + high,
         "clip_fraction_low": low,
         "clip_fraction_high": high,
-        "ratio_mean": mean(ratio, counted, units),
+        "ratio_mean": torch.where(counted, ratio, 0.0).sum() / units.clamp(min=1),
         "ratio_min": extreme(torch.inf),
         "ratio_max": extreme(-torch.inf),
         "saturated_fraction": share(log_ratio > max_log_ratio),
@@ -91,6 +90,6 @@ def collect(
     }
     return Stats(
         **{name: value.float() for name, value in scalars.items()},
-        logprobs=torch.where(layout.mask, logprobs.detach(), 0.0).float().reshape(layout.shape),
+        logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
         log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
     )

@@ -51,8 +51,7 @@ class TokenStage:
 
     def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """logprobs, entropy: [tokens] as the kernels return them."""
-        mask = self.layout.mask
-        new = torch.where(mask, logprobs.double(), 0.0).clamp(-_FINITE, _FINITE)
+        new = self.layout.select(logprobs.double()).clamp(-_FINITE, _FINITE)
         old = new.detach() if self.old_logprobs is None else self.old_logprobs.clamp(-_FINITE, _FINITE)
         log_ratio = new - old
         terms = self._terms(log_ratio)
@@ -79,7 +78,7 @@ class TokenStage:
             per_token = per_token + self.beta * kl
         if entropy is not None and self.entropy_coef != 0.0:
             per_token = per_token - self.entropy_coef * entropy.double()
-        return (torch.where(self.layout.mask, per_token, 0.0) * self.token_weights).sum()
+        return (self.layout.select(per_token) * self.token_weights).sum()
 
 
 def token_stage(

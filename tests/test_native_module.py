@@ -1,0 +1,74 @@
+"""The extension on its own: it needs no torch to load, and then brings threads of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+native = pytest.importorskip("gspo_kernels._native", reason="the C++ extension is not built")
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `script` in a fresh interpreter that has `native` loaded from its file, and no torch."""
+    prelude = f"""
+        import importlib.util, sys
+        spec = importlib.util.spec_from_file_location("_native", {native.__file__!r})
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        assert "torch" not in sys.modules
+    """
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_threads_without_torch() -> None:
+    """Equal logits: every log-probability is -log V. Four threads on eight rows, none of them torch's."""
+    done = run(
+        """
+        import ctypes, math
+        rows, vocab = 8, 70001
+        logits, ids = (ctypes.c_float * (rows * vocab))(), (ctypes.c_int64 * rows)(*range(rows))
+        logprobs, entropy, lse = (ctypes.c_float * rows)(), (ctypes.c_float * rows)(), (ctypes.c_double * rows)()
+        assert not native.shares_threads_with_torch()
+        native.Rows(
+            dtype="float32", logits=ctypes.addressof(logits), outer=1, inner=rows, vocab=vocab, outer_stride=0,
+            inner_stride=vocab, token_ids=ctypes.addressof(ids), threads=4,
+        ).forward(
+            logprobs=ctypes.addressof(logprobs), entropy=ctypes.addressof(entropy), lse=ctypes.addressof(lse)
+        )
+        for row in range(rows):
+            assert math.isclose(logprobs[row], -math.log(vocab), rel_tol=1e-6), logprobs[row]
+            assert math.isclose(entropy[row], math.log(vocab), rel_tol=1e-6), entropy[row]
+            assert math.isclose(lse[row], math.log(vocab), rel_tol=1e-6), lse[row]
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_lends_its_threads() -> None:
+    import torch  # noqa: F401  (its import is what brings the OpenMP runtime)
+
+    assert native.shares_threads_with_torch()
+
+
+def test_instruction_set_can_be_named() -> None:
+    assert run("print(native.instruction_set())", GSPO_KERNELS_ISA="baseline").stdout.strip() == "baseline"
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    done = run("native.instruction_set()", GSPO_KERNELS_ISA="mmx")
+    assert "ValueError: GSPO_KERNELS_ISA: expected avx512, avx2 or baseline" in done.stderr
+    assert "got 'mmx'" in done.stderr
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16, got 'int8'"):
+        native.Rows(dtype="int8", logits=0, outer=0, inner=0, vocab=1, outer_stride=0, inner_stride=0)
