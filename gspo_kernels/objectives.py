@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .layout import Layout
+from .scalars import run_time
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Objective:
     advantages_per_token: ClassVar[bool] = True
     aggregation: ClassVar[str] = "sequence_mean"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         """
         Args:
             log_ratio: [tokens] float64, `log pi(y_t) - log pi_old(y_t)`, finite; 0 where masked.
             advantages: [tokens] float64 if `advantages_per_token`, else [sequences].
             layout: sums, means and spreads over sequences; `layout.mask` is [tokens].
-            max_log_ratio: above it a ratio saturates: constant, without gradient.
+            max_log_ratio: above it a ratio saturates: constant, without gradient. A 0-d tensor.
         """
         raise NotImplementedError
 
@@ -57,7 +58,7 @@ def clipped_surrogate(
     eps_low: float,
     eps_high: float,
     dual_clip: float | None,
-    max_log_ratio: float,
+    max_log_ratio: Tensor,
 ) -> Terms:
     """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
 
@@ -66,13 +67,16 @@ def clipped_surrogate(
 
     Returns: the loss and where it is held at a bound, one number per log-ratio.
     """
+    device = log_ratio.device
+    lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
     deviation = torch.expm1(log_ratio.clamp(max=max_log_ratio))  # clamp: constant and without gradient above
-    low = (advantages < 0) & (deviation < -eps_low)
-    high = (advantages > 0) & (deviation > eps_high)
-    held = torch.where(high, eps_high, torch.where(low, -eps_low, deviation))
+    low = (advantages < 0) & (deviation < lowest)
+    high = (advantages > 0) & (deviation > highest)
+    held = torch.where(high, highest, torch.where(low, lowest, deviation))
     if dual_clip is not None:
-        above = (advantages < 0) & (deviation > dual_clip - 1.0)
-        held, high = torch.where(above, dual_clip - 1.0, held), high | above
+        bound = run_time(dual_clip, device) - 1.0
+        above = (advantages < 0) & (deviation > bound)
+        held, high = torch.where(above, bound, held), high | above
     return Terms(-(1.0 + held) * advantages, log_ratio, low, high)
 
 
@@ -88,7 +92,7 @@ class _Clipped(Objective):
         if self.dual_clip is not None:
             checks.number("dual_clip", self.dual_clip, "the largest ratio for a negative advantage", above=1.0)
 
-    def _clip(self, log_ratio: Tensor, advantages: Tensor, max_log_ratio: float) -> Terms:
+    def _clip(self, log_ratio: Tensor, advantages: Tensor, max_log_ratio: Tensor) -> Terms:
         return clipped_surrogate(
             log_ratio, advantages, eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
             max_log_ratio=max_log_ratio,
@@ -113,7 +117,7 @@ class GSPO(_Clipped):
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         of_sequences = self._clip(layout.mean(log_ratio), advantages, max_log_ratio)
         return replace(of_sequences, loss=layout.spread(of_sequences.loss))
 
@@ -132,7 +136,7 @@ class GSPOToken(_Clipped):
     eps_low: float = 3e-4
     eps_high: float = 4e-4
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         log_s = layout.spread(layout.mean(log_ratio.detach())) + (log_ratio - log_ratio.detach())
         return self._clip(log_s, advantages, max_log_ratio)
 
@@ -151,7 +155,7 @@ class GRPO(_Clipped):
     eps_low: float = 0.2
     eps_high: float = 0.27
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: float) -> Terms:
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         return self._clip(log_ratio, advantages, max_log_ratio)
 
 

@@ -298,23 +298,23 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
     shape = token_ids.shape
     view = logits if logits.ndim == 3 else logits[None]
     as_rows = view.shape[:2]
-    row_temperature = None
     if isinstance(temperature, Tensor):
         checks.floating("temperature", temperature, "a number, or one temperature per token")
         checks.same_device("temperature", temperature, logits.device)
         if temperature.ndim:
             checks.shape("temperature", temperature, shape, "one per token")
-        row_temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
-        temperature = 1.0
+        temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
     else:
         checks.number("temperature", temperature, "what the logits are divided by", above=0.0)
+        temperature = (
+            torch.zeros((), dtype=torch.float64) + temperature
+        )  # this way it never becomes a compiled constant
     check_name(backend)
     return Rows(
         logits=view,
         token_ids=token_ids.detach().to(torch.int64).reshape(as_rows).contiguous(),
         mask=None if mask is None else mask.reshape(as_rows).contiguous(),
-        temperature=float(temperature),
-        row_temperature=row_temperature,
+        temperature=temperature,
     )
 
 

@@ -50,7 +50,7 @@ def collect(
     ref_kl: Tensor | None,
     logprobs: Tensor,
     entropy: Tensor | None,
-    max_log_ratio: float,
+    max_log_ratio: Tensor,
 ) -> Stats:
     """`terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens]."""
     log_ratio = terms.log_ratio.detach()

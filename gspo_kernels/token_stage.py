@@ -12,6 +12,7 @@ from . import aggregation as aggregate
 from . import checks
 from .layout import Layout
 from .objectives import Objective, Terms
+from .scalars import run_time
 from .stats import Stats, collect
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -37,7 +38,7 @@ class TokenStage:
     beta: float
     kl_estimator: str
     entropy_coef: float
-    max_log_ratio: float
+    max_log_ratio: Tensor
 
     def depends_on_log_ratio_alone(self) -> bool:
         return self.old_logprobs is None and self.beta == 0.0 and self.entropy_coef == 0.0
@@ -126,7 +127,7 @@ def token_stage(
         beta=beta,
         kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,
-        max_log_ratio=max_log_ratio,
+        max_log_ratio=run_time(max_log_ratio, layout.mask.device),
     )
 
 

@@ -98,9 +98,13 @@ inline vfloat load(const Float16* p) {
 
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store(BFloat16* p, vfloat v) {  // round to nearest even; a NaN that arithmetic made stays one
+inline vuint round_to_bf16(vfloat v) {  // to nearest even, in the upper half; a NaN that arithmetic made stays one
   const vuint bits = (vuint)v;
-  const vshort rounded = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vshort);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+inline void store(BFloat16* p, vfloat v) {
+  const vshort rounded = __builtin_convertvector(round_to_bf16(v) >> 16, vshort);
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
@@ -122,6 +126,34 @@ inline void store(Float16* p, vfloat v) {
   const vshort packed = __builtin_convertvector(sign | half, vshort);
   std::memcpy(p, &packed, sizeof packed);
 #endif
+}
+
+// ---- two vectors at a time, where it does not matter which column lands in which lane
+
+struct Pair {
+  vfloat a, b;
+};
+
+template <class T>
+inline Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+
+template <class T>
+inline void store_pair(T* p, Pair v) {
+  store(p, v.a);
+  store(p + kLanes, v.b);
+}
+
+// bf16: even columns in one, odd ones in the other, so that nothing has to be widened, narrowed or moved between lanes.
+inline Pair load_pair(const BFloat16* p) {
+  const vuint both = read<vuint>(p);
+  return {(vfloat)(both << 16), (vfloat)(both & 0xffff0000u)};
+}
+
+inline void store_pair(BFloat16* p, Pair v) {
+  const vuint both = (round_to_bf16(v.a) >> 16) | (round_to_bf16(v.b) & 0xffff0000u);
+  std::memcpy(p, &both, sizeof both);
 }
 
 // ---- 2^t for t <= 127, zero below -126.5; NaN stays NaN

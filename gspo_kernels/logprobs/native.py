@@ -82,11 +82,12 @@ def scale(values: Tensor, factor: Tensor) -> None:
 
 
 def _bind(rows: Rows) -> _native.Rows:
+    per_row = rows.temperature.ndim > 0
     return _native.Rows(
         token_ids=rows.token_ids.data_ptr(),
         mask=_address(rows.mask),
-        temperature=rows.temperature,
-        row_temperature=_address(rows.row_temperature),
+        temperature=1.0 if per_row else float(rows.temperature),
+        row_temperature=_address(rows.temperature if per_row else None),
         **_place(rows.logits),
     )
 

@@ -27,12 +27,11 @@ def _row_stats(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     overwrite_logits: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Rows(logits, token_ids, mask, temperature, row_temperature)
+    rows = Rows(logits, token_ids, mask, temperature)
     _check_values(rows)
     return _as_tensors(choose(logits, backend).forward(rows))
 
@@ -42,8 +41,7 @@ def _(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     overwrite_logits: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +53,7 @@ def _row_gradient(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     entropy: Tensor,
     lse: Tensor,
     grad_logprobs: Tensor | None,
@@ -65,7 +62,7 @@ def _row_gradient(
     gradient: Tensor,
     backend: str | None,
 ) -> None:
-    rows = Rows(logits, token_ids, mask, temperature, row_temperature)
+    rows = Rows(logits, token_ids, mask, temperature)
     upstream = Upstream(*(None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)))
     choose(logits, backend).backward(rows, entropy, lse, upstream, gradient)
 
@@ -80,13 +77,12 @@ def _row_stats_and_gradient(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     grad_logprobs: Tensor,
     gradient: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Rows(logits, token_ids, mask, temperature, row_temperature)
+    rows = Rows(logits, token_ids, mask, temperature)
     _check_values(rows)
     return _as_tensors(choose(logits, backend).forward_backward(rows, grad_logprobs.contiguous(), gradient))
 
@@ -96,8 +92,7 @@ def _(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     grad_logprobs: Tensor,
     gradient: Tensor,
     backend: str | None,
@@ -129,22 +124,22 @@ def _room_for_gradient(logits: Tensor, overwrite: bool) -> Tensor:
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, token_ids, mask, row_temperature, ctx.temperature, ctx.overwrite_logits, ctx.backend = inputs
+    logits, token_ids, mask, temperature, ctx.overwrite_logits, ctx.backend = inputs
     _, entropy, lse = output
-    ctx.save_for_backward(logits, token_ids, mask, row_temperature, entropy, lse)
+    ctx.save_for_backward(logits, token_ids, mask, temperature, entropy, lse)
     ctx.set_materialize_grads(False)
 
 
 def _gradient_of_logits(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits, token_ids, mask, row_temperature, entropy, lse = ctx.saved_tensors
+    logits, token_ids, mask, temperature, entropy, lse = ctx.saved_tensors
     gradient = _room_for_gradient(logits, ctx.overwrite_logits)
     _row_gradient(
-        logits, token_ids, mask, row_temperature, ctx.temperature, entropy, lse,
+        logits, token_ids, mask, temperature, entropy, lse,
         grad_logprobs, grad_entropy, grad_lse, gradient, ctx.backend,
     )  # fmt: skip
-    return gradient, None, None, None, None, None, None
+    return gradient, None, None, None, None, None
 
 
 _row_stats.register_autograd(_gradient_of_logits, setup_context=_save_for_gradient)
@@ -159,7 +154,7 @@ class _KnownGradient(torch.autograd.Function):
     ) -> Any:
         gradient = _room_for_gradient(logits, overwrite)
         logprobs, entropy, lse = _row_stats_and_gradient(
-            logits, rows.token_ids, rows.mask, rows.row_temperature, rows.temperature, grad_logprobs, gradient, backend
+            logits, rows.token_ids, rows.mask, rows.temperature, grad_logprobs, gradient, backend
         )
         ctx.save_for_backward(gradient)
         ctx.backend = backend
@@ -180,9 +175,8 @@ class _KnownGradient(torch.autograd.Function):
 def row_stats(rows: Rows, *, overwrite_logits: bool = False, backend: str | None = None) -> RowStats:
     """Statistics of each row, differentiable in all three."""
     logprobs, entropy, lse = _row_stats(
-        rows.logits, rows.token_ids, rows.mask, rows.row_temperature, rows.temperature,
-        overwrite_logits, backend,
-    )  # fmt: skip
+        rows.logits, rows.token_ids, rows.mask, rows.temperature, overwrite_logits, backend
+    )
     return RowStats(logprobs, entropy, lse)
 
 
@@ -212,9 +206,9 @@ def _check_values(rows: Rows) -> None:
         "token_ids",
         f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set",
     )
-    if rows.row_temperature is not None:
-        bad = ~((rows.row_temperature > 0) & torch.isfinite(rows.row_temperature))
-        _refuse(bad, rows, rows.row_temperature, "temperature", "finite numbers above 0 where the mask is set")
+    if rows.temperature.ndim:
+        bad = ~((rows.temperature > 0) & torch.isfinite(rows.temperature))
+        _refuse(bad, rows, rows.temperature, "temperature", "finite numbers above 0 where the mask is set")
 
 
 def _refuse(bad: Tensor, rows: Rows, values: Tensor, name: str, expected: str) -> None:

@@ -114,9 +114,9 @@ class _Block:
         return self.rows.mask[self.outer, self.span]
 
     def temperatures(self) -> Tensor:
-        if self.rows.row_temperature is None:
-            return self.logits.new_full((self.logits.shape[0],), self.rows.temperature, dtype=torch.float64)
-        return self.rows.row_temperature[self.outer, self.span].double()
+        if self.rows.temperature.ndim == 0:
+            return self.logits.new_full((self.logits.shape[0],), float(self.rows.temperature), dtype=torch.float64)
+        return self.rows.temperature[self.outer, self.span].double()
 
     def target_logits(self) -> Tensor:
         return self.logits.gather(1, self.token_ids[:, None])[:, 0].double()

@@ -33,8 +33,7 @@ class Rows:
     logits: Tensor  # [outer, inner, vocab], any strides
     token_ids: Tensor  # int64
     mask: Tensor | None  # bool; rows that are False are not read. None: every row counts
-    temperature: float
-    row_temperature: Tensor | None  # fp32; replaces `temperature`
+    temperature: Tensor  # what logits are divided by: fp32 per row, or one number, 0-d fp64 on the CPU
 
 
 def stats_dtype(logits: Tensor) -> torch.dtype:

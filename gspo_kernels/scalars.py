@@ -1,0 +1,15 @@
+"""Hyper-parameters as run-time values: annealing one must not compile anything again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def run_time(value: float | Tensor, device: torch.device) -> Tensor:
+    """`value` as a 0-d float64 tensor on `device`.
+
+    Under `torch.compile` a Python float becomes a constant of the graph wherever it meets an operator that is not plain
+    arithmetic (clamp, where, an operator of ours). Added to a tensor first, it stays an input.
+    """
+    return value if isinstance(value, Tensor) else torch.zeros((), dtype=torch.float64, device=device) + value
