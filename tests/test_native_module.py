@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
+import torch
 
 native = pytest.importorskip("gspo_kernels._native", reason="the C++ extension is not built")
 
@@ -54,8 +56,6 @@ def test_threads_without_torch() -> None:
 
 
 def test_torch_lends_its_threads() -> None:
-    import torch  # noqa: F401  (its import is what brings the OpenMP runtime)
-
     assert native.shares_threads_with_torch()
 
 
@@ -72,3 +72,33 @@ def test_unknown_instruction_set_is_refused() -> None:
 def test_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16, got 'int8'"):
         native.Rows(dtype="int8", logits=0, outer=0, inner=0, vocab=1, outer_stride=0, inner_stride=0)
+
+
+def test_other_python_threads_run_meanwhile() -> None:
+    """With a switch interval of a minute, this thread gets the interpreter only if the kernel lets go of it."""
+    rows, vocab = 256, 100_000
+    logits, ids = torch.zeros(rows, vocab), torch.zeros(rows, dtype=torch.int64)
+    out = torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.float64)
+    begun, done = threading.Event(), False
+
+    def work() -> None:
+        nonlocal done
+        kernels = native.Rows(
+            dtype="float32", logits=logits.data_ptr(), outer=1, inner=rows, vocab=vocab, outer_stride=0,
+            inner_stride=vocab, token_ids=ids.data_ptr(),
+        )  # fmt: skip
+        begun.set()
+        kernels.forward(logprobs=out[0].data_ptr(), entropy=out[1].data_ptr(), lse=out[2].data_ptr())
+        done = True
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait()
+        ran_meanwhile = not done
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert ran_meanwhile
