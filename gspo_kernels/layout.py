@@ -91,14 +91,14 @@ class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
     def __init__(self, shape: torch.Size, mask: Tensor | None, cu_seqlens: Tensor) -> None:
-        self.cu_seqlens = _checked_cu_seqlens(cu_seqlens, shape[0])
+        self._segments = _segments(cu_seqlens, shape[0])
         super().__init__(shape, mask, cu_seqlens.device, cu_seqlens.shape[0] - 1)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return cast(Tensor, _segment_sum(values, self.cu_seqlens))
+        return cast(Tensor, _segment_sum(values, *self._segments))
 
     def _spread(self, values: Tensor) -> Tensor:
-        return cast(Tensor, _segment_spread(values, self.cu_seqlens, self.shape[0]))
+        return cast(Tensor, _segment_spread(values, *self._segments))
 
 
 def layout_of(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device) -> Layout:
@@ -133,8 +133,9 @@ def layout_of(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch
 # ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
 
 
-@torch.library.custom_op("gspo_kernels::checked_cu_seqlens", mutates_args=(), device_types=("cpu", "cuda"))
-def _checked_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+@torch.library.custom_op("gspo_kernels::segments", mutates_args=(), device_types=("cpu", "cuda"))
+def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(boundaries in int64, the sequence of each token [tokens])."""
     if cu_seqlens.device.type == "cpu":
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
@@ -142,44 +143,46 @@ def _checked_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
                 f"cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of "
                 f"tokens; got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else f'{first} ... {last}'}"
             )
-    return cu_seqlens.to(torch.int64, copy=True)
+    boundaries = cu_seqlens.to(torch.int64, copy=True)
+    sequences = torch.arange(boundaries.numel() - 1, device=boundaries.device)
+    return boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens)
 
 
-@_checked_cu_seqlens.register_fake
-def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    return torch.empty_like(cu_seqlens, dtype=torch.int64)
+@_segments.register_fake
+def _(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(cu_seqlens, dtype=torch.int64), cu_seqlens.new_empty(tokens, dtype=torch.int64)
 
 
 @torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=(), device_types=("cpu", "cuda"))
-def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    if cu_seqlens.numel() == 1:
+def _segment_sum(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
+    if boundaries.numel() == 1:
         return values.new_zeros(0)
-    return torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)
+    return torch.segment_reduce(values.contiguous(), "sum", offsets=boundaries, initial=0.0, unsafe=True)
 
 
 @_segment_sum.register_fake
-def _(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return values.new_empty(cu_seqlens.shape[0] - 1)
+def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
+    return values.new_empty(boundaries.shape[0] - 1)
 
 
 @torch.library.custom_op("gspo_kernels::segment_spread", mutates_args=(), device_types=("cpu", "cuda"))
-def _segment_spread(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    return values.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+def _segment_spread(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
+    return values.index_select(0, sequence_of)
 
 
 @_segment_spread.register_fake
-def _(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    return values.new_empty(tokens)
+def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
+    return values.new_empty(sequence_of.shape[0])
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.tokens = inputs[0].shape[0]
+def _remember_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
 
 
+# Each is the other's derivative.
 _segment_sum.register_autograd(
-    lambda ctx, gradient: (_segment_spread(gradient, ctx.saved_tensors[0], ctx.tokens), None), setup_context=_remember
+    lambda ctx, gradient: (_segment_spread(gradient, *ctx.saved_tensors), None, None), setup_context=_remember_segments
 )
 _segment_spread.register_autograd(
-    lambda ctx, gradient: (_segment_sum(gradient, ctx.saved_tensors[0]), None, None), setup_context=_remember
+    lambda ctx, gradient: (_segment_sum(gradient, *ctx.saved_tensors), None, None), setup_context=_remember_segments
 )

@@ -89,7 +89,7 @@ def collect(
         "num_tokens": layout.num_tokens,
     }
     return Stats(
-        **{name: value.float() for name, value in scalars.items()},
+        **dict(zip(scalars, torch.stack(list(scalars.values())).float().unbind(), strict=True)),
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
         log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
     )

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -154,6 +154,26 @@ inline Pair load_pair(const BFloat16* p) {
 inline void store_pair(BFloat16* p, Pair v) {
   const vuint both = (round_to_bf16(v.a) >> 16) | (round_to_bf16(v.b) & 0xffff0000u);
   std::memcpy(p, &both, sizeof both);
+}
+
+// ---- stores that bypass the caches; p is aligned to the width of a vector
+
+inline void stream_zeros(char* p) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), _mm512_setzero_ps());
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), _mm256_setzero_ps());
+#elif defined(__x86_64__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), _mm_setzero_ps());
+#else
+  std::memset(p, 0, sizeof(vfloat));
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // ---- 2^t for t <= 127, zero below -126.5; NaN stays NaN

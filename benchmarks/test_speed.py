@@ -1,0 +1,41 @@
+"""Every contestant in every case: its answer is checked, then its times go to pytest-benchmark.
+
+The times were taken in turn with those of the other contestants (`race.py`), which pytest-benchmark cannot do. A clock
+that advances by the recorded times hands them over: its statistics, --benchmark-json and --benchmark-compare all work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .cases import Case
+from .contestants import Contestant
+from .race import Outcome
+
+_now = 0.0
+
+
+def recorded_time() -> float:
+    return _now
+
+
+@pytest.mark.benchmark(timer=recorded_time)
+def test_speed(
+    benchmark: BenchmarkFixture, outcomes_of: Callable[[Case], dict[str, Outcome]], case: Case, contestant: Contestant
+) -> None:
+    outcome = outcomes_of(case)[contestant.name]
+    if outcome.error is not None:
+        raise outcome.error
+    times = iter(outcome.seconds or [0.0])
+
+    def replay() -> None:
+        global _now
+        _now += next(times)
+
+    benchmark.group = case.id
+    benchmark.extra_info["extra_bytes"] = outcome.extra_bytes
+    benchmark.extra_info["compile_seconds"] = outcome.compile_seconds
+    benchmark.pedantic(replay, rounds=max(len(outcome.seconds), 1))  # type: ignore[no-untyped-call]
