@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -59,12 +59,10 @@ def _warn_of_missing_kernels() -> None:
     warnings.warn(f"gspo_kernels runs on plain torch, many times slower: {native.missing()}", stacklevel=2)
 
 
-def explain(logits: Tensor, *, backend: str | None = None) -> str:
-    """Which backend runs for `logits`, and why not the others.
+def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
+    """Which backend runs for these inputs, and why not the others.
 
-    Args:
-        logits: what would be passed to a loss (`weight` and `hidden` have no say on this path).
-        backend: the name that would be passed as `backend=`, or None for the automatic choice.
+    Args: those of a loss, in its order. Only `logits` and `backend` have a say; the others may be left out.
 
     Returns:
         A few lines of text, the chosen backend first.
