@@ -82,8 +82,10 @@ struct Rows {
   template <class F>
   void for_each(const F& run) const {
     constexpr int64_t kColumnsPerTask = 1 << 16;  // small vocabularies: several rows a task
+    constexpr int64_t kColumnsPerThread = 1 << 18;  // less than 0.1 ms of work: waking a thread would cost more
     const int64_t grain = shape.vocab >= kColumnsPerTask ? 1 : kColumnsPerTask / shape.vocab;
-    parallel_for(shape.rows, grain, threads, run);
+    const int64_t useful = 1 + shape.rows * shape.vocab / kColumnsPerThread;
+    parallel_for(shape.rows, grain, useful < threads ? static_cast<int>(useful) : threads, run);
   }
 
   void forward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse) const {

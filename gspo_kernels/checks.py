@@ -47,11 +47,22 @@ def integers(name: str, value: Tensor, meaning: str) -> None:
         raise TypeError(f"{name}: expected {meaning} in an integer dtype; got {value.dtype}")
 
 
-def number(name: str, value: Any, meaning: str, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
+def number(
+    name: str,
+    value: Any,
+    meaning: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> None:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {meaning}, a number; got {describe(value)}")
-    if not (value > above and value >= at_least and value < math.inf):
-        bound = f" above {above:g}" if above > -math.inf else f" of at least {at_least:g}"
+    if not (value > above and value >= at_least and value <= at_most and -math.inf < value < math.inf):
+        bound = (
+            f" above {above:g}" if above > -math.inf else f" of at least {at_least:g}" if at_least > -math.inf else ""
+        )
+        bound += f" and at most {at_most:g}" if at_most < math.inf else ""
         raise ValueError(f"{name}: expected {meaning}, a finite number{bound}; got {value}")
 
 

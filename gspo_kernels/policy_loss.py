@@ -75,11 +75,13 @@ def policy_loss(
     inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
 
     Args:
-        logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better.
+        logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
+            has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
         token_ids: integers, one per row.
         advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
         old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
-            ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits.
+            ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
+            fp16, not under torch.compile). Such a loss can be walked backward once.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
@@ -115,8 +117,14 @@ def policy_loss(
     )  # fmt: skip
     rows = _rows(logits, token_ids, None if mask is None else layout.mask, temperature, backend)
 
-    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if needs_gradient and stage.depends_on_log_ratio_alone() and not torch.compiler.is_compiling():
+    one_pass = (
+        stage.depends_on_log_ratio_alone()
+        and logits.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
+    )
+    if one_pass:
         gradient = stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape)
         carrier, found = row_stats_with_gradient(rows, gradient, overwrite_logits=overwrite_logits, backend=backend)
         with torch.no_grad():
@@ -305,7 +313,7 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
             checks.shape("temperature", temperature, shape, "one per token")
         temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
     else:
-        checks.number("temperature", temperature, "what the logits are divided by", above=0.0)
+        checks.number("temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6)
         temperature = (
             torch.zeros((), dtype=torch.float64) + temperature
         )  # this way it never becomes a compiled constant

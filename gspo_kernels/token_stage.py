@@ -105,9 +105,9 @@ def token_stage(
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
     checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
-    checks.number("max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0)
-    if max_log_ratio > 80.0:
-        raise ValueError(f"max_log_ratio: expected at most 80, so that the ratio fits fp32; got {max_log_ratio}")
+    checks.number(
+        "max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0
+    )  # e^80 is fp32
     if ref_logprobs is None and beta != 0.0:
         raise ValueError(
             f"ref_logprobs: expected the reference policy's log-probabilities, because beta is {beta}; got None"

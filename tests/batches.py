@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import oracle
 import torch
 from torch import Tensor
 
 import gspo_kernels
-import oracle
 
 PUBLIC: dict[str, Callable[..., Any]] = {
     "gspo": gspo_kernels.gspo_loss,
@@ -31,7 +31,7 @@ BACKENDS = ["native", "reference"]
 LAYOUTS = ["padded", "packed"]
 
 # One entry a sequence, cycled: (multiple of the log clip edge, or "far", and the sign of the advantage).
-PLAN = [
+PLAN: list[tuple[float | str, int]] = [
     (+1.05, +1),  # just above the window, A > 0: clipped
     (-1.05, -1),  # just below the window, A < 0: clipped
     (+0.95, +1),  # just inside
@@ -206,6 +206,25 @@ def ragged_batch(
     return batch
 
 
+def edge_batch(objective: str, side: str) -> Batch:
+    """Four sequences with ratios 1e-4 and 3e-4 of the window inside and outside its edge: as little as 3e-8 from it.
+
+    The tokens are nearly certain, so their log-probs have digits to spare: what is tried is the ratio and its clip.
+    """
+    steps = torch.tensor([-3e-4, -1e-4, 1e-4, 3e-4], dtype=torch.float64).repeat_interleave(2)
+    sign = 1.0 if side == "high" else -1.0
+    edge = math.log1p(4e-4) if side == "high" else math.log1p(-3e-4)
+    logits = torch.zeros(8, 33)
+    logits[:, 7] = 14.0 + torch.arange(8) / 8
+    mask = torch.ones(8, dtype=torch.bool)
+    batch = Batch(logits, torch.full((8,), 7), mask, [2] * 4, torch.full((4,), sign))
+    logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
+    batch.old_logprobs = (logprobs - edge * (1 + steps)).float()
+    active = [g != 0 for g in batch.expected(objective).d_logprobs]
+    assert active == [True] * 4 + [False] * 4, "two sequences in and two out"
+    return batch
+
+
 def put_garbage(batch: Batch) -> None:
     """What a trainer leaves at masked positions, and worse."""
     out = ~batch.mask
@@ -250,7 +269,7 @@ class Arguments:
     """One call's arguments; `logits` is a leaf that wants its gradient."""
 
     logits: Tensor
-    rest: tuple[Tensor | None, ...]  # token_ids, advantages, old_logprobs
+    rest: tuple[Any, ...]  # token_ids, advantages, old_logprobs
     keywords: dict[str, Any]
 
 

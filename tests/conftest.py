@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.register_assert_rewrite("batches", "checks", "row_batches")
+
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -19,7 +21,7 @@ def nan_filled_memory(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(before)
 

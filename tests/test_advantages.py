@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
 from gspo_kernels import group_advantages, next_token_targets
 
 rewards_and_groups = st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(0, 4)), min_size=0, max_size=30)

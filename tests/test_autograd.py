@@ -1,4 +1,4 @@
-"""How a loss lives inside a training step: overwritten logits, several losses, checkpointing, accumulation, autocast."""
+"""A loss inside a training step: overwritten logits, several losses, checkpointing, accumulation, autocast, threads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import oracle
 import pytest
 import torch
+from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, arguments, flat, ragged_batch, run, to_padded
+from checks import check_close, check_gradient, check_number, slack_by_row
+from tolerances import TOLERANCES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gspo_kernels
-import oracle
-from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, Batch, arguments, flat, ragged_batch, run, to_padded
-from checks import check_close, check_gradient, check_number, slack_by_row
 from gspo_kernels import policy_loss, policy_loss_from_logprobs, token_logprobs
-from tolerances import TOLERANCES
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -39,7 +40,8 @@ def step(objective: str = "gspo", on_policy: bool = False, dtype: torch.dtype = 
     x = args.logits
 
     def loss(logits: Tensor, **options: Any) -> Tensor:
-        return PUBLIC[objective](logits, *args.rest, **args.keywords, **options)[0]
+        out: Tensor = PUBLIC[objective](logits, *args.rest, **args.keywords, **options)[0]
+        return out
 
     return Step(x, x * 1, loss)
 
@@ -95,7 +97,7 @@ def test_an_upstream_operation_that_saved_its_output_is_not_fooled(backend: str,
     s = step(on_policy=on_policy)
     leaf = torch.rand_like(s.x).requires_grad_()
     loss = s.loss(leaf.exp(), backend=backend, overwrite_logits=True)
-    with pytest.raises(RuntimeError, match="inplace|in-place"):
+    with pytest.raises(RuntimeError, match=r"inplace|in-place"):
         loss.backward()
 
 
@@ -124,7 +126,38 @@ def test_nothing_is_overwritten_where_no_gradient_is_wanted(backend: str, on_pol
     assert torch.equal(loss, s.loss(s.logits, backend=backend).detach())
 
 
-# --- several uses of one graph ------------------------------------------------------------------------------------------
+@by_backend
+@on_and_off
+def test_overwriting_a_view_writes_nothing_beside_it(backend: str, on_policy: bool) -> None:
+    """logits[:, :-1], and a slice of the vocabulary: the last token and the columns left out stay as they are."""
+    base = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids, advantages = torch.tensor([[0, 3, 7], [1, 1, 2]]), torch.tensor([1.0, -1.0])
+    old = None if on_policy else torch.full((2, 3), -2.0)
+    gradients = []
+    for overwrite in (False, True):
+        logits = base * 1
+        before = logits.detach().clone()
+        loss, _ = gspo_kernels.gspo_loss(
+            logits[:, :-1, 1:], ids, advantages, old, overwrite_logits=overwrite, backend=backend
+        )
+        gradients.append(torch.autograd.grad(loss, base)[0])
+        assert torch.equal(logits[:, -1], before[:, -1]) and torch.equal(logits[..., 0], before[..., 0])
+    assert torch.equal(*gradients)
+
+
+@by_backend
+@on_and_off
+def test_overlapping_logits_are_not_overwritten(backend: str, on_policy: bool) -> None:
+    logits = (torch.zeros(1, 5, requires_grad=True) * 1).expand(4, 5)
+    old = None if on_policy else torch.full((4,), -2.0)
+    with pytest.raises(ValueError, match=r"overwrite_logits: expected"):
+        gspo_kernels.gspo_loss(
+            logits, torch.arange(4), torch.ones(1), old,
+            cu_seqlens=torch.tensor([0, 4]), overwrite_logits=True, backend=backend,
+        )  # fmt: skip
+
+
+# --- several uses of one graph ----------------------------------------------------------------------------------------
 
 
 @by_backend
@@ -240,6 +273,23 @@ def test_autocast_changes_nothing(backend: str, on_policy: bool, dtype: torch.dt
 
 
 @by_backend
+@on_and_off
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(backend: str, on_policy: bool, dtype: torch.dtype) -> None:
+    """Trainers set it to bf16 while they build a model, and some forget to set it back."""
+    batch = ragged_batch("gspo", seed=27, ref=True, weights="token", temperature="token", on_policy=on_policy)
+    options: dict[str, Any] = {"backend": backend, "beta": 0.1, "entropy_coef": 0.01}
+    usual = run(batch, "packed", "gspo", **options)
+    torch.set_default_dtype(dtype)
+    try:
+        other = run(batch, "packed", "gspo", **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(other.loss, usual.loss) and torch.equal(other.gradient, usual.gradient)
+    assert other.loss.dtype == other.stats.ratio_mean.dtype == torch.float32
+
+
+@by_backend
 def test_many_threads_at_once(backend: str) -> None:
     """A trainer's threads may call at the same time; nothing is shared."""
 
@@ -249,8 +299,8 @@ def test_many_threads_at_once(backend: str) -> None:
 
     alone = [work(seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        for (loss, gradient), (l, g) in zip(pool.map(work, range(6)), alone, strict=True):
-            assert torch.equal(loss, l) and torch.equal(gradient, g)
+        for together, by_itself in zip(pool.map(work, range(6)), alone, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(together, by_itself, strict=True))
 
 
 # --- the other doors: log-probs that are already there, objectives of one's own --------------------------------------
@@ -268,7 +318,7 @@ CLASSES = {
 def test_policy_loss_is_what_the_named_losses_call(objective: str, layout: str) -> None:
     batch = ragged_batch(objective, seed=23, eps_low=0.1, eps_high=0.15)
     named = run(batch, layout, objective, eps_low=0.1, eps_high=0.15, dual_clip=3.0)
-    general = run(batch, layout, objective, function=policy_loss, objective=CLASSES[objective](0.1, 0.15, 3.0))
+    general = run(batch, layout, objective, function=partial(policy_loss, objective=CLASSES[objective](0.1, 0.15, 3.0)))
     assert torch.equal(named.loss, general.loss) and torch.equal(named.gradient, general.gradient)
 
 
@@ -279,37 +329,37 @@ def test_from_logprobs(objective: str, layout: str, dtype: torch.dtype) -> None:
     """Given the very log-probs, nothing of the vocabulary's rounding is left: the loss alone, to 1e-6 (fp64: 1e-12)."""
     batch = ragged_batch(objective, seed=24, ref=True, weights="token", dtype=dtype)
     args = arguments(batch, layout)
-    lay = arguments_layout(batch, layout)
+
+    def lay(x: Tensor) -> Tensor:
+        return to_padded(x, batch.lengths, math.nan, batch.padding) if layout == "padded" else x
+
     logprobs = lay(torch.tensor([row.logprob for row in batch.rows], dtype=dtype)).requires_grad_()
     entropy = lay(torch.tensor([row.entropy for row in batch.rows], dtype=dtype)).requires_grad_()
-    options = {"beta": 0.1, "entropy_coef": 0.02, "max_log_ratio": 15.0}
+    options: dict[str, Any] = {"beta": 0.1, "entropy_coef": 0.02, "max_log_ratio": 15.0}
     args.keywords.pop("temperature")
+    _, advantages, old = args.rest
     loss, stats = policy_loss_from_logprobs(
-        logprobs, *args.rest[1:], objective=CLASSES[objective](), entropy=entropy, **args.keywords, **options
+        logprobs, advantages, old, objective=CLASSES[objective](), entropy=entropy, **args.keywords, **options
     )
     loss.backward()
     assert logprobs.grad is not None and entropy.grad is not None and loss.dtype == dtype
     given = flat(logprobs.detach(), batch, layout).double().tolist()
     expected = batch.expected(objective, logprobs=given, **options)
     tol = TOLERANCES[dtype]
-    check_number("loss", float(loss), expected.loss, tol.number * expected.loss_size)
-    size = torch.tensor(expected.d_logprobs_size).double()
+    check_number("loss", float(loss.detach()), expected.loss, tol.number * expected.loss_size)
+    size = torch.tensor(expected.d_logprobs_size, dtype=torch.float64)
     actual = flat(logprobs.grad, batch, layout)
-    check_close("dL/dl", actual, torch.tensor(expected.d_logprobs).double(), tol.number * size)
-    g = torch.tensor(expected.d_entropy).double()
+    check_close("dL/dl", actual, torch.tensor(expected.d_logprobs, dtype=torch.float64), tol.number * size)
+    g = torch.tensor(expected.d_entropy, dtype=torch.float64)
     check_close("dL/dH", flat(entropy.grad, batch, layout), g, tol.number * g.abs())
     assert float(stats.clip_fraction) == pytest.approx(expected.stats["clip_fraction"])
-
-
-def arguments_layout(batch: Batch, layout: str) -> Callable[[Tensor], Tensor]:
-    return lambda x: to_padded(x, batch.lengths, math.nan, batch.padding) if layout == "padded" else x.clone()
 
 
 @pytest.mark.parametrize("objective", ["gspo", "gspo_token"])
 @pytest.mark.parametrize("side", ["low", "high"])
 @pytest.mark.parametrize("distance", [1e-4, 1e-3])
 def test_the_edge_of_the_window_to_a_ten_thousandth(objective: str, side: str, distance: float) -> None:
-    """1 + 4e-4 rounded to fp32 is off by 5e-8, more than 1e-4 of the window: the deviation s - 1 is what must be clipped.
+    """1 + 4e-4 in fp32 is off by 5e-8, more than 1e-4 of the window: what must be clipped is the deviation s - 1.
 
     So is log-ratio > eps in place of s > 1 + eps: for 4e-4 it is off by 8e-8.
     """
@@ -329,13 +379,30 @@ def test_the_edge_of_the_window_to_a_ten_thousandth(objective: str, side: str, d
     assert float(logprobs.grad[0]) == pytest.approx(float(-0.5 * sign * ratio[0]), rel=1e-6)
 
 
+@pytest.mark.parametrize("objective", CLASSES)
+def test_a_log_ratio_on_the_bound_is_not_saturated(objective: str) -> None:
+    """Exactly 20 still has its gradient; the next number above has none, and is counted."""
+    logprobs = torch.zeros(2, requires_grad=True)
+    old = torch.tensor([-20.0, -20.000002])
+    loss, stats = policy_loss_from_logprobs(
+        logprobs, -torch.ones(2), old, objective=CLASSES[objective](), cu_seqlens=torch.tensor([0, 1, 2])
+    )
+    loss.backward()
+    assert logprobs.grad is not None and float(stats.saturated_fraction) == 0.5
+    assert logprobs.grad.tolist() == [pytest.approx(math.exp(20) / 2, rel=1e-6), 0.0]
+
+
 class Reinforce(gspo_kernels.Objective):
-    """-A l: what a user may write in a few lines. Its gradient at a token is -A, whatever the ratio."""
+    """-A l: what a user may write in a few lines. Its gradient at a token is -A, whatever the ratio.
+
+    n / n is 0 / 0 where masked: what an objective says there is selected away.
+    """
 
     aggregation: ClassVar[str] = "token_mean"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: float) -> gspo_kernels.Terms:
-        return gspo_kernels.Terms(loss=-advantages * log_ratio, log_ratio=log_ratio)
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
+        n = layout.spread(layout.lengths)
+        return gspo_kernels.Terms(loss=-advantages * log_ratio * n / n, log_ratio=log_ratio)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -343,7 +410,7 @@ class Reinforce(gspo_kernels.Objective):
 @on_and_off
 def test_an_objective_of_ones_own(layout: str, backend: str, on_policy: bool) -> None:
     batch = ragged_batch("grpo", seed=25, on_policy=on_policy)
-    outcome = run(batch, layout, "grpo", function=policy_loss, objective=Reinforce(), backend=backend)
+    outcome = run(batch, layout, "grpo", function=partial(policy_loss, objective=Reinforce()), backend=backend)
     n = int(batch.mask.sum())
     a = [x[0] if x else 0.0 for x in batch.spread(batch.advantages, False)]
     of_row = [a[i] for i, rows in enumerate(batch.sequences) for _ in rows]

@@ -1,4 +1,4 @@
-"""torch.compile: one graph, the same numbers, no new compilation when a batch or a schedule moves; operators' contracts."""
+"""torch.compile: one graph, the same numbers, nothing compiled anew when a batch or a schedule moves; the operators."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, arguments, flat, ragged_batch
+from checks import check_close
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, arguments, flat, ragged_batch
-from checks import check_close
 from gspo_kernels import policy_loss, token_logprobs
 
 pytestmark = pytest.mark.plain_memory  # inductor warns about, and slows down under, deterministic fills
@@ -50,9 +50,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("objective", "layout", "case"),
+    [("gspo", layout, case) for layout in LAYOUTS for case in CASES]
+    + [(objective, "packed", "all") for objective in OBJECTIVES[1:]],
+)
 def test_one_graph_with_the_same_numbers(objective: str, layout: str, case: str) -> None:
     """Traced and differentiated by aot_eager, which is what every backend of torch.compile starts from."""
     build, options = CASES[case]
@@ -61,8 +63,7 @@ def test_one_graph_with_the_same_numbers(objective: str, layout: str, case: str)
     same(value_and_gradient(compiled, args, **options), value_and_gradient(PUBLIC[objective], args, **options))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["off-policy", "all"])
+@pytest.mark.parametrize(("layout", "case"), [("padded", "off-policy"), ("packed", "all")])
 def test_inductor(layout: str, case: str) -> None:
     build, options = CASES[case]
     args = arguments(ragged_batch("gspo", seed=31, **build), layout)
@@ -160,25 +161,26 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     logits = torch.randn(2, 3, 17, generator=generator)
     ids = torch.randint(17, (2, 3), generator=generator)
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    hot = torch.rand(2, 3, generator=generator) + 0.5
+    hot, one = torch.rand(2, 3, generator=generator) + 0.5, torch.ones((), dtype=torch.float64)
     lse, zeros, g = logits.logsumexp(-1).double(), torch.zeros(2, 3), torch.ones(2, 3)
-    cu_seqlens, values = torch.tensor([0, 2, 2, 6]), torch.randn(6, generator=generator).double()
+    cu_seqlens, sequence_of = torch.tensor([0, 2, 2, 6]), torch.tensor([0, 0, 2, 2, 2, 2])
+    values = torch.randn(6, generator=generator).double()
     grad = logits.clone().requires_grad_()
     return {
         "row_stats": [
-            (grad, ids, None, None, 1.0, True, False, None),
-            (grad, ids, mask, hot, 1.0, True, False, "reference"),
-            (logits.bfloat16(), ids, mask, None, 0.7, False, False, "native"),
+            (grad, ids, None, one, False, None),
+            (grad, ids, mask, hot, False, "reference"),
+            (logits.bfloat16(), ids, mask, one * 0.7, False, "native"),
         ],
         "row_gradient_": [
-            (logits, ids, mask, hot, 1.0, zeros, lse, g, g, lse, torch.zeros_like(logits), None),
-            (logits, ids, None, None, 0.7, zeros, lse, g, None, None, torch.zeros_like(logits), "reference"),
+            (logits, ids, mask, hot, zeros, lse, g, g, lse, torch.zeros_like(logits), None),
+            (logits, ids, None, one * 0.7, zeros, lse, g, None, None, torch.zeros_like(logits), "reference"),
         ],
-        "row_stats_and_gradient_": [(logits, ids, mask, None, 1.0, g, torch.zeros_like(logits), None)],
+        "row_stats_and_gradient_": [(logits, ids, mask, one, g, torch.zeros_like(logits), None)],
         "scale_": [(logits.clone(), torch.tensor(0.5), None)],
-        "checked_cu_seqlens": [(cu_seqlens, 6), (cu_seqlens.int(), 6)],
-        "segment_sum": [(values.clone().requires_grad_(), cu_seqlens)],
-        "segment_spread": [(values[:3].clone().requires_grad_(), cu_seqlens, 6)],
+        "segments": [(cu_seqlens, 6), (cu_seqlens.int(), 6)],
+        "segment_sum": [(values.clone().requires_grad_(), cu_seqlens, sequence_of)],
+        "segment_spread": [(values[:3].clone().requires_grad_(), cu_seqlens, sequence_of)],
     }
 
 

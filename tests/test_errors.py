@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from batches import OBJECTIVES, PUBLIC
 from torch import Tensor
 
 import gspo_kernels
-from batches import OBJECTIVES, PUBLIC
 
 B, T, V = 2, 3, 5
 
@@ -81,7 +81,7 @@ CASES: dict[str, Case] = {
     "weights of another shape": (padded, {"weights": torch.ones(T)}, ValueError, "weights", "3"),
     "mask of another shape": (padded, {"mask": torch.ones(B, 2).bool()}, ValueError, "mask", "2, 2"),
     "mask a list": (padded, {"mask": [True]}, TypeError, "mask", "list"),
-    "mask complex": (padded, {"mask": torch.ones(B, T).cfloat()}, TypeError, "mask", "complex64"),
+    "mask complex": (padded, {"mask": torch.ones(B, T, dtype=torch.complex64)}, TypeError, "mask", "complex64"),
     # cu_seqlens
     "cu_seqlens missing": (packed, {"cu_seqlens": None}, ValueError, "cu_seqlens", "6|None"),
     "cu_seqlens with padded logits": (padded, {"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens", "2, 3"),
@@ -175,9 +175,9 @@ def test_anything_is_fine_at_a_masked_position(objective: str) -> None:
     for value in (-100, V, 2**40, -(2**62)):
         other, _ = call(PUBLIC[objective], {**given, "token_ids": ids((0, 2, value))})
         assert torch.equal(loss, other)
-    for value in (math.nan, math.inf, 0.0, -1.0):
+    for bad in (math.nan, math.inf, 0.0, -1.0):
         temperature = torch.ones(B, T)
-        temperature[0, 2] = value
+        temperature[0, 2] = bad
         other, _ = call(PUBLIC[objective], {**given, "temperature": temperature})
         assert float(other) == pytest.approx(float(loss), rel=1e-6)
 

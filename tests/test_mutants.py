@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import checks
+import oracle
 import pytest
 import torch
-from torch import Tensor
-
-import checks
-from batches import Batch, ragged_batch, run
+from batches import Batch, edge_batch, ragged_batch, run
 from tolerances import TOLERANCES
+from torch import Tensor
 
 
 class Rows(torch.autograd.Function):
@@ -178,6 +179,8 @@ def model_loss(
         low, high = 1 - eps_high, 1 + eps_low
     if bug == "clip in bf16":
         low, high = (float(torch.tensor(v).bfloat16()) for v in (low, high))
+    if bug == "clip bounds in fp32":
+        low, high = (float(torch.tensor(v).float()) for v in (low, high))
     if bug == "clip by log-ratio":
         low, high = math.exp(-eps_low), math.exp(eps_high)
     below, above = (ratio < low) & (a < 0), (ratio > high) & (a > 0)
@@ -224,7 +227,10 @@ def model_loss(
         return flag[unit].double().mean() if bool(unit.any()) else torch.tensor(0.0)
 
     kept = torch.where(mask, r, 0.0).clamp(-max_log_ratio, max_log_ratio)
+    kept = -kept if bug == "approximate KL of the other direction" else kept
     units = ratio[unit] if bool(unit.any()) else torch.zeros(1)
+    if bug == "empty sequences in the ratio's mean":
+        units = torch.cat([units, torch.ones(int((counts == 0).sum()))])
     stats = SimpleNamespace(
         clip_fraction=share(below | above | beyond),
         clip_fraction_low=share(below),
@@ -251,7 +257,7 @@ def check_losses(bug: str, objective: str = "gspo", **wanted: Any) -> None:
     """As `test_losses.py` does: one ragged batch against the oracle."""
     build = {k: wanted.pop(k) for k in ("ref", "weights", "temperature", "by_token", "dtype", "seed") if k in wanted}
     batch = ragged_batch(objective, **build)
-    opt = checks.oracle.OBJECTIVES[objective].options(**wanted)
+    opt = oracle.OBJECTIVES[objective].options(**wanted)
 
     def model(*args: Any, **keywords: Any) -> Any:
         edges = {"eps_low": opt.eps_low, "eps_high": opt.eps_high, "aggregation": opt.aggregation}
@@ -291,6 +297,14 @@ def losses(objective: str = "gspo", **wanted: Any) -> Check:
     return lambda bug: check_losses(bug, objective, **wanted)
 
 
+def edges(bug: str) -> None:
+    """Ratios at the very edge of the window, on both sides of it."""
+    for side in ("low", "high"):
+        batch = edge_batch("gspo", side)
+        model = partial(model_loss, objective="gspo", bug=bug, eps_low=3e-4, eps_high=4e-4)
+        checks.check_outcome(run(batch, "packed", "gspo", function=model), batch, "gspo")
+
+
 def kernel(**wanted: Any) -> Check:
     return lambda bug: check_row_kernel(bug, **wanted)
 
@@ -328,6 +342,8 @@ MUTANTS: dict[str, Check] = {
     "mean over the padded length": losses(),
     "clip sides swapped": losses(),
     "clip in bf16": losses(),
+    "clip by log-ratio": edges,
+    "clip bounds in fp32": edges,
     "clip whatever the sign": losses(),
     "clipped not zeroed": losses(),
     "dual clip ignored": losses(dual_clip=3.0),
@@ -338,6 +354,8 @@ MUTANTS: dict[str, Check] = {
     "normalizer ignored": losses(normalizer=17.0),
     "gradient of the sequence form": losses("gspo_token", by_token=True),
     "clip fraction by tokens": losses(),
+    "empty sequences in the ratio's mean": losses(),
+    "approximate KL of the other direction": losses("grpo"),
     "weights ignored": losses(weights="sequence"),
     "weights on the KL term": losses(weights="token", ref=True, beta=0.1),
     "KL sign": losses(ref=True, beta=0.1),
@@ -353,7 +371,7 @@ def test_a_mutant_is_rejected_and_the_sound_model_is_not(bug: str) -> None:
         MUTANTS[bug](bug)
 
 
-@pytest.mark.parametrize("objective", checks.oracle.OBJECTIVES)
+@pytest.mark.parametrize("objective", oracle.OBJECTIVES)
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum"])
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 def test_the_oracle_agrees_with_autograd_of_the_formulas(objective: str, aggregation: str, kl_estimator: str) -> None:

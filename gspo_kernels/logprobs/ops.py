@@ -207,8 +207,8 @@ def _check_values(rows: Rows) -> None:
         f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set",
     )
     if rows.temperature.ndim:
-        bad = ~((rows.temperature > 0) & torch.isfinite(rows.temperature))
-        _refuse(bad, rows, rows.temperature, "temperature", "finite numbers above 0 where the mask is set")
+        bad = ~((rows.temperature >= 1e-6) & (rows.temperature <= 1e6))
+        _refuse(bad, rows, rows.temperature, "temperature", "numbers from 1e-6 to 1e6 where the mask is set")
 
 
 def _refuse(bad: Tensor, rows: Rows, values: Tensor, name: str, expected: str) -> None:

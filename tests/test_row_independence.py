@@ -1,0 +1,244 @@
+"""What a row may not depend on: neighbours, place, strides and address, threads, the run, who wants gradients."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checks import check_close, check_gradient, check_rows
+from row_batches import by_backend, by_combination, check_batch, everything, peaked, rows
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from gspo_kernels import gspo_loss, token_logprobs
+
+
+def test_uninitialised_memory_is_nan_here() -> None:
+    """The fixture of `conftest.py` does what every other test relies on."""
+    like = torch.zeros(3, dtype=torch.bfloat16)
+    for x in (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty(3, dtype=torch.float64)):
+        assert bool(x.isnan().all())
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    for name, x, y in zip(("logprobs", "entropy", "lse", "gradient"), a, b, strict=True):
+        assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} differ in bits"
+
+
+@by_combination
+@pytest.mark.parametrize("vocab", [61, 513, 4099])
+def test_a_row_has_the_same_bits_wherever_it_stands(backend: str, dtype: torch.dtype, vocab: int) -> None:
+    logits = peaked(12, vocab).to(dtype)
+    ids = torch.arange(12) * 31 % vocab
+    whole = everything(logits, ids, backend)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    same_bits(everything(logits[order], ids[order], backend), [x[order] for x in whole])
+    for t in (0, 5, 11):
+        same_bits(everything(logits[t : t + 1].clone(), ids[t : t + 1], backend), [x[t : t + 1] for x in whole])
+    padded = [x.flatten(0, 1) for x in everything(logits.view(3, 4, vocab), ids.view(3, 4), backend)]
+    same_bits(padded, whole)
+
+
+@by_combination
+@pytest.mark.parametrize("vocab", [61, 4099])
+def test_a_row_has_the_same_bits_with_any_number_of_threads(
+    backend: str, dtype: torch.dtype, vocab: int, threads: None
+) -> None:
+    logits, ids = peaked(37, vocab).to(dtype), torch.arange(37) * 31 % vocab
+    torch.set_num_threads(1)
+    alone = everything(logits, ids, backend)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        same_bits(everything(logits, ids, backend), alone)
+
+
+@by_combination
+@pytest.mark.plain_memory
+def test_two_runs_have_the_same_bits(backend: str, dtype: torch.dtype) -> None:
+    logits, ids = peaked(64, 3001).to(dtype), torch.arange(64)
+    first = everything(logits, ids, backend)
+    for _ in range(3):
+        same_bits(everything(logits, ids, backend), first)
+
+
+@by_combination
+@pytest.mark.parametrize("view", ["[:, :-1]", "columns", "transposed rows", "every second row", "expanded"])
+def test_views(backend: str, dtype: torch.dtype, view: str) -> None:
+    base = peaked(24, 130).to(dtype).view(4, 6, 130)
+    logits = {
+        "[:, :-1]": lambda: base[:, :-1],
+        "columns": lambda: base[..., 3:128],  # rows neither aligned nor next to one another
+        "transposed rows": lambda: base.transpose(0, 1),
+        "every second row": lambda: base[:, ::2],
+        "expanded": lambda: base[:1].expand(4, 6, 130),
+    }[view]()
+    ids = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) % logits.shape[-1]
+    same_bits(everything(logits, ids, backend), everything(logits.contiguous(), ids, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_vocabulary_that_is_not_the_last_stride(dtype: torch.dtype) -> None:
+    """[9, 70] with columns 9 apart: the kernels decline and say why, the automatic choice gives right numbers."""
+    logits, ids = peaked(70, 9).to(dtype).t(), torch.arange(9) * 7
+    same_bits(everything(logits, ids, "reference"), everything(logits.contiguous(), ids, "reference"))
+    with pytest.raises(ValueError, match=r"backend.*stride"):
+        token_logprobs(logits, ids, backend="native")
+    out = token_logprobs(logits, ids)
+    check_rows(out.logprobs, out.entropy, out.lse, rows(logits, ids).rows, TOLERANCES[dtype])
+
+
+@by_combination
+@pytest.mark.parametrize("offset", range(8))
+def test_any_address(backend: str, dtype: torch.dtype, offset: int) -> None:
+    logits, ids = peaked(3, 333).to(dtype), torch.tensor([0, 332, 100])
+    memory = torch.full((3 * 333 + 16,), math.nan, dtype=dtype)
+    moved = memory[offset : offset + 999].view(3, 333).copy_(logits)
+    same_bits(everything(moved, ids, backend), everything(logits, ids, backend))
+
+
+@by_combination
+def test_views_pass_their_gradient_to_the_base(backend: str, dtype: torch.dtype) -> None:
+    base = peaked(12, 50).to(dtype).view(3, 4, 50).requires_grad_()
+    ids = torch.arange(9).view(3, 3)
+    token_logprobs(base[:, :-1], ids, backend=backend).logprobs.sum().backward()
+    assert base.grad is not None and bool((base.grad[:, -1] == 0).all())
+    check_gradient(base.grad[:, :-1].flatten(0, 1), rows(base.detach()[:, :-1].flatten(0, 1), ids.flatten()), [1.0] * 9)
+
+
+@by_backend
+@pytest.mark.plain_memory
+def test_rows_more_than_two_to_the_31_elements_apart(backend: str) -> None:
+    vocab = 1000
+    memory = torch.empty(2**31 + 4 * vocab, dtype=torch.bfloat16)  # never touched but for two rows
+    logits = memory.as_strided((2, vocab), (2**31 + vocab, 1), 5)
+    logits.copy_(peaked(2, vocab))
+    check_batch(rows(logits), backend)
+
+
+@by_backend
+def test_seventy_thousand_rows(backend: str) -> None:
+    logits, ids = peaked(70_000, 3, peaks=1), torch.arange(70_000) % 3
+    leaf = logits.clone().requires_grad_()
+    out = token_logprobs(leaf, ids, backend=backend)
+    logp = logits.double().log_softmax(-1)
+    truth = logp.gather(-1, ids[:, None])[:, 0]
+    check_close("logprobs", out.logprobs, truth, 1e-6 * truth.abs())
+    out.logprobs.sum().backward()
+    assert leaf.grad is not None
+    expected = torch.nn.functional.one_hot(ids, 3) - logp.exp()
+    check_close("gradient", leaf.grad, expected, 1e-6 * (logp.exp() + expected.abs()))
+
+
+@by_backend
+@pytest.mark.parametrize("shape", [(0, 10), (0, 3, 10), (3, 0, 10)])
+def test_no_rows(backend: str, shape: tuple[int, ...]) -> None:
+    leaf = torch.zeros(shape, requires_grad=True)
+    out = token_logprobs(leaf, torch.zeros(shape[:-1], dtype=torch.int64), backend=backend)
+    assert [x.shape for x in out] == [shape[:-1]] * 3
+    (out.logprobs.sum() + out.entropy.sum()).backward()
+    assert leaf.grad is not None and leaf.grad.shape == shape
+
+
+# --- autograd and memory --------------------------------------------------------------------------------------------
+
+
+@by_combination
+def test_no_grad_gives_the_same_bits(backend: str, dtype: torch.dtype) -> None:
+    logits, ids = peaked(5, 300).to(dtype), torch.arange(5)
+    with_grad = everything(logits.clone(), ids, backend)
+    with torch.no_grad():
+        out = token_logprobs(logits, ids, backend=backend)
+    assert not out.logprobs.requires_grad
+    for x, y in zip(out, with_grad, strict=False):
+        assert torch.equal(x, y)
+
+
+@by_combination
+def test_upstream_gradients_of_any_stride(backend: str, dtype: torch.dtype) -> None:
+    """sum() sends an expanded scalar, a slice sends a strided view."""
+    batch = rows(peaked(6, 90).to(dtype))
+    leaf = batch.logits.clone().requires_grad_()
+    out = token_logprobs(leaf, batch.token_ids, backend=backend)
+    strided = torch.arange(12.0).to(out.logprobs.dtype)[::2] - 3
+    (gradient,) = torch.autograd.grad(out.logprobs, leaf, strided, retain_graph=True)
+    check_gradient(gradient, batch, strided.tolist())
+    (gradient,) = torch.autograd.grad(out.logprobs.sum(), leaf, retain_graph=True)
+    check_gradient(gradient, batch, [1.0] * 6)
+    (gradient,) = torch.autograd.grad(out.logprobs, leaf, strided)
+    check_gradient(gradient, batch, strided.tolist())  # a third backward still finds what the forward saved
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Bytes that torch hands out during `work`, freed or not."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["rows", "off-policy", "on-policy", "overwritten"])
+@pytest.mark.plain_memory
+def test_memory(dtype: torch.dtype, what: str) -> None:
+    """Beside one gradient O(N): no fp32 copy of the logits, no copy of a strided view, and nothing if overwritten."""
+    base = peaked(65, 8000).to(dtype).view(1, 65, 8000)
+    view = base[:, :-1].requires_grad_()
+    ids, old = torch.zeros(1, 64, dtype=torch.int64), torch.full((1, 64), -5.0)
+    size = view.numel() * view.element_size()
+    logits = view * 1 if what == "overwritten" else view
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        if what == "rows":
+            losses.append(token_logprobs(logits, ids, backend="native").logprobs.sum())
+        else:
+            given = None if what == "on-policy" else old
+            overwrite = what == "overwritten"
+            losses.append(
+                gspo_loss(logits, ids, torch.ones(1), given, overwrite_logits=overwrite, backend="native").loss
+            )
+
+    first = allocated(forward)
+    second = allocated(lambda: torch.autograd.grad(losses[0], logits))
+    if what == "overwritten":
+        assert first + second < size / 4
+    elif what == "on-policy":  # one pass: the gradient is written by the forward
+        assert first + second < 1.25 * size
+    else:
+        assert first < size / 8 and second < 1.2 * size
+
+
+EVERY_SORT_OF_ROW = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+from row_batches import check_batch, peaked, rows
+from gspo_kernels import explain
+assert {name!r} in explain(torch.zeros(1, 1)).splitlines()[0]
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for vocab in (1, 7, 130, 513):
+        for temperature in (1.0, torch.tensor([0.3, 1.0, 1.7, 2.0])):
+            batch = rows(peaked(4, vocab).to(dtype), temperature=temperature)
+            batch.mask[1] = vocab < 500
+            check_batch(batch, "native", ["logprobs", "all"])
+    logits = torch.linspace(-120, 60, 1001).repeat(4, 1)
+    logits[1, :700] = -torch.inf
+    check_batch(rows(logits.to(dtype), torch.tensor([1000, 1000, 0, 700])), "native", ["all"])
+"""
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(name: str) -> None:
+    """The kernels are compiled once for each; the one for this machine is picked when the module loads."""
+    environment = {**os.environ, "GSPO_KERNELS_ISA": name}
+    probe = "import torch, gspo_kernels._native as n; print(n.instruction_set())"
+    found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
+    if found.stdout.strip() != name:
+        pytest.skip(f"this machine does not run {name}: {found.stderr.strip().splitlines()[-1]}")
+    script = EVERY_SORT_OF_ROW.format(tests=str(Path(__file__).parent), name=name)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
