@@ -243,8 +243,7 @@ def warm_up(
         response = encode(tokenizer, [text + tokenizer.eos_token for text in examples], "right", model.device)
         batch = Batch.join(prompt, response.input_ids, response.attention_mask)
         token_ids, mask = batch.targets()
-        logprobs = token_logprobs(batch.logits(model), token_ids).logprobs
-        loss = -(logprobs * mask).sum() / mask.sum()
+        loss = -token_logprobs(batch.logits(model), token_ids, mask=mask).logprobs.sum() / mask.sum()
         rise, fall = (step + 1) / 20, 2 * (1 - step / settings.warmup_steps)
         update(model, optimizer, loss, settings.warmup_learning_rate * min(rise, 1, max(fall, 0.1)), 1.0)
         bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -272,7 +271,8 @@ def reinforce(
         # The old log-probabilities are computed as the loss computes the new ones. Those of another code path, such as
         # the sampler's, may differ by more than GSPO's clip range, 3e-4 below 1 to 4e-4 above.
         with torch.no_grad():
-            old_logprobs = token_logprobs(batch.logits(model), batch.targets()[0]).logprobs
+            token_ids, mask = batch.targets()
+            old_logprobs = token_logprobs(batch.logits(model), token_ids, mask=mask).logprobs
 
         # Learn: the first update is on-policy, the ones after it less and less so.
         learning_rate = settings.learning_rate * (1 - 0.9 * (step - 1) / settings.steps)

@@ -96,8 +96,9 @@ def policy_loss(
             split over micro-batches or ranks then add up to the whole batch's loss and gradient.
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
         tp_group, cp_group: not supported yet.
-        overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or,
-            on-policy, by this call. Their version counter is bumped, so autograd refuses uses that would be wrong.
+        overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or, in one
+            pass on-policy, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
+            refuses whatever else still needs them for its backward.
         backend: "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:

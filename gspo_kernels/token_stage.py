@@ -105,23 +105,22 @@ def token_stage(
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
     checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
-    checks.number(
-        "max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0
-    )  # e^80 is fp32
+    # e^80 still fits fp32, in which the ratios are reported.
+    checks.number("max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0)
     if ref_logprobs is None and beta != 0.0:
         raise ValueError(
             f"ref_logprobs: expected the reference policy's log-probabilities, because beta is {beta}; got None"
         )
-    old = (
-        None if old_logprobs is None else layout.tokens("old_logprobs", old_logprobs, "old policy's log-probabilities")
-    )
-    ref = None if ref_logprobs is None else layout.tokens("ref_logprobs", ref_logprobs, "reference log-probabilities")
+    if old_logprobs is not None:
+        old_logprobs = layout.tokens("old_logprobs", old_logprobs, "old policy's log-probabilities")
+    if ref_logprobs is not None:
+        ref_logprobs = layout.tokens("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
     return TokenStage(
         layout=layout,
         objective=objective,
         advantages=_advantages(layout, objective, advantages),
-        old_logprobs=old,
-        ref_logprobs=ref,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
         weights=None if weights is None else _per_token(layout, "weights", weights, "correction weights"),
         token_weights=aggregate.token_weights(layout, aggregation, normalizer),
         beta=beta,

@@ -199,13 +199,8 @@ def _check_values(rows: Rows) -> None:
         return
     vocab = rows.logits.shape[-1]
     bad = (rows.token_ids < 0) | (rows.token_ids >= vocab)
-    _refuse(
-        bad,
-        rows,
-        rows.token_ids,
-        "token_ids",
-        f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set",
-    )
+    expected = f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set"
+    _refuse(bad, rows, rows.token_ids, "token_ids", expected)
     if rows.temperature.ndim:
         bad = ~((rows.temperature >= 1e-6) & (rows.temperature <= 1e6))
         _refuse(bad, rows, rows.temperature, "temperature", "numbers from 1e-6 to 1e6 where the mask is set")
