@@ -77,7 +77,7 @@ def _places(block: int) -> list[float]:
 
 
 def _draw_times(axes: Axes, cases: list[CaseResult]) -> None:
-    longest = max(m.median for case in cases for m in case.contestants.values()) * 1e3
+    longest = max(case.contestants[name].max for case in cases for name in LABELS) * 1e3
     for i, case in enumerate(cases):
         found = case.contestants
         for y, name in zip(_places(i), LABELS, strict=True):
@@ -96,8 +96,9 @@ def _draw_times(axes: Axes, cases: list[CaseResult]) -> None:
         axes.plot([case.copy_seconds * 1e3] * 2, [top, bottom], color=INK, linewidth=1.4, linestyle=(0, (3, 2)))
         text = f"memory copy of the same bytes: {case.copy_seconds * 1e3:,.0f} ms"
         _write(axes, case.copy_seconds * 1e3 + longest * 0.01, bottom + 0.2, text, size=8)
-    axes.set_xlim(0, longest * 1.2)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f} ms" if x else "0")
+    axes.set_xlim(0, longest * 1.18)
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g} s" if x else "0")
 
 
 def _draw_memory(axes: Axes, cases: list[CaseResult]) -> None:
