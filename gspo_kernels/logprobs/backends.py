@@ -37,21 +37,20 @@ def check_name(backend: str | None) -> None:
 
 def choose(logits: Tensor, backend: str | None) -> Backend:
     """The backend to run. Raises ValueError with every reason if the one named cannot take these logits."""
-    if backend is not None:
-        chosen = BACKENDS[NAMES.index(backend)]
-        reasons = chosen.unsupported_reasons(logits)
-        if reasons:
-            raise ValueError(
-                f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}"
-            )
-        return chosen
-    for candidate in BACKENDS:
-        reasons = candidate.unsupported_reasons(logits)
-        if not reasons:
-            return candidate
-        if candidate is native and native.missing() and logits.device.type == "cpu":
-            _warn_of_missing_kernels()
-    raise AssertionError("the reference takes everything")
+    chosen = _pick(logits, backend)
+    if backend is None and chosen is reference and logits.device.type == "cpu" and native.missing():
+        _warn_of_missing_kernels()
+    return chosen
+
+
+def _pick(logits: Tensor, backend: str | None) -> Backend:
+    if backend is None:
+        return next(candidate for candidate in BACKENDS if not candidate.unsupported_reasons(logits))
+    chosen = BACKENDS[NAMES.index(backend)]
+    reasons = chosen.unsupported_reasons(logits)
+    if reasons:
+        raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}")
+    return chosen
 
 
 @functools.cache
@@ -69,7 +68,7 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     """
     checks.tensor("logits", logits, "logits [.., vocabulary]")
     check_name(backend)
-    chosen = choose(logits, backend)
+    chosen = _pick(logits, backend)
     why = "as asked" if backend is not None else "the first that takes these logits"
     lines = [f"{chosen.name} ({chosen.about()}): runs, {why}"]
     for other in BACKENDS:
