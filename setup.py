@@ -24,7 +24,8 @@ from setuptools.errors import CompileError
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("GSPO_KERNELS_SANITIZE")  # "address,undefined": for `make sanitize`
 
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # of gcc, of gcc, of clang
 SOURCES = {"csrc/bindings.cpp": [], "csrc/cpu/rows_baseline.cpp": []}
 if X86:
     SOURCES["csrc/cpu/rows_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
