@@ -1,7 +1,7 @@
 """How fast the losses are, how near to the speed of memory, and how little they allocate; checked before timed.
 
     pytest benchmarks                                       every case, 2,048 rows: about 20 minutes, 9 GB
-    pytest benchmarks --smoke                               64 rows, four cases that cover every option: half a minute
+    pytest benchmarks --smoke                               64 rows, five cases that cover every option: half a minute
     pytest benchmarks -k "bf16 and on_policy"               some cases, all contestants
     GSPO_BENCH_ROWS=512 pytest benchmarks                   fewer rows
     pytest benchmarks --save-results benchmarks/results/cpu-<name>.json
