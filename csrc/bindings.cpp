@@ -103,9 +103,9 @@ struct Rows {
     for_each([&](int64_t begin, int64_t end) { kernels->forward(shape, inputs, out, begin, end); });
   }
 
-  void backward(uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t grad_lse,
-                uintptr_t gradient, int64_t outer_stride, int64_t inner_stride) const {
-    const RowOutputs saved{nullptr, pointer<float>(entropy), pointer<double>(lse)};
+  void backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy,
+                uintptr_t grad_lse, uintptr_t gradient, int64_t outer_stride, int64_t inner_stride) const {
+    const RowOutputs saved{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
     const UpstreamArrays upstream{pointer<const float>(grad_logprobs), pointer<const float>(grad_entropy),
                                   pointer<const double>(grad_lse)};
     const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
@@ -161,8 +161,8 @@ PYBIND11_MODULE(_native, m) {
            py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("threads") = 1)
       .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"))
-      .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("entropy"), py::arg("lse"),
-           py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
+      .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
+           py::arg("lse"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
            py::arg("outer_stride"), py::arg("inner_stride"))
       .def("forward_backward", &Rows::forward_backward, released(), py::kw_only(), py::arg("logprobs"),
            py::arg("entropy"), py::arg("lse"), py::arg("grad_logprobs"), py::arg("gradient"), py::arg("outer_stride"),

@@ -81,7 +81,8 @@ struct RowGradient {
   float target;  // dL/dx of the target column
 };
 
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, double target_logit, double lse, double entropy, float scale) {
+// `logprob` is the forward's: from target and lse it could only be had again by a subtraction.
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double lse, double entropy, float scale) {
   const double inverse_temperature = scale * kLn2;
   const double lse_as_logit = lse / inverse_temperature;
   RowGradient row;
@@ -91,8 +92,6 @@ GSPO_HD inline RowGradient gradient_of(const Upstream& g, double target_logit, d
   row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - lost)));
   row.slope = static_cast<float>(-factor * g.entropy * kLn2);
 
-  double logprob = target_logit * inverse_temperature - lse;
-  logprob = logprob > 0.0 ? 0.0 : logprob;
   const double p = std::exp(logprob);
   const double through_p = p > 0.0 ? p * (g.lse - g.entropy * (logprob + entropy)) : 0.0;
   row.target = static_cast<float>((g.logprob * -std::expm1(logprob) + through_p) * inverse_temperature);

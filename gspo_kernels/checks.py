@@ -7,6 +7,7 @@ Only what can be known without reading a tensor's values is checked here, so tha
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,11 @@ def number(
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may look at values: that waits for a GPU, so only under GSPO_KERNELS_DEBUG=1 there."""
+    return tensor.device.type == "cpu" or os.environ.get("GSPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def not_yet(name: str, value: Any) -> None:

@@ -6,12 +6,55 @@ stands at a masked position never reaches a number, because it is selected away,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .checks import may_read
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Where the tokens of a checked batch lie; nothing has been computed from it yet."""
+
+    tokens: torch.Size  # of the caller's token arrays
+    sequences: int
+    device: torch.device
+    mask: Tensor | None  # bool, of shape `tokens`
+    cu_seqlens: (
+        Tensor | None
+    )  # packed: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: a row is a sequence
+
+    def per_token(self, name: str, values: Any, meaning: str) -> Tensor:
+        """A caller's token array, checked."""
+        array = self._array(name, values, meaning)
+        checks.shape(name, array, self.tokens, f"{meaning}, one per token")
+        return array
+
+    def per_sequence(self, name: str, values: Any, meaning: str) -> Tensor:
+        """A caller's sequence array, checked."""
+        array = self._array(name, values, meaning)
+        checks.shape(name, array, (self.sequences,), f"{meaning}, one per sequence")
+        return array
+
+    def is_per_token(self, values: Tensor) -> bool:
+        return values.shape == self.tokens and values.shape != (self.sequences,)
+
+    def layout(self) -> Layout:
+        """The same batch with its sums, means and counts in torch."""
+        if self.cu_seqlens is None:
+            return PaddedLayout(self)
+        return PackedLayout(self, self.cu_seqlens)
+
+    def _array(self, name: str, values: Any, meaning: str) -> Tensor:
+        array = checks.tensor(name, values, meaning).detach()
+        checks.same_device(name, array, self.device)
+        if not array.is_floating_point():
+            checks.integers(name, array, meaning)
+        return array
 
 
 class Layout:
@@ -21,11 +64,13 @@ class Layout:
     shape: torch.Size  # of the caller's token arrays
     sequences: int
 
-    def __init__(self, shape: torch.Size, mask: Tensor | None, device: torch.device, sequences: int) -> None:
-        self.shape, self.sequences = shape, sequences
-        self.mask = torch.ones(shape.numel(), dtype=torch.bool, device=device) if mask is None else mask.reshape(-1)
+    def __init__(self, batch: BatchShape) -> None:
+        self.shape, self.sequences = batch.tokens, batch.sequences
+        count, device = batch.tokens.numel(), batch.device
+        given = batch.mask
+        self.mask = torch.ones(count, dtype=torch.bool, device=device) if given is None else given.reshape(-1)
         self._masked = ~self.mask
-        self.lengths = self.sum(torch.ones((), dtype=torch.float64, device=device).expand(shape.numel()))  # [sequences]
+        self.lengths = self.sum(torch.ones((), dtype=torch.float64, device=device).expand(count))  # [sequences]
         self.num_tokens = self.lengths.sum()
         self.num_sequences = (self.lengths > 0).sum(dtype=torch.float64)
 
@@ -45,27 +90,13 @@ class Layout:
         """[sequences] -> [tokens], a sequence's value at each of its unmasked tokens and 0 elsewhere."""
         return self.select(self._spread(values))
 
-    def tokens(self, name: str, values: Any, meaning: str) -> Tensor:
-        """A caller's token array, checked: [tokens] in float64, 0 where masked."""
-        array = self._array(name, values, meaning)
-        checks.shape(name, array, self.shape, f"{meaning}, one per token")
-        return self.select(array.reshape(-1).double())
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """A token array of the caller's shape as [tokens] in float64, 0 where masked."""
+        return self.select(values.reshape(-1).double())
 
-    def per_sequence(self, name: str, values: Any, meaning: str) -> Tensor:
-        """A caller's sequence array, checked: [sequences] in float64, 0 for a sequence without an unmasked token."""
-        array = self._array(name, values, meaning)
-        checks.shape(name, array, (self.sequences,), f"{meaning}, one per sequence")
-        return torch.where(self.lengths > 0, array.double(), 0.0)
-
-    def is_per_token(self, values: Tensor) -> bool:
-        return values.shape == self.shape and values.shape != (self.sequences,)
-
-    def _array(self, name: str, values: Any, meaning: str) -> Tensor:
-        array = checks.tensor(name, values, meaning).detach()
-        checks.same_device(name, array, self.mask.device)
-        if not array.is_floating_point():
-            checks.integers(name, array, meaning)
-        return array
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """A sequence array in float64, 0 for a sequence without an unmasked token."""
+        return torch.where(self.lengths > 0, values.double(), 0.0)
 
     def _sum(self, values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -77,9 +108,6 @@ class Layout:
 class PaddedLayout(Layout):
     """Token arrays [B, T]: a row is a sequence."""
 
-    def __init__(self, shape: torch.Size, mask: Tensor | None, device: torch.device) -> None:
-        super().__init__(shape, mask, device, shape[0])
-
     def _sum(self, values: Tensor) -> Tensor:
         return values.reshape(self.shape).sum(1)
 
@@ -90,9 +118,9 @@ class PaddedLayout(Layout):
 class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
-    def __init__(self, shape: torch.Size, mask: Tensor | None, cu_seqlens: Tensor) -> None:
-        self._segments = _segments(cu_seqlens, shape[0])
-        super().__init__(shape, mask, cu_seqlens.device, cu_seqlens.shape[0] - 1)
+    def __init__(self, batch: BatchShape, cu_seqlens: Tensor) -> None:
+        self._segments = _segments(cu_seqlens, batch.tokens[0])
+        super().__init__(batch)
 
     def _sum(self, values: Tensor) -> Tensor:
         return cast(Tensor, _segment_sum(values, *self._segments))
@@ -101,22 +129,22 @@ class PackedLayout(Layout):
         return cast(Tensor, _segment_spread(values, *self._segments))
 
 
-def layout_of(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device) -> Layout:
-    """The layout of token arrays of `token_shape`, on `device`; checks `mask` and `cu_seqlens`."""
+def batch_shape(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device) -> BatchShape:
+    """Of token arrays of `token_shape`, on `device`; checks `mask` and `cu_seqlens`."""
     if mask is not None:
         checks.tensor("mask", mask, "True or 1 at the tokens that count")
         checks.shape("mask", mask, token_shape, "one per token")
         checks.same_device("mask", mask, device)
         if mask.is_complex():
             raise TypeError(f"mask: expected bool, or 0 and 1; got {mask.dtype}")
-        mask = mask.detach() != 0
+        mask = as_bool(mask)
     if cu_seqlens is None:
         if len(token_shape) != 2:
             raise ValueError(
                 "cu_seqlens: expected the boundaries of the packed sequences, [sequences + 1], because token arrays "
                 f"have shape {list(token_shape)}; got None (padded: logits [B, T, V] and token arrays [B, T])"
             )
-        return PaddedLayout(token_shape, mask, device)
+        return BatchShape(token_shape, token_shape[0], device, mask, None)
     checks.tensor("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
     checks.integers("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
     checks.same_device("cu_seqlens", cu_seqlens, device)
@@ -127,7 +155,23 @@ def layout_of(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [sequences + 1]; got {list(cu_seqlens.shape)}")
-    return PackedLayout(token_shape, mask, cu_seqlens.detach())
+    if may_read(cu_seqlens) and not torch.compiler.is_compiling():  # else the operators do
+        check_boundaries(cu_seqlens, token_shape[0])
+    return BatchShape(token_shape, cu_seqlens.shape[0] - 1, device, mask, cu_seqlens.detach())
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    return mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
+
+
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """Reads the values: for the operators, on the CPU or where debugging asks for it."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of "
+            f"tokens; got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else f'{first} ... {last}'}"
+        )
 
 
 # ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
@@ -136,13 +180,8 @@ def layout_of(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch
 @torch.library.custom_op("gspo_kernels::segments", mutates_args=(), device_types=("cpu", "cuda"))
 def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """(boundaries in int64, the sequence of each token [tokens])."""
-    if cu_seqlens.device.type == "cpu":
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of "
-                f"tokens; got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else f'{first} ... {last}'}"
-            )
+    if may_read(cu_seqlens):
+        check_boundaries(cu_seqlens, tokens)
     boundaries = cu_seqlens.to(torch.int64, copy=True)
     sequences = torch.arange(boundaries.numel() - 1, device=boundaries.device)
     return boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens)

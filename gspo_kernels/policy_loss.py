@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import checks
-from .layout import layout_of
+from . import checks, fused_stage
+from .layout import as_bool, batch_shape
 from .logprobs.backends import check_name
 from .logprobs.ops import row_stats, row_stats_with_gradient
-from .logprobs.rows import Rows, stats_dtype
+from .logprobs.rows import Rows, Upstream, stats_dtype
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
-from .token_stage import LossOutput, token_stage
+from .token_stage import LossOutput, token_inputs
 
 
 class TokenLogprobs(NamedTuple):
@@ -41,6 +41,7 @@ class LossOptions(TypedDict, total=False):
     max_log_ratio: float
     tp_group: Any
     cp_group: Any
+    vocab_size: int | None
     overwrite_logits: bool
     backend: str | None
 
@@ -65,6 +66,7 @@ def policy_loss(
     max_log_ratio: float = 20.0,
     tp_group: Any = None,
     cp_group: Any = None,
+    vocab_size: int | None = None,
     overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> LossOutput:
@@ -96,10 +98,12 @@ def policy_loss(
             split over micro-batches or ranks then add up to the whole batch's loss and gradient.
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
         tp_group, cp_group: not supported yet.
+        vocab_size: where the logits have more columns than the vocabulary has tokens (padded to a round number, as
+            Megatron does), its size: the columns beyond are not read and have a gradient of zero. None: all count.
         overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or, in one
             pass on-policy, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
             refuses whatever else still needs them for its backward.
-        backend: "native", "reference" or None for the best that runs (see `explain`).
+        backend: "triton", "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:
         `LossOutput(loss, stats)`. No host sync takes place.
@@ -109,29 +113,33 @@ def policy_loss(
     """
     checks.not_yet("tp_group", tp_group)
     checks.not_yet("cp_group", cp_group)
-    _check_logits(logits, token_ids, overwrite_logits)
-    layout = layout_of(token_ids.shape, mask, cu_seqlens, logits.device)
-    stage = token_stage(
-        layout, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
+    vocab_size = _check_logits(logits, token_ids, overwrite_logits, vocab_size)
+    batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device)
+    inputs = token_inputs(
+        batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
         entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
         max_log_ratio=max_log_ratio,
     )  # fmt: skip
-    rows = _rows(logits, token_ids, None if mask is None else layout.mask, temperature, backend)
-
+    rows = _rows(logits, token_ids, batch.mask, temperature, backend)
     one_pass = (
-        stage.depends_on_log_ratio_alone()
+        inputs.depends_on_log_ratio_alone()
         and logits.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
+    if fused_stage.serves(inputs, logits, backend):
+        return fused_stage.policy_loss(rows, inputs, vocab_size, overwrite_logits, one_pass)
+    stage = inputs.stage()
     if one_pass:
-        gradient = stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape)
-        carrier, found = row_stats_with_gradient(rows, gradient, overwrite_logits=overwrite_logits, backend=backend)
+        upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
+        carrier, found = row_stats_with_gradient(
+            rows, upstream, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend
+        )
         with torch.no_grad():
             value, stats = stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
         return LossOutput(value + carrier, stats)
-    found = row_stats(rows, overwrite_logits=overwrite_logits, backend=backend)
+    found = row_stats(rows, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend)
     return stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
 
 
@@ -235,18 +243,17 @@ def policy_loss_from_logprobs(
         )
     if logprobs.ndim not in (1, 2):
         raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
-    layout = layout_of(logprobs.shape, mask, cu_seqlens, logprobs.device)
+    batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device)
     if entropy is not None:
         checks.shape("entropy", checks.tensor("entropy", entropy, "entropy per token"), logprobs.shape, "one per token")
-        entropy = layout.select(entropy.reshape(-1))
     elif entropy_coef != 0.0:
         raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
-    stage = token_stage(
-        layout, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
+    stage = token_inputs(
+        batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
         entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
         max_log_ratio=max_log_ratio,
-    )  # fmt: skip
-    return stage.loss(logprobs.reshape(-1), entropy)
+    ).stage()  # fmt: skip
+    return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
 
 def token_logprobs(
@@ -256,6 +263,7 @@ def token_logprobs(
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     tp_group: Any = None,
+    vocab_size: int | None = None,
     overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
@@ -272,13 +280,13 @@ def token_logprobs(
     The other arguments and the errors are those of `policy_loss`.
     """
     checks.not_yet("tp_group", tp_group)
-    _check_logits(logits, token_ids, overwrite_logits)
+    vocab_size = _check_logits(logits, token_ids, overwrite_logits, vocab_size)
     if mask is not None:
         checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
         checks.same_device("mask", mask, logits.device)
-        mask = mask.detach() != 0
+        mask = as_bool(mask)
     rows = _rows(logits, token_ids, mask, temperature, backend)
-    found = row_stats(rows, overwrite_logits=overwrite_logits, backend=backend)
+    found = row_stats(rows, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
 
@@ -327,7 +335,8 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
     )
 
 
-def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool) -> None:
+def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any) -> int:
+    """The vocabulary's size."""
     checks.tensor("logits", logits, "logits [.., vocabulary]")
     checks.floating("logits", logits, "logits")
     if logits.ndim not in (2, 3):
@@ -347,3 +356,11 @@ def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool) -> None:
     checks.integers("token_ids", token_ids, "the token each row predicts")
     checks.shape("token_ids", token_ids, logits.shape[:-1], "one per row of logits; nothing is shifted inside")
     checks.same_device("token_ids", token_ids, logits.device)
+    columns: int = logits.shape[-1]
+    if vocab_size is None:
+        return columns
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size: expected an int, how many columns are tokens; got {checks.describe(vocab_size)}")
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {vocab_size}")
+    return vocab_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,10 @@ def run_time(value: float | Tensor, device: torch.device) -> Tensor:
     arithmetic (clamp, where, an operator of ours). Added to a tensor first, it stays an input.
     """
     return value if isinstance(value, Tensor) else torch.zeros((), dtype=torch.float64, device=device) + value
+
+
+def run_time_list(values: Sequence[float]) -> Tensor:
+    """Several of them, [n] float64 on the CPU."""
+    if torch.compiler.is_compiling():
+        return torch.stack([run_time(value, torch.device("cpu")) for value in values])
+    return torch.tensor(values, dtype=torch.float64)

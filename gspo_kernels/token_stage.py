@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import aggregation as aggregate
 from . import checks
-from .layout import Layout
+from .layout import BatchShape, Layout
 from .objectives import Objective, Terms
 from .scalars import run_time
 from .stats import Stats, collect
@@ -25,8 +25,68 @@ class LossOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TokenInputs:
+    """All that has one number per token or sequence, but for the log-probabilities: checked, and as it came."""
+
+    batch: BatchShape
+    objective: Objective
+    advantages: Tensor  # per token where `advantages_per_token`, else [sequences]
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    weights: Tensor | None
+    aggregation: str
+    normalizer: float | Tensor | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    max_log_ratio: float
+
+    @property
+    def advantages_per_token(self) -> bool:
+        return self.batch.is_per_token(self.advantages)
+
+    @property
+    def weights_per_token(self) -> bool:
+        return self.weights is not None and self.batch.is_per_token(self.weights)
+
+    def depends_on_log_ratio_alone(self) -> bool:
+        """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
+        return self.old_logprobs is None and self.beta == 0.0 and self.entropy_coef == 0.0
+
+    def stage(self) -> TokenStage:
+        """In torch, for any objective."""
+        layout = self.batch.layout()
+
+        def numbers(values: Tensor | None, per_token: bool) -> Tensor | None:
+            if values is None:
+                return None
+            return layout.of_tokens(values) if per_token else layout.of_sequences(values)
+
+        advantages = numbers(self.advantages, self.advantages_per_token)
+        weights = numbers(self.weights, self.weights_per_token)
+        assert advantages is not None
+        if self.objective.advantages_per_token and not self.advantages_per_token:
+            advantages = layout.spread(advantages)
+        if weights is not None and not self.weights_per_token:
+            weights = layout.spread(weights)
+        return TokenStage(
+            layout=layout,
+            objective=self.objective,
+            advantages=advantages,
+            old_logprobs=numbers(self.old_logprobs, True),
+            ref_logprobs=numbers(self.ref_logprobs, True),
+            weights=weights,
+            token_weights=aggregate.token_weights(layout, self.aggregation, self.normalizer),
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+            max_log_ratio=run_time(self.max_log_ratio, self.batch.device),
+        )
+
+
+@dataclass(frozen=True)
 class TokenStage:
-    """A checked batch but for its log-probabilities. Arrays are [tokens] in float64, 0 where masked."""
+    """The stage in torch, for any objective. Arrays are [tokens] in float64, 0 where masked."""
 
     layout: Layout
     objective: Objective
@@ -39,9 +99,6 @@ class TokenStage:
     kl_estimator: str
     entropy_coef: float
     max_log_ratio: Tensor
-
-    def depends_on_log_ratio_alone(self) -> bool:
-        return self.old_logprobs is None and self.beta == 0.0 and self.entropy_coef == 0.0
 
     def gradient_on_policy(self) -> Tensor:
         """dL/dlogprob per token where the policy is the old policy: no logit needed."""
@@ -82,8 +139,8 @@ class TokenStage:
         return (self.layout.select(per_token) * self.token_weights).sum()
 
 
-def token_stage(
-    layout: Layout,
+def token_inputs(
+    batch: BatchShape,
     objective: Objective,
     advantages: Any,
     old_logprobs: Any,
@@ -96,7 +153,7 @@ def token_stage(
     aggregation: str | None,
     normalizer: float | Tensor | None,
     max_log_ratio: float,
-) -> TokenStage:
+) -> TokenInputs:
     """Checks everything that has one number per token or sequence."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an Objective such as GSPO(); got {checks.describe(objective)}")
@@ -112,44 +169,45 @@ def token_stage(
             f"ref_logprobs: expected the reference policy's log-probabilities, because beta is {beta}; got None"
         )
     if old_logprobs is not None:
-        old_logprobs = layout.tokens("old_logprobs", old_logprobs, "old policy's log-probabilities")
+        old_logprobs = batch.per_token("old_logprobs", old_logprobs, "old policy's log-probabilities")
     if ref_logprobs is not None:
-        ref_logprobs = layout.tokens("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
-    return TokenStage(
-        layout=layout,
+        ref_logprobs = batch.per_token("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
+    return TokenInputs(
+        batch=batch,
         objective=objective,
-        advantages=_advantages(layout, objective, advantages),
+        advantages=_advantages(batch, objective, advantages),
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        weights=None if weights is None else _per_token(layout, "weights", weights, "correction weights"),
-        token_weights=aggregate.token_weights(layout, aggregation, normalizer),
+        weights=None if weights is None else _per_either(batch, "weights", weights, "correction weights"),
+        aggregation=aggregation,
+        normalizer=normalizer,
         beta=beta,
         kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,
-        max_log_ratio=run_time(max_log_ratio, layout.mask.device),
+        max_log_ratio=max_log_ratio,
     )
 
 
-def _per_token(layout: Layout, name: str, values: Any, meaning: str) -> Tensor:
-    """[tokens], from one number per sequence or one per token."""
+def _per_either(batch: BatchShape, name: str, values: Any, meaning: str) -> Tensor:
+    """One number per sequence or one per token."""
     checks.tensor(name, values, meaning)
-    if layout.is_per_token(values):
-        return layout.tokens(name, values, meaning)
-    if values.ndim != 1 or values.shape[0] != layout.sequences:
+    if batch.is_per_token(values):
+        return batch.per_token(name, values, meaning)
+    if values.ndim != 1 or values.shape[0] != batch.sequences:
         raise ValueError(
-            f"{name}: expected shape {[layout.sequences]} ({meaning}, one per sequence) or {list(layout.shape)} "
+            f"{name}: expected shape {[batch.sequences]} ({meaning}, one per sequence) or {list(batch.tokens)} "
             f"(one per token); got {list(values.shape)}"
         )
-    return layout.spread(layout.per_sequence(name, values, meaning))
+    return batch.per_sequence(name, values, meaning)
 
 
-def _advantages(layout: Layout, objective: Objective, advantages: Any) -> Tensor:
+def _advantages(batch: BatchShape, objective: Objective, advantages: Any) -> Tensor:
     checks.tensor("advantages", advantages, "one advantage per sequence")
     if objective.advantages_per_token:
-        return _per_token(layout, "advantages", advantages, "advantages")
-    if layout.is_per_token(advantages):
+        return _per_either(batch, "advantages", advantages, "advantages")
+    if batch.is_per_token(advantages):
         raise ValueError(
-            f"advantages: expected shape {[layout.sequences]}, one per sequence, as {type(objective).__name__} has one "
+            f"advantages: expected shape {[batch.sequences]}, one per sequence, as {type(objective).__name__} has one "
             f"ratio for a response; got {list(advantages.shape)}, one per token. For those, use gspo_token_loss"
         )
-    return layout.per_sequence("advantages", advantages, "advantages")
+    return batch.per_sequence("advantages", advantages, "advantages")

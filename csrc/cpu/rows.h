@@ -44,7 +44,7 @@ struct UpstreamArrays {
 // Rows [begin, end) of the whole, for one dtype on one instruction set.
 struct RowKernels {
   void (*forward)(const RowShape&, const RowInputs&, const RowOutputs&, int64_t begin, int64_t end);
-  // `saved` holds the forward's entropy and lse.
+  // `saved` holds what the forward found.
   void (*backward)(const RowShape&, const RowInputs&, const RowOutputs& saved, const UpstreamArrays&,
                    const LogitsView& gradient, int64_t begin, int64_t end);
   // Both in one visit to each row, for a gradient that is known beforehand: the second read comes from the cache.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .. import checks
-from . import native, reference
+from . import native, reference, triton_rows
 from .rows import Rows, RowStats, Upstream
 
 
@@ -21,12 +21,12 @@ class Backend(Protocol):
     def about(self) -> str: ...
     def unsupported_reasons(self, logits: Tensor) -> list[str]: ...
     def forward(self, rows: Rows) -> RowStats: ...
-    def backward(self, rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradient: Tensor) -> None: ...
-    def forward_backward(self, rows: Rows, grad_logprobs: Tensor, gradient: Tensor) -> RowStats: ...
+    def backward(self, rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None: ...
+    def forward_backward(self, rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats: ...
     def scale(self, values: Tensor, factor: Tensor) -> None: ...
 
 
-BACKENDS: tuple[Backend, ...] = (native, reference)  # fastest first; the last takes everything
+BACKENDS: tuple[Backend, ...] = (triton_rows, native, reference)  # the first that can; the last takes everything
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 
@@ -38,8 +38,10 @@ def check_name(backend: str | None) -> None:
 def choose(logits: Tensor, backend: str | None) -> Backend:
     """The backend to run. Raises ValueError with every reason if the one named cannot take these logits."""
     chosen = _pick(logits, backend)
-    if backend is None and chosen is reference and logits.device.type == "cpu" and native.missing():
-        _warn_of_missing_kernels()
+    if backend is None and chosen is reference:
+        missing = native.missing() if logits.device.type == "cpu" else triton_rows.missing()
+        if missing:
+            _warn_of_missing_kernels(missing)
     return chosen
 
 
@@ -54,8 +56,8 @@ def _pick(logits: Tensor, backend: str | None) -> Backend:
 
 
 @functools.cache
-def _warn_of_missing_kernels() -> None:
-    warnings.warn(f"gspo_kernels runs on plain torch, many times slower: {native.missing()}", stacklevel=2)
+def _warn_of_missing_kernels(missing: str) -> None:
+    warnings.warn(f"gspo_kernels runs on plain torch, many times slower: {missing}", stacklevel=2)
 
 
 def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:

@@ -44,32 +44,31 @@ def missing() -> str:
 
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
-    _bind(rows).forward(logprobs=stats.logprobs.data_ptr(), entropy=stats.entropy.data_ptr(), lse=stats.lse.data_ptr())
+    _bind(rows).forward(**_stats(stats))
     return stats
 
 
-def backward(rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradient: Tensor) -> None:
+def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
     _fresh(gradient)
+    grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     _bind(rows).backward(
-        entropy=entropy.data_ptr(),
-        lse=lse.data_ptr(),
-        grad_logprobs=_address(upstream.logprobs),
-        grad_entropy=_address(upstream.entropy),
-        grad_lse=_address(upstream.lse),
+        **_stats(stats),
+        grad_logprobs=_address(grad_logprobs),
+        grad_entropy=_address(grad_entropy),
+        grad_lse=_address(grad_lse),
         gradient=gradient.data_ptr(),
         outer_stride=gradient.stride(0),
         inner_stride=gradient.stride(1),
     )
 
 
-def forward_backward(rows: Rows, grad_logprobs: Tensor, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
     stats = empty_stats(rows.logits)
     _fresh(gradient)
+    grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(
-        logprobs=stats.logprobs.data_ptr(),
-        entropy=stats.entropy.data_ptr(),
-        lse=stats.lse.data_ptr(),
-        grad_logprobs=grad_logprobs.data_ptr(),
+        **_stats(stats),
+        grad_logprobs=_address(grad_logprobs),
         gradient=gradient.data_ptr(),
         outer_stride=gradient.stride(0),
         inner_stride=gradient.stride(1),
@@ -104,6 +103,10 @@ def _place(logits: Tensor) -> dict[str, Any]:
         "inner_stride": logits.stride(1),
         "threads": torch.get_num_threads(),
     }
+
+
+def _stats(stats: RowStats) -> dict[str, int]:
+    return {name: array.data_ptr() for name, array in stats._asdict().items()}
 
 
 def _fresh(gradient: Tensor) -> None:

@@ -8,18 +8,18 @@ GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import may_read
 from .backends import choose
 from .rows import Rows, RowStats, Upstream, empty_stats
 
 _DEVICES = ("cpu", "cuda")
 
-# Row arrays are [outer, inner].
+# Row arrays are [outer, inner]. Columns of the logits from `vocab_size` on are padding: not read, gradient 0.
 
 
 @torch.library.custom_op("gspo_kernels::row_stats", mutates_args=(), device_types=_DEVICES)
@@ -28,12 +28,13 @@ def _row_stats(
     token_ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    vocab_size: int,
     overwrite_logits: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Rows(logits, token_ids, mask, temperature)
-    _check_values(rows)
-    return _as_tensors(choose(logits, backend).forward(rows))
+    rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
+    check_values(rows)
+    return choose(logits, backend).forward(rows)
 
 
 @_row_stats.register_fake
@@ -42,32 +43,38 @@ def _(
     token_ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    vocab_size: int,
     overwrite_logits: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _as_tensors(empty_stats(logits))
+    return empty_stats(logits)
 
 
 @torch.library.custom_op("gspo_kernels::row_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
-def _row_gradient(
+def row_gradient(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    vocab_size: int,
+    logprobs: Tensor,
     entropy: Tensor,
     lse: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
+    factor: Tensor | None,
+    counts: Tensor | None,
     gradient: Tensor,
     backend: str | None,
 ) -> None:
-    rows = Rows(logits, token_ids, mask, temperature)
-    upstream = Upstream(*(None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)))
-    choose(logits, backend).backward(rows, entropy, lse, upstream, gradient)
+    rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
+    g_l, g_h, g_lse = (None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse))
+    stats, upstream = RowStats(logprobs, entropy, lse), Upstream(g_l, g_h, g_lse, factor, counts)
+    choose(logits, backend).backward(rows, stats, upstream, unpadded(gradient, vocab_size))
 
 
-@_row_gradient.register_fake
+@row_gradient.register_fake
 def _(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -78,13 +85,16 @@ def _row_stats_and_gradient(
     token_ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    vocab_size: int,
     grad_logprobs: Tensor,
+    counts: Tensor | None,
     gradient: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Rows(logits, token_ids, mask, temperature)
-    _check_values(rows)
-    return _as_tensors(choose(logits, backend).forward_backward(rows, grad_logprobs.contiguous(), gradient))
+    rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
+    check_values(rows)
+    upstream = Upstream(grad_logprobs.contiguous(), counts=counts)
+    return choose(logits, backend).forward_backward(rows, upstream, unpadded(gradient, vocab_size))
 
 
 @_row_stats_and_gradient.register_fake
@@ -93,11 +103,13 @@ def _(
     token_ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    vocab_size: int,
     grad_logprobs: Tensor,
+    counts: Tensor | None,
     gradient: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _as_tensors(empty_stats(logits))
+    return empty_stats(logits)
 
 
 @torch.library.custom_op("gspo_kernels::scale_", mutates_args=("values",), device_types=_DEVICES)
@@ -110,36 +122,38 @@ def _(values: Tensor, factor: Tensor, backend: str | None) -> None:
     return None
 
 
-def _as_tensors(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
-    return stats.logprobs, stats.entropy, stats.lse
+def unpadded(gradient: Tensor, vocab_size: int) -> Tensor:
+    """The columns of the vocabulary; those of the padding are set to zero."""
+    if vocab_size < gradient.shape[-1]:
+        gradient[..., vocab_size:].zero_()
+    return gradient[..., :vocab_size]
 
 
 # ---- autograd
 
 
-def _room_for_gradient(logits: Tensor, overwrite: bool) -> Tensor:
+def room_for_gradient(logits: Tensor, overwrite: bool) -> Tensor:
     if overwrite:
         return logits.detach()  # shares their version counter: writing here tells autograd that the logits are gone
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, token_ids, mask, temperature, ctx.overwrite_logits, ctx.backend = inputs
-    _, entropy, lse = output
-    ctx.save_for_backward(logits, token_ids, mask, temperature, entropy, lse)
+    logits, token_ids, mask, temperature, ctx.vocab_size, ctx.overwrite_logits, ctx.backend = inputs
+    ctx.save_for_backward(logits, token_ids, mask, temperature, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradient_of_logits(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits, token_ids, mask, temperature, entropy, lse = ctx.saved_tensors
-    gradient = _room_for_gradient(logits, ctx.overwrite_logits)
-    _row_gradient(
-        logits, token_ids, mask, temperature, entropy, lse,
-        grad_logprobs, grad_entropy, grad_lse, gradient, ctx.backend,
+    logits, token_ids, mask, temperature, logprobs, entropy, lse = ctx.saved_tensors
+    gradient = room_for_gradient(logits, ctx.overwrite_logits)
+    row_gradient(
+        logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse,
+        grad_logprobs, grad_entropy, grad_lse, None, None, gradient, ctx.backend,
     )  # fmt: skip
-    return gradient, None, None, None, None, None
+    return gradient, None, None, None, None, None, None
 
 
 _row_stats.register_autograd(_gradient_of_logits, setup_context=_save_for_gradient)
@@ -150,52 +164,59 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Rows, logits: Tensor, grad_logprobs: Tensor, overwrite: bool, backend: str | None
+        ctx: Any,
+        rows: Rows,
+        logits: Tensor,
+        vocab_size: int,
+        upstream: Upstream,
+        overwrite: bool,
+        backend: str | None,
     ) -> Any:
-        gradient = _room_for_gradient(logits, overwrite)
+        assert upstream.logprobs is not None
+        gradient = room_for_gradient(logits, overwrite)
         logprobs, entropy, lse = _row_stats_and_gradient(
-            logits, rows.token_ids, rows.mask, rows.temperature, grad_logprobs, gradient, backend
-        )
+            logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, upstream.logprobs, upstream.counts,
+            gradient, backend,
+        )  # fmt: skip
         ctx.save_for_backward(gradient)
         ctx.backend = backend
         ctx.mark_non_differentiable(logprobs, entropy, lse)
-        return grad_logprobs.new_zeros(()), logprobs, entropy, lse
+        return logprobs.new_zeros(()), logprobs, entropy, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         _scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
-        return None, gradient, None, None, None
+        return None, gradient, None, None, None, None
 
 
 # ---- what the layers above call
 
 
-def row_stats(rows: Rows, *, overwrite_logits: bool = False, backend: str | None = None) -> RowStats:
+def row_stats(rows: Rows, *, vocab_size: int, overwrite_logits: bool = False, backend: str | None = None) -> RowStats:
     """Statistics of each row, differentiable in all three."""
-    logprobs, entropy, lse = _row_stats(
-        rows.logits, rows.token_ids, rows.mask, rows.temperature, overwrite_logits, backend
+    return RowStats(
+        *_row_stats(rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits, backend)
     )
-    return RowStats(logprobs, entropy, lse)
 
 
 def row_stats_with_gradient(
-    rows: Rows, grad_logprobs: Tensor, *, overwrite_logits: bool, backend: str | None
+    rows: Rows, upstream: Upstream, *, vocab_size: int, overwrite_logits: bool, backend: str | None
 ) -> tuple[Tensor, RowStats]:
-    """Statistics, and a zero that carries the gradient: its derivative is `grad_logprobs` through log p. One pass.
+    """Statistics, and a zero that carries the gradient: its derivative is `upstream` through log p. One pass.
 
     The gradient is scaled in place by the backward, which can therefore run once.
     """
-    carrier, logprobs, entropy, lse = _KnownGradient.apply(rows, rows.logits, grad_logprobs, overwrite_logits, backend)
-    return carrier, RowStats(logprobs, entropy, lse)
+    carrier, *stats = _KnownGradient.apply(rows, rows.logits, vocab_size, upstream, overwrite_logits, backend)
+    return carrier, RowStats(*stats)
 
 
 # ---- checks that read
 
 
-def _check_values(rows: Rows) -> None:
-    if rows.logits.device.type != "cpu" and os.environ.get("GSPO_KERNELS_DEBUG", "0") in ("", "0"):
+def check_values(rows: Rows) -> None:
+    if not may_read(rows.logits):
         return
     vocab = rows.logits.shape[-1]
     bad = (rows.token_ids < 0) | (rows.token_ids >= vocab)

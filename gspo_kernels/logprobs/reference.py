@@ -37,11 +37,12 @@ def forward(rows: Rows) -> RowStats:
     return stats
 
 
-def backward(rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradient: Tensor) -> None:
+def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
+    arrays = upstream.by_statistic()
     for block in _blocks(rows):
-        g_l, g_h, g_lse = (block.get(g) for g in upstream)
+        g_l, g_h, g_lse = (block.get(g) for g in arrays)
         active = block.active() & ((g_l != 0) | (g_h != 0) | (g_lse != 0))
-        temperature, row_lse, row_entropy = block.temperatures(), block.get(lse), block.get(entropy)
+        temperature, row_lse, row_entropy = block.temperatures(), block.get(stats.lse), block.get(stats.entropy)
 
         base = (row_lse * temperature).to(block.logits.dtype)  # what rounding it loses goes into the factor
         log_p = (block.logits - base[:, None]) / temperature[:, None].to(block.logits.dtype)
@@ -52,7 +53,7 @@ def backward(rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradi
         through_entropy = torch.where(p > 0, p * log_p, p) * slope[:, None].to(p.dtype)
         result = p * constant[:, None].to(p.dtype) + through_entropy
 
-        log_p_target = (block.target_logits() / temperature - row_lse).clamp(max=0.0)
+        log_p_target = block.get(stats.logprobs)
         p_target = log_p_target.exp()
         through_p = torch.where(p_target > 0, p_target * (g_lse - g_h * (log_p_target + row_entropy)), p_target)
         at_target = (through_p - g_l * torch.expm1(log_p_target)) / temperature
@@ -62,9 +63,9 @@ def backward(rows: Rows, entropy: Tensor, lse: Tensor, upstream: Upstream, gradi
         block.put(gradient, _flush(result))
 
 
-def forward_backward(rows: Rows, grad_logprobs: Tensor, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
     stats = forward(rows)
-    backward(rows, stats.entropy, stats.lse, Upstream(grad_logprobs), gradient)
+    backward(rows, stats, upstream, gradient)
     return stats
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class RowStats:
+class RowStats(NamedTuple):
     """Per row, `[outer, inner]`: zero where the row is masked."""
 
     logprobs: Tensor  # log p(token), fp32 (fp64 for fp64 logits)
@@ -19,11 +18,29 @@ class RowStats:
 
 
 class Upstream(NamedTuple):
-    """dL/d of each of a row's statistics, contiguous `[outer, inner]`; None is zero."""
+    """dL/d of each of a row's statistics, contiguous `[outer, inner]`; None is zero.
+
+    `factor` and `counts` spare a pass over these arrays: all are multiplied by the one, divided by the other's sum.
+    """
 
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
     lse: Tensor | None = None
+    factor: Tensor | None = None  # 0-d
+    counts: Tensor | None = None  # [any number]
+
+    def by_statistic(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dL/dlogprobs, dL/dentropy, dL/dlse in full: with the factor, over the counts."""
+        common = self.factor
+        if self.counts is not None:
+            total = self.counts.sum(dtype=torch.float64)
+            share = 1.0 / torch.where(total > 0, total, 1.0)
+            common = share if common is None else common * share
+        arrays = self.logprobs, self.entropy, self.lse
+        if common is None:
+            return arrays
+        scaled = (None if g is None else (g * common).to(g.dtype) for g in arrays)
+        return tuple(scaled)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

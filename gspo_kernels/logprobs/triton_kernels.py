@@ -1,0 +1,465 @@
+"""The row kernels in Triton: statistics of a row of logits, its gradient, or both in one launch. One program a row.
+
+The mathematics is that of csrc/row_math.h, in float32: a row is walked in base 2, exp z_v = 2^(x_v scale) with
+scale = log2(e) / temperature; the target stays out of the sums; what rounding takes from the logsumexp is kept.
+
+A row may start at any address and have any length. It is walked in blocks of [REPEAT, LANES, WIDTH] columns: WIDTH of
+them one 16-byte access, LANES one a thread, REPEAT in the registers of a thread. Every lane has a running maximum and
+sums of its own; they meet once, at the end of the row. Blocks without the target run without a mask.
+
+Which columns a lane adds up depends on their numbers alone: the same row gives the same bits wherever it lies. Where a
+row does not start on a 16-byte boundary, a thread's columns are cut out of two aligned accesses. (A gradient's columns
+do not meet, so there the accesses decide where a block begins.)
+"""
+
+# mypy: ignore-errors
+# The bodies below are Triton's language, which is typed by Triton's compiler.
+
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+
+from .triton_math import (
+    FLOOR,
+    INFINITY,
+    LN2_HI,
+    LN2_LO,
+    LOG2E_HI,
+    LOG2E_LO,
+    LOWEST,
+    TINY,
+    add_pairs,
+    bounded,
+    exp,
+    exp2,
+    exp2_pair,
+    expm1,
+    float64_bits,
+    float64_pair,
+    fma,
+    join_columns,
+    log1p,
+    log2_pair,
+    narrow,
+    quotient,
+    scale_pair,
+    scaled_exp2,
+    two_product,
+    widen,
+)
+
+# ---- where a row lies
+
+
+@triton.jit
+def _row_pointer(data, row, inner, outer_stride, inner_stride):
+    """First column of a row of [outer, inner, vocab] data; 64 bits, for there may be more than 2^31 elements."""
+    outer = row // inner
+    return data + (outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride)
+
+
+@triton.jit
+def _columns_before_boundary(pointer, vocab, WIDTH: tl.constexpr):
+    """Columns of the head: those before the first 16-byte boundary."""
+    bytes_before = (16 - pointer.to(tl.int64) % 16) % 16
+    return tl.minimum((bytes_before // (16 // WIDTH)).to(tl.int32), vocab)
+
+
+@triton.jit
+def _columns(pointer, at, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Addresses of the columns `at` from `pointer`, a block of whole 16-byte accesses if ALIGNED.
+
+    That is said aloud, for a compiler cannot see it; and of the sum, made here: said of an argument it would be lost.
+    """
+    here = pointer + at
+    if ALIGNED:
+        here = tl.max_contiguous(tl.multiple_of(here, 16), WIDTH)
+    return here
+
+
+@triton.jit
+def _load_columns(row, phase, start, at, vocab, WHOLE: tl.constexpr, SHIFTED: tl.constexpr, WIDTH: tl.constexpr,
+                  PTX: tl.constexpr):  # fmt: skip
+    """Columns start + at of a row that begins `phase` columns behind a 16-byte boundary; what lies past its end, if not
+    WHOLE, is anything. No access leaves the 16 bytes around a column of the row."""
+    if SHIFTED and not PTX:
+        if WHOLE:
+            return tl.load(row + start + at)
+        else:
+            return tl.load(row + start + at, mask=start + at < vocab, other=0)
+    else:
+        low = _columns(row - phase + start, at, WIDTH, True)
+        high = _columns(row - phase + start + WIDTH, at, WIDTH, True)
+        if WHOLE:
+            x = tl.load(low)
+            if SHIFTED:
+                x = join_columns(x, tl.load(high), phase, PTX)
+        else:
+            left = vocab + phase - start  # columns from the boundary on
+            x = tl.load(low, mask=at // WIDTH * WIDTH < left, other=0)
+            if SHIFTED:
+                x = join_columns(x, tl.load(high, mask=at // WIDTH * WIDTH + WIDTH < left, other=0), phase, PTX)
+        return x
+
+
+@triton.jit
+def _scale_of(row, temperature, scale):
+    """log2(e) / temperature of a row: `scale`, or from the array of temperatures if there is one."""
+    if temperature is None:
+        return scale
+    else:
+        t = tl.load(temperature + row)
+        q = quotient(t * 0.0 + LOG2E_HI, t)
+        return q + LOG2E_LO / t
+
+
+# ---- statistics
+
+
+@triton.jit
+def _add_block(x, top, total, lost, weighted, scale, PTX: tl.constexpr, DTYPE: tl.constexpr):
+    """Adds a block [REPEAT, LANES, WIDTH] of logits to the lanes' sums of e = 2^t and t e, t = x scale - top.
+
+    `total` is summed with compensation: `lost` is what it has too much.
+    """
+    highest = tl.max(tl.max(x, 2), 0) * scale
+    new_top = tl.maximum(top, highest)
+    shift = top - new_top
+    shrink = exp2(shift, PTX)
+    t = fma(x, scale, -new_top[None, :, None])
+    e = exp2(t, PTX)
+    weighted = (weighted + total * shift) * shrink + tl.sum(tl.sum(e * bounded(t, PTX, DTYPE), 2), 0)
+    added = tl.sum(tl.sum(e, 2), 0) - lost * shrink
+    total = total * shrink
+    new_total = total + added
+    return new_top, new_total, (new_total - total) - added, weighted
+
+
+@triton.jit
+def _sum_others(row, vocab, target, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+                PTX: tl.constexpr):  # fmt: skip
+    """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
+
+    The largest logit / temperature may be up to 7e8 nats from 0, where fp32 logits are 64 apart. NaN or +inf gives NaN.
+    """
+    DTYPE: tl.constexpr = row.dtype.element_ty
+    BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
+    phase = (row.to(tl.int64) % 16 // (16 // WIDTH)).to(tl.int32)
+    full = vocab // BLOCK
+    hole = tl.minimum(target // BLOCK, full)
+    special = 1 + (hole < full).to(tl.int32)  # the incomplete block, and the target's if that is another
+
+    at = tl.arange(0, BLOCK)
+    top = tl.full([LANES], FLOOR, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    lost = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    for SHIFTED in tl.static_range(2):
+        if (phase != 0) == (SHIFTED == 1):
+            for i in range(0, full + 1 - special):
+                start = (i + (i >= hole).to(tl.int32)) * BLOCK
+                x = widen(_load_columns(row, phase, start, at, vocab, True, SHIFTED == 1, WIDTH, PTX), PTX)
+                x = tl.reshape(x, [REPEAT, LANES, WIDTH])
+                top, total, lost, weighted = _add_block(x, top, total, lost, weighted, scale, PTX, DTYPE)
+            for i in range(0, special):
+                start = tl.where(i == 0, full, hole) * BLOCK
+                x = widen(_load_columns(row, phase, start, at, vocab, False, SHIFTED == 1, WIDTH, PTX), PTX)
+                x = tl.where((at < vocab - start) & (at != target - start), x, LOWEST)
+                x = tl.reshape(x, [REPEAT, LANES, WIDTH])
+                top, total, lost, weighted = _add_block(x, top, total, lost, weighted, scale, PTX, DTYPE)
+
+    base = tl.max(top, 0)
+    shift = top - base
+    shrink = exp2(shift, PTX)
+    return base, tl.sum((total - lost) * shrink, 0), tl.sum((weighted + total * shift) * shrink, 0)
+
+
+@triton.jit
+def _combine(base, total, weighted, target_logit, scale):
+    """(logprob, entropy, lse as a pair) from the others' sums and the target logit; see csrc/row_math.h."""
+    alone = total == 0.0  # no other column, or -inf in all of them
+    log_hi, log_lo = log2_pair(tl.where(alone, 1.0, total))
+    target_hi, target_lo = two_product(target_logit, scale)
+    rest_hi, rest_lo = add_pairs(base, 0.0, log_hi, log_lo)
+    rest_hi = tl.where(alone, -INFINITY, rest_hi)
+    d_hi, d_lo = add_pairs(rest_hi, rest_lo, -target_hi, -target_lo)  # base 2
+    d_hi = tl.where((rest_hi != rest_hi) | (target_hi != target_hi), rest_hi + target_hi, d_hi)
+    sure = d_hi <= 0.0
+    near = log1p(exp2_pair(tl.where(sure, d_hi, -d_hi), tl.where(sure, d_lo, -d_lo)))  # softplus(-|d|)
+    near = tl.where(d_hi == d_hi, near, d_hi)
+
+    d, d_tail = scale_pair(d_hi, d_lo, LN2_HI, LN2_LO)
+    logprob = tl.where(sure, -near, -((d + near) + d_tail))
+    lse_hi, lse_lo = scale_pair(tl.where(sure, target_hi, rest_hi), tl.where(sure, target_lo, rest_lo), LN2_HI, LN2_LO)
+    lse_hi, lse_lo = add_pairs(lse_hi, lse_lo, near, 0.0)
+
+    # Entropy of {target, others}, plus the share of the others times their own: no term is negative.
+    log_others = tl.where(sure, d - near, -near)
+    p, p_others = exp(logprob), tl.where(sure, -expm1(logprob), exp(log_others))  # 1 - p without its cancellation
+    own = tl.where(alone, 0.0, ((log_hi - quotient(weighted, tl.where(alone, 1.0, total))) + log_lo) * LN2_HI)
+    entropy = tl.where(p > 0.0, -p * logprob, 0.0) + tl.where(p_others > 0.0, p_others * (own - log_others), 0.0)
+    return logprob, tl.where(d_hi == d_hi, entropy, d_hi), lse_hi, lse_lo
+
+
+@triton.jit
+def _statistics(pointer, token_ids, row, vocab, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+                PTX: tl.constexpr):  # fmt: skip
+    """(logprob, entropy, lse as a pair); all NaN where the token id is not one of the vocabulary's."""
+    token = tl.load(token_ids + row)
+    known = (token >= 0) & (token < vocab)
+    target = tl.where(known, token, 0).to(tl.int32)
+    target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
+    base, total, weighted = _sum_others(pointer, vocab, target, scale, REPEAT, LANES, WIDTH, PTX)
+    return _combine(base, total, weighted, target_logit, scale)
+
+
+@triton.jit
+def _store_statistics(row, logprob, entropy, lse_hi, lse_lo, logprobs, entropies, lses):
+    tl.store(logprobs + row, logprob)
+    tl.store(entropies + row, entropy)
+    tl.store(lses + row, float64_bits(lse_hi, lse_lo))
+
+
+@triton.jit
+def _counts(mask, row):
+    if mask is None:
+        return True
+    else:
+        return tl.load(mask + row) != 0
+
+
+# ---- gradient
+
+
+@triton.jit
+def _coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo, scale):
+    """(base, constant, slope, target): for every column but the target, with t = x scale - base,
+
+        dL/dx = 2^t (constant + slope t),
+
+    where `base` is the row's lse in base 2, rounded; what the rounding lost is folded into the coefficients.
+    """
+    base, lost = scale_pair(lse_hi, lse_lo, LOG2E_HI, LOG2E_LO)
+    factor = exp2_pair(-lost, 0.0) * (scale * LN2_HI)
+    constant = factor * (g_lse - g_logprob - g_entropy * (entropy - lost * LN2_HI))
+    p = exp(logprob)
+    through_p = tl.where(p > 0.0, p * (g_lse - g_entropy * (logprob + entropy)), 0.0)
+    target = (through_p - g_logprob * expm1(logprob)) * (scale * LN2_HI)
+    return base, constant, -factor * g_entropy * LN2_HI, tl.where(tl.abs(target) < TINY, 0.0, target)
+
+
+@triton.jit
+def _gradient(x, base, constant, slope, scale, SLOPE: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr):
+    """dL/dx of a block of columns, none of them the target."""
+    t = fma(x, scale, -base)
+    if SLOPE:
+        return scaled_exp2(t, fma(bounded(t, PTX, DTYPE), slope, constant), PTX)
+    else:
+        return scaled_exp2(t, tl.zeros_like(t) + constant, PTX)
+
+
+@triton.jit
+def _edges(head, body, vocab, WIDTH: tl.constexpr):
+    """(columns, which of them there are) of head and tail: less than WIDTH each."""
+    at = tl.arange(0, 2 * WIDTH)
+    column = tl.where(at < WIDTH, at, head + body + at - WIDTH)
+    return column, column < tl.where(at < WIDTH, head, vocab)
+
+
+@triton.jit
+def _write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, SLOPE: tl.constexpr,
+                    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """A row's gradient: a head up to the first 16-byte boundary of `destination`, a body of whole accesses, a tail.
+
+    Backwards: what was read last is read again first. Where `source` lies otherwise, reads are narrow, writes are not.
+    """
+    DTYPE: tl.constexpr = destination.dtype.element_ty
+    head = _columns_before_boundary(destination, vocab, WIDTH)
+    body = (vocab - head) // WIDTH * WIDTH
+    x_body, g_body = source + head, destination + head
+    full = body // BLOCK
+    hole = target - head  # the column in the body
+    hole = tl.where((hole >= 0) & (hole < full * BLOCK), hole // BLOCK, full)
+    special = 1 + (hole < full).to(tl.int32)  # the incomplete block, and the target's if that is another
+    plain = full + 1 - special
+    in_step = (source.to(tl.int64) - destination.to(tl.int64)) % 16 == 0
+
+    at = tl.arange(0, BLOCK)
+    for ALIGNED in tl.static_range(2):
+        if in_step == (ALIGNED == 1):
+            for i in range(0, special):
+                start = tl.where(i == 0, full, hole) * BLOCK
+                there = at // WIDTH * WIDTH < body - start
+                x = widen(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED), mask=there, other=0), PTX)
+                g = _gradient(x, base, constant, slope, scale, SLOPE, PTX, DTYPE)
+                g = narrow(tl.where(at == target - head - start, at_target, g), DTYPE)
+                tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there)
+            for i in range(0, plain):
+                start = plain - 1 - i
+                start = (start + (start >= hole).to(tl.int32)) * BLOCK
+                x = widen(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED)), PTX)
+                g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, DTYPE), DTYPE)
+                tl.store(_columns(g_body + start, at, WIDTH, True), g)
+
+    column, there = _edges(head, body, vocab, WIDTH)
+    x = tl.load(source + column, mask=there, other=0).to(tl.float32)
+    t = fma(x, scale, -base)
+    g = scaled_exp2(t, fma(tl.maximum(t, -127.0), slope, constant), PTX)
+    tl.store(destination + column, narrow(tl.where(column == target, at_target, g), DTYPE), mask=there)
+
+
+@triton.jit
+def _write_zeros(destination, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    DTYPE: tl.constexpr = destination.dtype.element_ty
+    head = _columns_before_boundary(destination, columns, WIDTH)
+    body = (columns - head) // WIDTH * WIDTH
+    at = tl.arange(0, BLOCK)
+    for start in range(0, body, BLOCK):
+        there = at // WIDTH * WIDTH < body - start
+        tl.store(_columns(destination + head + start, at, WIDTH, True), tl.zeros([BLOCK], DTYPE), mask=there)
+    column, there = _edges(head, body, columns, WIDTH)
+    tl.store(destination + column, tl.zeros_like(column).to(DTYPE), mask=there)
+
+
+@triton.jit
+def _factor(factor, counts, counts_size):
+    """What all gradients are multiplied by: `factor[0]` over the sum of `counts`; each may be absent."""
+    result = tl.full((), 1.0, tl.float32)
+    if factor is not None:
+        result = tl.load(factor).to(tl.float32)
+    if counts is not None:
+        at = tl.arange(0, 1024)
+        total = tl.zeros((), tl.float32)
+        for start in range(0, counts_size, 1024):
+            total += tl.sum(tl.load(counts + start + at, mask=start + at < counts_size, other=0.0), 0)
+        result = quotient(result, tl.where(total > 0.0, total, 1.0))
+    return result
+
+
+@triton.jit
+def _upstream(array, row, factor):
+    if array is None:
+        return factor * 0.0
+    else:
+        return tl.load(array + row) * factor
+
+
+# ---- kernels, one program a row. What varies from call to call is no part of what is compiled.
+
+_VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "gradient_outer_stride",
+           "gradient_inner_stride"]  # fmt: skip
+_ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "logprobs", "entropies", "lses", "g_logprobs",
+                "g_entropies", "g_lses", "factor", "counts", "gradient", "values"]  # fmt: skip
+_kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
+
+
+@_kernel()
+def forward_kernel(
+    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale,
+    logprobs, entropies, lses,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Log-probability of the token, entropy and logsumexp of each row; zeros where masked. Reads a row once."""
+    row = tl.program_id(0)
+    if _counts(mask, row):
+        pointer = _row_pointer(logits, row, inner, outer_stride, inner_stride)
+        s = _scale_of(row, temperature, scale)
+        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, s, REPEAT, LANES, WIDTH, PTX)
+        _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
+    else:
+        zero = tl.zeros((), tl.float32)
+        _store_statistics(row, zero, zero, zero, zero, logprobs, entropies, lses)
+
+
+@_kernel()
+def backward_kernel(
+    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale,
+    logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size,
+    gradient, gradient_outer_stride, gradient_inner_stride,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Gradient of each row from those of its statistics. Reads a row once and writes it; a row without one is zeroed.
+
+    The last rows come first: of what the forward read, they are what the cache may still hold.
+    """
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
+    SLOPE: tl.constexpr = g_entropies is not None
+    destination = _row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
+    common = _factor(factor, counts, counts_size)
+    g_logprob = _upstream(g_logprobs, row, common)
+    g_entropy = _upstream(g_entropies, row, common)
+    g_lse = _upstream(g_lses, row, common)
+    some = (g_logprob != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0)
+    if _counts(mask, row) & some:
+        s = _scale_of(row, temperature, scale)
+        lse_hi, lse_lo = float64_pair(tl.load(lses + row))
+        base, constant, slope, at_target = _coefficients(
+            g_logprob, g_entropy, g_lse, tl.load(logprobs + row), tl.load(entropies + row), lse_hi, lse_lo, s
+        )
+        source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
+        target = tl.load(token_ids + row).to(tl.int32)
+        _write_gradient(
+            source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, BLOCK, WIDTH, PTX
+        )
+    else:
+        _write_zeros(destination, vocab, BLOCK, WIDTH)
+
+
+@_kernel()
+def forward_backward_kernel(
+    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale,
+    logprobs, entropies, lses, g_logprobs, counts, counts_size,
+    gradient, gradient_outer_stride, gradient_inner_stride,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Both at once, for a gradient by the log-probability that is known beforehand: the second read hits the cache."""
+    row = tl.program_id(0)
+    BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
+    destination = _row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
+    if _counts(mask, row):
+        source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
+        s = _scale_of(row, temperature, scale)
+        logprob, h, hi, lo = _statistics(source, token_ids, row, vocab, s, REPEAT, LANES, WIDTH, PTX)
+        _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
+        g_logprob = _upstream(g_logprobs, row, _factor(None, counts, counts_size))
+        if g_logprob != 0.0:
+            base, constant, slope, at_target = _coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
+            target = tl.load(token_ids + row).to(tl.int32)
+            _write_gradient(
+                source, destination, vocab, target, base, constant, slope, at_target, s, False, BLOCK, WIDTH, PTX
+            )
+        else:
+            _write_zeros(destination, vocab, BLOCK, WIDTH)
+    else:
+        zero = tl.zeros((), tl.float32)
+        _store_statistics(row, zero, zero, zero, zero, logprobs, entropies, lses)
+        _write_zeros(destination, vocab, BLOCK, WIDTH)
+
+
+@_kernel()
+def scale_kernel(values, outer_stride, inner_stride, inner, vocab, factor, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do."""
+    DTYPE: tl.constexpr = values.dtype.element_ty
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        pointer = _row_pointer(values, tl.program_id(0), inner, outer_stride, inner_stride)
+        head = _columns_before_boundary(pointer, vocab, WIDTH)
+        body = (vocab - head) // WIDTH * WIDTH
+        at = tl.arange(0, BLOCK)
+        for start in range(0, body, BLOCK):
+            there = at // WIDTH * WIDTH < body - start
+            here = _columns(pointer + head + start, at, WIDTH, True)
+            tl.store(here, narrow(_times(tl.load(here, mask=there, other=0), by), DTYPE), mask=there)
+        column, there = _edges(head, body, vocab, WIDTH)
+        here = pointer + column
+        tl.store(here, narrow(_times(tl.load(here, mask=there, other=0), by), DTYPE), mask=there)
+
+
+@triton.jit
+def _times(x, by):
+    y = x.to(tl.float32) * by
+    return tl.where(tl.abs(y) < TINY, 0.0, y)

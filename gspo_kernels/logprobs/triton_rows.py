@@ -1,0 +1,184 @@
+"""The Triton row kernels, launched: fp32, bf16 and fp16 logits on a GPU, or on the CPU in Triton's interpreter.
+
+Triton itself is imported with the first logits that it can serve, so that a machine without a GPU never waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Rows, RowStats, Upstream, empty_stats
+
+name = "triton"
+_LOG2_E = 1.0 / math.log(2.0)
+_OLDEST = (3, 3)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is laid out: `elements` columns a block, walked by `num_warps` warps."""
+
+    num_warps: int
+    elements: int
+
+
+# Not measured on a GPU yet. By the static figures (benchmarks/results/static.json): 32 bf16 columns a thread cost the
+# fewest instructions a column without a spill, and 4 warps leave 8 or more rows in flight on every multiprocessor. The
+# one-launch kernel wants its second read from the L2 cache, so that only few rows may be under way: 16 warps.
+LAUNCH = {
+    "forward": Launch(num_warps=4, elements=4096),
+    "backward": Launch(num_warps=4, elements=4096),
+    "forward_backward": Launch(num_warps=16, elements=8192),
+    "scale": Launch(num_warps=4, elements=4096),
+}
+INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256)  # small blocks: short rows are cheap, and cross their boundaries
+
+
+# Whether kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unsupported_reasons(logits: Tensor) -> list[str]:
+    reasons = []
+    if missing():
+        reasons.append(missing())
+    if logits.device.type == "cpu" and not INTERPRETED:
+        reasons.append("logits are on the CPU, these kernels run on a GPU (or under TRITON_INTERPRET=1)")
+    elif logits.device.type not in ("cpu", "cuda"):
+        reasons.append(f"logits are on {logits.device}, these kernels run on NVIDIA and AMD GPUs")
+    elif logits.device.type == "cuda" and _too_old(logits.device):
+        reasons.append("this GPU is older than these kernels take: compute capability 8.0")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"logits are {logits.dtype}, these kernels take float32, bfloat16 and float16")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        reasons.append(f"the vocabulary dimension has stride {logits.stride(-1)}, these kernels need 1")
+    return reasons
+
+
+def about() -> str:
+    if _VERSION is None:
+        return "Triton, not installed"
+    return f"Triton {_VERSION}, interpreted" if INTERPRETED else f"Triton {_VERSION}"
+
+
+def missing() -> str:
+    """Why Triton cannot be used at all; empty if it can."""
+    if _VERSION is None:
+        return "Triton is not installed; torch for CUDA or ROCm brings it"
+    if tuple(int(part) for part in _VERSION.split(".")[:2]) < _OLDEST:
+        return f"Triton is {_VERSION}, these kernels need 3.3 or newer"
+    return ""
+
+
+def _version() -> str | None:
+    for package in ("triton", "pytorch-triton-rocm", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package).split("+")[0]
+    return None
+
+
+_VERSION = _version()
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def forward(rows: Rows) -> RowStats:
+    stats = empty_stats(rows.logits)
+    _launch("forward", rows.logits, *_row_arguments(rows), *_addresses(stats))
+    return stats
+
+
+def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
+    g_lse = None if upstream.lse is None else upstream.lse.float()
+    counts = upstream.counts
+    _launch(
+        "backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs, upstream.entropy, g_lse,
+        upstream.factor, counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
+    )  # fmt: skip
+
+
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+    stats, counts = empty_stats(rows.logits), upstream.counts
+    _launch(
+        "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
+        counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
+    )  # fmt: skip
+    return stats
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    _launch("scale", values, *values.stride()[:2], *values.shape[1:], factor)
+
+
+def compiled_variants() -> int:
+    """How many row kernels this process has compiled so far."""
+    return count_variants(getattr(_kernels(), f"{kernel}_kernel") for kernel in LAUNCH)
+
+
+def count_variants(kernels: Iterable[Any]) -> int:
+    return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())
+
+
+def _row_arguments(rows: Rows) -> tuple[Any, ...]:
+    per_row = rows.temperature.ndim > 0
+    return (
+        *rows.logits.stride()[:2],
+        *rows.logits.shape[1:],
+        rows.token_ids,
+        None if rows.mask is None else rows.mask.view(torch.uint8),
+        rows.temperature if per_row else None,
+        1.0 if per_row else _LOG2_E / float(rows.temperature),  # a CPU tensor: reading it waits for nothing
+    )
+
+
+def _addresses(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
+    return stats.logprobs, stats.entropy, stats.lse.view(torch.int64)
+
+
+def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dict[str, int]:
+    """A kernel's block sizes: 16 bytes an access, one lane a thread."""
+    width = 16 // element_size
+    if kernel == "scale":
+        return {"BLOCK": layout.elements, "WIDTH": width}
+    lanes = warp_size * layout.num_warps
+    return {"REPEAT": max(1, layout.elements // (lanes * width)), "LANES": lanes, "WIDTH": width}
+
+
+def _launch(kernel: str, logits: Tensor, *arguments: Any) -> None:
+    """One program for each row of `logits` [outer, inner, vocab]."""
+    rows = logits.shape[0] * logits.shape[1]
+    if rows == 0:
+        return
+    layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
+    constants = sizes(kernel, layout, logits.element_size(), 64 if torch.version.hip else 32)
+    if kernel != "scale":
+        constants["PTX"] = not INTERPRETED and torch.version.hip is None
+    run = getattr(_kernels(), f"{kernel}_kernel")
+    with on_device(logits):
+        # Fusing multiply and add is most of what keeps a column at seven instructions; newer Tritons ask to be told.
+        run[(rows,)](logits, *arguments, **constants, num_warps=layout.num_warps, enable_fp_fusion=True)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's device the current one: Triton launches there, and autograd's thread may be elsewhere."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _kernels() -> Any:
+    from . import triton_kernels
+
+    return triton_kernels
