@@ -16,6 +16,7 @@ from typing import Any
 
 import oracle
 import torch
+from modes import on_device, sized
 from torch import Tensor
 
 import gspo_kernels
@@ -27,7 +28,6 @@ PUBLIC: dict[str, Callable[..., Any]] = {
     "ppo": gspo_kernels.ppo_loss,
 }
 OBJECTIVES = list(PUBLIC)
-BACKENDS = ["native", "reference"]
 LAYOUTS = ["padded", "packed"]
 
 # One entry a sequence, cycled: (multiple of the log clip edge, or "far", and the sign of the advantage).
@@ -44,7 +44,8 @@ PLAN: list[tuple[float | str, int]] = [
     (+1.05, 0),  # outside, but no advantage: nothing clips and nothing flows
     (0.3, -1),
 ]
-LENGTHS = (5, 1, 0, 7, 3, 1, 4, 2, 6, 3, 4, 2, 1)
+LENGTHS = sized((5, 1, 0, 7, 3, 1, 4, 2, 6, 3, 4, 2, 1), (2, 1, 0, 3, 1, 1, 2, 1, 1, 1, 1, 1))
+SHORT = sized(LENGTHS, (2, 0, 1, 3))  # for what is about anything but the loss, and calls it many times
 ALL_MASKED = 8  # this sequence of LENGTHS has rows but no unmasked one
 
 
@@ -258,7 +259,7 @@ def to_padded(values: Tensor, lengths: Sequence[int], fill: float, padding: int 
 
 def from_padded(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """[B, T, ...] -> ([N, ...], the padding [*, ...])."""
-    inside = torch.zeros(values.shape[:2], dtype=torch.bool)
+    inside = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
     for i, length in enumerate(lengths):
         inside[i, :length] = True
     return values[inside], values[~inside]
@@ -266,7 +267,7 @@ def from_padded(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]
 
 @dataclass
 class Arguments:
-    """One call's arguments; `logits` is a leaf that wants its gradient."""
+    """One call's arguments, on the device; `logits` is a leaf that wants its gradient."""
 
     logits: Tensor
     rest: tuple[Any, ...]  # token_ids, advantages, old_logprobs
@@ -278,8 +279,8 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         if not isinstance(values, Tensor):
             return values
         if layout == "padded" and by_token:
-            return to_padded(values, batch.lengths, fill, batch.padding)
-        return values.clone()
+            return on_device(to_padded(values, batch.lengths, fill, batch.padding))
+        return on_device(values.clone())
 
     keywords = {
         "mask": lay(batch.mask, False),
@@ -288,7 +289,8 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         "temperature": lay(batch.temperature, 1.0),
     }
     if layout == "packed":
-        keywords["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32)
+        boundaries = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32)
+        keywords["cu_seqlens"] = on_device(boundaries)
     rest = (
         lay(batch.token_ids, -100),
         lay(batch.advantages, math.nan, batch.by_token),
@@ -299,6 +301,8 @@ def arguments(batch: Batch, layout: str) -> Arguments:
 
 @dataclass
 class Outcome:
+    """What came back, on the CPU; only `stats` is as it was given."""
+
     loss: Tensor
     stats: Any
     gradient: Tensor  # [N, V], in the dtype of the logits
@@ -325,9 +329,11 @@ def run(
     loss, stats = (function or PUBLIC[objective])(args.logits, *args.rest, **args.keywords, **options)
     (loss * upstream).backward()
     assert args.logits.grad is not None
-    gradient, padding = args.logits.grad, args.logits.grad.flatten(0, -2)[:0]
+    gradient = args.logits.grad.cpu()
+    padding = gradient.flatten(0, -2)[:0]
     if layout == "padded":
         gradient, padding = from_padded(gradient, batch.lengths)
     by_sequence = oracle.OBJECTIVES[objective].per_sequence
-    log_ratio = stats.log_ratio if by_sequence else flat(stats.log_ratio, batch, layout)
-    return Outcome(loss.detach(), stats, gradient, padding, flat(stats.logprobs, batch, layout), log_ratio)
+    log_ratio = stats.log_ratio.cpu() if by_sequence else flat(stats.log_ratio.cpu(), batch, layout)
+    logprobs = flat(stats.logprobs.cpu(), batch, layout)
+    return Outcome(loss.detach().cpu(), stats, gradient, padding, logprobs, log_ratio)

@@ -13,14 +13,15 @@ from typing import Any
 import oracle
 import torch
 from batches import Batch, Outcome, run
-from tolerances import TOLERANCES, Tolerance
+from modes import KERNELS
+from tolerances import LSE_DIGITS, TOLERANCES, Tolerance
 from torch import Tensor
 
 
 def check_close(name: str, actual: Tensor, expected: Tensor, bound: Tensor) -> None:
-    """|actual - expected| <= bound, element by element; NaN equals only NaN, an infinity only itself."""
+    """|actual - expected| <= bound, element by element, on any device; NaN equals only NaN, an infinity only itself."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    actual, expected, bound = (x.detach().double() for x in (actual, expected, bound))
+    actual, expected, bound = (x.detach().cpu().double() for x in (actual, expected, bound))
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     good = same | ((actual - expected).abs() <= bound)
     if not bool(good.all()):
@@ -67,6 +68,7 @@ def check_gradient(
 ) -> None:
     """gradient [N, V] of a loss with these derivatives by (l, H, lse); `g_error` [N] is what g_logprob may err by."""
     tol = tol or TOLERANCES[batch.logits.dtype]
+    gradient = gradient.cpu()
     n, vocab = batch.logits.shape
     assert gradient.shape == (n, vocab) and gradient.dtype == batch.logits.dtype, (gradient.shape, gradient.dtype)
     everywhere = torch.arange(vocab)
@@ -86,7 +88,7 @@ def check_gradient(
         p = logp.exp()
         size = abs(g_logprob[t]) + abs(g_lse[t])
         error = tol.number * abs(g_logprob[t]) if g_error is None else g_error[t]
-        digits = 1e-15 * (1 + abs(row.lse))  # log p and H are differences of float64 numbers as large as lse
+        digits = LSE_DIGITS[KERNELS] * (1 + abs(row.lse))  # log p and H are differences of numbers as large as lse
         entropy_part = torch.where(p > 0, logp.abs() + row.entropy, 0.0) * abs(g_entropy[t])
         bound = p * (error + (tol.number + tol.argument * logp.abs().nan_to_num(posinf=0)) * (size + entropy_part))
         own = -math.expm1(row.logprob)  # the target column's own size is 1 - p

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from modes import INTERPRETED, every_pair
 
 pytest.register_assert_rewrite("batches", "checks", "row_batches")
+
+
+def hasten_interpreter() -> None:
+    """The interpreter patches Triton's language at every call within a kernel, two thirds of its time: once will do."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.5 and later
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+if INTERPRETED:
+    hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """torch.empty, empty_like, new_empty and resize_ give NaN (integers: the largest).
 
-    The C++ kernels write into tensors made this way. A test marked `plain_memory` runs without it.
+    Every kernel writes into tensors made this way, also on a GPU. A test marked `plain_memory` runs without it.
     """
     if request.node.get_closest_marker("plain_memory"):
         yield
@@ -36,3 +53,21 @@ def threads() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
+    # Kernels select an inf * 0 away as a GPU does, in silence; numpy speaks of each.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter, of each test's product of parameters only what `modes.every_pair` keeps."""
+    if not INTERPRETED:
+        return
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    kept = set[pytest.Item]()
+    for group in tests.values():
+        # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.
+        points = [[(name, id(x)) for name, x in i.callspec.params.items()] for i in group if hasattr(i, "callspec")]
+        kept.update([group[k] for k in every_pair(points)] if points else group)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]

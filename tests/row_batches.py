@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from batches import Batch
 from checks import check_gradient, check_no_subnormals, check_rows
+from modes import on_device
 from tolerances import TOLERANCES
 from torch import Tensor
 
 from gspo_kernels import token_logprobs
-
-COMBINATIONS = [
-    ("native", torch.float32),
-    ("native", torch.bfloat16),
-    ("native", torch.float16),
-    ("reference", torch.float32),
-    ("reference", torch.bfloat16),
-    ("reference", torch.float16),
-    ("reference", torch.float64),
-]
-by_combination = pytest.mark.parametrize(
-    ("backend", "dtype"), COMBINATIONS, ids=[f"{b}-{str(d).removeprefix('torch.')}" for b, d in COMBINATIONS]
-)
-by_backend = pytest.mark.parametrize("backend", ["native", "reference"])
 
 
 def peaked(n: int, vocab: int, seed: int = 0, peaks: int = 3) -> Tensor:
@@ -56,12 +42,13 @@ def check_batch(batch: Batch, backend: str, upstream: list[str] | None = None) -
     """Values, then the gradient for each kind of upstream, with its invariants."""
     tol = TOLERANCES[batch.logits.dtype]
     precise = torch.float64 if batch.logits.dtype is torch.float64 else torch.float32
-    leaf = batch.logits.clone().requires_grad_()
-    mask = None if bool(batch.mask.all()) else batch.mask
-    out = token_logprobs(leaf, batch.token_ids, temperature=batch.temperature, mask=mask, backend=backend)
+    leaf = on_device(batch.logits.clone()).requires_grad_()
+    mask = None if bool(batch.mask.all()) else on_device(batch.mask)
+    temperature = on_device(batch.temperature) if isinstance(batch.temperature, Tensor) else batch.temperature
+    out = token_logprobs(leaf, on_device(batch.token_ids), temperature=temperature, mask=mask, backend=backend)
     assert (out.logprobs.dtype, out.entropy.dtype, out.lse.dtype) == (precise, precise, torch.float64)
     check_rows(out.logprobs, out.entropy, out.lse, batch.rows, tol)
-    varied = torch.linspace(0.5, -1.5, len(leaf)).to(precise)  # no two rows, nor signs, alike
+    varied = on_device(torch.linspace(0.5, -1.5, len(leaf)).to(precise))  # no two rows, nor signs, alike
     for name in upstream or list(UPSTREAM):
         scales = UPSTREAM[name]
         g = [(varied * k).to(x.dtype) for k, x in zip(scales, (out.logprobs, out.entropy, out.lse), strict=True)]
@@ -72,7 +59,7 @@ def check_batch(batch: Batch, backend: str, upstream: list[str] | None = None) -
 
 
 def everything(logits: Tensor, ids: Tensor, backend: str) -> list[Tensor]:
-    """l, H, lse and the gradient of a fixed mix of them."""
+    """l, H, lse and the gradient of a fixed mix of them; from and on the device, with strides and address as given."""
     leaf = logits if logits.requires_grad else logits.detach().requires_grad_()
     out = token_logprobs(leaf, ids, backend=backend)
     mix = 0.7 * out.logprobs.sum() - 0.3 * out.entropy.sum() + 0.2 * out.lse.sum()

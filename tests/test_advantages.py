@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modes import NOT_INTERPRETED, on_device
+from torch import Tensor
 
-from gspo_kernels import group_advantages, next_token_targets
+import gspo_kernels
+from gspo_kernels import next_token_targets
+
+pytestmark = NOT_INTERPRETED
 
 rewards_and_groups = st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(0, 4)), min_size=0, max_size=30)
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor | None = None, **options: Any) -> Tensor:
+    """On the device, and back."""
+    ids = None if group_ids is None else on_device(group_ids)
+    return gspo_kernels.group_advantages(on_device(rewards), group_ids=ids, **options).cpu()
 
 
 @given(rewards_and_groups, st.sampled_from(["std", "none"]))
@@ -68,8 +81,8 @@ def test_no_rewards() -> None:
 
 
 def test_next_token_targets() -> None:
-    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    mask = torch.tensor([[False, True, True, False], [False, False, True, True]])
+    ids = on_device(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]))
+    mask = on_device(torch.tensor([[False, True, True, False], [False, False, True, True]]))
     before = ids.clone(), mask.clone()
     targets, target_mask = next_token_targets(ids, mask)
     assert torch.equal(targets[:, :-1], ids[:, 1:])
@@ -80,7 +93,7 @@ def test_next_token_targets() -> None:
 
 
 def test_next_token_targets_without_a_mask() -> None:
-    _, mask = next_token_targets(torch.arange(8).view(2, 4), None)
+    _, mask = next_token_targets(on_device(torch.arange(8).view(2, 4)), None)
     assert mask.tolist() == [[True, True, True, False]] * 2
 
 

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import oracle
 import pytest
 import torch
-from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, arguments, flat, ragged_batch, run, to_padded
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch, run, to_padded
 from checks import check_close, check_gradient, check_number, slack_by_row
+from modes import BACKENDS, DEVICE, INTERPRETED, by_backend, on_device
 from tolerances import TOLERANCES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,13 +23,12 @@ import gspo_kernels
 from gspo_kernels import policy_loss, policy_loss_from_logprobs, token_logprobs
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_and_off = pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
 
 
 @dataclass
 class Step:
-    """A loss at the end of a small model: x -> logits = x * 1 -> loss. x [N, V] is the leaf."""
+    """A loss at the end of a small model: x -> logits = x * 1 -> loss. x [N, V] is the leaf. All on the device."""
 
     x: Tensor
     logits: Tensor
@@ -36,7 +36,7 @@ class Step:
 
 
 def step(objective: str = "gspo", on_policy: bool = False, dtype: torch.dtype = torch.float32, seed: int = 20) -> Step:
-    args = arguments(ragged_batch(objective, seed=seed, dtype=dtype, on_policy=on_policy), "packed")
+    args = arguments(ragged_batch(objective, seed=seed, dtype=dtype, on_policy=on_policy, lengths=SHORT), "packed")
     x = args.logits
 
     def loss(logits: Tensor, **options: Any) -> Tensor:
@@ -130,9 +130,9 @@ def test_nothing_is_overwritten_where_no_gradient_is_wanted(backend: str, on_pol
 @on_and_off
 def test_overwriting_a_view_writes_nothing_beside_it(backend: str, on_policy: bool) -> None:
     """logits[:, :-1], and a slice of the vocabulary: the last token and the columns left out stay as they are."""
-    base = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ids, advantages = torch.tensor([[0, 3, 7], [1, 1, 2]]), torch.tensor([1.0, -1.0])
-    old = None if on_policy else torch.full((2, 3), -2.0)
+    base = on_device(torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    ids, advantages = on_device(torch.tensor([[0, 3, 7], [1, 1, 2]])), on_device(torch.tensor([1.0, -1.0]))
+    old = None if on_policy else on_device(torch.full((2, 3), -2.0))
     gradients = []
     for overwrite in (False, True):
         logits = base * 1
@@ -148,13 +148,13 @@ def test_overwriting_a_view_writes_nothing_beside_it(backend: str, on_policy: bo
 @by_backend
 @on_and_off
 def test_overlapping_logits_are_not_overwritten(backend: str, on_policy: bool) -> None:
-    logits = (torch.zeros(1, 5, requires_grad=True) * 1).expand(4, 5)
-    old = None if on_policy else torch.full((4,), -2.0)
+    logits = (torch.zeros(1, 5, requires_grad=True, device=DEVICE) * 1).expand(4, 5)
+    ids, advantages, cu_seqlens = (on_device(x) for x in (torch.arange(4), torch.ones(1), torch.tensor([0, 4])))
+    old = None if on_policy else on_device(torch.full((4,), -2.0))
     with pytest.raises(ValueError, match=r"overwrite_logits: expected"):
         gspo_kernels.gspo_loss(
-            logits, torch.arange(4), torch.ones(1), old,
-            cu_seqlens=torch.tensor([0, 4]), overwrite_logits=True, backend=backend,
-        )  # fmt: skip
+            logits, ids, advantages, old, cu_seqlens=cu_seqlens, overwrite_logits=True, backend=backend
+        )
 
 
 # --- several uses of one graph ----------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_two_losses_on_one_logits(backend: str, together: bool) -> None:
     s.x.grad = None
     losses = s.loss(s.logits, backend=backend), other.loss(s.logits, backend=backend) * 2
     if together:
-        sum(losses, torch.zeros(())).backward()
+        (losses[0] + losses[1]).backward()
     else:
         losses[0].backward(retain_graph=True)
         losses[1].backward()
@@ -267,7 +267,7 @@ def test_autocast_changes_nothing(backend: str, on_policy: bool, dtype: torch.dt
     outside = s.loss(s.logits, backend=backend)
     plain = gradient_of(s, outside)
     t = step(on_policy=on_policy, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = t.loss(t.logits, backend=backend)
     assert torch.equal(inside, outside) and torch.equal(gradient_of(t, inside), plain)
 
@@ -289,6 +289,7 @@ def test_the_default_dtype_does_not_matter(backend: str, on_policy: bool, dtype:
     assert other.loss.dtype == other.stats.ratio_mean.dtype == torch.float32
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter runs one kernel at a time")
 @by_backend
 def test_many_threads_at_once(backend: str) -> None:
     """A trainer's threads may call at the same time; nothing is shared."""
@@ -333,8 +334,10 @@ def test_from_logprobs(objective: str, layout: str, dtype: torch.dtype) -> None:
     def lay(x: Tensor) -> Tensor:
         return to_padded(x, batch.lengths, math.nan, batch.padding) if layout == "padded" else x
 
-    logprobs = lay(torch.tensor([row.logprob for row in batch.rows], dtype=dtype)).requires_grad_()
-    entropy = lay(torch.tensor([row.entropy for row in batch.rows], dtype=dtype)).requires_grad_()
+    logprobs, entropy = (
+        on_device(lay(torch.tensor(x, dtype=dtype))).requires_grad_()
+        for x in ([row.logprob for row in batch.rows], [row.entropy for row in batch.rows])
+    )
     options: dict[str, Any] = {"beta": 0.1, "entropy_coef": 0.02, "max_log_ratio": 15.0}
     args.keywords.pop("temperature")
     _, advantages, old = args.rest
@@ -366,15 +369,15 @@ def test_the_edge_of_the_window_to_a_ten_thousandth(objective: str, side: str, d
     sign = 1.0 if side == "high" else -1.0
     edge = math.log1p(4e-4) if side == "high" else math.log1p(-3e-4)
     log_ratio = edge * torch.tensor([1 - distance, 1 + distance], dtype=torch.float64)
-    old = torch.tensor([-1e-3, -1e-3]).double()
-    logprobs = (old + log_ratio).float().requires_grad_()
-    cu_seqlens, advantages = torch.tensor([0, 1, 2]), torch.full((2,), sign)
+    old = torch.tensor([-1e-3, -1e-3])
+    logprobs = on_device((old.double() + log_ratio).float()).requires_grad_()
+    advantages, old, cu_seqlens = (on_device(x) for x in (torch.full((2,), sign), old, torch.tensor([0, 1, 2])))
     loss, stats = policy_loss_from_logprobs(
-        logprobs, advantages, old.float(), objective=CLASSES[objective](), cu_seqlens=cu_seqlens
+        logprobs, advantages, old, objective=CLASSES[objective](), cu_seqlens=cu_seqlens
     )
     loss.backward()
     assert logprobs.grad is not None
-    ratio = (logprobs.detach().double() - old.float().double()).exp()
+    ratio = (logprobs.detach().double() - old.double()).exp()
     assert logprobs.grad[1] == 0 and float(stats.clip_fraction) == 0.5
     assert float(logprobs.grad[0]) == pytest.approx(float(-0.5 * sign * ratio[0]), rel=1e-6)
 
@@ -382,10 +385,11 @@ def test_the_edge_of_the_window_to_a_ten_thousandth(objective: str, side: str, d
 @pytest.mark.parametrize("objective", CLASSES)
 def test_a_log_ratio_on_the_bound_is_not_saturated(objective: str) -> None:
     """Exactly 20 still has its gradient; the next number above has none, and is counted."""
-    logprobs = torch.zeros(2, requires_grad=True)
-    old = torch.tensor([-20.0, -20.000002])
+    logprobs = torch.zeros(2, requires_grad=True, device=DEVICE)
+    given = -torch.ones(2), torch.tensor([-20.0, -20.000002]), torch.tensor([0, 1, 2])
+    advantages, old, cu_seqlens = (on_device(x) for x in given)
     loss, stats = policy_loss_from_logprobs(
-        logprobs, -torch.ones(2), old, objective=CLASSES[objective](), cu_seqlens=torch.tensor([0, 1, 2])
+        logprobs, advantages, old, objective=CLASSES[objective](), cu_seqlens=cu_seqlens
     )
     loss.backward()
     assert logprobs.grad is not None and float(stats.saturated_fraction) == 0.5
@@ -433,7 +437,8 @@ def test_old_logprobs_from_the_same_kernel_give_a_ratio_of_exactly_one() -> None
     """What token_logprobs returned a moment ago is what the loss finds now: no noise of its own enters the window."""
     batch = ragged_batch("gspo", seed=26, dtype=torch.bfloat16)
     with torch.no_grad():
-        batch.old_logprobs = token_logprobs(batch.logits, batch.token_ids, mask=batch.mask).logprobs
+        logits, ids, mask = (on_device(x) for x in (batch.logits, batch.token_ids, batch.mask))
+        batch.old_logprobs = token_logprobs(logits, ids, mask=mask).logprobs.cpu()
     for layout in LAYOUTS:
         outcome = run(batch, layout, "gspo")
         assert [float(x) for x in (outcome.stats.ratio_min, outcome.stats.ratio_max)] == [1.0, 1.0]
@@ -441,9 +446,14 @@ def test_old_logprobs_from_the_same_kernel_give_a_ratio_of_exactly_one() -> None
 
 @by_backend
 def test_explain_names_what_runs_and_why(backend: str) -> None:
-    text = gspo_kernels.explain(torch.zeros(2, 3), backend=backend)
+    text = gspo_kernels.explain(torch.zeros(2, 3, device=DEVICE), backend=backend)
     assert text.splitlines()[0].startswith(backend) and all(name in text for name in BACKENDS)
-    assert "float64" in gspo_kernels.explain(torch.zeros(2, 3, dtype=torch.float64))
+    assert "float64" in gspo_kernels.explain(torch.zeros(2, 3, dtype=torch.float64, device=DEVICE))
+
+
+def test_the_kernels_of_this_mode_are_the_default_choice() -> None:
+    """Otherwise every test that names no backend would be about another one."""
+    assert gspo_kernels.explain(torch.zeros(2, 3, device=DEVICE)).startswith(BACKENDS[0])
 
 
 def test_the_oracle_covers_the_classes() -> None:

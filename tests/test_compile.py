@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from batches import BACKENDS, LAYOUTS, OBJECTIVES, PUBLIC, arguments, flat, ragged_batch
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch
 from checks import check_close
+from modes import BACKENDS, INTERPRETED, KERNELS, by_backend, on_device, sized
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gspo_kernels import policy_loss, token_logprobs
 
 pytestmark = pytest.mark.plain_memory  # inductor warns about, and slows down under, deterministic fills
+
+# To inductor the operators are closed boxes, whatever kernels are in them; and it takes a minute.
+inductor = pytest.mark.skipif(INTERPRETED, reason="compiles nothing of the Triton kernels: the default mode has it")
+BATCHES = sized(20, 4)  # a recompilation shows at the third
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +63,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_one_graph_with_the_same_numbers(objective: str, layout: str, case: str) -> None:
     """Traced and differentiated by aot_eager, which is what every backend of torch.compile starts from."""
     build, options = CASES[case]
-    args = arguments(ragged_batch(objective, seed=30, **build), layout)
+    args = arguments(ragged_batch(objective, seed=30, lengths=SHORT, **build), layout)
     compiled = torch.compile(PUBLIC[objective], fullgraph=True, backend="aot_eager")
     same(value_and_gradient(compiled, args, **options), value_and_gradient(PUBLIC[objective], args, **options))
 
 
+@inductor
 @pytest.mark.parametrize(("layout", "case"), [("padded", "off-policy"), ("packed", "all")])
 def test_inductor(layout: str, case: str) -> None:
     build, options = CASES[case]
@@ -71,7 +77,8 @@ def test_inductor(layout: str, case: str) -> None:
     same(value_and_gradient(compiled, args, **options), value_and_gradient(PUBLIC["gspo"], args, **options))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@inductor
+@by_backend
 def test_masked_rows_under_inductor(backend: str) -> None:
     """Rows that a kernel returns from without writing have been silently wrong in others once compiled."""
     args = arguments(ragged_batch("grpo", seed=32, dtype=torch.bfloat16), "padded")
@@ -112,8 +119,8 @@ def test_overwriting_under_compile(layout: str) -> None:
 def test_compilations_do_not_grow_with_lengths(layout: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(PUBLIC["gspo"], fullgraph=True, backend=counter)
-    for k in range(20):
-        lengths = [3 + k, 2, 5, 4 + k % 3]
+    for k in range(BATCHES):
+        lengths = sized([3 + k, 2, 5, 4 + k % 3], [1 + k, 2, 1, k % 3])
         args = arguments(ragged_batch("gspo", seed=k, lengths=lengths), layout)
         same(value_and_gradient(compiled, args), value_and_gradient(PUBLIC["gspo"], args))
     assert counter.frame_count <= 2, "once as it came, once with a symbolic length"
@@ -135,14 +142,14 @@ def test_compilations_do_not_grow_with_lengths(layout: str) -> None:
 def test_compilations_do_not_grow_with_an_annealed_number(name: str, values: list[float]) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(PUBLIC["gspo"], fullgraph=True, backend=counter)
-    args = arguments(ragged_batch("gspo", seed=34, ref=True), "packed")
+    args = arguments(ragged_batch("gspo", seed=34, ref=True, lengths=SHORT), "packed")
     args.keywords.pop("temperature")
-    for value in values:
+    for value in values[:BATCHES]:
         same(
             value_and_gradient(compiled, args, **{name: value}),
             value_and_gradient(PUBLIC["gspo"], args, **{name: value}),
         )
-    assert counter.frame_count <= 3, f"{counter.frame_count} compilations for 20 values of {name}"
+    assert counter.frame_count <= 3, f"{counter.frame_count} compilations for {BATCHES} values of {name}"
 
 
 def test_errors_come_through() -> None:
@@ -155,33 +162,68 @@ def test_errors_come_through() -> None:
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for every operator of the package, by name."""
+def samples(name: str) -> list[dict[str, Any]]:
+    """Arguments for an operator of the package, by name. A temperature for all rows is on the CPU in every mode."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 17, generator=generator)
-    ids = torch.randint(17, (2, 3), generator=generator)
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    hot, one = torch.rand(2, 3, generator=generator) + 0.5, torch.ones((), dtype=torch.float64)
-    lse, zeros, g = logits.logsumexp(-1).double(), torch.zeros(2, 3), torch.ones(2, 3)
-    cu_seqlens, sequence_of = torch.tensor([0, 2, 2, 6]), torch.tensor([0, 0, 2, 2, 2, 2])
-    values = torch.randn(6, generator=generator).double()
-    grad = logits.clone().requires_grad_()
-    return {
-        "row_stats": [
-            (grad, ids, None, one, False, None),
-            (grad, ids, mask, hot, False, "reference"),
-            (logits.bfloat16(), ids, mask, one * 0.7, False, "native"),
-        ],
-        "row_gradient_": [
-            (logits, ids, mask, hot, zeros, lse, g, g, lse, torch.zeros_like(logits), None),
-            (logits, ids, None, one * 0.7, zeros, lse, g, None, None, torch.zeros_like(logits), "reference"),
-        ],
-        "row_stats_and_gradient_": [(logits, ids, mask, one, g, torch.zeros_like(logits), None)],
-        "scale_": [(logits.clone(), torch.tensor(0.5), None)],
-        "segments": [(cu_seqlens, 6), (cu_seqlens.int(), 6)],
-        "segment_sum": [(values.clone().requires_grad_(), cu_seqlens, sequence_of)],
-        "segment_spread": [(values[:3].clone().requires_grad_(), cu_seqlens, sequence_of)],
+    logits = on_device(torch.randn(2, 3, 17, generator=generator))
+    one = torch.ones((), dtype=torch.float64)
+    hot = on_device(torch.rand(2, 3, generator=generator) + 0.5)
+    given: dict[str, Any] = {  # what an operator does not name is left out
+        "logits": logits,
+        "token_ids": on_device(torch.randint(15, (2, 3), generator=generator)),
+        "mask": on_device(torch.tensor([[True, True, False], [True, True, True]])),
+        "temperature": hot,
+        "vocab_size": 17,
+        "overwrite_logits": False,
+        "backend": None,
+        "logprobs": torch.zeros_like(hot),
+        "entropy": torch.zeros_like(hot),
+        "lse": logits.logsumexp(-1).double(),
+        **dict.fromkeys(["grad_logprobs", "grad_entropy", "grad_lse"], torch.ones_like(hot)),
+        "factor": on_device(torch.tensor(0.5)),
+        "counts": on_device(torch.tensor([2, 3])),
+        "gradient": torch.zeros_like(logits),
+        "cu_seqlens": on_device(torch.tensor([0, 2, 2, 6])),
+        "boundaries": on_device(torch.tensor([0, 2, 2, 6])),
+        "sequence_of": on_device(torch.tensor([0, 0, 2, 2, 2, 2])),
+        "tokens": 6,
+        **dict.fromkeys(["advantages", "old_logprobs", "ref_logprobs", "weights"], hot - 1.0),
+        "global_count": on_device(torch.tensor(4.0)),
+        "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.1, 0.01, 0.0], dtype=torch.float64),  # on the CPU too
+        "ratio": "token",
+        "aggregation": "sequence_mean",
+        "kl_estimator": "k3",
+        **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
     }
+    by_token = on_device(torch.randn(6, generator=generator)).double()
+    none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse"])
+    changes: dict[str, list[dict[str, Any]]] = {
+        "row_stats": [
+            {"logits": logits.clone().requires_grad_(), "temperature": one, "mask": None},
+            {"logits": logits.clone().requires_grad_(), "backend": BACKENDS[-1], "vocab_size": 15},
+            {"logits": logits.bfloat16(), "temperature": one * 0.7, "backend": BACKENDS[0]},
+        ],
+        "row_gradient_": [{}, {**none, "temperature": one * 0.7, "backend": BACKENDS[-1], "vocab_size": 15}],
+        "row_stats_and_gradient_": [{}, {**none, "temperature": one, "vocab_size": 15}],
+        "scale_": [{"values": logits.clone(), "factor": on_device(torch.tensor(0.5))}],
+        "fused_loss": [
+            {"logits": logits.clone().requires_grad_(), "cu_seqlens": None},
+            {
+                **dict.fromkeys(["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "weights", "global_count"]),
+                "logits": logits.clone().requires_grad_(),
+                "temperature": one,
+                "vocab_size": 15,
+                "ratio": "sequence",
+                "advantages": hot[:, 0].contiguous(),
+                **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], False),
+                "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+            },
+        ],
+        "segments": [{}, {"cu_seqlens": given["cu_seqlens"].int()}],
+        "segment_sum": [{"values": by_token.requires_grad_()}],
+        "segment_spread": [{"values": by_token[:3].detach().requires_grad_()}],
+    }
+    return [{**given, **change} for change in changes[name]]
 
 
 def operators() -> list[str]:
@@ -192,8 +234,11 @@ def operators() -> list[str]:
 @pytest.mark.parametrize("name", operators())
 def test_operators_keep_their_contract(name: str) -> None:
     """Schema (nothing aliased or mutated unsaid), fake tensors, autograd, and dynamic shapes under AOT dispatch."""
-    for args in samples()[name]:
-        torch.library.opcheck(getattr(torch.ops.gspo_kernels, name).default, args)
+    if name == "fused_loss" and KERNELS != "triton":
+        pytest.skip("Triton kernels alone: TRITON_INTERPRET=1, or a GPU")
+    operator = getattr(torch.ops.gspo_kernels, name).default
+    for given in samples(name):
+        torch.library.opcheck(operator, tuple(given[argument.name] for argument in operator._schema.arguments))
 
 
 def test_policy_loss_compiles_with_an_objective_made_outside() -> None:

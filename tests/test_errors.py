@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from batches import OBJECTIVES, PUBLIC
+from modes import KERNELS, on_device
 from torch import Tensor
 
 import gspo_kernels
@@ -16,7 +17,19 @@ import gspo_kernels
 B, T, V = 2, 3, 5
 
 
+@pytest.fixture(autouse=True)
+def checks_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a value is only looked at, and waited for, under this flag."""
+    monkeypatch.setenv("GSPO_KERNELS_DEBUG", "1")
+
+
+def moved(given: dict[str, Any]) -> dict[str, Any]:
+    """On the device, what can be."""
+    return {name: on_device(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
 def padded() -> dict[str, Any]:
+    """Arguments on the CPU; `call` brings them to the device."""
     return {
         "logits": torch.arange(B * T * V).view(B, T, V).float(),
         "token_ids": torch.tensor([[0, 1, 2], [3, 4, 0]]),
@@ -86,7 +99,13 @@ CASES: dict[str, Case] = {
     "cu_seqlens missing": (packed, {"cu_seqlens": None}, ValueError, "cu_seqlens", "6|None"),
     "cu_seqlens with padded logits": (padded, {"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens", "2, 3"),
     "cu_seqlens not from 0": (packed, {"cu_seqlens": torch.tensor([1, 3, 6])}, ValueError, "cu_seqlens", "1, 3, 6"),
-    "cu_seqlens decreasing": (packed, {"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens", "4, 3"),
+    "cu_seqlens decreasing": (
+        packed,
+        {"cu_seqlens": torch.tensor([0, 4, 3, 6]), "advantages": torch.ones(3)},
+        ValueError,
+        "cu_seqlens",
+        "4, 3",
+    ),
     "cu_seqlens too short": (packed, {"cu_seqlens": torch.tensor([0, 3, 5])}, ValueError, "cu_seqlens", "5"),
     "cu_seqlens too long": (packed, {"cu_seqlens": torch.tensor([0, 3, 7])}, ValueError, "cu_seqlens", "7"),
     "cu_seqlens float": (packed, {"cu_seqlens": torch.tensor([0.0, 3, 6])}, TypeError, "cu_seqlens", "float32"),
@@ -122,7 +141,7 @@ CASES: dict[str, Case] = {
     "backend unknown": (padded, {"backend": "cuda"}, ValueError, "backend", "cuda"),
     "backend that cannot": (
         padded,
-        {"backend": "native", "logits": torch.zeros(B, T, V).double()},
+        {"backend": KERNELS, "logits": torch.zeros(B, T, V).double()},
         ValueError,
         "backend",
         "float64",
@@ -132,6 +151,7 @@ NOT_FOR_ALL = {"advantages a column"}
 
 
 def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    given = moved(given)
     order = ("logits", "token_ids", "advantages", "old_logprobs")
     return function(*(given[name] for name in order), **{k: v for k, v in given.items() if k not in order})
 
@@ -151,8 +171,8 @@ def test_losses_refuse(objective: str, case: str) -> None:
     logits = given["logits"]
     before = None
     if isinstance(logits, Tensor) and logits.is_floating_point():
-        before = logits.clone()
-        given["logits"] = logits.clone().requires_grad_() * 1  # not a leaf: it may be overwritten
+        before = on_device(logits.clone())
+        given["logits"] = before.clone().requires_grad_() * 1  # not a leaf: it may be overwritten
     with pytest.raises(kind) as error:
         call(PUBLIC[objective], {**given, "overwrite_logits": before is not None})
     assert type(error.value) is kind
@@ -216,8 +236,8 @@ def test_cu_seqlens_of_both_widths(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_backend_that_cannot_run_says_why(objective: str) -> None:
-    with pytest.raises(ValueError, match=r"backend: .*'native'.*float64") as error:
-        call(PUBLIC[objective], {**padded(), "logits": torch.zeros(B, T, V).double(), "backend": "native"})
+    with pytest.raises(ValueError, match=rf"backend: .*'{KERNELS}'.*float64") as error:
+        call(PUBLIC[objective], {**padded(), "logits": torch.zeros(B, T, V).double(), "backend": KERNELS})
     check_message(error.value, "backend", "float64")
 
 
@@ -243,7 +263,7 @@ def test_a_backend_that_cannot_run_says_why(objective: str) -> None:
 def test_token_logprobs_refuses(change: dict[str, Any], kind: type[Exception], argument: str, came: str) -> None:
     given = {"logits": torch.zeros(2, V), "token_ids": torch.tensor([0, 1]), **change}
     with pytest.raises(kind) as error:
-        gspo_kernels.token_logprobs(given.pop("logits"), given.pop("token_ids"), **given)
+        gspo_kernels.token_logprobs(**moved(given))
     check_message(error.value, argument, came)
 
 
@@ -264,7 +284,7 @@ def test_token_logprobs_refuses(change: dict[str, Any], kind: type[Exception], a
 )
 def test_group_advantages_refuses(keywords: dict[str, Any], kind: type[Exception], argument: str, came: str) -> None:
     with pytest.raises(kind) as error:
-        gspo_kernels.group_advantages(torch.arange(4.0), **keywords)
+        gspo_kernels.group_advantages(on_device(torch.arange(4.0)), **moved(keywords))
     check_message(error.value, argument, came)
 
 

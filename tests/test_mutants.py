@@ -16,8 +16,11 @@ import oracle
 import pytest
 import torch
 from batches import Batch, edge_batch, ragged_batch, run
+from modes import DEFAULT_MODE
 from tolerances import TOLERANCES
 from torch import Tensor
+
+pytestmark = DEFAULT_MODE
 
 
 class Rows(torch.autograd.Function):

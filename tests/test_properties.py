@@ -9,10 +9,11 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from batches import BACKENDS, LAYOUTS, OBJECTIVES, Batch, put_garbage, run
+from batches import LAYOUTS, OBJECTIVES, Batch, put_garbage, run
 from checks import check_outcome
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from modes import by_backend, sized
 
 EXTREMES = [1e30, -1e30, math.inf, -math.inf]
 ORDINARY = [0.0, 1e-4, 2.9e-4, -2.9e-4, 3.1e-4, -3.1e-4, 4.1e-4, 0.1, -0.19, 0.21, -0.22, 0.26, 0.28, 1.0, -1.0]
@@ -89,12 +90,13 @@ def close_to_a_kink(batch: Batch, objective: str, options: dict[str, Any]) -> bo
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@by_backend
 def test_any_batch(objective: str, layout: str, backend: str) -> None:
     @given(batches(objective, layout))
     @settings(
         deadline=None,
-        max_examples=60,
+        max_examples=sized(60, 10),
+        phases=sized(tuple(Phase), (Phase.explicit, Phase.generate)),  # interpreted, shrinking takes half an hour
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
         database=None,
         derandomize=True,
@@ -120,7 +122,7 @@ def small(objective: str, log_ratios: list[float], advantage: float, on: int = 1
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@by_backend
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_absurd_log_ratios(
@@ -138,7 +140,7 @@ def test_absurd_log_ratios(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@by_backend
 def test_infinities_of_both_signs_in_one_sequence(objective: str, backend: str) -> None:
     """inf - inf is NaN: the tokens' log-ratios are bounded before they are summed."""
     batch = small(objective, [math.inf, -math.inf, 1e30, -1e30], 1.0)
@@ -159,7 +161,7 @@ def test_a_nan_old_logprob_is_not_hidden(objective: str, layout: str) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@by_backend
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0), (3,), (2, 0), (1, 1), (0, 2, 1), (1,)], ids=str)
 @pytest.mark.parametrize("unmasked", [True, False])
 @pytest.mark.parametrize("padding", [0, 1, 5])

@@ -8,16 +8,18 @@ import oracle
 import pytest
 import torch
 from checks import check_close, check_gradient, check_rows
-from row_batches import by_backend, by_combination, check_batch, everything, peaked, rows
+from modes import BACKENDS, COMBINATIONS, by_backend, by_combination, needs, on_device, sized
+from row_batches import check_batch, everything, peaked, rows
 from tolerances import TOLERANCES
 from torch import Tensor
 
 from gspo_kernels import token_logprobs
 
 # 1 and 2: no tail. 7, 16, 127: less than, exactly, just under whole vectors. 511-513: about a block. 4099 and 50257:
-# odd, so that every row starts at another alignment. 151936: Qwen's vocabulary.
-VOCABULARIES = [1, 2, 7, 16, 127, 511, 512, 513, 1000, 4099]
-LARGE_VOCABULARIES = [50257, 151936]
+# odd, so that every row starts at another alignment. 151936: Qwen's vocabulary. Interpreted, a block has 256 columns:
+# 255-257 are about one, 773 is three and a tail, 2051 eight.
+VOCABULARIES = sized([1, 2, 7, 16, 127, 511, 512, 513, 1000, 4099], [1, 2, 7, 16, 127, 255, 256, 257, 773])
+LARGE_VOCABULARIES = sized([50257, 151936], [2051])
 
 
 @by_combination
@@ -28,7 +30,7 @@ def test_values_and_gradients(backend: str, dtype: torch.dtype, vocab: int) -> N
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("native", torch.float32), ("native", torch.bfloat16), ("reference", torch.bfloat16)],
+    [x for x in COMBINATIONS if x[1] is torch.bfloat16 or x == (BACKENDS[0], torch.float32)],
     ids=str,
 )
 @pytest.mark.parametrize("vocab", LARGE_VOCABULARIES)
@@ -44,7 +46,7 @@ def test_temperature(backend: str, dtype: torch.dtype, temperature: float | str)
 
 
 @by_combination
-@pytest.mark.parametrize("vocab", [7, 130, 1025])
+@pytest.mark.parametrize("vocab", [7, 130, sized(1025, 517)])
 def test_masked_rows_are_zero_and_never_read(backend: str, dtype: torch.dtype, vocab: int) -> None:
     batch = rows(peaked(6, vocab).to(dtype))
     batch.mask[[0, 3, 4]] = False
@@ -60,19 +62,22 @@ def test_masked_rows_are_zero_and_never_read(backend: str, dtype: torch.dtype, v
 @pytest.mark.parametrize("dead", ["first block", "last block", "all but the target", "every second", "none but a few"])
 def test_minus_infinity_logits(backend: str, dtype: torch.dtype, dead: str) -> None:
     """exp(-inf - -inf) is NaN: a kernel whose first block is all -inf starts from a maximum of -inf."""
-    logits = peaked(4, 5000)
-    ids = torch.tensor([2500, 2501, 3000, 4094])
+    vocab, first, last, ids = sized(
+        (5000, 2300, 4095, torch.tensor([2500, 2501, 3000, 4094])),
+        (1250, 575, 1023, torch.tensor([625, 626, 768, 1022])),
+    )
+    logits = peaked(4, vocab)
     keep = logits.gather(-1, ids[:, None])
     if dead == "first block":
-        logits[:, :2300] = -math.inf
+        logits[:, :first] = -math.inf
     elif dead == "last block":
-        logits[:, 4095:] = -math.inf
+        logits[:, last:] = -math.inf
     elif dead == "all but the target":
         logits[:] = -math.inf
     elif dead == "every second":
         logits[:, ::2] = -math.inf
     else:
-        logits[:, torch.arange(5000) % 1000 != 999] = -math.inf
+        logits[:, torch.arange(vocab) % (vocab // 5) != vocab // 5 - 1] = -math.inf
     logits.scatter_(-1, ids[:, None], keep)
     check_batch(rows(logits.to(dtype), ids), backend, ["all"])
 
@@ -121,8 +126,9 @@ def test_two_equal_maxima_and_equal_logits(backend: str, dtype: torch.dtype) -> 
 @by_combination
 def test_rising_and_falling_rows(backend: str, dtype: torch.dtype) -> None:
     """The running maximum moves at every element, or never again after the first."""
-    rise = torch.linspace(-40, 40, 4097)
-    check_batch(rows(torch.stack([rise, rise.flip(0), rise.roll(2000)]).to(dtype)), backend, ["all"])
+    vocab = sized(4097, 1025)
+    rise = torch.linspace(-40, 40, vocab)
+    check_batch(rows(torch.stack([rise, rise.flip(0), rise.roll(vocab // 2)]).to(dtype)), backend, ["all"])
 
 
 @by_combination
@@ -130,27 +136,28 @@ def test_rising_and_falling_rows(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("column", [0, 5, 1029])
 def test_a_bad_logit_stays_in_its_row(backend: str, dtype: torch.dtype, bad: float, column: int) -> None:
     batch = rows(peaked(4, 1030).to(dtype), torch.tensor([3, 3, 3, 3]))
-    leaf = batch.logits.clone()
+    leaf = on_device(batch.logits.clone())
     leaf[1, column] = bad
     leaf.requires_grad_()
-    out = token_logprobs(leaf, batch.token_ids, backend=backend)
+    out = token_logprobs(leaf, on_device(batch.token_ids), backend=backend)
     assert not math.isfinite(float(out.logprobs[1])), "a bad logit in an unmasked row must show"
     (gradient,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), leaf)
     assert bool(gradient[1].isnan().any())
     others = torch.tensor([0, 2, 3])
     sound = rows(batch.logits[others], batch.token_ids[others])
-    check_rows(out.logprobs[others], out.entropy[others], out.lse[others], sound.rows, TOLERANCES[dtype])
-    check_gradient(gradient[others], sound, [1.0] * 3, [1.0] * 3)
+    check_rows(*(x.cpu()[others] for x in out), sound.rows, TOLERANCES[dtype])
+    check_gradient(gradient.cpu()[others], sound, [1.0] * 3, [1.0] * 3)
 
 
 @by_combination
-@pytest.mark.parametrize("column", [0, 5, 599, 4000])
+@pytest.mark.parametrize("column", [0, 5, 599, sized(4000, 1000)])
 def test_a_nan_among_minus_infinities_is_not_hidden(backend: str, dtype: torch.dtype, column: int) -> None:
     """Where a maximum is looked for, NaN compares false: a block of -inf must not be passed over on its account."""
-    logits = peaked(3, 4200)
-    logits[:, :4100] = -math.inf
+    dead = sized(4100, 1050)
+    logits = peaked(3, dead + 100)
+    logits[:, :dead] = -math.inf
     logits[1, column] = math.nan
-    out = token_logprobs(logits.to(dtype), torch.full((3,), 4150), backend=backend)
+    out = token_logprobs(on_device(logits.to(dtype)), on_device(torch.full((3,), dead + 50)), backend=backend)
     assert [math.isnan(x) for x in out.logprobs.tolist()] == [False, True, False]
     assert [math.isnan(x) for x in out.entropy.tolist()] == [False, True, False]
 
@@ -169,11 +176,11 @@ def test_a_target_of_minus_infinity(backend: str, dtype: torch.dtype) -> None:
 def test_a_row_of_minus_infinity_is_not_hidden_and_stays_alone(backend: str, dtype: torch.dtype) -> None:
     batch = rows(peaked(3, 100).to(dtype))
     batch.logits[1] = -math.inf
-    out = token_logprobs(batch.logits, batch.token_ids, backend=backend)
+    out = token_logprobs(on_device(batch.logits), on_device(batch.token_ids), backend=backend)
     assert not math.isfinite(float(out.logprobs[1]))
     others = torch.tensor([0, 2])
     sound = [batch.rows[0], batch.rows[2]]
-    check_rows(out.logprobs[others], out.entropy[others], out.lse[others], sound, TOLERANCES[dtype])
+    check_rows(*(x.cpu()[others] for x in out), sound, TOLERANCES[dtype])
 
 
 @by_combination
@@ -181,11 +188,11 @@ def test_a_row_of_minus_infinity_is_not_hidden_and_stays_alone(backend: str, dty
 def test_a_row_with_zero_coefficients_is_exactly_zero(backend: str, dtype: torch.dtype, bad: float) -> None:
     """inf * 0 is NaN: a row that the loss does not use is selected away, whatever its logits are."""
     batch = rows(peaked(4, 300).to(dtype))
-    leaf = batch.logits.clone()
+    leaf = on_device(batch.logits.clone())
     leaf[2] = bad
     leaf.requires_grad_()
-    out = token_logprobs(leaf, batch.token_ids, backend=backend)
-    g = torch.tensor([1.0, 0.0, 0.0, -2.0]).to(out.logprobs.dtype)
+    out = token_logprobs(leaf, on_device(batch.token_ids), backend=backend)
+    g = on_device(torch.tensor([1.0, 0.0, 0.0, -2.0])).to(out.logprobs.dtype)
     (gradient,) = torch.autograd.grad(out.logprobs, leaf, g)
     check_gradient(gradient, batch, g.tolist())
 
@@ -193,17 +200,18 @@ def test_a_row_with_zero_coefficients_is_exactly_zero(backend: str, dtype: torch
 @by_combination
 def test_no_subnormal_gradients(backend: str, dtype: torch.dtype) -> None:
     """Logits from 0 down to -120 below the peak put p across the whole subnormal range of fp32."""
-    logits = torch.linspace(-120, 0, 4001).repeat(3, 1)
-    check_batch(rows(logits.to(dtype), torch.tensor([4000, 1000, 0])), backend, ["logprobs", "entropy"])
+    vocab = sized(4001, 1001)
+    logits = torch.linspace(-120, 0, vocab).repeat(3, 1)
+    check_batch(rows(logits.to(dtype), torch.tensor([vocab - 1, vocab // 4, 0])), backend, ["logprobs", "entropy"])
 
 
 @by_combination
 def test_tiny_coefficients(backend: str, dtype: torch.dtype) -> None:
     """1 / (64 sequences of 32k tokens) is subnormal in fp16: no coefficient may be held in the logits' dtype."""
     batch = rows(peaked(3, 40).to(dtype))
-    leaf = batch.logits.clone().requires_grad_()
-    out = token_logprobs(leaf, batch.token_ids, backend=backend)
-    g = torch.full((3,), 1 / 2**21).to(out.logprobs.dtype)
+    leaf = on_device(batch.logits.clone()).requires_grad_()
+    out = token_logprobs(leaf, on_device(batch.token_ids), backend=backend)
+    g = on_device(torch.full((3,), 1 / 2**21)).to(out.logprobs.dtype)
     (gradient,) = torch.autograd.grad(out.logprobs, leaf, g)
     check_gradient(gradient, batch, g.tolist())
 
@@ -216,8 +224,8 @@ def test_a_constant_added_to_the_logits_changes_nothing(backend: str, dtype: tor
     """On a grid where the addition itself is exact."""
     step, shift = (1.0, 128.0) if dtype is torch.bfloat16 else (1 / 16, 64.0)
     logits = (peaked(5, 400).clamp(-12, 12) / step).round() * step
-    ids = torch.arange(5)
-    here, there = (everything(x.to(dtype), ids, backend) for x in (logits, logits + shift))
+    ids = on_device(torch.arange(5))
+    here, there = (everything(on_device(x.to(dtype)), ids, backend) for x in (logits, logits + shift))
     tol = TOLERANCES[dtype]
     check_close("logprobs", there[0], here[0].double(), 2 * tol.number * here[0].double().abs())
     check_close("entropy", there[1], here[1].double(), 2 * tol.number * (1 + here[1].double()))
@@ -226,10 +234,11 @@ def test_a_constant_added_to_the_logits_changes_nothing(backend: str, dtype: tor
     check_close("gradient", there[3], here[3].double(), (20 * tol.number + 2 * tol.store) * size + tol.tiny)
 
 
+@needs("reference")
 def test_gradcheck_of_the_reference() -> None:
-    logits = peaked(4, 9).double().requires_grad_()
-    ids, mask = torch.tensor([0, 8, 3, 3]), torch.tensor([True, True, False, True])
-    for temperature in (0.7, torch.tensor([0.5, 1.0, 1.5, 2.0])):
+    logits = on_device(peaked(4, 9).double()).requires_grad_()
+    ids, mask = on_device(torch.tensor([0, 8, 3, 3])), on_device(torch.tensor([True, True, False, True]))
+    for temperature in (0.7, on_device(torch.tensor([0.5, 1.0, 1.5, 2.0]))):
 
         def outputs(x: Tensor, temperature: float | Tensor = temperature) -> tuple[Tensor, ...]:
             return tuple(token_logprobs(x, ids, temperature=temperature, mask=mask, backend="reference"))
@@ -241,7 +250,7 @@ def test_gradcheck_of_the_reference() -> None:
 def test_finite_differences_in_fp32(backend: str) -> None:
     """Along random directions; the step's own error is h^2 / 6 times a third derivative of order one."""
     generator = torch.Generator().manual_seed(5)
-    logits, ids = peaked(3, 200), torch.tensor([0, 77, 199])
+    logits, ids = on_device(peaked(3, 200)), on_device(torch.tensor([0, 77, 199]))
     whole = everything(logits.clone(), ids, backend)[3]
 
     def mix(x: Tensor) -> float:
@@ -250,7 +259,7 @@ def test_finite_differences_in_fp32(backend: str) -> None:
 
     h = 2.0**-7
     for _ in range(5):
-        direction = torch.randn(3, 200, generator=generator)
+        direction = on_device(torch.randn(3, 200, generator=generator))
         slope = (mix(logits + h * direction) - mix(logits - h * direction)) / (2 * h)
         assert slope == pytest.approx(float((whole * direction).double().sum()), abs=2e-3)
 
@@ -259,11 +268,11 @@ def test_finite_differences_in_fp32(backend: str) -> None:
 @by_backend
 def test_no_worse_than_torch_at_equal_precision(backend: str, dtype: torch.dtype) -> None:
     """The error of l, of the target column and of the tail, each against torch's log_softmax in the same dtype."""
-    batch = rows(peaked(32, 3000).to(dtype))
-    ours = batch.logits.clone().requires_grad_()
-    torchs = batch.logits.clone().requires_grad_()
-    logprobs = token_logprobs(ours, batch.token_ids, backend=backend).logprobs
-    theirs = torchs.log_softmax(-1).gather(-1, batch.token_ids[:, None])[:, 0]
+    batch = rows(peaked(*sized((32, 3000), (16, 1500))).to(dtype))
+    ours, torchs = (on_device(batch.logits.clone()).requires_grad_() for _ in range(2))
+    ids = on_device(batch.token_ids)
+    logprobs = token_logprobs(ours, ids, backend=backend).logprobs
+    theirs = torchs.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     logprobs.sum().backward()
     theirs.sum().backward()
     truth = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
@@ -274,9 +283,9 @@ def test_no_worse_than_torch_at_equal_precision(backend: str, dtype: torch.dtype
     at = torch.zeros_like(slope, dtype=torch.bool).scatter(-1, batch.token_ids[:, None], True)
     assert ours.grad is not None and torchs.grad is not None
     for name, mine, other, exact in (
-        ("logprobs", logprobs.detach(), theirs.detach(), truth),
-        ("target", ours.grad[at], torchs.grad[at], slope[at]),
-        ("tail", ours.grad[~at], torchs.grad[~at], slope[~at]),
+        ("logprobs", logprobs.detach().cpu(), theirs.detach().cpu(), truth),
+        ("target", ours.grad.cpu()[at], torchs.grad.cpu()[at], slope[at]),
+        ("tail", ours.grad.cpu()[~at], torchs.grad.cpu()[~at], slope[~at]),
     ):
         error, bar = float((mine.double() - exact).norm()), float((other.double() - exact).norm())
         assert error <= bar, f"{name}: error {error}, torch's {bar}"

@@ -9,6 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from modes import needs
+
+pytestmark = needs("native")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,420 @@
+"""What the Triton kernels alone can get wrong: where a row starts, where blocks meet, rounding; and a GPU's promises.
+
+Runs in the interpreter and on a GPU. No sync, launches, graphs, recompilation, more than 2^31 elements: on a GPU alone.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, Arguments, Batch, arguments, ragged_batch
+from checks import check_close, check_gradient, check_rows
+from modes import DEVICE, DTYPES, GPU, INTERPRETED, TRITON_MODES, on_device, sized
+from row_batches import check_batch, everything, peaked, rows
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from gspo_kernels import fused_stage, gspo_loss, token_logprobs
+from gspo_kernels.logprobs import triton_rows
+
+pytestmark = TRITON_MODES
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+on_and_off = pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+
+# Columns a kernel takes at a time.
+BLOCKS = (
+    [triton_rows.INTERPRETED_LAUNCH.elements]
+    if INTERPRETED
+    else sorted({launch.elements for launch in triton_rows.LAUNCH.values()})
+)
+
+
+def same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for name, x, y in zip(("logprobs", "entropy", "lse", "gradient"), actual, expected, strict=True):
+        assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} differ in bits"
+
+
+# --- where a row lies -------------------------------------------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("offset", range(16))
+def test_a_row_may_start_anywhere_and_nothing_beside_it_is_touched(dtype: torch.dtype, offset: int) -> None:
+    """The first row starts at every element of four 16-byte chunks; with an odd vocabulary each next one elsewhere.
+
+    The gradient is written over the logits, between guards.
+    """
+    vocab = 333
+    values, ids = on_device(peaked(2, vocab).to(dtype)), on_device(torch.tensor([332, 100]))
+    expected = everything(values.clone(), ids, "triton")
+    guarded = torch.full((offset + 2 * vocab + 16,), math.nan, dtype=dtype, device=DEVICE)
+    inside = slice(offset, offset + 2 * vocab)
+    guarded[inside] = values.flatten()
+    memory = guarded.clone().requires_grad_() * 1
+    logits = memory[inside].view(2, vocab)
+    out = token_logprobs(logits, ids, backend="triton", overwrite_logits=True)
+    (0.7 * out.logprobs.sum() - 0.3 * out.entropy.sum() + 0.2 * out.lse.sum()).backward()
+    same([*(x.detach() for x in out), logits.detach()], expected)
+    outside = torch.ones_like(guarded, dtype=torch.bool)
+    outside[inside] = False
+    assert bool(memory[outside].isnan().all()), "something beside the rows was written"
+
+
+@by_dtype
+def test_a_gradient_of_another_phase(dtype: torch.dtype) -> None:
+    """logits[:, :-1] of an odd vocabulary, and a fresh contiguous gradient: a row of each, at two addresses mod 16."""
+    vocab = 333
+    values, ids = peaked(12, vocab).to(dtype).view(3, 4, vocab), torch.arange(9).view(3, 3) * 41
+    view = on_device(values)[:, :-1]
+    got = everything(view, on_device(ids), "triton")
+    assert got[3].is_contiguous() and not view.is_contiguous()
+    same(got, everything(view.contiguous(), on_device(ids), "triton"))
+    batch = rows(values[:, :-1].flatten(0, 1), ids.flatten())
+    check_gradient(got[3].flatten(0, 1), batch, [0.7] * 9, [-0.3] * 9, [0.2] * 9)
+
+
+@by_dtype
+@pytest.mark.parametrize("vocab", [1, 3, 7, 8, 9, 16, 17])
+def test_rows_shorter_than_two_chunks_at_every_phase(dtype: torch.dtype, vocab: int) -> None:
+    """All head, or head and tail with nothing between; rows 17 or 19 apart, so that each starts elsewhere."""
+    n, apart = 8, 19 if vocab == 17 else 17
+    values, ids = peaked(n, vocab, peaks=1).to(dtype), torch.arange(n) % vocab
+    memory = torch.full((n * apart,), math.nan, dtype=dtype, device=DEVICE)
+    logits = memory.as_strided((n, vocab), (apart, 1)).copy_(on_device(values))
+    out = everything(logits, on_device(ids), "triton")
+    batch = rows(values, ids)
+    check_rows(*out[:3], batch.rows, TOLERANCES[dtype])
+    check_gradient(out[3], batch, [0.7] * n, [-0.3] * n, [0.2] * n)
+
+
+@by_dtype
+@pytest.mark.parametrize("offset", [0, 1, 5])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_targets_about_every_seam(dtype: torch.dtype, offset: int, block: int) -> None:
+    """The target's block is walked apart from the others: head, first, middle, last block, either side of each, tail.
+
+    A row that does not start at a 16-byte boundary has its blocks later by its head.
+    """
+    vocab = 3 * block + 21
+    head = -offset % (16 // dtype.itemsize)
+    seams = [head + k * block for k in range(4)]
+    ids = sorted({0, vocab - 1, vocab - 2, head + block // 2, *(x + d for x in seams for d in (-1, 0)), vocab - 17})
+    ids = [x for x in ids if 0 <= x < vocab]
+    values = peaked(1, vocab).to(dtype)
+    batch = rows(values.expand(len(ids), vocab), torch.tensor(ids))
+    memory = torch.full((offset + vocab,), math.nan, dtype=dtype, device=DEVICE)
+    row = memory[offset:].copy_(on_device(values[0]))
+    for t, target in enumerate(ids):
+        out = everything(row[None], on_device(torch.tensor([target])), "triton")
+        one = Batch(values, batch.token_ids[t : t + 1], batch.mask[:1], [1], batch.advantages)
+        check_rows(*out[:3], one.rows, TOLERANCES[dtype])
+        check_gradient(out[3], one, [0.7], [-0.3], [0.2])
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+
+
+@by_dtype
+def test_a_gradient_is_rounded_to_nearest(dtype: torch.dtype) -> None:
+    """Each stored number is the truth, known to a few 1e-6, rounded once: cut digits are off by half a unit more."""
+    batch = rows(peaked(4, 300).to(dtype))
+    leaf = on_device(batch.logits.clone()).requires_grad_()
+    out = token_logprobs(leaf, on_device(batch.token_ids), backend="triton")
+    g = [1.0, -0.37, 2.9, -1.3]
+    (gradient,) = torch.autograd.grad(out.logprobs, leaf, on_device(torch.tensor(g)))
+    numbers = zip(batch.logits.tolist(), batch.token_ids.tolist(), g, strict=True)
+    truth = torch.tensor([oracle.row_gradient(x, y, 1.0, k) for x, y, k in numbers], dtype=torch.float64)
+    known = 4e-6
+    lowest, highest = ((truth * (1 + s * known * truth.sign())).to(dtype).double() for s in (-1, 1))
+    actual = gradient.cpu().double()
+    wrong = (actual < lowest) | (actual > highest)
+    assert not bool(wrong.any()), f"{int(wrong.sum())} of {wrong.numel()} are not the nearest {dtype}"
+
+
+@by_dtype
+@pytest.mark.parametrize("factor", [1.5, 0.75, 1 / 3, -1.0, 1.0, 0.0, 2.0**-100])
+def test_scaling_rounds_to_nearest_even(dtype: torch.dtype, factor: float) -> None:
+    """A stored gradient times the loss's scale, rounded as torch does, ties (plenty by 1.5) to even; no subnormals."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-14, 14, (2, 3, 301), generator=generator)
+    values = on_device((torch.randn(2, 3, 301, generator=generator) * 2.0**exponents).to(dtype))
+    by = on_device(torch.tensor(factor))
+    product = values.float() * by
+    tiny = product.abs() < torch.finfo(torch.float32).tiny
+    torch.ops.gspo_kernels.scale_(values, by, "triton")
+    assert torch.equal(values, product.masked_fill(tiny, 0.0).to(dtype))
+
+
+# --- a bad token ------------------------------------------------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("bad", [-1, -100, 67, 2**40 + 3, -(2**62)])
+def test_an_unchecked_token_spoils_its_own_row(dtype: torch.dtype, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without GSPO_KERNELS_DEBUG nobody looks at the ids on a GPU: NaN in that row, and all else as it should be."""
+    monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
+    if INTERPRETED:  # a CPU tensor is looked at
+        monkeypatch.setattr("gspo_kernels.logprobs.ops.may_read", lambda tensor: False)
+    batch = rows(peaked(4, 67).to(dtype))
+    ids = batch.token_ids.clone()
+    ids[2] = bad
+    leaf = on_device(batch.logits.clone()).requires_grad_()
+    out = token_logprobs(leaf, on_device(ids), backend="triton")
+    (gradient,) = torch.autograd.grad(out.logprobs.sum(), leaf)
+    assert math.isnan(float(out.logprobs[2].detach()))
+    others = torch.tensor([0, 1, 3])
+    sound = rows(batch.logits[others], batch.token_ids[others])
+    check_rows(*(x.cpu()[others] for x in out), sound.rows, TOLERANCES[dtype])
+    check_gradient(gradient.cpu()[others], sound, [1.0] * 3)
+
+
+@GPU
+@by_objective
+@by_layout
+@on_and_off
+def test_an_unchecked_token_shows_in_the_loss(
+    objective: str, layout: str, on_policy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
+    batch = ragged_batch(objective, seed=50, on_policy=on_policy)
+    bad = int(batch.mask.nonzero()[0])
+    batch.token_ids[bad] = 61
+    args = arguments(batch, layout)
+    loss, stats = PUBLIC[objective](args.logits, *args.rest, **args.keywords)
+    assert math.isnan(float(loss.detach()))
+    assert int(stats.logprobs.isnan().sum()) == 1
+
+
+# --- threads and devices --------------------------------------------------------------------------------------------
+
+
+@on_and_off
+def test_backward_from_another_thread(on_policy: bool) -> None:
+    args = arguments(ragged_batch("gspo", seed=51, on_policy=on_policy), "packed")
+
+    def loss() -> Tensor:
+        return gspo_loss(args.logits, *args.rest, **args.keywords, backend="triton").loss
+
+    (expected,) = torch.autograd.grad(loss(), args.logits)
+    thread = threading.Thread(target=loss().backward)
+    thread.start()
+    thread.join()
+    assert args.logits.grad is not None and torch.equal(args.logits.grad, expected)
+
+
+@GPU
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@on_and_off
+def test_a_device_that_is_not_the_current_one(on_policy: bool) -> None:
+    args = arguments(ragged_batch("gspo", seed=52, on_policy=on_policy), "packed")
+    gradients = []
+    for device in ("cuda:0", "cuda:1"):
+        leaf = args.logits.detach().to(device).requires_grad_()
+        rest = [None if x is None else x.to(device) for x in args.rest]
+        keywords = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.keywords.items()}
+        with torch.cuda.device("cuda:0"):
+            loss, _ = gspo_loss(leaf, *rest, **keywords)
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        assert leaf.grad is not None and leaf.grad.device == torch.device(device)
+        gradients.append(leaf.grad.cpu())
+    assert torch.equal(*gradients)
+
+
+# --- what only a GPU can show -----------------------------------------------------------------------------------------
+
+
+@GPU
+def test_more_rows_and_sequences_than_a_grid_is_wide() -> None:
+    """70,000: a grid's second and third dimension end at 65,535."""
+    n = 70_000
+    logits, ids = on_device(peaked(n, 3, peaks=1)), on_device(torch.arange(n) % 3)
+    advantages, old = on_device(torch.linspace(-1, 1, n)), on_device(torch.full((n,), -1.0))
+    for boundaries in (torch.arange(n + 1), torch.tensor([0, n])):
+        found = []
+        for backend in ("triton", "reference"):
+            leaf = logits.clone().requires_grad_()
+            cu_seqlens = on_device(boundaries)
+            loss, _ = gspo_loss(
+                leaf, ids, advantages[: len(boundaries) - 1], old, cu_seqlens=cu_seqlens, eps_low=0.9, eps_high=9.0,
+                backend=backend,
+            )  # fmt: skip
+            loss.backward()
+            found.append((loss.detach(), leaf.grad))
+        (ours, gradient), (theirs, expected) = found
+        assert gradient is not None and expected is not None
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-5, abs=1e-7)
+        check_close("gradient", gradient, expected, 1e-5 * expected.abs() + 1e-6 * expected.abs().max())
+
+
+@GPU
+@pytest.mark.plain_memory
+def test_more_than_two_to_the_31_elements() -> None:
+    """bf16, 14,400 rows of Qwen's vocabulary: the last rows lie beyond what 32 bits can count."""
+    n, vocab = 14_400, 151_936
+    if torch.cuda.mem_get_info(DEVICE)[0] < 12 << 30:
+        pytest.skip("needs 12 GB of GPU memory")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits = torch.empty(n, vocab, dtype=torch.bfloat16, device=DEVICE).normal_(0, 3, generator=generator)
+    ids = torch.randint(vocab, (n,), generator=generator, device=DEVICE)
+    logits.requires_grad_()
+    out = token_logprobs(logits, ids, backend="triton")
+    (gradient,) = torch.autograd.grad(out.logprobs.sum() - out.entropy.sum(), logits)
+    for last in (slice(0, 1), slice(14_133, 14_135), slice(n - 2, n)):  # 2^31 lies in row 14,134
+        batch = rows(logits.detach()[last].cpu(), ids[last].cpu())
+        check_rows(*(x[last].detach().cpu() for x in out), batch.rows, TOLERANCES[torch.bfloat16])
+        k = len(batch.mask)
+        check_gradient(gradient[last], batch, [1.0] * k, [-1.0] * k)
+
+
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "off-policy": ({}, {}),
+    "on-policy": ({"on_policy": True}, {}),
+    "all": (
+        {"ref": True, "weights": "token", "temperature": "token"},
+        {"beta": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0},
+    ),
+}
+by_call = pytest.mark.parametrize("call", CALLS)
+
+
+def training_step(objective: str, args: Arguments, options: dict[str, Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Forward and backward as a function of nothing; the root gradient is there beforehand."""
+    root = torch.ones((), device=DEVICE)
+
+    def work() -> tuple[Tensor, Tensor]:
+        loss = PUBLIC[objective](args.logits, *args.rest, **args.keywords, **options).loss
+        (gradient,) = torch.autograd.grad(loss, args.logits, root)
+        return loss.detach(), gradient
+
+    return work
+
+
+@pytest.fixture
+def no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
+
+
+@pytest.fixture
+def syncs_are_errors() -> Iterator[Callable[[], None]]:
+    """To be called once everything is warm."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+@pytest.mark.plain_memory
+@by_objective
+@by_layout
+@by_call
+def test_nothing_waits_for_the_gpu(
+    objective: str, layout: str, call: str, no_debug: None, syncs_are_errors: Callable[[], None]
+) -> None:
+    build, options = CALLS[call]
+    args = arguments(ragged_batch(objective, seed=53, **build), layout)
+    work = training_step(objective, args, options)
+    expected = work()
+    torch.cuda.synchronize()
+    syncs_are_errors()
+    found = work()
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@GPU
+@pytest.mark.plain_memory
+@by_objective
+@by_layout
+@by_call
+def test_cuda_graphs(objective: str, layout: str, call: str, no_debug: None) -> None:
+    """Captured once, replayed with other numbers and other lengths: the bits of the eager call."""
+    build, options = CALLS[call]
+    args, other = (
+        arguments(ragged_batch(objective, seed=seed, lengths=lengths, **build), layout)
+        for seed, lengths in ((54, (4, 0, 3, 5)), (55, (2, 5, 1, 4)))
+    )
+    work = training_step(objective, args, options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    expected = training_step(objective, other, options)()
+    with torch.no_grad():
+        args.logits.copy_(other.logits)
+        pairs = [*zip(args.rest, other.rest, strict=True)]
+        pairs += [(args.keywords[name], other.keywords[name]) for name in args.keywords]
+        for mine, theirs in pairs:
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
+
+
+@GPU
+@pytest.mark.plain_memory
+@by_objective
+@by_layout
+@by_call
+def test_launches(objective: str, layout: str, call: str, no_debug: None) -> None:
+    """Rows, two for the token stage, gradient: four, copies and fills counted; no more on-policy."""
+    build, options = CALLS[call]
+    work = training_step(objective, arguments(ragged_batch(objective, seed=56, **build), layout), options)
+    for _ in range(2):
+        work()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    launched = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 2 <= len(launched) <= 4, launched
+
+
+@GPU
+@pytest.mark.plain_memory
+@by_layout
+@by_call
+def test_kernels_are_compiled_once(layout: str, call: str, no_debug: None) -> None:
+    """Triton compiles an integer of 1, and one that 16 divides, anew unless it is told not to."""
+    build, options = CALLS[call]
+
+    def step(lengths: list[int], **changed: Any) -> None:
+        args = arguments(ragged_batch("gspo", seed=sum(lengths), lengths=lengths, **build), layout)
+        if "temperature" in changed and call != "all":
+            args.keywords.pop("temperature")
+        training_step("gspo", args, {**options, **changed})()
+
+    step([3, 2])
+    before = fused_stage.compiled_variants()
+    assert before > 0
+    for k in range(20):
+        step([*range(k % 5), 1 + k, 16 * (k % 3)])
+    step([1])
+    for k in range(20):
+        changed: dict[str, Any] = {"eps_low": 1e-4 * (k + 1), "eps_high": 2e-4 * k, "max_log_ratio": 1.0 + k}
+        if call == "all":
+            changed |= {"beta": 0.05 * (k + 1), "entropy_coef": 0.01 * (k + 1), "dual_clip": 1.5 + k}
+        else:
+            changed["temperature"] = 0.5 * (k + 1)
+        step([3, 2], **changed)
+    assert fused_stage.compiled_variants() == before
+
+
+def test_vocabularies_of_many_blocks() -> None:
+    """As long as this mode affords."""
+    check_batch(rows(peaked(2, sized(200_003, 16 * 256 + 3)).bfloat16()), "triton", ["all"])
