@@ -1,7 +1,7 @@
 """The one list of benchmark cases, and the inputs of each: seeded, off-policy, with sequences that clip.
 
-A batch has eight sequences. Padded: [8, rows / 8], all full. Packed: ragged, by `LENGTHS`. Logits are normal with one
-likelier column a row, the token that was sampled. Which rows have a coefficient:
+A batch has eight sequences (on a GPU more, see `gpu/works.py`). Padded: [8, rows / 8], all full. Packed: ragged, by
+`LENGTHS`. Logits are normal with one likelier column a row, the token that was sampled. Which rows have a coefficient:
 
 - `forward`, `forward_backward`, `on_policy`: every row;
 - `masked_60`: the tails of all sequences are masked, as prompts and padding are, 60% of all rows; nothing reads them;
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .exact import LOSSES, means
+
 ROWS = int(os.environ.get("GSPO_BENCH_ROWS", "2048"))
 SMOKE_ROWS = 64
 SEQUENCES = 8
 LENGTHS = (3, 9, 5, 14, 8, 6, 12, 7)  # of packed sequences, in shares of 64
-CLIPPED, NO_ADVANTAGE = 1, 3
-EPS_LOW, EPS_HIGH = 3e-4, 4e-4
 SEED = 20250725
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,9 +34,16 @@ class Work:
     name: str
     title: str
     gradient: bool = True
+    objective: str = "gspo"  # or "grpo", a ratio per token
     on_policy: bool = False
-    inactive: float = 0.0  # share of rows whose coefficient is zero
-    some_unmasked: bool = False  # two sequences of them by a clip and by an advantage of zero, not by the mask
+    no_advantage: float = 0.0  # share of sequences whose advantage is zero
+    clipped: float = 0.0  # share of the other sequences that are clipped
+    inactive: float = 0.0  # masks take tails until this share of rows has a coefficient of zero
+
+    @property
+    def one_read(self) -> bool:
+        """A row's coefficient is known once it has been read, or before: the gradient needs no second read."""
+        return self.gradient and (self.on_policy or self.objective == "grpo")
 
 
 WORKS = (
@@ -44,7 +51,13 @@ WORKS = (
     Work("forward_backward", "loss and gradient"),
     Work("on_policy", "loss and gradient, on-policy", on_policy=True),
     Work("masked_60", "loss and gradient, 60% of rows masked", inactive=0.6),
-    Work("inactive_60", "loss and gradient, 60% masked, clipped or of no advantage", inactive=0.6, some_unmasked=True),
+    Work(
+        "inactive_60",
+        "loss and gradient, 60% masked, clipped or of no advantage",
+        no_advantage=1 / 8,
+        clipped=1 / 7,
+        inactive=0.6,
+    ),
 )
 
 
@@ -54,6 +67,8 @@ class Case:
     dtype: str
     vocab: int
     layout: str
+    sequences: int = SEQUENCES
+    spare: int = 0  # rows of logits after each padded sequence that nothing reads, as after `logits[:, :-1]`
 
     @property
     def id(self) -> str:
@@ -87,7 +102,7 @@ SMOKE = tuple(
 class Sampled:
     """Logits, the token sampled from each row, and what float64 says of it."""
 
-    pristine: Tensor  # [rows, vocab]
+    pristine: Tensor  # [rows and spare rows, vocab]
     working: Tensor  # the same, in memory that a contestant may overwrite
     token_ids: Tensor  # [rows]
     logprobs: Tensor  # [rows] float64
@@ -101,11 +116,11 @@ class Problem:
     case: Case
     rows: int
     sampled: Sampled
-    logits: Tensor  # [8, T, vocab] or [rows, vocab]: a leaf over `sampled.working`
-    token_ids: Tensor  # [8, T] or [rows], like every token array
+    logits: Tensor  # [sequences, T, vocab] or [rows, vocab]: a leaf over `sampled.working`
+    token_ids: Tensor  # [sequences, T] or [rows], like every token array
     mask: Tensor
     old_logprobs: Tensor | None
-    advantages: Tensor  # [8]
+    advantages: Tensor  # [sequences]
     cu_seqlens: Tensor | None
     sequence_of: Tensor  # [rows], the sequence that each row belongs to
     loss: float  # in float64
@@ -125,11 +140,17 @@ class Problem:
     def units(self) -> float:
         """Passes over the logits that must go through memory.
 
-        The forward reads, the backward reads again (not on-policy: the coefficient is known, one read does) and writes.
+        The forward reads, the backward reads again (not where one read does, see `Work.one_read`) and writes.
         """
         if not self.case.work.gradient:
             return self.visits
-        return (float(self.mask.double().mean()) if self.case.work.on_policy else self.visits) + 1.0
+        return (float(self.mask.double().mean()) if self.case.work.one_read else self.visits) + 1.0
+
+    def exact_logits(self, rows: Tensor) -> Tensor:
+        """[rows] -> [rows, vocab], in float64."""
+        case = self.case
+        spare = rows // (self.rows // case.sequences) * case.spare if case.spare else 0
+        return self.sampled.pristine[rows + spare].double()
 
     def restore(self) -> None:
         """Undoes what a contestant wrote over the logits."""
@@ -137,46 +158,54 @@ class Problem:
             self.sampled.working.copy_(self.sampled.pristine)
 
 
-def build(case: Case, rows: int = ROWS) -> Problem:
-    if rows % SEQUENCES or rows < SMOKE_ROWS:
-        raise ValueError(f"GSPO_BENCH_ROWS: expected a multiple of {SEQUENCES}, at least {SMOKE_ROWS}; got {rows}")
-    sampled = sample(case.vocab, case.dtype, rows)
+def build(case: Case, rows: int = ROWS, device: str = "cpu") -> Problem:
+    sequences, work = case.sequences, case.work
+    least = SMOKE_ROWS if work.inactive or case.layout == "packed" else sequences
+    if rows % sequences or rows < least:
+        raise ValueError(f"rows: expected a multiple of {sequences}, at least {least}; got {rows}")
+    sampled = sample(case.vocab, case.dtype, rows, sequences, case.spare, device)
     sampled.working.copy_(sampled.pristine)
     generator = torch.Generator().manual_seed(SEED)
 
-    shares = torch.ones(SEQUENCES, dtype=torch.int64) if case.layout == "padded" else torch.tensor(LENGTHS)
+    shares = torch.ones(sequences, dtype=torch.int64) if case.layout == "padded" else torch.tensor(LENGTHS)
     boundaries = torch.nn.functional.pad(shares.cumsum(0) * rows // shares.sum(), (1, 0))
-    sequence_of = torch.arange(SEQUENCES).repeat_interleave(boundaries.diff())
+    sequence_of = torch.arange(sequences).repeat_interleave(boundaries.diff())
 
-    advantages = torch.linspace(-1.5, 1.5, SEQUENCES)[torch.randperm(SEQUENCES, generator=generator)]
+    advantages = torch.linspace(-1.5, 1.5, sequences)[torch.randperm(sequences, generator=generator)]
     mask = torch.ones(rows, dtype=torch.bool)
-    without_mask: tuple[int, ...] = ()
-    if case.work.some_unmasked:
-        advantages[CLIPPED], advantages[NO_ADVANTAGE] = 1.0, 0.0
-        without_mask = (CLIPPED, NO_ADVANTAGE)
-    if case.work.inactive:
-        mask = _masked_tails(sequence_of, round(case.work.inactive * rows), without_mask)
+    clipped, no_advantage = _inactive_sequences(work, sequences)
+    advantages[clipped], advantages[no_advantage] = 1.0, 0.0
+    if work.inactive:
+        mask = _masked_tails(sequence_of, round(work.inactive * rows), clipped + no_advantage)
 
-    log_ratio = (torch.rand(SEQUENCES, generator=generator, dtype=torch.float64) - 0.5) * 4e-4  # inside the window
-    if case.work.some_unmasked:
-        log_ratio[CLIPPED] = 2e-3
+    log_ratio = (torch.rand(sequences, generator=generator, dtype=torch.float64) - 0.5) * 4e-4  # inside the window
+    log_ratio[clipped] = 2e-3
     noise = torch.randn(rows, generator=generator, dtype=torch.float64) * 0.02
-    noise = noise - _means(noise, mask, sequence_of)[sequence_of]
-    old = (sampled.logprobs - log_ratio[sequence_of] - noise).float()
+    if work.objective == "grpo":  # one token in twelve far outside, the others far inside
+        outside = torch.rand(rows, generator=generator) < 1 / 12
+        noise = torch.where(outside, noise + 0.5 * noise.sign(), noise)
+    else:
+        noise = noise - means(noise, mask, sequence_of, sequences)[sequence_of]
 
-    on_policy = case.work.on_policy
-    of_tokens = (sampled.logprobs - (sampled.logprobs if on_policy else old.double())) * mask
-    loss, coefficients = _gspo(of_tokens, advantages.double(), mask, sequence_of)
+    logprobs = sampled.logprobs
+    noise, log_ratio, advantages, mask, sequence_of, boundaries = (
+        x.to(device) for x in (noise, log_ratio, advantages, mask, sequence_of, boundaries)
+    )
+    old = (logprobs - log_ratio[sequence_of] - noise).float()
+    of_tokens = (logprobs - (logprobs if work.on_policy else old.double())) * mask
+    loss, coefficients = LOSSES[work.objective](of_tokens, advantages.double(), mask, sequence_of)
 
-    shape = (SEQUENCES, rows // SEQUENCES) if case.layout == "padded" else (rows,)
+    shape = (sequences, rows // sequences) if case.layout == "padded" else (rows,)
+    padded = (sequences, rows // sequences + case.spare) if case.layout == "padded" else (rows,)
+    logits = sampled.working.view(*padded, case.vocab)
     return Problem(
         case=case,
         rows=rows,
         sampled=sampled,
-        logits=sampled.working.view(*shape, case.vocab).detach().requires_grad_(),
+        logits=(logits[:, : shape[1]] if case.spare else logits).detach().requires_grad_(),
         token_ids=sampled.token_ids.view(shape),
         mask=mask.view(shape),
-        old_logprobs=None if on_policy else old.view(shape),
+        old_logprobs=None if work.on_policy else old.view(shape),
         advantages=advantages,
         cu_seqlens=None if case.layout == "padded" else boundaries,
         sequence_of=sequence_of,
@@ -186,28 +215,42 @@ def build(case: Case, rows: int = ROWS) -> Problem:
 
 
 @functools.lru_cache(maxsize=1)
-def sample(vocab: int, dtype: str, rows: int) -> Sampled:
-    generator = torch.Generator().manual_seed(SEED)
-    token_ids = torch.randint(vocab, (rows,), generator=generator)
-    pristine = torch.empty(rows, vocab, dtype=DTYPES[dtype])
-    logprobs, lse = torch.empty(2, rows, dtype=torch.float64)
+def sample(vocab: int, dtype: str, rows: int, sequences: int, spare: int, device: str) -> Sampled:
+    generator = torch.Generator(device).manual_seed(SEED)
+    token_ids = torch.randint(vocab, (rows,), generator=generator, device=device)
+    pristine = torch.empty(rows + sequences * spare, vocab, dtype=DTYPES[dtype], device=device)
+    logprobs, lse = torch.empty(2, rows, dtype=torch.float64, device=device)
+    places = torch.arange(rows, device=device)
+    if spare:
+        pristine.view(sequences, -1, vocab)[:, -spare:] = 0.0
+        places += places // (rows // sequences) * spare
     for begin in range(0, rows, 64):  # in blocks, so that no float64 copy of the whole is made
         block = slice(begin, min(begin + 64, rows))
-        values = torch.randn(block.stop - begin, vocab, generator=generator) * 2.0
-        likely = torch.rand(block.stop - begin, 1, generator=generator) * 11.0 + 4.0
+        size = block.stop - begin
+        values = torch.randn(size, vocab, generator=generator, device=device) * 2.0
+        likely = torch.rand(size, 1, generator=generator, device=device) * 11.0 + 4.0
         values.scatter_(1, token_ids[block, None], likely)
-        pristine[block] = values.to(pristine.dtype)
-        exact = pristine[block].double()
+        stored = values.to(pristine.dtype)
+        pristine[places[block]] = stored
+        exact = stored.double()
         lse[block] = exact.logsumexp(1)
         logprobs[block] = exact.gather(1, token_ids[block, None])[:, 0] - lse[block]
     return Sampled(pristine, pristine.clone(), token_ids, logprobs, lse)
 
 
-def _masked_tails(sequence_of: Tensor, inactive: int, without_mask: tuple[int, ...]) -> Tensor:
+def _inactive_sequences(work: Work, sequences: int) -> tuple[list[int], list[int]]:
+    """Those that are clipped and those of no advantage, every other one first, so that active ones stand between."""
+    order = [*range(1, sequences, 2), *range(0, sequences, 2)]
+    no_advantage = round(work.no_advantage * sequences)
+    clipped = round(work.clipped * (sequences - no_advantage))
+    return order[:clipped], order[clipped : clipped + no_advantage]
+
+
+def _masked_tails(sequence_of: Tensor, inactive: int, without_mask: list[int]) -> Tensor:
     """A mask that takes the ends of the other sequences, alike, until with `without_mask` it is `inactive` rows."""
-    lengths = sequence_of.bincount(minlength=SEQUENCES)
-    candidates = [i for i in range(SEQUENCES) if i not in without_mask]
-    missing = inactive - int(lengths[list(without_mask)].sum())
+    lengths = sequence_of.bincount()
+    candidates = [i for i in range(len(lengths)) if i not in without_mask]
+    missing = inactive - int(lengths[without_mask].sum())
     available = int(lengths[candidates].sum())
     ends = lengths.cumsum(0)
     mask = torch.ones_like(sequence_of, dtype=torch.bool)
@@ -217,19 +260,3 @@ def _masked_tails(sequence_of: Tensor, inactive: int, without_mask: tuple[int, .
         tail = missing * seen // available - missing * before // available
         mask[int(ends[i]) - tail : int(ends[i])] = False
     return mask
-
-
-def _means(values: Tensor, mask: Tensor, sequence_of: Tensor) -> Tensor:
-    """[rows] -> [8], over unmasked rows."""
-    sums = torch.zeros(SEQUENCES, dtype=torch.float64).index_add_(0, sequence_of, values * mask)
-    return sums / sequence_of[mask].bincount(minlength=SEQUENCES)
-
-
-def _gspo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, sequence_of: Tensor) -> tuple[float, Tensor]:
-    """GSPO (arXiv 2507.18071) in float64: the loss, and its derivative by each row's log-probability."""
-    ratio = _means(log_ratio, mask, sequence_of).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * advantages).mean()
-    clipped = ((advantages > 0) & (ratio > 1 + EPS_HIGH)) | ((advantages < 0) & (ratio < 1 - EPS_LOW))
-    lengths = sequence_of[mask].bincount(minlength=SEQUENCES)
-    of_sequences = torch.where(clipped, 0.0, -ratio * advantages / (SEQUENCES * lengths))
-    return float(loss), torch.where(mask, of_sequences[sequence_of], 0.0)

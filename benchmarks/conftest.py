@@ -41,6 +41,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def rows_of(config: pytest.Config) -> int:
+    """`GSPO_BENCH_ROWS`, but in a smoke run."""
     return SMOKE_ROWS if config.getoption("smoke") else ROWS
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import gspo_kernels
 
-from .cases import EPS_HIGH, EPS_LOW, SEQUENCES, Problem, Work
+from .cases import Problem, Work
+from .exact import EPSILONS
 
 Answer = tuple[Tensor, Tensor | None]  # loss, gradient of the logits
 Run = Callable[[], Answer | None]
@@ -30,72 +31,100 @@ class Contestant:
         return self.label.split(",")[0] if work == "forward" else self.label
 
 
-def _gspo_loss(overwrite_logits: bool) -> Callable[[Problem], Run]:
+def _ours(overwrite_logits: bool) -> Callable[[Problem], Run]:
     def prepare(problem: Problem) -> Run:
+        objective = problem.case.work.objective
+        of_package = gspo_kernels.gspo_loss if objective == "gspo" else gspo_kernels.grpo_loss
+        eps_low, eps_high = EPSILONS[objective]
+
         def loss() -> Tensor:
-            return gspo_kernels.gspo_loss(
+            return of_package(
                 problem.logits,
                 problem.token_ids,
                 problem.advantages,
                 problem.old_logprobs,
                 mask=problem.mask,
                 cu_seqlens=problem.cu_seqlens,
-                eps_low=EPS_LOW,
-                eps_high=EPS_HIGH,
+                eps_low=eps_low,
+                eps_high=eps_high,
                 overwrite_logits=overwrite_logits,
             ).loss
 
-        return _answer(problem, loss)
+        return answer(problem, loss)
 
     return prepare
 
 
-def eager_gspo(
+def torch_loss(
     logits: Tensor,
     token_ids: Tensor,
     advantages: Tensor,
     old_logprobs: Tensor | None,
     mask: Tensor,
     sequence_of: Tensor | None,
+    objective: str,
 ) -> Tensor:
-    """GSPO as trainers write it in torch; `sequence_of` [rows] for packed batches."""
+    """The loss as trainers write it in torch; `sequence_of` [rows] for packed batches."""
     logprobs = torch.log_softmax(logits.float(), dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return torch_loss_of_logprobs(logprobs, advantages, old_logprobs, mask, sequence_of, objective)
+
+
+def torch_loss_of_logprobs(
+    logprobs: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    mask: Tensor,
+    sequence_of: Tensor | None,
+    objective: str,
+) -> Tensor:
+    low, high = EPSILONS[objective]
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     weights = mask.float()
-    log_ratio = (logprobs - old) * weights
-    if sequence_of is None:
-        means = log_ratio.sum(-1) / weights.sum(-1)
-    else:
-        zeros = logprobs.new_zeros(SEQUENCES)
-        means = zeros.index_add(0, sequence_of, log_ratio) / zeros.index_add(0, sequence_of, weights)
-    ratio = means.exp()
-    clipped = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+    def mean(values: Tensor) -> Tensor:
+        if sequence_of is None:
+            return (values * weights).sum(-1) / weights.sum(-1)
+        zeros = torch.zeros_like(advantages)
+        return zeros.index_add(0, sequence_of, values * weights) / zeros.index_add(0, sequence_of, weights)
+
+    if objective == "gspo":
+        ratio = mean(logprobs - old).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages).mean()
+    ratio = (logprobs - old).exp()
+    of_tokens = advantages.unsqueeze(-1) if sequence_of is None else advantages[sequence_of]
+    return -mean(torch.minimum(ratio * of_tokens, ratio.clamp(1 - low, 1 + high) * of_tokens)).mean()
 
 
 def _eager(problem: Problem) -> Run:
-    return _torch_gspo(problem, eager_gspo)
+    return _in_torch(problem, torch_loss)
 
 
 def _compiled(problem: Problem) -> Run:
     torch.compiler.reset()  # one shape at a time: the next case compiles afresh instead of generalising this one
-    return _torch_gspo(problem, torch.compile(eager_gspo, dynamic=False, fullgraph=True))
+    return _in_torch(problem, torch.compile(torch_loss, dynamic=False, fullgraph=True))
 
 
-def _torch_gspo(problem: Problem, gspo: Callable[..., Tensor]) -> Run:
+def _in_torch(problem: Problem, loss: Callable[..., Tensor]) -> Run:
     sequence_of = None if problem.cu_seqlens is None else problem.sequence_of
     inputs = problem.token_ids, problem.advantages, problem.old_logprobs, problem.mask, sequence_of
-    return _answer(problem, lambda: gspo(problem.logits, *inputs))
+    return answer(problem, lambda: loss(problem.logits, *inputs, problem.case.work.objective))
 
 
-def _answer(problem: Problem, loss: Callable[[], Tensor]) -> Run:
+def answer(problem: Problem, loss: Callable[[], Tensor], leaf: Tensor | None = None) -> Run:
+    """Loss and gradient, or under `no_grad` the loss alone, as the work asks.
+
+    `leaf`: what the loss starts from where that is not the logits but a buffer that they are the beginning of.
+    """
+
     def forward() -> Answer:
         with torch.no_grad():
             return loss(), None
 
     def forward_backward() -> Answer:
         value = loss()
-        return value.detach(), torch.autograd.grad(value, problem.logits)[0]
+        if leaf is None:
+            return value.detach(), torch.autograd.grad(value, problem.logits)[0]
+        return value.detach(), torch.autograd.grad(value, leaf)[0][:, : problem.logits.shape[1]]
 
     return forward_backward if problem.case.work.gradient else forward
 
@@ -110,8 +139,8 @@ def _copy(problem: Problem) -> Run:
 
 
 CONTESTANTS = (
-    Contestant("ours", "gspo-kernels, gradient over the logits", _gspo_loss(True), overwrites=True),
-    Contestant("ours_fresh", "gspo-kernels, fresh gradient", _gspo_loss(False), gradient_only=True),
+    Contestant("ours", "gspo-kernels, gradient over the logits", _ours(True), overwrites=True),
+    Contestant("ours_fresh", "gspo-kernels, fresh gradient", _ours(False), gradient_only=True),
     Contestant("eager", "torch eager", _eager),
     Contestant("compile", "torch.compile", _compiled, compiles=True),
     Contestant("copy", "memory copy", _copy),

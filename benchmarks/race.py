@@ -5,13 +5,44 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from .cases import Problem
-from .contestants import Contestant, Run
+from .contestants import Answer, Contestant, Run
 from .memory import peak_extra_bytes
 from .truth import check
+
+Runs = list[tuple[Contestant, Run]]
+
+
+class Meter(Protocol):
+    """How time and memory are taken: on the host, or by a GPU's own clock (`gpu/meter.py`)."""
+
+    def timed(self, run: Run) -> float: ...
+    def peak_extra_bytes(self, run: Run) -> tuple[Answer | None, int | None]: ...
+    def forget(self) -> None:
+        """Gives back what a contestant that failed has left in caches."""
+
+
+class HostMeter:
+    def timed(self, run: Run) -> float:
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            answer = run()
+            seconds = time.perf_counter() - start
+            del answer  # a gradient is given back outside the timing
+        finally:
+            gc.enable()
+        return seconds
+
+    def peak_extra_bytes(self, run: Run) -> tuple[Answer | None, int | None]:
+        return peak_extra_bytes(run)
+
+    def forget(self) -> None:
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -34,48 +65,71 @@ class Outcome:
     error: Exception | None = None  # why it was not timed
 
 
-def race(problem: Problem, contestants: Iterable[Contestant], rounds: Rounds) -> dict[str, Outcome]:
-    outcomes: dict[str, Outcome] = {}
-    runs: list[tuple[Contestant, Run]] = []
-    for contestant in contestants:
-        outcome = outcomes[contestant.name] = Outcome()
-        try:
-            runs.append((contestant, _admit(problem, contestant, outcome)))
-        except Exception as error:  # whatever is wrong with one says nothing of the others
-            traceback.clear_frames(error.__traceback__)  # which hold a gradient
-            outcome.error = error
-        finally:
-            problem.restore()
-
-    began, count = time.perf_counter(), 0
-    while runs and (count < rounds.least or (count < rounds.most and time.perf_counter() - began < rounds.seconds)):
-        for contestant, run in runs:
-            outcomes[contestant.name].seconds.append(_timed(run))
-            if contestant.overwrites:
-                problem.restore()
-        count += 1
+def race(
+    problem: Problem, contestants: Iterable[Contestant], rounds: Rounds, meter: Meter = HostMeter()
+) -> dict[str, Outcome]:
+    outcomes, runs = admit(problem, contestants, meter)
+    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
+        outcomes[name].seconds = seconds
     return outcomes
 
 
-def _admit(problem: Problem, contestant: Contestant, outcome: Outcome) -> Run:
+def admit(
+    problem: Problem, contestants: Iterable[Contestant], meter: Meter = HostMeter()
+) -> tuple[dict[str, Outcome], Runs]:
+    """Whoever gives the right answer, ready to run; and what is known of every one so far."""
+    outcomes: dict[str, Outcome] = {}
+    runs: Runs = []
+    for contestant in contestants:
+        outcome = outcomes[contestant.name] = Outcome()
+        try:
+            runs.append((contestant, _admit(problem, contestant, outcome, meter)))
+        except Exception as error:  # whatever is wrong with one says nothing of the others
+            _note(error, outcome, meter)
+        finally:
+            problem.restore()
+    return outcomes, runs
+
+
+def take_turns(
+    problem: Problem,
+    runs: Runs,
+    rounds: Rounds,
+    outcomes: dict[str, Outcome],
+    meter: Meter = HostMeter(),
+    timed: Callable[[Run], float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each, a list a contestant; by the meter's clock or by `timed`."""
+    timed = timed or meter.timed
+    found: dict[str, list[float]] = {contestant.name: [] for contestant, _ in runs}
+    running = list(runs)
+    began, count = time.perf_counter(), 0
+    while running and (count < rounds.least or (count < rounds.most and time.perf_counter() - began < rounds.seconds)):
+        for contestant, run in list(running):
+            try:
+                found[contestant.name].append(timed(run))
+            except Exception as error:
+                running.remove((contestant, run))
+                _note(error, outcomes[contestant.name], meter)
+            if contestant.overwrites:
+                problem.restore()
+        count += 1
+    return found
+
+
+def _admit(problem: Problem, contestant: Contestant, outcome: Outcome, meter: Meter) -> Run:
     """Runs a contestant once to warm up, once more for its memory and its answer."""
     run = contestant.prepare(problem)
-    first_call = _timed(run)
+    first_call = meter.timed(run)
     outcome.compile_seconds = first_call if contestant.compiles else None
     problem.restore()
-    answer, outcome.extra_bytes = peak_extra_bytes(run)
+    answer, outcome.extra_bytes = meter.peak_extra_bytes(run)
     if answer is not None:
         check(problem, *answer)
     return run
 
 
-def _timed(run: Run) -> float:
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        answer = run()
-        seconds = time.perf_counter() - start
-        del answer  # a gradient is given back outside the timing
-    finally:
-        gc.enable()
-    return seconds
+def _note(error: Exception, outcome: Outcome, meter: Meter) -> None:
+    traceback.clear_frames(error.__traceback__)  # which hold a gradient
+    outcome.error = error
+    meter.forget()

@@ -129,10 +129,10 @@ def save(path: Path, rows: int, cases: list[CaseResult]) -> None:
 
 def newest() -> Path:
     """The committed results with the latest date."""
-    candidates = sorted(FOLDER.glob("*.json"), key=lambda path: str(json.loads(path.read_text())["machine"]["date"]))
+    candidates = list(FOLDER.glob("cpu-*.json"))
     if not candidates:
         raise SystemExit(f"no results in {FOLDER}: run pytest benchmarks --save-results <path>, or name a file")
-    return candidates[-1]
+    return max(candidates, key=lambda path: str(json.loads(path.read_text())["machine"]["date"]))
 
 
 def load(path: Path) -> Results:

@@ -1,0 +1,162 @@
+"""The project's goals for a GPU, each with what was measured: python -m benchmarks.gpu.goals [results.json]
+
+Times are goals for an H200; on another GPU they are held against the same multiple of the floor that its own copy
+bandwidth sets. Ratios are of medians within one run, and of peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+H200 = "NVIDIA H200"
+H200_COPY = 4.3e12  # bytes per second, for which the goals were set
+ROWS = 8_192
+LOGITS_BYTES = ROWS * 151_936 * 2
+LAUNCHES = 4
+OTHERS = ("eager", "compile", "liger", "trl")
+
+Content = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    text: str
+    bound: str
+    judge: Callable[[Content], tuple[bool, str]]  # of a results file; KeyError where it lacks the measurement
+
+
+def within(work: str, milliseconds: float) -> Callable[[Content], tuple[bool, str]]:
+    """Our better way in time: over the logits or, for a loss alone, the only one."""
+
+    def judge(content: Content) -> tuple[bool, str]:
+        case = _case(content, f"{work}-{ROWS}")
+        seconds = case["contestants"]["ours"]["median"]
+        text = f"{seconds * 1e3:.3f} ms, {case['contestants']['ours']['times_floor'] or 0:.2f} of its floor"
+        if str(content["machine"]["gpu"]).startswith(H200):
+            return seconds * 1e3 <= milliseconds, text
+        allowed = milliseconds / 1e3 * H200_COPY / _copy(content)
+        return seconds <= allowed, f"{text}; the same multiple of this GPU's floor is {allowed * 1e3:.3f} ms"
+
+    return judge
+
+
+def launches(content: Content) -> tuple[bool, str]:
+    counts = {
+        name: contestant["launches"]
+        for name, case in _cases(content)
+        for contestant in (case["contestants"].get("ours", {}),)
+        if "launches" in contestant
+    }
+    if not counts:
+        raise KeyError("launches")
+    return max(counts.values()) <= LAUNCHES, ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def ahead(other: str, quantity: str) -> Callable[[Content], tuple[bool, str]]:
+    """Of one other contestant, in every case it finished; the nearest is named."""
+
+    def judge(content: Content) -> tuple[bool, str]:
+        nearest: tuple[float, str] | None = None
+        missing = []
+        for name, case in _cases(content):
+            ours = [c for n, c in case["contestants"].items() if n == _rival(other, case)]
+            theirs = case["contestants"].get(other)
+            if theirs is None or not ours:
+                missing.append(name)
+                continue
+            ratio = (theirs[quantity] + 1) / (min(c[quantity] for c in ours) + 1) if quantity == "extra_bytes" else (
+                theirs[quantity] / min(c[quantity] for c in ours)
+            )  # fmt: skip
+            nearest = min(nearest or (ratio, name), (ratio, name))
+        if nearest is None:
+            raise KeyError(_why_absent(content, other))
+        text = f"nearest: {nearest[0]:.3g}x in {nearest[1]}" + (f"; without {', '.join(missing)}" if missing else "")
+        return nearest[0] > 1, text
+
+    return judge
+
+
+def _rival(other: str, case: Content) -> str:
+    """Like against like: those that make a fresh gradient against ours that does."""
+    return "ours" if other == "liger" or "ours_fresh" not in case["contestants"] else "ours_fresh"
+
+
+def _why_absent(content: Content, other: str) -> str:
+    reasons = [case[kind][other] for _, case in _cases(content) for kind in ("absent", "errors") if other in case[kind]]
+    return f"{other} was absent: {reasons[0]}" if reasons else other
+
+
+GOALS = (
+    Goal("forward", "<= 0.64 ms", within("forward", 0.64)),
+    Goal("off-policy GSPO, forward and backward", "<= 1.93 ms", within("gspo", 1.93)),
+    Goal("the same, 45% of no advantage, 15% of the rest clipped", "<= 1.60 ms", within("gspo_inactive", 1.60)),
+    Goal("on-policy GSPO, in Triton", "<= 1.60 ms", within("gspo_on_policy", 1.60)),
+    Goal("on-policy GSPO, in CUDA C++", "<= 1.30 ms", within("gspo_on_policy", 1.30)),
+    Goal("GRPO, a ratio per token, in Triton", "<= 1.60 ms", within("grpo", 1.60)),
+    Goal("GRPO, a ratio per token, in CUDA C++", "<= 1.30 ms", within("grpo", 1.30)),
+    Goal("launches of forward and backward", f"<= {LAUNCHES}", launches),
+    *(Goal(f"time against {other}, every case", "> 1x", ahead(other, "median")) for other in OTHERS),
+    *(Goal(f"peak memory against {other}, every case", "> 1x", ahead(other, "extra_bytes")) for other in OTHERS),
+)
+
+
+def print_goals(content: Content | None) -> int:
+    """How many are not met, unmeasured ones included."""
+    if content is None:
+        print(f"no results of a GPU in {FOLDER}: python -m benchmarks.gpu")
+    else:
+        about = content.get("machine") or {}
+        print(f"V = 151,936, {ROWS:,} rows, bf16; {about.get('gpu')}, torch {about.get('torch')},", end=" ")
+        print(f"commit {about.get('commit')}, {about.get('date')}")
+        if not str(about.get("gpu")).startswith(H200):
+            print("not an H200: times are held against the same multiple of the floor")
+    missed = 0
+    for goal in GOALS:
+        met, text = None, "not measured"
+        if content is not None:
+            try:
+                met, text = goal.judge(content)
+            except (KeyError, TypeError) as error:
+                detail = str(error.args[0]) if isinstance(error, KeyError) and "absent" in str(error) else ""
+                text = f"not measured ({detail})" if detail else text
+        missed += met is not True
+        word = {True: "met", False: "MISSED", None: "?"}[met]
+        print(f"{word:<7} {goal.text + ':':<58} {goal.bound:<10}  {text}")
+    return missed
+
+
+def _cases(content: Content) -> Iterator[tuple[str, Content]]:
+    yield from content.get("cases", {}).items()
+
+
+def _case(content: Content, key: str) -> Content:
+    found: Content = content["cases"][key]
+    return found
+
+
+def _copy(content: Content) -> float:
+    found: float = content["bandwidth"]["copy"]["bytes_per_second"]
+    return found
+
+
+def newest() -> Content | None:
+    """An H200's results if there are any, else those of the latest date."""
+    found: list[Content] = [json.loads(path.read_text()) for path in FOLDER.glob("gpu-*.json")]
+    found = [content for content in found if content.get("machine")]
+    found.sort(key=lambda content: (str(content["machine"].get("gpu")).startswith(H200), content["machine"]["date"]))
+    return found[-1] if found else None
+
+
+def main() -> int:
+    content = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else newest()
+    return 1 if print_goals(content) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
