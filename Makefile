@@ -4,13 +4,25 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint sanitize bench bench-compare clean
+.PHONY: demo test test-triton static lint sanitize bench bench-compare gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
+
+# The Triton kernels without a GPU: the same suite in Triton's interpreter, and what a compiler makes of them.
+test-triton: .venv/test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+static: .venv/test
+	$(BIN)/python -m benchmarks.static_gate $(ARGS)
+
+# Everything a GPU has to show, in less than 9 minutes, with the Python on PATH and without a network: the suite, speed
+# against peers, memory checks. Writes benchmarks/results/gpu-<name>.json and .log.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from .token_stage import LossOutput, TokenInputs
 _RATIOS: dict[type[Objective], str] = {GSPO: "sequence", GSPOToken: "sequence_by_token", GRPO: "token", PPO: "token"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCALARS = tuple(field.name for field in fields(Stats))[:12]
-_NUM_WARPS, _BLOCK = 4, 1024
+_NUM_WARPS, _BLOCK = 4, 512  # more tokens at a time, or more warps, and registers spill
 _INTERPRETED_BLOCK = 4
 _PARTIALS, _COUNT = 13, 12  # of token_kernels.py
 

@@ -38,7 +38,7 @@ class Launch:
 LAUNCH = {
     "forward": Launch(num_warps=4, elements=4096),
     "backward": Launch(num_warps=4, elements=4096),
-    "forward_backward": Launch(num_warps=16, elements=8192),
+    "forward_backward": Launch(num_warps=16, elements=16384),
     "scale": Launch(num_warps=4, elements=4096),
 }
 INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256)  # small blocks: short rows are cheap, and cross their boundaries
