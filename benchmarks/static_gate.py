@@ -3,6 +3,7 @@
     python -m benchmarks.static_gate               against benchmarks/results/static.json; fails if a kernel got worse
     python -m benchmarks.static_gate --write       the figures into that file
     python -m benchmarks.static_gate --only WORD   kernels whose name has this word
+    python -m benchmarks.static_gate --markdown    the README's table, from that file; compiles nothing
 
 On NVIDIA the hot loops are found in what nvdisasm, part of Triton's package, prints. A hot loop walks whole blocks of
 columns: it reads logits without a mask, all of them 16 bytes at a time, and its lanes exchange nothing. Held to account
@@ -455,6 +456,28 @@ def show(name: str, figures: Figures) -> str:
     return f"{name:52} {figures.registers:4} registers {figures.shared:6} B shared  {hot}".rstrip()
 
 
+README_ROWS = {  # a row's words: (kernel and variant, its loop)
+    "statistics of a row: log-probability, entropy, logsumexp": ("forward, plain", "read"),
+    "the same, of a row that starts off a 16-byte boundary": ("forward, plain", "shifted"),
+    "gradient of a loss": ("backward, loss", "write"),
+    "gradient with an entropy bonus": ("backward, everything", "write"),
+    "on-policy, one launch: statistics": ("forward_backward, plain", "read"),
+    "on-policy, one launch: gradient": ("forward_backward, plain", "write"),
+}
+
+
+def markdown() -> str:
+    """The README's table: instructions a column of bf16 logits, registers a thread."""
+    version, figures = load()
+    lines = [f"| bf16, Triton {version} | " + " | ".join(NVIDIA) + " | budget |", "|---|" + "--:|" * (len(NVIDIA) + 1)]
+    for words, (variant, kind) in README_ROWS.items():
+        of_targets = [figures[f"{variant}, bf16, {target}"] for target in NVIDIA]
+        cells = [f"{each.loops[kind].instructions:.1f} ({each.registers})" for each in of_targets]
+        most = f"{BUDGETS[kind]:g}" if kind in BUDGETS else ""
+        lines.append(f"| {words} | " + " | ".join(cells) + f" | {most} |")
+    return "\n".join(lines)
+
+
 def _measure_or_say_why(job: Job) -> Figures:
     try:
         return measure(job)
@@ -480,7 +503,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} unless a budget is exceeded")
     parser.add_argument("--only", default="", metavar="WORD", help="variants whose name has this word")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table and end")
     options = parser.parse_args(arguments)
+    if options.markdown:
+        print(markdown())
+        return 0
     if options.write and options.only:
         parser.error("--write writes all figures: leave out --only")
     chosen = jobs(options.only)
