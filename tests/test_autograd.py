@@ -14,13 +14,14 @@ import pytest
 import torch
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch, run, to_padded
 from checks import check_close, check_gradient, check_number, slack_by_row
-from modes import BACKENDS, DEVICE, INTERPRETED, by_backend, on_device
+from modes import BACKENDS, DEFAULT_MODE, DEVICE, INTERPRETED, by_backend, on_device
 from tolerances import TOLERANCES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gspo_kernels
 from gspo_kernels import policy_loss, policy_loss_from_logprobs, token_logprobs
+from gspo_kernels.logprobs import triton_rows
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 on_and_off = pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
@@ -449,6 +450,27 @@ def test_explain_names_what_runs_and_why(backend: str) -> None:
     text = gspo_kernels.explain(torch.zeros(2, 3, device=DEVICE), backend=backend)
     assert text.splitlines()[0].startswith(backend) and all(name in text for name in BACKENDS)
     assert "float64" in gspo_kernels.explain(torch.zeros(2, 3, dtype=torch.float64, device=DEVICE))
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize(
+    ("version", "dtype", "reason"),
+    [
+        ("3.8.0", torch.float32, "triton (Triton 3.8.0): logits are on the CPU, these kernels run on a GPU"),
+        ("3.8.0", torch.float64, "logits are torch.float64, these kernels take float32, bfloat16 and float16"),
+        ("3.2.0", torch.float32, "Triton is 3.2.0, these kernels need 3.3 or newer"),
+        (None, torch.float32, "triton (Triton, not installed): Triton is not installed; torch for CUDA or ROCm"),
+    ],
+    ids=str,
+)
+def test_explain_says_why_triton_cannot_serve(
+    version: str | None, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_rows, "_VERSION", version)
+    logits = torch.zeros(2, 3, dtype=dtype)
+    assert any(reason in line for line in gspo_kernels.explain(logits).splitlines() if line.startswith("triton"))
+    with pytest.raises(ValueError, match=r"backend: expected one that takes these logits; got 'triton'"):
+        token_logprobs(logits, torch.zeros(2, dtype=torch.int64), backend="triton")
 
 
 def test_the_kernels_of_this_mode_are_the_default_choice() -> None:

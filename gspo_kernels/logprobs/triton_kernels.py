@@ -8,8 +8,8 @@ them one 16-byte access, LANES one a thread, REPEAT in the registers of a thread
 sums of its own; they meet once, at the end of the row. Blocks without the target run without a mask.
 
 Which columns a lane adds up depends on their numbers alone: the same row gives the same bits wherever it lies. Where a
-row does not start on a 16-byte boundary, a thread's columns are cut out of two aligned accesses. (A gradient's columns
-do not meet, so there the accesses decide where a block begins.)
+row does not start on a 16-byte boundary, a thread's columns are cut out of two aligned accesses (on NVIDIA; elsewhere
+they are read one by one). A gradient's columns do not meet, so there the accesses decide where a block begins.
 """
 
 # mypy: ignore-errors
@@ -342,9 +342,10 @@ def _factor(factor, counts, counts_size):
 @triton.jit
 def _upstream(array, row, factor):
     if array is None:
-        return factor * 0.0
+        return tl.zeros((), tl.float32)
     else:
-        return tl.load(array + row) * factor
+        g = tl.load(array + row)
+        return tl.where(g != 0.0, g * factor, 0.0)  # an infinite factor leaves rows without a gradient alone
 
 
 # ---- kernels, one program a row. What varies from call to call is no part of what is compiled.

@@ -29,6 +29,58 @@ FLOOR = tl.constexpr(-1e9)  # a running maximum over nothing yet, in base 2: log
 INFINITY = tl.constexpr(float("inf"))
 SIGN_BIT = tl.constexpr(-(2**63))
 
+# PTX of several instructions; tests/test_ptx.py carries it out. Operands, a register each: results, then arguments.
+WIDEN_BF16 = tl.constexpr("""{
+    .reg .b32 pair, lowest;
+    mov.b32 lowest, 0xe0ade0ad;
+    max.NaN.bf16x2 pair, $2, lowest;
+    shl.b32 $0, pair, 16;
+    and.b32 $1, pair, 0xffff0000;
+}""")
+JOIN_32 = tl.constexpr("""{
+    .reg .pred two, one;
+    .reg .b32 t;
+    .reg .f32 a0, a1, a2, a3, a4;
+    and.b32 t, $12, 2;
+    setp.ne.u32 two, t, 0;
+    and.b32 t, $12, 1;
+    setp.ne.u32 one, t, 0;
+    selp.f32 a0, $6, $4, two;
+    selp.f32 a1, $7, $5, two;
+    selp.f32 a2, $8, $6, two;
+    selp.f32 a3, $9, $7, two;
+    selp.f32 a4, $10, $8, two;
+    selp.f32 $0, a1, a0, one;
+    selp.f32 $1, a2, a1, one;
+    selp.f32 $2, a3, a2, one;
+    selp.f32 $3, a4, a3, one;
+}""")
+JOIN_16 = tl.constexpr("""{
+    .reg .pred four, two;
+    .reg .b32 t, a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4;
+    and.b32 t, $12, 4;
+    setp.ne.u32 four, t, 0;
+    and.b32 t, $12, 2;
+    setp.ne.u32 two, t, 0;
+    and.b32 t, $12, 1;
+    shl.b32 t, t, 4;
+    selp.b32 a0, $6, $4, four;
+    selp.b32 a1, $7, $5, four;
+    selp.b32 a2, $8, $6, four;
+    selp.b32 a3, $9, $7, four;
+    selp.b32 a4, $10, $8, four;
+    selp.b32 a5, $11, $9, four;
+    selp.b32 b0, a1, a0, two;
+    selp.b32 b1, a2, a1, two;
+    selp.b32 b2, a3, a2, two;
+    selp.b32 b3, a4, a3, two;
+    selp.b32 b4, a5, a4, two;
+    shf.r.wrap.b32 $0, b0, b1, t;
+    shf.r.wrap.b32 $1, b1, b2, t;
+    shf.r.wrap.b32 $2, b2, b3, t;
+    shf.r.wrap.b32 $3, b3, b4, t;
+}""")
+
 
 # ---- blocks
 
@@ -66,12 +118,7 @@ def scaled_exp2(t, factor, PTX: tl.constexpr):
 def widen(x, PTX: tl.constexpr):
     """float32 of a block of logits. On NVIDIA -inf in bf16 becomes -1e20, two columns an instruction; NaN stays."""
     if PTX and x.dtype == tl.bfloat16:
-        code: tl.constexpr = """{ .reg .b32 pair, lowest;
-            mov.b32 lowest, 0xe0ade0ad;
-            max.NaN.bf16x2 pair, $2, lowest;
-            shl.b32 $0, pair, 16;
-            and.b32 $1, pair, 0xffff0000; }"""
-        return tl.inline_asm_elementwise(code, "=r,=r,r", [x], tl.int32, True, 2).to(tl.float32, bitcast=True)
+        return tl.inline_asm_elementwise(WIDEN_BF16, "=r,=r,r", [x], tl.int32, True, 2).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
 
@@ -81,28 +128,12 @@ def join_columns(low, high, phase, PTX: tl.constexpr):
     """Columns phase, phase + 1, ... of each 16 bytes of `low` with the 16 bytes of `high` behind them."""
     tl.static_assert(PTX, "other targets load at any address")
     if low.dtype == tl.float32:
-        code: tl.constexpr = """{ .reg .pred two, one; .reg .b32 t; .reg .f32 a0, a1, a2, a3, a4;
-            and.b32 t, $12, 2; setp.ne.u32 two, t, 0;
-            and.b32 t, $12, 1; setp.ne.u32 one, t, 0;
-            selp.f32 a0, $6, $4, two; selp.f32 a1, $7, $5, two; selp.f32 a2, $8, $6, two;
-            selp.f32 a3, $9, $7, two; selp.f32 a4, $10, $8, two;
-            selp.f32 $0, a1, a0, one; selp.f32 $1, a2, a1, one; selp.f32 $2, a3, a2, one; selp.f32 $3, a4, a3, one; }"""
         return tl.inline_asm_elementwise(
-            code, "=f,=f,=f,=f,f,f,f,f,f,f,f,f,r,r,r,r", [low, high, phase], tl.float32, True, 4
+            JOIN_32, "=f,=f,=f,=f,f,f,f,f,f,f,f,f,r,r,r,r", [low, high, phase], tl.float32, True, 4
         )
     else:
-        code: tl.constexpr = """{ .reg .pred four, two; .reg .b32 t, a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4;
-            and.b32 t, $12, 4; setp.ne.u32 four, t, 0;
-            and.b32 t, $12, 2; setp.ne.u32 two, t, 0;
-            and.b32 t, $12, 1; shl.b32 t, t, 4;
-            selp.b32 a0, $6, $4, four; selp.b32 a1, $7, $5, four; selp.b32 a2, $8, $6, four;
-            selp.b32 a3, $9, $7, four; selp.b32 a4, $10, $8, four; selp.b32 a5, $11, $9, four;
-            selp.b32 b0, a1, a0, two; selp.b32 b1, a2, a1, two; selp.b32 b2, a3, a2, two;
-            selp.b32 b3, a4, a3, two; selp.b32 b4, a5, a4, two;
-            shf.r.wrap.b32 $0, b0, b1, t; shf.r.wrap.b32 $1, b1, b2, t;
-            shf.r.wrap.b32 $2, b2, b3, t; shf.r.wrap.b32 $3, b3, b4, t; }"""
         return tl.inline_asm_elementwise(
-            code, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [low, high, phase], low.dtype, True, 8
+            JOIN_16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [low, high, phase], low.dtype, True, 8
         )
 
 

@@ -32,9 +32,10 @@ class Launch:
     elements: int
 
 
-# Not measured on a GPU yet. By the static figures (benchmarks/results/static.json): 32 bf16 columns a thread cost the
-# fewest instructions a column without a spill, and 4 warps leave 8 or more rows in flight on every multiprocessor. The
-# one-launch kernel wants its second read from the L2 cache, so that only few rows may be under way: 16 warps.
+# 2026-11-25: from the static figures (benchmarks/results/static.json); not measured on any GPU yet. 32 bf16 columns a
+# thread cost the fewest instructions a column without a spill, and their registers leave 5 rows of the forward, 10 of
+# the backward under way on a multiprocessor: 8 KiB each in flight. The kernel that does both in one launch wants its
+# second read from the L2 cache: 16 warps, so that a multiprocessor has one row (on an H200 40 of 50 MB).
 LAUNCH = {
     "forward": Launch(num_warps=4, elements=4096),
     "backward": Launch(num_warps=4, elements=4096),
