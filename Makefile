@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 # The Triton kernels without a GPU: the same suite in Triton's interpreter, and what a compiler makes of them.
 test-triton: .venv/test

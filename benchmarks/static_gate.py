@@ -62,10 +62,10 @@ MORE_REGISTERS = 8
 # of addresses are specialised on. An argument that is missing here is a constant.
 ROW_TYPES = {
     "logits": "*T", "outer_stride": "i32", "inner_stride": "i32", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
-    "mask": "*u8", "temperature": "*fp32", "scale": "fp32", "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64",
-    "g_logprobs": "*fp32", "g_entropies": "*fp32", "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32",
-    "counts_size": "i32", "gradient": "*T", "gradient_outer_stride": "i32", "gradient_inner_stride": "i32",
-    "values": "*T",
+    "mask": "*u8", "temperature": "*fp32", "scale": "fp32", "scale_error": "fp32", "logprobs": "*fp32",
+    "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32", "g_lses": "*fp32",
+    "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T", "gradient_outer_stride": "i32",
+    "gradient_inner_stride": "i32", "values": "*T",
 }  # fmt: skip
 LONG_STRIDES = dict.fromkeys(("outer_stride", "gradient_outer_stride"), "i64")  # more than 2^31 elements
 TOKEN_TYPES = {

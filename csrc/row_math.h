@@ -41,11 +41,11 @@ struct RowStats {
 
 // The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit, or a row of -inf,
 // gives NaN: it is the caller's bug and is not hidden.
-GSPO_HD inline RowStats combine(const Others& others, double target_logit, float scale) {
+GSPO_HD inline RowStats combine(const Others& others, double target_logit, double scale) {
   const double target = target_logit * scale;  // base 2, like everything up to `d`
   const bool alone = others.sum == 0.0;
   const double log_sum = alone ? 0.0 : std::log2(others.sum);
-  const double rest = alone ? -INFINITY : others.base * static_cast<double>(scale) + log_sum;
+  const double rest = alone ? -INFINITY : others.base * scale + log_sum;
   const double d = (rest - target) * kLn2;
   const double near = std::log1p(std::exp(d <= 0.0 ? d : -d));  // softplus(-|d|)
 
@@ -71,7 +71,7 @@ struct Upstream {  // dL/dlogprob, dL/dentropy, dL/dlse of one row
   GSPO_HD bool zero() const { return logprob == 0.0 && entropy == 0.0 && lse == 0.0; }
 };
 
-// What a kernel needs to write a row's gradient. For every column but the target
+// What a kernel needs to write a row's gradient. For every column but the target, with `scale` rounded to fp32,
 //     t = (x - base) * scale,   dL/dx = 2^t * (constant + slope * t)
 // `base` is the row's lse as a logit, rounded to fp32; what the rounding lost is folded into the coefficients.
 struct RowGradient {
@@ -82,7 +82,7 @@ struct RowGradient {
 };
 
 // `logprob` is the forward's: from target and lse it could only be had again by a subtraction.
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double lse, double entropy, float scale) {
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double lse, double entropy, double scale) {
   const double inverse_temperature = scale * kLn2;
   const double lse_as_logit = lse / inverse_temperature;
   RowGradient row;

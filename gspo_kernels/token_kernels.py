@@ -55,13 +55,16 @@ def _counted(mask, at, there):
 
 @triton.jit
 def _log_ratio(logprobs, old_logprobs, at, counts):
-    """logprob - old as a pair; 0 where nothing counts, and everywhere on-policy."""
-    if old_logprobs is None:
-        zero = tl.zeros_like(at).to(tl.float32)
+    """logprob - old as a pair; 0 where nothing counts, and on-policy wherever the log-probability is a number."""
+    zero = tl.zeros_like(at).to(tl.float32)
+    if logprobs is None:
         return zero, zero
     else:
         new = _finite(_load(logprobs, at, counts))
-        return two_sum(new, -_finite(_load(old_logprobs, at, counts)))
+        if old_logprobs is None:
+            return new - new, zero
+        else:
+            return two_sum(new, -_finite(_load(old_logprobs, at, counts)))
 
 
 @triton.jit
@@ -280,6 +283,7 @@ def batch_kernel(
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: on-policy, the
     coefficients are made before the first logit is read.
     """
+    spoiled = 0.0
     entropy = _total(partials, ENTROPY, sequences, BLOCK)
     ref_kl = _total(partials, REF_KL, sequences, BLOCK)
     if entropies is not None:
@@ -293,6 +297,7 @@ def batch_kernel(
                 kl, _ = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
                 kl_sum, kl_rest = _add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
         entropy, ref_kl = _sum(h, h_rest), _sum(kl_sum, kl_rest)
+        spoiled = entropy - entropy  # a NaN logit must not hide behind coefficients that needed no logit
 
     lowest, highest = tl.full([BLOCK], INFINITY, tl.float32), tl.full([BLOCK], -INFINITY, tl.float32)
     nonempty = tl.zeros([BLOCK], tl.float32)
@@ -310,7 +315,7 @@ def batch_kernel(
     each_token = quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0))
     low = _total(partials, LOW, sequences, BLOCK) * each
     high = _total(partials, HIGH, sequences, BLOCK) * each
-    tl.store(loss, quotient(_total(partials, LOSS, sequences, BLOCK), tl.where(count > 0.0, count, 1.0)))
+    tl.store(loss, quotient(_total(partials, LOSS, sequences, BLOCK), tl.where(count > 0.0, count, 1.0)) + spoiled)
     tl.store(scalars + 0, low + high)
     tl.store(scalars + 1, low)
     tl.store(scalars + 2, high)

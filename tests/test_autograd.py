@@ -158,6 +158,15 @@ def test_overlapping_logits_are_not_overwritten(backend: str, on_policy: bool) -
         )
 
 
+@by_backend
+def test_one_pass_marks_overwritten_logits_at_once(backend: str) -> None:
+    """Another loss on the same logits may walk backward first: it must be refused then already."""
+    s = step(on_policy=True)
+    version = s.logits._version
+    s.loss(s.logits, backend=backend, overwrite_logits=True)
+    assert s.logits._version > version
+
+
 # --- several uses of one graph ----------------------------------------------------------------------------------------
 
 

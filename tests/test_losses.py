@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "k2": ({"ref": True}, {"beta": 0.1, "kl_estimator": "k2"}),
     "k3": ({"ref": True}, {"beta": 0.1, "kl_estimator": "k3"}),
     "ref without beta": ({"ref": True}, {}),
+    "ref without beta, on-policy": ({"ref": True, "on_policy": True}, {}),
     "clamped KL": ({"ref": True}, {"beta": 0.1, "max_log_ratio": 0.4}),
     "entropy": ({}, {"entropy_coef": 0.01}),
     "sequence weights": ({"weights": "sequence"}, {}),

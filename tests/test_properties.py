@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, Batch, put_garbage, run
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, Batch, arguments, put_garbage, run
 from checks import check_outcome
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -137,6 +137,41 @@ def test_absurd_log_ratios(
     assert float(outcome.stats.saturated_fraction) == pytest.approx(7 / 12)
     if advantage == 0:
         assert bool((outcome.gradient == 0).all())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@by_backend
+def test_just_beyond_the_dual_clip(objective: str, backend: str) -> None:
+    """The bound is one of the ratio, not of its deviation from 1."""
+    batch = small(objective, [math.log(x) for x in (2.9, 3.1, 3.9, 4.1)], -1.0)
+    outcome = run(batch, "packed", objective, backend=backend, dual_clip=3.0)
+    check_outcome(outcome, batch, objective, dual_clip=3.0)
+
+
+@by_backend
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_masked_token_is_no_extreme(sign: int, backend: str) -> None:
+    batch = small("grpo", [0.1 * sign, 0.2 * sign, 0.15 * sign], 1.0)
+    batch = replace(batch, mask=torch.tensor([True, False, True]))
+    check_outcome(run(batch, "packed", "grpo", backend=backend), batch, "grpo")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@by_backend
+@pytest.mark.parametrize("on_policy", [True, False], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_nan_logit_shows_in_the_loss(objective: str, layout: str, backend: str, on_policy: bool, grad: bool) -> None:
+    """On-policy the coefficients need no logit; the loss must not look sound on that account."""
+    batch = small(objective, [1e-4, 1e-4, 1e-4], 1.0)
+    batch.logits[1, 2] = math.nan
+    if on_policy:
+        batch.old_logprobs = None
+    args = arguments(batch, layout)
+    with torch.set_grad_enabled(grad):
+        loss, stats = PUBLIC[objective](args.logits, *args.rest, **args.keywords, backend=backend)
+    assert math.isnan(float(loss.detach()))
+    assert int(stats.logprobs.isnan().sum()) == 1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -93,6 +93,31 @@ def test_shifted_logits(backend: str, dtype: torch.dtype, shift: float) -> None:
     check_batch(rows(logits.to(dtype)), backend)
 
 
+@by_backend
+@pytest.mark.parametrize("shift", [-1e4, -200.0, 1e4])
+def test_shifted_and_sure(backend: str, shift: float) -> None:
+    """Where the target outweighs all others, lse is the target's logit: its rounding, too, must be accounted for."""
+    logits = torch.randn(4, 700, generator=torch.Generator().manual_seed(1)) + shift
+    logits[:, 17] = shift + torch.tensor([9.0, 10.3, 12.7, 20.1])
+    check_batch(rows(logits, torch.full((4,), 17)), backend)
+
+
+@by_backend
+def test_far_logits(backend: str) -> None:
+    """As far from 0 as logits of 64 nats' spacing can be."""
+    logits = torch.tensor([[0.0, -64, -128, 0, -64]] * 2) - 5e8
+    ids = torch.tensor([0, 2])
+    out = token_logprobs(on_device(logits), on_device(ids), backend=backend)
+    truth = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    check_close("logprobs", out.logprobs.cpu(), truth, 1e-6 * truth.abs())
+
+
+@by_backend
+def test_a_margin_of_seventy_six_nats(backend: str) -> None:
+    """log2(e) / temperature rounded to float32 is off by 1e-8: times the margin, that is all that a 1e-6 allows."""
+    check_batch(rows(torch.tensor([[-30.0, 8.0], [8.0, -34.0]]), torch.tensor([1, 0]), temperature=0.5), backend)
+
+
 @by_combination
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 1 - 1e-7, 1 - 1e-9])
 def test_confident_targets(backend: str, dtype: torch.dtype, p: float) -> None:

@@ -25,6 +25,13 @@ from gspo_kernels.logprobs import triton_rows
 
 pytestmark = TRITON_MODES
 
+
+def _float64_bits_kernel() -> Any:
+    from float64_bits_kernel import store_float64_bits
+
+    return store_float64_bits
+
+
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -192,6 +199,54 @@ def test_an_unchecked_token_shows_in_the_loss(
     loss, stats = PUBLIC[objective](args.logits, *args.rest, **args.keywords)
     assert math.isnan(float(loss.detach()))
     assert int(stats.logprobs.isnan().sum()) == 1
+
+
+@by_objective
+@on_and_off
+def test_tokens_outside_every_sequence_have_a_nan_for_a_gradient(
+    objective: str, on_policy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boundaries that nobody checked: no memory that was never written may pass for a gradient."""
+    monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
+    if INTERPRETED:  # a CPU tensor is looked at
+        for module in ("layout", "fused_stage", "logprobs.ops"):
+            monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
+    logits = on_device(torch.randn(7, 11, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    old = None if on_policy else on_device(torch.full((7,), -2.0))
+    loss, _ = PUBLIC[objective](
+        logits, on_device(torch.arange(7)), on_device(torch.tensor([1.0, 2.0])), old,
+        cu_seqlens=on_device(torch.tensor([1, 3, 5])), eps_low=0.9, eps_high=9.0, backend="triton",
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, logits)
+    spoiled = gradient.isnan().all(-1).tolist()
+    assert spoiled == [True, False, False, False, False, True, True] and math.isfinite(float(loss.detach()))
+
+
+def test_more_counts_than_one_access_takes() -> None:
+    """The number of sequences divides a gradient; it is added up in the row kernels, 1,024 at a time."""
+    logits, ids = on_device(peaked(2, 33)).view(1, 2, 33), on_device(torch.tensor([[3, 4]]))
+    one = torch.ones((), dtype=torch.float64)
+    stats = torch.ops.gspo_kernels.row_stats(logits, ids, None, one, 33, False, "triton")
+    upstream = on_device(torch.ones(1, 2))
+    gradients = []
+    for counts in (None, on_device(torch.ones(2500))):
+        gradient = torch.empty_like(logits)
+        torch.ops.gspo_kernels.row_gradient_(
+            logits, ids, None, one, 33, *stats, upstream, None, None, None, counts, gradient, "triton"
+        )
+        gradients.append(gradient.cpu())
+    check_close("gradient", gradients[1] * 2500, gradients[0], 1e-6 * gradients[0].abs())
+
+
+@pytest.mark.parametrize(
+    ("hi", "lo"), [(2.0, -(2**-26)), (2.0, 2**-25), (-16.0, 2**-23), (1.0, -(2**-26)), (3.0, 2**-24), (-3.0, 2**-24)]
+)
+def test_a_float64_from_a_pair(hi: float, lo: float) -> None:
+    """Below a power of two the last place is half as large."""
+    pair = [on_device(torch.tensor([x], dtype=torch.float32)) for x in (hi, lo)]
+    out = torch.empty(1, dtype=torch.int64, device=DEVICE)
+    _float64_bits_kernel()[(1,)](*pair, out)
+    assert float(out.view(torch.float64)) == hi + lo
 
 
 # --- threads and devices --------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from .triton_math import (
     scale_pair,
     scaled_exp2,
     two_product,
+    two_sum,
     widen,
 )
 
@@ -106,14 +107,14 @@ def _load_columns(row, phase, start, at, vocab, WHOLE: tl.constexpr, SHIFTED: tl
 
 
 @triton.jit
-def _scale_of(row, temperature, scale):
-    """log2(e) / temperature of a row: `scale`, or from the array of temperatures if there is one."""
+def _scale_of(row, temperature, scale, scale_error):
+    """(log2(e) / temperature of a row, the relative error of that): as given, or from the array of temperatures."""
     if temperature is None:
-        return scale
+        return scale, scale_error
     else:
         t = tl.load(temperature + row)
-        q = quotient(t * 0.0 + LOG2E_HI, t)
-        return q + LOG2E_LO / t
+        s = quotient(t * 0.0 + LOG2E_HI, t) + LOG2E_LO / t
+        return s, (fma(-s, t, t * 0.0 + LOG2E_HI) + LOG2E_LO) * LN2_HI
 
 
 # ---- statistics
@@ -178,7 +179,7 @@ def _sum_others(row, vocab, target, scale, REPEAT: tl.constexpr, LANES: tl.const
 
 
 @triton.jit
-def _combine(base, total, weighted, target_logit, scale):
+def _combine(base, total, weighted, target_logit, scale, scale_error):
     """(logprob, entropy, lse as a pair) from the others' sums and the target logit; see csrc/row_math.h."""
     alone = total == 0.0  # no other column, or -inf in all of them
     log_hi, log_lo = log2_pair(tl.where(alone, 1.0, total))
@@ -187,6 +188,7 @@ def _combine(base, total, weighted, target_logit, scale):
     rest_hi = tl.where(alone, -INFINITY, rest_hi)
     d_hi, d_lo = add_pairs(rest_hi, rest_lo, -target_hi, -target_lo)  # base 2
     d_hi = tl.where((rest_hi != rest_hi) | (target_hi != target_hi), rest_hi + target_hi, d_hi)
+    d_hi, d_lo = two_sum(d_hi, d_lo + tl.where(tl.abs(d_hi) < INFINITY, d_hi * scale_error, 0.0))
     sure = d_hi <= 0.0
     near = log1p(exp2_pair(tl.where(sure, d_hi, -d_hi), tl.where(sure, d_lo, -d_lo)))  # softplus(-|d|)
     near = tl.where(d_hi == d_hi, near, d_hi)
@@ -205,15 +207,15 @@ def _combine(base, total, weighted, target_logit, scale):
 
 
 @triton.jit
-def _statistics(pointer, token_ids, row, vocab, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-                PTX: tl.constexpr):  # fmt: skip
+def _statistics(pointer, token_ids, row, vocab, scale, scale_error, REPEAT: tl.constexpr, LANES: tl.constexpr,
+                WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """(logprob, entropy, lse as a pair); all NaN where the token id is not one of the vocabulary's."""
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
     base, total, weighted = _sum_others(pointer, vocab, target, scale, REPEAT, LANES, WIDTH, PTX)
-    return _combine(base, total, weighted, target_logit, scale)
+    return _combine(base, total, weighted, target_logit, scale, scale_error)
 
 
 @triton.jit
@@ -350,8 +352,8 @@ def _upstream(array, row, factor):
 
 # ---- kernels, one program a row. What varies from call to call is no part of what is compiled.
 
-_VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "gradient_outer_stride",
-           "gradient_inner_stride"]  # fmt: skip
+_VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error",
+           "gradient_outer_stride", "gradient_inner_stride"]  # fmt: skip
 _ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "logprobs", "entropies", "lses", "g_logprobs",
                 "g_entropies", "g_lses", "factor", "counts", "gradient", "values"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
@@ -359,7 +361,7 @@ _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specia
 
 @_kernel()
 def forward_kernel(
-    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale,
+    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -367,8 +369,8 @@ def forward_kernel(
     row = tl.program_id(0)
     if _counts(mask, row):
         pointer = _row_pointer(logits, row, inner, outer_stride, inner_stride)
-        s = _scale_of(row, temperature, scale)
-        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, s, REPEAT, LANES, WIDTH, PTX)
+        s, error = _scale_of(row, temperature, scale, scale_error)
+        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, s, error, REPEAT, LANES, WIDTH, PTX)
         _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
     else:
         zero = tl.zeros((), tl.float32)
@@ -377,7 +379,7 @@ def forward_kernel(
 
 @_kernel()
 def backward_kernel(
-    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale,
+    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size,
     gradient, gradient_outer_stride, gradient_inner_stride,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
@@ -396,7 +398,7 @@ def backward_kernel(
     g_lse = _upstream(g_lses, row, common)
     some = (g_logprob != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0)
     if _counts(mask, row) & some:
-        s = _scale_of(row, temperature, scale)
+        s, _ = _scale_of(row, temperature, scale, scale_error)
         lse_hi, lse_lo = float64_pair(tl.load(lses + row))
         base, constant, slope, at_target = _coefficients(
             g_logprob, g_entropy, g_lse, tl.load(logprobs + row), tl.load(entropies + row), lse_hi, lse_lo, s
@@ -412,7 +414,7 @@ def backward_kernel(
 
 @_kernel()
 def forward_backward_kernel(
-    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale,
+    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses, g_logprobs, counts, counts_size,
     gradient, gradient_outer_stride, gradient_inner_stride,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
@@ -423,8 +425,8 @@ def forward_backward_kernel(
     destination = _row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
     if _counts(mask, row):
         source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
-        s = _scale_of(row, temperature, scale)
-        logprob, h, hi, lo = _statistics(source, token_ids, row, vocab, s, REPEAT, LANES, WIDTH, PTX)
+        s, error = _scale_of(row, temperature, scale, scale_error)
+        logprob, h, hi, lo = _statistics(source, token_ids, row, vocab, s, error, REPEAT, LANES, WIDTH, PTX)
         _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
         g_logprob = _upstream(g_logprobs, row, _factor(None, counts, counts_size))
         if g_logprob != 0.0:

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import math
 import os
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -135,13 +136,16 @@ def count_variants(kernels: Iterable[Any]) -> int:
 
 def _row_arguments(rows: Rows) -> tuple[Any, ...]:
     per_row = rows.temperature.ndim > 0
+    scale = 1.0 if per_row else _LOG2_E / float(rows.temperature)  # a CPU tensor: reading it waits for nothing
+    rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
     return (
         *rows.logits.stride()[:2],
         *rows.logits.shape[1:],
         rows.token_ids,
         None if rows.mask is None else rows.mask.view(torch.uint8),
         rows.temperature if per_row else None,
-        1.0 if per_row else _LOG2_E / float(rows.temperature),  # a CPU tensor: reading it waits for nothing
+        rounded,
+        (scale - rounded) / scale,
     )
 
 
