@@ -168,6 +168,11 @@ def test_the_committed_figures_name_every_kernel_and_keep_the_budgets() -> None:
             assert figures.instructions <= static_gate.budget(kind, job.dtype)
 
 
+def test_the_readme_has_the_committed_figures() -> None:
+    readme = (static_gate.REPOSITORY / "README.md").read_text()
+    assert static_gate.markdown() in readme, "python -m benchmarks.static_gate --markdown prints its table"
+
+
 def test_figures_are_read_as_they_are_written(tmp_path: Path) -> None:
     figures = {"one": GOOD, "two": Figures(8, 0, wide_accesses=3)}
     static_gate.save("1.2.3", figures, tmp_path / "static.json")
