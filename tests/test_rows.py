@@ -103,6 +103,19 @@ def test_shifted_and_sure(backend: str, shift: float) -> None:
 
 
 @by_backend
+@pytest.mark.parametrize("margin", [25.0, 30.0, 40.0])
+def test_the_target_of_a_very_sure_row(backend: str, margin: float) -> None:
+    """1 - p of 1e-10 to 1e-17: its gradient comes from the log-probability, which has the digits, not from lse."""
+    logits = torch.zeros(1, 50)
+    logits[0, 20] = margin
+    leaf = on_device(logits).requires_grad_()
+    out = token_logprobs(leaf, on_device(torch.tensor([20])), backend=backend)
+    (gradient,) = torch.autograd.grad(out.logprobs.sum(), leaf)
+    truth = oracle.row_gradient(logits[0].tolist(), 20, 1.0, 1.0)[20]
+    assert float(gradient[0, 20]) == pytest.approx(truth, rel=1e-6, abs=0.0)
+
+
+@by_backend
 def test_far_logits(backend: str) -> None:
     """As far from 0 as logits of 64 nats' spacing can be."""
     logits = torch.tensor([[0.0, -64, -128, 0, -64]] * 2) - 5e8

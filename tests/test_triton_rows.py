@@ -222,6 +222,19 @@ def test_tokens_outside_every_sequence_have_a_nan_for_a_gradient(
     assert spoiled == [True, False, False, False, False, True, True] and math.isfinite(float(loss.detach()))
 
 
+@by_objective
+def test_an_infinite_upstream_leaves_rows_without_a_gradient_alone(objective: str) -> None:
+    """A loss scaler's overflow: inf * 0 is not to happen in rows that the loss does not use."""
+    logits = on_device(torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    loss, _ = PUBLIC[objective](
+        logits, on_device(torch.zeros(2, 3).long()), on_device(torch.tensor([1.0, 0.0])),
+        on_device(torch.full((2, 3), -2.0)), eps_low=0.9, eps_high=9.0, backend="triton",
+    )  # fmt: skip
+    (loss * math.inf).backward()
+    assert logits.grad is not None
+    assert bool((logits.grad[1] == 0).all()) and not bool(logits.grad[0].isfinite().any())
+
+
 def test_more_counts_than_one_access_takes() -> None:
     """The number of sequences divides a gradient; it is added up in the row kernels, 1,024 at a time."""
     logits, ids = on_device(peaked(2, 33)).view(1, 2, 33), on_device(torch.tensor([[3, 4]]))
