@@ -138,23 +138,23 @@ def join_columns(low, high, phase, PTX: tl.constexpr):
 
 
 @triton.jit
-def bounded(t, PTX: tl.constexpr, DTYPE: tl.constexpr):
+def bounded(t, PTX: tl.constexpr, dtype: tl.constexpr):
     """An exponent that may be multiplied by its power of two: where that is 0, t may not be -inf."""
-    if PTX and tl.bfloat16 == DTYPE:
+    if PTX and dtype == tl.bfloat16:
         return t  # `widen` left no -inf
     else:
         return tl.maximum(t, -127.0)
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):
+def narrow(x, dtype: tl.constexpr):
     """x in the dtype of the logits, rounded to nearest even."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, rounded, x).to(DTYPE)
+        return tl.where(x == x, rounded, x).to(dtype)
     else:
-        return x.to(DTYPE)
+        return x.to(dtype)
 
 
 # ---- pairs
