@@ -62,10 +62,10 @@ MORE_REGISTERS = 8
 # of addresses are specialised on. An argument that is missing here is a constant.
 ROW_TYPES = {
     "logits": "*T", "outer_stride": "i32", "inner_stride": "i32", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
-    "mask": "*u8", "temperature": "*fp32", "scale": "fp32", "scale_error": "fp32", "logprobs": "*fp32",
-    "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32", "g_lses": "*fp32",
-    "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T", "gradient_outer_stride": "i32",
-    "gradient_inner_stride": "i32", "values": "*T",
+    "mask": "*u8", "temperature": "*fp32", "places": "*i64", "scale": "fp32", "scale_error": "fp32",
+    "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
+    "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
+    "gradient_outer_stride": "i32", "gradient_inner_stride": "i32", "values": "*T",
 }  # fmt: skip
 LONG_STRIDES = dict.fromkeys(("outer_stride", "gradient_outer_stride"), "i64")  # more than 2^31 elements
 TOKEN_TYPES = {
@@ -91,6 +91,8 @@ class Variant:
 
 
 _ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
+_PLACED, _GRADIENTS = (*_ROWS, "places"), ("g_entropies", "g_lses", "factor")
+_FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
 _TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3", "ADVANTAGE_PER_TOKEN": False, "WEIGHT_PER_TOKEN": False}
 _PER_TOKEN = {"ADVANTAGE_PER_TOKEN": True, "WEIGHT_PER_TOKEN": True}
 _OPTIONAL = ("old_logprobs", "ref_logprobs", "weights", "mask", "cu_seqlens", "global_count", "g_entropies")
@@ -99,10 +101,11 @@ VARIANTS = (
     Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
     Variant("forward", "masked", (), loops=("read", "shifted")),
     Variant("forward", "long", _ROWS, _BF16, LONG_STRIDES, loops=("read", "shifted")),
-    Variant("backward", "plain", (*_ROWS, "g_entropies", "g_lses", "factor", "counts"), loops=("write",)),
-    Variant("backward", "entropy", (*_ROWS, "g_lses", "factor", "counts"), loops=("write",)),
-    Variant("backward", "loss", (*_ROWS, "g_entropies", "g_lses"), loops=("write",)),
-    Variant("backward", "everything", (), _BF16, LONG_STRIDES, loops=("write",)),
+    Variant("backward", "plain", (*_PLACED, "g_entropies", "g_lses", "factor", "counts"), loops=("write",)),
+    Variant("backward", "entropy", (*_PLACED, "g_lses", "factor", "counts"), loops=("write",)),
+    Variant("backward", "loss", (*_PLACED, "g_entropies", "g_lses"), loops=("write",)),
+    Variant("backward", "everything", ("places",), _BF16, LONG_STRIDES, loops=("write",)),
+    Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
     Variant("forward_backward", "masked", (), _BF16, LONG_STRIDES, loops=("read", "shifted", "write")),
     Variant("scale", "plain", (), loops=("scale",)),
@@ -315,9 +318,15 @@ class Figures:
         return Figures(**{**kept, "loops": loops})
 
 
-def hot_loop(loops: Iterable[Loop], kind: str, dtype: str, per_thread: int) -> tuple[Hot | None, list[str]]:
-    """The loop over whole blocks: of this kind, without a mask; the shortest of several. And what is wrong with it."""
+def hot_loop(
+    loops: Iterable[Loop], kind: str, dtype: str, per_thread: int, read_bytes: int | None = None
+) -> tuple[Hot | None, list[str]]:
+    """The loop over whole blocks: of this kind, without a mask; the shortest of several. And what is wrong with it.
+
+    `read_bytes`: of a number that is read, where that is of another dtype.
+    """
     item = ITEM_BYTES[dtype]
+    read = item if read_bytes is None else read_bytes
 
     def columns(loop: Loop) -> int:
         if kind == "scale":
@@ -328,7 +337,7 @@ def hot_loop(loops: Iterable[Loop], kind: str, dtype: str, per_thread: int) -> t
         if kind == "scale":
             return loop.kind == "scale"
         same = loop.kind == ("write" if kind == "write" else "read") and not loop.guarded and columns(loop) > 0
-        return same and sum(loop.moved(_LOADS)) == columns(loop) * item * (2 if kind == "shifted" else 1)
+        return same and sum(loop.moved(_LOADS)) == columns(loop) * read * (2 if kind == "shifted" else 1)
 
     found = [loop for loop in loops if fits(loop)]
     if not found:
@@ -351,12 +360,12 @@ def hot_loop(loops: Iterable[Loop], kind: str, dtype: str, per_thread: int) -> t
 
 
 def read_sass(
-    listing: str, ptx: str, kinds: Sequence[str], dtype: str, per_thread: int
+    listing: str, ptx: str, kinds: Sequence[str], dtype: str, per_thread: int, read_bytes: int | None = None
 ) -> tuple[dict[str, Hot], list[str]]:
     """The hot loops, and what no kernel may have."""
     loops, problems, hot = find_loops(listing), [], {}
     for kind in kinds:
-        found, wrong = hot_loop(loops, kind, dtype, per_thread)
+        found, wrong = hot_loop(loops, kind, dtype, per_thread, read_bytes)
         problems += wrong
         if found is not None:
             hot[kind] = found
@@ -382,7 +391,8 @@ def measure(job: Job, num_warps: int | None = None, elements: int | None = None)
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
     _, constants = launch(job, num_warps, elements)
     per_thread = constants.get("REPEAT", 1) * constants.get("WIDTH", 1)
-    hot, problems = read_sass(listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread)
+    read_bytes = ITEM_BYTES["fp32"] if job.variant.types.get("logits") == "*fp32" else None
+    hot, problems = read_sass(listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread, read_bytes)
     if int(usage["STACK"]) or int(usage["LOCAL"]):
         problems.append(f"{usage['STACK']} bytes of stack, {usage['LOCAL']} of local memory")
     return Figures(int(usage["REG"]), kernel.metadata.shared, hot, None, tuple(problems))

@@ -41,6 +41,16 @@ bool supported(const std::string& name) {
   return name == "baseline";
 }
 
+// Whether this processor has units for products of bf16 matrices (AMX).
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22)) && supported("avx512");
+#else
+  return false;
+#endif
+}
+
 // The widest instruction set of this processor, or the one that GSPO_KERNELS_ISA names.
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = []() -> const InstructionSet& {
@@ -80,10 +90,11 @@ struct Rows {
 
   Rows(const std::string& dtype, uintptr_t logits, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
        int64_t inner_stride, uintptr_t token_ids, uintptr_t mask, double temperature, uintptr_t row_temperature,
-       int threads)
+       uintptr_t places, int threads)
       : shape{outer * inner, inner, vocab},
         inputs{{pointer<char>(logits), outer_stride, inner_stride}, pointer<const int64_t>(token_ids),
-               pointer<const bool>(mask), pointer<const float>(row_temperature), temperature},
+               pointer<const bool>(mask), pointer<const float>(row_temperature), temperature,
+               pointer<const int64_t>(places)},
         kernels(&::kernels(dtype)),
         threads(threads) {
     if (outer < 0 || inner < 0 || vocab < 1) throw std::invalid_argument("rows: sizes out of range");
@@ -104,14 +115,14 @@ struct Rows {
   }
 
   void backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy,
-                uintptr_t grad_lse, uintptr_t gradient, int64_t outer_stride, int64_t inner_stride) const {
+                uintptr_t grad_lse, uintptr_t gradient, int64_t outer_stride, int64_t inner_stride,
+                bool gradient_is_bfloat16) const {
+    const auto run = gradient_is_bfloat16 ? kernels->backward_bfloat16 : kernels->backward;
     const RowOutputs saved{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
     const UpstreamArrays upstream{pointer<const float>(grad_logprobs), pointer<const float>(grad_entropy),
                                   pointer<const double>(grad_lse)};
     const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
-    for_each([&](int64_t begin, int64_t end) {
-      kernels->backward(shape, inputs, saved, upstream, view, begin, end);
-    });
+    for_each([&](int64_t begin, int64_t end) { run(shape, inputs, saved, upstream, view, begin, end); });
   }
 
   void forward_backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs,
@@ -149,21 +160,22 @@ void ask_for_huge_pages(uintptr_t address, size_t bytes) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Row kernels of gspo_kernels for the CPU (see csrc/).";
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
+  m.def("multiplies_bfloat16", &multiplies_bfloat16);
   m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
   m.def("ask_for_huge_pages", &ask_for_huge_pages, py::arg("address"), py::arg("bytes"));
 
   using released = py::call_guard<py::gil_scoped_release>;
   py::class_<Rows>(m, "Rows")
       .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
-                    double, uintptr_t, int>(),
+                    double, uintptr_t, uintptr_t, int>(),
            py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
-           py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("threads") = 1)
+           py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("places") = 0, py::arg("threads") = 1)
       .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"))
       .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
-           py::arg("outer_stride"), py::arg("inner_stride"))
+           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("gradient_is_bfloat16"))
       .def("forward_backward", &Rows::forward_backward, released(), py::kw_only(), py::arg("logprobs"),
            py::arg("entropy"), py::arg("lse"), py::arg("grad_logprobs"), py::arg("gradient"), py::arg("outer_stride"),
            py::arg("inner_stride"))

@@ -1,7 +1,15 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
 from .advantages import group_advantages
-from .logprobs.backends import explain
+from .explain import explain
+from .linear_loss import (
+    linear_grpo_loss,
+    linear_gspo_loss,
+    linear_gspo_token_loss,
+    linear_policy_loss,
+    linear_ppo_loss,
+    linear_token_logprobs,
+)
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective, Terms, clipped_surrogate
 from .policy_loss import (
     TokenLogprobs,
@@ -14,7 +22,7 @@ from .policy_loss import (
     ppo_loss,
     token_logprobs,
 )
-from .stats import Stats
+from .stats import HeadWork, Stats
 from .token_stage import LossOutput
 
 __version__ = "0.1.0"
@@ -24,6 +32,7 @@ __all__ = [
     "GSPO",
     "PPO",
     "GSPOToken",
+    "HeadWork",
     "LossOutput",
     "Objective",
     "Stats",
@@ -35,6 +44,12 @@ __all__ = [
     "grpo_loss",
     "gspo_loss",
     "gspo_token_loss",
+    "linear_grpo_loss",
+    "linear_gspo_loss",
+    "linear_gspo_token_loss",
+    "linear_policy_loss",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
     "next_token_targets",
     "policy_loss",
     "policy_loss_from_logprobs",

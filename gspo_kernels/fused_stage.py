@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,28 +23,75 @@ from .logprobs.ops import check_values, room_for_gradient, row_gradient, unpadde
 from .logprobs.rows import Rows, RowStats, Upstream, empty_stats
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .scalars import run_time_list
-from .stats import Stats
+from .stats import SCALARS, Stats
 from .token_stage import LossOutput, TokenInputs
 
 _RATIOS: dict[type[Objective], str] = {GSPO: "sequence", GSPOToken: "sequence_by_token", GRPO: "token", PPO: "token"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SCALARS = tuple(field.name for field in fields(Stats))[:12]
 _NUM_WARPS, _BLOCK = 4, 512  # more tokens at a time, or more warps, and registers spill
 _INTERPRETED_BLOCK = 4
 _PARTIALS, _COUNT = 13, 12  # of token_kernels.py
 
 
 def serves(inputs: TokenInputs, logits: Tensor, backend: str | None) -> bool:
-    """Whether it takes this loss: a named objective, numbers in float32 or narrower, the Triton backend."""
+    """Whether it takes this loss on these logits: for that, the Triton backend has to run."""
+    return takes(inputs) and choose(logits, backend) is triton_rows
+
+
+def takes(inputs: TokenInputs) -> bool:
+    """Whether it takes this loss: a named objective, numbers in float32 or narrower."""
     arrays = (inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs, inputs.weights)
-    return (
-        type(inputs.objective) in _RATIOS
-        and all(x is None or x.dtype in _DTYPES for x in arrays)
-        and choose(logits, backend) is triton_rows
-    )
+    return type(inputs.objective) in _RATIOS and all(x is None or x.dtype in _DTYPES for x in arrays)
 
 
 def policy_loss(rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool, one_pass: bool) -> LossOutput:
+    objective = inputs.objective
+    arguments = (
+        rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits, *_of_tokens(inputs),
+    )  # fmt: skip
+    if one_pass:
+        loss, scalars, logprobs, log_ratios = _OnePass.apply(*arguments)
+    else:
+        loss, scalars, log_ratios, logprobs, *_ = _fused_loss(*arguments)
+    shape = inputs.batch.tokens
+    with torch.no_grad():
+        stats = Stats(
+            **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
+            logprobs=logprobs.detach().reshape(shape),
+            log_ratio=log_ratios.detach() if objective.ratio_of == "sequence" else log_ratios.detach().reshape(shape),
+        )
+    return LossOutput(loss, stats)
+
+
+def gradient(inputs: TokenInputs, stats: RowStats, advantages_per_token: bool, weights_per_token: bool) -> Upstream:
+    """dL/d of the statistics [tokens] of a packed batch without a mask, which is part of another."""
+    arguments = *_of_tokens(inputs)[:10], advantages_per_token, weights_per_token, inputs.entropy_coef != 0.0
+    stage = _Stage((1, inputs.batch.tokens[0]), inputs.batch.device, None, *arguments)
+    stage.sequences(stats)
+    bonus = stage.grad_entropy.view(-1) if inputs.entropy_coef != 0.0 else None
+    return Upstream(stage.grad_logprobs.view(-1), bonus, counts=stage.partials[_COUNT])
+
+
+def loss(inputs: TokenInputs, stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, scalars of the stats, log-ratios) from the statistics of all rows, without a gradient."""
+    tokens = inputs.batch.tokens
+    shape = (tokens[0], tokens[1]) if len(tokens) == 2 else (1, tokens[0])
+    mask = None if inputs.batch.mask is None else inputs.batch.mask.contiguous()
+    stage = _Stage(shape, inputs.batch.device, mask, *_of_tokens(inputs))
+    stage.sequences(stats)
+    return *stage.batch(None), stage.log_ratios
+
+
+def compiled_variants() -> int:
+    """How many Triton kernels, of rows and of tokens, this process has compiled so far."""
+    from . import token_kernels
+
+    kernels = (token_kernels.sequence_kernel, token_kernels.batch_kernel)
+    return triton_rows.compiled_variants() + triton_rows.count_variants(kernels)
+
+
+def _of_tokens(inputs: TokenInputs) -> tuple[Any, ...]:
+    """The arguments of `_Stage`, but for its first three."""
     objective: Any = inputs.objective
     numbers = (
         objective.eps_low,
@@ -55,33 +102,12 @@ def policy_loss(rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logi
         inputs.entropy_coef,
         0.0 if inputs.normalizer is None or isinstance(inputs.normalizer, Tensor) else float(inputs.normalizer),
     )
-    arguments = (
-        rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits,
+    return (
         _contiguous(inputs.advantages), _contiguous(inputs.old_logprobs), _contiguous(inputs.ref_logprobs),
-        _contiguous(inputs.weights), inputs.batch.cu_seqlens, _on(inputs.normalizer, rows.logits.device),
-        run_time_list(numbers), _RATIOS[type(inputs.objective)], inputs.aggregation, inputs.kl_estimator,
+        _contiguous(inputs.weights), inputs.batch.cu_seqlens, _on(inputs.normalizer, inputs.batch.device),
+        run_time_list(numbers), _RATIOS[type(objective)], inputs.aggregation, inputs.kl_estimator,
         inputs.advantages_per_token, inputs.weights_per_token, inputs.entropy_coef != 0.0,
     )  # fmt: skip
-    if one_pass:
-        loss, scalars, logprobs, log_ratios = _OnePass.apply(*arguments)
-    else:
-        loss, scalars, log_ratios, logprobs, *_ = _fused_loss(*arguments)
-    shape = inputs.batch.tokens
-    with torch.no_grad():
-        stats = Stats(
-            **dict(zip(_SCALARS, scalars.detach().unbind(), strict=True)),
-            logprobs=logprobs.detach().reshape(shape),
-            log_ratio=log_ratios.detach() if objective.ratio_of == "sequence" else log_ratios.detach().reshape(shape),
-        )
-    return LossOutput(loss, stats)
-
-
-def compiled_variants() -> int:
-    """How many Triton kernels, of rows and of tokens, this process has compiled so far."""
-    from . import token_kernels
-
-    kernels = (token_kernels.sequence_kernel, token_kernels.batch_kernel)
-    return triton_rows.compiled_variants() + triton_rows.count_variants(kernels)
 
 
 def _contiguous(array: Tensor | None) -> Tensor | None:
@@ -117,8 +143,8 @@ def _fused_loss(
     """-> loss, scalars, log_ratios; logprobs, entropy, lse; grad_logprobs, grad_entropy (or empty), partials"""
     rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
     stage = _Stage(
-        rows, advantages, old_logprobs, ref_logprobs, weights, cu_seqlens, global_count, numbers, ratio, aggregation,
-        kl_estimator, advantages_per_token, weights_per_token, entropy_bonus,
+        logits.shape[:2], logits.device, mask, advantages, old_logprobs, ref_logprobs, weights, cu_seqlens,
+        global_count, numbers, ratio, aggregation, kl_estimator, advantages_per_token, weights_per_token, entropy_bonus,
     )  # fmt: skip
     check_values(rows)
     stats = triton_rows.forward(rows)
@@ -164,7 +190,7 @@ class _OnePass(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> Any:
         token_ids, mask, temperature, vocab_size, overwrite_logits, *of_tokens = arguments
         rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
-        stage = _Stage(rows, *of_tokens)
+        stage = _Stage(logits.shape[:2], logits.device, mask, *of_tokens)
         check_values(rows)
         stage.sequences(None)
         gradient = room_for_gradient(logits, overwrite_logits)
@@ -191,7 +217,9 @@ class _Stage:
 
     def __init__(
         self,
-        rows: Rows,
+        shape: Sequence[int],
+        device: torch.device,
+        mask: Tensor | None,
         advantages: Tensor,
         old_logprobs: Tensor | None,
         ref_logprobs: Tensor | None,
@@ -206,19 +234,19 @@ class _Stage:
         weights_per_token: bool,
         entropy_bonus: bool,
     ) -> None:
-        outer, inner = rows.logits.shape[:2]
+        outer, inner = shape
         self.tokens, self.length = outer * inner, inner
         self.sequence_count = outer if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if cu_seqlens is not None and may_read(cu_seqlens):
             check_boundaries(cu_seqlens, self.tokens)
-        self.rows, self.cu_seqlens, self.global_count = rows, cu_seqlens, global_count
-        self.mask = None if rows.mask is None else rows.mask.view(torch.uint8)
+        self.cu_seqlens, self.global_count = cu_seqlens, global_count
+        self.mask = None if mask is None else mask.view(torch.uint8)
         self.old_logprobs, self.ref_logprobs = old_logprobs, ref_logprobs
         self.advantages, self.weights = advantages, weights
         self.numbers: list[float] = numbers.tolist()  # a CPU tensor: reading it waits for nothing
         self.choices: dict[str, Any] = {"AGGREGATION": aggregation, "ESTIMATOR": kl_estimator, "RATIO": ratio}
         self.choices |= {"ADVANTAGE_PER_TOKEN": advantages_per_token, "WEIGHT_PER_TOKEN": weights_per_token}
-        room = functools.partial(torch.empty, dtype=torch.float32, device=rows.logits.device)
+        room = functools.partial(torch.empty, dtype=torch.float32, device=device)
         self.grad_logprobs = room(outer, inner)
         self.grad_entropy = room(outer, inner) if entropy_bonus else room(0)
         self.log_ratios = room(self.sequence_count) if ratio == "sequence" else room(self.tokens)
@@ -254,5 +282,5 @@ class _Stage:
 
         block = _INTERPRETED_BLOCK if triton_rows.INTERPRETED else _BLOCK
         run = getattr(token_kernels, kernel)
-        with triton_rows.on_device(self.rows.logits):
+        with triton_rows.on_device(self.partials):
             run[(programs,)](*arguments, **choices, BLOCK=block, num_warps=_NUM_WARPS, enable_fp_fusion=True)

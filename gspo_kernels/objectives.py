@@ -34,11 +34,14 @@ class Objective:
         ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
         advantages_per_token: whether an advantage per token makes sense; `terms` then always gets [tokens].
         aggregation: the default of `aggregation=`.
+        together: what `terms` of a token depends on: that "token" alone, its "sequence", or the whole "batch". From
+            hidden states a loss is computed in parts, and the less is needed together, the less is computed twice.
     """
 
     ratio_of: ClassVar[str] = "token"
     advantages_per_token: ClassVar[bool] = True
     aggregation: ClassVar[str] = "sequence_mean"
+    together: ClassVar[str] = "sequence"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         """
@@ -154,6 +157,8 @@ class GRPO(_Clipped):
 
     eps_low: float = 0.2
     eps_high: float = 0.27
+
+    together: ClassVar[str] = "token"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         return self._clip(log_ratio, advantages, max_log_ratio)

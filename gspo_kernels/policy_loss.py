@@ -281,11 +281,7 @@ def token_logprobs(
     """
     checks.not_yet("tp_group", tp_group)
     vocab_size = _check_logits(logits, token_ids, overwrite_logits, vocab_size)
-    if mask is not None:
-        checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
-        checks.same_device("mask", mask, logits.device)
-        mask = as_bool(mask)
-    rows = _rows(logits, token_ids, mask, temperature, backend)
+    rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
     found = row_stats(rows, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
@@ -311,13 +307,18 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
 
 
 def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
-    """[outer, inner, vocab] view of the logits, and arrays to match. The token shape is `token_ids.shape`."""
+    """[outer, inner, vocab] view of the logits, and arrays to match."""
+    check_name(backend)
+    return Rows(logits if logits.ndim == 3 else logits[None], *row_arrays(token_ids, mask, temperature))
+
+
+def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
     shape = token_ids.shape
-    view = logits if logits.ndim == 3 else logits[None]
-    as_rows = view.shape[:2]
+    as_rows = shape if len(shape) == 2 else (1, *shape)
     if isinstance(temperature, Tensor):
         checks.floating("temperature", temperature, "a number, or one temperature per token")
-        checks.same_device("temperature", temperature, logits.device)
+        checks.same_device("temperature", temperature, token_ids.device)
         if temperature.ndim:
             checks.shape("temperature", temperature, shape, "one per token")
         temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
@@ -326,13 +327,8 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
         temperature = (
             torch.zeros((), dtype=torch.float64) + temperature
         )  # this way it never becomes a compiled constant
-    check_name(backend)
-    return Rows(
-        logits=view,
-        token_ids=token_ids.detach().to(torch.int64).reshape(as_rows).contiguous(),
-        mask=None if mask is None else mask.reshape(as_rows).contiguous(),
-        temperature=temperature,
-    )
+    ids = token_ids.detach().to(torch.int64).reshape(as_rows).contiguous()
+    return ids, None if mask is None else mask.reshape(as_rows).contiguous(), temperature
 
 
 def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any) -> int:
@@ -352,11 +348,27 @@ def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_siz
         raise ValueError(
             "overwrite_logits: expected logits with a place for each number; got an expanded view, which repeats some"
         )
+    check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
+    return check_vocab_size(vocab_size, logits.shape[-1])
+
+
+def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
+    checks.same_device("mask", mask, token_ids.device)
+    return as_bool(mask)
+
+
+def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:
     checks.tensor("token_ids", token_ids, "the token each row predicts")
     checks.integers("token_ids", token_ids, "the token each row predicts")
-    checks.shape("token_ids", token_ids, logits.shape[:-1], "one per row of logits; nothing is shifted inside")
-    checks.same_device("token_ids", token_ids, logits.device)
-    columns: int = logits.shape[-1]
+    checks.shape("token_ids", token_ids, shape, f"one per {of_what}; nothing is shifted inside")
+    checks.same_device("token_ids", token_ids, device)
+
+
+def check_vocab_size(vocab_size: Any, columns: int) -> int:
+    """The vocabulary's size, of `columns` logits."""
     if vocab_size is None:
         return columns
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout import Layout
 from .objectives import Terms
+
+
+class HeadWork(NamedTuple):
+    """How many rows a loss from hidden states multiplied by the head, which tells the plan that it followed.
+
+    One row costs 2DV operations each time: once in `forward_rows` and `recomputed_rows`, and in `backward_rows` for the
+    hidden states and for the head if those want a gradient. `explain` says why.
+    """
+
+    forward_rows: Tensor  # masked rows, prompt and padding, are never among them
+    recomputed_rows: Tensor  # in a second phase: of sequences longer than a chunk
+    backward_rows: Tensor  # with a coefficient: not clipped, not of advantage 0
+    chunks: Tensor  # of logits that were held, one after the other
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,17 @@ class Stats:
     num_tokens: Tensor  # unmasked
     logprobs: Tensor  # token layout, 0 where masked
     log_ratio: Tensor  # [sequences] or token layout, 0 where masked
+    head: HeadWork | None = None  # of a loss from hidden states
 
     def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The scalars by name, ready for a logger; the two arrays are left out."""
-        scalars = (f.name for f in fields(self) if f.name not in ("logprobs", "log_ratio"))
-        return {prefix + name: getattr(self, name) for name in scalars}
+        scalars = {name: getattr(self, name) for name in SCALARS}
+        if self.head is not None:
+            scalars |= {f"head_{name}": value for name, value in self.head._asdict().items()}
+        return {prefix + name: value for name, value in scalars.items()}
+
+
+SCALARS = tuple(field.name for field in fields(Stats))[:12]
 
 
 @torch.no_grad()
@@ -88,8 +108,9 @@ def collect(
         "num_sequences": layout.num_sequences,
         "num_tokens": layout.num_tokens,
     }
+    of_batch: dict[str, Any] = dict(zip(scalars, torch.stack(list(scalars.values())).float().unbind(), strict=True))
     return Stats(
-        **dict(zip(scalars, torch.stack(list(scalars.values())).float().unbind(), strict=True)),
+        **of_batch,
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
         log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
     )

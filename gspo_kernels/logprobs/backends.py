@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -60,16 +60,8 @@ def _warn_of_missing_kernels(missing: str) -> None:
     warnings.warn(f"gspo_kernels runs on plain torch, many times slower: {missing}", stacklevel=2)
 
 
-def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
-    """Which backend runs for these inputs, and why not the others.
-
-    Args: those of a loss, in its order. Only `logits` and `backend` have a say; the others may be left out.
-
-    Returns:
-        A few lines of text, the chosen backend first.
-    """
-    checks.tensor("logits", logits, "logits [.., vocabulary]")
-    check_name(backend)
+def compare(logits: Tensor, backend: str | None) -> str:
+    """Which backend runs for these logits, and why not the others."""
     chosen = _pick(logits, backend)
     why = "as asked" if backend is not None else "the first that takes these logits"
     lines = [f"{chosen.name} ({chosen.about()}): runs, {why}"]

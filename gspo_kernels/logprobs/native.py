@@ -42,6 +42,17 @@ def missing() -> str:
     return _missing
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has units for products of bf16 matrices."""
+    return not _missing and bool(_native.multiplies_bfloat16())
+
+
+def ask_for_huge_pages(fresh: Tensor) -> None:
+    """For memory that nothing has touched yet, if it is the CPU's."""
+    if not _missing and fresh.device.type == "cpu":
+        _fresh(fresh)
+
+
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
     _bind(rows).forward(**_stats(stats))
@@ -49,8 +60,11 @@ def forward(rows: Rows) -> RowStats:
 
 
 def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
+    if gradient.dtype not in (rows.logits.dtype, torch.bfloat16):
+        raise ValueError(f"gradient: expected {rows.logits.dtype} or bfloat16; got {gradient.dtype}")
     _fresh(gradient)
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
+    grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(
         **_stats(stats),
         grad_logprobs=_address(grad_logprobs),
@@ -59,6 +73,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         gradient=gradient.data_ptr(),
         outer_stride=gradient.stride(0),
         inner_stride=gradient.stride(1),
+        gradient_is_bfloat16=gradient.dtype == torch.bfloat16,
     )
 
 
@@ -82,12 +97,15 @@ def scale(values: Tensor, factor: Tensor) -> None:
 
 def _bind(rows: Rows) -> _native.Rows:
     per_row = rows.temperature.ndim > 0
+    place = _place(rows.logits)
+    place["outer"], place["inner"] = rows.token_ids.shape
     return _native.Rows(
         token_ids=rows.token_ids.data_ptr(),
         mask=_address(rows.mask),
         temperature=1.0 if per_row else float(rows.temperature),
         row_temperature=_address(rows.temperature if per_row else None),
-        **_place(rows.logits),
+        places=_address(rows.places),
+        **place,
     )
 
 

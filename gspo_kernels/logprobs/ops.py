@@ -113,11 +113,11 @@ def _(
 
 
 @torch.library.custom_op("gspo_kernels::scale_", mutates_args=("values",), device_types=_DEVICES)
-def _scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
+def scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
     choose(values, backend).scale(values, factor)
 
 
-@_scale.register_fake
+@scale.register_fake
 def _(values: Tensor, factor: Tensor, backend: str | None) -> None:
     return None
 
@@ -187,7 +187,7 @@ class _KnownGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        _scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
+        scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
         return None, gradient, None, None, None, None
 
 
@@ -216,21 +216,25 @@ def row_stats_with_gradient(
 
 
 def check_values(rows: Rows) -> None:
-    if not may_read(rows.logits):
+    check_ids_and_temperatures(rows.token_ids, rows.mask, rows.temperature, rows.logits.shape[-1])
+
+
+def check_ids_and_temperatures(token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab: int) -> None:
+    """Arrays [outer, inner], but for a temperature of one number."""
+    if not may_read(token_ids):
         return
-    vocab = rows.logits.shape[-1]
-    bad = (rows.token_ids < 0) | (rows.token_ids >= vocab)
+    bad = (token_ids < 0) | (token_ids >= vocab)
     expected = f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set"
-    _refuse(bad, rows, rows.token_ids, "token_ids", expected)
-    if rows.temperature.ndim:
-        bad = ~((rows.temperature >= 1e-6) & (rows.temperature <= 1e6))
-        _refuse(bad, rows, rows.temperature, "temperature", "numbers from 1e-6 to 1e6 where the mask is set")
+    _refuse(bad, mask, token_ids, "token_ids", expected)
+    if temperature.ndim:
+        bad = ~((temperature >= 1e-6) & (temperature <= 1e6))
+        _refuse(bad, mask, temperature, "temperature", "numbers from 1e-6 to 1e6 where the mask is set")
 
 
-def _refuse(bad: Tensor, rows: Rows, values: Tensor, name: str, expected: str) -> None:
-    if rows.mask is not None:
-        bad = bad & rows.mask
+def _refuse(bad: Tensor, mask: Tensor | None, values: Tensor, name: str, expected: str) -> None:
+    if mask is not None:
+        bad = bad & mask
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
-        place = f"position [{row}, {column}]" if rows.logits.shape[0] > 1 else f"position {column}"
+        place = f"position [{row}, {column}]" if values.shape[0] > 1 else f"position {column}"
         raise ValueError(f"{name}: expected {expected}; got {values[row, column]:g} at {place}")

@@ -110,7 +110,7 @@ class _Block:
 
     def __init__(self, rows: Rows, outer: int, begin: int, end: int) -> None:
         self.rows, self.outer, self.span = rows, outer, slice(begin, end)
-        logits = rows.logits[outer, self.span]
+        logits = rows.logits[outer, self.span] if rows.places is None else rows.logits[0, rows.places[self.span]]
         self.logits = logits if logits.dtype == torch.float64 else logits.float()
         token_ids = rows.token_ids[outer, self.span]
         self.token_ids = torch.where(self.active(), token_ids, 0)  # a masked row's id may be anything
@@ -141,7 +141,7 @@ class _Block:
 
 
 def _blocks(rows: Rows) -> Iterator[_Block]:
-    outer, inner, vocab = rows.logits.shape
+    (outer, inner), vocab = rows.token_ids.shape, rows.logits.shape[2]
     step = max(1, _BLOCK_ELEMENTS // max(vocab, 1))
     for i in range(outer):
         for begin in range(0, inner, step):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +31,23 @@ class Upstream(NamedTuple):
     factor: Tensor | None = None  # 0-d
     counts: Tensor | None = None  # [any number]
 
+    def some(self) -> Tensor:
+        """bool, which rows have a gradient; of a row that has none nothing needs to be read."""
+        given = [x != 0.0 for x in self[:3] if x is not None]
+        return functools.reduce(torch.logical_or, given)
+
+    def at(self, rows: Tensor) -> Upstream:
+        """Of some rows, where arrays are [rows]."""
+        return self._with(None if x is None else x.index_select(0, rows) for x in self[:3])
+
+    def rows(self) -> Upstream:
+        """Arrays [rows] as [1, rows]."""
+        return self._with(None if x is None else x[None] for x in self[:3])
+
+    def _with(self, arrays: Iterable[Tensor | None]) -> Upstream:
+        logprobs, entropy, lse = arrays
+        return self._replace(logprobs=logprobs, entropy=entropy, lse=lse)
+
     def by_statistic(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dL/dlogprobs, dL/dentropy, dL/dlse in full: with the factor, over the counts."""
         common = self.factor
@@ -45,12 +64,17 @@ class Upstream(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits and what is asked about each of their rows; the arrays are contiguous, `[outer, inner]`."""
+    """Logits and what is asked about each of their rows; the arrays are contiguous, `[outer, inner]`.
+
+    A gradient may have another dtype than the logits and lie over them, if row i of it does not overlap a row of them
+    that is another row's place.
+    """
 
     logits: Tensor  # [outer, inner, vocab], any strides
     token_ids: Tensor  # int64
     mask: Tensor | None  # bool; rows that are False are not read. None: every row counts
     temperature: Tensor  # what logits are divided by: fp32 per row, or one number, 0-d fp64 on the CPU
+    places: Tensor | None = None  # int64; row i is logits[0, places[i]]. None: as they lie. For gradients alone
 
 
 def stats_dtype(logits: Tensor) -> torch.dtype:

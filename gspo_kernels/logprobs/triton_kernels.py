@@ -279,6 +279,7 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
     Backwards: what was read last is read again first. Where `source` lies otherwise, reads are narrow, writes are not.
     """
     DTYPE: tl.constexpr = destination.dtype.element_ty
+    READ: tl.constexpr = source.dtype.element_ty
     head = _columns_before_boundary(destination, vocab, WIDTH)
     body = (vocab - head) // WIDTH * WIDTH
     x_body, g_body = source + head, destination + head
@@ -287,7 +288,7 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
     hole = tl.where((hole >= 0) & (hole < full * BLOCK), hole // BLOCK, full)
     special = 1 + (hole < full).to(tl.int32)  # the incomplete block, and the target's if that is another
     plain = full + 1 - special
-    in_step = (source.to(tl.int64) - destination.to(tl.int64)) % 16 == 0
+    in_step = x_body.to(tl.int64) % 16 == 0
 
     at = tl.arange(0, BLOCK)
     for ALIGNED in tl.static_range(2):
@@ -296,14 +297,14 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
                 start = tl.where(i == 0, full, hole) * BLOCK
                 there = at // WIDTH * WIDTH < body - start
                 x = widen(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED), mask=there, other=0), PTX)
-                g = _gradient(x, base, constant, slope, scale, SLOPE, PTX, DTYPE)
+                g = _gradient(x, base, constant, slope, scale, SLOPE, PTX, READ)
                 g = narrow(tl.where(at == target - head - start, at_target, g), DTYPE)
                 tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there)
             for i in range(0, plain):
                 start = plain - 1 - i
                 start = (start + (start >= hole).to(tl.int32)) * BLOCK
                 x = widen(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED)), PTX)
-                g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, DTYPE), DTYPE)
+                g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
                 tl.store(_columns(g_body + start, at, WIDTH, True), g)
 
     column, there = _edges(head, body, vocab, WIDTH)
@@ -354,7 +355,7 @@ def _upstream(array, row, factor):
 
 _VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error",
            "gradient_outer_stride", "gradient_inner_stride"]  # fmt: skip
-_ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "logprobs", "entropies", "lses", "g_logprobs",
+_ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "places", "logprobs", "entropies", "lses", "g_logprobs",
                 "g_entropies", "g_lses", "factor", "counts", "gradient", "values"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
 
@@ -380,11 +381,12 @@ def forward_kernel(
 @_kernel()
 def backward_kernel(
     logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
-    logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size,
+    places, logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size,
     gradient, gradient_outer_stride, gradient_inner_stride,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each row from those of its statistics. Reads a row once and writes it; a row without one is zeroed.
+    Row i is that of the logits or, with `places`, row places[i] of them; the gradient may have another dtype.
 
     The last rows come first: of what the forward read, they are what the cache may still hold.
     """
@@ -403,7 +405,10 @@ def backward_kernel(
         base, constant, slope, at_target = _coefficients(
             g_logprob, g_entropy, g_lse, tl.load(logprobs + row), tl.load(entropies + row), lse_hi, lse_lo, s
         )
-        source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
+        if places is None:
+            source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
+        else:
+            source = logits + tl.load(places + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
         _write_gradient(
             source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, BLOCK, WIDTH, PTX

@@ -107,8 +107,9 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     g_lse = None if upstream.lse is None else upstream.lse.float()
     counts = upstream.counts
     _launch(
-        "backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs, upstream.entropy, g_lse,
-        upstream.factor, counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
+        "backward", rows.logits, *_row_arguments(rows), rows.places, *_addresses(stats), upstream.logprobs,
+        upstream.entropy, g_lse, upstream.factor, counts, 0 if counts is None else counts.numel(), gradient,
+        *gradient.stride()[:2], rows=rows.token_ids.numel(), written=gradient,
     )  # fmt: skip
 
 
@@ -140,7 +141,8 @@ def _row_arguments(rows: Rows) -> tuple[Any, ...]:
     rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
     return (
         *rows.logits.stride()[:2],
-        *rows.logits.shape[1:],
+        rows.token_ids.shape[1],
+        rows.logits.shape[2],
         rows.token_ids,
         None if rows.mask is None else rows.mask.view(torch.uint8),
         rows.temperature if per_row else None,
@@ -162,13 +164,16 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
     return {"REPEAT": max(1, layout.elements // (lanes * width)), "LANES": lanes, "WIDTH": width}
 
 
-def _launch(kernel: str, logits: Tensor, *arguments: Any) -> None:
-    """One program for each row of `logits` [outer, inner, vocab]."""
-    rows = logits.shape[0] * logits.shape[1]
+def _launch(
+    kernel: str, logits: Tensor, *arguments: Any, rows: int | None = None, written: Tensor | None = None
+) -> None:
+    """One program a row, of `logits` [outer, inner, vocab] where not said; 16-byte accesses in `written`, or there."""
+    rows = logits.shape[0] * logits.shape[1] if rows is None else rows
     if rows == 0:
         return
     layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
-    constants = sizes(kernel, layout, logits.element_size(), 64 if torch.version.hip else 32)
+    element_size = (logits if written is None else written).element_size()
+    constants = sizes(kernel, layout, element_size, 64 if torch.version.hip else 32)
     if kernel != "scale":
         constants["PTX"] = not INTERPRETED and torch.version.hip is None
     run = getattr(_kernels(), f"{kernel}_kernel")

@@ -1,0 +1,333 @@
+"""The public losses from hidden states and a head: no more than a chunk of logits is ever there.
+
+Arguments, stats and numbers are those of `policy_loss.py`; the work is `linear_ops.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import checks
+from .layout import BatchShape, batch_shape
+from .linear_ops import HeadArguments, is_named, linear_loss, linear_row_stats, plan_of
+from .logprobs.backends import check_name
+from .logprobs.linear import Wanted
+from .logprobs.plan import rows_per_chunk
+from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .policy_loss import TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
+from .token_stage import LossOutput, TokenInputs, token_inputs
+
+
+class LinearLossOptions(TypedDict, total=False):
+    """Keyword arguments that every loss from hidden states takes; `linear_policy_loss` explains them."""
+
+    bias: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    temperature: float | Tensor
+    ref_logprobs: Tensor | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    weights: Tensor | None
+    aggregation: str | None
+    normalizer: float | Tensor | None
+    max_log_ratio: float
+    tp_group: Any
+    cp_group: Any
+    vocab_size: int | None
+    chunk_bytes: int | None
+    skip_zero_advantage: bool
+    backend: str | None
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    objective: Objective = GSPO(),
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    weights: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    max_log_ratio: float = 20.0,
+    tp_group: Any = None,
+    cp_group: Any = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+    skip_zero_advantage: bool = False,
+    backend: str | None = None,
+) -> LossOutput:
+    """Policy loss of any objective from hidden states and the LM head, without the logits `hidden @ weight.T + bias`.
+
+    The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist a
+    chunk at a time, in float32 from the product's accumulator on; where a sequence fits into a chunk, nothing is
+    computed twice. Rows that are masked never meet the head; rows that turn out to be clipped or of advantage 0 are no
+    part of the backward products. `stats.head` counts rows and `explain(hidden, weight, ...)` tells the plan.
+
+    Gradients of hidden, weight and bias are complete when this returns, held in float32, and handed over by the
+    backward, which can run once. On a GPU the host waits for the mask or `cu_seqlens` at the start and for a count in
+    each chunk, while the next one is being computed; not in a CUDA graph, which takes all rows.
+
+    Args:
+        hidden: [B, T, D] or, packed, [N, D]: the model's last hidden states, after the final norm. bf16, fp16, fp32
+            (fp64 on the reference backend). Row t predicts `token_ids[t]`: nothing is shifted inside.
+        weight: [V, D], the LM head, tied or not. A sharded one (FSDP2) has to be gathered by the caller.
+        bias: [V] or None.
+        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 320 MiB, 1.25 GiB on a GPU. A
+            sequence that is longer takes a second product for its active rows, if the head wants a gradient.
+        skip_zero_advantage: leaves sequences whose advantages are all 0 out of everything: the loss and gradients are
+            the same, but their tokens are in none of the stats. Not with a KL term or an entropy bonus, which such
+            sequences have a part in.
+        vocab_size: rows of the weight from there on are padding: not multiplied, gradient 0.
+
+    Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. All other
+    arguments, the result and the errors are those of `policy_loss`.
+    """
+    checks.not_yet("tp_group", tp_group)
+    checks.not_yet("cp_group", cp_group)
+    vocab_size = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend)
+    batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device)
+    inputs = token_inputs(
+        batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
+        max_log_ratio=max_log_ratio,
+    )  # fmt: skip
+    if skip_zero_advantage:
+        inputs = _without_zero_advantage(inputs)
+    arguments = HeadArguments(
+        hidden, weight, bias, *row_arrays(token_ids, inputs.batch.mask, temperature), vocab_size,
+        _dtype(hidden, weight), chunk_bytes, backend,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() and not is_named(objective):  # an operator takes no objects
+        found = linear_row_stats(arguments)
+        return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
+    return linear_loss(arguments, inputs)
+
+
+def linear_gspo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GSPO.eps_low,
+    eps_high: float = GSPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LinearLossOptions],
+) -> LossOutput:
+    """GSPO (arXiv 2507.18071) from hidden states. See `GSPO` and `linear_policy_loss`."""
+    objective = GSPO(eps_low, eps_high, dual_clip)
+    return linear_policy_loss(hidden, weight, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def linear_gspo_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GSPOToken.eps_low,
+    eps_high: float = GSPOToken.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LinearLossOptions],
+) -> LossOutput:
+    """GSPO-token (arXiv 2507.18071) from hidden states. See `GSPOToken` and `linear_policy_loss`."""
+    objective = GSPOToken(eps_low, eps_high, dual_clip)
+    return linear_policy_loss(hidden, weight, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GRPO.eps_low,
+    eps_high: float = GRPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LinearLossOptions],
+) -> LossOutput:
+    """GRPO (arXiv 2402.03300) from hidden states. See `GRPO` and `linear_policy_loss`."""
+    objective = GRPO(eps_low, eps_high, dual_clip)
+    return linear_policy_loss(hidden, weight, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = PPO.eps_low,
+    eps_high: float = PPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LinearLossOptions],
+) -> LossOutput:
+    """PPO, clipped (arXiv 1707.06347), from hidden states. See `PPO` and `linear_policy_loss`."""
+    objective = PPO(eps_low, eps_high, dual_clip)
+    return linear_policy_loss(hidden, weight, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each token, entropy and logsumexp of its row, from hidden states and the LM head.
+
+    Under `torch.no_grad()` the way to old and reference log-probabilities: one product, nothing kept. They carry the
+    same rounding as the losses' own: none but that of float32. Differentiable in all three; the gradient computes the
+    logits of the rows that have one again.
+
+    Args:
+        hidden, weight, bias, vocab_size, chunk_bytes: as in `linear_policy_loss`.
+        token_ids: integers [B, T] or [N].
+        mask: rows that are False never meet the head, and give 0.
+
+    The other arguments and the errors are those of `policy_loss`.
+    """
+    checks.not_yet("tp_group", tp_group)
+    vocab_size = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend)
+    arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
+    arguments = HeadArguments(hidden, weight, bias, *arrays, vocab_size, _dtype(hidden, weight), chunk_bytes, backend)
+    return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
+
+
+def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:
+    """How `linear_policy_loss` would go about these arguments, in a few lines. Reads mask and boundaries."""
+    names = ("token_ids", "advantages", "old_logprobs")
+    given: dict[str, Any] = {"objective": GSPO(), **dict(zip(names, arguments, strict=False)), **options}
+    dtype = _dtype(hidden, weight)
+    columns = check_vocab_size(given.get("vocab_size"), weight.shape[0])
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    most = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type)
+    rows = hidden.numel() // hidden.shape[-1]
+    lines = [f"chunks of up to {most} rows of {columns} logits in {str(sums).removeprefix('torch.')}"]
+    if "token_ids" not in given or "advantages" not in given:
+        return lines[0]
+    batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
+    inputs = token_inputs(
+        batch, given["objective"], given["advantages"], given.get("old_logprobs"),
+        **{name: given.get(name, usual) for name, usual in _OF_TOKENS.items()},
+    )  # fmt: skip
+    if given.get("skip_zero_advantage"):
+        inputs = _without_zero_advantage(inputs)
+    lengths = inputs.batch.layout().lengths.long().tolist()
+    operands = (hidden, weight, given.get("bias"))
+    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
+    lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
+    steps = plan_of(inputs, lengths, most, wanted)
+    for way, meaning in _WAYS.items():
+        found = [step for step in steps if step.way == way]
+        if found:
+            taken = sum(step.stop - step.start for step in found)
+            lines.append(f"{way}: {taken} rows in {len(found)} step{'s' * (len(found) > 1)}: {meaning}")
+    return "\n".join(lines)
+
+
+_OF_TOKENS: dict[str, Any] = {
+    "ref_logprobs": None, "beta": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "weights": None, "aggregation": None,
+    "normalizer": None, "max_log_ratio": 20.0,
+}  # fmt: skip
+_WAYS = {
+    "statistics": "no operand wants a gradient; one product",
+    "at_once": "coefficients are known while the logits are there; gradient products of the active rows",
+    "unscaled": "the head wants no gradient; that of the hidden states gets its coefficients afterwards",
+    "two_phases": "longer than a chunk; logits of the active rows are computed again for the gradient",
+}
+
+
+def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
+    """Masks sequences whose advantages are all zero, and keeps the count they are part of."""
+    if inputs.beta != 0.0 or inputs.entropy_coef != 0.0:
+        raise ValueError(
+            "skip_zero_advantage: expected a loss that such sequences have no part in; got "
+            f"beta {inputs.beta} and entropy_coef {inputs.entropy_coef}, whose terms have nothing to do with advantages"
+        )
+    batch = inputs.batch
+    layout = batch.layout()
+    if inputs.advantages_per_token:
+        some = layout.sum((layout.of_tokens(inputs.advantages) != 0.0).double()) != 0.0
+    else:
+        some = layout.of_sequences(inputs.advantages) != 0.0
+    kept = layout.spread(some.double()) != 0.0
+    count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
+    return replace(
+        inputs,
+        batch=BatchShape(batch.tokens, batch.sequences, batch.device, kept.reshape(batch.tokens), batch.cu_seqlens),
+        normalizer=count.clamp(min=1.0) if inputs.normalizer is None else inputs.normalizer,
+    )
+
+
+def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What is multiplied: autocast's dtype, else the wider one."""
+    device, wide = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if wide != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return wide
+
+
+def _check_head(
+    hidden: Any, weight: Any, bias: Any, token_ids: Any, vocab_size: Any, chunk_bytes: Any, backend: Any
+) -> int:
+    """The vocabulary's size."""
+    for name, value, meaning in (
+        ("hidden", hidden, "the model's last hidden states [.., D]"),
+        ("weight", weight, "the LM head [V, D]"),
+        ("bias", bias, "the LM head's bias [V]"),
+    ):
+        if name == "bias" and value is None:
+            continue
+        checks.floating(name, checks.tensor(name, value, meaning), meaning)
+        if type(value).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected a plain tensor; got a DTensor, of which this rank holds a part. Call the loss where "
+                "FSDP has gathered it (in the forward of the sharded module), or pass its full_tensor()"
+            )
+    if hidden.ndim not in (2, 3):
+        raise ValueError(
+            f"hidden: expected [sequences, tokens, D] (padded) or [tokens, D] (packed); got {list(hidden.shape)}"
+        )
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: expected [V, {hidden.shape[-1]}], a row for each token of the vocabulary, as wide as hidden "
+            f"states; got {list(weight.shape)}"
+        )
+    checks.same_device("weight", weight, hidden.device)
+    if bias is not None:
+        checks.shape("bias", bias, (weight.shape[0],), "one per row of weight")
+        checks.same_device("bias", bias, hidden.device)
+    check_token_ids(token_ids, hidden.shape[:-1], hidden.device, "row of hidden")
+    columns = check_vocab_size(vocab_size, weight.shape[0])
+    check_name(backend)
+    itemsize = 8 if torch.float64 in (hidden.dtype, weight.dtype) else 4
+    rows_per_chunk(chunk_bytes, columns, itemsize, hidden.device.type)
+    return columns

@@ -1,0 +1,543 @@
+"""A loss from hidden states as one torch operator: the walk over the head, with the token stage between its halves.
+
+The order is that of `logprobs/plan.py`. Gradients of hidden states, weight and bias are complete when the operator
+returns, in float32; its backward multiplies them by the incoming factor, once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import fused_stage
+from .layout import BatchShape
+from .logprobs import triton_rows
+from .logprobs.linear import Asked, Head, Span, Wanted
+from .logprobs.native import ask_for_huge_pages
+from .logprobs.ops import check_ids_and_temperatures, scale
+from .logprobs.plan import Step, pieces, plan
+from .logprobs.rows import RowStats, Upstream
+from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .scalars import run_time_list
+from .stats import SCALARS, HeadWork, Stats
+from .token_stage import LossOutput, TokenInputs, TokenStage
+
+_NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
+_CUSTOM: dict[str, Objective] = {}  # an operator takes no objects: a user's own objective, while its loss is computed
+
+
+class HeadArguments(NamedTuple):
+    """Hidden states and what they meet; checked."""
+
+    hidden: Tensor  # [B, T, D] or [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    token_ids: Tensor  # [outer, inner], and mask and temperature like `Rows` has them
+    mask: Tensor | None
+    temperature: Tensor
+    vocab_size: int
+    dtype: torch.dtype  # what is multiplied
+    chunk_bytes: int | None
+    backend: str | None
+
+    def wanted(self) -> Wanted:
+        grad = torch.is_grad_enabled()
+        return Wanted(*(grad and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)))
+
+    def head(self, asked: Asked, wanted: Wanted) -> Head:
+        return Head(asked, self.weight, self.bias, self.vocab_size, self.dtype, wanted, self.chunk_bytes, self.backend)
+
+
+def is_named(objective: Objective) -> bool:
+    return _NAMED.get(type(objective).__name__) is type(objective)
+
+
+def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
+    objective: Any = inputs.objective
+    own = not is_named(objective)
+    name = f"{type(objective).__name__} at {id(objective)}" if own else type(objective).__name__
+    normalizer = inputs.normalizer
+    given = isinstance(normalizer, Tensor)
+    dual_clip = None if own else objective.dual_clip
+    numbers = run_time_list(
+        (
+            0.0 if own else objective.eps_low,
+            0.0 if own else objective.eps_high,
+            0.0 if dual_clip is None else dual_clip,
+            inputs.max_log_ratio,
+            inputs.beta,
+            inputs.entropy_coef,
+            0.0 if given or normalizer is None else normalizer,
+        )  # type: ignore[arg-type]
+    )
+    if own:
+        _CUSTOM[name] = objective
+    try:
+        loss, scalars, logprobs, log_ratio, work, *_ = _linear_loss(
+            *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
+            inputs.weights, inputs.batch.cu_seqlens, normalizer.detach() if isinstance(normalizer, Tensor) else None,
+            numbers, name, inputs.aggregation, inputs.kl_estimator, list(inputs.batch.tokens),
+        )  # fmt: skip
+    finally:
+        _CUSTOM.pop(name, None)
+    with torch.no_grad():
+        stats = Stats(
+            **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
+            logprobs=logprobs.detach(),
+            log_ratio=log_ratio.detach(),
+            head=HeadWork(*work.detach().unbind()),
+        )
+    return LossOutput(loss, stats)
+
+
+def linear_row_stats(arguments: HeadArguments) -> RowStats:
+    """Statistics of each row [outer, inner], differentiable in all three; logits are made again for the gradient."""
+    return RowStats(*_linear_row_stats(*arguments, *arguments.wanted()))
+
+
+# ---- the walk
+
+
+def _asked(arguments: HeadArguments, mask: Tensor | None) -> Asked:
+    """Rows that count. They are picked by a mask that is read: in a CUDA graph it cannot be, and all rows are taken."""
+    hidden = arguments.hidden.reshape(-1, arguments.hidden.shape[-1])
+    ids, temperature = arguments.token_ids.reshape(-1), arguments.temperature
+    if temperature.ndim:
+        temperature = temperature.reshape(-1)
+    check_ids_and_temperatures(arguments.token_ids, arguments.mask, arguments.temperature, arguments.vocab_size)
+    if mask is None or not _may_wait(hidden.device):
+        ids = ids if mask is None else torch.where(mask.reshape(-1), ids, 0)
+        return Asked(hidden, None, ids, None if mask is None else mask.reshape(-1), temperature)
+    live = mask.reshape(-1).nonzero()[:, 0]
+    return Asked(hidden, live, ids[live], None, temperature[live] if temperature.ndim else temperature)
+
+
+def _may_wait(device: torch.device) -> bool:
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _rows_of_sequences(stage: TokenStage, batch: BatchShape, asked: Asked) -> list[int] | None:
+    """Rows of each sequence. On a GPU this waits for the mask and the boundaries, which say how much work there is."""
+    if batch.cu_seqlens is None and (batch.mask is None or asked.mask is not None):
+        return [batch.tokens[1]] * batch.tokens[0]
+    if asked.mask is not None or not _may_wait(batch.device):
+        return None
+    lengths: list[int] = stage.layout.lengths.long().tolist()
+    return lengths
+
+
+class _Coefficients:
+    """dL/d of the statistics of live rows, by whole sequences or, where a token needs no other, by any part of them."""
+
+    def __init__(
+        self, stage: TokenStage, inputs: TokenInputs, asked: Asked, lengths: list[int] | None, fused: bool
+    ) -> None:
+        self._inputs, self._asked = inputs, asked
+        sequences, device = inputs.batch.sequences, asked.hidden.device
+        if lengths is None:  # unknown: the rows may be of any sequence
+            assert inputs.batch.cu_seqlens is not None
+            self._ends = [0] * sequences + [asked.count]
+            self._boundaries = inputs.batch.cu_seqlens.to(torch.int64)
+        else:
+            self._ends = [0, *itertools.accumulate(lengths)]
+            self._boundaries = torch.tensor(self._ends, device=device)
+        batch = BatchShape(torch.Size([asked.count]), sequences, device, asked.mask, self._boundaries)
+        chosen: Tensor | slice = slice(None) if asked.live is None else asked.live
+        self.stage = stage.part(batch, chosen, slice(None))
+        self._fused: TokenInputs | None = None
+        if fused:
+            layout = stage.layout
+
+            def live(values: Tensor | None, per_token: bool = True) -> Tensor | None:
+                return values.reshape(-1)[chosen] if values is not None and per_token else values
+
+            advantages = live(inputs.advantages, inputs.advantages_per_token)
+            assert advantages is not None
+            count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
+            normalizer = count if inputs.normalizer is None else inputs.normalizer
+            self._fused = replace(
+                inputs, batch=batch, normalizer=normalizer, advantages=advantages,
+                old_logprobs=live(inputs.old_logprobs), ref_logprobs=live(inputs.ref_logprobs),
+                weights=live(inputs.weights, inputs.weights_per_token),
+            )  # fmt: skip
+
+    def on_policy(self, dtype: torch.dtype) -> Tensor:
+        """[rows], where no statistics are needed."""
+        return self.stage.gradient_on_policy().to(dtype)
+
+    def largest(self) -> Tensor:
+        """What dL/dlogprob comes to at a ratio of 1."""
+        sizes = (self.stage.token_weights.abs(), self.stage.advantages.abs())
+        weight, advantage = (x.amax() if x.numel() else x.new_zeros(()) for x in sizes)
+        return weight * advantage
+
+    def of(self, step: Step, stats: RowStats) -> Upstream:
+        tokens, sequences = slice(step.start, step.stop), slice(step.first, step.last)
+        boundaries = self._boundaries[step.first : step.last + 1].clamp(step.start, step.stop) - step.start
+        mask = None if self._asked.mask is None else self._asked.mask[tokens]
+        batch = BatchShape(
+            torch.Size([step.stop - step.start]), step.last - step.first, boundaries.device, mask, boundaries
+        )
+        whole = self._ends[step.first] >= step.start and self._ends[step.last] <= step.stop
+        if self._fused is None or not whole or mask is not None:
+            return Upstream(*self.stage.part(batch, tokens, sequences).gradient(stats.logprobs, stats.entropy))
+        inputs = self._fused
+
+        def cut(values: Tensor | None, per_token: bool) -> Tensor | None:
+            return None if values is None else values[tokens if per_token else sequences]
+
+        advantages = cut(inputs.advantages, self._inputs.advantages_per_token)
+        assert advantages is not None
+        part = replace(
+            inputs, batch=batch, advantages=advantages, old_logprobs=cut(inputs.old_logprobs, True),
+            ref_logprobs=cut(inputs.ref_logprobs, True), weights=cut(inputs.weights, self._inputs.weights_per_token),
+        )  # fmt: skip
+        return fused_stage.gradient(part, stats, self._inputs.advantages_per_token, self._inputs.weights_per_token)
+
+
+def _walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused: bool) -> RowStats:
+    """Statistics of the live rows; the head has the gradients of the loss."""
+    wanted = head.wanted
+    lengths = _rows_of_sequences(stage, inputs.batch, asked)
+    steps = plan_of(inputs, [asked.count] if lengths is None else lengths, head.most, wanted)
+    if lengths is None:
+        steps = [step._replace(first=0, last=inputs.batch.sequences) for step in steps]
+    shape, device = (asked.count,), asked.hidden.device
+    stats = RowStats(*(torch.empty(shape, dtype=d, device=device) for d in (head.sums, head.sums, torch.float64)))
+    coefficients = _Coefficients(stage, inputs, asked, lengths, fused) if wanted.any() else None
+    known = None
+    if coefficients is not None:
+        head.lift(coefficients.largest())
+        if inputs.depends_on_log_ratio_alone():
+            known = coefficients.on_policy(head.sums)
+
+    def measure(start: int, stop: int) -> RowStats:
+        head.load(slice(start, stop))
+        found = head.statistics()
+        for all_rows, of_chunk in zip(stats, found, strict=True):
+            all_rows[start:stop] = of_chunk
+        return found
+
+    def upstream(step: Step) -> Upstream:
+        if known is not None:
+            return Upstream(known[step.start : step.stop])
+        assert coefficients is not None
+        return coefficients.of(step, RowStats(*(x[step.start : step.stop] for x in stats)))
+
+    for step in steps:
+        if step.way in ("at_once", "statistics"):
+            found = measure(step.start, step.stop)
+            if step.way == "at_once":
+                head.backward(found, upstream(step))
+        elif step.way == "unscaled":
+            for start, stop in pieces(step.start, step.stop, head.most):
+                found = measure(start, stop)
+                head.backward(found, Upstream(torch.ones_like(found.logprobs)))
+            head.finish_products()
+            g, _, _ = upstream(step).by_statistic()
+            assert g is not None
+            head.scale_hidden(slice(step.start, step.stop), g)
+        else:
+            for start, stop in pieces(step.start, step.stop, head.most):
+                measure(start, stop)
+            _second_phase(head, step, stats, upstream(step))
+    return stats
+
+
+def _second_phase(head: Head, step: Step, stats: RowStats, upstream: Upstream) -> None:
+    """Gradients of rows [start, stop), whose logits are made again if the row has one."""
+    active = upstream.some()
+    rows = active.nonzero()[:, 0] if _may_wait(active.device) else torch.arange(len(active), device=active.device)
+    for start, stop in pieces(0, rows.shape[0], head.most):
+        places = rows[start:stop]
+        chosen: Span = places + step.start
+        head.load(chosen, again=True)
+        head.backward(RowStats(*(x[chosen] for x in stats)), upstream.at(places))
+
+
+def plan_of(inputs: TokenInputs, lengths: list[int], most: int, wanted: Wanted) -> list[Step]:
+    known = inputs.depends_on_log_ratio_alone()
+    return plan(
+        lengths,
+        most,
+        together="token" if known else inputs.objective.together,
+        gradient=wanted.any(),
+        unscaled=not (wanted.weight or wanted.bias) and inputs.entropy_coef == 0.0,
+    )
+
+
+@contextmanager
+def _inside_an_operator(device: torch.device) -> Iterator[None]:
+    """Operators run below autograd, which the token stage needs, and not below autocast, which would round products."""
+    below = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        below = below.remove(getattr(torch._C.DispatchKey, key))
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), below)
+    with guard, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+# ---- operators
+
+
+@torch.library.custom_op("gspo_kernels::linear_loss", mutates_args=(), device_types=("cpu", "cuda"))
+def _linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    backend: str | None,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    global_count: Tensor | None,
+    numbers: Tensor,
+    objective: str,
+    aggregation: str,
+    kl_estimator: str,
+    tokens: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, scalars, logprobs, log_ratio of the stats, head work; gradients of hidden, weight, bias (or empty)"""
+    arguments = HeadArguments(
+        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend
+    )
+    eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, count = numbers.tolist()  # a CPU tensor
+    of_objective = _CUSTOM.get(objective) or _NAMED[objective](eps_low, eps_high, dual_clip or None)
+    sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    of_tokens = None if mask is None else mask.reshape(tokens)
+    inputs = TokenInputs(
+        batch=BatchShape(torch.Size(tokens), sequences, hidden.device, of_tokens, cu_seqlens),
+        objective=of_objective,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        weights=weights,
+        aggregation=aggregation,
+        normalizer=global_count if global_count is not None else count or None,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        max_log_ratio=max_log_ratio,
+    )
+    with _inside_an_operator(hidden.device):
+        stage, asked = inputs.stage(), _asked(arguments, of_tokens)
+        head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
+        fused = head.backend is triton_rows and fused_stage.takes(inputs)
+        found = _walk(head, asked, stage, inputs, fused)
+        gradients, work = head.gradients(), head.work
+        stats = RowStats(*(_to_all_rows(x, asked, tokens) for x in found))
+        if fused:
+            loss, scalars, log_ratio = fused_stage.loss(inputs, stats)
+            if of_objective.ratio_of == "token":
+                log_ratio = log_ratio.reshape(tokens)
+            logprobs = stats.logprobs
+        else:
+            loss, of_stage = stage.loss(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
+            scalars = torch.stack([getattr(of_stage, name) for name in SCALARS])
+            logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
+        sizes = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
+        of_head = torch.stack([torch.full((), float(n), device=hidden.device) for n in sizes])
+    return loss, scalars, logprobs, log_ratio, of_head, *gradients
+
+
+def _to_all_rows(values: Tensor, asked: Asked, tokens: list[int]) -> Tensor:
+    """Live rows -> the caller's token layout, 0 elsewhere."""
+    if asked.live is None:
+        return values.reshape(tokens)
+    return values.new_zeros(asked.hidden.shape[0]).index_copy_(0, asked.live, values).reshape(tokens)
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants: tuple[bool, ...]) -> list[Tensor]:
+    width = hidden.shape[-1]
+    shapes = ([hidden.numel() // width, width], list(weight.shape), [weight.shape[0]])
+    return [
+        torch.empty(shape if wanted else [0], dtype=_sums(dtype), device=hidden.device)
+        for shape, wanted in zip(shapes, wants, strict=True)
+    ]
+
+
+@_linear_loss.register_fake
+def _(*arguments: Any) -> Any:
+    hidden, weight, dtype, wants = arguments[0], arguments[1], arguments[7], arguments[10:13]
+    cu_seqlens, objective, tokens = arguments[17], arguments[20], arguments[23]
+    sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    by_sequence = (_CUSTOM.get(objective) or _NAMED[objective]).ratio_of == "sequence"
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+    log_ratio = room(sequences) if by_sequence else room(*tokens)
+    loss = torch.empty((), dtype=_sums(dtype), device=hidden.device)
+    return loss, room(12), room(*tokens), log_ratio, room(4), *_fake_gradients(hidden, weight, dtype, wants)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    operands = inputs[:3]
+    ctx.likeness = [None if x is None else (x.shape, x.dtype) for x in operands]
+    ctx.wanted = inputs[10:13]
+    ctx.save_for_backward(*output[5:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 24
+    try:
+        gradients = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a loss from hidden states can be walked backward once: its gradients are given away, not copied. Compute "
+            "the loss again for a second backward"
+        ) from error
+    found = [
+        _given(gradient, upstream, *likeness) if wanted else None
+        for gradient, wanted, likeness in zip(gradients, ctx.wanted, ctx.likeness, strict=True)
+    ]
+    return (*found, *(None,) * 21)
+
+
+def _given(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream, multiplied in place and then rounded to the operand's dtype."""
+    if type(gradient) is not Tensor:  # being traced by a compiler, which decides itself what to do in place
+        return (gradient * upstream).to(dtype).reshape(shape)
+    rows = gradient[None] if gradient.ndim == 2 else gradient[None, None]
+    scale(rows, upstream, None)  # by 1 there is nothing to do
+    if gradient.dtype == dtype:
+        return gradient.detach().reshape(shape)
+    rounded = torch.empty_like(gradient, dtype=dtype)
+    ask_for_huge_pages(rounded)
+    return rounded.copy_(gradient).reshape(shape)
+
+
+_linear_loss.register_autograd(_scaled, setup_context=_remember)
+
+
+# ---- statistics of rows alone
+
+
+@torch.library.custom_op("gspo_kernels::linear_row_stats", mutates_args=(), device_types=("cpu", "cuda"))
+def _linear_row_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    backend: str | None,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = HeadArguments(
+        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend
+    )
+    with _inside_an_operator(hidden.device):
+        asked = _asked(arguments, mask)
+        head = arguments.head(asked, Wanted(False, False, False))
+        found = []
+        for start, stop in pieces(0, asked.count, head.most):
+            head.load(slice(start, stop))
+            found.append(head.statistics())
+        empty = [torch.empty(0, dtype=d, device=hidden.device) for d in (head.sums, head.sums, torch.float64)]
+        arrays = [torch.cat(parts) for parts in zip(*found, strict=True)] if found else empty
+        logprobs, entropy, lse = (_to_all_rows(x, asked, list(token_ids.shape)) for x in arrays)
+    return logprobs, entropy, lse
+
+
+@_linear_row_stats.register_fake
+def _(*arguments: Any) -> Any:
+    token_ids, dtype = arguments[3], arguments[7]
+    dtypes = (_sums(dtype), _sums(dtype), torch.float64)
+    return tuple(torch.empty(token_ids.shape, dtype=d, device=token_ids.device) for d in dtypes)
+
+
+@torch.library.custom_op("gspo_kernels::linear_row_gradient", mutates_args=(), device_types=("cpu", "cuda"))
+def _linear_row_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    backend: str | None,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    logprobs: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = HeadArguments(
+        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend
+    )
+    with _inside_an_operator(hidden.device):
+        asked = _asked(arguments, mask)
+        head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
+
+        def live(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.reshape(-1)[slice(None) if asked.live is None else asked.live]
+
+        upstream = Upstream(live(grad_logprobs), live(grad_entropy), live(grad_lse))
+        stats = RowStats(*(x for x in map(live, (logprobs, entropy, lse)) if x is not None))
+        sizes = [x.abs().amax().float() for x in upstream[:3] if x is not None and x.numel()]
+        if sizes:
+            head.lift(torch.stack(sizes).amax())
+        _second_phase(head, Step("two_phases", 0, asked.count, 0, 0), stats, upstream)
+        gradients = head.gradients()
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+@_linear_row_gradient.register_fake
+def _(*arguments: Any) -> Any:
+    return tuple(_fake_gradients(arguments[0], arguments[1], arguments[7], arguments[10:13]))
+
+
+def _remember_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.rest = inputs[6:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradient_of_rows(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(g is None for g in upstream):
+        return (None,) * 13
+    saved, wants = ctx.saved_tensors, ctx.rest[4:]
+    gradients = _linear_row_gradient(*saved[:6], *ctx.rest, *saved[6:], *upstream)
+    found = [
+        gradient.to(operand.dtype).reshape(operand.shape) if wanted else None
+        for gradient, operand, wanted in zip(gradients, saved[:3], wants, strict=True)
+    ]
+    return (*found, *(None,) * 10)
+
+
+_linear_row_stats.register_autograd(_gradient_of_rows, setup_context=_remember_rows)

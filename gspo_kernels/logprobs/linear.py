@@ -1,0 +1,285 @@
+"""Rows of logits that are made from hidden states and a head, a chunk at a time, and never all there.
+
+`Head` is one walk: bring in a chunk (`load`), take its statistics, and give its rows their gradients, which are those
+of hidden states, weight and bias. It knows rows, statistics and upstream gradients; who calls decides in which order.
+Rows are counted in the order of `live`, the rows that somebody asks about: the others never meet the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native, triton_rows
+from .backends import Backend, choose
+from .plan import rows_per_chunk
+from .products import products
+from .rows import Rows, RowStats, Upstream
+
+_ROUND_ON_GPU = 128  # rows of a gradient product: few shapes, and the kernels for them run full
+
+
+class Wanted(NamedTuple):
+    """Which of the operands want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class Gradients(NamedTuple):
+    """In float32 (float64), whatever the operands are; empty where not wanted."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
+
+
+@dataclass
+class Work:
+    """Rows that met the head so far."""
+
+    forward_rows: int = 0
+    recomputed_rows: int = 0
+    backward_rows: int = 0
+    chunks: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked about rows [N, D] of hidden states; `live` None: about all of them. Arrays are in live order."""
+
+    hidden: Tensor  # [N, D]
+    live: Tensor | None  # [rows] int64, which rows of `hidden`
+    token_ids: Tensor  # [rows] int64
+    mask: Tensor | None  # [rows] bool; for when rows that do not count could not be left out
+    temperature: Tensor  # [rows] fp32, or 0-d fp64 on the CPU
+
+    @property
+    def count(self) -> int:
+        return self.token_ids.shape[0]
+
+
+Span = slice | Tensor  # of rows: neighbours, or any [n] int64
+
+
+class Head:
+    def __init__(
+        self,
+        asked: Asked,
+        weight: Tensor,
+        bias: Tensor | None,
+        vocab_size: int,
+        dtype: torch.dtype,
+        wanted: Wanted,
+        chunk_bytes: int | None,
+        backend: str | None,
+    ) -> None:
+        """`dtype`: what hidden states and weight are multiplied in. `weight` from row `vocab_size` on is padding."""
+        self.asked, self.wanted, self.work, self.vocab = asked, wanted, Work(), vocab_size
+        self._bias = None if bias is None else bias[:vocab_size]
+        self._products = products(weight[:vocab_size], dtype)
+        self.sums = sums = self._products.sums  # the dtype of log-probabilities, and of gradients until the end
+        device = weight.device
+        self.most = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type)
+        rows = min(self.most, max(asked.count, 1))
+        self._stride = -(-vocab_size // 64) * 64  # every row begins on a boundary, which kernels and products like
+        self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
+        self.backend: Backend = choose(self._room.view(1, rows, -1)[..., :vocab_size], backend)
+        # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
+        self._in_place = device.type == "cpu" and self.backend is not triton_rows
+        self._gradient_room = self._room
+        if wanted.any() and not self._in_place:
+            self._gradient_room = torch.empty(rows * self._stride, dtype=self._products.gradient, device=device)
+        native.ask_for_huge_pages(self._room)
+        # A power of two that upstream gradients are multiplied by and results divided by; for `lift`.
+        self._lifted: Tensor | None = None
+
+        def room(shape: tuple[int, ...], wanted: bool) -> Tensor:
+            return torch.empty(shape if wanted else 0, dtype=sums, device=device)
+
+        self._hidden = room(tuple(asked.hidden.shape), wanted.hidden).zero_()
+        self._weight = room(tuple(weight.shape), wanted.weight)
+        native.ask_for_huge_pages(self._weight)
+        self._bias_gradient = room((weight.shape[0],), wanted.bias).zero_()
+        self._weight_is_written = False
+        self._span: Span = slice(0, 0)
+        self._logits = self._chunk(self._room, 0)
+        self._pending: _Pending | None = None
+
+    def lift(self, largest: Tensor) -> None:
+        """To be told the size of the largest upstream gradient, 0-d: in fp16 the gradients of most logits would vanish
+        beside it, if it were not brought near the upper end of fp16's range while they are multiplied."""
+        if self._products.gradient == torch.float16:
+            sound = torch.isfinite(largest) & (largest > 0.0)
+            exponent = torch.floor(torch.log2(torch.where(sound, largest, 1.0)))
+            self._lifted = torch.exp2((7.0 - exponent).clamp(-60.0, 60.0)).float()
+
+    def load(self, span: Span, again: bool = False) -> None:
+        """Logits of these rows, at most `most`, in the place of the last ones."""
+        hidden = self._hidden_rows(span)
+        self._span, self._logits = span, self._chunk(self._room, hidden.shape[0])
+        if hidden.shape[0]:
+            self._products.logits(hidden, self._bias, self._logits)
+        self.work.chunks += 1
+        if again:
+            self.work.recomputed_rows += hidden.shape[0]
+        else:
+            self.work.forward_rows += hidden.shape[0]
+        self.finish_products()  # those of the last chunk, queued behind the logits of this one
+
+    def statistics(self) -> RowStats:
+        """Of the rows that were loaded, each [n]."""
+        found = self.backend.forward(self._rows(self._logits, self._take_all()))
+        return RowStats(*(x.view(-1) for x in found))
+
+    def backward(self, stats: RowStats, upstream: Upstream) -> None:
+        """Gives the rows that were loaded their gradients; `stats` and `upstream` [n]. Their logits are gone then."""
+        if not self.wanted.any():
+            return
+        active = upstream.some()
+        if self.asked.mask is not None:
+            active = active & self._take(self.asked.mask)
+        count = _Count(active)
+        if self._in_place:
+            order = _order_in_place(active, count.wait(active.shape[0]))
+        else:
+            order = torch.argsort(active.logical_not().to(torch.uint8), stable=True)
+        if order.numel():
+            ordered = upstream.at(order)
+            if self._lifted is not None:
+                ordered = ordered._replace(factor=self._lifted)
+            saved = RowStats(*(x.index_select(0, order)[None] for x in stats))
+            gradient = self._gradient_chunk(order.numel())
+            rows = self._rows(self._logits, self._take_all(order), order)
+            self.backend.backward(rows, saved, ordered.rows(), gradient[None])
+            self._pending = _Pending(gradient, self._place(order), count)
+        if self._in_place:
+            self.finish_products()
+
+    def finish_products(self) -> None:
+        """The products of gradients that were written, if they have not run yet."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        rows = pending.active.wait(pending.gradient.shape[0])
+        if rows == 0:
+            return
+        self.work.backward_rows += rows
+        gradient, places = pending.gradient[:rows], pending.places[:rows]
+        if self.wanted.hidden:
+            self._hidden.index_copy_(0, places, self._products.hidden_gradient(gradient))
+        if self.wanted.weight:
+            hidden = self.asked.hidden.index_select(0, places)
+            into = self._weight[: self.vocab]
+            self._products.weight_gradient(gradient, hidden, into, add=self._weight_is_written)
+            self._weight_is_written = True
+        if self.wanted.bias:
+            self._bias_gradient[: self.vocab] += gradient.sum(0, dtype=self._products.sums)
+
+    def scale_hidden(self, span: Span, coefficients: Tensor) -> None:
+        """Multiplies the gradients of these hidden states by one number each; by zero, it is zero whatever it was."""
+        places = self._places(span)
+        rows = self._hidden.index_select(0, places)
+        scaled = torch.where(coefficients[:, None] != 0.0, rows * coefficients[:, None].to(rows.dtype), 0.0)
+        self._hidden.index_copy_(0, places, scaled)
+
+    def gradients(self) -> Gradients:
+        """All there is; nothing may be asked afterwards."""
+        self.finish_products()
+        if self.wanted.weight:
+            (self._weight[self.vocab :] if self._weight_is_written else self._weight).zero_()
+        found = Gradients(self._hidden, self._weight, self._bias_gradient)
+        if self._lifted is not None:
+            for gradient in found:
+                gradient.div_(self._lifted)
+        return found
+
+    # ---- rows
+
+    def _take(self, values: Tensor, order: Tensor | None = None) -> Tensor:
+        taken = values[self._span]
+        return taken if order is None else taken.index_select(0, order)
+
+    def _take_all(self, order: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """token_ids, mask, temperature of the rows that were loaded."""
+        asked = self.asked
+        mask = None if asked.mask is None else self._take(asked.mask, order)
+        temperature = self._take(asked.temperature, order) if asked.temperature.ndim else asked.temperature
+        return self._take(asked.token_ids, order), mask, temperature
+
+    def _rows(self, logits: Tensor, arrays: tuple[Tensor, Tensor | None, Tensor], places: Tensor | None = None) -> Rows:
+        token_ids, mask, temperature = (x if x is None or not x.ndim else x[None].contiguous() for x in arrays)
+        assert token_ids is not None and temperature is not None
+        return Rows(logits[None], token_ids, mask, temperature, places)
+
+    def _places(self, span: Span) -> Tensor:
+        """Which rows of the hidden states these are."""
+        if isinstance(span, slice):
+            span = torch.arange(span.start, span.stop, device=self.asked.hidden.device)
+        return span if self.asked.live is None else self.asked.live.index_select(0, span)
+
+    def _place(self, order: Tensor) -> Tensor:
+        return self._places(self._span).index_select(0, order)
+
+    def _hidden_rows(self, span: Span) -> Tensor:
+        if self.asked.live is None and isinstance(span, slice):
+            return self.asked.hidden[span]
+        return self.asked.hidden.index_select(0, self._places(span))
+
+    # ---- memory
+
+    def _chunk(self, room: Tensor, rows: int) -> Tensor:
+        return room[: rows * self._stride].view(rows, self._stride)[:, : self.vocab]
+
+    def _gradient_chunk(self, rows: int) -> Tensor:
+        """Of the dtype that the products take; in place, row i of it over row i of the logits."""
+        room, dtype = self._gradient_room, self._products.gradient
+        if room.dtype == dtype:
+            return self._chunk(room, rows)
+        wide = room[: rows * self._stride].view(dtype)
+        return wide.view(rows, wide.numel() // rows)[:, : self.vocab]
+
+
+class _Pending(NamedTuple):
+    gradient: Tensor  # [n, V], rows that have one first
+    places: Tensor  # [n], the rows of the hidden states they belong to
+    active: _Count
+
+
+class _Count:
+    """How many rows have a gradient: on a GPU a number on its way, awaited when there is other work to do there."""
+
+    def __init__(self, active: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._value: Tensor | None = None
+        if active.device.type == "cpu":
+            self._value = active.sum()
+        elif not torch.cuda.is_current_stream_capturing():
+            self._value = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._value.copy_(active.sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self, rows: int) -> int:
+        """Rounded up; all `rows` in a CUDA graph, which has one shape for all."""
+        if self._value is None:
+            return rows
+        if self._event is not None:
+            self._event.synchronize()
+        count = int(self._value)
+        return min(-(-count // _ROUND_ON_GPU) * _ROUND_ON_GPU, rows) if self._event is not None else count
+
+
+def _order_in_place(active: Tensor, count: int) -> Tensor:
+    """[count]: which row's gradient goes where. Rows stay where they are, or come from behind into the place of one
+    without a gradient: no place is written that another row still has to read."""
+    order = torch.arange(count, device=active.device)
+    order[~active[:count]] = active[count:].nonzero()[:, 0] + count
+    return order

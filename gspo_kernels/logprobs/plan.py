@@ -1,0 +1,109 @@
+"""In which order rows meet the head, so that few products are computed and one chunk of logits is ever held.
+
+A row's logits are wanted twice: for its statistics, and for its gradient once the coefficient of the row is known. How
+much must be seen before a coefficient is known decides what that costs, in multiplications of N x D x V:
+
+    at_once      coefficients known while the chunk's logits lie there: 2 forward, 4 backward on the active rows
+    unscaled     the head wants no gradient: 2 forward, 2 backward; a row's gradient gets its coefficient afterwards
+    two_phases   2 forward, then 2 again for the logits and 4 backward, both on the active rows
+    statistics   no gradient is wanted: 2 forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .. import checks
+
+_ROUND = 64  # rows: products run best on such multiples
+# Of logits. On a GPU some 2,000 rows of V = 150,000: with fewer, adding to the head's gradient is bound by bandwidth.
+CHUNK_BYTES = {"cuda": 1280 << 20}
+CHUNK_BYTES_ELSEWHERE = 320 << 20
+
+
+class Step(NamedTuple):
+    """Rows [start, stop), those of sequences [first, last) or of parts of them."""
+
+    way: str  # see above
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def plan(
+    lengths: Sequence[int], most: int, *, together: str, gradient: bool = True, unscaled: bool = False
+) -> list[Step]:
+    """Steps for sequences of `lengths` rows, one after the other, at most `most` rows of logits at a time.
+
+    Args:
+        together: what must have been seen before a coefficient is known: nothing but the row ("token"), its
+            "sequence", or the whole "batch".
+        gradient: whether one is wanted.
+        unscaled: whether a gradient may get its coefficients afterwards.
+    """
+    total = sum(lengths)
+    if not gradient or together == "token":
+        way = "at_once" if gradient else "statistics"
+        groups = [(way, start, stop) for start, stop in pieces(0, total, most)]
+    else:
+        groups = []
+        for start, stop in _groups(lengths if together == "sequence" else [total], most):
+            fits = stop - start <= most
+            groups.append(("at_once" if fits else "unscaled" if unscaled else "two_phases", start, stop))
+    return list(_with_sequences(groups, lengths))
+
+
+def pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in equal parts of at most `most`."""
+    count = -(-(stop - start) // most)
+    size = 0 if count == 0 else -(-(stop - start) // count)
+    if most >= _ROUND:
+        size = min(-(-size // _ROUND) * _ROUND, most)
+    while start < stop:
+        yield start, min(start + size, stop)
+        start += size
+
+
+def rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str) -> int:
+    """How many rows of logits `chunk_bytes` hold. Raises ValueError where that is none."""
+    a_row = vocab * itemsize
+    if chunk_bytes is None:
+        chunk_bytes = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), a_row)
+    elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes: expected an int, the memory for logits; got {checks.describe(chunk_bytes)}")
+    elif chunk_bytes < a_row:
+        raise ValueError(
+            f"chunk_bytes: expected at least {a_row}, one row of {vocab} logits in {itemsize * 8}-bit floats; "
+            f"got {chunk_bytes}"
+        )
+    rows = chunk_bytes // a_row
+    return rows // _ROUND * _ROUND if rows >= _ROUND else rows
+
+
+def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbours that fit into a chunk together; what is too long for one stands alone."""
+    start = stop = 0
+    for length in lengths:
+        if stop + length - start > most:
+            if stop > start:
+                yield start, stop
+            start = stop
+        stop += length
+    if stop > start:
+        yield start, stop
+
+
+def _with_sequences(groups: Sequence[tuple[str, int, int]], lengths: Sequence[int]) -> Iterator[Step]:
+    """The sequences of each group: the first one that ends behind its start, to the last that begins before its end."""
+    first = begin = 0  # sequence `first` begins at row `begin`
+    for way, start, stop in groups:
+        while begin + lengths[first] <= start:
+            begin += lengths[first]
+            first += 1
+        last, end = first, begin
+        while end < stop:
+            end += lengths[last]
+            last += 1
+        yield Step(way, start, stop, first, last)

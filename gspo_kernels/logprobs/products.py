@@ -1,0 +1,178 @@
+"""The three matrix products between hidden states and a head: logits, and the gradients of both operands.
+
+What they have in common on every device: operands are multiplied in their own dtype, sums are kept and delivered in
+float32. Logits rounded to bf16 on their way out move GSPO's ratio by as much as its clip range.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import native
+
+_BLOCK_BYTES = 32 << 20  # of the head, in the dtype of the sums: near the cache, and large enough for a product
+
+
+class Products:
+    """Of hidden states [n, D] and a head `weight` [V, D], both in `dtype` or to be rounded to it.
+
+    This base runs everywhere: float32 products (float64 for float64), a block of the vocabulary at a time, of operands
+    that are converted with it. A product of two bf16 or fp16 numbers is exact in float32.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        self.sums = torch.float64 if dtype == torch.float64 else torch.float32  # of logits and every result
+        self.gradient = self.sums  # of the logits' gradient, an operand too
+        self._step = max(1, _BLOCK_BYTES // (weight.shape[1] * self.sums.itemsize))
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """[n, D] -> [n, V]."""
+        if bias is not None:
+            out.copy_(bias.to(self.sums).expand_as(out))
+        operand = self._operand(hidden)
+        for columns, weight in self._weights():
+            self._multiply(operand, weight.t(), out[:, columns], add=bias is not None)
+
+    def hidden_gradient(self, gradient: Tensor) -> Tensor:
+        """[n, V] -> [n, D]."""
+        out = torch.empty(gradient.shape[0], self.weight.shape[1], dtype=self.sums, device=gradient.device)
+        for columns, weight in self._weights():
+            self._multiply(gradient[:, columns], weight, out, add=columns.start > 0)
+        return out
+
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool) -> None:
+        """[n, V], [n, D] -> [V, D], added to what is there or in its place."""
+        operand = self._operand(hidden)
+        for columns in self._blocks():
+            self._multiply(gradient[:, columns].t(), operand, out[columns], add)
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.dtype).to(self.sums)
+
+    def _blocks(self) -> list[slice]:
+        vocab = self.weight.shape[0]
+        return [slice(start, min(start + self._step, vocab)) for start in range(0, vocab, self._step)]
+
+    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the weight as operands."""
+        blocks = self._blocks()
+        if self.weight.dtype == self.dtype == self.sums:
+            yield from ((block, self.weight[block]) for block in blocks)
+            return
+        room = self.weight.new_empty(blocks[0].stop, self.weight.shape[1], dtype=self.sums)
+        for block in blocks:
+            converted = room[: block.stop - block.start]
+            converted.copy_(self.weight[block].to(self.dtype))
+            yield block, converted
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        """a b, added to `out` or in its place."""
+        if add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
+class _OfOperands(Products):
+    """Products of bf16 or fp16 operands by units made for them; the logits' gradient is such an operand."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(weight.to(dtype).contiguous(), dtype)
+        self.gradient = dtype
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.dtype).contiguous()
+
+    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((block, self.weight[block]) for block in self._blocks())
+
+
+class CudaProducts(_OfOperands):
+    """cuBLAS, which delivers its accumulator in float32 when asked (torch 2.8 and later)."""
+
+    def _blocks(self) -> list[slice]:
+        return [slice(0, self.weight.shape[0])]
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        if add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+class MklProducts(_OfOperands):
+    """MKL's product of bf16 matrices into float32, which torch has in it but offers to no one."""
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        gemm = _mkl_gemm()
+        assert gemm is not None
+        gemm(a, b, out, add)
+
+
+def products(weight: Tensor, dtype: torch.dtype) -> Products:
+    """The fastest there is on this device."""
+    device = weight.device.type
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _cuda_delivers_float32():
+        return CudaProducts(weight, dtype)
+    if device == "cpu" and dtype == torch.bfloat16 and weight.numel() > 0 and _mkl_gemm() is not None:
+        return MklProducts(weight, dtype)
+    return Products(weight, dtype)
+
+
+@functools.cache
+def _cuda_delivers_float32() -> bool:
+    return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+class _MklGemm:
+    """out = a b (+ out) by MKL's `gemm_bf16bf16f32`, called as Fortran calls it: everything by reference."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+        self._function = library.GEMM_BF16BF16F32_64
+
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        # Fortran's matrices are the transposes of ours: out^T = b^T a^T.
+        (left, left_width), (right, right_width) = self._layout(b), self._layout(a)
+        integers = [ctypes.c_int64(x) for x in (out.shape[1], out.shape[0], a.shape[1])]
+        strides = [ctypes.c_int64(x) for x in (left_width, right_width, max(out.stride(0), 1))]
+        one, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
+        self._function(
+            left, right, *(ctypes.byref(x) for x in integers), ctypes.byref(one),
+            ctypes.c_void_p(b.data_ptr()), ctypes.byref(strides[0]),
+            ctypes.c_void_p(a.data_ptr()), ctypes.byref(strides[1]), ctypes.byref(beta),
+            ctypes.c_void_p(out.data_ptr()), ctypes.byref(strides[2]),
+        )  # fmt: skip
+
+    @staticmethod
+    def _layout(matrix: Tensor) -> tuple[bytes, int]:
+        """Whether it lies transposed, and how far its rows (or then columns) are apart."""
+        if matrix.stride(1) == 1:
+            return b"N", max(matrix.stride(0), matrix.shape[1], 1)
+        assert matrix.stride(0) == 1
+        return b"T", max(matrix.stride(1), matrix.shape[0], 1)
+
+
+@functools.cache
+def _mkl_gemm() -> _MklGemm | None:
+    """None where the processor has no units for it, torch has no MKL in it, or a first product comes out wrong."""
+    if not native.multiplies_bfloat16():
+        return None
+    try:
+        gemm = _MklGemm()
+    except (OSError, AttributeError):
+        return None
+    a, b = torch.arange(6).view(2, 3).bfloat16(), torch.arange(12).view(4, 3).bfloat16().t() - 5
+    both = torch.ones(2, 4)
+    gemm(a, b, both, True)
+    transposed = torch.empty(3, 3)
+    gemm(a.t(), a, transposed, False)
+    right = torch.equal(both, a.float() @ b.float() + 1) and torch.equal(transposed, a.float().t() @ a.float())
+    return gemm if right else None
