@@ -470,6 +470,7 @@ README_ROWS = {  # a row's words: (kernel and variant, its loop)
     "statistics of a row: log-probability, entropy, logsumexp": ("forward, plain", "read"),
     "the same, of a row that starts off a 16-byte boundary": ("forward, plain", "shifted"),
     "gradient of a loss": ("backward, loss", "write"),
+    "gradient of a loss from hidden states, out of float32 logits": ("backward, linear", "write"),
     "gradient with an entropy bonus": ("backward, everything", "write"),
     "on-policy, one launch: statistics": ("forward_backward, plain", "read"),
     "on-policy, one launch: gradient": ("forward_backward, plain", "write"),

@@ -140,13 +140,14 @@ class _Coefficients:
     ) -> None:
         self._inputs, self._asked = inputs, asked
         sequences, device = inputs.batch.sequences, asked.hidden.device
-        if lengths is None:  # unknown: the rows may be of any sequence
-            assert inputs.batch.cu_seqlens is not None
-            self._ends = [0] * sequences + [asked.count]
-            self._boundaries = inputs.batch.cu_seqlens.to(torch.int64)
+        # unknown lengths: the rows may be of any sequence
+        self._ends = [0] * sequences + [asked.count] if lengths is None else [0, *itertools.accumulate(lengths)]
+        if asked.mask is None:
+            self._boundaries = torch.nn.functional.pad(stage.layout.lengths.long().cumsum(0), (1, 0))
+        elif inputs.batch.cu_seqlens is not None:
+            self._boundaries = inputs.batch.cu_seqlens.long()
         else:
-            self._ends = [0, *itertools.accumulate(lengths)]
-            self._boundaries = torch.tensor(self._ends, device=device)
+            self._boundaries = torch.arange(sequences + 1, device=device) * inputs.batch.tokens[1]
         batch = BatchShape(torch.Size([asked.count]), sequences, device, asked.mask, self._boundaries)
         chosen: Tensor | slice = slice(None) if asked.live is None else asked.live
         self.stage = stage.part(batch, chosen, slice(None))
@@ -170,12 +171,6 @@ class _Coefficients:
     def on_policy(self, dtype: torch.dtype) -> Tensor:
         """[rows], where no statistics are needed."""
         return self.stage.gradient_on_policy().to(dtype)
-
-    def largest(self) -> Tensor:
-        """What dL/dlogprob comes to at a ratio of 1."""
-        sizes = (self.stage.token_weights.abs(), self.stage.advantages.abs())
-        weight, advantage = (x.amax() if x.numel() else x.new_zeros(()) for x in sizes)
-        return weight * advantage
 
     def of(self, step: Step, stats: RowStats) -> Upstream:
         tokens, sequences = slice(step.start, step.stop), slice(step.first, step.last)
@@ -212,10 +207,8 @@ def _walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fuse
     stats = RowStats(*(torch.empty(shape, dtype=d, device=device) for d in (head.sums, head.sums, torch.float64)))
     coefficients = _Coefficients(stage, inputs, asked, lengths, fused) if wanted.any() else None
     known = None
-    if coefficients is not None:
-        head.lift(coefficients.largest())
-        if inputs.depends_on_log_ratio_alone():
-            known = coefficients.on_policy(head.sums)
+    if coefficients is not None and inputs.depends_on_log_ratio_alone():
+        known = coefficients.on_policy(head.sums)
 
     def measure(start: int, stop: int) -> RowStats:
         head.load(slice(start, stop))
@@ -509,9 +502,6 @@ def _linear_row_gradient(
 
         upstream = Upstream(live(grad_logprobs), live(grad_entropy), live(grad_lse))
         stats = RowStats(*(x for x in map(live, (logprobs, entropy, lse)) if x is not None))
-        sizes = [x.abs().amax().float() for x in upstream[:3] if x is not None and x.numel()]
-        if sizes:
-            head.lift(torch.stack(sizes).amax())
         _second_phase(head, Step("two_phases", 0, asked.count, 0, 0), stats, upstream)
         gradients = head.gradients()
     return gradients.hidden, gradients.weight, gradients.bias

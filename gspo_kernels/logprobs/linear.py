@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native, triton_rows
 from .backends import Backend, choose
-from .plan import rows_per_chunk
+from .plan import row_stride, rows_per_chunk
 from .products import products
 from .rows import Rows, RowStats, Upstream
 
@@ -70,6 +70,8 @@ Span = slice | Tensor  # of rows: neighbours, or any [n] int64
 
 
 class Head:
+    """The walk: `load` a chunk, `statistics`, `backward`, and so on; `gradients` at the end."""
+
     def __init__(
         self,
         asked: Asked,
@@ -89,7 +91,7 @@ class Head:
         device = weight.device
         self.most = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type)
         rows = min(self.most, max(asked.count, 1))
-        self._stride = -(-vocab_size // 64) * 64  # every row begins on a boundary, which kernels and products like
+        self._stride = row_stride(vocab_size, device.type)
         self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
         self.backend: Backend = choose(self._room.view(1, rows, -1)[..., :vocab_size], backend)
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
@@ -98,8 +100,6 @@ class Head:
         if wanted.any() and not self._in_place:
             self._gradient_room = torch.empty(rows * self._stride, dtype=self._products.gradient, device=device)
         native.ask_for_huge_pages(self._room)
-        # A power of two that upstream gradients are multiplied by and results divided by; for `lift`.
-        self._lifted: Tensor | None = None
 
         def room(shape: tuple[int, ...], wanted: bool) -> Tensor:
             return torch.empty(shape if wanted else 0, dtype=sums, device=device)
@@ -112,14 +112,6 @@ class Head:
         self._span: Span = slice(0, 0)
         self._logits = self._chunk(self._room, 0)
         self._pending: _Pending | None = None
-
-    def lift(self, largest: Tensor) -> None:
-        """To be told the size of the largest upstream gradient, 0-d: in fp16 the gradients of most logits would vanish
-        beside it, if it were not brought near the upper end of fp16's range while they are multiplied."""
-        if self._products.gradient == torch.float16:
-            sound = torch.isfinite(largest) & (largest > 0.0)
-            exponent = torch.floor(torch.log2(torch.where(sound, largest, 1.0)))
-            self._lifted = torch.exp2((7.0 - exponent).clamp(-60.0, 60.0)).float()
 
     def load(self, span: Span, again: bool = False) -> None:
         """Logits of these rows, at most `most`, in the place of the last ones."""
@@ -146,20 +138,21 @@ class Head:
         active = upstream.some()
         if self.asked.mask is not None:
             active = active & self._take(self.asked.mask)
-        count = _Count(active)
+        exponent = _exponent(upstream) if self._products.gradient == torch.float16 else None
+        news = _News(active, exponent)
         if self._in_place:
-            order = _order_in_place(active, count.wait(active.shape[0]))
+            order = _order_in_place(active, news.wait()[0])
         else:
             order = torch.argsort(active.logical_not().to(torch.uint8), stable=True)
         if order.numel():
             ordered = upstream.at(order)
-            if self._lifted is not None:
-                ordered = ordered._replace(factor=self._lifted)
+            if news.exponent is not None:
+                ordered = ordered._replace(factor=torch.exp2(news.exponent.float()))
             saved = RowStats(*(x.index_select(0, order)[None] for x in stats))
             gradient = self._gradient_chunk(order.numel())
             rows = self._rows(self._logits, self._take_all(order), order)
             self.backend.backward(rows, saved, ordered.rows(), gradient[None])
-            self._pending = _Pending(gradient, self._place(order), count)
+            self._pending = _Pending(gradient, self._place(order), news)
         if self._in_place:
             self.finish_products()
 
@@ -168,20 +161,20 @@ class Head:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        rows = pending.active.wait(pending.gradient.shape[0])
+        rows, exponent = pending.news.wait()
         if rows == 0:
             return
         self.work.backward_rows += rows
-        gradient, places = pending.gradient[:rows], pending.places[:rows]
+        gradient, places, factor = pending.gradient[:rows], pending.places[:rows], 2.0**-exponent
         if self.wanted.hidden:
-            self._hidden.index_copy_(0, places, self._products.hidden_gradient(gradient))
+            self._hidden.index_copy_(0, places, self._products.hidden_gradient(gradient, factor))
         if self.wanted.weight:
             hidden = self.asked.hidden.index_select(0, places)
             into = self._weight[: self.vocab]
-            self._products.weight_gradient(gradient, hidden, into, add=self._weight_is_written)
+            self._products.weight_gradient(gradient, hidden, into, self._weight_is_written, factor)
             self._weight_is_written = True
         if self.wanted.bias:
-            self._bias_gradient[: self.vocab] += gradient.sum(0, dtype=self._products.sums)
+            self._bias_gradient[: self.vocab].add_(gradient.sum(0, dtype=self.sums), alpha=factor)
 
     def scale_hidden(self, span: Span, coefficients: Tensor) -> None:
         """Multiplies the gradients of these hidden states by one number each; by zero, it is zero whatever it was."""
@@ -195,11 +188,7 @@ class Head:
         self.finish_products()
         if self.wanted.weight:
             (self._weight[self.vocab :] if self._weight_is_written else self._weight).zero_()
-        found = Gradients(self._hidden, self._weight, self._bias_gradient)
-        if self._lifted is not None:
-            for gradient in found:
-                gradient.div_(self._lifted)
-        return found
+        return Gradients(self._hidden, self._weight, self._bias_gradient)
 
     # ---- rows
 
@@ -250,31 +239,54 @@ class Head:
 class _Pending(NamedTuple):
     gradient: Tensor  # [n, V], rows that have one first
     places: Tensor  # [n], the rows of the hidden states they belong to
-    active: _Count
+    news: _News
 
 
-class _Count:
-    """How many rows have a gradient: on a GPU a number on its way, awaited when there is other work to do there."""
+class _News:
+    """How many rows have a gradient, and by which power of two it was lifted. On a GPU the numbers are on their way,
+    and awaited when there is other work to do there; in a CUDA graph, where nothing is awaited, all rows are taken."""
 
-    def __init__(self, active: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._value: Tensor | None = None
-        if active.device.type == "cpu":
-            self._value = active.sum()
-        elif not torch.cuda.is_current_stream_capturing():
-            self._value = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._value.copy_(active.sum(), non_blocking=True)
+    def __init__(self, active: Tensor, exponent: Tensor | None) -> None:
+        self._rows, self._event = active.shape[0], None
+        self._numbers: Tensor | None = None
+        if active.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.exponent = None
+            return
+        self.exponent = exponent  # 0-d int64; None where nothing is lifted
+        count = active.sum()
+        numbers = torch.stack([count, torch.zeros_like(count) if exponent is None else exponent])
+        if active.device.type == "cuda":
+            self._numbers = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
+        else:
+            self._numbers = numbers
 
-    def wait(self, rows: int) -> int:
-        """Rounded up; all `rows` in a CUDA graph, which has one shape for all."""
-        if self._value is None:
-            return rows
+    def wait(self) -> tuple[int, int]:
+        """(rows, exponent); rows rounded up on a GPU."""
+        if self._numbers is None:
+            return self._rows, 0
         if self._event is not None:
             self._event.synchronize()
-        count = int(self._value)
-        return min(-(-count // _ROUND_ON_GPU) * _ROUND_ON_GPU, rows) if self._event is not None else count
+        count, exponent = self._numbers.tolist()
+        if self._event is not None:
+            count = min(-(-count // _ROUND_ON_GPU) * _ROUND_ON_GPU, self._rows)
+        return count, exponent
+
+
+def _exponent(upstream: Upstream) -> Tensor:
+    """0-d, the power of two that brings the largest gradient by a statistic to between 2^13 and 2^14.
+
+    In fp16, which ends at 65,504 and at 6e-8, the gradients of most logits would else vanish: they are smaller by p.
+    """
+    arrays = Upstream(*upstream.by_statistic())
+    sizes = [x.abs().amax().float() for x in arrays[:3] if x is not None and x.numel()]
+    if not sizes:
+        return torch.zeros((), dtype=torch.int64)
+    largest = torch.stack(sizes).amax()
+    sound = torch.isfinite(largest) & (largest > 0.0)
+    return (13 - torch.floor(torch.log2(torch.where(sound, largest, 1.0)))).clamp(-60, 60).to(torch.int64)
 
 
 def _order_in_place(active: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .. import checks
 
-_ROUND = 64  # rows: products run best on such multiples
+_ROUND = 64  # rows, and on a GPU columns: products run best on such multiples
 # Of logits. On a GPU some 2,000 rows of V = 150,000: with fewer, adding to the head's gradient is bound by bandwidth.
 CHUNK_BYTES = {"cuda": 1280 << 20}
 CHUNK_BYTES_ELSEWHERE = 320 << 20
@@ -66,9 +66,14 @@ def pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         start += size
 
 
+def row_stride(vocab: int, device: str) -> int:
+    """Columns from one row of a chunk to the next: on a GPU every row begins where products and kernels like it."""
+    return -(-vocab // _ROUND) * _ROUND if device == "cuda" else vocab
+
+
 def rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str) -> int:
     """How many rows of logits `chunk_bytes` hold. Raises ValueError where that is none."""
-    a_row = vocab * itemsize
+    a_row = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
         chunk_bytes = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), a_row)
     elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from . import native
 
-_BLOCK_BYTES = 32 << 20  # of the head, in the dtype of the sums: near the cache, and large enough for a product
+# Of the head, in the dtype of the sums: on a CPU near the cache, and everywhere large enough for a product.
+_BLOCK_BYTES = {"cpu": 32 << 20}
+_BLOCK_BYTES_ELSEWHERE = 512 << 20
 
 
 class Products:
@@ -30,7 +32,8 @@ class Products:
         self.weight, self.dtype = weight, dtype
         self.sums = torch.float64 if dtype == torch.float64 else torch.float32  # of logits and every result
         self.gradient = self.sums  # of the logits' gradient, an operand too
-        self._step = max(1, _BLOCK_BYTES // (weight.shape[1] * self.sums.itemsize))
+        block = _BLOCK_BYTES.get(weight.device.type, _BLOCK_BYTES_ELSEWHERE)
+        self._step = max(1, block // (weight.shape[1] * self.sums.itemsize))
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """[n, D] -> [n, V]."""
@@ -40,18 +43,18 @@ class Products:
         for columns, weight in self._weights():
             self._multiply(operand, weight.t(), out[:, columns], add=bias is not None)
 
-    def hidden_gradient(self, gradient: Tensor) -> Tensor:
-        """[n, V] -> [n, D]."""
+    def hidden_gradient(self, gradient: Tensor, factor: float = 1.0) -> Tensor:
+        """[n, V] -> [n, D] times a factor."""
         out = torch.empty(gradient.shape[0], self.weight.shape[1], dtype=self.sums, device=gradient.device)
         for columns, weight in self._weights():
-            self._multiply(gradient[:, columns], weight, out, add=columns.start > 0)
+            self._multiply(gradient[:, columns], weight, out, columns.start > 0, factor)
         return out
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool) -> None:
-        """[n, V], [n, D] -> [V, D], added to what is there or in its place."""
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
+        """[n, V], [n, D] -> [V, D] times a factor, added to what is there or in its place."""
         operand = self._operand(hidden)
         for columns in self._blocks():
-            self._multiply(gradient[:, columns].t(), operand, out[columns], add)
+            self._multiply(gradient[:, columns].t(), operand, out[columns], add, factor)
 
     def _operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype).to(self.sums)
@@ -72,12 +75,9 @@ class Products:
             converted.copy_(self.weight[block].to(self.dtype))
             yield block, converted
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """a b, added to `out` or in its place."""
-        if add:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
+        """a b times a factor, added to `out` or in its place."""
+        torch.addmm(out, a, b, beta=float(add), alpha=factor, out=out)
 
 
 class _OfOperands(Products):
@@ -100,20 +100,17 @@ class CudaProducts(_OfOperands):
     def _blocks(self) -> list[slice]:
         return [slice(0, self.weight.shape[0])]
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        if add:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=float(add), alpha=factor, out=out)
 
 
 class MklProducts(_OfOperands):
     """MKL's product of bf16 matrices into float32, which torch has in it but offers to no one."""
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         gemm = _mkl_gemm()
         assert gemm is not None
-        gemm(a, b, out, add)
+        gemm(a, b, out, add, factor)
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
@@ -132,20 +129,20 @@ def _cuda_delivers_float32() -> bool:
 
 
 class _MklGemm:
-    """out = a b (+ out) by MKL's `gemm_bf16bf16f32`, called as Fortran calls it: everything by reference."""
+    """out = factor a b (+ out) by MKL's `gemm_bf16bf16f32`, called as Fortran calls it: everything by reference."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
         self._function = library.GEMM_BF16BF16F32_64
 
-    def __call__(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         # Fortran's matrices are the transposes of ours: out^T = b^T a^T.
         (left, left_width), (right, right_width) = self._layout(b), self._layout(a)
         integers = [ctypes.c_int64(x) for x in (out.shape[1], out.shape[0], a.shape[1])]
         strides = [ctypes.c_int64(x) for x in (left_width, right_width, max(out.stride(0), 1))]
-        one, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
+        alpha, beta = ctypes.c_float(factor), ctypes.c_float(1.0 if add else 0.0)
         self._function(
-            left, right, *(ctypes.byref(x) for x in integers), ctypes.byref(one),
+            left, right, *(ctypes.byref(x) for x in integers), ctypes.byref(alpha),
             ctypes.c_void_p(b.data_ptr()), ctypes.byref(strides[0]),
             ctypes.c_void_p(a.data_ptr()), ctypes.byref(strides[1]), ctypes.byref(beta),
             ctypes.c_void_p(out.data_ptr()), ctypes.byref(strides[2]),
