@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-triton static lint sanitize bench bench-compare gpu clean
+.PHONY: demo test test-triton static lint sanitize bench bench-compare bench-linear bench-precision bench-peers gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -39,6 +39,23 @@ bench: .venv/bench
 # make bench-compare BASE=<commit>: this tree against another commit, interleaved; fails beyond the noise.
 bench-compare: .venv/bench
 	$(BIN)/python -m benchmarks.compare $(BASE)
+
+# The losses from hidden states, against the peers that `make bench-peers` has installed: 12 minutes, and a minute.
+bench-linear: .venv/bench
+	$(BIN)/python -m benchmarks.linear $(ARGS)
+
+bench-precision: .venv/bench
+	$(BIN)/python -m benchmarks.linear.precision $(ARGS)
+
+# Into .venv, as pinned: torch stays the build that it is. Without dependencies where a peer asks for what its functions
+# here do not need, or for versions that another refuses.
+bench-peers: .venv/peers
+
+.venv/peers: .venv/bench
+	$(PIP) --no-deps triton liger-kernel verl cut-cross-entropy
+	$(PIP) packaging trl
+	$(PIP) ray tensordict omegaconf codetiming orjson
+	touch $@
 
 .venv/base: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -5,29 +5,45 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .cases import Problem
-from .contestants import Answer, Contestant, Run
+from .contestants import Contestant, Run
 from .memory import peak_extra_bytes
 from .truth import check
 
+T = TypeVar("T")
 Runs = list[tuple[Contestant, Run]]
 
 
 class Meter(Protocol):
     """How time and memory are taken: on the host, or by a GPU's own clock (`gpu/meter.py`)."""
 
-    def timed(self, run: Run) -> float: ...
-    def peak_extra_bytes(self, run: Run) -> tuple[Answer | None, int | None]: ...
+    def timed(self, run: Callable[[], object]) -> float: ...
+    def peak_extra_bytes(self, run: Callable[[], T]) -> tuple[T, int | None]: ...
     def forget(self) -> None:
         """Gives back what a contestant that failed has left in caches."""
 
 
+class Entrant(Protocol):
+    """What taking turns must know of a contestant."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def overwrites(self) -> bool: ...
+
+
+class Restorable(Protocol):
+    """Inputs that a contestant may have written over."""
+
+    def restore(self) -> None: ...
+
+
 class HostMeter:
-    def timed(self, run: Run) -> float:
+    def timed(self, run: Callable[[], object]) -> float:
         gc.disable()
         try:
             start = time.perf_counter()
@@ -38,7 +54,7 @@ class HostMeter:
             gc.enable()
         return seconds
 
-    def peak_extra_bytes(self, run: Run) -> tuple[Answer | None, int | None]:
+    def peak_extra_bytes(self, run: Callable[[], T]) -> tuple[T, int | None]:
         return peak_extra_bytes(run)
 
     def forget(self) -> None:
@@ -85,19 +101,19 @@ def admit(
         try:
             runs.append((contestant, _admit(problem, contestant, outcome, meter)))
         except Exception as error:  # whatever is wrong with one says nothing of the others
-            _note(error, outcome, meter)
+            note(error, outcome, meter)
         finally:
             problem.restore()
     return outcomes, runs
 
 
 def take_turns(
-    problem: Problem,
-    runs: Runs,
+    problem: Restorable,
+    runs: Sequence[tuple[Entrant, Callable[[], object]]],
     rounds: Rounds,
-    outcomes: dict[str, Outcome],
+    outcomes: Mapping[str, Outcome],
     meter: Meter = HostMeter(),
-    timed: Callable[[Run], float] | None = None,
+    timed: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each, a list a contestant; by the meter's clock or by `timed`."""
     timed = timed or meter.timed
@@ -110,7 +126,7 @@ def take_turns(
                 found[contestant.name].append(timed(run))
             except Exception as error:
                 running.remove((contestant, run))
-                _note(error, outcomes[contestant.name], meter)
+                note(error, outcomes[contestant.name], meter)
             if contestant.overwrites:
                 problem.restore()
         count += 1
@@ -129,7 +145,8 @@ def _admit(problem: Problem, contestant: Contestant, outcome: Outcome, meter: Me
     return run
 
 
-def _note(error: Exception, outcome: Outcome, meter: Meter) -> None:
+def note(error: Exception, outcome: Outcome, meter: Meter) -> None:
+    """Why a contestant was not timed; and nothing of it is kept."""
     traceback.clear_frames(error.__traceback__)  # which hold a gradient
     outcome.error = error
     meter.forget()

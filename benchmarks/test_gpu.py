@@ -104,7 +104,11 @@ def test_smoke_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--only", "bandwidth", "speed"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        [*command, "--only", "bandwidth", "speed", "linear"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu-smoke.log").read_text()
     found = json.loads((tmp_path / "gpu-smoke.json").read_text())
@@ -114,6 +118,11 @@ def test_smoke_run(tmp_path: Path) -> None:
         assert {"ours", "eager", "copy"} <= case["contestants"].keys()
         for name in ("liger", "trl"):
             assert name in case["absent"] or name in case["errors"]  # they run on a GPU or in the interpreter
+    assert found["linear"]["cases"].keys() == {"dense", "inactive", "frozen_head", "forward"}
+    for case in found["linear"]["cases"].values():
+        assert {"ours", "products", "eager"} <= case["contestants"].keys()
+        assert not case["contestants"]["ours"]["wrong"]
+    assert "median" in found["linear"]["products"]["logits, bf16"]
     again = subprocess.run([*command, "--only", "bandwidth"], cwd=REPOSITORY, env=environment, capture_output=True)
     assert again.returncode == 0
     kept = json.loads((tmp_path / "gpu-smoke.json").read_text())
@@ -143,6 +152,27 @@ def test_goals() -> None:
     assert by_text["peak memory against eager, every case"].judge(results(1.9, "NVIDIA H200", 4.2e12))[0]
     with pytest.raises(KeyError, match="no liger"):
         by_text["time against liger, every case"].judge(results(1.9, "NVIDIA H200", 4.2e12))
+
+
+def test_goals_of_the_linear_part() -> None:
+    def times(milliseconds: float, flop_per_s: float, wrong: str = "") -> dict[str, Any]:
+        return {"median": milliseconds / 1e3, "flop_per_s": flop_per_s, "extra_bytes": 10, "wrong": wrong}
+
+    def content(gpu: str, ours: float, rate: float, wrong: str = "") -> dict[str, Any]:
+        contestants = {"ours": times(ours, 7e14, wrong), "products": times(39.0, rate), "eager": times(60.0, 5e14)}
+        case = {"contestants": contestants, "absent": {"liger": "ImportError: no liger"}, "errors": {}}
+        return {"machine": {"gpu": gpu}, "linear": {"cases": {"dense": case}}}
+
+    by_text = {goal.text: goal for goal in goals.GOALS}
+    goal = by_text["from hidden states, D = 4,096, dense"]
+    assert goal.judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
+    assert not goal.judge(content("NVIDIA H200", 42.0, 7.88e14))[0]
+    assert not goal.judge(content("NVIDIA H200", 41.0, 7.88e14, wrong="loss"))[0]
+    assert goal.judge(content("NVIDIA H100", 81.0, 3.94e14))[0]  # products at half the speed
+    assert by_text["linear, time against eager"].judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
+    assert not by_text["linear, memory against eager"].judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
+    with pytest.raises(KeyError, match="no liger"):
+        by_text["linear, time against liger"].judge(content("NVIDIA H200", 41.0, 7.88e14))
 
 
 def test_goals_without_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,12 @@
 """The public losses from hidden states and a head: no more than a chunk of logits is ever there.
 
-Arguments, stats and numbers are those of `policy_loss.py`; the work is `linear_ops.py`'s.
+Arguments, stats and numbers are those of `policy_loss.py`; the work is `linear_walk.py`'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,36 +14,22 @@ from typing_extensions import Unpack
 
 from . import checks
 from .layout import BatchShape, batch_shape
-from .linear_ops import HeadArguments, is_named, linear_loss, linear_row_stats, plan_of
+from .linear_ops import is_named, linear_loss, linear_row_stats
+from .linear_walk import HeadArguments, plan_of
 from .logprobs.backends import check_name
 from .logprobs.linear import Wanted
 from .logprobs.plan import rows_per_chunk
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
-from .policy_loss import TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
+from .policy_loss import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
 
-class LinearLossOptions(TypedDict, total=False):
-    """Keyword arguments that every loss from hidden states takes; `linear_policy_loss` explains them."""
+class LinearLossOptions(CommonOptions, total=False):
+    """Keyword arguments of every loss from hidden states; `linear_policy_loss` explains them."""
 
     bias: Tensor | None
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    temperature: float | Tensor
-    ref_logprobs: Tensor | None
-    beta: float
-    kl_estimator: str
-    entropy_coef: float
-    weights: Tensor | None
-    aggregation: str | None
-    normalizer: float | Tensor | None
-    max_log_ratio: float
-    tp_group: Any
-    cp_group: Any
-    vocab_size: int | None
     chunk_bytes: int | None
     skip_zero_advantage: bool
-    backend: str | None
 
 
 def linear_policy_loss(

@@ -25,7 +25,7 @@ class TokenLogprobs(NamedTuple):
     lse: Tensor  # logsumexp of logits / temperature, float64
 
 
-class LossOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
     """Keyword arguments that every loss takes; `policy_loss` explains them."""
 
     mask: Tensor | None
@@ -42,8 +42,13 @@ class LossOptions(TypedDict, total=False):
     tp_group: Any
     cp_group: Any
     vocab_size: int | None
-    overwrite_logits: bool
     backend: str | None
+
+
+class LossOptions(CommonOptions, total=False):
+    """Those from logits."""
+
+    overwrite_logits: bool
 
 
 def policy_loss(

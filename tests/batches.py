@@ -27,6 +27,12 @@ PUBLIC: dict[str, Callable[..., Any]] = {
     "grpo": gspo_kernels.grpo_loss,
     "ppo": gspo_kernels.ppo_loss,
 }
+LINEAR: dict[str, Callable[..., Any]] = {  # the same from hidden states
+    "gspo": gspo_kernels.linear_gspo_loss,
+    "gspo_token": gspo_kernels.linear_gspo_token_loss,
+    "grpo": gspo_kernels.linear_grpo_loss,
+    "ppo": gspo_kernels.linear_ppo_loss,
+}
 OBJECTIVES = list(PUBLIC)
 LAYOUTS = ["padded", "packed"]
 
@@ -145,7 +151,9 @@ def ragged_batch(
     temperature: float | str = 1.0,
     eps_low: float | None = None,
     eps_high: float | None = None,
+    logits: Tensor | None = None,
 ) -> Batch:
+    """`logits` [N, V]: these instead of random ones, with random tokens."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     n, s = sum(lengths), len(lengths)
@@ -154,9 +162,12 @@ def ragged_batch(
     edge_high = math.log1p(truth.eps_high if eps_high is None else eps_high)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
-    logits = torch.randn(n, vocab, generator=generator) * 1.5
+    given = logits is not None
+    if logits is None:
+        logits = torch.randn(n, vocab, generator=generator) * 1.5
+    vocab = logits.shape[-1]
     token_ids = torch.randint(vocab, (n,), generator=generator)
-    for t in range(n):
+    for t in range(0 if given else n):
         peaks = rng.sample(range(vocab), min(3, vocab))
         for v in peaks:
             logits[t, v] += rng.uniform(3, 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from modes import INTERPRETED, every_pair
 
-pytest.register_assert_rewrite("batches", "checks", "row_batches")
+pytest.register_assert_rewrite("batches", "checks", "linear", "row_batches")
 
 
 def hasten_interpreter() -> None:

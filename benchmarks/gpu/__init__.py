@@ -1,6 +1,6 @@
 """Everything that a GPU has to show, in one command and one budget of time: python -m benchmarks.gpu
 
-    python -m benchmarks.gpu                            9 minutes: build, bandwidth, speed, tests, sanitizer
+    python -m benchmarks.gpu                            9 minutes: build, bandwidth, speed, linear, tests, sanitizer
     python -m benchmarks.gpu --tune                     and, with what time is left, a sweep of launch sizes
     python -m benchmarks.gpu --only tests --minutes 5   some parts; the other parts' results in the file stay
     python -m benchmarks.gpu --smoke                    no GPU: tiny shapes on the CPU; does the machinery itself work?
@@ -12,4 +12,5 @@ peer that does not import is reported as absent. Each part is a process of its o
 a crash, a hang or a broken CUDA context loses what ran then and nothing else, and the file is whole at any moment.
 
 `works.py` says what is timed, `contestants.py` who, `meter.py` how; `../truth.py` refuses to time a wrong answer.
+`linear.py` does the same for the losses from hidden states, whose works and contestants are `../linear`'s.
 """

@@ -21,6 +21,7 @@ from .report import Report
 NO_DEVICE = 2  # exit code
 WORKS = ("gspo", "gspo_on_policy", "forward", "grpo", "gspo_inactive")
 ROWS, SMOKE_ROWS = (8_192, 1_024, 32_768), 16  # the first carries the goals
+LINEAR_ITEMS = ("dense", "inactive", "frozen_head", "forward", "products")
 KERNELS = ("forward", "backward", "forward_backward")
 FOLDER = REPOSITORY / "benchmarks" / "results"
 
@@ -83,6 +84,9 @@ def parts(options: argparse.Namespace) -> list[Part]:
         Part.of("extension", arguments=smoke, limit=120.0, patience=120.0),
         Part.of("bandwidth", arguments=smoke, limit=60.0),
         speed(sizes[0], 200.0),
+        Part.of(
+            "linear", arguments=smoke, limit=110.0, least=15.0, patience=75.0, items=LINEAR_ITEMS, fallback=":ours"
+        ),
         Part.of("suite", "tests", smoke, limit=240.0, least=15.0, patience=120.0, items=_test_files(options.smoke)),
         *(speed(rows, 120.0) for rows in sizes[1:]),
         Part.of("sanitizer", arguments=smoke, limit=120.0, least=15.0, patience=120.0),

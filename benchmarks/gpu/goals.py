@@ -1,7 +1,8 @@
 """The project's goals for a GPU, each with what was measured: python -m benchmarks.gpu.goals [results.json]
 
 Times are goals for an H200; on another GPU they are held against the same multiple of the floor that its own copy
-bandwidth sets. Ratios are of medians within one run, and of peak memory.
+bandwidth sets or, from hidden states, its own matrix products. Ratios are of medians within one run, and of peak
+memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ ROWS = 8_192
 LOGITS_BYTES = ROWS * 151_936 * 2
 LAUNCHES = 4
 OTHERS = ("eager", "compile", "liger", "trl")
+PRODUCTS_RATE = 788e12  # operations per second of bf16 products on an H200, for which the goals were set
+LINEAR_OTHERS = ("eager", "liger", "trl", "torch")
 
 Content = dict[str, Any]
 
@@ -82,6 +85,44 @@ def ahead(other: str, quantity: str) -> Callable[[Content], tuple[bool, str]]:
     return judge
 
 
+def linear_within(work: str, milliseconds: float) -> Callable[[Content], tuple[bool, str]]:
+    def judge(content: Content) -> tuple[bool, str]:
+        cases = content["linear"]["cases"]
+        ours = cases[work]["contestants"]["ours"]
+        if ours["wrong"]:
+            return False, f"wrong answer: {ours['wrong']}"
+        text = f"{ours['median'] * 1e3:.1f} ms, {ours['flop_per_s'] / 1e12:.0f} TFLOP/s"
+        if str(content["machine"]["gpu"]).startswith(H200):
+            return ours["median"] * 1e3 <= milliseconds, text
+        rate = cases["dense"]["contestants"]["products"]["flop_per_s"]
+        allowed = milliseconds / 1e3 * PRODUCTS_RATE / rate
+        return ours["median"] <= allowed, f"{text}; at the speed of this GPU's products {allowed * 1e3:.1f} ms"
+
+    return judge
+
+
+def linear_ahead(other: str, quantity: str) -> Callable[[Content], tuple[bool, str]]:
+    """Of one other contestant, in every work from hidden states that it finished rightly; the nearest is named."""
+
+    def judge(content: Content) -> tuple[bool, str]:
+        ratios = []
+        for work, case in content["linear"]["cases"].items():
+            ours, theirs = (case["contestants"].get(name) for name in ("ours", other))
+            if ours and theirs and not theirs["wrong"]:
+                ratios.append(((theirs[quantity] + 1e-9) / (ours[quantity] + 1e-9), work))
+        if not ratios:
+            reasons = [
+                case[kind][other]
+                for case in content["linear"]["cases"].values()
+                for kind in ("absent", "errors")
+                if other in case[kind]
+            ]
+            raise KeyError(f"{other} was absent: {reasons[0]}" if reasons else other)
+        return min(ratios)[0] > 1, f"nearest: {min(ratios)[0]:.3g}x in {min(ratios)[1]}"
+
+    return judge
+
+
 def _rival(other: str, case: Content) -> str:
     """Like against like: those that make a fresh gradient against ours that does."""
     return "ours" if other == "liger" or "ours_fresh" not in case["contestants"] else "ours_fresh"
@@ -103,6 +144,11 @@ GOALS = (
     Goal("launches of forward and backward", f"<= {LAUNCHES}", launches),
     *(Goal(f"time against {other}, every case", "> 1x", ahead(other, "median")) for other in OTHERS),
     *(Goal(f"peak memory against {other}, every case", "> 1x", ahead(other, "extra_bytes")) for other in OTHERS),
+    Goal("from hidden states, D = 4,096, dense", "<= 41.5 ms", linear_within("dense", 41.5)),
+    Goal("the same, 45% of no advantage, 15% of the rest clipped", "<= 27 ms", linear_within("inactive", 27.0)),
+    Goal("the same, head frozen", "<= 28 ms", linear_within("frozen_head", 28.0)),
+    *(Goal(f"linear, time against {other}", "> 1x", linear_ahead(other, "median")) for other in LINEAR_OTHERS),
+    *(Goal(f"linear, memory against {other}", "> 1x", linear_ahead(other, "extra_bytes")) for other in LINEAR_OTHERS),
 )
 
 

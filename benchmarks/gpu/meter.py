@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 
 import torch
 
-from ..contestants import Answer, Run
-from ..race import HostMeter, Meter
+from ..race import HostMeter, Meter, T
 
 _BUSY_CYCLES = 4_000_000
 
@@ -23,7 +23,7 @@ class CudaMeter:
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._stay_busy = getattr(torch.cuda, "_sleep", None)
 
-    def timed(self, run: Run) -> float:
+    def timed(self, run: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         gc.disable()
         try:
@@ -38,7 +38,7 @@ class CudaMeter:
             gc.enable()
         return self._start.elapsed_time(self._end) / 1e3
 
-    def peak_extra_bytes(self, run: Run) -> tuple[Answer | None, int | None]:
+    def peak_extra_bytes(self, run: Callable[[], T]) -> tuple[T, int | None]:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -53,7 +53,7 @@ class CudaMeter:
         torch.cuda.empty_cache()
 
 
-def idle_seconds(run: Run) -> float:
+def idle_seconds(run: Callable[[], object]) -> float:
     """From an idle device to an idle device, by the host's clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -76,7 +76,7 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def launches(run: Run) -> int:
+def launches(run: Callable[[], object]) -> int:
     """Kernels that one call starts, copies and fills included."""
     run()
     finish()

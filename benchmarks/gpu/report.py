@@ -18,6 +18,7 @@ MEANINGS = {
     "extra_bytes": "peak of allocated device memory beyond the inputs, a fresh gradient included",
     "first_call_seconds": "of a contestant that compiles, on a cache that may be warm",
     "launches": "kernels on the device in one call",
+    "linear": "cases from hidden states; flop_per_s: operations that arithmetic needs / median, wrong answers too",
 }
 
 

@@ -152,7 +152,8 @@ class Head:
             gradient = self._gradient_chunk(order.numel())
             rows = self._rows(self._logits, self._take_all(order), order)
             self.backend.backward(rows, saved, ordered.rows(), gradient[None])
-            self._pending = _Pending(gradient, self._place(order), news)
+            some = None if self._in_place else active.index_select(0, order)
+            self._pending = _Pending(gradient, self._place(order), some, news)
         if self._in_place:
             self.finish_products()
 
@@ -170,6 +171,8 @@ class Head:
             self._hidden.index_copy_(0, places, self._products.hidden_gradient(gradient, factor))
         if self.wanted.weight:
             hidden = self.asked.hidden.index_select(0, places)
+            if pending.active is not None:  # what a row without a gradient holds may be NaN, and zero times NaN is NaN
+                hidden = torch.where(pending.active[:rows, None], hidden, 0.0)
             into = self._weight[: self.vocab]
             self._products.weight_gradient(gradient, hidden, into, self._weight_is_written, factor)
             self._weight_is_written = True
@@ -239,6 +242,7 @@ class Head:
 class _Pending(NamedTuple):
     gradient: Tensor  # [n, V], rows that have one first
     places: Tensor  # [n], the rows of the hidden states they belong to
+    active: Tensor | None  # [n], which have a gradient; None: those that are counted have
     news: _News
 
 
