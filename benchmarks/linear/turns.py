@@ -3,6 +3,9 @@
 A call takes from a tenth of a second to half a minute. So on a CPU the first round is a measurement too, of time and of
 memory (`warm_up` has been there before), until there are two others; only a contestant that compiles is called once
 more. Who is too slow for the time that is left sits out the further rounds.
+
+In the further rounds a contestant finds as much memory as it is going to need, touched a moment ago: the host of a
+virtual machine takes back what lay free while another one ran, and to get it again can cost as much as the products.
 """
 
 from __future__ import annotations
@@ -50,7 +53,13 @@ def measure(problem: Problem, end: float, deadline: float, most: int = FURTHER_R
     meter = HostMeter()
     outcomes, runs = admit(problem, CONTESTANTS, meter, why_not)
     chosen, rounds = affordable(runs, outcomes, end - time.perf_counter(), most)
-    for name, further in take_turns(problem, chosen, rounds, outcomes, meter).items():
+    needed = {run: outcomes[contestant.name].extra_bytes for contestant, run in chosen}
+
+    def timed(run: Callable[[], object]) -> float:
+        _touch_memory(needed[run] or 0)
+        return meter.timed(run)
+
+    for name, further in take_turns(problem, chosen, rounds, outcomes, meter, timed).items():
         outcomes[name].seconds = further if len(further) > 1 else outcomes[name].seconds + further
     return outcomes
 
@@ -98,6 +107,10 @@ def affordable(runs: Runs, outcomes: dict[str, Outcome], seconds: float, most: i
     count = int(seconds / sum(cost.values())) if cost else 0
     rounds = min(max(count, 1), most)
     return [(contestant, run) for contestant, run in runs if contestant.name in cost], Rounds(least=rounds, most=rounds)
+
+
+def _touch_memory(size: int) -> None:
+    torch.empty(size, dtype=torch.uint8).fill_(1)
 
 
 def _first_call(problem: Problem, contestant: Contestant, run: Run, outcome: Outcome, meter: Meter) -> None:
