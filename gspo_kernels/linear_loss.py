@@ -19,6 +19,7 @@ from .linear_walk import HeadArguments, plan_of
 from .logprobs.backends import check_name
 from .logprobs.linear import Wanted
 from .logprobs.plan import rows_per_chunk
+from .logprobs.products import usual_chunk_bytes
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .policy_loss import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
 from .token_stage import LossOutput, TokenInputs, token_inputs
@@ -75,8 +76,9 @@ def linear_policy_loss(
             (fp64 on the reference backend). Row t predicts `token_ids[t]`: nothing is shifted inside.
         weight: [V, D], the LM head, tied or not. A sharded one (FSDP2) has to be gathered by the caller.
         bias: [V] or None.
-        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 320 MiB, 1.25 GiB on a GPU. A
-            sequence that is longer takes a second product for its active rows, if the head wants a gradient.
+        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 256
+            MiB, 448 MiB where it has units for bf16 products. A sequence that is longer takes a second product for its
+            active rows, if the head wants a gradient.
         skip_zero_advantage: leaves sequences whose advantages are all 0 out of everything: the loss and gradients are
             the same, but their tokens are in none of the stats. Not with a KL term or an entropy bonus, which such
             sequences have a part in.
@@ -214,7 +216,10 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     dtype = _dtype(hidden, weight)
     columns = check_vocab_size(given.get("vocab_size"), weight.shape[0])
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    most = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type)
+    operands = (hidden, weight, given.get("bias"))
+    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
+    usual = usual_chunk_bytes(hidden.device.type, dtype, columns, wanted.any())
+    most = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type, usual)
     rows = hidden.numel() // hidden.shape[-1]
     lines = [f"chunks of up to {most} rows of {columns} logits in {str(sums).removeprefix('torch.')}"]
     if "token_ids" not in given or "advantages" not in given:
@@ -227,8 +232,6 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
     lengths = inputs.batch.layout().lengths.long().tolist()
-    operands = (hidden, weight, given.get("bias"))
-    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
     lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
     steps = plan_of(inputs, lengths, most, wanted)
     for way, meaning in _WAYS.items():
@@ -315,5 +318,5 @@ def _check_head(
     columns = check_vocab_size(vocab_size, weight.shape[0])
     check_name(backend)
     itemsize = 8 if torch.float64 in (hidden.dtype, weight.dtype) else 4
-    rows_per_chunk(chunk_bytes, columns, itemsize, hidden.device.type)
+    rows_per_chunk(chunk_bytes, columns, itemsize, hidden.device.type, usual=0)
     return columns

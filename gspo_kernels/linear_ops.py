@@ -18,7 +18,6 @@ from .layout import BatchShape
 from .linear_walk import HeadArguments
 from .logprobs import triton_rows
 from .logprobs.linear import Wanted
-from .logprobs.native import ask_for_huge_pages
 from .logprobs.ops import scale
 from .logprobs.plan import Step, pieces
 from .logprobs.rows import RowStats, Upstream
@@ -224,9 +223,7 @@ def _given(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.d
     scale(rows, upstream, None)  # by 1 there is nothing to do
     if gradient.dtype == dtype:
         return gradient.detach().reshape(shape)
-    rounded = torch.empty_like(gradient, dtype=dtype)
-    ask_for_huge_pages(rounded)
-    return rounded.copy_(gradient).reshape(shape)
+    return gradient.to(dtype).reshape(shape)
 
 
 _linear_loss.register_autograd(_scaled, setup_context=_remember)

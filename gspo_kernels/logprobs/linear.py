@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, triton_rows
+from . import triton_rows
 from .backends import Backend, choose
 from .plan import row_stride, rows_per_chunk
-from .products import products
+from .products import products, usual_chunk_bytes
 from .rows import Rows, RowStats, Upstream
 
 _ROUND_ON_GPU = 128  # rows of a gradient product: few shapes, and the kernels for them run full
@@ -89,7 +89,8 @@ class Head:
         self._products = products(weight[:vocab_size], dtype)
         self.sums = sums = self._products.sums  # the dtype of log-probabilities, and of gradients until the end
         device = weight.device
-        self.most = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type)
+        usual = usual_chunk_bytes(device.type, dtype, vocab_size, wanted.any())
+        self.most = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type, usual)
         rows = min(self.most, max(asked.count, 1))
         self._stride = row_stride(vocab_size, device.type)
         self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
@@ -99,14 +100,12 @@ class Head:
         self._gradient_room = self._room
         if wanted.any() and not self._in_place:
             self._gradient_room = torch.empty(rows * self._stride, dtype=self._products.gradient, device=device)
-        native.ask_for_huge_pages(self._room)
 
         def room(shape: tuple[int, ...], wanted: bool) -> Tensor:
             return torch.empty(shape if wanted else 0, dtype=sums, device=device)
 
         self._hidden = room(tuple(asked.hidden.shape), wanted.hidden).zero_()
         self._weight = room(tuple(weight.shape), wanted.weight)
-        native.ask_for_huge_pages(self._weight)
         self._bias_gradient = room((weight.shape[0],), wanted.bias).zero_()
         self._weight_is_written = False
         self._span: Span = slice(0, 0)

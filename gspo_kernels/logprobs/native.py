@@ -47,12 +47,6 @@ def multiplies_bfloat16() -> bool:
     return not _missing and bool(_native.multiplies_bfloat16())
 
 
-def ask_for_huge_pages(fresh: Tensor) -> None:
-    """For memory that nothing has touched yet, if it is the CPU's."""
-    if not _missing and fresh.device.type == "cpu":
-        _fresh(fresh)
-
-
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
     _bind(rows).forward(**_stats(stats))
@@ -62,7 +56,8 @@ def forward(rows: Rows) -> RowStats:
 def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
     if gradient.dtype not in (rows.logits.dtype, torch.bfloat16):
         raise ValueError(f"gradient: expected {rows.logits.dtype} or bfloat16; got {gradient.dtype}")
-    _fresh(gradient)
+    if gradient.data_ptr() != rows.logits.data_ptr():
+        _fresh(gradient)
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(

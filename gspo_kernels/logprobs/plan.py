@@ -17,9 +17,6 @@ from typing import NamedTuple
 from .. import checks
 
 _ROUND = 64  # rows, and on a GPU columns: products run best on such multiples
-# Of logits. On a GPU some 2,000 rows of V = 150,000: with fewer, adding to the head's gradient is bound by bandwidth.
-CHUNK_BYTES = {"cuda": 1280 << 20}
-CHUNK_BYTES_ELSEWHERE = 320 << 20
 
 
 class Step(NamedTuple):
@@ -71,11 +68,11 @@ def row_stride(vocab: int, device: str) -> int:
     return -(-vocab // _ROUND) * _ROUND if device == "cuda" else vocab
 
 
-def rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str) -> int:
-    """How many rows of logits `chunk_bytes` hold. Raises ValueError where that is none."""
+def rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str, usual: int) -> int:
+    """How many rows of logits `chunk_bytes` hold; None: `usual` bytes. Raises ValueError where that is none."""
     a_row = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
-        chunk_bytes = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), a_row)
+        chunk_bytes = max(usual, a_row)
     elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
         raise TypeError(f"chunk_bytes: expected an int, the memory for logits; got {checks.describe(chunk_bytes)}")
     elif chunk_bytes < a_row:
