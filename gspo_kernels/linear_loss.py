@@ -19,7 +19,7 @@ from .linear_walk import HeadArguments, plan_of
 from .logprobs.backends import check_name
 from .logprobs.linear import Wanted
 from .logprobs.plan import rows_per_chunk
-from .logprobs.products import usual_chunk_bytes
+from .logprobs.products import keeps_gradients, usual_chunk_bytes
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .policy_loss import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
 from .token_stage import LossOutput, TokenInputs, token_inputs
@@ -76,7 +76,7 @@ def linear_policy_loss(
             (fp64 on the reference backend). Row t predicts `token_ids[t]`: nothing is shifted inside.
         weight: [V, D], the LM head, tied or not. A sharded one (FSDP2) has to be gathered by the caller.
         bias: [V] or None.
-        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 256
+        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 300
             MiB, 448 MiB where it has units for bf16 products. A sequence that is longer takes a second product for its
             active rows, if the head wants a gradient.
         skip_zero_advantage: leaves sequences whose advantages are all 0 out of everything: the loss and gradients are
@@ -219,9 +219,10 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     operands = (hidden, weight, given.get("bias"))
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
     usual = usual_chunk_bytes(hidden.device.type, dtype, columns, wanted.any())
-    most = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type, usual)
+    keeps = wanted.any() and keeps_gradients(hidden.device.type, dtype)
+    at_a_time = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type, usual, keeps)
     rows = hidden.numel() // hidden.shape[-1]
-    lines = [f"chunks of up to {most} rows of {columns} logits in {str(sums).removeprefix('torch.')}"]
+    lines = [f"chunks of up to {at_a_time.most} rows of {columns} logits in {str(sums).removeprefix('torch.')}"]
     if "token_ids" not in given or "advantages" not in given:
         return lines[0]
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
@@ -233,7 +234,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
         inputs = _without_zero_advantage(inputs)
     lengths = inputs.batch.layout().lengths.long().tolist()
     lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
-    steps = plan_of(inputs, lengths, most, wanted)
+    steps = plan_of(inputs, lengths, at_a_time, wanted)
     for way, meaning in _WAYS.items():
         found = [step for step in steps if step.way == way]
         if found:

@@ -255,7 +255,7 @@ def _linear_row_stats(
         asked = linear_walk.rows_asked(arguments, mask)
         head = arguments.head(asked, Wanted(False, False, False))
         found = []
-        for start, stop in pieces(0, asked.count, head.most):
+        for start, stop in pieces(0, asked.count, head.at_a_time.usual):
             head.load(slice(start, stop))
             found.append(head.statistics())
         empty = [torch.empty(0, dtype=d, device=hidden.device) for d in (head.sums, head.sums, torch.float64)]

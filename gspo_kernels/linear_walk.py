@@ -13,7 +13,7 @@ from . import fused_stage
 from .layout import BatchShape
 from .logprobs.linear import Asked, Head, Span, Wanted
 from .logprobs.ops import check_ids_and_temperatures
-from .logprobs.plan import Step, pieces, plan
+from .logprobs.plan import ChunkRows, Step, pieces, plan
 from .logprobs.rows import RowStats, Upstream
 from .token_stage import TokenInputs, TokenStage
 
@@ -136,7 +136,7 @@ def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused
     """Statistics of the live rows; the head has the gradients of the loss."""
     wanted = head.wanted
     lengths = rows_of_sequences(stage, inputs.batch, asked)
-    steps = plan_of(inputs, [asked.count] if lengths is None else lengths, head.most, wanted)
+    steps = plan_of(inputs, [asked.count] if lengths is None else lengths, head.at_a_time, wanted)
     if lengths is None:
         steps = [step._replace(first=0, last=inputs.batch.sequences) for step in steps]
     shape, device = (asked.count,), asked.hidden.device
@@ -165,7 +165,7 @@ def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused
             if step.way == "at_once":
                 head.backward(found, upstream(step))
         elif step.way == "unscaled":
-            for start, stop in pieces(step.start, step.stop, head.most):
+            for start, stop in pieces(step.start, step.stop, head.at_a_time.usual):
                 found = measure(start, stop)
                 head.backward(found, Upstream(torch.ones_like(found.logprobs)))
             head.finish_products()
@@ -173,7 +173,7 @@ def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused
             assert g is not None
             head.scale_hidden(slice(step.start, step.stop), g)
         else:
-            for start, stop in pieces(step.start, step.stop, head.most):
+            for start, stop in pieces(step.start, step.stop, head.at_a_time.usual):
                 measure(start, stop)
             second_phase(head, step, stats, upstream(step))
     return stats
@@ -183,18 +183,18 @@ def second_phase(head: Head, step: Step, stats: RowStats, upstream: Upstream) ->
     """Gradients of rows [start, stop), whose logits are made again if the row has one."""
     active = upstream.some()
     rows = active.nonzero()[:, 0] if may_wait(active.device) else torch.arange(len(active), device=active.device)
-    for start, stop in pieces(0, rows.shape[0], head.most):
+    for start, stop in pieces(0, rows.shape[0], head.at_a_time.usual):
         places = rows[start:stop]
         chosen: Span = places + step.start
         head.load(chosen, again=True)
         head.backward(RowStats(*(x[chosen] for x in stats)), upstream.at(places))
 
 
-def plan_of(inputs: TokenInputs, lengths: list[int], most: int, wanted: Wanted) -> list[Step]:
+def plan_of(inputs: TokenInputs, lengths: list[int], rows: ChunkRows, wanted: Wanted) -> list[Step]:
     known = inputs.depends_on_log_ratio_alone()
     return plan(
         lengths,
-        most,
+        rows,
         together="token" if known else inputs.objective.together,
         gradient=wanted.any(),
         unscaled=not (wanted.weight or wanted.bias) and inputs.entropy_coef == 0.0,

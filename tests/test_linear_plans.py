@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import linear_policy_loss, policy_loss
-from gspo_kernels.logprobs.plan import pieces, plan, rows_per_chunk
+from gspo_kernels.logprobs.plan import ChunkRows, pieces, plan, rows_per_chunk
 
 some_lengths = st.lists(st.integers(0, 90), max_size=12)
 some_most = st.one_of(st.integers(1, 20), st.integers(60, 200))
@@ -28,23 +28,33 @@ some_most = st.one_of(st.integers(1, 20), st.integers(60, 200))
 
 @DEFAULT_MODE
 @settings(deadline=None, max_examples=150)
-@given(some_lengths, some_most, st.sampled_from(["token", "sequence", "batch"]), st.booleans(), st.booleans())
+@given(
+    some_lengths,
+    some_most,
+    st.sampled_from([1.0, 0.67]),
+    st.sampled_from(["token", "sequence", "batch"]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_every_row_once_and_in_chunks(
-    lengths: list[int], most: int, together: str, gradient: bool, unscaled: bool
+    lengths: list[int], most: int, share: float, together: str, gradient: bool, unscaled: bool
 ) -> None:
     """What every plan keeps: rows in order and once; a step fits into a chunk, or says how it does without; sequences
     of a step are those that have a row in it; and nothing that is needed together is apart."""
-    steps = plan(lengths, most, together=together, gradient=gradient, unscaled=unscaled)
+    usual = max(1, int(share * most))
+    steps = plan(lengths, ChunkRows(most, usual), together=together, gradient=gradient, unscaled=unscaled)
     assert [t for step in steps for t in range(step.start, step.stop)] == list(range(sum(lengths)))
     ends = list(itertools.accumulate(lengths, initial=0))
     long_way = "unscaled" if unscaled else "two_phases"
     for step in steps:
         assert step.start < step.stop
         assert step.way in (("at_once", long_way) if gradient else ("statistics",))
-        assert step.stop - step.start <= most or step.way == long_way
+        size = step.stop - step.start
+        assert size <= most or step.way == long_way
         touched = [i for i, (a, b) in enumerate(itertools.pairwise(ends)) if a < step.stop and b > step.start]
         inside = [i for i in touched if lengths[i]]
         assert (min(inside), max(inside) + 1) == (step.first, step.last), "the first and the last have rows in it"
+        assert size <= usual or together == "batch" or len(inside) == 1, "only for a sequence is more taken"
         if gradient and together == "sequence":
             assert ends[step.first] == step.start and ends[step.last] == step.stop, "a sequence is cut"
             if step.way == long_way:
@@ -69,11 +79,15 @@ def test_pieces_are_equal_and_few(start: int, length: int, most: int) -> None:
 
 @DEFAULT_MODE
 def test_neighbours_share_a_chunk_as_long_as_they_fit() -> None:
-    steps = plan([3, 4, 2, 9, 1, 0, 5], 8, together="sequence")
+    steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkRows(8, 8), together="sequence")
     assert [(s.way, s.start, s.stop) for s in steps] == [
         ("at_once", 0, 7), ("at_once", 7, 9), ("two_phases", 9, 18), ("at_once", 18, 24),
     ]  # fmt: skip
     assert [(s.first, s.last) for s in steps] == [(0, 2), (2, 3), (3, 4), (4, 7)]
+    steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkRows(9, 6), together="sequence")
+    assert [(s.way, s.start, s.stop) for s in steps] == [
+        ("at_once", 0, 3), ("at_once", 3, 9), ("at_once", 9, 18), ("at_once", 18, 24),
+    ]  # fmt: skip
 
 
 @DEFAULT_MODE
@@ -93,7 +107,14 @@ def test_neighbours_share_a_chunk_as_long_as_they_fit() -> None:
     ],
 )
 def test_rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str, rows: int) -> None:
-    assert rows_per_chunk(chunk_bytes, vocab, itemsize, device, usual=500 << 20) == rows
+    assert rows_per_chunk(chunk_bytes, vocab, itemsize, device, usual=500 << 20) == (rows, rows)
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize(("held", "rows"), [(1, (1, 1)), (2, (2, 1)), (8, (8, 5)), (100, (64, 42)), (770, (768, 512))])
+def test_rows_per_chunk_where_gradients_stay(held: int, rows: tuple[int, int]) -> None:
+    """So that the gradients of one chunk, half as wide, have room beside the logits of the next."""
+    assert rows_per_chunk(held * 400, 100, 4, "cpu", usual=0, keeps=True) == rows
 
 
 # --- what a loss did --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def gradient_in_chunks(r: Random, old: Tensor, rows: int, dtype: torch.dtype) ->
             hidden, weight, r.token_ids, r.advantages, old, cu_seqlens=r.cu_seqlens,
             chunk_bytes=chunk_of(rows, len(weight)),
         )  # fmt: skip
-    assert int(stats.head.chunks) == len(hidden) // rows
+    assert int(stats.head.chunks) >= len(hidden) // rows
     loss.backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
     return weight.grad

@@ -14,7 +14,7 @@ from batches import OBJECTIVES
 from checks import check_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear import Separate, check_same, from_hidden, from_logits, problem
+from linear import Separate, check_same, from_hidden, from_logits, problem, rows_of_work
 from modes import DEFAULT_MODE
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -69,12 +69,61 @@ def test_a_gradient_buffer_of_its_own(
 
 
 class NarrowProducts(_OfOperands):
-    """As cuBLAS multiplies: gradients of logits are fp16 (bf16), sums fp32."""
+    """As cuBLAS and MKL multiply: gradients of logits are fp16 (bf16), sums fp32."""
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         assert a.dtype == b.dtype == self.dtype
         assert bool(torch.isfinite(a).all()), "beyond the range of fp16"
         torch.addmm(out, a.float(), b.float(), beta=float(add), alpha=factor, out=out)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 9), st.lists(st.booleans(), max_size=40))
+def test_half_as_wide_in_place(kept: int, active: list[bool]) -> None:
+    """Behind `kept` rows of gradients, in turns whose rows may be taken in any order: none is written over logits that
+    are still to be read but its own, and only from the beginning of those on."""
+    first = -(-kept // 2)
+    order = [i for i, some in enumerate(active) if some]
+    unread, written = set(order), 0
+    for start, stop in linear._doubling(len(order)):
+        assert start == written
+        for i in range(start, stop):
+            place, row = kept + i, first + order[i]  # in halves of a row, in rows
+            over = place // 2 - first
+            assert over not in unread or (over == order[i] and place == 2 * row)
+        unread -= set(order[start:stop])
+        written = stop
+    assert written == len(order)
+
+
+@by_objective
+@frozen_or_not
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("rows", [1, 2, 6, 8, 50])
+def test_gradients_kept_beside_logits(
+    objective: str, rows: int, backend: str, wants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 gradients over fp32 logits wait there for those of the next chunks, in whatever order rows become ready."""
+    dtype = torch.bfloat16
+    lengths = (3, 0, 5, 1, 6, 2, 2, 4, 1, 7, 3)
+    p = problem(objective, seed=104, bias=True, dtype=dtype, lengths=lengths)
+    truth = from_logits(p, "packed", objective)
+    monkeypatch.setattr(linear, "products", NarrowProducts)
+    monkeypatch.setattr(linear, "keeps_gradients", lambda device, dtype: True)
+    products: list[int] = []
+    original = NarrowProducts.hidden_gradient
+
+    def counted(self: NarrowProducts, gradient: Tensor, factor: float = 1.0) -> Tensor:
+        products.append(gradient.shape[0])
+        return original(self, gradient, factor)
+
+    monkeypatch.setattr(NarrowProducts, "hidden_gradient", counted)
+    found = from_hidden(p, "packed", objective, rows=rows, wants=wants, backend=backend)
+    check_same(found, truth, p, number=2 * TOLERANCES[dtype].store)
+    _, _, backward, chunks = rows_of_work(found.stats)
+    assert sum(products) == backward
+    if rows == 6:
+        assert len(products) < chunks, "products of several chunks at once"
 
 
 @by_objective

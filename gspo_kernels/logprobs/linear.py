@@ -7,6 +7,7 @@ Rows are counted in the order of `live`, the rows that somebody asks about: the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import triton_rows
 from .backends import Backend, choose
 from .plan import row_stride, rows_per_chunk
-from .products import products, usual_chunk_bytes
+from .products import keeps_gradients, products, usual_chunk_bytes
 from .rows import Rows, RowStats, Upstream
 
 _ROUND_ON_GPU = 128  # rows of a gradient product: few shapes, and the kernels for them run full
@@ -90,14 +91,15 @@ class Head:
         self.sums = sums = self._products.sums  # the dtype of log-probabilities, and of gradients until the end
         device = weight.device
         usual = usual_chunk_bytes(device.type, dtype, vocab_size, wanted.any())
-        self.most = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type, usual)
-        rows = min(self.most, max(asked.count, 1))
+        keeps = wanted.any() and keeps_gradients(device.type, dtype)
+        self.at_a_time = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type, usual, keeps)
+        rows = min(self.at_a_time.most, max(asked.count, 1))
         self._stride = row_stride(vocab_size, device.type)
         self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
         self.backend: Backend = choose(self._room.view(1, rows, -1)[..., :vocab_size], backend)
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
         self._in_place = device.type == "cpu" and self.backend is not triton_rows
-        self._gradient_room = self._room
+        self._gradient_room = self._room.view(self._products.gradient)
         if wanted.any() and not self._in_place:
             self._gradient_room = torch.empty(rows * self._stride, dtype=self._products.gradient, device=device)
 
@@ -109,13 +111,13 @@ class Head:
         self._bias_gradient = room((weight.shape[0],), wanted.bias).zero_()
         self._weight_is_written = False
         self._span: Span = slice(0, 0)
-        self._logits = self._chunk(self._room, 0)
+        self._logits = self._chunk(self._room, 0, 0)
         self._pending: _Pending | None = None
 
     def load(self, span: Span, again: bool = False) -> None:
-        """Logits of these rows, at most `most`, in the place of the last ones."""
+        """Logits of these rows, at most `at_a_time.most`, in the place of the last ones."""
         hidden = self._hidden_rows(span)
-        self._span, self._logits = span, self._chunk(self._room, hidden.shape[0])
+        self._span, self._logits = span, self._chunk(self._room, self._free(len(hidden)), len(hidden))
         if hidden.shape[0]:
             self._products.logits(hidden, self._bias, self._logits)
         self.work.chunks += 1
@@ -123,7 +125,8 @@ class Head:
             self.work.recomputed_rows += hidden.shape[0]
         else:
             self.work.forward_rows += hidden.shape[0]
-        self.finish_products()  # those of the last chunk, queued behind the logits of this one
+        if not self._in_place:
+            self.finish_products()  # those of the last chunk, queued behind the logits of this one
 
     def statistics(self) -> RowStats:
         """Of the rows that were loaded, each [n]."""
@@ -137,31 +140,49 @@ class Head:
         active = upstream.some()
         if self.asked.mask is not None:
             active = active & self._take(self.asked.mask)
+        if self._in_place:
+            self._backward_in_place(active, stats, upstream)
+            return
         exponent = _exponent(upstream) if self._products.gradient == torch.float16 else None
         news = _News(active, exponent)
-        if self._in_place:
-            order = _order_in_place(active, news.wait()[0])
-        else:
-            order = torch.argsort(active.logical_not().to(torch.uint8), stable=True)
+        order = torch.argsort(active.logical_not().to(torch.uint8), stable=True)
         if order.numel():
-            ordered = upstream.at(order)
-            if news.exponent is not None:
-                ordered = ordered._replace(factor=torch.exp2(news.exponent.float()))
-            saved = RowStats(*(x.index_select(0, order)[None] for x in stats))
             gradient = self._gradient_chunk(order.numel())
-            rows = self._rows(self._logits, self._take_all(order), order)
-            self.backend.backward(rows, saved, ordered.rows(), gradient[None])
-            some = None if self._in_place else active.index_select(0, order)
-            self._pending = _Pending(gradient, self._place(order), some, news)
-        if self._in_place:
-            self.finish_products()
+            self._write(gradient, order, stats, upstream, news.exponent)
+            self._pending = _Pending(gradient, self._place(order), active.index_select(0, order), news)
+
+    def _backward_in_place(self, active: Tensor, stats: RowStats, upstream: Upstream) -> None:
+        """Over the logits, next to the gradients that are kept: products wait until the next logits need the room."""
+        count, kept = int(active.sum()), self._kept
+        if count == 0:
+            return
+        narrow = self._products.gradient.itemsize < self.sums.itemsize
+        order = active.nonzero()[:, 0] if narrow else _order_in_place(active, count)
+        gradient = self._gradient_chunk(kept + count)
+        for start, stop in _doubling(count) if narrow else [(0, count)]:
+            self._write(gradient[kept + start : kept + stop], order[start:stop], stats, upstream)
+        places = self._place(order)
+        if self._pending is not None:
+            places = torch.cat([self._pending.places, places])
+        self._pending = _Pending(gradient, places, None, None)
+
+    def _write(
+        self, gradient: Tensor, order: Tensor, stats: RowStats, upstream: Upstream, exponent: Tensor | None = None
+    ) -> None:
+        """The gradients of these rows of logits, lifted by a power of two."""
+        ordered = upstream.at(order)
+        if exponent is not None:
+            ordered = ordered._replace(factor=torch.exp2(exponent.float()))
+        saved = RowStats(*(x.index_select(0, order)[None] for x in stats))
+        rows = self._rows(self._logits, self._take_all(order), order)
+        self.backend.backward(rows, saved, ordered.rows(), gradient[None])
 
     def finish_products(self) -> None:
         """The products of gradients that were written, if they have not run yet."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        rows, exponent = pending.news.wait()
+        rows, exponent = (pending.places.shape[0], 0) if pending.news is None else pending.news.wait()
         if rows == 0:
             return
         self.work.backward_rows += rows
@@ -226,23 +247,32 @@ class Head:
 
     # ---- memory
 
-    def _chunk(self, room: Tensor, rows: int) -> Tensor:
-        return room[: rows * self._stride].view(rows, self._stride)[:, : self.vocab]
+    @property
+    def _kept(self) -> int:
+        """Rows of gradients that lie in the memory of the logits."""
+        return 0 if not self._in_place or self._pending is None else self._pending.places.shape[0]
+
+    def _free(self, rows: int) -> int:
+        """Where so many rows of logits have room: behind the gradients that are kept, or else in their place."""
+        first = -(-self._kept * self._products.gradient.itemsize // self.sums.itemsize)
+        if (first + rows) * self._stride <= self._room.numel():
+            return first
+        self.finish_products()
+        return 0
+
+    def _chunk(self, room: Tensor, first: int, rows: int) -> Tensor:
+        return room[first * self._stride :][: rows * self._stride].view(rows, self._stride)[:, : self.vocab]
 
     def _gradient_chunk(self, rows: int) -> Tensor:
-        """Of the dtype that the products take; in place, row i of it over row i of the logits."""
-        room, dtype = self._gradient_room, self._products.gradient
-        if room.dtype == dtype:
-            return self._chunk(room, rows)
-        wide = room[: rows * self._stride].view(dtype)
-        return wide.view(rows, wide.numel() // rows)[:, : self.vocab]
+        """Of the dtype that the products take."""
+        return self._chunk(self._gradient_room, 0, rows)
 
 
 class _Pending(NamedTuple):
     gradient: Tensor  # [n, V], rows that have one first
     places: Tensor  # [n], the rows of the hidden states they belong to
-    active: Tensor | None  # [n], which have a gradient; None: those that are counted have
-    news: _News
+    active: Tensor | None  # [n], which have a gradient; None: all
+    news: _News | None  # None: all
 
 
 class _News:
@@ -290,6 +320,15 @@ def _exponent(upstream: Upstream) -> Tensor:
     largest = torch.stack(sizes).amax()
     sound = torch.isfinite(largest) & (largest > 0.0)
     return (13 - torch.floor(torch.log2(torch.where(sound, largest, 1.0)))).clamp(-60, 60).to(torch.int64)
+
+
+def _doubling(count: int) -> Iterator[tuple[int, int]]:
+    """[0, 1), [1, 2), [2, 4), [4, 8), ...: a row that is written at half its size, in the order of the reading, lies
+    over rows that were read in an earlier turn."""
+    start, stop = 0, 1
+    while start < count:
+        yield start, min(stop, count)
+        start, stop = stop, 2 * stop
 
 
 def _order_in_place(active: Tensor, count: int) -> Tensor:

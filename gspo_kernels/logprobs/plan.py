@@ -29,10 +29,17 @@ class Step(NamedTuple):
     last: int
 
 
+class ChunkRows(NamedTuple):
+    """How many rows of logits are brought in at a time."""
+
+    most: int  # a sequence that has more is not seen as a whole
+    usual: int  # as long as no sequence has more
+
+
 def plan(
-    lengths: Sequence[int], most: int, *, together: str, gradient: bool = True, unscaled: bool = False
+    lengths: Sequence[int], rows: ChunkRows, *, together: str, gradient: bool = True, unscaled: bool = False
 ) -> list[Step]:
-    """Steps for sequences of `lengths` rows, one after the other, at most `most` rows of logits at a time.
+    """Steps for sequences of `lengths` rows, one after the other, some `rows` of logits at a time.
 
     Args:
         together: what must have been seen before a coefficient is known: nothing but the row ("token"), its
@@ -43,11 +50,11 @@ def plan(
     total = sum(lengths)
     if not gradient or together == "token":
         way = "at_once" if gradient else "statistics"
-        groups = [(way, start, stop) for start, stop in pieces(0, total, most)]
+        groups = [(way, start, stop) for start, stop in pieces(0, total, rows.usual)]
     else:
         groups = []
-        for start, stop in _groups(lengths if together == "sequence" else [total], most):
-            fits = stop - start <= most
+        for start, stop in _groups(lengths if together == "sequence" else [total], rows.usual):
+            fits = stop - start <= rows.most
             groups.append(("at_once" if fits else "unscaled" if unscaled else "two_phases", start, stop))
     return list(_with_sequences(groups, lengths))
 
@@ -68,8 +75,13 @@ def row_stride(vocab: int, device: str) -> int:
     return -(-vocab // _ROUND) * _ROUND if device == "cuda" else vocab
 
 
-def rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str, usual: int) -> int:
-    """How many rows of logits `chunk_bytes` hold; None: `usual` bytes. Raises ValueError where that is none."""
+def rows_per_chunk(
+    chunk_bytes: int | None, vocab: int, itemsize: int, device: str, usual: int, keeps: bool = False
+) -> ChunkRows:
+    """How many rows of logits `chunk_bytes` hold; None: `usual` bytes. Raises ValueError where that is none.
+
+    `keeps`: gradients of logits take half their memory and stay there, until the next rows leave no more room.
+    """
     a_row = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
         chunk_bytes = max(usual, a_row)
@@ -80,15 +92,20 @@ def rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: s
             f"chunk_bytes: expected at least {a_row}, one row of {vocab} logits in {itemsize * 8}-bit floats; "
             f"got {chunk_bytes}"
         )
-    rows = chunk_bytes // a_row
+    most = _round_down(chunk_bytes // a_row)
+    # two chunks: the gradients of the first, at half their size, beside the logits of the second
+    return ChunkRows(most, max(1, _round_down(most * 2 // 3)) if keeps else most)
+
+
+def _round_down(rows: int) -> int:
     return rows // _ROUND * _ROUND if rows >= _ROUND else rows
 
 
-def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbours that fit into a chunk together; what is too long for one stands alone."""
+def _groups(lengths: Sequence[int], usual: int) -> Iterator[tuple[int, int]]:
+    """Neighbours of `usual` rows together; one that has more stands alone."""
     start = stop = 0
     for length in lengths:
-        if stop + length - start > most:
+        if stop + length - start > usual:
             if stop > start:
                 yield start, stop
             start = stop

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import native
 
-# Of the head, in the dtype of the sums: on a CPU near the cache, and everywhere large enough for a product.
+# Of the head, in the dtype of the sums, where it is taken in parts: on a CPU those stay near the cache, and everywhere
+# they are large enough for a product.
 _BLOCK_BYTES = {"cpu": 32 << 20}
 _BLOCK_BYTES_ELSEWHERE = 512 << 20
 
@@ -24,8 +25,8 @@ _BLOCK_BYTES_ELSEWHERE = 512 << 20
 class Products:
     """Of hidden states [n, D] and a head `weight` [V, D], both in `dtype` or to be rounded to it.
 
-    This base runs everywhere: float32 products (float64 for float64), a block of the vocabulary at a time, of operands
-    that are converted with it. A product of two bf16 or fp16 numbers is exact in float32.
+    This base runs everywhere: float32 products (float64 for float64) of operands that are converted to it, a block of
+    the vocabulary at a time. A product of two bf16 or fp16 numbers is exact in float32.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -33,40 +34,37 @@ class Products:
         self.sums = torch.float64 if dtype == torch.float64 else torch.float32  # of logits and every result
         self.gradient = self.sums  # of the logits' gradient, an operand too
         block = _BLOCK_BYTES.get(weight.device.type, _BLOCK_BYTES_ELSEWHERE)
+        self._vocab = weight.shape[0]
         self._step = max(1, block // (weight.shape[1] * self.sums.itemsize))
+        self._converts = not weight.dtype == dtype == self.sums
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """[n, D] -> [n, V]."""
         if bias is not None:
             out.copy_(bias.to(self.sums).expand_as(out))
         operand = self._operand(hidden)
-        for columns, weight in self._weights():
+        for columns, weight in self._weights(self._step):
             self._multiply(operand, weight.t(), out[:, columns], add=bias is not None)
 
     def hidden_gradient(self, gradient: Tensor, factor: float = 1.0) -> Tensor:
         """[n, V] -> [n, D] times a factor."""
         out = torch.empty(gradient.shape[0], self.weight.shape[1], dtype=self.sums, device=gradient.device)
-        for columns, weight in self._weights():
+        for columns, weight in self._weights(self._step if self._converts else self._vocab):
             self._multiply(gradient[:, columns], weight, out, columns.start > 0, factor)
         return out
 
     def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         """[n, V], [n, D] -> [V, D] times a factor, added to what is there or in its place."""
-        operand = self._operand(hidden)
-        for columns in self._blocks():
-            self._multiply(gradient[:, columns].t(), operand, out[columns], add, factor)
+        self._multiply(gradient.t(), self._operand(hidden), out, add, factor)
 
     def _operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype).to(self.sums)
 
-    def _blocks(self) -> list[slice]:
-        vocab = self.weight.shape[0]
-        return [slice(start, min(start + self._step, vocab)) for start in range(0, vocab, self._step)]
-
-    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
+    def _weights(self, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of the weight as operands."""
-        blocks = self._blocks()
-        if self.weight.dtype == self.dtype == self.sums:
+        vocab = self._vocab
+        blocks = [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
+        if not self._converts:
             yield from ((block, self.weight[block]) for block in blocks)
             return
         room = self.weight.new_empty(blocks[0].stop, self.weight.shape[1], dtype=self.sums)
@@ -86,19 +84,14 @@ class _OfOperands(Products):
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__(weight.to(dtype).contiguous(), dtype)
         self.gradient = dtype
+        self._step, self._converts = self._vocab, False
 
     def _operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype).contiguous()
 
-    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
-        return ((block, self.weight[block]) for block in self._blocks())
-
 
 class CudaProducts(_OfOperands):
     """cuBLAS, which delivers its accumulator in float32 when asked (torch 2.8 and later)."""
-
-    def _blocks(self) -> list[slice]:
-        return [slice(0, self.weight.shape[0])]
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=float(add), alpha=factor, out=out)
@@ -127,13 +120,19 @@ def usual_chunk_bytes(device: str, dtype: torch.dtype, vocab: int, gradient: boo
     """Memory for a chunk's logits, if nobody says how much: enough rows for products to run at their full speed.
 
     Every chunk adds to the whole gradient of the head. The faster the products, the more rows it takes until that is
-    not what they wait for: of V = 151,936 some 2,000 on a GPU, 700 by bf16 units of a CPU, 400 in float32.
+    not what they wait for: of V = 151,936 some 2,000 on a GPU; on a CPU 512 in float32, and by bf16 units 1,024, the
+    gradients of two chunks.
     """
     if device == "cuda":
         return 1280 << 20
     if not gradient:
         return min(320 << 20, 512 * vocab * max(dtype.itemsize, 4))
-    return (448 if _by_mkl(device, dtype) else 256) << 20
+    return (448 if _by_mkl(device, dtype) else 300) << 20
+
+
+def keeps_gradients(device: str, dtype: torch.dtype) -> bool:
+    """Whether gradients of logits are half as wide as logits: kept in their memory, more rows go into a product."""
+    return _by_mkl(device, dtype)
 
 
 def _by_mkl(device: str, dtype: torch.dtype) -> bool:
