@@ -40,7 +40,7 @@ bench: .venv/bench
 bench-compare: .venv/bench
 	$(BIN)/python -m benchmarks.compare $(BASE)
 
-# The losses from hidden states, against the peers that `make bench-peers` has installed: 12 minutes, and a minute.
+# The losses from hidden states, against the peers that `make bench-peers` has installed: 20 minutes, and a minute.
 bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
 

@@ -184,8 +184,9 @@ def test_the_slow_sit_out_when_time_is_short() -> None:
         return [contestant.name for contestant, _ in chosen], rounds.most
 
     assert names(100.0) == (["ours", "products", "eager", "trl"], 6)
-    assert names(15.0) == (["ours", "products", "eager"], 2)
-    assert names(-1.0) == (["ours", "products"], 1)
+    assert names(22.0) == (["ours", "products", "eager"], 3)
+    assert names(15.0) == (["ours", "products"], 3)
+    assert names(-1.0) == (["ours", "products"], 2)
 
 
 def test_peers_are_asked_where_something_is_to_be_learned() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..cases import DTYPES
+from ..memory import keep_freed_memory
 from .cases import CASES, ROWS, SMOKE, Case, build
 from .contestants import CONTESTANTS, left_out
 from .goals import print_goals
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         raise SystemExit(f"no case has all of {', '.join(options.only)} in its name; they are {_names()}")
     print(title(about()), flush=True)
+    if not options.smoke:
+        keep_freed_memory()
     began = time.perf_counter()
     warm_up()
     finished = _run(cases, began + options.budget, options.smoke)
@@ -92,7 +95,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--rows", type=int, default=ROWS, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names have all these words")
-    parser.add_argument("--budget", type=float, default=720.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, default=1200.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--save", type=Path, metavar="FILE", help="a whole run's: results/linear-cpu-<name>.json")
     parser.add_argument(
         "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print the table of results that exist"

@@ -2,10 +2,8 @@
 
 A call takes from a tenth of a second to half a minute. So on a CPU the first round is a measurement too, of time and of
 memory (`warm_up` has been there before), until there are two others; only a contestant that compiles is called once
-more. Who is too slow for the time that is left sits out the further rounds.
-
-In the further rounds a contestant finds as much memory as it is going to need, touched a moment ago: the host of a
-virtual machine takes back what lay free while another one ran, and to get it again can cost as much as the products.
+more. Who is too slow for the time that is left sits out the further rounds, in which memory comes from a heap that is
+kept between calls (`keep_freed_memory`).
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from .cases import DENSE, SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, Case, Problem, b
 from .contestants import CONTESTANTS, PEERS, Answer, Contestant, Run, left_out
 from .truth import check
 
-FURTHER_ROUNDS = 6  # at most
+ENOUGH_ROUNDS, FURTHER_ROUNDS = 3, 6  # further ones; what the slow are left out for, and the most there are
 Runs = list[tuple[Contestant, Run]]
 
 
@@ -53,13 +51,7 @@ def measure(problem: Problem, end: float, deadline: float, most: int = FURTHER_R
     meter = HostMeter()
     outcomes, runs = admit(problem, CONTESTANTS, meter, why_not)
     chosen, rounds = affordable(runs, outcomes, end - time.perf_counter(), most)
-    needed = {run: outcomes[contestant.name].extra_bytes for contestant, run in chosen}
-
-    def timed(run: Callable[[], object]) -> float:
-        _touch_memory(needed[run] or 0)
-        return meter.timed(run)
-
-    for name, further in take_turns(problem, chosen, rounds, outcomes, meter, timed).items():
+    for name, further in take_turns(problem, chosen, rounds, outcomes, meter).items():
         outcomes[name].seconds = further if len(further) > 1 else outcomes[name].seconds + further
     return outcomes
 
@@ -98,19 +90,16 @@ def admit(
 
 
 def affordable(runs: Runs, outcomes: dict[str, Outcome], seconds: float, most: int) -> tuple[Runs, Rounds]:
-    """This package and its yardstick, for one more round at least; of the peers those that there is time for."""
+    """This package and its yardstick, for two more rounds at least; of the peers those that there is time for."""
+    enough = min(ENOUGH_ROUNDS, most)
     cost = {contestant.name: outcomes[contestant.name].seconds[0] for contestant, _ in runs}
     for name in sorted(PEERS, key=lambda name: -cost.get(name, 0.0)):
-        if sum(cost.values()) <= seconds:
+        if enough * sum(cost.values()) <= seconds:
             break
         cost.pop(name, None)
     count = int(seconds / sum(cost.values())) if cost else 0
-    rounds = min(max(count, 1), most)
+    rounds = min(max(count, 2), most)
     return [(contestant, run) for contestant, run in runs if contestant.name in cost], Rounds(least=rounds, most=rounds)
-
-
-def _touch_memory(size: int) -> None:
-    torch.empty(size, dtype=torch.uint8).fill_(1)
 
 
 def _first_call(problem: Problem, contestant: Contestant, run: Run, outcome: Outcome, meter: Meter) -> None:
