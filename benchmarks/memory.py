@@ -30,16 +30,16 @@ def peak_extra_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
     return result, max(_status("VmHWM") - before, 0)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool) -> None:
     """From now on memory that this process frees stays with it and serves its next calls, as allocators made for
-    training keep it. With glibc alone: elsewhere nothing changes.
+    training keep it; or goes back to the system. With glibc alone: elsewhere nothing changes.
 
     Else a call that follows another's waits for pages: what lies free the host of a virtual machine takes back, and to
     get a gigabyte again can cost more than what is to be measured.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_MMAP_MAX, 0)  # big blocks come from the heap, too
-        libc.mallopt(_TRIM_THRESHOLD, -1)  # whose end is never given back
+        libc.mallopt(_MMAP_MAX, 0 if keep else 1 << 16)  # big blocks come from the heap, too
+        libc.mallopt(_TRIM_THRESHOLD, -1 if keep else 1 << 17)  # whose end is not given back
 
 
 def _status(field: str) -> int:

@@ -218,7 +218,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     operands = (hidden, weight, given.get("bias"))
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
-    usual = usual_chunk_bytes(hidden.device.type, dtype, columns, wanted.any())
+    usual = usual_chunk_bytes(hidden.device.type, dtype, wanted.any())
     keeps = wanted.any() and keeps_gradients(hidden.device.type, dtype)
     at_a_time = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type, usual, keeps)
     rows = hidden.numel() // hidden.shape[-1]

@@ -1,6 +1,6 @@
 """The losses from hidden states against their own matrix products and against every peer that starts there too.
 
-    python -m benchmarks.linear                             12 minutes, 10 GB; writes results/linear-cpu-<name>.json
+    python -m benchmarks.linear                             20 minutes, 10 GB; writes results/linear-cpu-<name>.json
     python -m benchmarks.linear --smoke                     tiny sizes, half a minute: does it run at all?
     python -m benchmarks.linear --only dense bf16           cases whose names have all these words
     python -m benchmarks.linear --budget 1800               more rounds

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ..cases import DTYPES
-from ..memory import keep_freed_memory
 from .cases import CASES, ROWS, SMOKE, Case, build
 from .contestants import CONTESTANTS, left_out
 from .goals import print_goals
@@ -32,8 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         raise SystemExit(f"no case has all of {', '.join(options.only)} in its name; they are {_names()}")
     print(title(about()), flush=True)
-    if not options.smoke:
-        keep_freed_memory()
     began = time.perf_counter()
     warm_up()
     finished = _run(cases, began + options.budget, options.smoke)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..cases import DTYPES
+from ..memory import keep_freed_memory
 from ..race import HostMeter, Meter, Rounds, note, take_turns
 from ..race import Outcome as RaceOutcome
 from ..truth import WrongAnswer
@@ -51,8 +52,12 @@ def measure(problem: Problem, end: float, deadline: float, most: int = FURTHER_R
     meter = HostMeter()
     outcomes, runs = admit(problem, CONTESTANTS, meter, why_not)
     chosen, rounds = affordable(runs, outcomes, end - time.perf_counter(), most)
-    for name, further in take_turns(problem, chosen, rounds, outcomes, meter).items():
-        outcomes[name].seconds = further if len(further) > 1 else outcomes[name].seconds + further
+    keep_freed_memory(True)  # and not before: a heap that keeps more than a call holds would hide what that is
+    try:
+        for name, further in take_turns(problem, chosen, rounds, outcomes, meter).items():
+            outcomes[name].seconds = further if len(further) > 1 else outcomes[name].seconds + further
+    finally:
+        keep_freed_memory(False)
     return outcomes
 
 

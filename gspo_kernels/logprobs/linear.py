@@ -90,7 +90,7 @@ class Head:
         self._products = products(weight[:vocab_size], dtype)
         self.sums = sums = self._products.sums  # the dtype of log-probabilities, and of gradients until the end
         device = weight.device
-        usual = usual_chunk_bytes(device.type, dtype, vocab_size, wanted.any())
+        usual = usual_chunk_bytes(device.type, dtype, wanted.any())
         keeps = wanted.any() and keeps_gradients(device.type, dtype)
         self.at_a_time = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type, usual, keeps)
         rows = min(self.at_a_time.most, max(asked.count, 1))

@@ -116,7 +116,7 @@ def products(weight: Tensor, dtype: torch.dtype) -> Products:
     return Products(weight, dtype)
 
 
-def usual_chunk_bytes(device: str, dtype: torch.dtype, vocab: int, gradient: bool) -> int:
+def usual_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
     """Memory for a chunk's logits, if nobody says how much: enough rows for products to run at their full speed.
 
     Every chunk adds to the whole gradient of the head. The faster the products, the more rows it takes until that is
@@ -125,9 +125,7 @@ def usual_chunk_bytes(device: str, dtype: torch.dtype, vocab: int, gradient: boo
     """
     if device == "cuda":
         return 1280 << 20
-    if not gradient:
-        return min(320 << 20, 512 * vocab * max(dtype.itemsize, 4))
-    return (448 if _by_mkl(device, dtype) else 300) << 20
+    return (448 if gradient and _by_mkl(device, dtype) else 300) << 20
 
 
 def keeps_gradients(device: str, dtype: torch.dtype) -> bool:
