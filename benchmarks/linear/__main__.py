@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from ..cases import DTYPES
-from .cases import CASES, ROWS, SMOKE, Case, build
+from .cases import CASES, ROWS, SMOKE, Case
 from .contestants import CONTESTANTS, left_out
 from .goals import print_goals
-from .results import CaseResult, Results, about, case_result, default_path, load, newest, save
+from .results import CaseResult, Results, about, default_path, load, measured, newest, save
 from .table import lines, markdown, title
-from .turns import FURTHER_ROUNDS, measure, warm_up
+from .turns import FURTHER_ROUNDS, warm_up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def _run(cases: Sequence[Case], deadline: float, smoke: bool) -> list[CaseResult
         left = deadline - time.perf_counter()
         spare = max(left - sum(estimates[i:]), 0.0)  # beyond a first call of everybody
         seconds = estimates[i] + spare * estimates[i] / sum(estimates[i:])
-        finished.append(_measure(case, 1, seconds, left) if smoke else _in_a_process(case, seconds, left))
+        finished.append(measured(case, 1, seconds, left) if smoke else _in_a_process(case, seconds, left))
         print("", *lines(finished[-1]), sep="\n", flush=True)
     return finished
 
@@ -68,13 +68,7 @@ def _run(cases: Sequence[Case], deadline: float, smoke: bool) -> list[CaseResult
 def _in_a_process(case: Case, seconds: float, left: float) -> CaseResult:
     """Of its own: what a case leaves in a heap would change what the next one seems to need."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), warm_up) as executor:
-        return executor.submit(_measure, case, FURTHER_ROUNDS, seconds, left).result()
-
-
-def _measure(case: Case, most: int, seconds: float, left: float) -> CaseResult:
-    now = time.perf_counter()
-    problem = build(case)
-    return case_result(problem, measure(problem, now + seconds, now + left, most))
+        return executor.submit(measured, case, FURTHER_ROUNDS, seconds, left).result()
 
 
 def _speed(dtype: torch.dtype) -> float:

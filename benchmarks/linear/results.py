@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 from ..gpu.report import rounded
 from ..results import FOLDER, machine
-from .cases import Problem
+from .cases import Case, Problem, build
 from .peers import versions
-from .turns import Outcome, words
+from .turns import Outcome, measure, words
 
 # How to read the numbers; stored with them.
 MEANINGS = {
@@ -70,10 +71,17 @@ class Results:
         return self.cases[f"{work}-{dtype}-{vocab}"]
 
 
+def measured(case: Case, most: int, seconds: float, left: float) -> CaseResult:
+    """With at most so many further rounds, begun in the next `seconds`, and first calls of peers within what is `left`."""
+    now = time.perf_counter()
+    problem = build(case)
+    return case_result(problem, measure(problem, now + seconds, now + left, most))
+
+
 def case_result(problem: Problem, outcomes: Mapping[str, Outcome]) -> CaseResult:
     case, yardstick = problem.case, outcomes.get("products", Outcome()).seconds
 
-    def measured(name: str, outcome: Outcome) -> Measured:
+    def of(name: str, outcome: Outcome) -> Measured:
         median = statistics.median(outcome.seconds)
         flops = case.work.products() * case.unit if name == "products" else problem.flops
         extra = outcome.extra_bytes
@@ -100,7 +108,7 @@ def case_result(problem: Problem, outcomes: Mapping[str, Outcome]) -> CaseResult
         width=case.width,
         sequences=case.work.sequences,
         active=problem.active,
-        contestants={name: measured(name, o) for name, o in outcomes.items() if o.seconds and not o.error},
+        contestants={name: of(name, o) for name, o in outcomes.items() if o.seconds and not o.error},
         absent={name: o.absent for name, o in outcomes.items() if o.absent},
         errors={name: words(o.error) for name, o in outcomes.items() if o.error},
     )
