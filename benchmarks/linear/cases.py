@@ -70,8 +70,7 @@ class Case:
         return float(self.rows) * self.width * self.vocab
 
 
-# Cases of the same inputs stand together: those are built once and kept until others are asked for. What goals stand
-# on comes first, for the time that a run may take is limited.
+# What goals stand on comes first, for the time that a run may take is limited.
 CASES = tuple(Case(work, dtype, vocab) for vocab in reversed(VOCABS) for dtype in reversed(DTYPES) for work in WORKS)
 # Every work and dtype, with as few compilations as that takes.
 SMOKE = tuple(

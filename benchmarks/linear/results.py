@@ -72,7 +72,7 @@ class Results:
 
 
 def measured(case: Case, most: int, seconds: float, left: float) -> CaseResult:
-    """With at most so many further rounds, begun in the next `seconds`, and first calls of peers within what is `left`."""
+    """At most so many further rounds, begun in the next `seconds`; first calls of peers within what is `left`."""
     now = time.perf_counter()
     problem = build(case)
     return case_result(problem, measure(problem, now + seconds, now + left, most))
