@@ -120,12 +120,12 @@ def usual_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
     """Memory for a chunk's logits, if nobody says how much: enough rows for products to run at their full speed.
 
     Every chunk adds to the whole gradient of the head. The faster the products, the more rows it takes until that is
-    not what they wait for: of V = 151,936 some 2,000 on a GPU; on a CPU 512 in float32, and by bf16 units 1,024, the
-    gradients of two chunks.
+    not what they wait for: of V = 151,936 some 2,000 on a GPU; on a CPU 512 in float32, 768 where a head is converted
+    for each chunk, and by bf16 units 1,024, the gradients of two chunks.
     """
     if device == "cuda":
         return 1280 << 20
-    return (448 if gradient and _by_mkl(device, dtype) else 300) << 20
+    return (448 if gradient and dtype.itemsize == 2 else 300) << 20
 
 
 def keeps_gradients(device: str, dtype: torch.dtype) -> bool:
