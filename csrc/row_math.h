@@ -28,7 +28,7 @@ constexpr double kLog2e = 1.44269504088896340736;
 
 // Sums over every column but the target, relative to `base` (a logit): sum 2^t and sum t 2^t, t = (x - base) * scale.
 struct Others {
-  float base;
+  double base;
   double sum;
   double weighted;
 };
@@ -71,9 +71,9 @@ struct Upstream {  // dL/dlogprob, dL/dentropy, dL/dlse of one row
   GSPO_HD bool zero() const { return logprob == 0.0 && entropy == 0.0 && lse == 0.0; }
 };
 
-// What a kernel needs to write a row's gradient. For every column but the target, with `scale` rounded to fp32,
-//     t = (x - base) * scale,   dL/dx = 2^t * (constant + slope * t)
-// `base` is the row's lse as a logit, rounded to fp32; what the rounding lost is folded into the coefficients.
+// What a kernel needs to write a row's gradient. For every column but the target
+//     dL/dx = 2^t * (constant + slope * t),   t = (x - base) * scale or, with a base that is scaled, x * scale - base
+// `base` is the row's lse in that unit, rounded to fp32; what the rounding lost is folded into the coefficients.
 struct RowGradient {
   float base;
   float constant;
@@ -81,13 +81,13 @@ struct RowGradient {
   float target;  // dL/dx of the target column
 };
 
-// `logprob` is the forward's: from target and lse it could only be had again by a subtraction.
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double lse, double entropy, double scale) {
+// `logprob` is the forward's: from target and lse it could only be had again by a subtraction. `lost`: how far the base
+// is below lse, in nats.
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double entropy, double scale, float base,
+                                       double lost) {
   const double inverse_temperature = scale * kLn2;
-  const double lse_as_logit = lse / inverse_temperature;
   RowGradient row;
-  row.base = static_cast<float>(lse_as_logit);
-  const double lost = (lse_as_logit - row.base) * inverse_temperature;
+  row.base = base;
   const double factor = std::exp(-lost) * inverse_temperature;
   row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - lost)));
   row.slope = static_cast<float>(-factor * g.entropy * kLn2);

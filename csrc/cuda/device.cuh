@@ -1,0 +1,228 @@
+// What only a GPU can do, one function each, and under it the twin that the host has for it. The kernels call these and
+// nothing else of the kind: their text runs as threads of a process, too, where tests look for races (GSPO_ON_HOST).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(GSPO_ON_HOST)
+#include "on_host.h"  // of the tests: __global__, threadIdx, __syncthreads, shuffles and clusters of threads
+#endif
+
+namespace gspo::gpu {
+
+#if defined(__CUDA_ARCH__)
+#define GSPO_PTX 1
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define GSPO_CLUSTERS 1
+#endif
+
+// ---- numbers
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// 16 bytes of a row: one access.
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+
+__device__ __forceinline__ float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+__device__ __forceinline__ uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// 2^x; what would be subnormal is 0.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#if defined(GSPO_PTX)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
+__device__ __forceinline__ float multiply_flushed(float x, float y) {
+#if defined(GSPO_PTX)
+  float z;
+  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  const float z = x * y;
+  return std::fabs(z) < 0x1p-126f ? 0.0f * z : z;
+#endif
+}
+
+// The larger one; NaN if either is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+#if defined(GSPO_PTX)
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x != x ? x : y != y ? y : x > y ? x : y;
+#endif
+}
+
+__device__ __forceinline__ float widen(BFloat16 x) { return as_float(uint32_t{x.bits} << 16); }
+
+__device__ __forceinline__ float widen(Float16 x) {
+#if defined(GSPO_PTX)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return half;
+#endif
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+
+// Two numbers of 16 bits in a word, the first one in the low half; rounded to nearest even.
+__device__ __forceinline__ uint32_t pack(float low, float high, BFloat16) {
+#if defined(GSPO_PTX)
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  const auto narrow = [](float x) {
+    const uint32_t bits = as_bits(x);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  };
+  return narrow(high) << 16 | narrow(low);
+#endif
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, Float16) {
+#if defined(GSPO_PTX)
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  const auto narrow = [](float x) {
+    const _Float16 half = static_cast<_Float16>(x);
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return uint32_t{bits};
+  };
+  return narrow(high) << 16 | narrow(low);
+#endif
+}
+
+// The larger one of each of two pairs of bf16; NaN if either is.
+__device__ __forceinline__ uint32_t max_or_nan_pair(uint32_t x, uint32_t y) {
+#if defined(GSPO_PTX)
+  uint32_t z;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+#else
+  const auto larger = [](uint32_t a, uint32_t b) { return as_bits(max_or_nan(as_float(a), as_float(b))); };
+  return larger(x << 16, y << 16) >> 16 | (larger(x & 0xffff0000u, y & 0xffff0000u) & 0xffff0000u);
+#endif
+}
+
+// ---- memory
+
+__device__ __forceinline__ Vector load(const void* address) { return *static_cast<const Vector*>(address); }
+__device__ __forceinline__ void store(void* address, const Vector& x) { *static_cast<Vector*>(address) = x; }
+
+// 16 bytes into shared memory, past the first cache, while the thread goes on. They are there for it, and for no other
+// thread yet, when `wait_for_copies` returns.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(GSPO_PTX)
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(address), "l"(global) : "memory");
+#else
+  std::memcpy(shared, global, 16);
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(GSPO_PTX)
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}
+
+// ---- threads
+
+constexpr unsigned kWarp = 32;
+
+template <class T>
+__device__ __forceinline__ T of_lane_xor(T x, unsigned lanes) {
+#if defined(GSPO_ON_HOST)
+  return on_host::of_lane_xor(x, lanes);
+#else
+  return __shfl_xor_sync(0xffffffffu, x, lanes);
+#endif
+}
+
+// This block's number in its cluster, and how many blocks that has. Before sm_90 a block is alone.
+__device__ __forceinline__ unsigned rank_in_cluster() {
+#if defined(GSPO_CLUSTERS)
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#elif defined(GSPO_ON_HOST)
+  return on_host::rank_in_cluster();
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ unsigned blocks_in_cluster() {
+#if defined(GSPO_CLUSTERS)
+  unsigned blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+#elif defined(GSPO_ON_HOST)
+  return on_host::blocks_in_cluster();
+#else
+  return 1;
+#endif
+}
+
+// Every thread of the cluster has come here, and sees what the others wrote before. Of a block that is alone, its own.
+__device__ __forceinline__ void sync_cluster() {
+#if defined(GSPO_CLUSTERS)
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+#elif defined(GSPO_ON_HOST)
+  on_host::sync_cluster();
+#else
+  __syncthreads();
+#endif
+}
+
+// Writes to the place in another block's shared memory that `address` has in this one's.
+__device__ __forceinline__ void store_to_block(uint64_t* address, unsigned rank, uint64_t value) {
+#if defined(GSPO_CLUSTERS)
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(address));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("st.shared::cluster.u64 [%0], %1;" : : "r"(there), "l"(value) : "memory");
+#elif defined(GSPO_ON_HOST)
+  *on_host::in_block(address, rank) = value;
+#else
+  *address = value;
+#endif
+}
+
+__device__ __forceinline__ unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u); }
+
+}  // namespace gspo::gpu

@@ -1,0 +1,46 @@
+// The GPU's row kernels as the bindings see them: nothing of CUDA's headers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../rows.h"
+
+namespace gspo::gpu {
+
+// For token losses: a row whose ratio is clipped gets no gradient, others' coefficients are multiplied by their ratio.
+struct TokenClip {
+  const float* old_logprobs;  // absent: on-policy, every ratio is 1
+  const float* advantages;    // for their signs
+  double eps_low, eps_high, dual_clip, max_log_ratio;  // dual_clip: infinity for none
+};
+
+// Statistics of each row and its gradient, for a coefficient that depends on the row alone. Addresses are of the device.
+struct OneRead {
+  RowShape shape;
+  RowInputs in;
+  RowOutputs out;
+  UpstreamArrays upstream;  // dL/dlogprob where every ratio is 1, for every row; of the others none
+  Common common;
+  TokenClip clip;
+  LogitsView gradient;  // of the logits' dtype; may lie over them
+  unsigned* tickets;    // one, and 0
+};
+
+// How a launch is laid out.
+struct Layout {
+  bool resident;    // the row stays on the chip; else it is read twice
+  unsigned blocks;  // of a cluster
+  unsigned clusters;
+  unsigned threads;
+  size_t shared_bytes;  // of a block
+};
+
+// Why no kernel can run on this machine; empty if they can.
+std::string missing();
+
+// Both throw std::runtime_error with CUDA's message and the kernel's name. `dtype`: float32, bfloat16, float16.
+Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device);
+void one_read(const std::string& dtype, const OneRead& arguments, int device, uintptr_t stream);
+
+}  // namespace gspo::gpu

@@ -1,0 +1,50 @@
+// What the row kernels take and give: addresses, sizes and strides. Shared by processors and the bindings.
+#pragma once
+
+#include <cstdint>
+
+namespace gspo {
+
+// [outer, inner, vocab] logits, or a gradient of that shape: two leading strides in elements, the last one is 1.
+struct LogitsView {
+  char* data;
+  int64_t outer_stride;
+  int64_t inner_stride;
+};
+
+struct RowShape {
+  int64_t rows;   // outer * inner
+  int64_t inner;
+  int64_t vocab;
+};
+
+// Arrays of one number per row, in row order; a null pointer means "absent".
+struct RowInputs {
+  LogitsView logits;
+  const int64_t* token_ids;
+  const bool* mask;              // absent: every row counts
+  const float* row_temperature;  // absent: `temperature` for every row
+  double temperature;
+  const int64_t* places;  // for the gradient alone: row i is row places[i] of the logits; absent: row i
+};
+
+struct RowOutputs {
+  float* logprobs;
+  float* entropy;
+  double* lse;
+};
+
+struct UpstreamArrays {
+  const float* logprobs;  // each may be absent: zero
+  const float* entropy;
+  const double* lse;
+};
+
+// What all upstream gradients are multiplied by: `*factor` over the sum of `counts`; either may be absent.
+struct Common {
+  const float* factor;
+  const float* counts;
+  int64_t count_size;
+};
+
+}  // namespace gspo
