@@ -5,8 +5,8 @@
 // cache if few rows are under way (`Again`). The mathematics of a row is csrc/row_math.h's.
 //
 // A row starts at any address. Columns before a slice's first 16-byte boundary, and behind its last, are read and written
-// one by one; all others 16 bytes at a time. A thread reads what it has written, and no thread another's: blocks meet
-// once in a row, to exchange their sums.
+// one by one; all others 16 bytes at a time. Blocks meet once in a row, to exchange their sums; only behind that does a
+// thread read what another brought, where a gradient lies otherwise than its logits.
 #pragma once
 
 #include <cmath>
@@ -440,6 +440,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? 4 : 1) one_read(co
   const int64_t clusters = gridDim.x / ranks;
   const double common = common_of(args.common);
 
+  sync_cluster();  // a block that has not begun has no memory to be written to
   int turn = 0;
   for (int64_t row = blockIdx.x / ranks; row < args.shape.rows; turn ^= 1) {
     if (rank == 0 && threadIdx.x == 0) {
@@ -489,7 +490,9 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? 4 : 1) one_read(co
     publish(shared, sums, turn);
     sync_cluster();
 
-    if (threadIdx.x == 0) shared.gradient = finish(args, row, rank == 0, shared.of_blocks[turn], ranks, target_logit, scale, common);
+    if (threadIdx.x == 0)
+      shared.gradient =
+          finish(args, row, rank == 0, shared.of_blocks[turn], ranks, target_logit, scale, common);
     __syncthreads();
     const RowGradient gradient = shared.gradient;
     if (gradient.constant == 0.0f && gradient.target == 0.0f)
