@@ -42,7 +42,7 @@ struct RowStats {
 // The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit, or a row of -inf,
 // gives NaN: it is the caller's bug and is not hidden.
 GSPO_HD inline RowStats combine(const Others& others, double target_logit, double scale) {
-  const double target = target_logit * scale;  // base 2, like everything up to `d`
+  const double target = target_logit == INFINITY ? NAN : target_logit * scale;  // base 2, like everything up to `d`
   const bool alone = others.sum == 0.0;
   const double log_sum = alone ? 0.0 : std::log2(others.sum);
   const double rest = alone ? -INFINITY : others.base * scale + log_sum;

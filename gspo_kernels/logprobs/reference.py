@@ -87,6 +87,7 @@ def _statistics(others: Tensor, target: Tensor, temperature: Tensor) -> tuple[Te
     weights = t.exp()
     total = weights.sum(-1, dtype=torch.float64)
     rest = base.double() / temperature + total.log()
+    target = torch.where(target == torch.inf, torch.nan, target)  # a caller's bug, and not a certainty
     d = rest - target / temperature
     logprob = -_softplus(d)
     lse = torch.where(d <= 0, target / temperature, rest) + _softplus(-d.abs())

@@ -214,6 +214,7 @@ def _statistics(pointer, token_ids, row, vocab, scale, scale_error, REPEAT: tl.c
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
+    target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's bug, and not a certainty
     base, total, weighted = _sum_others(pointer, vocab, target, scale, REPEAT, LANES, WIDTH, PTX)
     return _combine(base, total, weighted, target_logit, scale, scale_error)
 
