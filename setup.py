@@ -3,6 +3,9 @@
 The same kernel source is compiled once per instruction set, each file with its own flags. Where ninja is installed it
 runs the compiler, in parallel and only on what changed; otherwise a thread pool does. Where no compiler works, the
 installation goes on without the extension: `gspo_kernels` then runs on plain torch and `explain()` says why.
+
+Where CUDA's compiler is found (nvcc on PATH, or in CUDA_HOME), its kernels become part of the extension, with CUDA's
+runtime linked into it. GSPO_KERNELS_CUDA=0 leaves them out, GSPO_KERNELS_CUDA=1 fails where they cannot be built.
 """
 
 from __future__ import annotations
@@ -31,6 +34,13 @@ if X86:
     SOURCES["csrc/cpu/rows_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
     SOURCES["csrc/cpu/rows_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 LINK = ["-pthread"] + (["-ldl"] if sys.platform.startswith("linux") else [])
+
+CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")
+if CUDA not in ("", "0", "1"):
+    raise SystemExit(f"GSPO_KERNELS_CUDA: expected 0 (leave the CUDA kernels out) or 1 (require them); got {CUDA!r}")
+ARCHITECTURES = ("80", "90", "100")  # each serves its own generation; those behind the last get its PTX
+CUDA_SOURCES = {"csrc/bindings.cpp": ["-DGSPO_CUDA"], "csrc/cuda/bindings.cpp": []}
+KERNELS = "csrc/cuda/rows.cu"
 if SANITIZE:
     FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
     LINK += [f"-fsanitize={SANITIZE}"]
@@ -42,9 +52,23 @@ class BuildExtension(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
         includes = [f"-I{path}" for path in [get_include(), *self.compiler.include_dirs]]
+        sources, kernels, link = SOURCES, {}, LINK
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            try:
+                kernels, libraries = self.compile_cuda(nvcc, objects)
+                sources, link = {**SOURCES, **CUDA_SOURCES}, LINK + libraries
+            except (OSError, subprocess.CalledProcessError) as error:
+                if CUDA == "1":
+                    raise SystemExit(
+                        f"GSPO_KERNELS_CUDA=1, but the CUDA kernels could not be compiled ({error})"
+                    ) from error
+                self.warn(f"the CUDA kernels could not be compiled ({error}): a GPU will run the Triton kernels alone")
+        objects = objects / "with_cuda" if kernels else objects
+        objects.mkdir(exist_ok=True)
         commands = {
-            objects / f"{Path(source).stem}.o": [*compiler, *includes, *FLAGS, *flags, "-c", source]
-            for source, flags in SOURCES.items()
+            objects / (source.replace("/", "_") + ".o"): [*compiler, *includes, *FLAGS, *flags, "-c", source]
+            for source, flags in sources.items()
         }
         try:
             compile_all(commands, objects)
@@ -54,15 +78,52 @@ class BuildExtension(build_ext):
                 "slower. Install a C++17 compiler and reinstall to change that"
             ) from error
         self.compiler.link_shared_object(
-            [str(target) for target in commands],
+            [str(target) for target in (*commands, *kernels)],
             self.get_ext_fullpath(extension.name),
-            extra_postargs=LINK,
+            extra_postargs=link,
             target_lang="c++",
         )
+
+    def compile_cuda(self, nvcc: Path, folder: Path) -> tuple[dict[Path, list[str]], list[str]]:
+        """Compiles the kernels; their object, and what to link with it."""
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        chosen = [number for number in ARCHITECTURES if f"sm_{number}" in known]
+        if not chosen:
+            raise OSError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}")
+        code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
+        code.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
+        options = ["--options-file", "csrc/cuda/nvcc.options", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+        commands = {folder / "cuda_rows.o": [str(nvcc), *options, *code, "-c", KERNELS]}
+        compile_all(commands, folder / "cuda")
+        roots = (nvcc.resolve().parent.parent, *toolkit_of(nvcc))
+        places = (root / inside for root in roots for inside in ("lib64", "lib", "targets/x86_64-linux/lib"))
+        runtime = next((found for place in places if (found := place / "libcudart_static.a").exists()), None)
+        if runtime is None:
+            raise OSError(f"libcudart_static.a is not beside {nvcc}: CUDA's runtime library is not installed")
+        # Its symbols stay inside: torch brings its own, which may be of another release.
+        return commands, [str(runtime), "-lrt", f"-Wl,--exclude-libs,{runtime.name}"]
+
+
+def find_nvcc() -> Path | None:
+    if CUDA == "0" or SANITIZE or not sys.platform.startswith("linux"):
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*(str(Path(home) / "bin") for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if found is None and CUDA == "1":
+        raise SystemExit("GSPO_KERNELS_CUDA=1, but nvcc is not on PATH nor in CUDA_HOME: install CUDA's toolkit")
+    return None if found is None else Path(found)
+
+
+def toolkit_of(nvcc: Path) -> list[Path]:
+    """Where nvcc says that its toolkit is: what is on PATH may be a script."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", KERNELS], capture_output=True, text=True).stderr
+    return [Path(line.split("TOP=")[1].strip()) for line in said.splitlines() if "TOP=" in line]
 
 
 def compile_all(commands: dict[Path, list[str]], folder: Path) -> None:
     """Runs `command -o object` for each object file."""
+    folder.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja")
     if ninja is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -34,7 +34,7 @@ class Work:
     name: str
     title: str
     gradient: bool = True
-    objective: str = "gspo"  # or "grpo", a ratio per token
+    objective: str = "gspo"  # or "grpo", "ppo": a ratio per token
     on_policy: bool = False
     no_advantage: float = 0.0  # share of sequences whose advantage is zero
     clipped: float = 0.0  # share of the other sequences that are clipped
@@ -43,7 +43,11 @@ class Work:
     @property
     def one_read(self) -> bool:
         """A row's coefficient is known once it has been read, or before: the gradient needs no second read."""
-        return self.gradient and (self.on_policy or self.objective == "grpo")
+        return self.gradient and (self.on_policy or self.ratio_per_token)
+
+    @property
+    def ratio_per_token(self) -> bool:
+        return self.objective in ("grpo", "ppo")
 
 
 WORKS = (
@@ -181,7 +185,7 @@ def build(case: Case, rows: int = ROWS, device: str = "cpu") -> Problem:
     log_ratio = (torch.rand(sequences, generator=generator, dtype=torch.float64) - 0.5) * 4e-4  # inside the window
     log_ratio[clipped] = 2e-3
     noise = torch.randn(rows, generator=generator, dtype=torch.float64) * 0.02
-    if work.objective == "grpo":  # one token in twelve far outside, the others far inside
+    if work.ratio_per_token:  # one token in twelve far outside, the others far inside
         outside = torch.rand(rows, generator=generator) < 1 / 12
         noise = torch.where(outside, noise + 0.5 * noise.sign(), noise)
     else:

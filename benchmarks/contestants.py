@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,28 +32,28 @@ class Contestant:
         return self.label.split(",")[0] if work == "forward" else self.label
 
 
-def _ours(overwrite_logits: bool) -> Callable[[Problem], Run]:
-    def prepare(problem: Problem) -> Run:
-        objective = problem.case.work.objective
-        of_package = gspo_kernels.gspo_loss if objective == "gspo" else gspo_kernels.grpo_loss
-        eps_low, eps_high = EPSILONS[objective]
+_OF_PACKAGE = {"gspo": gspo_kernels.gspo_loss, "grpo": gspo_kernels.grpo_loss, "ppo": gspo_kernels.ppo_loss}
 
-        def loss() -> Tensor:
-            return of_package(
-                problem.logits,
-                problem.token_ids,
-                problem.advantages,
-                problem.old_logprobs,
-                mask=problem.mask,
-                cu_seqlens=problem.cu_seqlens,
-                eps_low=eps_low,
-                eps_high=eps_high,
-                overwrite_logits=overwrite_logits,
-            ).loss
 
-        return answer(problem, loss)
+def ours(problem: Problem, overwrite_logits: bool, backend: str | None = None) -> Run:
+    objective = problem.case.work.objective
+    eps_low, eps_high = EPSILONS[objective]
 
-    return prepare
+    def loss() -> Tensor:
+        return _OF_PACKAGE[objective](
+            problem.logits,
+            problem.token_ids,
+            problem.advantages,
+            problem.old_logprobs,
+            mask=problem.mask,
+            cu_seqlens=problem.cu_seqlens,
+            eps_low=eps_low,
+            eps_high=eps_high,
+            overwrite_logits=overwrite_logits,
+            backend=backend,
+        ).loss
+
+    return answer(problem, loss)
 
 
 def torch_loss(
@@ -92,7 +93,8 @@ def torch_loss_of_logprobs(
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages).mean()
     ratio = (logprobs - old).exp()
     of_tokens = advantages.unsqueeze(-1) if sequence_of is None else advantages[sequence_of]
-    return -mean(torch.minimum(ratio * of_tokens, ratio.clamp(1 - low, 1 + high) * of_tokens)).mean()
+    surrogate = torch.minimum(ratio * of_tokens, ratio.clamp(1 - low, 1 + high) * of_tokens)
+    return -((surrogate * weights).sum() / weights.sum() if objective == "ppo" else mean(surrogate).mean())
 
 
 def _eager(problem: Problem) -> Run:
@@ -139,8 +141,18 @@ def _copy(problem: Problem) -> Run:
 
 
 CONTESTANTS = (
-    Contestant("ours", "gspo-kernels, gradient over the logits", _ours(True), overwrites=True),
-    Contestant("ours_fresh", "gspo-kernels, fresh gradient", _ours(False), gradient_only=True),
+    Contestant(
+        "ours",
+        "gspo-kernels, gradient over the logits",
+        functools.partial(ours, overwrite_logits=True),
+        overwrites=True,
+    ),
+    Contestant(
+        "ours_fresh",
+        "gspo-kernels, fresh gradient",
+        functools.partial(ours, overwrite_logits=False),
+        gradient_only=True,
+    ),
     Contestant("eager", "torch eager", _eager),
     Contestant("compile", "torch.compile", _compiled, compiles=True),
     Contestant("copy", "memory copy", _copy),

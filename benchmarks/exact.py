@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPSILONS = {"gspo": (3e-4, 4e-4), "grpo": (0.2, 0.27)}  # what the ratio may fall short of 1, and exceed it
+EPSILONS = {
+    "gspo": (3e-4, 4e-4),
+    "grpo": (0.2, 0.27),
+    "ppo": (0.2, 0.27),
+}  # what the ratio may fall short of 1, and exceed it
 
 
 def means(values: Tensor, mask: Tensor, sequence_of: Tensor, sequences: int) -> Tensor:
@@ -35,6 +39,12 @@ def grpo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, sequence_of: Tenso
     return float(means(loss, mask, sequence_of, sequences).mean()), torch.where(mask, of_tokens, 0.0)
 
 
+def ppo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, sequence_of: Tensor) -> tuple[float, Tensor]:
+    """PPO, clipped (arXiv 1707.06347): ratio and clip as GRPO's; one mean over all tokens."""
+    loss, slope = _clipped(log_ratio.exp(), advantages[sequence_of], *EPSILONS["ppo"])
+    return float(loss[mask].mean()), torch.where(mask, slope / mask.sum(), 0.0)
+
+
 def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio) A), and its derivative by the logarithm of the ratio."""
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
@@ -46,4 +56,4 @@ def _lengths(mask: Tensor, sequence_of: Tensor, sequences: int) -> Tensor:
     return sequence_of[mask].bincount(minlength=sequences)
 
 
-LOSSES = {"gspo": gspo, "grpo": grpo}
+LOSSES = {"gspo": gspo, "grpo": grpo, "ppo": ppo}

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from .gpu import goals
+from gspo_kernels.logprobs import cuda_rows
+
+from .gpu import faster, goals
+from .gpu.__main__ import SMOKE_ONE_READ
 from .gpu.parts import REPOSITORY, Part, run
 from .gpu.report import Report
 
@@ -104,7 +107,7 @@ def test_smoke_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--only", "bandwidth", "speed", "linear"],
+        [*command, "--only", "bandwidth", "speed", "linear", "one_read", "sanitizer"],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -118,6 +121,13 @@ def test_smoke_run(tmp_path: Path) -> None:
         assert {"ours", "eager", "copy"} <= case["contestants"].keys()
         for name in ("liger", "trl"):
             assert name in case["absent"] or name in case["errors"]  # they run on a GPU or in the interpreter
+    assert found["one_read"]["cases"].keys() == set(SMOKE_ONE_READ)
+    for case in found["one_read"]["cases"].values():
+        assert {"ours", "ours_fresh", "copy"} == case["contestants"].keys() and not case["errors"]
+        assert case["absent"].keys() == {"ours_cuda", "ours_cuda_fresh"}  # on a CPU
+    of_grpo = found["one_read"]["cases"]["grpo-bf16-100-16"]
+    assert of_grpo["contestants"]["ours"]["units"] > of_grpo["units"] == 2.0
+    assert any(line.startswith("cuda") for line in found["one_read"]["explain"])
     assert found["linear"]["cases"].keys() == {"dense", "inactive", "frozen_head", "forward"}
     for case in found["linear"]["cases"].values():
         assert {"ours", "products", "eager"} <= case["contestants"].keys()
@@ -173,6 +183,51 @@ def test_goals_of_the_linear_part() -> None:
     assert not by_text["linear, memory against eager"].judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
     with pytest.raises(KeyError, match="no liger"):
         by_text["linear, time against liger"].judge(content("NVIDIA H200", 41.0, 7.88e14))
+
+
+def one_read(milliseconds: float, rivals: float = 2.0, gpu: str = "NVIDIA H200") -> dict[str, Any]:
+    def case(launches: int) -> dict[str, Any]:
+        times = {"ours": rivals, "ours_fresh": rivals, "ours_cuda": milliseconds, "ours_cuda_fresh": milliseconds}
+        measured = {name: {"median": ms / 1e3, "times_floor": 1.1, "launches": launches} for name, ms in times.items()}
+        return {"contestants": measured, "absent": {}, "errors": {}}
+
+    cases = {"gspo_on_policy-bf16-151936-8192": case(4), "grpo-bf16-151936-8192": case(5)}
+    return {"machine": {"gpu": gpu}, "one_read": {"cases": cases}, "parts": {"one_read": {"status": "ok"}}}
+
+
+def test_goals_in_cuda() -> None:
+    by_text = {goal.text: goal for goal in goals.GOALS}
+    goal = by_text["GRPO, a ratio per token, in CUDA C++"]
+    assert goal.judge(one_read(1.3))[0] and not goal.judge(one_read(1.31))[0]
+    with pytest.raises(KeyError):
+        by_text["PPO, one mean over all tokens, in CUDA C++"].judge(one_read(1.3))
+    absent = one_read(1.3)
+    case = absent["one_read"]["cases"]["grpo-bf16-151936-8192"]
+    del case["contestants"]["ours_cuda"]
+    case["absent"]["ours_cuda"] = "the CUDA kernels were not built"
+    with pytest.raises(KeyError, match="not built"):
+        goal.judge(absent)
+
+
+def test_launches_are_a_goal_for_triton_and_counted_for_cuda() -> None:
+    by_text = {goal.text: goal for goal in goals.GOALS}
+    met, text = by_text["launches of forward and backward"].judge(results(1.9, "NVIDIA H200", 4.2e12) | one_read(1.3))
+    assert met and text.endswith("in CUDA C++ gspo_on_policy-bf16-151936-8192 4, grpo-bf16-151936-8192 5")
+
+
+def test_the_line_for_the_package_is_printed_where_cuda_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(named: set[str], milliseconds: float) -> str:
+        monkeypatch.setattr(cuda_rows, "FASTER_ON", frozenset(named))
+        return faster.lines(one_read(milliseconds))[-1]
+
+    other, this = "NVIDIA GH200", "NVIDIA H200"
+    assert said(set(), 1.3) == 'FASTER_ON: frozenset[str] = frozenset({"NVIDIA H200"})'
+    assert said({other}, 1.3) == 'FASTER_ON: frozenset[str] = frozenset({"NVIDIA GH200", "NVIDIA H200"})'
+    assert said({this}, 2.1) == "FASTER_ON: frozenset[str] = frozenset()"
+    assert "rightly" in said({this}, 1.3) and "not ahead" in said({other}, 2.1)
+    lines = faster.lines(one_read(1.6))
+    assert sum("1.250x" in line for line in lines) == 2
+    assert faster.lines({"machine": None}) == ["CUDA C++ against Triton: not measured"]
 
 
 def test_goals_without_results(capsys: pytest.CaptureFixture[str]) -> None:

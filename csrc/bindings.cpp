@@ -8,6 +8,9 @@
 
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
+#if defined(GSPO_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -158,7 +161,10 @@ void ask_for_huge_pages(uintptr_t address, size_t bytes) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Row kernels of gspo_kernels for the CPU (see csrc/).";
+  m.doc() = "Row kernels of gspo_kernels (see csrc/).";
+#if defined(GSPO_CUDA)
+  gspo::gpu::bind(m);
+#endif
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
   m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });

@@ -1,8 +1,9 @@
 """The named losses on a GPU in four launches: rows, two of token_kernels.py in the place of token_stage.py, gradient.
 
 Off-policy: rows -> sequences -> batch, and the gradient in the backward. On-policy, where the gradient by each
-log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. What the
-kernels do not cover takes the stage in torch; the same oracle guards both.
+log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. With a ratio
+per token the CUDA kernel, which clips by itself, does the same off-policy; the sequences are then asked a second time,
+for the loss. What the kernels do not cover takes the stage in torch; the same oracle guards both.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from .checks import may_read
 from .layout import check_boundaries
-from .logprobs import triton_rows
-from .logprobs.backends import choose
+from .logprobs import cuda_rows, triton_rows
+from .logprobs.backends import Backend, by_triton, choose
 from .logprobs.ops import check_values, room_for_gradient, row_gradient, unpadded
-from .logprobs.rows import Rows, RowStats, Upstream, empty_stats
+from .logprobs.rows import Rows, RowStats, TokenClip, Upstream, empty_stats
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .scalars import run_time_list
 from .stats import SCALARS, Stats
@@ -30,12 +31,12 @@ _RATIOS: dict[type[Objective], str] = {GSPO: "sequence", GSPOToken: "sequence_by
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NUM_WARPS, _BLOCK = 4, 512  # more tokens at a time, or more warps, and registers spill
 _INTERPRETED_BLOCK = 4
-_PARTIALS, _COUNT = 13, 12  # of token_kernels.py
+_PARTIALS, _COUNT, _ZERO = 14, 12, 13  # of token_kernels.py
 
 
 def serves(inputs: TokenInputs, logits: Tensor, backend: str | None) -> bool:
-    """Whether it takes this loss on these logits: for that, the Triton backend has to run."""
-    return takes(inputs) and choose(logits, backend) is triton_rows
+    """Whether it takes this loss on these logits: for that, Triton has to run."""
+    return takes(inputs) and by_triton(choose(logits, backend))
 
 
 def takes(inputs: TokenInputs) -> bool:
@@ -44,13 +45,21 @@ def takes(inputs: TokenInputs) -> bool:
     return type(inputs.objective) in _RATIOS and all(x is None or x.dtype in _DTYPES for x in arrays)
 
 
-def policy_loss(rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool, one_pass: bool) -> LossOutput:
+def clips_row_by_row(inputs: TokenInputs, logits: Tensor, backend: str | None) -> bool:
+    """Whether the gradient of a loss that it takes can be had in one pass although the ratios are not 1."""
+    per_token = _RATIOS.get(type(inputs.objective)) == "token" and inputs.beta == 0.0 and inputs.entropy_coef == 0.0
+    return per_token and takes(inputs) and choose(logits, backend) is cuda_rows
+
+
+def policy_loss(
+    rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool, one_pass: bool, backend: str | None
+) -> LossOutput:
     objective = inputs.objective
     arguments = (
         rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits, *_of_tokens(inputs),
     )  # fmt: skip
     if one_pass:
-        loss, scalars, logprobs, log_ratios = _OnePass.apply(*arguments)
+        loss, scalars, logprobs, log_ratios = _OnePass.apply(choose(rows.logits, backend), *arguments)
     else:
         loss, scalars, log_ratios, logprobs, *_ = _fused_loss(*arguments)
     shape = inputs.batch.tokens
@@ -184,19 +193,27 @@ _fused_loss.register_autograd(_gradient, setup_context=_remember)
 
 
 class _OnePass(torch.autograd.Function):
-    """The same on-policy: the gradient is written by the forward, while each row was in the cache."""
+    """The same where no gradient needs the batch: it is written by the forward, while each row was in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> Any:
+    def forward(ctx: Any, backend: Backend, logits: Tensor, *arguments: Any) -> Any:
         token_ids, mask, temperature, vocab_size, overwrite_logits, *of_tokens = arguments
         rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
         stage = _Stage(logits.shape[:2], logits.device, mask, *of_tokens)
         check_values(rows)
+        on_policy = stage.old_logprobs is None
+        clip = None if on_policy else stage.clip()
         stage.sequences(None)
         gradient = room_for_gradient(logits, overwrite_logits)
-        upstream = Upstream(stage.grad_logprobs, counts=stage.partials[_COUNT])
-        stats = triton_rows.forward_backward(rows, upstream, unpadded(gradient, vocab_size))
-        loss, scalars = stage.batch(stats)
+        upstream = Upstream(stage.grad_logprobs, counts=stage.partials[_COUNT], tickets=stage.partials[_ZERO])
+        room = unpadded(gradient, vocab_size)
+        if clip is None:
+            stats = backend.forward_backward(rows, upstream, room)
+            loss, scalars = stage.batch(stats)
+        else:
+            stats = cuda_rows.forward_backward(rows, upstream, room, clip)
+            stage.sequences(stats)
+            loss, scalars = stage.batch(None)
         if overwrite_logits:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient)
@@ -209,7 +226,7 @@ class _OnePass(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         triton_rows.scale(gradient, upstream)  # returns at once where upstream is 1
         torch.autograd.graph.increment_version(gradient)  # a second backward is refused
-        return gradient, *(None,) * 18
+        return None, gradient, *(None,) * 18
 
 
 class _Stage:
@@ -250,7 +267,15 @@ class _Stage:
         self.grad_logprobs = room(outer, inner)
         self.grad_entropy = room(outer, inner) if entropy_bonus else room(0)
         self.log_ratios = room(self.sequence_count) if ratio == "sequence" else room(self.tokens)
+        self.token_advantages: Tensor | None = None
         self.partials = room(_PARTIALS, self.sequence_count)
+
+    def clip(self) -> TokenClip:
+        """What a row needs to clip its own ratio; complete when `sequences` has run."""
+        assert self.old_logprobs is not None
+        self.token_advantages = torch.empty_like(self.grad_logprobs)
+        eps_low, eps_high, dual_clip, max_log_ratio = self.numbers[:4]
+        return TokenClip(self.old_logprobs.float(), self.token_advantages, eps_low, eps_high, dual_clip, max_log_ratio)
 
     def sequences(self, stats: RowStats | None) -> None:
         """Fills the gradients, log-ratios and partial sums; `stats` is None before the rows have been read."""
@@ -260,8 +285,8 @@ class _Stage:
                 None if stats is None else stats.logprobs, self.old_logprobs, self.ref_logprobs,
                 None if stats is None else stats.entropy, self.advantages, self.weights, self.mask, self.cu_seqlens,
                 self.global_count, self.tokens, self.length, self.sequence_count, *self.numbers,
-                self.grad_logprobs, self.grad_entropy if self.grad_entropy.numel() else None, self.log_ratios,
-                self.partials, **self.choices,
+                self.grad_logprobs, self.grad_entropy if self.grad_entropy.numel() else None,
+                self.token_advantages if stats is None else None, self.log_ratios, self.partials, **self.choices,
             )  # fmt: skip
 
     def batch(self, stats: RowStats | None) -> tuple[Tensor, Tensor]:

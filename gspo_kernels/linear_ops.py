@@ -16,7 +16,7 @@ from torch import Tensor
 from . import fused_stage, linear_walk
 from .layout import BatchShape
 from .linear_walk import HeadArguments
-from .logprobs import triton_rows
+from .logprobs.backends import by_triton
 from .logprobs.linear import Wanted
 from .logprobs.ops import scale
 from .logprobs.plan import Step, pieces
@@ -143,7 +143,7 @@ def _linear_loss(
     with _inside_an_operator(hidden.device):
         stage, asked = inputs.stage(), linear_walk.rows_asked(arguments, of_tokens)
         head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
-        fused = head.backend is triton_rows and fused_stage.takes(inputs)
+        fused = by_triton(head.backend) and fused_stage.takes(inputs)
         found = linear_walk.walk(head, asked, stage, inputs, fused)
         gradients, work = head.gradients(), head.work
         stats = RowStats(*(linear_walk.to_all_rows(x, asked, tokens) for x in found))

@@ -88,7 +88,8 @@ def policy_loss(
         advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
         old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
             ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
-            fp16, not under torch.compile). Such a loss can be walked backward once.
+            fp16, not under torch.compile). Such a loss can be walked backward once. By the CUDA kernels, GRPO and PPO
+            take one pass off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
@@ -106,9 +107,9 @@ def policy_loss(
         vocab_size: where the logits have more columns than the vocabulary has tokens (padded to a round number, as
             Megatron does), its size: the columns beyond are not read and have a gradient of zero. None: all count.
         overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or, in one
-            pass on-policy, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
+            pass, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
             refuses whatever else still needs them for its backward.
-        backend: "triton", "native", "reference" or None for the best that runs (see `explain`).
+        backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:
         `LossOutput(loss, stats)`. No host sync takes place.
@@ -127,14 +128,14 @@ def policy_loss(
     )  # fmt: skip
     rows = _rows(logits, token_ids, batch.mask, temperature, backend)
     one_pass = (
-        inputs.depends_on_log_ratio_alone()
+        (inputs.depends_on_log_ratio_alone() or fused_stage.clips_row_by_row(inputs, logits, backend))
         and logits.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
     if fused_stage.serves(inputs, logits, backend):
-        return fused_stage.policy_loss(rows, inputs, vocab_size, overwrite_logits, one_pass)
+        return fused_stage.policy_loss(rows, inputs, vocab_size, overwrite_logits, one_pass, backend)
     stage = inputs.stage()
     if one_pass:
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))

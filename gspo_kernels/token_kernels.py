@@ -21,15 +21,16 @@ SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 1
 FINITE = tl.constexpr(1e30)  # stands for an infinite log-probability, so that no inf - inf can arise
 
 # What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each.
-LOSS, UNITS, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, REF_KL, ENTROPY, TOKENS, COUNT = (
-    tl.constexpr(i) for i in range(13)
+LOSS, UNITS, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, REF_KL, ENTROPY, TOKENS, COUNT, ZERO = (
+    tl.constexpr(i) for i in range(14)
 )
-PARTIALS = 13
+PARTIALS = 14  # the last is a zero, from which a row kernel may count
 
 _VARIES = ["tokens", "length", "sequences", "eps_low", "eps_high", "dual_clip", "max_log_ratio", "beta", "entropy_coef",
            "normalizer"]  # fmt: skip
 _ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "entropies", "advantages", "weights", "mask", "cu_seqlens",
-                "global_count", "g_logprobs", "g_entropies", "log_ratios", "partials", "loss", "scalars"]  # fmt: skip
+                "global_count", "g_logprobs", "g_entropies", "token_advantages", "log_ratios", "partials", "loss",
+                "scalars"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
 
 
@@ -135,7 +136,7 @@ def sequence_kernel(
     logprobs, old_logprobs, ref_logprobs, entropies, advantages, weights, mask, cu_seqlens, global_count,
     tokens, length, sequences,
     eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, normalizer,
-    g_logprobs, g_entropies, log_ratios, partials,
+    g_logprobs, g_entropies, token_advantages, log_ratios, partials,
     RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr,
     ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +144,8 @@ def sequence_kernel(
 
     The sequence is a row of `length` tokens or, with `cu_seqlens`, tokens cu_seqlens[i] to cu_seqlens[i + 1]. Gradients
     lack one factor, 1 / (sum of the counts): the row kernels bring it in. Absent: `old_logprobs` on-policy, `logprobs`
-    before they are known (possible on-policy, without a KL term); `g_entropies` without an entropy bonus.
+    before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an entropy
+    bonus; `token_advantages`, each token's advantage, unless a row kernel asks for it (of a ratio per token).
 
     RATIO: "sequence" for GSPO, "sequence_by_token" for GSPO-token, "token" for GRPO and PPO.
     """
@@ -215,6 +217,8 @@ def sequence_kernel(
             log_ratio = token_ratio if RATIO == "token" else zeros + mean
             a = _load(advantages, at, counts) if ADVANTAGE_PER_TOKEN else zeros + advantage
             k = _load(weights, at, counts) if WEIGHT_PER_TOKEN else zeros + weight
+            if token_advantages is not None:
+                tl.store(token_advantages + at, a, mask=at < last)
             term, slope, is_low, is_high, ratio = _surrogate(log_ratio, a, eps_low, eps_high, dual_clip, max_log_ratio)
             slope = slope * k * share
             loss, loss_rest = _add(loss, loss_rest, tl.where(counts, term * k * share, 0.0))
@@ -262,6 +266,7 @@ def sequence_kernel(
     tl.store(out + ENTROPY * sequences, _sum(h, h_rest))
     tl.store(out + TOKENS * sequences, n)
     tl.store(out + COUNT * sequences, count)
+    tl.store(out + ZERO * sequences, 0.0)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the kernel tests on an extension built with address and undefined-behaviour sanitizers, beside the normal build.
+# Runs the kernel tests on an extension built with address and undefined-behaviour sanitizers, beside the normal build;
+# then the GPU's kernels as fibers of this machine (tests/gpu_on_host), with these and with a thread sanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 site=build/sanitized
@@ -15,4 +16,12 @@ for isa in baseline avx2 avx512; do
     echo "sanitized kernels, $isa"
     GSPO_KERNELS_ISA=$isa "$PYTHON" -P -m pytest --numprocesses auto -x -k native tests/test_rows.py tests/test_row_independence.py "$@"
   fi
+done
+
+unset LD_PRELOAD
+for sanitizer in address,undefined thread; do
+  echo "sanitized GPU kernels on this machine, $sanitizer"
+  "$compiler" -std=c++17 -O1 -g "-fsanitize=$sanitizer" -fno-sanitize-recover=all -Wno-unknown-pragmas -DGSPO_ON_HOST \
+    -Itests/gpu_on_host tests/gpu_on_host/rows.cpp -o "$site/gpu_rows"
+  TSAN_OPTIONS=halt_on_error=1 "$site/gpu_rows"
 done

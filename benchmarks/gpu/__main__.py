@@ -21,6 +21,13 @@ from .report import Report
 NO_DEVICE = 2  # exit code
 WORKS = ("gspo", "gspo_on_policy", "forward", "grpo", "gspo_inactive")
 ROWS, SMOKE_ROWS = (8_192, 1_024, 32_768), 16  # the first carries the goals
+OWN, SHAPES = ("gspo_on_policy", "grpo", "ppo"), ("bf16-151936", "bf16-151937", "fp32-151936", "fp32-151937")
+ONE_READ = (  # the first carry the goals; cases that share logits stand together, they are built once
+    *(f"{work}-bf16-151936-{rows}" for rows in ROWS[:2] for work in OWN),
+    *(f"{work}-{shape}-4096" for shape in SHAPES for work in OWN[:2]),
+    *(f"{work}-bf16-151936-{ROWS[2]}" for work in OWN),
+)
+SMOKE_ONE_READ = (*(f"{work}-bf16-100-16" for work in OWN), "grpo-fp32-101-16")
 LINEAR_ITEMS = ("dense", "inactive", "frozen_head", "forward", "products")
 KERNELS = ("forward", "backward", "forward_backward")
 FOLDER = REPOSITORY / "benchmarks" / "results"
@@ -81,15 +88,25 @@ def parts(options: argparse.Namespace) -> list[Part]:
         )  # fmt: skip
 
     found = [
-        Part.of("extension", arguments=smoke, limit=120.0, patience=120.0),
+        Part.of("extension", arguments=smoke, limit=180.0, patience=180.0),
         Part.of("bandwidth", arguments=smoke, limit=60.0),
         speed(sizes[0], 200.0),
         Part.of(
             "linear", arguments=smoke, limit=110.0, least=15.0, patience=75.0, items=LINEAR_ITEMS, fallback=":ours"
         ),
+        # In a process of its own: kernels of which less is known take no other number along.
+        Part.of(
+            "one_read",
+            arguments=(*smoke, "{bandwidth}"),
+            limit=100.0,
+            least=15.0,
+            patience=40.0,
+            items=SMOKE_ONE_READ if options.smoke else ONE_READ,
+        ),
         Part.of("suite", "tests", smoke, limit=240.0, least=15.0, patience=120.0, items=_test_files(options.smoke)),
         *(speed(rows, 120.0) for rows in sizes[1:]),
-        Part.of("sanitizer", arguments=smoke, limit=120.0, least=15.0, patience=120.0),
+        Part.of("sanitizer", "sanitizer-memcheck", (*smoke, "memcheck"), limit=100.0, least=15.0, patience=100.0),
+        Part.of("sanitizer", "sanitizer-racecheck", (*smoke, "racecheck"), limit=60.0, least=15.0, patience=60.0),
     ]
     if options.tune or "tuning" in options.only:
         found.append(Part.of("tuning", arguments=smoke, limit=300.0, least=20.0, patience=60.0, items=KERNELS))
@@ -142,7 +159,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="then sweep launch sizes in what time is left")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
-    known = {part.name for part in parts(argparse.Namespace(smoke=options.smoke, tune=True, only=[]))} | {"speed"}
+    names = {part.name for part in parts(argparse.Namespace(smoke=options.smoke, tune=True, only=[]))}
+    known = names | {name.split("-")[0] for name in names}
     for name in (*options.only, *options.skip):
         if name not in known:
             parser.error(f"expected parts among {', '.join(sorted(known))}; got {name!r}")

@@ -10,14 +10,16 @@ from typing import Any
 
 # How to read the numbers; stored with them.
 MEANINGS = {
-    "units": "passes over the logits that must go through memory; token-level and on-policy losses need no second read",
-    "floor_seconds": "time to move `units` at the bandwidth of a device-to-device copy",
-    "times_floor": "median / floor_seconds",
+    "units": "passes over the logits that must go through memory; token-level and on-policy losses need no second read"
+    "; a contestant's: as many as its way takes; Triton's kernels read twice for a ratio per token, off-policy",
+    "floor_seconds": "time to move a case's `units` at the bandwidth of a device-to-device copy",
+    "times_floor": "median / the same time for the contestant's own `units`",
     "median, min, max": "seconds on the device's clock, the host running ahead of it as it does in training",
     "idle_median": "seconds by the host's clock from an idle device to an idle device, launches and Python included",
     "extra_bytes": "peak of allocated device memory beyond the inputs, a fresh gradient included",
     "first_call_seconds": "of a contestant that compiles, on a cache that may be warm",
     "launches": "kernels on the device in one call",
+    "one_read": "cases in which CUDA C++ (ours_cuda) has a kernel of its own, beside Triton (ours)",
     "linear": "cases from hidden states; flop_per_s: operations that arithmetic needs / median, wrong answers too",
 }
 

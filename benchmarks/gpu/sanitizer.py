@@ -1,4 +1,7 @@
-"""compute-sanitizer's memcheck over a small call of every kernel (`memcheck.py`), where the tool is installed."""
+"""compute-sanitizer over small calls of the kernels (`memcheck.py`), where it is installed.
+
+Its memcheck watches every kernel; racecheck those in CUDA C++, whose blocks read each other's memory.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,33 @@ import sys
 from pathlib import Path
 
 from .context import Absent, Context
-from .parts import REPOSITORY
+from .parts import ABSENT, REPOSITORY
 
 _FOUND = 99
 
 
 def run(context: Context) -> bool:
-    tool = _tool()
+    """Argument: memcheck or racecheck."""
+    (check,) = context.arguments
+    script = _script("--cuda") if check == "racecheck" else _script()
     if context.smoke:
-        return subprocess.run(_script("--smoke"), cwd=REPOSITORY).returncode == 0
+        return subprocess.run([*script, "--smoke"], cwd=REPOSITORY).returncode in (0, ABSENT)
+    tool = _tool()
     if tool is None:
         raise Absent("compute-sanitizer is neither on PATH nor under CUDA_HOME")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", str(_FOUND), "--print-limit", "20", *_script()]
+    command = [tool, "--tool", check, "--error-exitcode", str(_FOUND), "--print-limit", "20", *script]
     # Each tensor in an allocation of its own: a step beyond one is a step into no man's land, not into its neighbour.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         code = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=context.left() - 5).returncode
     except subprocess.TimeoutExpired:
-        context.put("sanitizer", value={"tool": tool, "outcome": "not finished in its time"})
+        context.put("sanitizer", check, value={"tool": tool, "outcome": "not finished in its time"})
         return False
+    if code == ABSENT:
+        raise Absent(f"{check}: no CUDA C++ kernels run here")
     outcome = {0: "no errors", _FOUND: "errors: see the log"}.get(code, f"exit code {code}")
-    context.put("sanitizer", value={"tool": tool, "outcome": outcome})
+    context.put("sanitizer", check, value={"tool": tool, "outcome": outcome})
+    context.say(f"{check}: {outcome}")
     return code == 0
 
 

@@ -5,9 +5,10 @@ Items are names of works; `<work>:ours` times this package alone, for when someb
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from ..cases import Problem
 from ..contestants import Contestant
 from ..race import Outcome, Rounds, Runs, admit, take_turns
-from .contestants import CONTESTANTS, OURS, absent
+from .contestants import BY_NAME as CONTESTANT
+from .contestants import CONTESTANTS, OURS, absent, units
 from .context import Context
 from .meter import finish, idle_seconds, launches, meter_of
 from .works import BY_NAME, build_on
@@ -33,58 +35,66 @@ def run(context: Context) -> bool:
         name, _, only_ours = item.partition(":")
         context.at(f"{name}, building its inputs")
         problem = build_on(context.device, BY_NAME[name], rows)
-        good &= _case(context, problem, bool(only_ours), bandwidth)
+        why_not = functools.partial(_left_out, context, bool(only_ours))
+        good &= measure(context, problem, CONTESTANTS, bandwidth, ("cases", f"{name}-{rows}"), why_not)
         context.finished(item)
         del problem
         gc.collect()
     return good
 
 
-def _case(context: Context, problem: Problem, only_ours: bool, bandwidth: float) -> bool:
-    case, meter = problem.case, meter_of(context.device)
+def measure(
+    context: Context,
+    problem: Problem,
+    contestants: tuple[Contestant, ...],
+    bandwidth: float,
+    place: tuple[str, ...],
+    why_not: Callable[[Contestant], str] = lambda contestant: "",
+) -> bool:
+    """One case into the results at `place`, whose last is its name; False if this package failed in it."""
+    key, meter = place[-1], meter_of(context.device)
     missing: dict[str, str] = {}
 
     def entrants() -> Iterator[Contestant]:
-        for contestant in CONTESTANTS:
-            if contestant.gradient_only and not case.work.gradient:
+        for contestant in contestants:
+            if contestant.gradient_only and not problem.case.work.gradient:
                 continue
-            reason = _left_out(context, contestant.name, only_ours) or absent(contestant.name)
+            reason = why_not(contestant) or absent(contestant, problem)
             if reason:
                 missing[contestant.name] = reason
             else:
-                context.at(f"{case.work.name}, first calls of {contestant.name}")
+                context.at(f"{key}, first calls of {contestant.name}")
                 yield contestant
 
     outcomes, runs = admit(problem, entrants(), meter)
     rounds, idle_rounds = (SMOKE_ROUNDS, SMOKE_ROUNDS) if context.smoke else (ROUNDS, IDLE_ROUNDS)
-    context.at(f"{case.work.name}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
+    context.at(f"{key}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
     for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
         outcomes[name].seconds = seconds
     idle = take_turns(problem, runs, idle_rounds, outcomes, meter, idle_seconds)
     finish()
 
-    key = f"{case.work.name}-{problem.rows}"
     found = _record(problem, outcomes, idle, missing, bandwidth)
-    context.put("cases", key, value=found)
+    context.put(*place, value=found)
     context.say(_line(key, found))
     if context.device == "cuda" and problem.rows == COUNTED_ROWS:
-        _count_launches(context, problem, runs, key)
+        _count_launches(context, problem, runs, place)
     return not any(name in found["errors"] for name in OURS)
 
 
-def _left_out(context: Context, name: str, only_ours: bool) -> str:
-    if only_ours and name not in (*OURS, "copy"):
+def _left_out(context: Context, only_ours: bool, contestant: Contestant) -> str:
+    if only_ours and contestant.name not in (*OURS, "copy"):
         return "the process broke with all of them in it"
-    return "not in a smoke run" if context.smoke and name == "compile" else ""
+    return "not in a smoke run" if context.smoke and contestant.name == "compile" else ""
 
 
-def _count_launches(context: Context, problem: Problem, runs: Runs, key: str) -> None:
+def _count_launches(context: Context, problem: Problem, runs: Runs, place: tuple[str, ...]) -> None:
     for contestant, run_once in runs:
         if contestant.name in OURS:
-            context.at(f"{problem.case.work.name}, counting launches of {contestant.name}")
+            context.at(f"{place[-1]}, counting launches of {contestant.name}")
             count = launches(run_once)
             problem.restore()
-            context.put("cases", key, "contestants", contestant.name, "launches", value=count)
+            context.put(*place, "contestants", contestant.name, "launches", value=count)
 
 
 def _record(
@@ -97,19 +107,18 @@ def _record(
     copies = outcomes["copy"].seconds if "copy" in outcomes else []
     if not bandwidth and copies:
         bandwidth = 2 * problem.logits_bytes / statistics.median(copies)
-    floor = problem.units * problem.logits_bytes / bandwidth if bandwidth else None
 
     def measured(name: str, outcome: Outcome) -> dict[str, Any]:
         median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
-        units = 2.0 if name == "copy" else problem.units
-        needed = 2 * problem.logits_bytes / bandwidth if name == "copy" and bandwidth else floor
+        moved = units(CONTESTANT[name], problem) * problem.logits_bytes
         return {
+            "units": moved / problem.logits_bytes,
             "median": median,
             "min": min(outcome.seconds),
             "max": max(outcome.seconds),
             "rounds": len(outcome.seconds),
-            "times_floor": None if needed is None else median / needed,
-            "bytes_per_second": units * problem.logits_bytes / median,
+            "times_floor": median * bandwidth / moved if bandwidth else None,
+            "bytes_per_second": moved / median,
             "idle_median": statistics.median(idle[name]) if idle.get(name) else None,
             "extra_bytes": extra,
             "extra_in_logits": None if extra is None else extra / problem.logits_bytes,
@@ -127,7 +136,7 @@ def _record(
         "logits_bytes": problem.logits_bytes,
         "held_bytes": 2 * problem.logits_bytes,  # the logits, and a copy to bring them back: not there to contestants
         "units": problem.units,
-        "floor_seconds": floor,
+        "floor_seconds": problem.units * problem.logits_bytes / bandwidth if bandwidth else None,
         "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
         "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
         "absent": missing,

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..cases import Problem
-from ..contestants import BY_NAME as CONTESTANTS
 from ..contestants import Run
 from ..truth import check
 from . import works
+from .contestants import BY_NAME as CONTESTANTS
 from .context import Absent, Context
 from .meter import finish, meter_of
 from .speed import words

@@ -14,7 +14,7 @@ import sys
 from .context import Absent, Context
 from .parts import ABSENT
 
-MODULES = ("environment", "extension", "bandwidth", "speed", "linear", "suite", "sanitizer", "tuning")
+MODULES = ("environment", "extension", "bandwidth", "speed", "linear", "one_read", "suite", "sanitizer", "tuning")
 
 
 def main(arguments: list[str]) -> int:

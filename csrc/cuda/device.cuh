@@ -2,11 +2,12 @@
 // nothing else of the kind: their text runs as threads of a process, too, where tests look for races (GSPO_ON_HOST).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(GSPO_ON_HOST)
-#include "on_host.h"  // of the tests: __global__, threadIdx, __syncthreads, shuffles and clusters of threads
+#include "on_host.h"  // of the tests: __global__, threadIdx, __syncthreads, shuffles, clusters
 #endif
 
 namespace gspo::gpu {
@@ -68,17 +69,6 @@ __device__ __forceinline__ float multiply_flushed(float x, float y) {
 #endif
 }
 
-// The larger one; NaN if either is.
-__device__ __forceinline__ float max_or_nan(float x, float y) {
-#if defined(GSPO_PTX)
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-#else
-  return x != x ? x : y != y ? y : x > y ? x : y;
-#endif
-}
-
 __device__ __forceinline__ float widen(BFloat16 x) { return as_float(uint32_t{x.bits} << 16); }
 
 __device__ __forceinline__ float widen(Float16 x) {
@@ -126,22 +116,46 @@ __device__ __forceinline__ uint32_t pack(float low, float high, Float16) {
 #endif
 }
 
-// The larger one of each of two pairs of bf16; NaN if either is.
-__device__ __forceinline__ uint32_t max_or_nan_pair(uint32_t x, uint32_t y) {
+// The larger one of each of two pairs; a NaN counts for nothing.
+__device__ __forceinline__ uint32_t larger_of_pairs(uint32_t x, uint32_t y, BFloat16) {
 #if defined(GSPO_PTX)
   uint32_t z;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
   return z;
 #else
-  const auto larger = [](uint32_t a, uint32_t b) { return as_bits(max_or_nan(as_float(a), as_float(b))); };
+  const auto larger = [](uint32_t a, uint32_t b) { return as_bits(std::fmax(as_float(a), as_float(b))); };
   return larger(x << 16, y << 16) >> 16 | (larger(x & 0xffff0000u, y & 0xffff0000u) & 0xffff0000u);
+#endif
+}
+
+__device__ __forceinline__ uint32_t larger_of_pairs(uint32_t x, uint32_t y, Float16) {
+#if defined(GSPO_PTX)
+  uint32_t z;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+#else
+  const auto larger = [](uint32_t a, uint32_t b) {
+    return widen(Float16{static_cast<uint16_t>(a)}) >= widen(Float16{static_cast<uint16_t>(b)}) ? a : b;
+  };
+  const auto number = [](uint32_t a) { return widen(Float16{static_cast<uint16_t>(a)}) == widen(Float16{static_cast<uint16_t>(a)}); };
+  const auto of_half = [&](uint32_t a, uint32_t b) { return (!number(a) ? b : !number(b) ? a : larger(a, b)) & 0xffffu; };
+  return of_half(x >> 16, y >> 16) << 16 | of_half(x, y);
 #endif
 }
 
 // ---- memory
 
-__device__ __forceinline__ Vector load(const void* address) { return *static_cast<const Vector*>(address); }
-__device__ __forceinline__ void store(void* address, const Vector& x) { *static_cast<Vector*>(address) = x; }
+// An address in global memory, and not in shared or local memory: known to be one, accesses take fewer instructions.
+template <class T>
+__device__ __forceinline__ T* global(T* address) {
+#if defined(GSPO_PTX)
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
+__device__ __forceinline__ Vector load(const void* address) { return *static_cast<const Vector*>(global(address)); }
+__device__ __forceinline__ void store(void* address, const Vector& x) { *static_cast<Vector*>(global(address)) = x; }
 
 // 16 bytes into shared memory, past the first cache, while the thread goes on. They are there for it, and for no other
 // thread yet, when `wait_for_copies` returns.

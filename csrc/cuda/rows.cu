@@ -13,9 +13,15 @@ namespace gspo::gpu {
 
 namespace {
 
-constexpr int kThreads = 256;       // of a block with a slice of a row: 40 warps of a multiprocessor have 5 such blocks,
-constexpr size_t kSlice = 40 << 10;  // whose loads and stores overlap
-constexpr int kThreadsAgain = 1024;  // of a block with a row of its own, alone on its multiprocessor
+#if defined(GSPO_ON_HOST)  // so that small vocabularies have clusters
+constexpr int kThreads = 64, kThreadsAgain = 64;
+constexpr size_t kSlice = 256;
+#else
+constexpr int kThreads = 256;        // of a block with a slice of a row: three to a multiprocessor, so that one's loads,
+constexpr size_t kSlice = 40 << 10;  // another's sums and a third one's stores overlap
+constexpr int kThreadsAgain = 512;  // of a block with a row of its own, alone on its multiprocessor: there the L2 cache
+                                    // still has the row when it is read again
+#endif
 
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
@@ -23,19 +29,9 @@ void check(cudaError_t error, const std::string& what) {
   throw std::runtime_error("gspo_kernels: " + what + ": " + cudaGetErrorString(error));
 }
 
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-  }
-  ~OnDevice() { (void)cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+void make_current(int device) { check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")"); }
 
- private:
-  int before_ = 0;
-};
+std::string words(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
@@ -83,7 +79,7 @@ Layout choose(int64_t vocab, int device, const std::string& name) {
   const Layout again{false, 1, multiprocessors, kThreadsAgain, 0};
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9 || !attribute(cudaDevAttrClusterLaunch, device))
     return again;
-  const size_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - sizeof(Shared<kThreads>);
+  const size_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - sizeof(Shared<T, kThreads>);
   unsigned blocks = 1;
   while (blocks < kMostBlocks && room_bytes<T>(vocab, blocks) > kSlice) blocks *= 2;
   const size_t bytes = room_bytes<T>(vocab, blocks);
@@ -129,29 +125,36 @@ auto for_dtype(const std::string& dtype, const F& f) {
 
 }  // namespace
 
-std::string missing() {
-  int driver = 0, built = 0, devices = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
+std::string release() {
+  int built = 0;
   check(cudaRuntimeGetVersion(&built), "cudaRuntimeGetVersion");
-  const auto words = [](int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); };
+  return words(built);
+}
+
+std::string missing(int device) {
+  int driver = 0, built = 0;
+  check(cudaRuntimeGetVersion(&built), "cudaRuntimeGetVersion");
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
   if (driver / 1000 < built / 1000)
-    return "the driver is for CUDA " + words(driver) + ", the kernels were built with " + words(built);
-  const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();
-    return std::string("the driver reports ") + cudaGetErrorString(error);
-  }
-  return devices > 0 ? "" : "there is no GPU";
+    return "the driver is for CUDA " + words(driver) + " and the kernels were built with " + words(built) +
+           "; reinstall with a CUDA toolkit that is no newer than the driver";
+  cudaFuncAttributes attributes;  // whose question loads the kernel, or says why it cannot be
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again, kThreadsAgain>));
+  if (error == cudaSuccess) return "";
+  (void)cudaGetLastError();
+  return std::string("CUDA cannot load them: ") + cudaGetErrorString(error);
 }
 
 Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device) {
-  const OnDevice here(device);
+  make_current(device);
   return for_dtype(dtype, [&](auto t) { return layout_of<decltype(t)>(vocab, rows, device, "one_read, " + dtype); });
 }
 
 void one_read(const std::string& dtype, const OneRead& arguments, int device, uintptr_t stream) {
   if (arguments.shape.rows == 0) return;
-  const OnDevice here(device);
+  make_current(device);
   for_dtype(dtype, [&](auto t) {
     run<decltype(t)>(arguments, device, reinterpret_cast<cudaStream_t>(stream), "one_read, " + dtype);
   });

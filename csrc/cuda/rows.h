@@ -36,10 +36,14 @@ struct Layout {
   size_t shared_bytes;  // of a block
 };
 
-// Why no kernel can run on this machine; empty if they can.
-std::string missing();
+// Why no kernel can run on this device; empty if they can.
+std::string missing(int device);
 
-// Both throw std::runtime_error with CUDA's message and the kernel's name. `dtype`: float32, bfloat16, float16.
+// Of CUDA that the kernels were built with, such as "13.0".
+std::string release();
+
+// Both throw std::runtime_error with CUDA's message and the kernel's name. `dtype`: float32, bfloat16, float16. The
+// device becomes the current one: the caller, who has made it that already, puts another one back.
 Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device);
 void one_read(const std::string& dtype, const OneRead& arguments, int device, uintptr_t stream);
 

@@ -1,4 +1,7 @@
-"""Which implementation runs: the first of the list that takes the logits, or the one the caller names."""
+"""Which implementation runs: the one the caller names, or the first of the list that takes the logits.
+
+The CUDA kernels are asked only on GPUs where they were measured to be faster.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import checks
-from . import native, reference, triton_rows
+from . import cuda_rows, native, reference, triton_rows
 from .rows import Rows, RowStats, Upstream
 
 
@@ -26,7 +29,7 @@ class Backend(Protocol):
     def scale(self, values: Tensor, factor: Tensor) -> None: ...
 
 
-BACKENDS: tuple[Backend, ...] = (triton_rows, native, reference)  # the first that can; the last takes everything
+BACKENDS: tuple[Backend, ...] = (cuda_rows, triton_rows, native, reference)  # the last takes everything
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 
@@ -41,13 +44,21 @@ def choose(logits: Tensor, backend: str | None) -> Backend:
     if backend is None and chosen is reference:
         missing = native.missing() if logits.device.type == "cpu" else triton_rows.missing()
         if missing:
-            _warn_of_missing_kernels(missing)
+            _warn(f"gspo_kernels runs on plain torch, many times slower: {missing}")
+    if backend is None and (missing := cuda_rows.missing(logits.device)):
+        _warn(f"gspo_kernels does without its CUDA kernels: {missing}")
     return chosen
+
+
+def by_triton(backend: Backend) -> bool:
+    """Whether what is not its own it leaves to Triton."""
+    return backend in (triton_rows, cuda_rows)
 
 
 def _pick(logits: Tensor, backend: str | None) -> Backend:
     if backend is None:
-        return next(candidate for candidate in BACKENDS if not candidate.unsupported_reasons(logits))
+        able = (candidate for candidate in BACKENDS if not candidate.unsupported_reasons(logits))
+        return next(each for each in able if each is not cuda_rows or not cuda_rows.not_preferred(logits.device))
     chosen = BACKENDS[NAMES.index(backend)]
     reasons = chosen.unsupported_reasons(logits)
     if reasons:
@@ -56,8 +67,8 @@ def _pick(logits: Tensor, backend: str | None) -> Backend:
 
 
 @functools.cache
-def _warn_of_missing_kernels(missing: str) -> None:
-    warnings.warn(f"gspo_kernels runs on plain torch, many times slower: {missing}", stacklevel=2)
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def compare(logits: Tensor, backend: str | None) -> str:
@@ -69,5 +80,8 @@ def compare(logits: Tensor, backend: str | None) -> str:
         if other is chosen:
             continue
         reasons = other.unsupported_reasons(logits)
-        lines.append(f"{other.name} ({other.about()}): {'; '.join(reasons) if reasons else 'could run, not chosen'}")
+        if not reasons:
+            unmeasured = cuda_rows.not_preferred(logits.device) if other is cuda_rows else ""
+            reasons = [unmeasured or "could run, not chosen"]
+        lines.append(f"{other.name} ({other.about()}): {'; '.join(reasons)}")
     return "\n".join(lines)

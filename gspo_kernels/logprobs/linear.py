@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_rows
-from .backends import Backend, choose
+from .backends import Backend, by_triton, choose
 from .plan import row_stride, rows_per_chunk
 from .products import keeps_gradients, products, usual_chunk_bytes
 from .rows import Rows, RowStats, Upstream
@@ -98,7 +97,7 @@ class Head:
         self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
         self.backend: Backend = choose(self._room.view(1, rows, -1)[..., :vocab_size], backend)
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
-        self._in_place = device.type == "cpu" and self.backend is not triton_rows
+        self._in_place = device.type == "cpu" and not by_triton(self.backend)
         self._gradient_room = self._room.view(self._products.gradient)
         if wanted.any() and not self._in_place:
             self._gradient_room = torch.empty(rows * self._stride, dtype=self._products.gradient, device=device)

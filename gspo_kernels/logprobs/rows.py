@@ -19,6 +19,20 @@ class RowStats(NamedTuple):
     lse: Tensor  # logsumexp of logits / temperature, fp64: an fp32 one would spoil p at large logits
 
 
+class TokenClip(NamedTuple):
+    """For losses with a ratio per token: from `Upstream.logprobs` where all ratios are 1 to what they are off-policy.
+
+    A row whose ratio is held at a bound, or saturates, has no gradient; others' are multiplied by their ratio.
+    """
+
+    old_logprobs: Tensor  # [outer, inner], fp32
+    advantages: Tensor  # fp32, one per row: for their signs
+    eps_low: float
+    eps_high: float
+    dual_clip: float  # infinity for none
+    max_log_ratio: float
+
+
 class Upstream(NamedTuple):
     """dL/d of each of a row's statistics, contiguous `[outer, inner]`; None is zero.
 
@@ -30,6 +44,7 @@ class Upstream(NamedTuple):
     lse: Tensor | None = None
     factor: Tensor | None = None  # 0-d
     counts: Tensor | None = None  # [any number]
+    tickets: Tensor | None = None  # 4 bytes of zeros, by which a kernel shares rows out; None: it makes some
 
     def some(self) -> Tensor:
         """bool, which rows have a gradient; of a row that has none nothing needs to be read."""

@@ -1,9 +1,10 @@
-// The GPU's row kernels on this machine's threads, against sums in double: a program that checks itself, to be built
-// with thread and address sanitizers, too.
+// The GPU's row kernels on this machine, against sums in double: a program that checks itself, to be built with thread
+// and address sanitizers, too. GSPO_FEW: the shapes that every barrier and every branch matters in, for mutants.
 #include "../../csrc/cuda/rows.cuh"
 
+#include <algorithm>
 #include <cstdio>
-#include <string>
+#include <type_traits>
 
 using namespace gspo;
 using namespace gspo::gpu;
@@ -12,26 +13,36 @@ namespace {
 
 constexpr int kThreads = 64;  // two warps: enough for every barrier to matter
 
-template <class T>
-size_t room_bytes(int64_t vocab, unsigned ranks) {  // as the launcher counts it
-  const Slice<T> first(reinterpret_cast<const T*>(16 - sizeof(T)), vocab, -1, 0, ranks);
-  return first.span.vectors * sizeof(Vector);
-}
+// What there is about a row; a case has one of each, or rows that are all plain with targets of their own.
+enum Kind {
+  kFirstColumn,
+  kLastColumn,
+  kNoGradient,
+  kMasked,  // of NaN, with no token
+  kHeld,
+  kSomeInfinite,
+  kNearlyAllInfinite,
+  kTargetInfinite,
+  kNaN,
+  kUnknownToken,
+  kHeldTwice,  // by the dual clip, if there is one
+  kFarAway,    // by max_log_ratio
+  kKinds,
+  kPlain
+};
 
-template <class T>
-void run(bool resident, unsigned clusters, unsigned ranks, const OneRead& args) {
-  const size_t bytes = resident ? room_bytes<T>(args.shape.vocab, ranks) : 0;
-  on_host::launch(clusters, ranks, kThreads, sizeof(Shared<kThreads>), bytes, [&] {
-    if (resident)
-      one_read<T, Resident, kThreads>(args);
-    else
-      one_read<T, Again, kThreads>(args);
-  });
-}
-
-}  // namespace
-
-namespace {
+struct Case {
+  bool resident;
+  unsigned clusters, ranks;
+  int64_t vocab;
+  int shift;       // columns' worth of memory between a boundary and the first row
+  bool over;       // the gradient lies over the logits
+  bool elsewhere;  // it lies otherwise to the boundaries than they do
+  bool clip, temperatures;
+  double dual_clip;
+  std::vector<int64_t> targets;
+  float offset = 0.0f;  // of all logits
+};
 
 double random_number() {  // -1 to 1, the same every time
   static uint64_t state = 88172645463325252ull;
@@ -47,104 +58,198 @@ void expect(bool right, const char* what, const std::string& where) {
   std::fprintf(stderr, "%s is wrong: %s\n", what, where.c_str());
 }
 
-template <class T>
-void check(const char* name, bool resident, unsigned clusters, unsigned ranks, int64_t vocab, int shift, bool over,
-           bool clip) {
-  constexpr double kStep = sizeof(T) == 4 ? 0x1p-22 : 0x1p-7;
-  const int64_t rows = 5, stride = vocab + 1 + shift;
-  // By the byte, so that an access beyond a row is one beyond the memory.
-  const auto logits = std::make_unique<T[]>(rows * stride + 16), gradients = std::make_unique<T[]>(rows * stride + 16);
-  T* const x = logits.get() + shift;
-  T* const g = over ? x : gradients.get() + (shift + (clip ? 1 : 0));
-  for (int64_t i = 0; i < rows * stride; ++i) x[i] = narrow(static_cast<float>(3.0 * random_number()), T{});
-  int64_t tokens[rows];
-  bool mask[rows];
-  float upstream[rows], old[rows], advantages[rows];
-  for (int r = 0; r < rows; ++r) {
-    tokens[r] = r == 0 ? 0 : r == 1 ? vocab - 1 : static_cast<int64_t>((random_number() + 1.0) / 2.0 * vocab) % vocab;
-    mask[r] = r != 3;
-    advantages[r] = r % 2 ? -1.0f : 1.0f;
-    upstream[r] = r == 2 ? 0.0f : -0.37f * advantages[r];
-  }
-  std::vector<double> lse(rows), logprob(rows), entropy(rows), p(rows * vocab);
-  const double temperature = 1.3;
-  for (int r = 0; r < rows; ++r) {
-    double sum = 0.0;
-    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(x[r * stride + v]) / temperature);
-    lse[r] = std::log(sum);
-    for (int64_t v = 0; v < vocab; ++v) {
-      const double log_p = widen(x[r * stride + v]) / temperature - lse[r];
-      p[r * vocab + v] = std::exp(log_p);
-      entropy[r] -= std::exp(log_p) * log_p;
-    }
-    logprob[r] = widen(x[r * stride + tokens[r]]) / temperature - lse[r];
-    old[r] = static_cast<float>(logprob[r] + (r == 4 ? -0.05 : r == 1 ? -0.5 : 0.01));  // 4: held at 1.04
-  }
-  float out_logprob[rows], out_entropy[rows], factor = 0.5f, counts[] = {1.0f, 2.0f, 1.0f};
-  double out_lse[rows];
-  unsigned tickets = 0;
-  OneRead args{};
-  args.shape = {rows, rows, vocab};
-  args.in = {{reinterpret_cast<char*>(x), 0, stride}, tokens, mask, nullptr, temperature, nullptr};
-  args.out = {out_logprob, out_entropy, out_lse};
-  args.upstream = {upstream, nullptr, nullptr};
-  args.common = {&factor, counts, 3};
-  args.clip = {clip ? old : nullptr, advantages, 0.04, 0.04, INFINITY, 20.0};
-  args.gradient = {reinterpret_cast<char*>(g), 0, stride};
-  args.tickets = &tickets;
-  run<T>(resident, clusters, ranks, args);
+bool near(double found, double expected, double relative, double absolute) {
+  if (std::isnan(expected)) return std::isnan(found);
+  return found == expected || std::fabs(found - expected) <= relative * std::fabs(expected) + absolute;
+}
 
-  for (int r = 0; r < rows; ++r) {
-    const std::string where = std::string(name) + (resident ? ", resident" : ", again") + ", " +
-                              std::to_string(clusters) + " clusters of " + std::to_string(ranks) + ", V = " +
-                              std::to_string(vocab) + ", shift " + std::to_string(shift) + (over ? ", in place" : "") +
-                              (clip ? ", clipped" : "") + ", row " + std::to_string(r);
-    double coefficient = mask[r] ? upstream[r] * 0.125 : 0.0;
-    if (clip && coefficient != 0.0) {
-      const double deviation = std::expm1(logprob[r] - old[r]);
-      const bool held = advantages[r] > 0 ? deviation > 0.04 : deviation < -0.04;
-      coefficient = held ? 0.0 : coefficient * (1.0 + deviation);
-    }
-    if (mask[r]) {
-      expect(std::fabs(out_logprob[r] - logprob[r]) < 2e-6 * (1 + std::fabs(logprob[r])), "logprob", where);
-      expect(std::fabs(out_entropy[r] - entropy[r]) < 4e-6 * (1 + entropy[r]), "entropy", where);
-      expect(std::fabs(out_lse[r] - lse[r]) < 1e-6 * (1 + std::fabs(lse[r])), "lse", where);
-    } else {
-      expect(out_logprob[r] == 0.0f && out_entropy[r] == 0.0f && out_lse[r] == 0.0, "a masked row", where);
-    }
-    for (int64_t v = 0; v < vocab; ++v) {
-      const double expected = coefficient * ((v == tokens[r]) - p[r * vocab + v]) / temperature;
-      const double found = widen(g[r * stride + v]);
-      const double least = sizeof(T) == 2 && name[0] == 'f' ? 6e-8 : 1e-37;
-      if (std::fabs(found - expected) > (kStep + 4e-6) * std::fabs(expected) + least + 1e-15) {
-        expect(false, "gradient", where + ", column " + std::to_string(v));
-        break;
-      }
-    }
-  }
+[[maybe_unused]] const char* name_of(float) { return "float32"; }
+[[maybe_unused]] const char* name_of(BFloat16) { return "bfloat16"; }
+[[maybe_unused]] const char* name_of(Float16) { return "float16"; }
+
+std::string words(const Case& c) {
+  const auto number = [](auto x) { return std::to_string(x); };
+  return std::string(c.resident ? ", resident, " : ", again, ") + number(c.clusters) + " clusters of " +
+         number(c.ranks) + ", V = " + number(c.vocab) + ", shift " + number(c.shift) + (c.over ? ", in place" : "") +
+         (c.elsewhere ? ", elsewhere" : "") + (c.clip ? ", clipped" : "") + (c.dual_clip < 1e9 ? " twice" : "") +
+         (c.temperatures ? ", temperatures" : "");
 }
 
 template <class T>
-void check_all(const char* name, bool few) {
-  for (const int64_t vocab : {1, 7, 33, 601})
+size_t room_bytes(int64_t vocab, unsigned ranks) {  // of a slice that begins as late as one can, and not a byte more
+  const Slice<T> first(reinterpret_cast<const T*>(16 - sizeof(T)), vocab, -1, 0, ranks);
+  return first.span.vectors * sizeof(Vector);
+}
+
+// What a row should come to.
+struct Truth {
+  double lse, logprob, entropy = 0.0;
+  std::vector<double> p;
+
+  template <class T>
+  Truth(const T* x, int64_t vocab, int64_t token, double temperature) : p(vocab) {
+    double top = -INFINITY, sum = 0.0;
+    for (int64_t v = 0; v < vocab; ++v) top = std::fmax(top, widen(x[v]) / temperature);
+    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(x[v]) / temperature - top);
+    const bool known = token >= 0 && token < vocab;
+    lse = known ? top + std::log(sum) : NAN;
+    logprob = known ? widen(x[token]) / temperature - lse : NAN;
+    for (int64_t v = 0; v < vocab; ++v) {
+      const double log_p = widen(x[v]) / temperature - lse;
+      p[v] = std::exp(log_p);
+      if (p[v] != 0.0) entropy -= p[v] * log_p;
+    }
+  }
+};
+
+template <class T>
+void check(const Case& c) {
+  constexpr double kStep = sizeof(T) == 4 ? 0x1p-22 : 0x1p-7;
+  const bool plain = !c.targets.empty();
+  const int64_t rows = plain ? static_cast<int64_t>(c.targets.size()) : int64_t{kKinds};
+  const int64_t inner = plain ? 1 : 4, vocab = c.vocab;
+  const int64_t stride = vocab + 1 + c.shift, outer_stride = inner * stride + 16, size = rows / inner * outer_stride;
+  // By the byte, so that an access beyond a row is one beyond the memory.
+  std::vector<T> logits(size + c.shift + 1), gradients(size + c.shift + 1, narrow(NAN, T{}));
+  const auto place = [&](int64_t r) { return r / inner * outer_stride + r % inner * stride; };
+  T* const x = logits.data() + c.shift;
+  T* const g = c.over ? x : gradients.data() + c.shift + (c.elsewhere ? 1 : 0);
+  for (T& one : logits) one = narrow(c.offset + static_cast<float>(3.0 * random_number()), T{});
+
+  std::vector<int64_t> tokens(rows);
+  const auto mask = std::make_unique<bool[]>(rows);
+  std::vector<float> upstream(rows), old(rows), advantages(rows), temperatures(rows);
+  std::vector<Truth> truth;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int kind = plain ? kPlain : static_cast<int>(r);
+    T* const row = x + place(r);
+    int64_t& token = tokens[r];
+    token = plain                  ? c.targets[r]
+            : kind == kFirstColumn ? 0
+            : kind == kLastColumn  ? vocab - 1
+                                   : static_cast<int64_t>((random_number() + 1.0) / 2.0 * vocab) % vocab;
+    row[(token + 11) % vocab] = narrow(c.offset + 9.0f, T{});
+    if (plain) row[token] = narrow(c.offset + 8.0f, T{});
+    const auto make_infinite = [&](double share) {
+      for (int64_t v = 0; v < vocab; ++v)
+        if (v != token && random_number() < 2.0 * share - 1.0) row[v] = minus_infinity(T{});
+    };
+    if (kind == kSomeInfinite) make_infinite(0.1);
+    if (kind == kNearlyAllInfinite) make_infinite(0.99);
+    if (kind == kTargetInfinite) row[token] = minus_infinity(T{});
+    if (kind == kNaN) row[vocab / 2] = narrow(NAN, T{});
+    if (kind == kMasked) std::fill(row, row + vocab, narrow(NAN, T{}));
+    if (kind == kMasked) token = -1;
+    if (kind == kUnknownToken) token = vocab;
+    mask[r] = kind != kMasked;
+    advantages[r] = kind == kHeld || r % 2 == 0 ? 1.0f : -1.0f;
+    if (kind == kHeldTwice || kind == kFarAway) advantages[r] = -1.0f;
+    upstream[r] = kind == kNoGradient ? 0.0f : -0.37f * advantages[r];
+    temperatures[r] = 0.7f + 0.2f * (r % 5);
+    truth.emplace_back(row, vocab, token, c.temperatures ? temperatures[r] : 1.3);
+    const double log_ratio = kind == kHeld ? 0.05 : kind == kHeldTwice ? 1.5 : kind == kFarAway ? 2.5 : -0.01;
+    old[r] = kind == kTargetInfinite ? (c.over ? -INFINITY : -3.0f) : static_cast<float>(truth[r].logprob - log_ratio);
+  }
+
+  std::vector<T>& written = c.over ? logits : gradients;
+  const std::vector<T> before = written;
+  std::vector<float> out_logprobs(rows), out_entropy(rows);
+  std::vector<double> out_lse(rows);
+  float factor = 0.5f, counts[] = {1.0f, 2.0f, 1.0f};
+  unsigned tickets = 0;
+  OneRead args{};
+  args.shape = {rows, inner, vocab};
+  args.in = {{reinterpret_cast<char*>(x), outer_stride, stride}, tokens.data(), mask.get(),
+             c.temperatures ? temperatures.data() : nullptr,     1.3,           nullptr};
+  args.out = {out_logprobs.data(), out_entropy.data(), out_lse.data()};
+  args.upstream = {upstream.data(), nullptr, nullptr};
+  args.common = {&factor, counts, 3};
+  args.clip = {c.clip ? old.data() : nullptr, advantages.data(), 0.04, 0.04, c.dual_clip, 2.0};
+  args.gradient = {reinterpret_cast<char*>(g), outer_stride, stride};
+  args.tickets = &tickets;
+  on_host::launch(c.clusters, c.ranks, kThreads, c.resident ? room_bytes<T>(vocab, c.ranks) : 0, [&] {
+    if (c.resident)
+      one_read<T, Resident, kThreads>(args);
+    else
+      one_read<T, Again, kThreads>(args);
+  });
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const std::string where = name_of(T{}) + words(c) + ", row " + std::to_string(r);
+    const Truth& t = truth[r];
+    double coefficient = mask[r] ? upstream[r] * 0.125 : 0.0;
+    if (c.clip && coefficient != 0.0) {
+      const double log_ratio = t.logprob == old[r] ? 0.0 : t.logprob - old[r], deviation = std::expm1(log_ratio);
+      const bool held = advantages[r] > 0 ? deviation > 0.04 : deviation < -0.04 || deviation > c.dual_clip - 1.0;
+      coefficient = held || log_ratio > 2.0 ? 0.0 : coefficient * (1.0 + deviation);
+    }
+    if (mask[r]) {
+      expect(near(out_logprobs[r], t.logprob, 2e-6, 2e-6), "logprob", where);
+      expect(near(out_entropy[r], t.entropy, 4e-6, 4e-6), "entropy", where);
+      expect(near(out_lse[r], t.lse, 1e-6, 1e-6), "lse", where);
+    } else {
+      expect(out_logprobs[r] == 0.0f && out_entropy[r] == 0.0f && out_lse[r] == 0.0, "a masked row", where);
+    }
+    const double least = std::is_same<T, Float16>::value ? 6e-8 : 1e-15;
+    bool right = true;
+    for (int64_t v = 0; v < vocab && right; ++v) {
+      const double expected =
+          coefficient == 0.0 ? 0.0
+                             : coefficient * ((v == tokens[r]) - t.p[v]) / (c.temperatures ? temperatures[r] : 1.3);
+      right = near(widen(g[place(r) + v]), expected, kStep + 4e-6, coefficient == 0.0 ? 0.0 : least);
+      expect(right, "gradient", where + ", column " + std::to_string(v));
+    }
+    std::copy_n(before.data() + (g - written.data()) + place(r), vocab, g + place(r));
+  }
+  expect(std::memcmp(before.data(), written.data(), before.size() * sizeof(T)) == 0, "memory beside the rows",
+         name_of(T{}) + words(c));
+}
+
+// Rows of every kind, of lengths with and without whole vectors and with blocks that have no column.
+template <class T>
+void check_kinds(const std::vector<int64_t>& vocabs) {
+  for (const int64_t vocab : vocabs)
     for (const int shift : {0, 5})
       for (const bool over : {false, true})
         for (const bool clip : {false, true}) {
-          if (few && (vocab < 33 || over != clip)) continue;
-          check<T>(name, false, 2, 1, vocab, shift, over, clip);
-          check<T>(name, true, 1, 4, vocab, shift, over, clip);
-          check<T>(name, true, 2, 2, vocab, shift, over, clip);
+          const bool elsewhere = clip && !over;
+          const double dual_clip = over ? INFINITY : 3.0;
+          check<T>({false, 2, 1, vocab, shift, over, elsewhere, clip, shift == 0, dual_clip, {}});
+          check<T>({true, 1, 4, vocab, shift, over, elsewhere, clip, shift == 0, dual_clip, {}});
+          check<T>({true, 2, 2, vocab, shift, over, elsewhere, clip, shift != 0, dual_clip, {}});
         }
+}
+
+// Several vectors at a time: three times as many columns as that takes, and some, with the target in each part.
+template <class T>
+void check_groups() {
+  for (const bool resident : {false, true}) {
+    const int vectors = resident ? Resident<T, kThreads>::kGroup : Again<T, kThreads>::kGroup;
+    const int64_t group = vectors * kThreads * Columns<T>::kWidth;
+    const int64_t vocab = 3 * group + 70 * Columns<T>::kWidth + 3;
+    check<T>({resident, 2, 1, vocab, 3, false, true, true, false, INFINITY,
+              {9, group / 2, group + 77, 3 * group - 20, 3 * group + 8, vocab - 90, vocab - 1}});
+  }
 }
 
 }  // namespace
 
-int main(int count, char**) {  // any argument: few shapes, for a sanitizer that takes its time
-  const bool few = count > 1;
-  check_all<BFloat16>("bfloat16", few);
-  if (!few) check_all<float>("float32", few);
-  if (!few) check_all<Float16>("float16", few);
+int main() {
+#if defined(GSPO_FEW)
+  check_kinds<BFloat16>({33, 601});
+  check_groups<BFloat16>();
+#else
+  check_kinds<BFloat16>({1, 7, 33, 601});
+  check_kinds<float>({1, 7, 33, 601});
+  check_kinds<Float16>({1, 7, 33, 601});
+  check_groups<BFloat16>();
+  check_groups<float>();
+  check_groups<Float16>();
+  check<float>({true, 2, 2, 601, 1, false, false, false, true, INFINITY, {50, 99}, 1000.0f});
+  const double infinity = INFINITY;  // more clusters than rows
+  check<BFloat16>({true, 5, 2, 100, 1, false, false, true, true, infinity, {50, 99}});
+  check<BFloat16>({false, 5, 1, 100, 1, false, false, true, true, infinity, {50, 99}});
+#endif
   std::printf("%d wrong\n", failures);
   return failures ? 1 : 0;
 }
-

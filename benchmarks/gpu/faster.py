@@ -1,0 +1,48 @@
+"""On which GPUs CUDA C++ shall run unasked: where it is ahead of Triton, both ways, in every case of `one_read`.
+
+`FASTER_ON` in gspo_kernels/logprobs/cuda_rows.py names them; tests/test_faster_on.py holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PAIRS = (("ours", "ours_cuda"), ("ours_fresh", "ours_cuda_fresh"))
+
+
+def ratios(content: dict[str, Any]) -> dict[str, float]:
+    """Triton's time / that of C++ in each case, of the way in which it is less; 0 where one of the four is missing."""
+    found = {}
+    for name, case in content.get("one_read", {}).get("cases", {}).items():
+        times = {contestant: measured["median"] for contestant, measured in case["contestants"].items()}
+        complete = all(name in times for pair in PAIRS for name in pair)
+        found[name] = min(times[triton] / times[cuda] for triton, cuda in PAIRS) if complete else 0.0
+    return found
+
+
+def everywhere(content: dict[str, Any]) -> bool:
+    """A part that broke off has not said so."""
+    finished = content.get("parts", {}).get("one_read", {}).get("status") == "ok"
+    found = ratios(content)
+    return finished and bool(found) and min(found.values()) > 1.0
+
+
+def lines(content: dict[str, Any]) -> list[str]:
+    from gspo_kernels.logprobs.cuda_rows import FASTER_ON
+
+    gpu, found = str((content.get("machine") or {}).get("gpu")), ratios(content)
+    compared = {name: ratio for name, ratio in found.items() if ratio}
+    if not compared:
+        return ["CUDA C++ against Triton: not measured"]
+    said = [f"CUDA C++ against Triton, {len(compared)} of {len(found)} cases of one read compared, the nearer way:"]
+    said += [f"  {name:<36} {ratio:.3f}x{'' if ratio > 1.0 else '  behind'}" for name, ratio in compared.items()]
+    named = gpu in FASTER_ON
+    if everywhere(content) == named:
+        return [
+            *said,
+            f"FASTER_ON has {gpu} rightly" if named else f"not ahead in every case, so not for {gpu} unasked",
+        ]
+    names = sorted(FASTER_ON ^ {gpu})
+    value = "frozenset({" + ", ".join(f'"{name}"' for name in names) + "})" if names else "frozenset()"
+    why = "no longer ahead in every case" if named else "ahead in every case"
+    return [*said, f"{why}; gspo_kernels/logprobs/cuda_rows.py:", f"FASTER_ON: frozenset[str] = {value}"]

@@ -1,0 +1,149 @@
+"""What SASS says: the instructions that nvdisasm prints, the loops among them, what a loop moves and computes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+ACCESS = 16  # bytes of the widest load and store
+
+# LD and ST find out at run time which memory an address is of.
+LOADS, STORES, LOCAL = ("LDG", "LDGSTS", "LDS", "LD"), ("STG", "STS", "ST"), ("LDL", "STL")
+EXCHANGES = (
+    "SHFL", "BAR", "REDUX", "CREDUX", "LDSM", "ATOM", "ATOMG", "ATOMS", "RED", "REDG", "MEMBAR", "SYNCS", "UCGABAR_ARV",
+    "UCGABAR_WAIT",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instruction:
+    guard: str  # the predicate it runs under, such as "@!P0", or ""
+    opcode: str  # such as "LDG.E.128"
+    operands: str
+
+    def __str__(self) -> str:
+        return f"{self.guard} {self.opcode} {self.operands}".strip()
+
+    @property
+    def base(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        """How many a load or store moves for each thread."""
+        sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+        return next((sizes[part] for part in self.opcode.split(".")[1:] if part in sizes), 4)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The body of an innermost loop, along the path that moves the most bytes; of several, the shortest."""
+
+    body: tuple[Instruction, ...]
+
+    def count(self, *bases: str) -> int:
+        return sum(i.base in bases for i in self.body)
+
+    def accesses(self, *bases: str) -> list[Instruction]:
+        """Those that can happen: ptxas puts some under "@!PT", which is never, to gain time."""
+        return [i for i in self.body if i.base in bases and i.guard != "@!PT"]
+
+    def moved(self, bases: Sequence[str]) -> int:
+        return sum(i.bytes for i in self.accesses(*bases))
+
+    @property
+    def exponentials(self) -> int:
+        return sum(i.opcode.startswith("MUFU.EX2") for i in self.body)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether its loads have a mask: these are not whole blocks."""
+        return any(i.guard for i in self.accesses(*LOADS))
+
+    @property
+    def histogram(self) -> str:
+        return ", ".join(f"{count} {name}" for name, count in Counter(i.base for i in self.body).most_common())
+
+
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_DESTINATION = re.compile(r"\.L_x_\d+")
+
+
+def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions that nvdisasm printed, and the labels with the index of the instruction each stands before."""
+    instructions: list[Instruction] = []
+    labels = {}
+    for line in listing.splitlines():
+        if match := _LABEL.match(line):
+            labels[match[1]] = len(instructions)
+        elif match := _LINE.match(line):
+            instructions.append(Instruction((match[1] or "").strip(), match[2], match[3].strip()))
+    return instructions, labels
+
+
+def find_loops(listing: str) -> list[Loop]:
+    """The innermost loops: from a label to the last branch back to it, with no such pair inside."""
+    instructions, labels = parse(listing)
+    ends: dict[int, int] = {}
+    targets = {}
+    for at, instruction in enumerate(instructions):
+        if instruction.base == "BRA" and (match := _DESTINATION.search(instruction.operands)) and match[0] in labels:
+            targets[at] = labels[match[0]]
+            if targets[at] < at:
+                ends[targets[at]] = at
+    ranges = sorted(ends.items())
+    innermost = [r for r in ranges if not any(r != q and r[0] <= q[0] and q[1] <= r[1] for q in ranges)]
+    return [Loop(tuple(_main_path(instructions, targets, first, last))) for first, last in innermost]
+
+
+def _main_path(instructions: list[Instruction], targets: dict[int, int], first: int, last: int) -> list[Instruction]:
+    """From `first` to `last`: of all paths those that move the most bytes, of these the one with the fewest steps."""
+    best: dict[int, tuple[int, int, int]] = {first: (0, 0, -1)}  # index -> (bytes, -steps before it, predecessor)
+    for at in range(first, last):
+        if at not in best:
+            continue
+        here = instructions[at]
+        moves = here.bytes if here.base in (*LOADS, *STORES) else 0
+        jump = targets.get(at)
+        always = jump is not None and not here.guard and "P" not in here.operands.split("`")[0]
+        for successor in ({jump} if always else {at + 1, jump}) - {None}:
+            if successor is not None and at < successor <= last:
+                best[successor] = max(best.get(successor, (-1, 0, -1)), (best[at][0] + moves, best[at][1] - 1, at))
+    path, at = [], last
+    while at >= 0:
+        path.append(instructions[at])
+        at = best[at][2]
+    return path[::-1]
+
+
+# ---- a cubin
+
+
+def disassemble(cubin: Path) -> str:
+    return _tool("nvdisasm", "-c", str(cubin))
+
+
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel, by its mangled name: REG, STACK, SHARED and others."""
+    return read_resources(_tool("cuobjdump", "-res-usage", str(cubin)))
+
+
+def read_resources(printed: str) -> dict[str, dict[str, int]]:
+    _, *functions = re.split(r"^\s*Function (\S+):$", printed, flags=re.MULTILINE)
+    return {
+        symbol: {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        for symbol, usage in zip(functions[::2], functions[1::2], strict=True)
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,68 @@
+// A row's gradient, written from its columns and a few numbers (RowGradient of csrc/row_math.h).
+#pragma once
+
+#include "../row_math.h"
+#include "columns.cuh"
+
+namespace gspo::gpu {
+
+__device__ __forceinline__ float gradient_of_number(float x, const RowGradient& row, float scale) {
+  return multiply_flushed(exp2_flushed(fmaf(x, scale, -row.base)), row.constant);
+}
+
+template <class T>
+__device__ __forceinline__ Vector gradient_of_vector(const Vector& v, const RowGradient& row, float scale) {
+  float x[Columns<T>::kWidth];
+  unpack(v, x, T{});
+#pragma unroll
+  for (float& one : x) one = gradient_of_number(one, row, scale);
+  return packed(x, T{});
+}
+
+// The two edges of a gradient, by the threads that have them.
+template <class T, class F>
+__device__ __forceinline__ void write_edges(const Span<T>& to, int columns, T* g, const F& number) {
+  if (threadIdx.x >= 2) return;
+  const int v = to.edge(threadIdx.x);
+  for (int i = 0; v >= 0 && i < Columns<T>::kWidth; ++i) {
+    const int column = to.column(v, i);
+    if (column >= 0 && column < columns) g[column] = narrow(number(column), T{});
+  }
+}
+
+// From whole vectors where the gradient lies as its logits do, from columns where it does not.
+template <int kThreads, class T, class Source>
+__device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Source& source, T* g,
+                                               const RowGradient& row, float scale) {
+  constexpr int kWidth = Columns<T>::kWidth;
+  const Span<T> to(g, slice.columns);
+  auto* const vectors = reinterpret_cast<Vector*>(g - to.phase);
+  const int last = to.last;
+  const auto number = [&](int column) { return gradient_of_number(source.column(column), row, scale); };
+  if (to.phase == slice.span.phase) {
+#pragma unroll 2
+    for (int v = to.first + static_cast<int>(threadIdx.x); v < last; v += kThreads)
+      store(vectors + v, gradient_of_vector<T>(source.whole(v), row, scale));
+  } else {
+#pragma unroll 1
+    for (int v = to.first + static_cast<int>(threadIdx.x); v < last; v += kThreads) {
+      float x[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) x[i] = number(to.column(v, i));
+      store(vectors + v, packed(x, T{}));
+    }
+  }
+  write_edges(to, slice.columns, g, number);
+  if (slice.target >= 0 && to.owner(slice.target, kThreads) == threadIdx.x)  // who has just written there
+    g[slice.target] = narrow(fabsf(row.target) < 0x1p-126f ? 0.0f : row.target, T{});
+}
+
+template <int kThreads, class T>
+__device__ __forceinline__ void write_zeros(const Slice<T>& slice, T* g) {
+  const Span<T> to(g, slice.columns);
+  auto* const vectors = reinterpret_cast<Vector*>(g - to.phase);
+  for (int v = to.first + static_cast<int>(threadIdx.x); v < to.last; v += kThreads) store(vectors + v, Vector{});
+  write_edges(to, slice.columns, g, [](int) { return 0.0f; });
+}
+
+}  // namespace gspo::gpu
