@@ -125,6 +125,14 @@ def test_dtypes_and_a_factor(objective: str, dtype: torch.dtype, on_policy: bool
     assert launches == ([] if dtype is torch.float16 else [not on_policy])
 
 
+def test_under_the_stage_in_torch(launches: list[bool]) -> None:
+    """Numbers in float64 are not the Triton stage's: on-policy the kernel serves the other one as well."""
+    batch = ragged_batch("gspo", seed=43, lengths=SHORT, on_policy=True)
+    batch.advantages = batch.advantages.double()
+    run_and_check(batch, "padded", "gspo", backend="cuda")
+    assert launches == [False]
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 64, 773, 2601])
 @by_layout
 def test_vocabularies(vocab: int, layout: str) -> None:
@@ -185,6 +193,19 @@ def test_a_logit_that_is_no_number_is_not_hidden() -> None:
     out.loss.backward()
     assert leaf.grad is not None and bool(out.loss.isnan())
     assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_a_row_without_a_gradient_has_zeros_whatever_its_logits(on_policy: bool) -> None:
+    logits = on_device(torch.randn(3, 40))
+    logits[1, 5] = torch.nan
+    ids, old = on_device(torch.tensor([1, 2, 3])), on_device(torch.full((3,), -3.0))
+    leaf, boundaries = logits.requires_grad_(), on_device(torch.tensor([0, 1, 2, 3]))
+    advantages = on_device(torch.tensor([1.0, 0.0, -1.0]))
+    arguments = (leaf, ids, advantages, None if on_policy else old)
+    grpo_loss(*arguments, cu_seqlens=boundaries, backend="cuda", eps_low=9.0, eps_high=9.0).loss.backward()
+    assert leaf.grad is not None
+    assert bool((leaf.grad[1] == 0).all()) and bool((leaf.grad[[0, 2]].isfinite() & (leaf.grad[[0, 2]] != 0)).all())
 
 
 @pytest.mark.parametrize("objective", ["gspo", "grpo"])
@@ -249,7 +270,8 @@ def test_a_failure_of_cuda_is_an_exception_with_its_words(kernels: Any) -> None:
     kernels.fail_next("cudaLaunchKernelEx", 719)
     with pytest.raises(RuntimeError, match=r"one_read, float32: unspecified launch failure"):
         a_loss()
-    a_loss()  # and the next one runs
+    assert kernels.last_error() == 0  # or the next caller, torch perhaps, would be told of it
+    a_loss()
 
 
 @NOT_ON_GPU

@@ -213,9 +213,10 @@ __device__ __forceinline__ unsigned blocks_in_cluster() {
 }
 
 // Every thread of the cluster has come here, and sees what the others wrote before. Of a block that is alone, its own.
+// Not `.aligned`: threads of a warp may come one by one, where one of them has had something to do by itself.
 __device__ __forceinline__ void sync_cluster() {
 #if defined(GSPO_CLUSTERS)
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" : : : "memory");
 #elif defined(GSPO_ON_HOST)
   on_host::sync_cluster();
 #else

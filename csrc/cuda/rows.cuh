@@ -187,11 +187,11 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
     args.out.entropy[row] = static_cast<float>(stats.entropy);
     args.out.lse[row] = stats.lse;
   }
-  const double upstream = args.upstream.logprobs[row];
+  const double coefficient = coefficient_of(args.upstream.logprobs[row], logprob, args.clip, row);
+  if (coefficient == 0.0) return RowGradient{};  // whatever the logits and the common factor are
   const double lse = stats.lse * kLog2e * (task.scale / scale);  // in the units of x * scale
   const float base = static_cast<float>(lse);
-  return gradient_of({coefficient_of(upstream, logprob, args.clip, row) * common, 0.0, 0.0}, logprob, 0.0, scale, base,
-                     (lse - base) * kLn2);
+  return gradient_of({coefficient * common, 0.0, 0.0}, logprob, 0.0, scale, base, (lse - base) * kLn2);
 }
 
 // Three blocks with a slice of a row each share a multiprocessor; one with a whole row has it to itself.

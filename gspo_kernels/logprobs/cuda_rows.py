@@ -6,6 +6,7 @@ PPO). All else is Triton's, which is bound by memory there as well.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -33,16 +34,12 @@ FASTER_ON: frozenset[str] = frozenset()
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
-    reasons = []
     if not _built():
-        reasons.append(
-            "the CUDA kernels were not built; reinstall with nvcc on PATH (GSPO_KERNELS_CUDA=1 tells what fails)"
-        )
-    elif not _serves(logits.device):
-        reasons.append(f"logits are on {logits.device}, these kernels run on NVIDIA GPUs")
-    elif missing(logits.device):
-        reasons.append(missing(logits.device))
-    return reasons + triton_rows.unsupported_reasons(logits)
+        return ["the CUDA kernels were not built; reinstall with nvcc on PATH (GSPO_KERNELS_CUDA=1 tells what fails)"]
+    if not _serves(logits.device):
+        return [f"logits are on {logits.device}, these kernels run on NVIDIA GPUs"]
+    reasons = triton_rows.unsupported_reasons(logits)
+    return [missing(logits.device), *reasons] if missing(logits.device) else reasons
 
 
 def about() -> str:
@@ -130,11 +127,15 @@ def _built() -> bool:
 
 def _serves(device: torch.device) -> bool:
     """GPUs; this machine, where tests have the kernels run as threads of it (tests/gpu_on_host)."""
-    return device.type == "cuda" or hasattr(_native, "latest_launch")
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia or hasattr(_native, "latest_launch")
 
 
 @functools.cache
 def _missing(device: int) -> str:
     assert _native is not None
-    found: str = _native.cuda_missing(device)
+    with (
+        torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
+    ):  # asking makes it current
+        found: str = _native.cuda_missing(device)
     return found
