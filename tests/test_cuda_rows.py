@@ -13,6 +13,7 @@ from typing import Any
 import cuda_module
 import pytest
 import torch
+import torch.utils.checkpoint
 from batches import LAYOUTS, OBJECTIVES, SHORT, arguments, edge_batch, ragged_batch, run
 from checks import check_outcome, run_and_check
 from linear import Identity
@@ -218,6 +219,22 @@ def test_from_hidden_states(objective: str, launches: list[bool]) -> None:
         check_outcome(outcome, batch, objective, roundings=2)
         function.check_gradients(outcome, batch)
     assert launches == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_where_autograd_calls_it(reentrant: bool, launches: list[bool]) -> None:
+    """Under checkpointing the loss runs again in the backward; on a GPU that is another thread than the caller's."""
+    args = arguments(ragged_batch("grpo", seed=44, vocab=901), "packed")
+
+    def loss(logits: Tensor) -> Tensor:
+        found: Tensor = grpo_loss(logits * 1.0, *args.rest, **args.keywords, backend="cuda").loss
+        return found
+
+    leaves = [args.logits.detach().clone().requires_grad_() for _ in range(2)]
+    loss(leaves[0]).backward()
+    torch.utils.checkpoint.checkpoint(loss, leaves[1], use_reentrant=reentrant).backward()
+    assert launches == [True] * (2 if reentrant else 3)
+    assert leaves[0].grad is not None and leaves[1].grad is not None and torch.equal(leaves[0].grad, leaves[1].grad)
 
 
 @GPU
