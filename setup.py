@@ -48,7 +48,9 @@ if SANITIZE:
 
 class BuildExtension(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        objects = Path(self.build_temp) / ("sanitized" if SANITIZE else "release")
+        # An editable installation is one of many from the same tree: there ninja finds what it has compiled before.
+        folder = Path("build", "editable") if self.inplace or self.editable_mode else Path(self.build_temp)
+        objects = folder / ("sanitized" if SANITIZE else "release")
         objects.mkdir(parents=True, exist_ok=True)
         compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
         includes = [f"-I{path}" for path in [get_include(), *self.compiler.include_dirs]]

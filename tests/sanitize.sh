@@ -19,9 +19,12 @@ for isa in baseline avx2 avx512; do
 done
 
 unset LD_PRELOAD
-for sanitizer in address,undefined thread; do
-  echo "sanitized GPU kernels on this machine, $sanitizer"
-  "$compiler" -std=c++17 -O1 -g "-fsanitize=$sanitizer" -fno-sanitize-recover=all -Wno-unknown-pragmas -DGSPO_ON_HOST \
-    -Itests/gpu_on_host tests/gpu_on_host/rows.cpp -o "$site/gpu_rows"
-  TSAN_OPTIONS=halt_on_error=1 "$site/gpu_rows"
-done
+on_host() {
+  echo "sanitized GPU kernels on this machine, $1"
+  "$compiler" -std=c++17 -O1 -g "-fsanitize=$1" -fno-sanitize-recover=all -Wno-unknown-pragmas -DGSPO_ON_HOST \
+    -Itests/gpu_on_host tests/gpu_on_host/rows.cpp -o "$site/gpu_rows_$1"
+  TSAN_OPTIONS=halt_on_error=1 "$site/gpu_rows_$1"
+}
+on_host address,undefined &
+on_host thread
+wait $!  # for its verdict
