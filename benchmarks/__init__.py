@@ -6,7 +6,7 @@
     GSPO_BENCH_ROWS=512 pytest benchmarks                   fewer rows
     pytest benchmarks --save-results benchmarks/results/cpu-<name>.json
     python -m benchmarks.goals [results.json]               the project's goals, measured
-    python -m benchmarks.plot [results.json] [plot.png]     the README's plot, and its table in markdown
+    python -m benchmarks.plot [results.json] [plot.png]     the README's plot, and the table of docs/cpu.md
     python -m benchmarks.gpu                                the same questions to a GPU, and more: see gpu/__init__.py
     python -m benchmarks.compare <commit>                   this tree against another commit; fails beyond the noise
 

@@ -1,4 +1,4 @@
-"""Draws the README's plot from committed results and prints their table in markdown; it measures nothing itself.
+"""Draws the README's plot from committed results and prints the table of docs/cpu.md; it measures nothing itself.
 
 Run as `python -m benchmarks.plot [results.json] [plot.png]`.
 """

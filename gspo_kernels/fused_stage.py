@@ -201,8 +201,7 @@ class _OnePass(torch.autograd.Function):
         rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
         stage = _Stage(logits.shape[:2], logits.device, mask, *of_tokens)
         check_values(rows)
-        on_policy = stage.old_logprobs is None
-        clip = None if on_policy else stage.clip()
+        clip = None if stage.old_logprobs is None else stage.clip()
         stage.sequences(None)
         gradient = room_for_gradient(logits, overwrite_logits)
         upstream = Upstream(stage.grad_logprobs, counts=stage.partials[_COUNT], tickets=stage.partials[_ZERO])

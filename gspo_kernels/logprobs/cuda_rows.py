@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import triton_rows
-from .rows import Rows, RowStats, TokenClip, Upstream, empty_stats
+from .rows import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
 from .triton_rows import backward, forward, scale
 
 __all__ = ["about", "backward", "forward", "forward_backward", "missing", "name", "scale", "unsupported_reasons"]
@@ -26,7 +26,6 @@ except ImportError:
     _native = None
 
 name = "cuda"
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # GPUs on which `make gpu` found it ahead of Triton in every one-read case: there it runs unasked. The results are in
 # benchmarks/results/, and a test holds the two together.
@@ -73,21 +72,21 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     per_row = rows.temperature.ndim > 0
     with triton_rows.on_device(rows.logits):
         _native.cuda_one_read(
-            dtype=_DTYPES[rows.logits.dtype],
+            dtype=KERNEL_DTYPES[rows.logits.dtype],
             logits=_view(rows.logits),
             outer=rows.token_ids.shape[0],
             inner=rows.token_ids.shape[1],
             vocab=rows.logits.shape[2],
             token_ids=rows.token_ids.data_ptr(),
-            mask=_address(rows.mask),
+            mask=address(rows.mask),
             temperature=1.0 if per_row else float(rows.temperature),
-            row_temperature=_address(rows.temperature if per_row else None),
+            row_temperature=address(rows.temperature if per_row else None),
             logprobs=stats.logprobs.data_ptr(),
             entropy=stats.entropy.data_ptr(),
             lse=stats.lse.data_ptr(),
             grad_logprobs=upstream.logprobs.data_ptr(),
-            factor=_address(upstream.factor),
-            counts=_address(counts),
+            factor=address(upstream.factor),
+            counts=address(counts),
             count_size=0 if counts is None else counts.numel(),
             clip=_clip(clip),
             gradient=_view(gradient),
@@ -115,10 +114,6 @@ def _clip(clip: TokenClip | None) -> object:
 def _view(numbers: Tensor) -> object:
     assert _native is not None
     return _native.View(numbers.data_ptr(), *numbers.stride()[:2])
-
-
-def _address(array: Tensor | None) -> int:
-    return 0 if array is None else array.data_ptr()
 
 
 def _built() -> bool:

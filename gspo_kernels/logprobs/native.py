@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Rows, RowStats, Upstream, empty_stats
+from .rows import KERNEL_DTYPES, Rows, RowStats, Upstream, address, empty_stats
 
 try:
     import gspo_kernels._native as _native
@@ -17,7 +17,6 @@ except ImportError as error:
     _missing = f"the C++ extension was not built or does not load ({error}); reinstall with a C++17 compiler present"
 
 name = "native"
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
@@ -26,7 +25,7 @@ def unsupported_reasons(logits: Tensor) -> list[str]:
         reasons.append(_missing)
     if logits.device.type != "cpu":
         reasons.append(f"logits are on {logits.device}, these kernels run on the CPU")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in KERNEL_DTYPES:
         reasons.append(f"logits are {logits.dtype}, these kernels take float32, bfloat16 and float16")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         reasons.append(f"the vocabulary dimension has stride {logits.stride(-1)}, these kernels need 1")
@@ -62,9 +61,9 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(
         **_stats(stats),
-        grad_logprobs=_address(grad_logprobs),
-        grad_entropy=_address(grad_entropy),
-        grad_lse=_address(grad_lse),
+        grad_logprobs=address(grad_logprobs),
+        grad_entropy=address(grad_entropy),
+        grad_lse=address(grad_lse),
         gradient=gradient.data_ptr(),
         outer_stride=gradient.stride(0),
         inner_stride=gradient.stride(1),
@@ -78,7 +77,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
     grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(
         **_stats(stats),
-        grad_logprobs=_address(grad_logprobs),
+        grad_logprobs=address(grad_logprobs),
         gradient=gradient.data_ptr(),
         outer_stride=gradient.stride(0),
         inner_stride=gradient.stride(1),
@@ -96,10 +95,10 @@ def _bind(rows: Rows) -> _native.Rows:
     place["outer"], place["inner"] = rows.token_ids.shape
     return _native.Rows(
         token_ids=rows.token_ids.data_ptr(),
-        mask=_address(rows.mask),
+        mask=address(rows.mask),
         temperature=1.0 if per_row else float(rows.temperature),
-        row_temperature=_address(rows.temperature if per_row else None),
-        places=_address(rows.places),
+        row_temperature=address(rows.temperature if per_row else None),
+        places=address(rows.places),
         **place,
     )
 
@@ -107,7 +106,7 @@ def _bind(rows: Rows) -> _native.Rows:
 def _place(logits: Tensor) -> dict[str, Any]:
     """Where [outer, inner, vocab] numbers lie, and on how many threads to visit them."""
     return {
-        "dtype": _DTYPES[logits.dtype],
+        "dtype": KERNEL_DTYPES[logits.dtype],
         "logits": logits.data_ptr(),
         "outer": logits.shape[0],
         "inner": logits.shape[1],
@@ -125,7 +124,3 @@ def _stats(stats: RowStats) -> dict[str, int]:
 def _fresh(gradient: Tensor) -> None:
     storage = gradient.untyped_storage()
     _native.ask_for_huge_pages(storage.data_ptr(), storage.nbytes())
-
-
-def _address(array: Tensor | None) -> int:
-    return 0 if array is None else array.data_ptr()

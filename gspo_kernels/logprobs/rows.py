@@ -92,6 +92,14 @@ class Rows:
     places: Tensor | None = None  # int64; row i is logits[0, places[i]]. None: as they lie. For gradients alone
 
 
+KERNEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of the C++ kernels
+
+
+def address(array: Tensor | None) -> int:
+    """As the C++ kernels take it."""
+    return 0 if array is None else array.data_ptr()
+
+
 def stats_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
