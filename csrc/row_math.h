@@ -39,8 +39,9 @@ struct RowStats {
   double lse;
 };
 
-// The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit, or a row of -inf,
-// gives NaN: it is the caller's bug and is not hidden.
+// The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit gives NaN: it is the
+// caller's bug and is not hidden. A row of -inf gives NaN, too, but for its lse, which is -inf: it may be a part of a
+// row, and then has a share of 0.
 GSPO_HD inline RowStats combine(const Others& others, double target_logit, double scale) {
   const double target = target_logit == INFINITY ? NAN : target_logit * scale;  // base 2, like everything up to `d`
   const bool alone = others.sum == 0.0;
@@ -51,7 +52,7 @@ GSPO_HD inline RowStats combine(const Others& others, double target_logit, doubl
 
   RowStats row;
   row.logprob = d <= 0.0 ? 0.0 - near : -(d + near);
-  row.lse = (d <= 0.0 ? target : rest) * kLn2 + near;
+  row.lse = alone && target == -INFINITY ? target : (d <= 0.0 ? target : rest) * kLn2 + near;
 
   // Entropy of {target, others}, plus the share of the others times their own: no term is negative.
   const double p_target = std::exp(row.logprob);
@@ -82,7 +83,7 @@ struct RowGradient {
 };
 
 // `logprob` is the forward's: from target and lse it could only be had again by a subtraction. `lost`: how far the base
-// is below lse, in nats.
+// is below lse, in nats; NaN where both are -inf, for such a row's gradient is none.
 GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double entropy, double scale, float base,
                                        double lost) {
   const double inverse_temperature = scale * kLn2;

@@ -41,7 +41,7 @@ def has_distribution(logits: Floats) -> bool:
 
 def row_statistics(logits: Floats, target: int, temperature: float = 1.0) -> Row:
     if not has_distribution(logits):
-        return Row(math.nan, math.nan, math.nan)
+        return Row(math.nan, math.nan, -math.inf if all(x == -math.inf for x in logits) else math.nan)
     d, log_sum = below_peak(logits, temperature)
     entropy = math.fsum(math.exp(x - log_sum) * (log_sum - x) for x in d if x > -math.inf)
     return Row(d[target] - log_sum, entropy, max(logits) / temperature + log_sum)

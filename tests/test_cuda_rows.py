@@ -189,15 +189,19 @@ def test_the_same_bits_again() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
-def test_a_logit_that_is_no_number_is_not_hidden() -> None:
+@pytest.mark.parametrize("bad", ["NaN", "all -inf"])
+def test_a_row_without_a_distribution_is_not_hidden(bad: str) -> None:
     logits = on_device(torch.randn(3, 40))
-    logits[1, 5] = torch.nan
+    if bad == "NaN":
+        logits[1, 5] = torch.nan
+    else:
+        logits[1] = -torch.inf
     ids, old = on_device(torch.tensor([1, 2, 3])), on_device(torch.full((3,), -3.0))
     leaf, boundaries = logits.requires_grad_(), on_device(torch.tensor([0, 2, 3]))
     out = grpo_loss(leaf, ids, on_device(torch.ones(2)), old, cu_seqlens=boundaries, backend="cuda")
     out.loss.backward()
     assert leaf.grad is not None and bool(out.loss.isnan())
-    assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+    assert leaf.grad.isnan().all(1).tolist() == leaf.grad.isnan().any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from checks import check_close, check_gradient, check_rows
 from modes import BACKENDS, COMBINATIONS, by_backend, by_combination, needs, on_device, sized
-from row_batches import check_batch, everything, peaked, rows
+from row_batches import UPSTREAM, check_batch, everything, peaked, rows
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from gspo_kernels import token_logprobs
+from gspo_kernels import grpo_loss, token_logprobs
 
 # 1 and 2: no tail. 7, 16, 127: less than, exactly, just under whole vectors. 511-513: about a block. 4099 and 50257:
 # odd, so that every row starts at another alignment. 151936: Qwen's vocabulary. Interpreted, a block has 256 columns:
@@ -211,14 +211,53 @@ def test_a_target_of_minus_infinity(backend: str, dtype: torch.dtype) -> None:
 
 
 @by_combination
-def test_a_row_of_minus_infinity_is_not_hidden_and_stays_alone(backend: str, dtype: torch.dtype) -> None:
-    batch = rows(peaked(3, 100).to(dtype))
+@pytest.mark.parametrize("vocab", [1, 100, sized(2100, 600)])
+@pytest.mark.parametrize("upstream", UPSTREAM)
+def test_a_row_of_minus_infinity_is_not_hidden_and_stays_alone(
+    backend: str, dtype: torch.dtype, vocab: int, upstream: str
+) -> None:
+    """lse = -inf is the truth, and how a part of the vocabulary says that it has no logit; all else is no number."""
+    batch = rows(peaked(3, vocab).to(dtype), temperature=0.7)
     batch.logits[1] = -math.inf
-    out = token_logprobs(on_device(batch.logits), on_device(batch.token_ids), backend=backend)
-    assert not math.isfinite(float(out.logprobs[1]))
+    leaf = on_device(batch.logits.clone()).requires_grad_()
+    out = token_logprobs(leaf, on_device(batch.token_ids), temperature=0.7, backend=backend)
+    check_rows(*out, batch.rows, TOLERANCES[dtype])
+    assert batch.rows[1].lse == out.lse.tolist()[1] == -math.inf, "any number is within a bound of inf"
+
+    scales = UPSTREAM[upstream]
+    used = [(x, torch.full_like(x, k)) for k, x in zip(scales, out, strict=True) if k]
+    (gradient,) = torch.autograd.grad([x for x, _ in used], leaf, [g for _, g in used])
+    assert bool(gradient[1].isnan().all())
     others = torch.tensor([0, 2])
-    sound = [batch.rows[0], batch.rows[2]]
-    check_rows(*(x.cpu()[others] for x in out), sound, TOLERANCES[dtype])
+    sound = rows(batch.logits[others], batch.token_ids[others], temperature=0.7)
+    check_gradient(gradient.cpu()[others], sound, *([k, k] for k in scales))
+
+
+@by_combination
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 17, sized(2099, 599)])  # 17: the target
+def test_a_bad_logit_and_nothing_else(backend: str, dtype: torch.dtype, bad: float, column: int) -> None:
+    """Among -inf alone: lse is then no number, either."""
+    logits = peaked(2, sized(2100, 600)).to(dtype)
+    logits[1] = -math.inf
+    logits[1, column] = bad
+    batch = rows(logits, torch.tensor([17, 17]))
+    assert math.isnan(batch.rows[1].lse)
+    out = token_logprobs(on_device(logits), on_device(batch.token_ids), backend=backend)
+    check_rows(*out, batch.rows, TOLERANCES[dtype])
+
+
+@by_backend
+def test_a_row_of_minus_infinity_in_a_loss(backend: str) -> None:
+    """On-policy, statistics and gradient are of one call."""
+    logits = peaked(3, 100).to(torch.bfloat16)
+    logits[1] = -math.inf
+    leaf, ids = on_device(logits).requires_grad_(), on_device(torch.tensor([1, 2, 3]))
+    boundaries = on_device(torch.tensor([0, 2, 3]))
+    out = grpo_loss(leaf, ids, on_device(torch.ones(2)), cu_seqlens=boundaries, backend=backend)
+    out.loss.backward()
+    assert leaf.grad is not None and bool(out.loss.isnan())
+    assert leaf.grad.isnan().all(1).tolist() == leaf.grad.isnan().any(1).tolist() == [False, True, False]
 
 
 @by_combination

@@ -90,7 +90,7 @@ def _statistics(others: Tensor, target: Tensor, temperature: Tensor) -> tuple[Te
     target = torch.where(target == torch.inf, torch.nan, target)  # a caller's bug, and not a certainty
     d = rest - target / temperature
     logprob = -_softplus(d)
-    lse = torch.where(d <= 0, target / temperature, rest) + _softplus(-d.abs())
+    lse = torch.logaddexp(rest, target / temperature)  # -inf for a row of -inf, where d is NaN
     log_rest = -_softplus(-d)  # log of the probability that is not the target's
     weighted = torch.where(weights > 0, weights * t, weights).sum(-1, dtype=torch.float64)
     entropy_of_rest = torch.where(total > 0, total.log() - weighted / total, total)

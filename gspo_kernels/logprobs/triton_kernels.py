@@ -196,7 +196,8 @@ def _combine(base, total, weighted, target_logit, scale, scale_error):
     d, d_tail = scale_pair(d_hi, d_lo, LN2_HI, LN2_LO)
     logprob = tl.where(sure, -near, -((d + near) + d_tail))
     lse_hi, lse_lo = scale_pair(tl.where(sure, target_hi, rest_hi), tl.where(sure, target_lo, rest_lo), LN2_HI, LN2_LO)
-    lse_hi, lse_lo = add_pairs(lse_hi, lse_lo, near, 0.0)
+    nothing = alone & (target_hi == -INFINITY)  # lse is -inf, and the rest NaN
+    lse_hi, lse_lo = add_pairs(lse_hi, lse_lo, tl.where(nothing, 0.0, near), 0.0)
 
     # Entropy of {target, others}, plus the share of the others times their own: no term is negative.
     log_others = tl.where(sure, d - near, -near)
@@ -246,6 +247,7 @@ def _coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo,
     where `base` is the row's lse in base 2, rounded; what the rounding lost is folded into the coefficients.
     """
     base, lost = scale_pair(lse_hi, lse_lo, LOG2E_HI, LOG2E_LO)
+    base = tl.where(base == -INFINITY, float("nan"), base)  # a row of -inf, which `widen` may have made finite
     factor = exp2_pair(-lost, 0.0) * (scale * LN2_HI)
     constant = factor * (g_lse - g_logprob - g_entropy * (entropy - lost * LN2_HI))
     p = exp(logprob)

@@ -23,6 +23,7 @@ enum Kind {
   kSomeInfinite,
   kNearlyAllInfinite,
   kTargetInfinite,
+  kAllInfinite,
   kNaN,
   kUnknownToken,
   kHeldTwice,  // by the dual clip, if there is one
@@ -60,7 +61,8 @@ void expect(bool right, const char* what, const std::string& where) {
 
 bool near(double found, double expected, double relative, double absolute) {
   if (std::isnan(expected)) return std::isnan(found);
-  return found == expected || std::fabs(found - expected) <= relative * std::fabs(expected) + absolute;
+  if (std::isinf(expected)) return found == expected;
+  return std::fabs(found - expected) <= relative * std::fabs(expected) + absolute;
 }
 
 [[maybe_unused]] const char* name_of(float) { return "float32"; }
@@ -92,7 +94,8 @@ struct Truth {
     for (int64_t v = 0; v < vocab; ++v) top = std::fmax(top, widen(x[v]) / temperature);
     for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(x[v]) / temperature - top);
     const bool known = token >= 0 && token < vocab;
-    lse = known ? top + std::log(sum) : NAN;
+    const bool nothing = std::all_of(x, x + vocab, [](T one) { return widen(one) == -INFINITY; });
+    lse = !known ? NAN : nothing ? -INFINITY : top + std::log(sum);
     logprob = known ? widen(x[token]) / temperature - lse : NAN;
     for (int64_t v = 0; v < vocab; ++v) {
       const double log_p = widen(x[v]) / temperature - lse;
@@ -108,7 +111,8 @@ void check(const Case& c) {
   const bool plain = !c.targets.empty();
   const int64_t rows = plain ? static_cast<int64_t>(c.targets.size()) : int64_t{kKinds};
   const int64_t inner = plain ? 1 : 4, vocab = c.vocab;
-  const int64_t stride = vocab + 1 + c.shift, outer_stride = inner * stride + 16, size = rows / inner * outer_stride;
+  const int64_t stride = vocab + 1 + c.shift, outer_stride = inner * stride + 16;
+  const int64_t size = (rows + inner - 1) / inner * outer_stride;
   // By the byte, so that an access beyond a row is one beyond the memory.
   std::vector<T> logits(size + c.shift + 1), gradients(size + c.shift + 1, narrow(NAN, T{}));
   const auto place = [&](int64_t r) { return r / inner * outer_stride + r % inner * stride; };
@@ -137,6 +141,7 @@ void check(const Case& c) {
     if (kind == kSomeInfinite) make_infinite(0.1);
     if (kind == kNearlyAllInfinite) make_infinite(0.99);
     if (kind == kTargetInfinite) row[token] = minus_infinity(T{});
+    if (kind == kAllInfinite) std::fill(row, row + vocab, minus_infinity(T{}));
     if (kind == kNaN) row[vocab / 2] = narrow(NAN, T{});
     if (kind == kMasked) std::fill(row, row + vocab, narrow(NAN, T{}));
     if (kind == kMasked) token = -1;
