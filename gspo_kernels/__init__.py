@@ -1,6 +1,7 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
 from .advantages import group_advantages
+from .aggregation import global_count
 from .explain import explain
 from .linear_loss import (
     linear_grpo_loss,
@@ -40,6 +41,7 @@ __all__ = [
     "TokenLogprobs",
     "clipped_surrogate",
     "explain",
+    "global_count",
     "group_advantages",
     "grpo_loss",
     "gspo_loss",

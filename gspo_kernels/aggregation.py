@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .layout import Layout
+from .collectives import ranks_of, sum_over_ranks
+from .layout import Layout, batch_shape
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum")
 
 
-def token_weights(layout: Layout, aggregation: str, normalizer: float | Tensor | None) -> Tensor:
-    """What each token's number counts for in the loss: `loss = sum_t weight_t * x_t`.
+def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | None) -> Tensor:
+    """What the number of each token of a sequence counts for in the loss: `loss = sum_i share_i sum_t x_it`.
 
     - "sequence_mean": mean over a sequence's unmasked tokens, then over sequences;
     - "token_mean":    mean over all unmasked tokens;
@@ -23,13 +24,15 @@ def token_weights(layout: Layout, aggregation: str, normalizer: float | Tensor |
     A sequence without an unmasked token is not counted. `normalizer` stands for the local count (of sequences, or of
     tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole.
 
-    Returns: [tokens] float64, 0 where masked.
+    Returns: [sequences] float64.
     """
     count = layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.masked_fill((normalizer == 0) & (count == 0), 1)  # of a batch in which nothing counts
     share = 1.0 / count.clamp(min=1) if normalizer is None else torch.ones_like(count) / normalizer
     if aggregation == "sequence_mean":
-        return layout.spread(share / layout.lengths.clamp(min=1))
-    return layout.select(share.expand(layout.mask.shape))
+        return share / layout.lengths.clamp(min=1)
+    return share.expand(layout.lengths.shape)
 
 
 def check(aggregation: Any, normalizer: Any) -> None:
@@ -38,3 +41,48 @@ def check(aggregation: Any, normalizer: Any) -> None:
         checks.shape("normalizer", normalizer, (), "one global count")
     elif normalizer is not None:
         checks.number("normalizer", normalizer, "a global count of sequences, or of tokens for token_mean", above=0.0)
+
+
+@torch.no_grad()
+def global_count(
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    aggregation: str = "sequence_mean",
+    group: Any = None,
+    cp_group: Any = None,
+    averaged: bool = False,
+) -> Tensor:
+    """How many sequences, or tokens, a batch has over all ranks and micro-batches: the `normalizer` of its losses.
+
+    With it each rank and each micro-batch returns its share of the whole batch's loss, and the gradients of the shares
+    add up to its gradient. Count once an optimizer step, over the masks of all its micro-batches: counts of several
+    masks add up too. One collective over `group`, and one over `cp_group`; no host sync.
+
+    Args:
+        mask: [B, T] or packed [N], True (or 1) where a token counts: what the losses are given on this rank. A rank
+            with an empty batch passes an empty mask, and still takes part.
+        cu_seqlens: [S + 1], of packed sequences.
+        aggregation: what the losses have. "token_mean" (PPO's) counts tokens; "sequence_mean" and "sequence_sum" count
+            sequences that have an unmasked token.
+        group: the ranks whose gradients are summed or averaged: data-parallel and, if there are any, context-parallel
+            ones. None: this rank alone.
+        cp_group: the ranks of `group` that have tokens of the same sequences.
+        averaged: for what averages gradients over `group` instead of summing them, as DDP and FSDP do: the count is
+            then divided by its number of ranks.
+
+    Returns: 0-d float64, on the mask's device. 0 where nothing counts, of which losses make 0.
+    """
+    checks.choice("aggregation", aggregation, AGGREGATIONS)
+    checks.tensor("mask", mask, "True or 1 at the tokens that count")
+    ranks = ranks_of("group", group)
+    if averaged and ranks is None:
+        raise ValueError(
+            "group: expected the ranks over which gradients are averaged, because averaged is True; got None"
+        )
+    layout = batch_shape(mask.shape, mask, cu_seqlens, mask.device, ranks_of("cp_group", cp_group)).layout()
+    if ranks is None:
+        return layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
+    count = layout.local_lengths.sum() if aggregation == "token_mean" else layout.share().sum()
+    count = sum_over_ranks(count, ranks, crosses=False).round()
+    return count / ranks.size if averaged else count

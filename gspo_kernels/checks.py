@@ -75,8 +75,3 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: that waits for a GPU, so only under GSPO_KERNELS_DEBUG=1 there."""
     return tensor.device.type == "cpu" or os.environ.get("GSPO_KERNELS_DEBUG", "0") not in ("", "0")
-
-
-def not_yet(name: str, value: Any) -> None:
-    if value is not None:
-        raise NotImplementedError(f"{name}: sharded inputs are not supported yet; leave {name}=None")

@@ -54,7 +54,6 @@ def clips_row_by_row(inputs: TokenInputs, logits: Tensor, backend: str | None) -
 def policy_loss(
     rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool, one_pass: bool, backend: str | None
 ) -> LossOutput:
-    objective = inputs.objective
     arguments = (
         rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits, *_of_tokens(inputs),
     )  # fmt: skip
@@ -62,14 +61,7 @@ def policy_loss(
         loss, scalars, logprobs, log_ratios = _OnePass.apply(choose(rows.logits, backend), *arguments)
     else:
         loss, scalars, log_ratios, logprobs, *_ = _fused_loss(*arguments)
-    shape = inputs.batch.tokens
-    with torch.no_grad():
-        stats = Stats(
-            **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
-            logprobs=logprobs.detach().reshape(shape),
-            log_ratio=log_ratios.detach() if objective.ratio_of == "sequence" else log_ratios.detach().reshape(shape),
-        )
-    return LossOutput(loss, stats)
+    return _output(inputs, loss, scalars, logprobs, log_ratios)
 
 
 def gradient(inputs: TokenInputs, stats: RowStats, advantages_per_token: bool, weights_per_token: bool) -> Upstream:
@@ -89,6 +81,26 @@ def loss(inputs: TokenInputs, stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
     stage = _Stage(shape, inputs.batch.device, mask, *_of_tokens(inputs))
     stage.sequences(stats)
     return *stage.batch(None), stage.log_ratios
+
+
+def _output(inputs: TokenInputs, loss: Tensor, scalars: Tensor, logprobs: Tensor, log_ratios: Tensor) -> LossOutput:
+    shape, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
+    with torch.no_grad():
+        of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.detach().unbind(), strict=True))
+        stats = Stats(
+            **of_batch,
+            logprobs=logprobs.detach().reshape(shape),
+            log_ratio=log_ratios.detach() if ratio_of == "sequence" else log_ratios.detach().reshape(shape),
+            ratio_of=ratio_of,
+        )
+    return LossOutput(loss, stats)
+
+
+def loss_of_rows(inputs: TokenInputs, stats: RowStats) -> LossOutput:
+    """The loss from the statistics of all rows, [outer, inner] and differentiable: where they came from elsewhere."""
+    mask = None if inputs.batch.mask is None else inputs.batch.mask.contiguous()
+    loss, scalars, log_ratios, *_ = _fused_stage(stats.logprobs, stats.entropy, mask, *_of_tokens(inputs))
+    return _output(inputs, loss, scalars, stats.logprobs, log_ratios)
 
 
 def compiled_variants() -> int:
@@ -190,6 +202,61 @@ def _gradient(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
 
 _fused_loss.register_autograd(_gradient, setup_context=_remember)
+
+
+@torch.library.custom_op("gspo_kernels::fused_stage", mutates_args=(), device_types=("cpu", "cuda"))
+def _fused_stage(
+    logprobs: Tensor,
+    entropy: Tensor,
+    mask: Tensor | None,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    global_count: Tensor | None,
+    numbers: Tensor,
+    ratio: str,
+    aggregation: str,
+    kl_estimator: str,
+    advantages_per_token: bool,
+    weights_per_token: bool,
+    entropy_bonus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, scalars, log_ratios; grad_logprobs, grad_entropy (or empty), partials"""
+    stage = _Stage(
+        logprobs.shape, logprobs.device, mask, advantages, old_logprobs, ref_logprobs, weights, cu_seqlens,
+        global_count, numbers, ratio, aggregation, kl_estimator, advantages_per_token, weights_per_token, entropy_bonus,
+    )  # fmt: skip
+    stage.sequences(RowStats(logprobs.contiguous(), entropy.contiguous(), entropy.new_empty(0)))
+    loss, scalars = stage.batch(None)
+    return loss, scalars, stage.log_ratios, stage.grad_logprobs, stage.grad_entropy, stage.partials
+
+
+@_fused_stage.register_fake
+def _(*arguments: Any) -> Any:
+    logprobs, cu_seqlens, ratio, entropy_bonus = arguments[0], arguments[7], arguments[10], arguments[15]
+    room = functools.partial(torch.empty, dtype=torch.float32, device=logprobs.device)
+    outer, inner = logprobs.shape
+    sequences = outer if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    log_ratios = room(sequences) if ratio == "sequence" else room(outer * inner)
+    bonus = room(outer, inner) if entropy_bonus else room(0)
+    return room(()), room(12), log_ratios, room(outer, inner), bonus, room(_PARTIALS, sequences)
+
+
+def _remember_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.entropy_bonus = inputs[15]
+    ctx.save_for_backward(*output[3:])
+
+
+def _gradient_of_stage(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    g_logprobs, g_entropy, partials = ctx.saved_tensors
+    bonus = g_entropy if ctx.entropy_bonus else None
+    of_logprobs, of_entropy, _lse = Upstream(g_logprobs, bonus, factor=upstream, counts=partials[_COUNT]).by_statistic()
+    return of_logprobs, of_entropy, *(None,) * 14
+
+
+_fused_stage.register_autograd(_gradient_of_stage, setup_context=_remember_stage)
 
 
 class _OnePass(torch.autograd.Function):

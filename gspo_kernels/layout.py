@@ -1,7 +1,10 @@
-"""Which token belongs to which sequence: padded and packed batches as one thing.
+"""Which token belongs to which sequence: padded, packed and context-parallel batches as one thing.
 
 Token arrays are flat, `[tokens]`, sequence arrays `[sequences]`. Masked tokens belong to no sum, length or mean; what
 stands at a masked position never reaches a number, because it is selected away, not multiplied.
+
+Under context parallelism a rank has some tokens of each sequence, in any order, or none. Token arrays are then the
+rank's own; sequence arrays, sums, lengths and counts are those of all ranks, and the same on each.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import may_read
+from .collectives import Ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class BatchShape:
     cu_seqlens: (
         Tensor | None
     )  # packed: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: a row is a sequence
+    ranks: Ranks | None = None  # among which the tokens of each sequence are shared out
 
     def per_token(self, name: str, values: Any, meaning: str) -> Tensor:
         """A caller's token array, checked."""
@@ -43,11 +48,11 @@ class BatchShape:
     def is_per_token(self, values: Tensor) -> bool:
         return values.shape == self.tokens and values.shape != (self.sequences,)
 
-    def layout(self) -> Layout:
-        """The same batch with its sums, means and counts in torch."""
+    def layout(self, *, crosses: bool = True) -> Layout:
+        """The same batch with its sums, means and counts in torch; `crosses` as in `Layout`."""
         if self.cu_seqlens is None:
-            return PaddedLayout(self)
-        return PackedLayout(self, self.cu_seqlens)
+            return PaddedLayout(self, crosses)
+        return PackedLayout(self, self.cu_seqlens, crosses)
 
     def _array(self, name: str, values: Any, meaning: str) -> Tensor:
         array = checks.tensor(name, values, meaning).detach()
@@ -58,21 +63,45 @@ class BatchShape:
 
 
 class Layout:
-    """A batch of ragged sequences; `PaddedLayout` and `PackedLayout` say where their tokens lie."""
+    """A batch of ragged sequences; `PaddedLayout` and `PackedLayout` say where their tokens lie.
+
+    Under context parallelism the first `sum`, or whatever asks for lengths before that, is one collective, and each
+    further `sum` is another. Its gradient crosses ranks too, unless the layout was made with `crosses=False`, for a
+    loss whose gradient by a sequence's sum is known whole on every rank.
+    """
 
     mask: Tensor  # [tokens] bool
     shape: torch.Size  # of the caller's token arrays
     sequences: int
+    local_lengths: Tensor  # [sequences] float64, unmasked tokens of this rank
 
-    def __init__(self, batch: BatchShape) -> None:
+    def __init__(self, batch: BatchShape, crosses: bool) -> None:
         self.shape, self.sequences = batch.tokens, batch.sequences
+        self.ranks, self._crosses = batch.ranks, crosses
         count, device = batch.tokens.numel(), batch.device
         given = batch.mask
         self.mask = torch.ones(count, dtype=torch.bool, device=device) if given is None else given.reshape(-1)
         self._masked = ~self.mask
-        self.lengths = self.sum(torch.ones((), dtype=torch.float64, device=device).expand(count))  # [sequences]
-        self.num_tokens = self.lengths.sum()
-        self.num_sequences = (self.lengths > 0).sum(dtype=torch.float64)
+        self.local_lengths = self.local_sum(torch.ones((), dtype=torch.float64, device=device).expand(count))
+        self._lengths = self.local_lengths if self.ranks is None else None
+        self._beside: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """[sequences] float64, unmasked tokens."""
+        if self._lengths is None:
+            self._over_ranks(None)
+        assert self._lengths is not None
+        return self._lengths
+
+    @property
+    def num_tokens(self) -> Tensor:
+        return self.lengths.sum()
+
+    @property
+    def num_sequences(self) -> Tensor:
+        """Those with an unmasked token."""
+        return (self.lengths > 0).sum(dtype=torch.float64)
 
     def select(self, values: Tensor) -> Tensor:
         """[tokens], with 0 where masked, whatever stood there."""
@@ -80,7 +109,8 @@ class Layout:
 
     def sum(self, values: Tensor) -> Tensor:
         """[tokens] -> [sequences], over unmasked tokens."""
-        return self._sum(self.select(values))
+        local = self.local_sum(values)
+        return local if self.ranks is None else self._over_ranks(local)
 
     def mean(self, values: Tensor) -> Tensor:
         """[tokens] -> [sequences], over unmasked tokens; 0 for a sequence without any."""
@@ -95,8 +125,40 @@ class Layout:
         return self.select(values.reshape(-1).double())
 
     def of_sequences(self, values: Tensor) -> Tensor:
-        """A sequence array in float64, 0 for a sequence without an unmasked token."""
-        return torch.where(self.lengths > 0, values.double(), 0.0)
+        """A sequence array in float64, 0 for a sequence of which this rank has no unmasked token."""
+        return torch.where(self.local_lengths > 0, values.double(), 0.0)
+
+    # ---- context parallelism
+
+    def local_sum(self, values: Tensor) -> Tensor:
+        """`sum` over the tokens of this rank."""
+        return self._sum(self.select(values))
+
+    def share(self) -> Tensor:
+        """[sequences], which part of each this rank has; of all ranks they add up to 1, or 0 for an empty one."""
+        return self.local_lengths / self.lengths.clamp(min=1)
+
+    def sum_beside(self, values: Tensor) -> None:
+        """Takes these constants [tokens] along in the first collective; `beside` has their sums then."""
+        self._beside = self.local_sum(values)
+
+    @property
+    def beside(self) -> Tensor:
+        assert self.lengths is not None and self._beside is not None
+        return self._beside
+
+    def _over_ranks(self, local: Tensor | None) -> Tensor:
+        assert self.ranks is not None
+        if self._lengths is not None:
+            assert local is not None
+            return sum_over_ranks(local, self.ranks, crosses=self._crosses)
+        parts = [x for x in (local, self.local_lengths, self._beside) if x is not None]
+        sums = sum_over_ranks(torch.stack(parts), self.ranks, crosses=self._crosses)
+        rest = sums[0 if local is None else 1 :].detach()
+        self._lengths = rest[0]
+        if self._beside is not None:
+            self._beside = rest[1]
+        return sums[0]
 
     def _sum(self, values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -118,9 +180,9 @@ class PaddedLayout(Layout):
 class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
-    def __init__(self, batch: BatchShape, cu_seqlens: Tensor) -> None:
+    def __init__(self, batch: BatchShape, cu_seqlens: Tensor, crosses: bool) -> None:
         self._segments = _segments(cu_seqlens, batch.tokens[0])
-        super().__init__(batch)
+        super().__init__(batch, crosses)
 
     def _sum(self, values: Tensor) -> Tensor:
         return cast(Tensor, _segment_sum(values, *self._segments))
@@ -129,7 +191,9 @@ class PackedLayout(Layout):
         return cast(Tensor, _segment_spread(values, *self._segments))
 
 
-def batch_shape(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device) -> BatchShape:
+def batch_shape(
+    token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device, ranks: Ranks | None = None
+) -> BatchShape:
     """Of token arrays of `token_shape`, on `device`; checks `mask` and `cu_seqlens`."""
     if mask is not None:
         checks.tensor("mask", mask, "True or 1 at the tokens that count")
@@ -144,7 +208,7 @@ def batch_shape(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: tor
                 "cu_seqlens: expected the boundaries of the packed sequences, [sequences + 1], because token arrays "
                 f"have shape {list(token_shape)}; got None (padded: logits [B, T, V] and token arrays [B, T])"
             )
-        return BatchShape(token_shape, token_shape[0], device, mask, None)
+        return BatchShape(token_shape, token_shape[0], device, mask, None, ranks)
     checks.tensor("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
     checks.integers("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
     checks.same_device("cu_seqlens", cu_seqlens, device)
@@ -157,7 +221,7 @@ def batch_shape(token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: tor
         raise ValueError(f"cu_seqlens: expected shape [sequences + 1]; got {list(cu_seqlens.shape)}")
     if may_read(cu_seqlens) and not torch.compiler.is_compiling():  # else the operators do
         check_boundaries(cu_seqlens, token_shape[0])
-    return BatchShape(token_shape, cu_seqlens.shape[0] - 1, device, mask, cu_seqlens.detach())
+    return BatchShape(token_shape, cu_seqlens.shape[0] - 1, device, mask, cu_seqlens.detach(), ranks)
 
 
 def as_bool(mask: Tensor) -> Tensor:

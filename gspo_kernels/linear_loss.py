@@ -13,15 +13,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks
-from .layout import BatchShape, batch_shape
+from .collectives import ranks_of
+from .layout import batch_shape
 from .linear_ops import is_named, linear_loss, linear_row_stats
 from .linear_walk import HeadArguments, plan_of
 from .logprobs.backends import check_name
 from .logprobs.linear import Wanted
 from .logprobs.plan import rows_per_chunk
 from .logprobs.products import keeps_gradients, usual_chunk_bytes
+from .logprobs.vocab_shard import VocabShard, is_dtensor, shard_of
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .policy_loss import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
+from .together import Together, check_rows_together, check_sequences_together
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
 
@@ -54,8 +57,9 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
     max_log_ratio: float = 20.0,
     tp_group: Any = None,
-    cp_group: Any = None,
+    vocab_start: int | None = None,
     vocab_size: int | None = None,
+    cp_group: Any = None,
     chunk_bytes: int | None = None,
     skip_zero_advantage: bool = False,
     backend: str | None = None,
@@ -82,25 +86,43 @@ def linear_policy_loss(
         skip_zero_advantage: leaves sequences whose advantages are all 0 out of everything: the loss and gradients are
             the same, but their tokens are in none of the stats. Not with a KL term or an entropy bonus, which such
             sequences have a part in.
+        tp_group: the ranks over which the head is sharded: `weight` and `bias` are this rank's [V / ranks, D] and
+            [V / ranks] of it, and `hidden` and everything else are the same on every rank of the group. The gradient of
+            `hidden` is summed over the group here, once, in float32: pass it as it comes out of the model, and not
+            through what sums it again (Megatron's copy to the tensor-parallel region). A DTensor weight with Shard(0)
+            is taken as it is if `hidden` is a replicated DTensor on its mesh, or `tp_group` is its group.
         vocab_size: rows of the weight from there on are padding: not multiplied, gradient 0.
+        cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
+            into a chunk, and there is a collective for each chunk and two before the first.
 
     Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. All other
     arguments, the result and the errors are those of `policy_loss`.
     """
-    checks.not_yet("tp_group", tp_group)
-    checks.not_yet("cp_group", cp_group)
-    vocab_size = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend)
-    batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device)
-    inputs = token_inputs(
-        batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
-        max_log_ratio=max_log_ratio,
-    )  # fmt: skip
+    hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
+    cp = ranks_of("cp_group", cp_group)
+    with Together(hidden, shard.ranks if shard else None, cp, name="hidden") as together:
+        columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
+        batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device, cp)
+        inputs = token_inputs(
+            batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
+            kl_estimator=kl_estimator, entropy_coef=entropy_coef, weights=weights, aggregation=aggregation,
+            normalizer=normalizer, max_log_ratio=max_log_ratio,
+        )  # fmt: skip
+        if skip_zero_advantage and (inputs.beta != 0.0 or inputs.entropy_coef != 0.0):
+            raise ValueError(
+                "skip_zero_advantage: expected a loss that such sequences have no part in; got "
+                f"beta {beta} and entropy_coef {entropy_coef}, whose terms have nothing to do with advantages"
+            )
+        arrays = row_arrays(token_ids, batch.mask, temperature)
+        check_rows_together(together, *arrays, columns, shard)
+        check_sequences_together(together, inputs)
+        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
+        arrays = row_arrays(token_ids, inputs.batch.mask, temperature)
     arguments = HeadArguments(
-        hidden, weight, bias, *row_arrays(token_ids, inputs.batch.mask, temperature), vocab_size,
-        _dtype(hidden, weight), chunk_bytes, backend,
+        hidden, weight, bias, *arrays, columns, _dtype(hidden, weight), chunk_bytes, backend,
+        shard.begin if shard else 0, shard.ranks.text() if shard else None,
     )  # fmt: skip
     if torch.compiler.is_compiling() and not is_named(objective):  # an operator takes no objects
         found = linear_row_stats(arguments)
@@ -185,6 +207,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     tp_group: Any = None,
+    vocab_start: int | None = None,
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     backend: str | None = None,
@@ -202,10 +225,16 @@ def linear_token_logprobs(
 
     The other arguments and the errors are those of `policy_loss`.
     """
-    checks.not_yet("tp_group", tp_group)
-    vocab_size = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend)
-    arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
-    arguments = HeadArguments(hidden, weight, bias, *arrays, vocab_size, _dtype(hidden, weight), chunk_bytes, backend)
+    hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
+    with Together(hidden, shard.ranks if shard else None, name="hidden") as together:
+        columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
+        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
+        check_rows_together(together, *arrays, columns, shard)
+        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes)
+    arguments = HeadArguments(
+        hidden, weight, bias, *arrays, columns, _dtype(hidden, weight), chunk_bytes, backend,
+        shard.begin if shard else 0, shard.ranks.text() if shard else None,
+    )  # fmt: skip
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 
 
@@ -214,7 +243,10 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     names = ("token_ids", "advantages", "old_logprobs")
     given: dict[str, Any] = {"objective": GSPO(), **dict(zip(names, arguments, strict=False)), **options}
     dtype = _dtype(hidden, weight)
-    columns = check_vocab_size(given.get("vocab_size"), weight.shape[0])
+    _, _, _, shard = _of_this_rank(
+        hidden, weight, None, *(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size"))
+    )
+    columns = shard.usual_columns if shard else check_vocab_size(given.get("vocab_size"), weight.shape[0])
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     operands = (hidden, weight, given.get("bias"))
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
@@ -232,7 +264,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     )  # fmt: skip
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
-    lengths = inputs.batch.layout().lengths.long().tolist()
+    lengths = inputs.batch.layout().local_lengths.long().tolist()
     lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
     steps = plan_of(inputs, lengths, at_a_time, wanted)
     for way, meaning in _WAYS.items():
@@ -240,6 +272,8 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
         if found:
             taken = sum(step.stop - step.start for step in found)
             lines.append(f"{way}: {taken} rows in {len(found)} step{'s' * (len(found) > 1)}: {meaning}")
+    if given.get("cp_group") is not None:
+        lines.append("of this rank's rows; over cp_group a sequence is as long as the longest part of it")
     return "\n".join(lines)
 
 
@@ -257,11 +291,6 @@ _WAYS = {
 
 def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
     """Masks sequences whose advantages are all zero, and keeps the count they are part of."""
-    if inputs.beta != 0.0 or inputs.entropy_coef != 0.0:
-        raise ValueError(
-            "skip_zero_advantage: expected a loss that such sequences have no part in; got "
-            f"beta {inputs.beta} and entropy_coef {inputs.entropy_coef}, whose terms have nothing to do with advantages"
-        )
     batch = inputs.batch
     layout = batch.layout()
     if inputs.advantages_per_token:
@@ -272,7 +301,7 @@ def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
     count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
     return replace(
         inputs,
-        batch=BatchShape(batch.tokens, batch.sequences, batch.device, kept.reshape(batch.tokens), batch.cu_seqlens),
+        batch=replace(batch, mask=kept.reshape(batch.tokens)),
         normalizer=count.clamp(min=1.0) if inputs.normalizer is None else inputs.normalizer,
     )
 
@@ -285,8 +314,66 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return wide
 
 
+def _of_this_rank(
+    hidden: Any, weight: Any, bias: Any, tp_group: Any, vocab_start: Any, vocab_size: Any
+) -> tuple[Any, Any, Any, VocabShard | None]:
+    """Plain tensors, and which rows of the head this rank has.
+
+    A DTensor weight is the head's own sharding only where something says so: FSDP's, seen from outside of its module's
+    forward, looks the same, but then every rank has other hidden states.
+    """
+    if not is_dtensor(weight):
+        weight, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
+        return hidden, weight, bias, shard
+    replicated = is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
+    if tp_group is None and not (replicated and hidden.device_mesh == weight.device_mesh):
+        return hidden, weight, bias, None  # refused below
+    if bias is not None and not (is_dtensor(bias) and bias.device_mesh == weight.device_mesh):
+        raise TypeError(f"bias: expected a DTensor sharded like weight; got {checks.describe(bias)}")
+    local, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
+    if bias is not None:
+        bias, _ = shard_of("bias", bias, 0, tp_group, vocab_start, vocab_size)
+    if replicated:
+        hidden = hidden.to_local(grad_placements=hidden.placements)
+    return hidden, local, bias, shard
+
+
+def _check_work_together(
+    together: Together,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    chunk_bytes: int | None,
+    skip_zero_advantage: bool = False,
+) -> None:
+    """Ranks go through chunks in step: what decides how many there are, and of which rows, is the same on all."""
+    wants = sum(
+        2**i
+        for i, x in enumerate((hidden, weight, bias))
+        if x is not None and x.requires_grad and torch.is_grad_enabled()
+    )
+    work: dict[str, Any] = {
+        "hidden (how wide)": hidden.shape[-1],
+        "dtype that hidden and weight are multiplied in": str(_dtype(hidden, weight)),
+        "chunk_bytes": -1 if chunk_bytes is None else chunk_bytes,
+        "skip_zero_advantage (1: yes)": int(skip_zero_advantage),
+        "requires_grad of hidden (1), weight (2) and bias (4), added up": wants,
+    }
+    together.same_everywhere(**work)
+    for ranks in together.ranks_of("cp_group"):  # of a tensor-parallel group it is known to be
+        together.same(ranks, vocab_size=columns)
+
+
 def _check_head(
-    hidden: Any, weight: Any, bias: Any, token_ids: Any, vocab_size: Any, chunk_bytes: Any, backend: Any
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    token_ids: Any,
+    vocab_size: Any,
+    chunk_bytes: Any,
+    backend: Any,
+    shard: VocabShard | None,
 ) -> int:
     """The vocabulary's size."""
     for name, value, meaning in (
@@ -297,16 +384,23 @@ def _check_head(
         if name == "bias" and value is None:
             continue
         checks.floating(name, checks.tensor(name, value, meaning), meaning)
-        if type(value).__name__ == "DTensor":
+        if is_dtensor(value):
             raise TypeError(
-                f"{name}: expected a plain tensor; got a DTensor, of which this rank holds a part. Call the loss where "
-                "FSDP has gathered it (in the forward of the sharded module), or pass its full_tensor()"
+                f"{name}: expected a plain tensor; got a DTensor, of which this rank holds a part. If it is FSDP's, "
+                "call the loss where FSDP has gathered it (in the forward of the sharded module), or pass its "
+                "full_tensor(). If the head is sharded over the vocabulary, pass hidden as a replicated DTensor on its "
+                "mesh, or tp_group"
             )
     if hidden.ndim not in (2, 3):
         raise ValueError(
             f"hidden: expected [sequences, tokens, D] (padded) or [tokens, D] (packed); got {list(hidden.shape)}"
         )
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if (
+        weight.ndim != 2
+        or (weight.shape[0] == 0 and shard is None)
+        or weight.shape[1] == 0
+        or weight.shape[1] != hidden.shape[-1]
+    ):
         raise ValueError(
             f"weight: expected [V, {hidden.shape[-1]}], a row for each token of the vocabulary, as wide as hidden "
             f"states; got {list(weight.shape)}"
@@ -316,8 +410,8 @@ def _check_head(
         checks.shape("bias", bias, (weight.shape[0],), "one per row of weight")
         checks.same_device("bias", bias, hidden.device)
     check_token_ids(token_ids, hidden.shape[:-1], hidden.device, "row of hidden")
-    columns = check_vocab_size(vocab_size, weight.shape[0])
+    columns = check_vocab_size(vocab_size, weight.shape[0]) if shard is None else shard.vocab_size
     check_name(backend)
     itemsize = 8 if torch.float64 in (hidden.dtype, weight.dtype) else 4
-    rows_per_chunk(chunk_bytes, columns, itemsize, hidden.device.type, usual=0)
+    rows_per_chunk(chunk_bytes, shard.usual_columns if shard else columns, itemsize, hidden.device.type, usual=0)
     return columns

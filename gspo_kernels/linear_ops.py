@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import fused_stage, linear_walk
+from .collectives import Ranks
 from .layout import BatchShape
 from .linear_walk import HeadArguments
 from .logprobs.backends import by_triton
@@ -26,6 +27,7 @@ from .scalars import run_time_list
 from .stats import SCALARS, HeadWork, Stats
 from .token_stage import LossOutput, TokenInputs
 
+_HEAD = len(HeadArguments._fields)  # the operators' first arguments; then three flags, which operands want a gradient
 _NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
 _CUSTOM: dict[str, Objective] = {}  # an operator takes no objects: a user's own objective, while its loss is computed
 
@@ -59,6 +61,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
             inputs.weights, inputs.batch.cu_seqlens, normalizer.detach() if isinstance(normalizer, Tensor) else None,
             numbers, name, inputs.aggregation, inputs.kl_estimator, list(inputs.batch.tokens),
+            inputs.batch.ranks.text() if inputs.batch.ranks else None,
         )  # fmt: skip
     finally:
         _CUSTOM.pop(name, None)
@@ -67,6 +70,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
             logprobs=logprobs.detach(),
             log_ratio=log_ratio.detach(),
+            ratio_of=objective.ratio_of,
             head=HeadWork(*work.detach().unbind()),
         )
     return LossOutput(loss, stats)
@@ -103,6 +107,8 @@ def _linear_loss(
     dtype: torch.dtype,
     chunk_bytes: int | None,
     backend: str | None,
+    vocab_start: int,
+    tp: str | None,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
@@ -117,17 +123,20 @@ def _linear_loss(
     aggregation: str,
     kl_estimator: str,
     tokens: list[int],
+    cp: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, scalars, logprobs, log_ratio of the stats, head work; gradients of hidden, weight, bias (or empty)"""
     arguments = HeadArguments(
-        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend
+        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
     )
     eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, count = numbers.tolist()  # a CPU tensor
     of_objective = _CUSTOM.get(objective) or _NAMED[objective](eps_low, eps_high, dual_clip or None)
     sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     of_tokens = None if mask is None else mask.reshape(tokens)
     inputs = TokenInputs(
-        batch=BatchShape(torch.Size(tokens), sequences, hidden.device, of_tokens, cu_seqlens),
+        batch=BatchShape(
+            torch.Size(tokens), sequences, hidden.device, of_tokens, cu_seqlens, Ranks.read(cp) if cp else None
+        ),
         objective=of_objective,
         advantages=advantages,
         old_logprobs=old_logprobs,
@@ -143,7 +152,7 @@ def _linear_loss(
     with _inside_an_operator(hidden.device):
         stage, asked = inputs.stage(), linear_walk.rows_asked(arguments, of_tokens)
         head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
-        fused = by_triton(head.backend) and fused_stage.takes(inputs)
+        fused = cp is None and by_triton(head.backend) and fused_stage.takes(inputs)
         found = linear_walk.walk(head, asked, stage, inputs, fused)
         gradients, work = head.gradients(), head.work
         stats = RowStats(*(linear_walk.to_all_rows(x, asked, tokens) for x in found))
@@ -176,8 +185,8 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants: t
 
 @_linear_loss.register_fake
 def _(*arguments: Any) -> Any:
-    hidden, weight, dtype, wants = arguments[0], arguments[1], arguments[7], arguments[10:13]
-    cu_seqlens, objective, tokens = arguments[17], arguments[20], arguments[23]
+    hidden, weight, dtype, wants = arguments[0], arguments[1], arguments[7], arguments[_HEAD : _HEAD + 3]
+    cu_seqlens, objective, tokens = arguments[_HEAD + 7], arguments[_HEAD + 10], arguments[_HEAD + 13]
     sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     by_sequence = (_CUSTOM.get(objective) or _NAMED[objective]).ratio_of == "sequence"
 
@@ -192,7 +201,7 @@ def _(*arguments: Any) -> Any:
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     operands = inputs[:3]
     ctx.likeness = [None if x is None else (x.shape, x.dtype) for x in operands]
-    ctx.wanted = inputs[10:13]
+    ctx.wanted = inputs[_HEAD : _HEAD + 3]
     ctx.save_for_backward(*output[5:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -200,7 +209,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 24
+        return (None,) * (_HEAD + 15)
     try:
         gradients = ctx.saved_tensors
     except RuntimeError as error:
@@ -212,7 +221,7 @@ def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         _given(gradient, upstream, *likeness) if wanted else None
         for gradient, wanted, likeness in zip(gradients, ctx.wanted, ctx.likeness, strict=True)
     ]
-    return (*found, *(None,) * 21)
+    return (*found, *(None,) * (_HEAD + 12))
 
 
 def _given(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -244,12 +253,14 @@ def _linear_row_stats(
     dtype: torch.dtype,
     chunk_bytes: int | None,
     backend: str | None,
+    vocab_start: int,
+    tp: str | None,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = HeadArguments(
-        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend
+        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
     )
     with _inside_an_operator(hidden.device):
         asked = linear_walk.rows_asked(arguments, mask)
@@ -283,6 +294,8 @@ def _linear_row_gradient(
     dtype: torch.dtype,
     chunk_bytes: int | None,
     backend: str | None,
+    vocab_start: int,
+    tp: str | None,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
@@ -294,7 +307,7 @@ def _linear_row_gradient(
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = HeadArguments(
-        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend
+        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
     )
     with _inside_an_operator(hidden.device):
         asked = linear_walk.rows_asked(arguments, mask)
@@ -312,7 +325,7 @@ def _linear_row_gradient(
 
 @_linear_row_gradient.register_fake
 def _(*arguments: Any) -> Any:
-    return tuple(_fake_gradients(arguments[0], arguments[1], arguments[7], arguments[10:13]))
+    return tuple(_fake_gradients(arguments[0], arguments[1], arguments[7], arguments[_HEAD : _HEAD + 3]))
 
 
 def _remember_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -323,14 +336,14 @@ def _remember_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradient_of_rows(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(g is None for g in upstream):
-        return (None,) * 13
-    saved, wants = ctx.saved_tensors, ctx.rest[4:]
+        return (None,) * (_HEAD + 3)
+    saved, wants = ctx.saved_tensors, ctx.rest[_HEAD - 6 :]
     gradients = _linear_row_gradient(*saved[:6], *ctx.rest, *saved[6:], *upstream)
     found = [
         gradient.to(operand.dtype).reshape(operand.shape) if wanted else None
         for gradient, operand, wanted in zip(gradients, saved[:3], wants, strict=True)
     ]
-    return (*found, *(None,) * 10)
+    return (*found, *(None,) * _HEAD)
 
 
 _linear_row_stats.register_autograd(_gradient_of_rows, setup_context=_remember_rows)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from . import fused_stage
+from .collectives import Ranks, gather
 from .layout import BatchShape
 from .logprobs.linear import Asked, Head, Span, Wanted
 from .logprobs.ops import check_ids_and_temperatures
 from .logprobs.plan import ChunkRows, Step, pieces, plan
 from .logprobs.rows import RowStats, Upstream
+from .logprobs.vocab_shard import VocabShard
 from .token_stage import TokenInputs, TokenStage
 
 
@@ -31,13 +33,23 @@ class HeadArguments(NamedTuple):
     dtype: torch.dtype  # what is multiplied
     chunk_bytes: int | None
     backend: str | None
+    vocab_start: int  # of a head that is sharded over ranks
+    tp: str | None  # these, as `Ranks` has it; then `weight` and `bias` are a shard
+
+    def shard(self) -> VocabShard | None:
+        if self.tp is None:
+            return None
+        return VocabShard(Ranks.read(self.tp), self.vocab_start, self.weight.shape[0], self.vocab_size)
 
     def wanted(self) -> Wanted:
         grad = torch.is_grad_enabled()
         return Wanted(*(grad and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)))
 
     def head(self, asked: Asked, wanted: Wanted) -> Head:
-        return Head(asked, self.weight, self.bias, self.vocab_size, self.dtype, wanted, self.chunk_bytes, self.backend)
+        return Head(
+            asked, self.weight, self.bias, self.vocab_size, self.dtype, wanted, self.chunk_bytes, self.backend,
+            self.shard(),
+        )  # fmt: skip
 
 
 def rows_asked(arguments: HeadArguments, mask: Tensor | None) -> Asked:
@@ -64,7 +76,7 @@ def rows_of_sequences(stage: TokenStage, batch: BatchShape, asked: Asked) -> lis
         return [batch.tokens[1]] * batch.tokens[0]
     if asked.mask is not None or not may_wait(batch.device):
         return None
-    lengths: list[int] = stage.layout.lengths.long().tolist()
+    lengths: list[int] = stage.layout.local_lengths.long().tolist()
     return lengths
 
 
@@ -75,16 +87,18 @@ class Coefficients:
         self, stage: TokenStage, inputs: TokenInputs, asked: Asked, lengths: list[int] | None, fused: bool
     ) -> None:
         self._inputs, self._asked = inputs, asked
+        self._by_steps_together = together(inputs) != "token"
         sequences, device = inputs.batch.sequences, asked.hidden.device
         # unknown lengths: the rows may be of any sequence
         self._ends = [0] * sequences + [asked.count] if lengths is None else [0, *itertools.accumulate(lengths)]
         if asked.mask is None:
-            self._boundaries = torch.nn.functional.pad(stage.layout.lengths.long().cumsum(0), (1, 0))
+            self._boundaries = torch.nn.functional.pad(stage.layout.local_lengths.long().cumsum(0), (1, 0))
         elif inputs.batch.cu_seqlens is not None:
             self._boundaries = inputs.batch.cu_seqlens.long()
         else:
             self._boundaries = torch.arange(sequences + 1, device=device) * inputs.batch.tokens[1]
-        batch = BatchShape(torch.Size([asked.count]), sequences, device, asked.mask, self._boundaries)
+        ranks = inputs.batch.ranks
+        batch = BatchShape(torch.Size([asked.count]), sequences, device, asked.mask, self._boundaries, ranks)
         chosen: Tensor | slice = slice(None) if asked.live is None else asked.live
         self.stage = stage.part(batch, chosen, slice(None))
         self._fused: TokenInputs | None = None
@@ -113,8 +127,9 @@ class Coefficients:
         boundaries = self._boundaries[step.first : step.last + 1].clamp(step.start, step.stop) - step.start
         mask = None if self._asked.mask is None else self._asked.mask[tokens]
         batch = BatchShape(
-            torch.Size([step.stop - step.start]), step.last - step.first, boundaries.device, mask, boundaries
-        )
+            torch.Size([step.stop - step.start]), step.last - step.first, boundaries.device, mask, boundaries,
+            self._inputs.batch.ranks if self._by_steps_together else None,
+        )  # fmt: skip
         whole = self._ends[step.first] >= step.start and self._ends[step.last] <= step.stop
         if self._fused is None or not whole or mask is not None:
             return Upstream(*self.stage.part(batch, tokens, sequences).gradient(stats.logprobs, stats.entropy))
@@ -136,9 +151,7 @@ def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused
     """Statistics of the live rows; the head has the gradients of the loss."""
     wanted = head.wanted
     lengths = rows_of_sequences(stage, inputs.batch, asked)
-    steps = plan_of(inputs, [asked.count] if lengths is None else lengths, head.at_a_time, wanted)
-    if lengths is None:
-        steps = [step._replace(first=0, last=inputs.batch.sequences) for step in steps]
+    steps = _steps(inputs, asked.count, lengths, head, asked.hidden.device)
     shape, device = (asked.count,), asked.hidden.device
     stats = RowStats(*(torch.empty(shape, dtype=d, device=device) for d in (head.sums, head.sums, torch.float64)))
     coefficients = Coefficients(stage, inputs, asked, lengths, fused) if wanted.any() else None
@@ -190,15 +203,38 @@ def second_phase(head: Head, step: Step, stats: RowStats, upstream: Upstream) ->
         head.backward(RowStats(*(x[chosen] for x in stats)), upstream.at(places))
 
 
+def together(inputs: TokenInputs) -> str:
+    """What must have been seen before a coefficient is known."""
+    return "token" if inputs.depends_on_log_ratio_alone() else inputs.objective.together
+
+
 def plan_of(inputs: TokenInputs, lengths: list[int], rows: ChunkRows, wanted: Wanted) -> list[Step]:
-    known = inputs.depends_on_log_ratio_alone()
     return plan(
         lengths,
         rows,
-        together="token" if known else inputs.objective.together,
+        together=together(inputs),
         gradient=wanted.any(),
         unscaled=not (wanted.weight or wanted.bias) and inputs.entropy_coef == 0.0,
     )
+
+
+def _steps(inputs: TokenInputs, count: int, lengths: list[int] | None, head: Head, device: torch.device) -> list[Step]:
+    """The plan; under context parallelism, where sequences matter, one that is the same on all ranks."""
+    ranks = inputs.batch.ranks
+    if not head.wanted.any() or together(inputs) == "token":
+        ranks = None  # no step has a collective over them
+    if lengths is None or (ranks is not None and not may_wait(device)):
+        steps = plan_of(inputs, [count], head.at_a_time, head.wanted)
+        if ranks is not None and not steps:
+            steps = [Step("at_once", 0, 0, 0, 0)]  # of no rows, beside the one of other ranks
+        return [step._replace(first=0, last=inputs.batch.sequences) for step in steps]
+    if ranks is None:
+        return plan_of(inputs, lengths, head.at_a_time, head.wanted)
+    of_ranks = gather(torch.tensor(lengths, dtype=torch.float64, device=device), ranks)
+    longest: list[int] = of_ranks.amax(0).long().tolist()
+    ends = [0, *itertools.accumulate(lengths)]
+    steps = plan_of(inputs, longest, head.at_a_time, head.wanted)
+    return [step._replace(start=ends[step.first], stop=ends[step.last]) for step in steps]
 
 
 def to_all_rows(values: Tensor, asked: Asked, tokens: list[int]) -> Tensor:

@@ -6,7 +6,7 @@ not be differentiated detached, and guard before an unsafe operation (clamp befo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,8 +21,8 @@ from .scalars import run_time
 class Terms:
     """What an objective says of a batch. A unit is what has a ratio: a sequence or a token."""
 
-    loss: Tensor  # [tokens], to be minimised; before weights, KL, entropy and aggregation
-    log_ratio: Tensor  # [sequences] or [tokens]: log of each unit's importance ratio
+    loss: Tensor  # per unit, to be minimised; before weights, KL, entropy and aggregation. A sequence's: for each token
+    log_ratio: Tensor  # per unit: log of its importance ratio
     clipped_low: Tensor | None = None  # bool per unit: held at the lower bound, no gradient
     clipped_high: Tensor | None = None  # bool per unit: held at an upper bound, no gradient
 
@@ -36,12 +36,15 @@ class Objective:
         aggregation: the default of `aggregation=`.
         together: what `terms` of a token depends on: that "token" alone, its "sequence", or the whole "batch". From
             hidden states a loss is computed in parts, and the less is needed together, the less is computed twice.
+        by_sequence_alone: whether `terms` come from sums over each sequence and nothing else, and `ratio_of` is
+            "sequence". Under context parallelism the gradient through a sum then crosses no ranks.
     """
 
     ratio_of: ClassVar[str] = "token"
     advantages_per_token: ClassVar[bool] = True
     aggregation: ClassVar[str] = "sequence_mean"
     together: ClassVar[str] = "sequence"
+    by_sequence_alone: ClassVar[bool] = False
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         """
@@ -119,10 +122,10 @@ class GSPO(_Clipped):
 
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
+    by_sequence_alone: ClassVar[bool] = True
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
-        of_sequences = self._clip(layout.mean(log_ratio), advantages, max_log_ratio)
-        return replace(of_sequences, loss=layout.spread(of_sequences.loss))
+        return self._clip(layout.mean(log_ratio), advantages, max_log_ratio)
 
 
 @dataclass(frozen=True)

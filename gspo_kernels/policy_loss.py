@@ -9,12 +9,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks, fused_stage
+from .collectives import ranks_of
 from .layout import as_bool, batch_shape
+from .logprobs import vocab_shard
 from .logprobs.backends import check_name
 from .logprobs.ops import row_stats, row_stats_with_gradient
-from .logprobs.rows import Rows, Upstream, stats_dtype
+from .logprobs.rows import Rows, RowStats, Upstream, stats_dtype
+from .logprobs.vocab_shard import VocabShard, shard_of
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
-from .token_stage import LossOutput, token_inputs
+from .together import Together, check_rows_together, check_sequences_together
+from .token_stage import LossOutput, TokenInputs, token_inputs
 
 
 class TokenLogprobs(NamedTuple):
@@ -40,8 +44,9 @@ class CommonOptions(TypedDict, total=False):
     normalizer: float | Tensor | None
     max_log_ratio: float
     tp_group: Any
-    cp_group: Any
+    vocab_start: int | None
     vocab_size: int | None
+    cp_group: Any
     backend: str | None
 
 
@@ -70,8 +75,9 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     max_log_ratio: float = 20.0,
     tp_group: Any = None,
-    cp_group: Any = None,
+    vocab_start: int | None = None,
     vocab_size: int | None = None,
+    cp_group: Any = None,
     overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> LossOutput:
@@ -103,9 +109,19 @@ def policy_loss(
         normalizer: a global count in place of the local one (sequences, or tokens for "token_mean"): the shares of any
             split over micro-batches or ranks then add up to the whole batch's loss and gradient.
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
-        tp_group, cp_group: not supported yet.
+        tp_group: the ranks (a process group, or a mesh of one dimension) over which the vocabulary is sharded: `logits`
+            are this rank's columns of it, [.., V / ranks] as Megatron has them, and everything else is the same on
+            every rank of the group, as is the result. One collective of four numbers a row, none in the backward. A
+            DTensor with Shard(-1) is taken as it is and needs none.
+        vocab_start: the first column that this rank has, for shards of unequal width. None: of equal width.
         vocab_size: where the logits have more columns than the vocabulary has tokens (padded to a round number, as
             Megatron does), its size: the columns beyond are not read and have a gradient of zero. None: all count.
+        cp_group: the ranks over which the tokens of each sequence are shared out (context parallelism): every rank
+            passes its own tokens, padded or packed, in any order, and the same sequences; those of which it has no
+            token have none here. Sequence arrays, and the scalars of the stats, are those of all ranks. A rank's loss
+            is its share, and shares add up to the loss; its gradient is that of the whole loss. One collective of two
+            numbers a sequence (three with weights per token) and one for the stats; none in the backward. The
+            token that a row predicts is often another rank's: shift first, then share out.
         overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or, in one
             pass, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
             refuses whatever else still needs them for its backward.
@@ -115,38 +131,46 @@ def policy_loss(
         `LossOutput(loss, stats)`. No host sync takes place.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then.
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then. On
+            the CPU, or under GSPO_KERNELS_DEBUG=1, what one rank refuses is refused by all ranks of its groups.
     """
-    checks.not_yet("tp_group", tp_group)
-    checks.not_yet("cp_group", cp_group)
-    vocab_size = _check_logits(logits, token_ids, overwrite_logits, vocab_size)
-    batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device)
-    inputs = token_inputs(
-        batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
-        max_log_ratio=max_log_ratio,
-    )  # fmt: skip
-    rows = _rows(logits, token_ids, batch.mask, temperature, backend)
+    logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
+    cp = ranks_of("cp_group", cp_group)
+    with Together(logits, shard.ranks if shard else None, cp) as together:
+        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
+        batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device, cp)
+        inputs = token_inputs(
+            batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
+            kl_estimator=kl_estimator, entropy_coef=entropy_coef, weights=weights, aggregation=aggregation,
+            normalizer=normalizer, max_log_ratio=max_log_ratio,
+        )  # fmt: skip
+        rows = _rows(logits, token_ids, batch.mask, temperature, backend)
+        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        check_sequences_together(together, inputs)
+    fused = cp is None and fused_stage.serves(inputs, logits, backend)
+    if shard is not None:
+        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
+        return fused_stage.loss_of_rows(inputs, found) if fused else _loss(inputs, found)
     one_pass = (
-        (inputs.depends_on_log_ratio_alone() or fused_stage.clips_row_by_row(inputs, logits, backend))
+        (inputs.depends_on_log_ratio_alone() or (fused and fused_stage.clips_row_by_row(inputs, logits, backend)))
         and logits.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
-    if fused_stage.serves(inputs, logits, backend):
-        return fused_stage.policy_loss(rows, inputs, vocab_size, overwrite_logits, one_pass, backend)
+    if fused:
+        return fused_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, backend)
     stage = inputs.stage()
     if one_pass:
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
         carrier, found = row_stats_with_gradient(
-            rows, upstream, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend
+            rows, upstream, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend
         )
         with torch.no_grad():
             value, stats = stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
         return LossOutput(value + carrier, stats)
-    found = row_stats(rows, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend)
-    return stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
+    found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
+    return _loss(inputs, found)
 
 
 def gspo_loss(
@@ -240,25 +264,29 @@ def policy_loss_from_logprobs(
 
     The other arguments, the result and the errors are those of `policy_loss`.
     """
-    checks.not_yet("cp_group", cp_group)
-    checks.tensor("logprobs", logprobs, "log-probabilities per token")
-    if logprobs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            "logprobs: expected float32 or float64, because a clip range of 3e-4 needs the digits; got "
-            f"{logprobs.dtype}"
-        )
-    if logprobs.ndim not in (1, 2):
-        raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
-    batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device)
-    if entropy is not None:
-        checks.shape("entropy", checks.tensor("entropy", entropy, "entropy per token"), logprobs.shape, "one per token")
-    elif entropy_coef != 0.0:
-        raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
-    stage = token_inputs(
-        batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta, kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef, weights=weights, aggregation=aggregation, normalizer=normalizer,
-        max_log_ratio=max_log_ratio,
-    ).stage()  # fmt: skip
+    cp = ranks_of("cp_group", cp_group)
+    with Together(logprobs, cp) as together:
+        checks.tensor("logprobs", logprobs, "log-probabilities per token")
+        if logprobs.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                "logprobs: expected float32 or float64, because a clip range of 3e-4 needs the digits; got "
+                f"{logprobs.dtype}"
+            )
+        if logprobs.ndim not in (1, 2):
+            raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
+        batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device, cp)
+        if entropy is not None:
+            checks.tensor("entropy", entropy, "entropy per token")
+            checks.shape("entropy", entropy, logprobs.shape, "one per token")
+        elif entropy_coef != 0.0:
+            raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
+        inputs = token_inputs(
+            batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
+            kl_estimator=kl_estimator, entropy_coef=entropy_coef, weights=weights, aggregation=aggregation,
+            normalizer=normalizer, max_log_ratio=max_log_ratio,
+        )  # fmt: skip
+        check_sequences_together(together, inputs)
+    stage = inputs.stage()
     return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
 
@@ -269,6 +297,7 @@ def token_logprobs(
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     tp_group: Any = None,
+    vocab_start: int | None = None,
     vocab_size: int | None = None,
     overwrite_logits: bool = False,
     backend: str | None = None,
@@ -285,10 +314,15 @@ def token_logprobs(
 
     The other arguments and the errors are those of `policy_loss`.
     """
-    checks.not_yet("tp_group", tp_group)
-    vocab_size = _check_logits(logits, token_ids, overwrite_logits, vocab_size)
-    rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
-    found = row_stats(rows, vocab_size=vocab_size, overwrite_logits=overwrite_logits, backend=backend)
+    logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
+    with Together(logits, shard.ranks if shard else None) as together:
+        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
+        rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
+        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+    if shard is not None:
+        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
+    else:
+        found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
 
@@ -310,6 +344,10 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
     rolled = torch.roll(mask != 0, -1, dims=1)
     rolled[:, -1:] = False
     return torch.roll(input_ids, -1, dims=1), rolled
+
+
+def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
+    return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
 
 
 def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
@@ -337,7 +375,9 @@ def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tupl
     return ids, None if mask is None else mask.reshape(as_rows).contiguous(), temperature
 
 
-def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any) -> int:
+def _check_logits(
+    logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None
+) -> int:
     """The vocabulary's size."""
     checks.tensor("logits", logits, "logits [.., vocabulary]")
     checks.floating("logits", logits, "logits")
@@ -346,7 +386,7 @@ def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_siz
             "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
             f"{list(logits.shape)}"
         )
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
     if overwrite_logits and any(
         stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
@@ -355,7 +395,7 @@ def _check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_siz
             "overwrite_logits: expected logits with a place for each number; got an expanded view, which repeats some"
         )
     check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
-    return check_vocab_size(vocab_size, logits.shape[-1])
+    return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size
 
 
 def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .collectives import gather, ranks_of
 from .layout import Layout
 from .objectives import Terms
 
@@ -48,6 +49,7 @@ class Stats:
     num_tokens: Tensor  # unmasked
     logprobs: Tensor  # token layout, 0 where masked
     log_ratio: Tensor  # [sequences] or token layout, 0 where masked
+    ratio_of: str = "token"  # what a unit is: "sequence" or "token"
     head: HeadWork | None = None  # of a loss from hidden states
 
     def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
@@ -56,6 +58,34 @@ class Stats:
         if self.head is not None:
             scalars |= {f"head_{name}": value for name, value in self.head._asdict().items()}
         return {prefix + name: value for name, value in scalars.items()}
+
+    def over(self, group: Any) -> Stats:
+        """The scalars of the batch that the ranks of `group` share, as one process would have them.
+
+        One collective, which every rank of the group has to join, also one with an empty batch. For data-parallel
+        ranks: those of a context-parallel group have the same scalars already. The arrays and `head` stay this rank's.
+
+        Args:
+            group: a process group of torch.distributed, or a mesh of one dimension.
+        """
+        ranks = ranks_of("group", group)
+        if ranks is None:
+            raise TypeError("group: expected a process group, or a mesh of one dimension; got None")
+        mine = torch.stack([getattr(self, name) for name in SCALARS]).double()
+        found = dict(zip(SCALARS, gather(mine, ranks).unbind(1), strict=True))  # [ranks] each
+        units = found["num_sequences" if self.ratio_of == "sequence" else "num_tokens"]
+        by_token = ("approx_kl", "ref_kl", "entropy")
+
+        def mean(values: Tensor, count: Tensor) -> Tensor:
+            return torch.where(count > 0, values * count, 0.0).sum() / count.sum().clamp(min=1)
+
+        together = {name: mean(x, found["num_tokens"] if name in by_token else units) for name, x in found.items()}
+        some = units.sum() > 0
+        together["ratio_min"] = torch.where(some, torch.where(units > 0, found["ratio_min"], torch.inf).amin(), 0.0)
+        together["ratio_max"] = torch.where(some, torch.where(units > 0, found["ratio_max"], -torch.inf).amax(), 0.0)
+        together |= {name: found[name].sum() for name in ("num_sequences", "num_tokens")}
+        scalars: dict[str, Any] = {name: x.float() for name, x in together.items()}
+        return replace(self, **scalars)
 
 
 SCALARS = tuple(field.name for field in fields(Stats))[:12]
@@ -72,45 +102,62 @@ def collect(
     entropy: Tensor | None,
     max_log_ratio: Tensor,
 ) -> Stats:
-    """`terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens]."""
+    """`terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens].
+
+    Under context parallelism a rank counts its tokens, and of a sequence the part it has; one collective adds them up.
+    """
     log_ratio = terms.log_ratio.detach()
-    counted = layout.lengths > 0 if per_sequence else layout.mask
-    units = counted.sum(dtype=torch.float64)
+    counted = layout.local_lengths > 0 if per_sequence else layout.mask
+    count = layout.share() if per_sequence else counted.double()
     ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
+    nothing = count.new_zeros(())
 
-    def share(flags: Tensor | None) -> Tensor:
-        return torch.zeros_like(units) if flags is None else (flags & counted).sum() / units.clamp(min=1)
+    def units(values: Tensor | None) -> Tensor:
+        return nothing if values is None else torch.where(counted, values * count, 0.0).sum()
 
-    def over_tokens(values: Tensor | None) -> Tensor:
-        if values is None:
-            return torch.zeros_like(units)
-        return layout.select(values.detach().double()).sum() / layout.num_tokens.clamp(min=1)
+    def tokens(values: Tensor | None) -> Tensor:
+        return nothing if values is None else layout.select(values.detach().double()).sum()
 
     def extreme(fill: float) -> Tensor:
         if ratio.numel() == 0:
-            return torch.zeros_like(units)
+            return nothing + fill
         found = torch.where(counted, ratio, fill)
-        return torch.where(units > 0, found.amin() if fill > 0 else found.amax(), 0.0)
+        return found.amin() if fill > 0 else found.amax()
 
-    low, high = share(terms.clipped_low), share(terms.clipped_high)
     r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
+    found = torch.stack(
+        [
+            *map(units, (count.new_ones(()), terms.clipped_low, terms.clipped_high, ratio, log_ratio > max_log_ratio)),
+            *map(tokens, (torch.expm1(r) - r, ref_kl, entropy)),
+            layout.share().sum(),
+            layout.local_lengths.sum(),
+            extreme(torch.inf),
+            extreme(-torch.inf),
+        ]
+    )
+    if layout.ranks is not None:
+        of_ranks = gather(found, layout.ranks)
+        found = torch.cat([of_ranks[:, :10].sum(0), of_ranks[:, 10:11].amin(0), of_ranks[:, 11:].amax(0)])
+    n, low, high, ratios, saturated, approx_kl, kl, entropies, num_sequences, num_tokens, least, most = found.unbind()
+    per_unit, per_token = n.clamp(min=1), num_tokens.clamp(min=1)
     scalars = {
-        "clip_fraction": low + high,
-        "clip_fraction_low": low,
-        "clip_fraction_high": high,
-        "ratio_mean": torch.where(counted, ratio, 0.0).sum() / units.clamp(min=1),
-        "ratio_min": extreme(torch.inf),
-        "ratio_max": extreme(-torch.inf),
-        "saturated_fraction": share(log_ratio > max_log_ratio),
-        "approx_kl": over_tokens(torch.expm1(r) - r),
-        "ref_kl": over_tokens(ref_kl),
-        "entropy": over_tokens(entropy),
-        "num_sequences": layout.num_sequences,
-        "num_tokens": layout.num_tokens,
+        "clip_fraction": (low + high) / per_unit,
+        "clip_fraction_low": low / per_unit,
+        "clip_fraction_high": high / per_unit,
+        "ratio_mean": ratios / per_unit,
+        "ratio_min": torch.where(n > 0, least, 0.0),
+        "ratio_max": torch.where(n > 0, most, 0.0),
+        "saturated_fraction": saturated / per_unit,
+        "approx_kl": approx_kl / per_token,
+        "ref_kl": kl / per_token,
+        "entropy": entropies / per_token,
+        "num_sequences": num_sequences,
+        "num_tokens": num_tokens,
     }
     of_batch: dict[str, Any] = dict(zip(scalars, torch.stack(list(scalars.values())).float().unbind(), strict=True))
     return Stats(
         **of_batch,
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
         log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
+        ratio_of="sequence" if per_sequence else "token",
     )

@@ -55,7 +55,7 @@ class TokenInputs:
 
     def stage(self) -> TokenStage:
         """In torch, for any objective."""
-        layout = self.batch.layout()
+        layout = self.batch.layout(crosses=not self.objective.by_sequence_alone)
 
         def numbers(values: Tensor | None, per_token: bool) -> Tensor | None:
             if values is None:
@@ -76,7 +76,8 @@ class TokenInputs:
             old_logprobs=numbers(self.old_logprobs, True),
             ref_logprobs=numbers(self.ref_logprobs, True),
             weights=weights,
-            token_weights=aggregate.token_weights(layout, self.aggregation, self.normalizer),
+            aggregation=self.aggregation,
+            normalizer=self.normalizer,
             beta=self.beta,
             kl_estimator=self.kl_estimator,
             entropy_coef=self.entropy_coef,
@@ -94,16 +95,20 @@ class TokenStage:
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     weights: Tensor | None
-    token_weights: Tensor
+    aggregation: str
+    normalizer: float | Tensor | None
     beta: float
     kl_estimator: str
     entropy_coef: float
     max_log_ratio: Tensor
+    shares: Tensor | None = None  # [sequences] of the batch that this is a part of; None: it is the whole
 
     def gradient_on_policy(self) -> Tensor:
         """dL/dlogprob per token where the policy is the old policy: no logit needed."""
         with torch.enable_grad():
-            log_ratio = torch.zeros_like(self.token_weights, requires_grad=True)
+            log_ratio = torch.zeros(
+                self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
+            )
             loss = self._aggregate(self._terms(log_ratio), None, None)
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
@@ -127,13 +132,19 @@ class TokenStage:
 
         return replace(
             self,
-            layout=batch.layout(),
+            layout=batch.layout(crosses=not self.objective.by_sequence_alone),
             advantages=self.advantages[tokens if self.objective.advantages_per_token else sequences],
             old_logprobs=of(self.old_logprobs),
             ref_logprobs=of(self.ref_logprobs),
             weights=of(self.weights),
-            token_weights=self.token_weights[tokens],
+            shares=self.token_shares()[sequences],
         )
+
+    def token_shares(self) -> Tensor:
+        """[sequences], what the number of each of its tokens counts for in the loss."""
+        if self.shares is not None:
+            return self.shares
+        return aggregate.token_shares(self.layout, self.aggregation, self.normalizer)
 
     def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """logprobs, entropy: [tokens] as the kernels return them."""
@@ -152,6 +163,8 @@ class TokenStage:
         return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
 
     def _terms(self, log_ratio: Tensor) -> Terms:
+        if self.weights is not None and self.layout.ranks is not None:
+            self.layout.sum_beside(self.weights)
         return self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)
 
     def _kl(self, logprobs: Tensor) -> Tensor:
@@ -163,12 +176,30 @@ class TokenStage:
         return d.square() / 2 if self.kl_estimator == "k2" else torch.expm1(d) - d
 
     def _aggregate(self, terms: Terms, kl: Tensor | None, entropy: Tensor | None) -> Tensor:
-        per_token = terms.loss if self.weights is None else terms.loss * self.weights
+        layout, shares = self.layout, self.token_shares()
+        per_token: list[Tensor] = []
+        if self.objective.ratio_of == "token":
+            per_token.append(terms.loss if self.weights is None else terms.loss * self.weights)
         if kl is not None and self.beta != 0.0:
-            per_token = per_token + self.beta * kl
+            per_token.append(self.beta * kl)
         if entropy is not None and self.entropy_coef != 0.0:
-            per_token = per_token - self.entropy_coef * entropy.double()
-        return (self.layout.select(per_token) * self.token_weights).sum()
+            per_token.append(-self.entropy_coef * entropy.double())
+        loss = shares.new_zeros(())
+        if per_token:
+            loss = (layout.select(sum(per_token[1:], per_token[0])) * layout.spread(shares)).sum()
+        if self.objective.ratio_of == "sequence":
+            loss = loss + self._of_sequences(terms.loss, shares)
+        return loss
+
+    def _of_sequences(self, of_each: Tensor, shares: Tensor) -> Tensor:
+        """A sequence's term counts as often as it has tokens, here; its gradient, as often as it has on all ranks."""
+        layout = self.layout
+        local = layout.local_lengths if self.weights is None else layout.local_sum(self.weights)
+        if layout.ranks is None or not self.objective.by_sequence_alone:
+            return (of_each * shares * local).sum()
+        everywhere = layout.lengths if self.weights is None else layout.beside
+        value, slope = of_each.detach(), of_each - of_each.detach()
+        return (value * shares * local).sum() + (slope * shares * everywhere).sum()
 
 
 def token_inputs(

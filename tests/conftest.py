@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from modes import INTERPRETED, every_pair
+import torch.distributed as dist
+from modes import INTERPRETED, ON_GPU, every_pair
 
 pytest.register_assert_rewrite("batches", "checks", "linear", "row_batches")
 
@@ -49,6 +50,17 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[dist.ProcessGroup | None]:
+    """This process alone: all that is sharded runs with it, in every mode, its collectives among them."""
+    if not dist.is_available() or not (dist.is_nccl_available() if ON_GPU else dist.is_gloo_available()):
+        yield None
+        return
+    dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch
 from checks import check_close
-from modes import BACKENDS, INTERPRETED, KERNELS, by_backend, on_device, sized
+from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, KERNELS, by_backend, on_device, sized
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gspo_kernels import policy_loss, token_logprobs
+from gspo_kernels.collectives import Ranks
 
 pytestmark = pytest.mark.plain_memory  # inductor warns about, and slows down under, deterministic fills
 
@@ -162,7 +164,7 @@ def test_errors_come_through() -> None:
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-def samples(name: str) -> list[dict[str, Any]]:
+def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
     """Arguments for an operator of the package, by name. A temperature for all rows is on the CPU in every mode."""
     generator = torch.Generator().manual_seed(0)
     logits = on_device(torch.randn(2, 3, 17, generator=generator))
@@ -194,6 +196,11 @@ def samples(name: str) -> list[dict[str, Any]]:
         "aggregation": "sequence_mean",
         "kl_estimator": "k3",
         **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
+        "vocab_start": 0,
+        **dict.fromkeys(["tp", "cp"]),
+        "begin": 0,
+        "ranks": Ranks("tp_group", 1, 0, "" if group is None else group.group_name).text(),
+        "crosses": True,
     }
     head: dict[str, Any] = {
         "hidden": on_device(torch.randn(2, 3, 5, generator=generator)).requires_grad_(),
@@ -228,6 +235,17 @@ def samples(name: str) -> list[dict[str, Any]]:
                 "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
             },
         ],
+        "fused_stage": [
+            {"logprobs": (-hot).requires_grad_(), "entropy": hot.clone().requires_grad_(), "cu_seqlens": None},
+            {
+                **dict.fromkeys(["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "weights", "global_count"]),
+                "logprobs": (-hot).requires_grad_(),
+                "ratio": "sequence",
+                "advantages": hot[:, 0].contiguous(),
+                **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], False),
+                "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+            },
+        ],
         "linear_loss": [
             {**head, "objective": "GRPO", "tokens": [2, 3], "cu_seqlens": None},
             {
@@ -246,6 +264,12 @@ def samples(name: str) -> list[dict[str, Any]]:
             {**{name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in head.items()}},
             {**none, **alone, "hidden": head["hidden"].detach(), "temperature": one, "vocab_size": 15},
         ],
+        "sharded_row_stats": [
+            {"logits": logits.clone().requires_grad_()},
+            {"logits": logits.clone().requires_grad_(), "mask": None, "temperature": one, "vocab_size": 15},
+        ],
+        "gather": [{"values": by_token.detach()}],
+        "sum_over_ranks": [{"values": by_token.clone().requires_grad_()}],
         "segments": [{}, {"cu_seqlens": given["cu_seqlens"].int()}],
         "segment_sum": [{"values": by_token.requires_grad_()}],
         "segment_spread": [{"values": by_token[:3].detach().requires_grad_()}],
@@ -259,15 +283,17 @@ def operators() -> list[str]:
 
 
 @pytest.mark.parametrize("name", operators())
-def test_operators_keep_their_contract(name: str) -> None:
+def test_operators_keep_their_contract(name: str, group_of_one: dist.ProcessGroup | None) -> None:
     """Schema (nothing aliased or mutated unsaid), fake tensors, autograd, and dynamic shapes under AOT dispatch."""
-    if name == "fused_loss" and KERNELS != "triton":
+    if name in ("fused_loss", "fused_stage") and KERNELS != "triton":
         pytest.skip("Triton kernels alone: TRITON_INTERPRET=1, or a GPU")
+    if name in ("gather", "sum_over_ranks", "sharded_row_stats") and group_of_one is None:
+        pytest.skip("needs torch with gloo, or with NCCL on a GPU")
     operator = getattr(torch.ops.gspo_kernels, name).default
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if name == "linear_loss":
         tests.pop()  # it compares all that the operator returned, of which the backward has given the gradients away
-    for given in samples(name):
+    for given in samples(name, group_of_one):
         arguments = tuple(given[argument.name] for argument in operator._schema.arguments)
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
@@ -282,3 +308,15 @@ def test_policy_loss_compiles_with_an_objective_made_outside() -> None:
         value_and_gradient(compiled, args, objective=objective),
         value_and_gradient(policy_loss, args, objective=objective),
     )
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_losses_compile(layout: str, group_of_one: dist.ProcessGroup | None) -> None:
+    """One graph with its collectives in it; groups of one have them all."""
+    if group_of_one is None:
+        pytest.skip("needs torch with gloo")
+    args = arguments(ragged_batch("gspo", seed=37), layout)
+    compiled = torch.compile(policy_loss, fullgraph=True, backend="aot_eager")
+    for groups in ({"tp_group": group_of_one}, {"cp_group": group_of_one}):
+        same(value_and_gradient(compiled, args, **groups), value_and_gradient(policy_loss, args, **groups))

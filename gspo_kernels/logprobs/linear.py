@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..collectives import add_up_
 from .backends import Backend, by_triton, choose
 from .plan import row_stride, rows_per_chunk
 from .products import keeps_gradients, products, usual_chunk_bytes
 from .rows import Rows, RowStats, Upstream
+from .vocab_shard import VocabShard, merged, of_this_rank
 
 _ROUND_ON_GPU = 128  # rows of a gradient product: few shapes, and the kernels for them run full
 
@@ -82,20 +84,31 @@ class Head:
         wanted: Wanted,
         chunk_bytes: int | None,
         backend: str | None,
+        shard: VocabShard | None = None,
     ) -> None:
-        """`dtype`: what hidden states and weight are multiplied in. `weight` from row `vocab_size` on is padding."""
-        self.asked, self.wanted, self.work, self.vocab = asked, wanted, Work(), vocab_size
+        """`dtype`: what hidden states and weight are multiplied in. `weight` from row `vocab_size` on is padding.
+
+        With `shard` the weight is this rank's part of the head. Ranks then load the same rows at the same time, and
+        statistics and the gradient of hidden states are those of the whole head.
+        """
+        columns = vocab_size if shard is None else shard.usual_columns
+        vocab_size = vocab_size if shard is None else shard.columns
+        self.asked, self.wanted, self.work, self.vocab, self.shard = asked, wanted, Work(), vocab_size, shard
+        self._owns: Tensor | None = None
+        self._token_ids = asked.token_ids
+        if shard is not None:
+            self._owns, self._token_ids = shard.place(asked.token_ids)
         self._bias = None if bias is None else bias[:vocab_size]
         self._products = products(weight[:vocab_size], dtype)
         self.sums = sums = self._products.sums  # the dtype of log-probabilities, and of gradients until the end
         device = weight.device
         usual = usual_chunk_bytes(device.type, dtype, wanted.any())
         keeps = wanted.any() and keeps_gradients(device.type, dtype)
-        self.at_a_time = rows_per_chunk(chunk_bytes, vocab_size, sums.itemsize, device.type, usual, keeps)
+        self.at_a_time = rows_per_chunk(chunk_bytes, columns, sums.itemsize, device.type, usual, keeps)
         rows = min(self.at_a_time.most, max(asked.count, 1))
         self._stride = row_stride(vocab_size, device.type)
         self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
-        self.backend: Backend = choose(self._room.view(1, rows, -1)[..., :vocab_size], backend)
+        self.backend: Backend = choose(self._room.view(1, rows, self._stride)[..., :vocab_size], backend)
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
         self._in_place = device.type == "cpu" and not by_triton(self.backend)
         self._gradient_room = self._room.view(self._products.gradient)
@@ -117,7 +130,7 @@ class Head:
         """Logits of these rows, at most `at_a_time.most`, in the place of the last ones."""
         hidden = self._hidden_rows(span)
         self._span, self._logits = span, self._chunk(self._room, self._free(len(hidden)), len(hidden))
-        if hidden.shape[0]:
+        if hidden.shape[0] and self.vocab:
             self._products.logits(hidden, self._bias, self._logits)
         self.work.chunks += 1
         if again:
@@ -128,17 +141,27 @@ class Head:
             self.finish_products()  # those of the last chunk, queued behind the logits of this one
 
     def statistics(self) -> RowStats:
-        """Of the rows that were loaded, each [n]."""
-        found = self.backend.forward(self._rows(self._logits, self._take_all()))
-        return RowStats(*(x.view(-1) for x in found))
+        """Of the rows that were loaded, each [n]. With a shard, a collective."""
+        found = None
+        if self.vocab:
+            found = RowStats(*(x.view(-1) for x in self.backend.forward(self._rows(self._logits, self._take_all()))))
+        if self.shard is None:
+            assert found is not None
+            return found
+        assert self._owns is not None
+        mask = None if self.asked.mask is None else self._take(self.asked.mask)
+        return merged(found, self._take(self._owns), mask, self.shard, self.sums)
 
     def backward(self, stats: RowStats, upstream: Upstream) -> None:
         """Gives the rows that were loaded their gradients; `stats` and `upstream` [n]. Their logits are gone then."""
-        if not self.wanted.any():
+        if not self.wanted.any() or not self.vocab:
             return
         active = upstream.some()
         if self.asked.mask is not None:
             active = active & self._take(self.asked.mask)
+        if self._owns is not None:
+            _, _, temperature = self._take_all()
+            stats, upstream = of_this_rank(stats, upstream, self._take(self._owns), self._logits[:, 0], temperature)
         if self._in_place:
             self._backward_in_place(active, stats, upstream)
             return
@@ -206,11 +229,23 @@ class Head:
         self._hidden.index_copy_(0, places, scaled)
 
     def gradients(self) -> Gradients:
-        """All there is; nothing may be asked afterwards."""
+        """All there is; nothing may be asked afterwards. With a shard, a collective."""
         self.finish_products()
+        if self.shard is not None and self.wanted.hidden:
+            self._add_up_hidden(self.shard)
         if self.wanted.weight:
             (self._weight[self.vocab :] if self._weight_is_written else self._weight).zero_()
         return Gradients(self._hidden, self._weight, self._bias_gradient)
+
+    def _add_up_hidden(self, shard: VocabShard) -> None:
+        """The gradients of hidden states over the ranks, of the rows that have one: no bytes for the others."""
+        live = self.asked.live
+        if live is None:
+            add_up_(self._hidden, shard.ranks)
+            return
+        rows = self._hidden.index_select(0, live)
+        add_up_(rows, shard.ranks)
+        self._hidden.index_copy_(0, live, rows)
 
     # ---- rows
 
@@ -223,7 +258,7 @@ class Head:
         asked = self.asked
         mask = None if asked.mask is None else self._take(asked.mask, order)
         temperature = self._take(asked.temperature, order) if asked.temperature.ndim else asked.temperature
-        return self._take(asked.token_ids, order), mask, temperature
+        return self._take(self._token_ids, order), mask, temperature
 
     def _rows(self, logits: Tensor, arrays: tuple[Tensor, Tensor | None, Tensor], places: Tensor | None = None) -> Rows:
         token_ids, mask, temperature = (x if x is None or not x.ndim else x[None].contiguous() for x in arrays)
