@@ -71,8 +71,8 @@ class Stats:
         ranks = ranks_of("group", group)
         if ranks is None:
             raise TypeError("group: expected a process group, or a mesh of one dimension; got None")
-        mine = torch.stack([getattr(self, name) for name in SCALARS]).double()
-        found = dict(zip(SCALARS, gather(mine, ranks).unbind(1), strict=True))  # [ranks] each
+        mine = torch.stack([getattr(self, name) for name in SCALARS])
+        found = dict(zip(SCALARS, gather(mine, ranks).double().unbind(1), strict=True))  # [ranks] each
         units = found["num_sequences" if self.ratio_of == "sequence" else "num_tokens"]
         by_token = ("approx_kl", "ref_kl", "entropy")
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from modes import DEFAULT_MODE
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from gspo_kernels import linear_gspo_loss, linear_token_logprobs
 
-pytestmark = [
-    DEFAULT_MODE,
-    pytest.mark.plain_memory,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo"),
-]
+pytestmark = ranks.mark
 
 RANKS, LENGTHS, WIDTH, VOCAB = 2, [5, 3, 7, 2], 16, 53
 
@@ -66,12 +60,7 @@ def share(batch: dict[str, Tensor], rank: int, ranks: int) -> tuple[tuple[Tensor
     return arrays, {"cu_seqlens": ends, "normalizer": len(LENGTHS), "chunk_bytes": 4 * VOCAB * 4, **wide}
 
 
-def work(rank: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+def work(rank: int) -> dict[str, Any]:
     policy, batch = made()
     fully_shard(policy)
     arrays, options = share(batch, rank, RANKS)
@@ -83,57 +72,42 @@ def work(rank: int, folder: str) -> None:
         assert isinstance(x.grad, DTensor) and x.grad.dtype == torch.float32
         gradients[name] = x.grad.full_tensor() * RANKS  # FSDP takes the mean over ranks, the normalizer counts all
 
-    messages = []
     hidden, weight = torch.zeros(len(arrays[0]), WIDTH), policy.head.weight
     assert isinstance(weight, DTensor)  # resharded after the backward
-    for refused in (
-        lambda: linear_gspo_loss(hidden, weight, *arrays[1:], **options),
-        lambda: linear_token_logprobs(hidden, weight, arrays[1]),
-        lambda: linear_token_logprobs(hidden, weight.full_tensor(), arrays[1], bias=policy.head.bias),
-    ):
-        try:
-            refused()
-            messages.append("accepted")
-        except TypeError as error:
-            messages.append(str(error))
-    if rank == 0:
-        torch.save({"loss": loss, "gradients": gradients, "messages": messages}, f"{folder}/found")
-    dist.destroy_process_group()
+    whole = weight.full_tensor()  # by all ranks, before one refuses
+    refused = [
+        ranks.refused(lambda: linear_gspo_loss(hidden, weight, *arrays[1:], **options)),
+        ranks.refused(lambda: linear_token_logprobs(hidden, weight, arrays[1])),
+        ranks.refused(lambda: linear_token_logprobs(hidden, whole, arrays[1], bias=policy.head.bias)),
+    ]
+    return {"loss": loss, "gradients": gradients, "refused": refused}
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        # a child imports this file by name
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
-        try:
-            torch.multiprocessing.spawn(work, (folder,), nprocs=RANKS)
-        finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
-        loaded: dict[str, Any] = torch.load(f"{folder}/found")
-    return loaded
+def found() -> list[dict[str, Any]]:
+    return ranks.run(RANKS, work)
 
 
-def test_two_shards_are_one_process(found: dict[str, Any]) -> None:
+def test_two_shards_are_one_process(found: list[dict[str, Any]]) -> None:
     """Loss and gradients of head, bias and body: each rank has half of the sequences, and `normalizer` their count."""
     policy, batch = made()
     arrays, options = share(batch, 0, 1)
     loss, stats = policy(*arrays, **options)
     loss.backward()
     assert int(stats.head.recomputed_rows) > 0, "a sequence longer than a chunk is among them"
-    assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
-    assert set(found["gradients"]) == {"body.weight", "body.bias", "head.weight", "head.bias"}
-    for name, x in policy.named_parameters():
-        assert x.grad is not None and bool(x.grad.any())
-        torch.testing.assert_close(found["gradients"][name], x.grad, rtol=1e-5, atol=1e-6 * float(x.grad.abs().max()))
+    for of_rank in found:
+        assert float(of_rank["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
+        assert set(of_rank["gradients"]) == {"body.weight", "body.bias", "head.weight", "head.bias"}
+        for name, x in policy.named_parameters():
+            assert x.grad is not None and bool(x.grad.any())
+            near = {"rtol": 1e-5, "atol": 1e-6 * float(x.grad.abs().max())}
+            torch.testing.assert_close(of_rank["gradients"][name], x.grad, **near)
 
 
-def test_a_shard_is_refused_and_what_to_do_is_said(found: dict[str, Any]) -> None:
+def test_a_shard_is_refused_and_what_to_do_is_said(found: list[dict[str, Any]]) -> None:
     """As if it were the whole head, half a vocabulary would give a loss that is wrong in silence."""
-    for argument, message in zip(("weight", "weight", "bias"), found["messages"], strict=True):
-        assert message.startswith(f"{argument}: expected a plain tensor; got a DTensor"), message
-        assert "forward" in message and "full_tensor()" in message, message
+    for of_rank in found:
+        for argument, refused in zip(("weight", "weight", "bias"), of_rank["refused"], strict=True):
+            assert refused is not None and refused.type == "TypeError", refused
+            assert refused.message.startswith(f"{argument}: expected a plain tensor; got a DTensor"), refused
+            assert "forward" in refused.message and "full_tensor()" in refused.message, refused

@@ -1,0 +1,42 @@
+"""What the stats say of themselves, and of nothing, by whichever path they were made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from batches import OBJECTIVES, SHORT, put_garbage, ragged_batch, run
+from linear import Identity
+from modes import by_backend, on_device
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@by_backend
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden"])
+def test_stats_tell_what_a_unit_is(objective: str, backend: str, on_policy: bool, hidden: bool) -> None:
+    """Ranks whose stats are put together (`Stats.over`) count as much as they have units."""
+    batch = ragged_batch(objective, seed=20, lengths=SHORT, on_policy=on_policy)
+    outcome = run(batch, "packed", objective, backend=backend, function=Identity(objective) if hidden else None)
+    by_sequence = oracle.OBJECTIVES[objective].per_sequence
+    assert outcome.stats.ratio_of == ("sequence" if by_sequence else "token")
+    assert outcome.stats.log_ratio.shape == ((len(batch.lengths),) if by_sequence else (len(batch.mask),))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@by_backend
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden"])
+def test_of_nothing_everything_is_zero(objective: str, backend: str, on_policy: bool, hidden: bool) -> None:
+    """Also where no rank and no micro-batch has anything that counts: `global_count` is 0 then."""
+    batch = ragged_batch(objective, seed=21, lengths=SHORT, on_policy=on_policy, ref=not on_policy)
+    batch.mask[:] = False
+    put_garbage(batch)
+    count = on_device(torch.zeros((), dtype=torch.float64))
+    options: dict[str, Any] = {} if on_policy else {"beta": 0.1, "entropy_coef": 0.01}
+    function = Identity(objective) if hidden else None
+    outcome = run(batch, "packed", objective, backend=backend, function=function, normalizer=count, **options)
+    assert float(outcome.loss) == 0.0 and bool((outcome.gradient == 0).all())
+    assert {float(x) for name, x in outcome.stats.as_dict().items() if not name.startswith("head_")} == {0.0}
