@@ -13,15 +13,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks
-from .collectives import ranks_of
+from .collectives import Ranks, ranks_of
 from .layout import batch_shape
 from .linear_ops import is_named, linear_loss, linear_row_stats
 from .linear_walk import HeadArguments, plan_of
-from .logprobs.backends import check_name
+from .logprobs.backends import check_name, choose
 from .logprobs.linear import Wanted
 from .logprobs.plan import rows_per_chunk
 from .logprobs.products import keeps_gradients, usual_chunk_bytes
-from .logprobs.vocab_shard import VocabShard, is_dtensor, shard_of
+from .logprobs.vocab_shard import VocabShard, is_dtensor, shard_of, tp_ranks
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .policy_loss import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
 from .together import Together, check_rows_together, check_sequences_together
@@ -98,9 +98,9 @@ def linear_policy_loss(
     Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. All other
     arguments, the result and the errors are those of `policy_loss`.
     """
-    hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
-    cp = ranks_of("cp_group", cp_group)
-    with Together(hidden, shard.ranks if shard else None, cp, name="hidden") as together:
+    tp, cp = _head_ranks(hidden, weight, tp_group), ranks_of("cp_group", cp_group)
+    with Together(hidden, tp, cp, name="hidden") as together:
+        hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
         columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device, cp)
         inputs = token_inputs(
@@ -116,7 +116,7 @@ def linear_policy_loss(
         arrays = row_arrays(token_ids, batch.mask, temperature)
         check_rows_together(together, *arrays, columns, shard)
         check_sequences_together(together, inputs)
-        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, skip_zero_advantage)
+        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
         arrays = row_arrays(token_ids, inputs.batch.mask, temperature)
@@ -225,12 +225,12 @@ def linear_token_logprobs(
 
     The other arguments and the errors are those of `policy_loss`.
     """
-    hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
-    with Together(hidden, shard.ranks if shard else None, name="hidden") as together:
+    with Together(hidden, _head_ranks(hidden, weight, tp_group), name="hidden") as together:
+        hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
         columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
         arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
         check_rows_together(together, *arrays, columns, shard)
-        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes)
+        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, backend)
     arguments = HeadArguments(
         hidden, weight, bias, *arrays, columns, _dtype(hidden, weight), chunk_bytes, backend,
         shard.begin if shard else 0, shard.ranks.text() if shard else None,
@@ -314,6 +314,19 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return wide
 
 
+def _head_ranks(hidden: Any, weight: Any, tp_group: Any) -> Ranks | None:
+    """Over which ranks the head is sharded; None where nothing says that it is, as `_of_this_rank` explains."""
+    if is_dtensor(weight) and tp_group is None and not _is_replicated(hidden, weight):
+        return None
+    return tp_ranks(weight, 0, tp_group)
+
+
+def _is_replicated(hidden: Any, weight: Any) -> bool:
+    """On the mesh of a weight that is a DTensor."""
+    replicated = is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
+    return replicated and bool(hidden.device_mesh == weight.device_mesh)
+
+
 def _of_this_rank(
     hidden: Any, weight: Any, bias: Any, tp_group: Any, vocab_start: Any, vocab_size: Any
 ) -> tuple[Any, Any, Any, VocabShard | None]:
@@ -325,15 +338,14 @@ def _of_this_rank(
     if not is_dtensor(weight):
         weight, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
         return hidden, weight, bias, shard
-    replicated = is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
-    if tp_group is None and not (replicated and hidden.device_mesh == weight.device_mesh):
+    if tp_group is None and not _is_replicated(hidden, weight):
         return hidden, weight, bias, None  # refused below
     if bias is not None and not (is_dtensor(bias) and bias.device_mesh == weight.device_mesh):
         raise TypeError(f"bias: expected a DTensor sharded like weight; got {checks.describe(bias)}")
     local, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
     if bias is not None:
         bias, _ = shard_of("bias", bias, 0, tp_group, vocab_start, vocab_size)
-    if replicated:
+    if is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements):
         hidden = hidden.to_local(grad_placements=hidden.placements)
     return hidden, local, bias, shard
 
@@ -345,9 +357,15 @@ def _check_work_together(
     bias: Tensor | None,
     columns: int,
     chunk_bytes: int | None,
+    backend: str | None,
     skip_zero_advantage: bool = False,
 ) -> None:
     """Ranks go through chunks in step: what decides how many there are, and of which rows, is the same on all."""
+    if not together.asks:
+        return
+    dtype = _dtype(hidden, weight)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    choose(hidden.new_empty((1, 1, 1), dtype=sums), backend)  # the operators do, too late for other ranks
     wants = sum(
         2**i
         for i, x in enumerate((hidden, weight, bias))
@@ -355,8 +373,8 @@ def _check_work_together(
     )
     work: dict[str, Any] = {
         "hidden (how wide)": hidden.shape[-1],
-        "dtype that hidden and weight are multiplied in": str(_dtype(hidden, weight)),
-        "chunk_bytes": -1 if chunk_bytes is None else chunk_bytes,
+        "dtype that hidden and weight are multiplied in": str(dtype),
+        "chunk_bytes": str(chunk_bytes),
         "skip_zero_advantage (1: yes)": int(skip_zero_advantage),
         "requires_grad of hidden (1), weight (2) and bias (4), added up": wants,
     }

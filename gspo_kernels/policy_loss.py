@@ -12,10 +12,10 @@ from . import checks, fused_stage
 from .collectives import ranks_of
 from .layout import as_bool, batch_shape
 from .logprobs import vocab_shard
-from .logprobs.backends import check_name
+from .logprobs.backends import check_name, choose
 from .logprobs.ops import row_stats, row_stats_with_gradient
 from .logprobs.rows import Rows, RowStats, Upstream, stats_dtype
-from .logprobs.vocab_shard import VocabShard, shard_of
+from .logprobs.vocab_shard import VocabShard, shard_of, tp_ranks
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .together import Together, check_rows_together, check_sequences_together
 from .token_stage import LossOutput, TokenInputs, token_inputs
@@ -111,7 +111,7 @@ def policy_loss(
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
         tp_group: the ranks (a process group, or a mesh of one dimension) over which the vocabulary is sharded: `logits`
             are this rank's columns of it, [.., V / ranks] as Megatron has them, and everything else is the same on
-            every rank of the group, as is the result. One collective of four numbers a row, none in the backward. A
+            every rank of the group, as is the result. One collective of 16 bytes a row, none in the backward. A
             DTensor with Shard(-1) is taken as it is and needs none.
         vocab_start: the first column that this rank has, for shards of unequal width. None: of equal width.
         vocab_size: where the logits have more columns than the vocabulary has tokens (padded to a round number, as
@@ -134,9 +134,9 @@ def policy_loss(
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then. On
             the CPU, or under GSPO_KERNELS_DEBUG=1, what one rank refuses is refused by all ranks of its groups.
     """
-    logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
-    cp = ranks_of("cp_group", cp_group)
-    with Together(logits, shard.ranks if shard else None, cp) as together:
+    tp, cp = tp_ranks(logits, -1, tp_group), ranks_of("cp_group", cp_group)
+    with Together(logits, tp, cp) as together:
+        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
         columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device, cp)
         inputs = token_inputs(
@@ -145,6 +145,8 @@ def policy_loss(
             normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
         rows = _rows(logits, token_ids, batch.mask, temperature, backend)
+        if together.asks:
+            choose(logits, backend)  # the operators do, too late for other ranks
         check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
         check_sequences_together(together, inputs)
     fused = cp is None and fused_stage.serves(inputs, logits, backend)
@@ -265,7 +267,7 @@ def policy_loss_from_logprobs(
     The other arguments, the result and the errors are those of `policy_loss`.
     """
     cp = ranks_of("cp_group", cp_group)
-    with Together(logprobs, cp) as together:
+    with Together(logprobs, cp, name="logprobs") as together:
         checks.tensor("logprobs", logprobs, "log-probabilities per token")
         if logprobs.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -314,10 +316,12 @@ def token_logprobs(
 
     The other arguments and the errors are those of `policy_loss`.
     """
-    logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
-    with Together(logits, shard.ranks if shard else None) as together:
+    with Together(logits, tp_ranks(logits, -1, tp_group)) as together:
+        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
         columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
         rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
+        if together.asks:
+            choose(logits, backend)  # the operators do, too late for other ranks
         check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)

@@ -27,7 +27,7 @@ class Together:
 
         with Together(logits, tp, cp) as together:
             ...                                          # checks that raise
-            together.same(tp, "vocab_size", vocab_size)  # what must be equal on all ranks
+            together.same(tp, beta=beta)                 # what must be equal on all ranks
 
     That takes collectives of its own, and reading what came: on the CPU always, on a GPU under GSPO_KERNELS_DEBUG=1.
     Elsewhere a rank that raises leaves the others in their next collective, until that times out.

@@ -212,9 +212,38 @@ def test_gspo_names_gspo_token_for_advantages_by_token(base: Callable[[], dict[s
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("group", ["tp_group", "cp_group"])
-def test_process_groups_are_not_there_yet(objective: str, group: str) -> None:
-    with pytest.raises(NotImplementedError, match=group):
-        call(PUBLIC[objective], {**padded(), group: object()})
+def test_a_group_without_torch_distributed_is_refused(objective: str, group: str) -> None:
+    """With it, see test_sharded_errors.py."""
+    for value in (object(), "tp", 0):
+        with pytest.raises(ValueError, match="see init_process_group") as error:
+            call(PUBLIC[objective], {**padded(), group: value})
+        check_message(error.value, f"{group}: expected None", "object object|got 'tp'|got 0")
+
+
+def test_other_functions_refuse_a_group_without_torch_distributed() -> None:
+    given = moved(padded())
+    stats = gspo_kernels.gspo_loss(*(given[name] for name in ("logits", "token_ids", "advantages"))).stats
+    mask, logprobs = given["mask"], given["old_logprobs"]
+    calls: dict[str, Callable[[], object]] = {
+        "tp_group": lambda: gspo_kernels.token_logprobs(given["logits"], given["token_ids"], tp_group=object()),
+        "cp_group": lambda: gspo_kernels.policy_loss_from_logprobs(logprobs, given["advantages"], cp_group=object()),
+        "group": lambda: stats.over(object()),
+        "group: expected None": lambda: gspo_kernels.global_count(mask, group=object()),
+        "cp_group: expected None": lambda: gspo_kernels.global_count(mask, cp_group=object()),
+    }
+    for argument, refused in calls.items():
+        with pytest.raises(ValueError, match="see init_process_group") as error:
+            refused()
+        check_message(error.value, argument, "object object")
+    with pytest.raises(TypeError, match="group: expected a process group"):
+        stats.over(None)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_start_without_a_group_is_refused(objective: str) -> None:
+    with pytest.raises(ValueError, match="vocab_start: expected None without a tp_group") as error:
+        call(PUBLIC[objective], {**padded(), "vocab_start": 0})
+    check_message(error.value, "vocab_start", "got 0")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

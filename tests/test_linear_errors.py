@@ -164,14 +164,24 @@ def test_a_chunk_holds_the_vocabulary_and_not_its_padding() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("group", ["tp_group", "cp_group"])
-def test_process_groups_are_not_there_yet(objective: str, group: str) -> None:
-    with pytest.raises(NotImplementedError, match=group):
+def test_a_group_without_torch_distributed_is_refused(objective: str, group: str) -> None:
+    """With it, see test_sharded_errors.py."""
+    with pytest.raises(ValueError, match="see init_process_group") as error:
         loss(objective, {**padded(), group: object()})
+    check_message(error.value, f"{group}: expected None", "object object")
 
 
-def test_token_logprobs_takes_no_process_group_yet() -> None:
-    with pytest.raises(NotImplementedError, match="tp_group"):
+def test_token_logprobs_refuses_a_group_without_torch_distributed() -> None:
+    with pytest.raises(ValueError, match="see init_process_group") as error:
         logprobs({**padded(), "tp_group": object()})
+    check_message(error.value, "tp_group: expected None", "object object")
+
+
+@pytest.mark.parametrize("function", [logprobs, lambda given: loss("gspo", given)], ids=["logprobs", "loss"])
+def test_a_start_without_a_group_is_refused(function: Callable[[dict[str, Any]], Any]) -> None:
+    with pytest.raises(ValueError, match="vocab_start: expected None without a tp_group") as error:
+        function({**padded(), "vocab_start": 0})
+    check_message(error.value, "vocab_start", "got 0")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

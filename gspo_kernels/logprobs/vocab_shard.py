@@ -57,6 +57,23 @@ def is_dtensor(values: Any) -> bool:
     return type(values).__name__ == "DTensor"  # by name: the module is heavy to import
 
 
+def tp_ranks(values: Any, dimension: int, tp_group: Any) -> Ranks | None:
+    """Whose shards these are, before anything else is looked at that could be refused: a DTensor may say it itself."""
+    if is_dtensor(values) and len(axes := _axes(values, dimension)) == 1:
+        return ranks_of("tp_group", values.device_mesh.get_group(axes[0]))
+    return ranks_of("tp_group", tp_group)
+
+
+def _axes(values: Any, dimension: int) -> list[int]:
+    """Over which dimensions of its mesh a DTensor is sharded in this one."""
+    from torch.distributed.tensor import Shard
+
+    return [
+        i for i, p in enumerate(values.placements)
+        if type(p) is Shard and p.dim % values.ndim == dimension % values.ndim
+    ]  # fmt: skip
+
+
 def shard_of(
     name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
 ) -> tuple[Any, VocabShard | None]:
@@ -84,14 +101,9 @@ def shard_of(
 def _of_dtensor(
     name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
 ) -> tuple[Any, VocabShard | None]:
-    from torch.distributed.tensor import Shard
-
     if vocab_start is not None:
         raise ValueError(f"vocab_start: expected None with {name} that are a DTensor, which says itself where it lies")
-    sharded = [
-        i for i, p in enumerate(values.placements)
-        if type(p) is Shard and p.dim % values.ndim == dimension % values.ndim
-    ]  # fmt: skip
+    sharded = _axes(values, dimension)
     others = [p for i, p in enumerate(values.placements) if i not in sharded and not p.is_replicate()]
     if others or len(sharded) > 1:
         raise ValueError(
