@@ -4,10 +4,18 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-triton static lint sanitize bench bench-compare bench-linear bench-precision bench-peers gpu clean
+.PHONY: demo demo-distributed test test-triton static lint sanitize bench bench-compare bench-linear bench-precision
+.PHONY: bench-peers gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
+
+# The same training by one process, by two that share out the batch, and by two that share out the LM head: one curve.
+demo-distributed: .venv/demo
+	$(BIN)/python examples/train_distributed.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --parallel data $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --parallel vocabulary $(ARGS)
+	$(BIN)/python examples/train_distributed.py --compare $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)

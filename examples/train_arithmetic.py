@@ -23,7 +23,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -74,6 +74,12 @@ class Settings:
     held_out: int = 500
     evaluations: int = 10  # during the training, beside the one before it
 
+    def learning_rate_at(self, step: int) -> float:
+        return self.learning_rate * (1 - 0.9 * (step - 1) / self.steps)
+
+    def is_evaluated(self, step: int) -> bool:
+        return step in {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
+
 
 QUICK = Settings(warmup_steps=40, steps=4, groups=8, samples=8, digits=1, held_out=20, evaluations=2)
 
@@ -87,6 +93,19 @@ class History:
     response_length: list[float] = field(default_factory=list)  # tokens
     held_out_step: list[int] = field(default_factory=list)
     held_out_accuracy: list[float] = field(default_factory=list)
+
+    def add_evaluation(self, step: int, accuracy: float) -> None:
+        self.held_out_step.append(step)
+        self.held_out_accuracy.append(accuracy)
+
+    def newest(self) -> dict[str, str]:
+        """For the progress bar."""
+        return {
+            "reward": f"{self.reward[-1]:.2f}",
+            "clipped": f"{self.clip_fraction[-1]:.2f}",
+            "tokens": f"{self.response_length[-1]:.0f}",
+            "held_out": f"{self.held_out_accuracy[-1]:.0%}",
+        }
 
 
 class Problems:
@@ -131,7 +150,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -141,7 +160,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_key_value_heads=4,
         head_dim=16,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -180,25 +199,48 @@ class Batch:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], padding_side: str, device: torch.device
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    padding_side: str,
+    device: torch.device,
+    width: int | None = None,
 ) -> transformers.BatchEncoding:
-    return tokenizer(texts, padding=True, padding_side=padding_side, return_tensors="pt").to(device)
+    """Padded to `width` tokens, or to the longest text."""
+    padding = True if width is None else "max_length"
+    found = tokenizer(texts, padding=padding, max_length=width, padding_side=padding_side, return_tensors="pt")
+    return found.to(device)
+
+
+def sample(logits: Tensor, place: int) -> Tensor:
+    """At temperature 1."""
+    return torch.multinomial(logits.softmax(-1), 1)
+
+
+def most_likely(logits: Tensor, place: int) -> Tensor:
+    return logits.argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
 def generate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[str], *, greedy: bool = False
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[str],
+    choose: Callable[[Tensor, int], Tensor] = sample,
+    width: int | None = None,
 ) -> tuple[Batch, list[str]]:
-    """One response to each problem, token by token with a key-value cache; sampled at temperature 1 unless `greedy`."""
-    prompt = encode(tokenizer, problems, "left", model.device)
+    """One response to each problem, token by token with a key-value cache.
+
+    `choose` finds the next tokens [B, 1] from logits [B, V] and the tokens' place in the responses. `width` is that of
+    the problems with their padding; None: of the longest.
+    """
+    prompt = encode(tokenizer, problems, "left", model.device, width)
     tokens, attention_mask, cache = prompt.input_ids, prompt.attention_mask, None
     running = torch.ones_like(tokens[:, :1])  # [B, 1]: 1 until the response has ended
     ids, masks = [], []
     while len(ids) < MAX_RESPONSE and running.any():
         output = model(tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
         logits, cache = output.logits[:, -1], output.past_key_values
-        tokens = logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1)
-        tokens = torch.where(running.bool(), tokens, tokenizer.pad_token_id)
+        tokens = torch.where(running.bool(), choose(logits, len(ids)), tokenizer.pad_token_id)
         ids.append(tokens)
         masks.append(running)
         attention_mask = torch.cat([attention_mask, running], dim=1)
@@ -214,27 +256,42 @@ def grade(problems: list[str], responses: list[str]) -> Tensor:
 
 
 def greedy_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[str]) -> float:
-    _, responses = generate(model, tokenizer, problems, greedy=True)
+    _, responses = generate(model, tokenizer, problems, most_likely)
     return grade(problems, responses).mean().item()
 
 
+def build_optimizer(model: Qwen3ForCausalLM) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
+
+
 def update(
-    model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float, max_grad_norm: float
-) -> None:
+    model: Qwen3ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    learning_rate: float,
+    max_grad_norm: float,
+    clip_gradients: Callable[[Iterable[Tensor], float], Tensor] = torch.nn.utils.clip_grad_norm_,
+) -> Tensor:
+    """-> the gradient's norm, before it is clipped"""
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = clip_gradients(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
+    return norm
 
 
 def warm_up(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Problems, settings: Settings
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Problems,
+    settings: Settings,
+    quiet: bool = False,
 ) -> None:
     """Supervised: the negative log-probability of example responses, most of them without working."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
-    bar = tqdm(range(settings.warmup_steps), desc="warm-up", unit="step")
+    optimizer = build_optimizer(model)
+    bar = tqdm(range(settings.warmup_steps), desc="warm-up", unit="step", disable=quiet)
     for step in bar:
         drawn = problems.draw(settings.warmup_batch)
         worked = (problems.rng.random() < settings.warmup_worked for _ in drawn)
@@ -258,9 +315,9 @@ def reinforce(
     clip: dict[str, float],
 ) -> History:
     policy_loss = LOSSES[loss_name]
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
-    history = History(held_out_step=[0], held_out_accuracy=[greedy_accuracy(model, tokenizer, problems.held_out)])
-    evaluate_at = {round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
+    optimizer = build_optimizer(model)
+    history = History()
+    history.add_evaluation(0, greedy_accuracy(model, tokenizer, problems.held_out))
     bar = tqdm(range(1, settings.steps + 1), desc=loss_name, unit="step")
     for step in bar:
         # Roll out: `samples` responses to each problem, graded, and compared within their group.
@@ -275,7 +332,6 @@ def reinforce(
             old_logprobs = token_logprobs(batch.logits(model), token_ids, mask=mask).logprobs
 
         # Learn: the first update is on-policy, the ones after it less and less so.
-        learning_rate = settings.learning_rate * (1 - 0.9 * (step - 1) / settings.steps)
         clip_fractions = []
         parts = (whole.chunk(settings.mini_batches) for whole in (batch, advantages, old_logprobs))
         for part, part_advantages, part_old_logprobs in zip(*parts, strict=True):
@@ -283,21 +339,15 @@ def reinforce(
             loss, stats = policy_loss(
                 part.logits(model), token_ids, part_advantages, part_old_logprobs, mask=mask, **clip
             )
-            update(model, optimizer, loss, learning_rate, settings.max_grad_norm)
+            update(model, optimizer, loss, settings.learning_rate_at(step), settings.max_grad_norm)
             clip_fractions.append(stats.clip_fraction)
 
         history.reward.append(rewards.mean().item())
         history.clip_fraction.append(torch.stack(clip_fractions).mean().item())
         history.response_length.append(batch.response_mask.sum(1).float().mean().item())
-        if step in evaluate_at:
-            history.held_out_step.append(step)
-            history.held_out_accuracy.append(greedy_accuracy(model, tokenizer, problems.held_out))
-        bar.set_postfix(
-            reward=f"{history.reward[-1]:.2f}",
-            clipped=f"{history.clip_fraction[-1]:.2f}",
-            tokens=f"{history.response_length[-1]:.0f}",
-            held_out=f"{history.held_out_accuracy[-1]:.0%}",
-        )
+        if settings.is_evaluated(step):
+            history.add_evaluation(step, greedy_accuracy(model, tokenizer, problems.held_out))
+        bar.set_postfix(history.newest())
     return history
 
 
@@ -355,12 +405,9 @@ def count(text: str) -> int:
     return value
 
 
-def parse_arguments() -> tuple[argparse.Namespace, Settings]:
+def parse_arguments(parser: argparse.ArgumentParser, output: Path) -> tuple[argparse.Namespace, Settings]:
+    """What any training here is asked, beside the options that `parser` has already."""
     default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Writes a plot and a JSON file.")
-    parser.add_argument("--loss", choices=LOSSES, default="gspo", help="the policy loss (default: %(default)s)")
-    parser.add_argument("--eps-low", type=positive, help="clip range below 1 (default: the loss's own)")
-    parser.add_argument("--eps-high", type=positive, help="clip range above 1 (default: the loss's own)")
     parser.add_argument("--warmup-steps", type=count, help=f"supervised steps (default: {default.warmup_steps})")
     parser.add_argument("--steps", type=count, help=f"steps of reinforcement learning (default: {default.steps})")
     parser.add_argument("--groups", type=count, help=f"problems per step (default: {default.groups})")
@@ -369,7 +416,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where torch runs: cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=output, help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
     arguments = parser.parse_args()
 
@@ -387,8 +434,35 @@ def parse_arguments() -> tuple[argparse.Namespace, Settings]:
     return arguments, settings
 
 
+def write_record(
+    path: Path,
+    facts: dict[str, object],
+    arguments: argparse.Namespace,
+    settings: Settings,
+    seconds: float,
+    history: History,
+) -> None:
+    record = {
+        **facts,
+        **{name: getattr(arguments, name) for name in ("seed", "device", "threads")},
+        "seconds": round(seconds, 1),
+        "settings": asdict(settings),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, gspo_kernels)},
+        },
+        "history": asdict(history),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
-    arguments, settings = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Writes a plot and a JSON file.")
+    parser.add_argument("--loss", choices=LOSSES, default="gspo", help="the policy loss (default: %(default)s)")
+    parser.add_argument("--eps-low", type=positive, help="clip range below 1 (default: the loss's own)")
+    parser.add_argument("--eps-high", type=positive, help="clip range above 1 (default: the loss's own)")
+    arguments, settings = parse_arguments(parser, Path("runs/arithmetic"))
     started = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -399,31 +473,16 @@ def main() -> None:
     warm_up(model, tokenizer, problems, settings)
 
     shown = problems.held_out[:4]
-    _, before = generate(model, tokenizer, shown, greedy=True)
+    _, before = generate(model, tokenizer, shown, most_likely)
     clip = {name: value for name in ("eps_low", "eps_high") if (value := getattr(arguments, name)) is not None}
     history = reinforce(model, tokenizer, problems, settings, arguments.loss, clip)
-    _, after = generate(model, tokenizer, shown, greedy=True)
+    _, after = generate(model, tokenizer, shown, most_likely)
 
     seconds = time.perf_counter() - started
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    record = {
-        "loss": arguments.loss,
-        "clip": clip or "default",
-        "seed": arguments.seed,
-        "device": arguments.device,
-        "threads": arguments.threads,
-        "seconds": round(seconds, 1),
-        "parameters": parameters,
-        "settings": asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, gspo_kernels)},
-        },
-        "history": asdict(history),
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    facts = {"loss": arguments.loss, "clip": clip or "default", "parameters": parameters}
     path = arguments.output / f"{arguments.loss}.png"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     name = arguments.loss.replace("_", "-").upper()
     title = f"{name}: a Qwen3 of {parameters:,} parameters learns to add (seed {arguments.seed})"
     draw_plot(history, title, "responses" if arguments.loss == "gspo" else "tokens", path)
