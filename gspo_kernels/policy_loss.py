@@ -162,8 +162,8 @@ def policy_loss(
     )
     if fused:
         return fused_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, backend)
-    stage = inputs.stage()
     if one_pass:
+        stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
         carrier, found = row_stats_with_gradient(
             rows, upstream, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend

@@ -124,37 +124,23 @@ def collect(
         found = torch.where(counted, ratio, fill)
         return found.amin() if fill > 0 else found.amax()
 
+    low, high = units(terms.clipped_low), units(terms.clipped_high)
     r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
-    found = torch.stack(
+    sums = torch.stack(  # in the order of SCALARS
         [
-            *map(units, (count.new_ones(()), terms.clipped_low, terms.clipped_high, ratio, log_ratio > max_log_ratio)),
-            *map(tokens, (torch.expm1(r) - r, ref_kl, entropy)),
-            layout.share().sum(),
-            layout.local_lengths.sum(),
-            extreme(torch.inf),
-            extreme(-torch.inf),
+            *(low + high, low, high, units(ratio), extreme(torch.inf), extreme(-torch.inf)),
+            *(units(log_ratio > max_log_ratio), tokens(torch.expm1(r) - r), tokens(ref_kl), tokens(entropy)),
+            *(layout.share().sum(), layout.local_lengths.sum()),
         ]
     )
     if layout.ranks is not None:
-        of_ranks = gather(found, layout.ranks)
-        found = torch.cat([of_ranks[:, :10].sum(0), of_ranks[:, 10:11].amin(0), of_ranks[:, 11:].amax(0)])
-    n, low, high, ratios, saturated, approx_kl, kl, entropies, num_sequences, num_tokens, least, most = found.unbind()
-    per_unit, per_token = n.clamp(min=1), num_tokens.clamp(min=1)
-    scalars = {
-        "clip_fraction": (low + high) / per_unit,
-        "clip_fraction_low": low / per_unit,
-        "clip_fraction_high": high / per_unit,
-        "ratio_mean": ratios / per_unit,
-        "ratio_min": torch.where(n > 0, least, 0.0),
-        "ratio_max": torch.where(n > 0, most, 0.0),
-        "saturated_fraction": saturated / per_unit,
-        "approx_kl": approx_kl / per_token,
-        "ref_kl": kl / per_token,
-        "entropy": entropies / per_token,
-        "num_sequences": num_sequences,
-        "num_tokens": num_tokens,
-    }
-    of_batch: dict[str, Any] = dict(zip(scalars, torch.stack(list(scalars.values())).float().unbind(), strict=True))
+        of_ranks = gather(sums, layout.ranks)
+        sums = of_ranks.sum(0)
+        sums[4], sums[5] = of_ranks[:, 4].amin(), of_ranks[:, 5].amax()
+    n = sums[10 if per_sequence else 11]
+    per_unit, per_token = n.clamp(min=1), sums[11].clamp(min=1)
+    scalars = [sums[:4] / per_unit, torch.where(n > 0, sums[4:6], 0.0), sums[6:7] / per_unit, sums[7:10] / per_token]
+    of_batch: dict[str, Any] = dict(zip(SCALARS, torch.cat([*scalars, sums[10:]]).float().unbind(), strict=True))
     return Stats(
         **of_batch,
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
