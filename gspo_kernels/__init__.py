@@ -2,6 +2,7 @@
 
 from .advantages import group_advantages
 from .aggregation import global_count
+from .engines import PromptedRollouts, Rollouts, from_sglang, from_vllm
 from .explain import explain
 from .linear_loss import (
     linear_grpo_loss,
@@ -23,6 +24,7 @@ from .policy_loss import (
     ppo_loss,
     token_logprobs,
 )
+from .rollout import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
 from .stats import HeadWork, Stats
 from .token_stage import LossOutput
 
@@ -36,11 +38,18 @@ __all__ = [
     "HeadWork",
     "LossOutput",
     "Objective",
+    "PromptedRollouts",
+    "RolloutMismatch",
+    "RolloutWeightStats",
+    "RolloutWeights",
+    "Rollouts",
     "Stats",
     "Terms",
     "TokenLogprobs",
     "clipped_surrogate",
     "explain",
+    "from_sglang",
+    "from_vllm",
     "global_count",
     "group_advantages",
     "grpo_loss",
@@ -56,5 +65,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_logprobs",
     "ppo_loss",
+    "rollout_mismatch",
+    "rollout_weights",
     "token_logprobs",
 ]
