@@ -1,0 +1,271 @@
+"""verl's policy losses `gspo_kernels` and `gspo_token_kernels`, and engines that read the logits once.
+
+verl 0.9 imports this by the entry point `verl.plugins`, or because VERL_USE_EXTERNAL_MODULES or
+`actor_rollout_ref.model.external_lib` names it. It registers with verl and changes nothing there. See docs/verl.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objectives import GSPO, GSPOToken, clipped_surrogate
+from ..policy_loss import policy_loss_from_logprobs, token_logprobs
+from ..stats import Stats
+
+TESTED = "0.9."
+ENGINE = "gspo_kernels"  # what VERL_ENGINE_VENDOR has to be for the engines below
+
+AGGREGATIONS = {  # by verl's loss_agg_mode
+    "token-mean": "token_mean",
+    "token-sum": "token_mean",
+    "seq-mean-token-mean": "sequence_mean",
+    "seq-mean-token-sum": "sequence_sum",
+    "seq-mean-token-sum-norm": "sequence_sum",
+}
+UNKNOWN = ("entropy", "ref_kl")  # of our stats: verl adds both terms itself, and logs them
+
+logger = logging.getLogger(__name__)
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+
+def gspo(**arguments: Any) -> tuple[Tensor, dict[str, float]]:
+    """GSPO: one ratio, one clip and one advantage a response. The arguments are those of `policy_loss`."""
+    return policy_loss(GSPO, **arguments)
+
+
+def gspo_token(**arguments: Any) -> tuple[Tensor, dict[str, float]]:
+    """GSPO-token: advantages, and rollout weights, that may differ from token to token."""
+    return policy_loss(GSPOToken, **arguments)
+
+
+def policy_loss(
+    kind: type[GSPO] | type[GSPOToken],
+    *,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str,
+    config: Any,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """What verl's `ppo_loss` calls, by keyword. Token arrays are [B, T]; one host sync, for the metrics.
+
+    Args:
+        config: verl's ActorConfig, of which this honours `clip_ratio_low`, `clip_ratio_high` (`clip_ratio` where they
+            are None), `clip_ratio_c` (None: no dual clip) and `global_batch_info`.
+        rollout_is_weights: constant factors of the policy term.
+
+    Returns: the loss, scaled as verl scales it, and its metrics.
+    """
+    if config is None:
+        raise ValueError("config: expected verl's ActorConfig, which has the clip range; got None")
+    mask = response_mask.bool()
+    low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
+    objective = kind(low, high, config.clip_ratio_c)
+    aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)
+    advantages = advantages.detach()
+    least = torch.where(mask, advantages, torch.inf).amin(1)
+    most = torch.where(mask, advantages, -torch.inf).amax(1)
+    loss, stats = policy_loss_from_logprobs(
+        log_prob, most if kind is GSPO else advantages, old_log_prob, objective=objective, mask=mask,
+        weights=rollout_is_weights, aggregation=aggregation, normalizer=normalizer,
+    )  # fmt: skip
+    found = metrics(objective, stats, advantages, old_log_prob, log_prob, mask)
+    found["differing"] = (least < most).sum()
+    values = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
+    if (differing := values.pop("differing")) and kind is GSPO:
+        raise ValueError(
+            "advantages: expected one value for all tokens of a response, as GSPO has one ratio for it; got "
+            f"{differing:g} responses with several. For those, set policy_loss.loss_mode=gspo_token_kernels"
+        )
+    return loss, values
+
+
+def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
+    """(aggregation, normalizer) of verl's `loss_agg_mode`: a global count by `dp_size`, for gradients are averaged."""
+    checks.choice("loss_agg_mode", mode, tuple(AGGREGATIONS))
+    dp_size = info.get("dp_size", 1)
+    of_tokens = AGGREGATIONS[mode] == "token_mean"
+    name = "batch_num_tokens" if of_tokens else "global_batch_size"
+    count = 1 if mode == "token-sum" else info.get(name)
+    if count is None:
+        if dp_size > 1:
+            raise ValueError(
+                f"{name}: expected the count of all ranks in config.global_batch_info, because dp_size is {dp_size}; "
+                "got None"
+            )
+        count = (mask if of_tokens else mask.any(1)).sum(dtype=torch.float64)
+    if mode == "seq-mean-token-sum-norm":
+        factor = info.get("loss_scale_factor")
+        count = count * (mask.shape[1] if factor is None else factor)
+    if not isinstance(count, Tensor):
+        count = max(count, 1)  # nothing counts anywhere
+    return AGGREGATIONS[mode], count / dp_size
+
+
+@torch.no_grad()
+def metrics(
+    objective: GSPO | GSPOToken, stats: Stats, advantages: Tensor, old_log_prob: Tensor, log_prob: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """verl's three, by token as verl has them for all losses, and ours."""
+    log_ratio = stats.log_ratio if stats.ratio_of == "token" else stats.log_ratio[:, None].expand(mask.shape)
+    signs = torch.where(mask, advantages, 0.0).double()
+    terms = clipped_surrogate(
+        log_ratio.double(), signs, eps_low=objective.eps_low, eps_high=objective.eps_high,
+        dual_clip=objective.dual_clip, max_log_ratio=log_ratio.new_tensor(20.0),
+    )  # fmt: skip
+    assert terms.clipped_low is not None and terms.clipped_high is not None
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)
+
+    return {
+        "actor/pg_clipfrac": mean(terms.clipped_low | (terms.clipped_high & (signs > 0))),
+        "actor/ppo_kl": mean((old_log_prob - log_prob).clamp(-20.0, 20.0)),
+        "actor/pg_clipfrac_lower": mean(terms.clipped_high & (signs < 0)),
+        **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in UNKNOWN},
+    }
+
+
+# --- log-probabilities and entropies from logits ----------------------------------------------------------------------
+
+
+def log_probs_and_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    mask: Tensor | None = None,
+    tp_group: Any = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """verl's `logprobs_from_logits` and `entropy_from_logits` in one read of the logits; both differentiable, float32.
+
+    With Megatron's `tp_group`, its `vocab_parallel_log_probs_from_logits` and `vocab_parallel_entropy`.
+
+    Args:
+        logits: [N, V] or [B, T, V], not yet divided by the temperature; with `tp_group`, this rank's columns. A DTensor
+            that is sharded over the vocabulary is taken as it is, not gathered.
+        labels: the token that each row predicts.
+        temperature: a number, or one per row. verl has 0 at padding, and clamps it.
+        mask: rows that are False are not read, and give 0.
+        inplace_backward: the gradient is written over the logits.
+    """
+    if isinstance(temperature, Tensor):
+        temperature = temperature.clamp(min=1e-6)
+    found = token_logprobs(
+        logits, labels, temperature=temperature, mask=mask, tp_group=tp_group, overwrite_logits=inplace_backward
+    )
+    return found.logprobs, found.entropy
+
+
+def refuse(get: Any, *names: str) -> None:
+    for name in names:
+        if get(name):
+            raise NotImplementedError(
+                f"{name}: expected it off with VERL_ENGINE_VENDOR={ENGINE}; got {get(name)!r}. Unset one of the two"
+            )
+
+
+class LogProbsOfFSDP:
+    """What `FSDPEngineWithLMHead` makes of logits, by the function above."""
+
+    def prepare_model_outputs(self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any) -> Any:
+        from verl.utils import tensordict_utils
+
+        def get(name: str, default: Any = False) -> Any:
+            return tensordict_utils.get_non_tensor_data(micro_batch, name, default)
+
+        refuse(get, "use_fused_kernels", "calculate_sum_pi_squared", "distillation_use_topk")
+        logits, labels = output.logits, output_args["input_ids_rmpad_rolled"]
+        if get("use_remove_padding", True):  # logits [1, N, V]
+            mask, labels, temperature = None, labels[None], output_args["temperature_rmpad"][None]
+        else:  # logits [B, T, V], padded on the right
+            lengths = micro_batch["input_ids"].offsets().diff()
+            mask = torch.arange(logits.shape[1], device=labels.device) < lengths[:, None]
+            labels = labels.new_zeros(mask.shape).masked_scatter(mask, labels)
+            temperature = output_args["temperature"][:, None].expand(mask.shape)
+        if output_args.get("temperature_is_one", False):
+            temperature = 1.0
+        log_probs, entropy = log_probs_and_entropy(logits, labels, temperature, mask=mask, inplace_backward=True)
+        # From here on as with verl's fused kernels, which have log-probabilities in place of logits, too.
+        fused = micro_batch.clone(recurse=False)
+        tensordict_utils.assign_non_tensor(fused, use_fused_kernels=True)
+        found = SimpleNamespace(log_probs=log_probs, entropy=entropy)
+        return super().prepare_model_outputs(found, output_args, fused, logits_processor_func)  # type: ignore[misc]
+
+
+class LogProbsOfMegatron:
+    """What `MegatronEngineWithLMHead` makes of its shard of the logits, by the function above."""
+
+    def forward_step(self, *args: Any, **kwargs: Any) -> Any:
+        refuse(lambda name: getattr(self.engine_config, name), "use_fused_kernels")  # type: ignore[attr-defined]
+        return super().forward_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _lm_head_logits_processor(
+        self, logits: Tensor, label: Tensor, temperature: Tensor, *, calculate_entropy: bool, **options: Any
+    ) -> dict[str, Tensor]:
+        from megatron.core import parallel_state
+
+        refuse(options.get, "calculate_sum_pi_squared", "distillation_use_topk", "distillation_only")
+        group = parallel_state.get_tensor_model_parallel_group()
+        log_probs, entropy = log_probs_and_entropy(logits, label, temperature, tp_group=group, inplace_backward=True)
+        return {"log_probs": log_probs, "entropy": entropy} if calculate_entropy else {"log_probs": log_probs}
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def register_losses() -> None:
+    from verl.trainer.ppo.core_algos import register_policy_loss
+
+    register_policy_loss("gspo_kernels")(gspo)
+    register_policy_loss("gspo_token_kernels")(gspo_token)
+
+
+def register_engines() -> list[str]:
+    """Engines for VERL_ENGINE_VENDOR=gspo_kernels, beside verl's own; those that do not import are left out."""
+    from verl.workers import engine
+
+    of: dict[str, tuple[type, list[str]]] = {
+        "FSDPEngineWithLMHead": (LogProbsOfFSDP, ["fsdp", "fsdp2"]),
+        "MegatronEngineWithLMHead": (LogProbsOfMegatron, ["megatron"]),
+    }
+    made = []
+    for name, (logprobs, backends) in of.items():
+        if (base := getattr(engine, name, None)) is not None:
+            cls = type(f"GSPOKernels{name}", (logprobs, base), {"__doc__": logprobs.__doc__})
+            engine.EngineRegistry.register("language_model", backends, device="cuda", vendor=ENGINE)(cls)
+            made += backends
+    return made
+
+
+def register() -> None:
+    """Loudly: verl says nothing of a plugin that it has loaded, and of one that fails only at level DEBUG."""
+    import verl
+
+    try:
+        register_losses()
+        engines = register_engines() if os.environ.get("VERL_ENGINE_VENDOR") == ENGINE else []
+    except Exception:
+        logger.exception("gspo_kernels is NOT available in verl %s: its registration failed", verl.__version__)
+        raise
+    logger.warning(
+        "gspo_kernels: registered the policy losses gspo_kernels and gspo_token_kernels with verl %s; engines: %s",
+        verl.__version__, ", ".join(engines) or "none (VERL_ENGINE_VENDOR is not gspo_kernels)",
+    )  # fmt: skip
+    if not verl.__version__.startswith(TESTED):
+        logger.warning("gspo_kernels: tested with verl %sx; this is %s", TESTED, verl.__version__)
+
+
+register()
