@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-distributed test test-triton static lint sanitize bench bench-compare bench-linear bench-precision
+.PHONY: demo demo-distributed test test-triton test-trainers static lint sanitize bench bench-compare bench-linear bench-precision
 .PHONY: bench-peers gpu clean
 
 demo: .venv/demo
@@ -23,6 +23,10 @@ test: .venv/test
 # The Triton kernels without a GPU: the same suite in Triton's interpreter, and what a compiler makes of them.
 test-triton: .venv/test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+# Inside the trainers themselves: those that `make bench-peers` has installed, on the CPU.
+test-trainers: .venv/test .venv/peers
+	$(BIN)/python -m pytest --numprocesses auto $(wildcard tests/test_integration_*.py) $(ARGS)
 
 static: .venv/test
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)
