@@ -127,17 +127,12 @@ def choose(batch: Batch, sequences: Sequence[int]) -> Batch:
 
 
 def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:
-    """Of objectives, aggregations, deals, ways and so on every pair; between two ranks every deal of any of these."""
+    """Of objectives, aggregations, deals, ways and so on every pair."""
     deals = DEALS[world // inners[0].size]
-    losses = list(itertools.product(OBJECTIVES, AGGREGATIONS))
-    if world > 2:
-        axes: list[Sequence[Any]] = [OBJECTIVES, AGGREGATIONS, list(deals), WAYS, LAYOUTS, list(OPTIONS)]
-    else:
-        axes = [losses, [None], list(deals), WAYS, LAYOUTS, list(OPTIONS)]
+    axes: list[Sequence[Any]] = [OBJECTIVES, AGGREGATIONS, list(deals), WAYS, LAYOUTS, list(OPTIONS)]
     axes += [(False, True), (False, True), inners]
     found = []
-    for loss, aggregation, deal, way, layout, option, by_token, averaged, inner in pairs_of(axes):
-        objective, aggregation = (loss, aggregation) if aggregation else loss
+    for objective, aggregation, deal, way, layout, option, by_token, averaged, inner in pairs_of(axes):
         build, options = OPTIONS[option]
         case = Case(
             objective, layout, {"seed": 30, "by_token": by_token and objective != "gspo", **build},
