@@ -19,6 +19,7 @@ import torch.distributed as dist
 from batches import LAYOUTS, OBJECTIVES, Batch, arguments, edge_batch, run
 from checks import check_close, check_gradient, check_outcome, check_rows
 from sharding import Case, Found, Grid
+from test_linear_plans import OverMean
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -263,17 +264,6 @@ def test_ranks_decide_alike_on_the_edge() -> None:
 
 
 # --- objectives of one's own, and losses from log-probabilities -------------------------------------------------------
-
-
-class OverMean(gspo_kernels.Objective):
-    """Ratios over their mean in the batch, a scalar that every token takes."""
-
-    together: ClassVar[str] = "batch"
-
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
-        ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
-        mean = layout.sum(ratio).sum() / layout.num_tokens.clamp(min=1)
-        return gspo_kernels.Terms(loss=-ratio / mean * advantages, log_ratio=log_ratio)
 
 
 class Variance(gspo_kernels.Objective):
