@@ -19,7 +19,7 @@ from .layout import BatchShape, Layout, batch_shape
 from .objectives import GSPO, clipped_surrogate
 from .scalars import run_time
 from .together import Together
-from .token_stage import _FINITE as FINITE
+from .token_stage import FINITE
 
 LEVELS = ("token", "sequence_sum", "sequence_mean")
 MODES = ("truncate", "mask")

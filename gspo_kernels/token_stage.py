@@ -16,7 +16,7 @@ from .scalars import run_time
 from .stats import Stats, collect
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-_FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
+FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
 
 
 class LossOutput(NamedTuple):
@@ -155,8 +155,8 @@ class TokenStage:
 
     def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
         """The loss in float64, what the objective says, log-ratios and KL per token."""
-        new = self.layout.select(logprobs.double()).clamp(-_FINITE, _FINITE)
-        old = new.detach() if self.old_logprobs is None else self.old_logprobs.clamp(-_FINITE, _FINITE)
+        new = self.layout.select(logprobs.double()).clamp(-FINITE, FINITE)
+        old = new.detach() if self.old_logprobs is None else self.old_logprobs.clamp(-FINITE, FINITE)
         log_ratio = new - old
         terms = self._terms(log_ratio)
         kl = None if self.ref_logprobs is None else self._kl(new)
@@ -170,7 +170,7 @@ class TokenStage:
     def _kl(self, logprobs: Tensor) -> Tensor:
         """KL(pi || ref) per token, estimated from the sampled token (http://joschu.net/blog/kl-approx.html)."""
         assert self.ref_logprobs is not None
-        d = (self.ref_logprobs.clamp(-_FINITE, _FINITE) - logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)
+        d = (self.ref_logprobs.clamp(-FINITE, FINITE) - logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)
         if self.kl_estimator == "k1":
             return -d
         return d.square() / 2 if self.kl_estimator == "k2" else torch.expm1(d) - d
