@@ -287,7 +287,9 @@ def test_autocast_changes_nothing(backend: str, on_policy: bool, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_default_dtype_does_not_matter(backend: str, on_policy: bool, dtype: torch.dtype) -> None:
     """Trainers set it to bf16 while they build a model, and some forget to set it back."""
-    batch = ragged_batch("gspo", seed=27, ref=True, weights="token", temperature="token", on_policy=on_policy)
+    batch = ragged_batch(
+        "gspo", seed=27, lengths=SHORT, ref=True, weights="token", temperature="token", on_policy=on_policy
+    )
     options: dict[str, Any] = {"backend": backend, "beta": 0.1, "entropy_coef": 0.01}
     usual = run(batch, "packed", "gspo", **options)
     torch.set_default_dtype(dtype)
@@ -327,7 +329,7 @@ CLASSES = {
 @by_objective
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_policy_loss_is_what_the_named_losses_call(objective: str, layout: str) -> None:
-    batch = ragged_batch(objective, seed=23, eps_low=0.1, eps_high=0.15)
+    batch = ragged_batch(objective, seed=23, lengths=SHORT, eps_low=0.1, eps_high=0.15)
     named = run(batch, layout, objective, eps_low=0.1, eps_high=0.15, dual_clip=3.0)
     general = run(batch, layout, objective, function=partial(policy_loss, objective=CLASSES[objective](0.1, 0.15, 3.0)))
     assert torch.equal(named.loss, general.loss) and torch.equal(named.gradient, general.gradient)
@@ -338,7 +340,7 @@ def test_policy_loss_is_what_the_named_losses_call(objective: str, layout: str) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_from_logprobs(objective: str, layout: str, dtype: torch.dtype) -> None:
     """Given the very log-probs, nothing of the vocabulary's rounding is left: the loss alone, to 1e-6 (fp64: 1e-12)."""
-    batch = ragged_batch(objective, seed=24, ref=True, weights="token", dtype=dtype)
+    batch = ragged_batch(objective, seed=24, lengths=SHORT, ref=True, weights="token", dtype=dtype)
     args = arguments(batch, layout)
 
     def lay(x: Tensor) -> Tensor:

@@ -74,9 +74,7 @@ by_token_objective = pytest.mark.parametrize("objective", ["grpo", "ppo"])
 
 
 @by_token_objective
-@pytest.mark.parametrize(
-    ("layout", "option"), [(LAYOUTS[k % len(LAYOUTS)], option) for k, option in enumerate(ASKED)]
-)
+@pytest.mark.parametrize(("layout", "option"), [(LAYOUTS[k % len(LAYOUTS)], option) for k, option in enumerate(ASKED)])
 def test_a_ratio_per_token(objective: str, layout: str, option: str, launches: list[bool]) -> None:
     """In one pass, clipped by the kernel, unless a term needs the log-probabilities or entropies first."""
     build, options = OPTIONS[option]

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, Batch, arguments, edge_batch, flat, ragged_batch, run
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, edge_batch, flat, ragged_batch, run
 from checks import check_close, check_gradient, check_outcome, run_and_check
 from modes import by_backend, by_combination, on_device, sized
 from tolerances import TOLERANCES
@@ -69,7 +69,7 @@ def test_against_the_oracle(objective: str, layout: str, backend: str, option: s
 @pytest.mark.parametrize("option", ["defaults", "all"])
 def test_dtypes(objective: str, layout: str, backend: str, dtype: torch.dtype, option: str) -> None:
     build, options = OPTIONS[option]
-    batch = ragged_batch(objective, seed=2, dtype=dtype, **build)
+    batch = ragged_batch(objective, seed=2, lengths=SHORT, dtype=dtype, **build)
     run_and_check(batch, layout, objective, backend=backend, upstream=-2.5, **options)
 
 
@@ -82,7 +82,7 @@ def test_a_scaled_loss(objective: str, backend: str, dtype: torch.dtype, on_poli
 
     On-policy, in one pass, bf16 may be rounded twice, for the gradient is written before the scale is known.
     """
-    batch = ragged_batch(objective, seed=16, vocab=300, dtype=dtype, on_policy=on_policy)
+    batch = ragged_batch(objective, seed=16, lengths=SHORT, vocab=300, dtype=dtype, on_policy=on_policy)
     outcome = run(batch, "packed", objective, upstream=scale, backend=backend)
     check_outcome(outcome, batch, objective, upstream=scale, roundings=2 if on_policy else 1)
 
@@ -177,7 +177,7 @@ def test_a_long_sequence_keeps_six_digits() -> None:
 @pytest.mark.parametrize("option", ["defaults", "token mean", "dual clip", "saturation", "k3", "entropy", "on-policy"])
 def test_gspo_is_gspo_token_with_a_constant_advantage(layout: str, backend: str, option: str) -> None:
     build, options = OPTIONS[option]
-    batch = ragged_batch("gspo", seed=7, **build)
+    batch = ragged_batch("gspo", seed=7, lengths=SHORT, **build)
     sequence = run(batch, layout, "gspo", backend=backend, **options)
     token = run(batch, layout, "gspo_token", backend=backend, **options)
     check_outcome(token, batch, "gspo_token", **options)
@@ -193,7 +193,7 @@ def test_gspo_is_gspo_token_with_a_constant_advantage(layout: str, backend: str,
 def test_padded_is_packed(objective: str, backend: str, option: str) -> None:
     """The rows' own numbers to the bit; sums over rows to rounding."""
     build, options = OPTIONS[option]
-    batch = ragged_batch(objective, seed=8, **build)
+    batch = ragged_batch(objective, seed=8, lengths=SHORT, **build)
     padded, packed = (run(batch, layout, objective, backend=backend, **options) for layout in LAYOUTS)
     assert torch.equal(padded.logprobs, packed.logprobs)
     assert float(padded.loss) == pytest.approx(float(packed.loss), rel=1e-6, abs=1e-6)
@@ -207,7 +207,7 @@ def test_padded_is_packed(objective: str, backend: str, option: str) -> None:
 @by_backend
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum"])
 def test_micro_batches_with_a_normalizer_add_up(objective: str, layout: str, backend: str, aggregation: str) -> None:
-    batch = ragged_batch(objective, seed=9, ref=True, weights="token")
+    batch = ragged_batch(objective, seed=9, lengths=SHORT, ref=True, weights="token")
     options: dict[str, Any] = {"aggregation": aggregation, "beta": 0.1, "entropy_coef": 0.01}
     whole = run_and_check(batch, layout, objective, backend=backend, **options)
     name = "num_tokens" if aggregation == "token_mean" else "num_sequences"
@@ -226,7 +226,7 @@ def test_micro_batches_with_a_normalizer_add_up(objective: str, layout: str, bac
 @by_layout
 @by_backend
 def test_on_policy_is_old_equal_to_current(objective: str, layout: str, backend: str) -> None:
-    batch = ragged_batch(objective, seed=10, on_policy=True)
+    batch = ragged_batch(objective, seed=10, lengths=SHORT, on_policy=True)
     without = run_and_check(batch, layout, objective, backend=backend)
     assert {float(getattr(without.stats, name)) for name in ("ratio_mean", "ratio_min", "ratio_max")} == {1.0}
     assert float(without.stats.approx_kl) == 0 and bool((without.log_ratio == 0).all())
@@ -260,7 +260,7 @@ def test_mask_none_is_all_true(objective: str) -> None:
 @by_layout
 def test_strided_logits(objective: str, layout: str) -> None:
     """logits[:, :-1] and a slice of the vocabulary: the same bits as their contiguous copies."""
-    batch = ragged_batch(objective, seed=12)
+    batch = ragged_batch(objective, seed=12, lengths=SHORT)
     whole = run(batch, layout, objective)
     args = arguments(batch, layout)
     logits = args.logits.detach()
@@ -278,7 +278,7 @@ def test_strided_logits(objective: str, layout: str) -> None:
 @pytest.mark.plain_memory
 def test_two_runs_have_the_same_bits(objective: str) -> None:
     build, options = OPTIONS["all"]
-    batch = ragged_batch(objective, seed=13, vocab=300, **build)
+    batch = ragged_batch(objective, seed=13, lengths=SHORT, vocab=300, **build)
     first, *others = [run(batch, "packed", objective, **options) for _ in range(sized(4, 2))]
     for other in others:
         assert torch.equal(first.loss, other.loss) and torch.equal(first.gradient, other.gradient)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, Batch, arguments, flat, ragged_batch, run
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, flat, ragged_batch, run
 from modes import by_backend, by_combination, on_device, sized
 from row_batches import peaked
 from torch import Tensor
@@ -83,7 +83,7 @@ OPTIONS = {"beta": 0.1, "entropy_coef": 0.01}
 def test_losses_are_those_of_the_sliced_logits(
     objective: str, layout: str, backend: str, on_policy: bool, options: dict[str, Any]
 ) -> None:
-    batch = ragged_batch(objective, seed=40, dtype=torch.bfloat16, on_policy=on_policy, ref=True)
+    batch = ragged_batch(objective, seed=40, lengths=SHORT, dtype=torch.bfloat16, on_policy=on_policy, ref=True)
     narrow = run(batch, layout, objective, backend=backend, **options)
     wide = run(wide_batch(batch, 64), layout, objective, backend=backend, vocab_size=61, **options)
     assert torch.equal(wide.loss, narrow.loss)
@@ -107,7 +107,7 @@ def test_policy_loss_takes_it_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_overwritten_logits(backend: str, layout: str, on_policy: bool, dtype: torch.dtype) -> None:
     """The gradient takes the place of all columns: zeros where garbage was."""
-    batch = ragged_batch("gspo", seed=42, dtype=dtype, on_policy=on_policy)
+    batch = ragged_batch("gspo", seed=42, lengths=SHORT, dtype=dtype, on_policy=on_policy)
     args = arguments(wide_batch(batch, 66), layout)
     options = {**args.keywords, "vocab_size": 61, "backend": backend}
     gradients = []
@@ -131,7 +131,7 @@ def test_all_columns_are_the_default(backend: str) -> None:
 @pytest.mark.plain_memory
 @by_layout
 def test_under_compile(layout: str) -> None:
-    batch = ragged_batch("gspo", seed=43)
+    batch = ragged_batch("gspo", seed=43, lengths=SHORT)
     args = arguments(wide_batch(batch, 64), layout)
     torch._dynamo.reset()
     compiled = torch.compile(gspo_kernels.gspo_loss, fullgraph=True, backend="aot_eager")
