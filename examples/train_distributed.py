@@ -32,31 +32,27 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on GPUs replicas 
 
 import torch
 import torch.distributed as dist
+from arithmetic import (
+    MAX_RESPONSE,
+    Batch,
+    Problems,
+    Settings,
+    build_model,
+    build_optimizer,
+    build_tokenizer,
+    generate,
+    grade,
+    greedy_accuracy,
+    update,
+    warm_up,
+)
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
-from train_arithmetic import (
-    MAX_RESPONSE,
-    Batch,
-    History,
-    Problems,
-    Settings,
-    build_model,
-    build_optimizer,
-    build_tokenizer,
-    draw_plot,
-    generate,
-    grade,
-    greedy_accuracy,
-    parse_arguments,
-    plt,
-    update,
-    warm_up,
-    write_record,
-)
+from train_arithmetic import History, draw_plot, parse_arguments, plt, write_record
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 

@@ -1,0 +1,272 @@
+"""What the experiments of this folder share: their command line, runs side by side, records, and one look for figures.
+
+An experiment is a script of one command. It trains the model of `arithmetic.py` from several seeds, a process each,
+writes `<name>.json` with every number behind its figure, and draws `<name>.png` from that file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import matplotlib
+import torch
+import transformers
+from arithmetic import (
+    QUICK,
+    Problems,
+    Rollout,
+    Settings,
+    build_model,
+    build_tokenizer,
+    update,
+    warm_up,
+)
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import gspo_kernels
+from gspo_kernels import Stats, grpo_loss, gspo_loss, gspo_token_loss, ppo_loss
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
+NAMES = {"gspo": "GSPO", "gspo_token": "GSPO-token", "grpo": "GRPO", "ppo": "PPO-clip"}
+COLORS = {"gspo": "#0072B2", "gspo_token": "#56B4E9", "grpo": "#D55E00", "ppo": "#CC79A7"}  # colour-blind readers too
+GREEN, GREY = "#009E73", "#666666"
+
+
+# --- a model that has been warmed up, and its updates -----------------------------------------------------------------
+
+
+@dataclass
+class Learner:
+    """A model, what it is asked, and how its words are spelled."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    problems: Problems
+
+    def copy(self) -> Learner:
+        """Another one that is asked the same problems."""
+        return Learner(copy.deepcopy(self.model), self.tokenizer, copy.deepcopy(self.problems))
+
+
+def warmed_up(
+    seed: int,
+    settings: Settings,
+    device: str = "cpu",
+    build: Callable[[PreTrainedTokenizerFast], PreTrainedModel] = build_model,
+) -> Learner:
+    """After the supervised part, which is the same for whatever is compared afterwards."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    problems = Problems(random.Random(seed), settings.digits, settings.held_out)
+    learner = Learner(build(tokenizer).to(device), tokenizer, problems)
+    warm_up(learner.model, tokenizer, problems, settings, quiet=True)
+    return learner
+
+
+def learn(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    settings: Settings,
+    learning_rate: float,
+    policy_loss: Callable[..., tuple[Tensor, Stats]],
+    **options: Any,
+) -> Iterator[tuple[Rollout, Stats, Tensor]]:
+    """One update for each mini-batch of a rollout -> the mini-batch, the loss's stats, the gradient's norm.
+
+    The first is on-policy, the ones after it less and less so.
+    """
+    for part in rollout.chunk(settings.mini_batches):
+        token_ids, mask = part.batch.targets()
+        logits = part.batch.logits(model)
+        loss, stats = policy_loss(logits, token_ids, part.advantages, part.old_logprobs, mask=mask, **options)
+        yield part, stats, update(model, optimizer, loss, learning_rate, settings.max_grad_norm)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parse(
+    description: str | None,
+    name: str,
+    seeds: int,
+    settings: Settings,
+    quick: Settings = QUICK,
+    parser: argparse.ArgumentParser | None = None,
+) -> tuple[argparse.Namespace, Settings]:
+    """What every experiment is asked, beside the options that `parser` has already."""
+    parser = parser or argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--seeds", type=_count, help=f"how many, from 0 on (default: {seeds})")
+    parser.add_argument("--steps", type=_count, help=f"of reinforcement learning (default: {settings.steps})")
+    parser.add_argument("--groups", type=_count, help=f"problems per step (default: {settings.groups})")
+    parser.add_argument("--samples", type=_count, help=f"responses per problem (default: {settings.samples})")
+    parser.add_argument("--device", default="cpu", help="where torch runs: cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument("--workers", type=_count, default=_cores(), help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
+    parser.add_argument("--redraw", action="store_true", help=f"only the figure, from the folder's {name}.json")
+    arguments = parser.parse_args()
+    arguments.seeds = arguments.seeds or (1 if arguments.quick else seeds)
+    arguments.name = name
+    given = {key: value for key in ("steps", "groups", "samples") if (value := getattr(arguments, key)) is not None}
+    settings = replace(quick if arguments.quick else settings, **given)
+    if settings.samples < 2:
+        parser.error("--samples must be at least 2: an advantage compares the responses to one problem")
+    if settings.groups % settings.mini_batches:
+        parser.error(f"--groups must be a multiple of {settings.mini_batches}, the updates per step")
+    return arguments, settings
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- runs side by side ------------------------------------------------------------------------------------------------
+
+Job = tuple[Any, ...]
+_ticks: Any = None
+
+
+def tick(count: int = 1) -> None:
+    """To be called by a run as it gets on: moves the progress bar."""
+    if _ticks is not None:
+        _ticks.put(count)
+
+
+def _begin(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+    torch.set_num_threads(1)
+
+
+def side_by_side(run: Callable[..., Any], jobs: Sequence[Job], total: int, workers: int, title: str) -> list[Any]:
+    """`run(*job)` for each job, in processes of one thread -> results in the jobs' order; `total`: all runs' ticks.
+
+    `run` must be a function of a module's top level, for processes are started afresh.
+    """
+    context = multiprocessing.get_context("spawn")
+    ticks = context.Queue()
+    with (
+        ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (ticks,)) as executor,
+        tqdm(total=total, desc=title, unit="step") as bar,
+    ):
+        futures = [executor.submit(run, *job) for job in jobs]
+        while not all(future.done() for future in futures):
+            if any(future.done() and future.exception() for future in futures):
+                executor.shutdown(cancel_futures=True)
+                break
+            try:
+                bar.update(ticks.get(timeout=0.2))
+            except queue.Empty:
+                continue
+        while not ticks.empty():
+            bar.update(ticks.get())
+        return [future.result() for future in futures]
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def save(arguments: argparse.Namespace, settings: Settings, began: float, content: dict[str, Any]) -> dict[str, Any]:
+    """-> the record, as it was written"""
+    record = {
+        "experiment": arguments.name,
+        "seeds": arguments.seeds,
+        "device": arguments.device,
+        "machine": {"processor": _processor(), "workers": arguments.workers},
+        "seconds": round(time.perf_counter() - began),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, gspo_kernels)},
+        },
+        "settings": asdict(settings),
+        **content,
+    }
+    path = arguments.output / f"{arguments.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+    return load(arguments)
+
+
+def load(arguments: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((arguments.output / f"{arguments.name}.json").read_text())
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def panels(columns: int, title: str, rows: int = 1) -> tuple[plt.Figure, list[plt.Axes]]:
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 4 * rows), layout="constrained", squeeze=False)
+    for each in axes.flat:
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.get_layout_engine().set(wspace=0.05)
+    return figure, list(axes.flat)
+
+
+def spread(axes: plt.Axes, places: Sequence[float], runs: Sequence[Sequence[float]], color: str, label: str) -> None:
+    """The mean over seeds, and a band from the least to the largest of them."""
+    columns = list(zip(*runs, strict=True))
+    axes.plot(places, [sum(column) / len(column) for column in columns], color=color, label=label)
+    if len(runs) > 1:
+        axes.fill_between(places, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the last `window` values, of fewer at the start."""
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def write(figure: plt.Figure, arguments: argparse.Namespace) -> None:
+    path = arguments.output / f"{arguments.name}.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"figure: {path}, numbers: {path.with_suffix('.json')}")
