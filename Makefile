@@ -4,8 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-distributed test test-triton test-trainers static lint sanitize bench bench-compare bench-linear bench-precision
-.PHONY: bench-peers gpu clean
+.PHONY: demo demo-distributed paper test test-triton test-trainers static lint sanitize bench bench-compare bench-linear
+.PHONY: bench-precision bench-peers gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -16,6 +16,12 @@ demo-distributed: .venv/demo
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --parallel data $(ARGS)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --parallel vocabulary $(ARGS)
 	$(BIN)/python examples/train_distributed.py --compare $(ARGS)
+
+# The GSPO paper's claims, by experiments of minutes (docs/paper.md), into runs/paper.
+EXPERIMENTS := $(wildcard $(foreach name,stability clipping noise experts precision weights,examples/paper/$(name).py))
+
+paper: .venv/demo
+	set -e; for each in $(EXPERIMENTS); do $(BIN)/python $$each $(ARGS); done
 
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
