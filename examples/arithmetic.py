@@ -40,6 +40,7 @@ class Settings:
     warmup_learning_rate: float = 3e-3
     warmup_worked: float = 0.4  # share of the warm-up's examples that work the sum out
     digits: int = 3  # of the longest number
+    max_response: int = MAX_RESPONSE  # tokens; more digits take more
     held_out: int = 500
     evaluations: int = 10  # during the training, beside the one before it
 
@@ -172,6 +173,7 @@ def generate(
     problems: list[str],
     choose: Callable[[Tensor, int], Tensor] = sample,
     width: int | None = None,
+    max_response: int = MAX_RESPONSE,
 ) -> tuple[Batch, list[str]]:
     """One response to each problem, token by token with a key-value cache.
 
@@ -182,7 +184,7 @@ def generate(
     tokens, attention_mask, cache = prompt.input_ids, prompt.attention_mask, None
     running = torch.ones_like(tokens[:, :1])  # [B, 1]: 1 until the response has ended
     ids, masks = [], []
-    while len(ids) < MAX_RESPONSE and running.any():
+    while len(ids) < max_response and running.any():
         output = model(tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
         logits, cache = output.logits[:, -1], output.past_key_values
         tokens = torch.where(running.bool(), choose(logits, len(ids)), tokenizer.pad_token_id)
@@ -219,7 +221,7 @@ def roll_out(
 ) -> Rollout:
     """`samples` responses to each of `groups` problems, graded, and compared within their group."""
     asked = [problem for problem in problems.draw(settings.groups) for _ in range(settings.samples)]
-    batch, responses = generate(model, tokenizer, asked)
+    batch, responses = generate(model, tokenizer, asked, max_response=settings.max_response)
     rewards = grade(asked, responses).to(model.device)
     # The old log-probabilities are computed as the loss computes the new ones. Those of another code path, such as
     # the sampler's, may differ by more than GSPO's clip range, 3e-4 below 1 to 4e-4 above.
