@@ -220,8 +220,19 @@ def roll_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Problems, settings: Settings
 ) -> Rollout:
     """`samples` responses to each of `groups` problems, graded, and compared within their group."""
-    asked = [problem for problem in problems.draw(settings.groups) for _ in range(settings.samples)]
-    batch, responses = generate(model, tokenizer, asked, max_response=settings.max_response)
+    return answer(model, tokenizer, problems.draw(settings.groups), settings)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[str],
+    settings: Settings,
+    choose: Callable[[Tensor, int], Tensor] = sample,
+) -> Rollout:
+    """`samples` responses to each of the problems."""
+    asked = [problem for problem in problems for _ in range(settings.samples)]
+    batch, responses = generate(model, tokenizer, asked, choose, max_response=settings.max_response)
     rewards = grade(asked, responses).to(model.device)
     # The old log-probabilities are computed as the loss computes the new ones. Those of another code path, such as
     # the sampler's, may differ by more than GSPO's clip range, 3e-4 below 1 to 4e-4 above.
