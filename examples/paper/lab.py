@@ -14,6 +14,7 @@ import os
 import platform
 import queue
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -212,13 +213,21 @@ def save(arguments: argparse.Namespace, settings: Settings, began: float, conten
     }
     path = arguments.output / f"{arguments.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+    path.write_text(_NUMBERS.sub(_on_one_line, json.dumps(_rounded(record), indent=1)) + "\n")
+    print(f"numbers: {path}")
     return load(arguments)
 
 
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((arguments.output / f"{arguments.name}.json").read_text())
     return found
+
+
+_NUMBERS = re.compile(r"\[[^][{}\"]+\]")
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found[0][1:-1].split()) + "]"
 
 
 def _rounded(value: Any) -> Any:
@@ -269,4 +278,4 @@ def write(figure: plt.Figure, arguments: argparse.Namespace) -> None:
     path = arguments.output / f"{arguments.name}.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    print(f"figure: {path}, numbers: {path.with_suffix('.json')}")
+    print(f"figure: {path}")
