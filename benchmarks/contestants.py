@@ -84,7 +84,7 @@ def torch_loss_of_logprobs(
 
     def mean(values: Tensor) -> Tensor:
         if sequence_of is None:
-            return (values * weights).sum(-1) / weights.sum(-1)
+            return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1.0)
         zeros = torch.zeros_like(advantages)
         return zeros.index_add(0, sequence_of, values * weights) / zeros.index_add(0, sequence_of, weights)
 

@@ -121,7 +121,7 @@ def save(path: Path, rows: int, cases: list[CaseResult]) -> None:
         "rows": rows,
         "sequences": SEQUENCES,
         "meanings": MEANINGS,
-        "cases": [_rounded(asdict(case)) for case in cases],
+        "cases": [rounded(asdict(case)) for case in cases],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -188,10 +188,10 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six significant digits: the file is read by people too."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     return value

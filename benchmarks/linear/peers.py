@@ -87,9 +87,9 @@ def liger() -> Logprobs:
     return logprobs
 
 
-def liger_loss(tokens: int) -> Callable[..., Tensor]:
+def liger_loss(tokens: int, objective: str = "gspo") -> Callable[..., Tensor]:
     """Of sequences of `tokens` tokens."""
-    low, high = EPSILONS["gspo"]
+    low, high = EPSILONS[objective]
     module = _find("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
         beta=0.0,
         compiled=False,  # compiling brings no gain on a CPU
@@ -98,7 +98,7 @@ def liger_loss(tokens: int) -> Callable[..., Tensor]:
         epsilon_low=low,
         epsilon_high=high,
         loss_type="grpo",  # mean over tokens, then over sequences
-        importance_sampling_level="sequence",
+        importance_sampling_level="sequence" if objective == "gspo" else "token",
     )
 
     def loss(
