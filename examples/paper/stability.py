@@ -1,0 +1,250 @@
+"""Stability and efficiency: GSPO, GSPO-token, GRPO and PPO-clip on one task, from one model, with one budget.
+
+Figure 1 of the GSPO paper. All have the demo's learning rate and their own clip ranges; nothing is tuned here. A
+rollout feeds 4 updates, as in the paper, or 16, whose last ones are further off-policy. All four get the same problems,
+and the same compute where the number of responses is the same: each is sampled once and is in one mini-batch.
+
+Every update is also measured by three rules of clipping, whichever it follows itself: that is for `clipping.py`.
+
+    python examples/paper/stability.py                                    # ten minutes on two idle cores
+    python examples/paper/stability.py --seeds 8 --steps 320 --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import lab
+import torch
+from arithmetic import QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
+from lab import COLORS, NAMES, Learner
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+from weights import token_weights
+
+from gspo_kernels import GRPO, GSPO, PPO, Objective
+
+UPDATES = (4, 16)  # per rollout
+SEEDS = 3
+SETTINGS = Settings(steps=64, groups=16, mini_batches=max(UPDATES), evaluations=8)
+SMOKE = replace(QUICK, groups=max(UPDATES), samples=4, mini_batches=max(UPDATES))
+
+RULES: dict[str, Objective] = {"gspo": GSPO(), "grpo": GRPO(), "ppo": PPO()}
+RULE_OF = {"gspo": "gspo", "gspo_token": "gspo", "grpo": "grpo", "ppo": "ppo"}
+LENGTHS = ((1, 5), (6, 10), (11, 15), (16, 20), (21, 25), (26, 32))  # tokens; a sum without working takes 2 to 5
+STAGES = 10  # of a training
+
+
+# --- what is clipped --------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Counts the tokens of each response that each rule clips."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.rows: list[Tensor] = []  # [B, columns]: stage, depth, length, learns, |log s|, clipped by each rule
+
+    def add(self, step: int, depth: int, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> None:
+        length = mask.sum(1)
+        columns = [
+            torch.full_like(length, (step - 1) * STAGES // self.steps),
+            torch.full_like(length, depth),
+            length,
+            advantages != 0,
+            (((logprobs - old) * mask).sum(1) / length).abs(),
+            *((token_weights(rule, logprobs, old, advantages, mask) == 0).sum(1) for rule in RULES.values()),
+        ]
+        self.rows.append(torch.stack([column.float() for column in columns], dim=1).cpu())
+
+    def shares(self) -> dict[str, Any]:
+        """Of all updates, by stage of the training, by depth and by length."""
+        rows = torch.cat(self.rows)
+        stage, depth, length = rows[:, :3].unbind(1)
+        return {
+            "all": shares([rows]),
+            "stage": shares([rows[stage == value] for value in stage.unique()]),
+            "depth": shares([rows[depth == value] for value in depth.unique()]),
+            "length": shares([rows[(low <= length) & (length <= high)] for low, high in LENGTHS]),
+        }
+
+
+def shares(parts: list[Tensor]) -> dict[str, Any]:
+    """Of each part: its responses, the share with an advantage, mean |log s|, clipped tokens and sequences by rule.
+
+    A sequence counts as clipped if any of its tokens is. By GSPO's rule all or none are.
+    """
+
+    def mean(column: int, above: float | None = None) -> list[float | None]:
+        columns = [rows[:, column] if above is None else (rows[:, column] > above).float() for rows in parts]
+        return [values.mean().item() if len(values) else None for values in columns]
+
+    found: dict[str, Any] = {"responses": [len(rows) for rows in parts], "learns": mean(3), "drift": mean(4)}
+    for column, rule in enumerate(RULES, start=5):
+        tokens = [(rows[:, column].sum() / rows[:, 2].sum()).item() if len(rows) else None for rows in parts]
+        found[rule] = {"tokens": tokens, "sequences": mean(column, above=0)}
+    return found
+
+
+# --- the trainings ----------------------------------------------------------------------------------------------------
+
+
+def warmed_up(seed: int, settings: Settings, device: str) -> Learner:
+    learner = lab.warmed_up(seed, settings, device)
+    learner.model.cpu()  # to travel to other processes
+    lab.tick()
+    return learner
+
+
+def train(learner: Learner, seed: int, loss: str, settings: Settings, device: str) -> dict[str, Any]:
+    learner = learner.copy()  # tensors come in memory that all processes share
+    torch.manual_seed(seed)
+    model, tokenizer, problems = learner.model.to(device), learner.tokenizer, learner.problems
+    optimizer, meter = build_optimizer(model), Meter(settings.steps)
+    reward, tokens = [], [0]
+    at, accuracy = [0], [greedy_accuracy(model, tokenizer, problems.held_out)]
+    began = time.process_time()
+    for step in range(1, settings.steps + 1):
+        rollout = roll_out(model, tokenizer, problems, settings)
+        rate = settings.learning_rate_at(step)
+        for depth, (part, stats, _) in enumerate(
+            lab.learn(model, optimizer, rollout, settings, rate, lab.LOSSES[loss])
+        ):
+            meter.add(step, depth, stats.logprobs, part.old_logprobs, part.advantages, part.batch.targets()[1])
+        reward.append(rollout.rewards.mean().item())
+        tokens.append(tokens[-1] + int(rollout.batch.response_mask.sum()))
+        if settings.is_evaluated(step):
+            at.append(step)
+            accuracy.append(greedy_accuracy(model, tokenizer, problems.held_out))
+        lab.tick()
+    return {
+        "seed": seed,
+        "loss": loss,
+        "updates": settings.mini_batches,
+        "cpu_seconds": time.process_time() - began,
+        "reward": reward,  # of each step
+        "held_out_step": at,
+        "held_out_accuracy": accuracy,
+        "held_out_tokens": [tokens[step] for step in at],  # sampled, and learned from, until then
+        "clipping": meter.shares(),
+    }
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    began = time.perf_counter()
+    seeds, device, workers = range(arguments.seeds), arguments.device, arguments.workers
+    jobs = [(seed, settings, device) for seed in seeds]
+    learners = lab.side_by_side(warmed_up, jobs, len(jobs), workers, "warm-up")
+    trainings = [
+        (learners[seed], seed, loss, replace(settings, mini_batches=updates), device)
+        for updates in UPDATES
+        for seed in seeds
+        for loss in lab.LOSSES
+    ]
+    runs = lab.side_by_side(train, trainings, len(trainings) * settings.steps, workers, "trainings")
+    return lab.save(arguments, settings, began, {"lengths": LENGTHS, "runs": runs})
+
+
+def recorded(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The folder's record if it is of these settings; else they are run."""
+    if (arguments.output / f"{arguments.name}.json").exists():
+        record = lab.load(arguments)
+        if record["settings"] == asdict(settings) and record["seeds"] == arguments.seeds:
+            return record
+    return run(arguments, settings)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def chosen(record: dict[str, Any], updates: int, loss: str) -> list[dict[str, Any]]:
+    """One run per seed."""
+    return [each for each in record["runs"] if each["updates"] == updates and each["loss"] == loss]
+
+
+def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
+    settings = record["settings"]
+    per_step = settings["groups"] * settings["samples"] / 1000
+    figure, axes = lab.panels(3, f"One task, model and budget: mean and range of {record['seeds']} seeds", len(UPDATES))
+    for row, updates in enumerate(UPDATES):
+        reward, by_responses, by_tokens = axes[3 * row : 3 * row + 3]
+        for loss in lab.LOSSES:
+            runs = chosen(record, updates, loss)
+            style = {"color": COLORS[loss], "label": NAMES[loss]}
+            smoothed = [lab.smooth(each["reward"], max(1, settings["steps"] // 16)) for each in runs]
+            lab.spread(reward, [per_step * step for step in range(1, settings["steps"] + 1)], smoothed, **style)
+            accuracy = [each["held_out_accuracy"] for each in runs]
+            lab.spread(by_responses, [per_step * step for step in runs[0]["held_out_step"]], accuracy, **style)
+            tokens = zip(*(each["held_out_tokens"] for each in runs), strict=True)
+            lab.spread(by_tokens, [sum(column) / len(runs) / 1e6 for column in tokens], accuracy, **style)
+        reward.set(ylabel=f"{updates} updates per rollout", title="Training reward")
+        by_responses.set(title="Held-out accuracy")
+        by_tokens.set(title="Held-out accuracy, by tokens", xlabel="million tokens")
+        for each in (reward, by_responses):
+            each.set(xlabel="thousand responses")
+        for each in (reward, by_responses, by_tokens):
+            each.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].legend(loc="lower right", frameon=False)
+    lab.write(figure, arguments)
+
+
+def section(record: dict[str, Any]) -> str:
+    lines = [
+        "| updates per rollout | loss | held-out accuracy at the end | mean of the training | largest fall"
+        " | reward, last tenth | million tokens | CPU seconds |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for updates in UPDATES:
+        for loss in lab.LOSSES:
+            runs = chosen(record, updates, loss)
+            accuracy = [each["held_out_accuracy"] for each in runs]
+            tenth = max(1, record["settings"]["steps"] // 10)
+            cells = [
+                percent([each[-1] for each in accuracy]),
+                percent([sum(each[1:]) / len(each[1:]) for each in accuracy]),
+                percent([largest_fall(each) for each in accuracy]),
+                percent([sum(each["reward"][-tenth:]) / tenth for each in runs]),
+                f"{sum(each['held_out_tokens'][-1] for each in runs) / len(runs) / 1e6:.2f}",
+                f"{sum(each['cpu_seconds'] for each in runs) / len(runs):.0f}",
+            ]
+            lines.append(f"| {updates} | {NAMES[loss]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n" + same_training(record)
+
+
+def percent(values: list[float]) -> str:
+    """The mean, the least and the largest."""
+    mean = sum(values) / len(values)
+    return f"{mean:.1%} ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else f"{mean:.1%}"
+
+
+def largest_fall(values: list[float]) -> float:
+    """Below the best so far."""
+    return max(max(values[: i + 1]) - value for i, value in enumerate(values))
+
+
+def same_training(record: dict[str, Any]) -> str:
+    """For how long GSPO and GSPO-token sample the same responses, as far as rewards tell."""
+    said = []
+    for updates in UPDATES:
+        pairs = zip(chosen(record, updates, "gspo"), chosen(record, updates, "gspo_token"), strict=True)
+        steps = [
+            next(
+                (step for step, pair in enumerate(zip(a["reward"], b["reward"], strict=True)) if pair[0] != pair[1]),
+                None,
+            )
+            for a, b in pairs
+        ]
+        said.append(f"with {updates} updates " + ", ".join("all" if step is None else str(step) for step in steps))
+    return f"Steps until the rewards of GSPO and GSPO-token first differ, by seed: {'; '.join(said)}."
+
+
+def main() -> None:
+    arguments, settings = lab.parse(__doc__, "stability", SEEDS, SETTINGS, SMOKE)
+    draw(lab.load(arguments) if arguments.redraw else run(arguments, settings), arguments)
+
+
+if __name__ == "__main__":
+    main()

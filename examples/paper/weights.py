@@ -1,0 +1,162 @@
+"""Weights of tokens: what GRPO and GSPO make of each token of one batch, as in section 4.2 of the GSPO paper.
+
+The gradient of either loss is a sum over tokens of `weight * advantage / length * grad log pi`. The weight is the
+token's own ratio in GRPO, the response's in GSPO, and 0 where clipped. Here it is read off the gradients of both
+losses for one mini-batch, the last of those that a rollout feeds, after a few steps of GRPO.
+
+    python examples/paper/weights.py                     # half a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import lab
+import torch
+from arithmetic import QUICK, Settings, build_optimizer, roll_out
+from lab import COLORS, NAMES
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+
+from gspo_kernels import GRPO, GSPO, Objective, policy_loss_from_logprobs
+
+SETTINGS = Settings(steps=10, groups=64, mini_batches=8)
+SMOKE = replace(QUICK, steps=2)
+LOSSES: dict[str, Objective] = {"grpo": GRPO(), "gspo": GSPO()}
+LABELS = {"grpo": "of a token, $w_{i,t}$: GRPO's weight", "gspo": "of the response, $s_i$: GSPO's weight"}
+
+
+def token_weights(
+    objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """What a loss makes of each token [B, T]: `-weight * advantage / length` is its gradient, but for the mean's 1/B.
+
+    The ratio, or 0 where it is clipped; NaN where there is no gradient anyhow: masked, or of advantage 0.
+    """
+    logprobs = logprobs.detach().clone().requires_grad_()
+    loss, _ = policy_loss_from_logprobs(
+        logprobs, advantages, old_logprobs, objective=objective, mask=mask, aggregation="sequence_mean", normalizer=1.0
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    weights = -gradient * mask.sum(1, keepdim=True) / advantages[:, None]
+    return torch.where(mask.bool() & (advantages[:, None] != 0), weights, torch.nan)
+
+
+def measure(settings: Settings, device: str) -> list[dict[str, Any]]:
+    """Of each response of the mini-batch that has an advantage: that, its tokens, and their weights by each loss."""
+    learner = lab.warmed_up(0, settings, device)
+    torch.manual_seed(0)
+    optimizer = build_optimizer(learner.model)
+    for _ in range(settings.steps):
+        rollout = roll_out(learner.model, learner.tokenizer, learner.problems, settings)
+        *_, last = lab.learn(learner.model, optimizer, rollout, settings, settings.learning_rate, lab.LOSSES["grpo"])
+        lab.tick()
+    part, stats, _ = last  # the stats are from before the update
+    token_ids, mask = part.batch.targets()
+    weights = {
+        name: token_weights(loss, stats.logprobs, part.old_logprobs, part.advantages, mask)
+        for name, loss in LOSSES.items()
+    }
+    ratio = (stats.logprobs - part.old_logprobs).exp()
+    responses = []
+    for i in part.advantages.nonzero().flatten().tolist():
+        here = mask[i].bool()
+        responses.append(
+            {
+                "tokens": " ".join(learner.tokenizer.convert_ids_to_tokens(token_ids[i, here].tolist())),
+                "advantage": part.advantages[i].item(),
+                "ratio": ratio[i, here].tolist(),
+                **{name: each[i, here].tolist() for name, each in weights.items()},
+            }
+        )
+    return responses
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    began = time.perf_counter()
+    (responses,) = lab.side_by_side(measure, [(settings, arguments.device)], settings.steps, 1, arguments.name)
+    return lab.save(arguments, settings, began, {"responses": responses})
+
+
+def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
+    responses = record["responses"]
+    figure, (one, each, together) = lab.panels(3, "What the two losses make of the tokens of one mini-batch")
+
+    shown = max(responses, key=lambda response: max(abs(ratio - 1) for ratio in response["ratio"]))
+    words = ["end" if word == "<eos>" else word for word in shown["tokens"].split()]
+    places = range(len(words))
+    one.vlines(places, 1, shown["ratio"], color=COLORS["grpo"], lw=0.8)
+    dots(one, places, shown["ratio"], shown["grpo"], "grpo")
+    dots(one, places, [sequence_ratio(shown)] * len(words), shown["gspo"], "gspo")
+    one.set_xticks(places, words, fontsize=7)
+    one.set(title=f"One response, of advantage {shown['advantage']:+.2f}", xlabel="token", ylabel="ratio")
+    one.legend(frameon=False, fontsize=8)
+
+    ordered = sorted(responses, key=sequence_ratio)
+    of_token = [place for place, response in enumerate(ordered) for _ in response["ratio"]]
+    ratios, weights = (list(chain(*(response[key] for response in ordered))) for key in ("ratio", "grpo"))
+    dots(each, of_token, ratios, weights, "grpo")
+    first = [response["gspo"][0] for response in ordered]
+    dots(each, range(len(ordered)), list(map(sequence_ratio, ordered)), first, "gspo")
+    each.set(title="All responses (hollow: clipped)", xlabel="response, in the order of $s_i$", ylabel="ratio")
+
+    for loss in LOSSES:
+        off = sorted((abs(weight - 1) for weight in kept_weights(responses, loss)), reverse=True)
+        together.step(off, [(i + 1) / len(off) for i in range(len(off))], color=COLORS[loss], label=NAMES[loss])
+    together.set(title="All tokens with a gradient", xlabel="x", ylabel="share with |weight - 1| above x")
+    together.set(xscale="log", xlim=(1e-5, 1))
+    together.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    together.legend(frameon=False, fontsize=8)
+    lab.write(figure, arguments)
+
+
+def dots(axes: Axes, places: Sequence[int], ratios: Sequence[float], weights: Sequence[float], loss: str) -> None:
+    """Hollow where the weight is 0."""
+    fill = [COLORS[loss] if weight else "none" for weight in weights]
+    axes.scatter(places, ratios, s=12, facecolor=fill, edgecolor=COLORS[loss], lw=0.8, zorder=3)
+    axes.plot([], [], "o", ms=4, color=COLORS[loss], label=LABELS[loss])
+
+
+def kept_weights(responses: list[dict[str, Any]], loss: str) -> list[float]:
+    return [weight for response in responses for weight in response[loss] if weight]
+
+
+def sequence_ratio(response: dict[str, Any]) -> float:
+    return math.exp(statistics.fmean(map(math.log, response["ratio"])))
+
+
+def section(record: dict[str, Any]) -> str:
+    responses = record["responses"]
+    tokens = sum(len(response["ratio"]) for response in responses)
+    lines = [
+        f"{len(responses)} responses with an advantage, {tokens} tokens:",
+        "",
+        "| loss | clipped tokens | least weight | largest | largest over least in one response, median | at most |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for loss in LOSSES:
+        weights = kept_weights(responses, loss)
+        quotients = [max(kept) / min(kept) for each in responses if (kept := kept_weights([each], loss))]
+        lines.append(
+            f"| {NAMES[loss]} | {1 - len(weights) / tokens:.2%} | {min(weights):.4f} | {max(weights):.4f} "
+            f"| {statistics.median(quotients):.4f} | {max(quotients):.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments, settings = lab.parse(__doc__, "weights", 1, SETTINGS, SMOKE)
+    record = lab.load(arguments) if arguments.redraw else run(arguments, settings)
+    draw(record, arguments)
+
+
+if __name__ == "__main__":
+    main()
