@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -83,6 +84,8 @@ def group_of_one() -> Iterator[dist.ProcessGroup | None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # else they wait for each other's cores
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
     # Kernels select an inf * 0 away as a GPU does, in silence; numpy speaks of each.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")

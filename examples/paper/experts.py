@@ -40,11 +40,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from gspo_kernels import grpo_loss, gspo_loss, token_logprobs
 
-LAYERS, EXPERTS, CHOSEN = 4, 16, 2
-SETTINGS = Settings(steps=48, groups=16)
+LAYERS, EXPERTS, CHOSEN = 2, 32, 4
+SETTINGS = Settings(
+    warmup_steps=200, steps=50, groups=16, digits=2, held_out=200, evaluations=5, max_response=24
+)  # shorter sums than the examples': a Qwen3-MoE takes several times as long
 QUICK = replace(lab.QUICK, mini_batches=2)
 LEARNING_RATES = (4e-4, 1.6e-3)  # the examples' own, and one at which experts change more
-LOOKS = 12  # steps of a training at which the whole rollout is looked at after each update
+RAMP = 5  # steps in which the learning rate rises: Adam's first ones are the largest
+LOOKS = 10  # steps of a training at which the whole rollout is looked at after each update
 METHODS = {"gspo": "GSPO", "grpo": "GRPO", "replay": "GRPO with routing replay"}
 LINES = {"gspo": COLORS["gspo"], "grpo": COLORS["grpo"], "replay": GREEN}
 GROUPS = {  # of log ratios under the present weights; rerouted: a token some of whose experts have changed
@@ -239,7 +242,7 @@ def train(learner: Learner, settings: Settings, method: str) -> dict[str, Any]:
     for step in range(1, settings.steps + 1):
         rollout, routed = roll_out_routed(learner, settings)
         learned = replace(rollout, batch=routed) if method == "replay" else rollout
-        rate = settings.learning_rate_at(step)
+        rate = settings.learning_rate_at(step) * min(1, step / RAMP)
         clipped, norms = [], []
         updates = lab.learn(learner.model, optimizer, learned, settings, rate, policy_loss)
         for depth, (_, stats, norm) in enumerate(updates):

@@ -2,9 +2,9 @@
 
 The gradient of either loss is a sum over tokens of `weight * advantage / length * grad log pi`. The weight is the
 token's own ratio in GRPO, the response's in GSPO, and 0 where clipped. Here it is read off the gradients of both
-losses for one mini-batch, the last of those that a rollout feeds, after a few steps of GRPO.
+losses for one mini-batch, the last of the four that a rollout feeds, after a few steps of GRPO.
 
-    python examples/paper/weights.py                     # half a minute
+    python examples/paper/weights.py                     # a minute
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gspo_kernels import GRPO, GSPO, Objective, policy_loss_from_logprobs
 
-SETTINGS = Settings(steps=10, groups=64, mini_batches=8)
+SETTINGS = Settings(steps=10, groups=64)
 SMOKE = replace(QUICK, steps=2)
 LOSSES: dict[str, Objective] = {"grpo": GRPO(), "gspo": GSPO()}
 LABELS = {"grpo": "of a token, $w_{i,t}$: GRPO's weight", "gspo": "of the response, $s_i$: GSPO's weight"}
