@@ -45,7 +45,7 @@ def source(record: dict[str, Any]) -> str:
     where = machine["processor"] if record["device"] == "cpu" else record["device"]
     return (
         f"(`examples/paper/{record['experiment']}.py`: {seeds} seed{'s' * (seeds > 1)}, {record['seconds']} s in "
-        f"{machine['workers']} processes on {where}, torch {versions['torch']}, "
+        f"{machine['workers']} process{'es' * (machine['workers'] > 1)} on {where}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}.)"
     )
 

@@ -82,6 +82,7 @@ def measure(settings: Settings, device: str) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     began = time.perf_counter()
+    arguments.workers = 1
     (responses,) = lab.side_by_side(measure, [(settings, arguments.device)], settings.steps, 1, arguments.name)
     return lab.save(arguments, settings, began, {"responses": responses})
 
@@ -134,21 +135,21 @@ def sequence_ratio(response: dict[str, Any]) -> float:
 
 
 def section(record: dict[str, Any]) -> str:
-    responses = record["responses"]
-    tokens = sum(len(response["ratio"]) for response in responses)
     lines = [
-        f"{len(responses)} responses with an advantage, {tokens} tokens:",
-        "",
-        "| loss | clipped tokens | least weight | largest | largest over least in one response, median | at most |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| loss | advantage | responses | tokens | clipped | least weight | largest | at most apart in one response |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for loss in LOSSES:
-        weights = kept_weights(responses, loss)
-        quotients = [max(kept) / min(kept) for each in responses if (kept := kept_weights([each], loss))]
-        lines.append(
-            f"| {NAMES[loss]} | {1 - len(weights) / tokens:.2%} | {min(weights):.4f} | {max(weights):.4f} "
-            f"| {statistics.median(quotients):.4f} | {max(quotients):.4f} |"
-        )
+        for sign in (1, -1):
+            responses = [response for response in record["responses"] if response["advantage"] * sign > 0]
+            tokens = sum(len(response[loss]) for response in responses)
+            weights = kept_weights(responses, loss)
+            apart = [max(kept) / min(kept) for each in responses if (kept := kept_weights([each], loss))]
+            lines.append(
+                f"| {NAMES[loss]} | {'above' if sign > 0 else 'below'} 0 | {len(responses)} | {tokens} "
+                f"| {1 - len(weights) / tokens:.1%} | {min(weights):.4f} | {max(weights):.4f} "
+                f"| {max(apart):.3g} times |"
+            )
     return "\n".join(lines)
 
 
