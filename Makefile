@@ -72,7 +72,7 @@ bench-peers: .venv/peers
 .venv/peers: .venv/bench
 	$(PIP) --no-deps triton liger-kernel verl cut-cross-entropy
 	$(PIP) packaging trl
-	$(PIP) ray tensordict omegaconf codetiming orjson
+	$(PIP) ray tensordict omegaconf codetiming orjson hydra-core peft torchdata
 	touch $@
 
 .venv/base: $(SOURCES)
