@@ -17,7 +17,6 @@ import torch
 import trl
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import nanmax, nanmin
 
 from .. import (
     GRPO,
@@ -241,13 +240,13 @@ class GSPOTrainer(GRPOTrainer):
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages
         low = counted & (advantages < 0) & (deviation < -self.epsilon_low)
         high = counted & (advantages > 0) & (deviation > self.epsilon_high)
-        by_row = torch.stack([low.sum(1), high.sum(1)], dim=1) / counted.sum(1, keepdim=True)  # NaN of an empty row
-        by_row = self.accelerator.gather(by_row)
+        by_row = torch.stack([-low.sum(1), high.sum(1)], dim=1) / counted.sum(1, keepdim=True)  # NaN of an empty row
+        largest = self.accelerator.gather(by_row).nan_to_num(nan=-torch.inf).amax(dim=0)
 
         count = stats.num_tokens
         sums = [x.float() for x in (stats.entropy * count, kl * count, low.sum(), high.sum(), count, counted.sum())]
-        totals: list[float] = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
-        entropy, kl_sum, lows, highs, tokens, units = totals
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
+        entropy, kl_sum, lows, highs, tokens, units, low_min, high_max = torch.cat([totals, largest]).tolist()
         tokens, units = max(tokens, 1), max(units, 1)
         found = {"kl": kl_sum / tokens} if self.beta != 0.0 else {}
         found |= {
@@ -255,8 +254,8 @@ class GSPOTrainer(GRPOTrainer):
             "clip_ratio/low_mean": lows / units,
             "clip_ratio/high_mean": highs / units,
             "clip_ratio/region_mean": (lows + highs) / units,
-            "clip_ratio/low_min": nanmin(by_row[:, 0]).item(),
-            "clip_ratio/high_max": nanmax(by_row[:, 1]).item(),
+            "clip_ratio/low_min": abs(low_min) if low_min > -torch.inf else torch.nan,  # as TRL's, where all are empty
+            "clip_ratio/high_max": high_max if high_max > -torch.inf else torch.nan,
         }
         for name, value in found.items():
             self._metrics[self._mode][name].append(value)
