@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,34 @@ pytestmark = [
     pytest.mark.skipif(not HERE, reason="needs the demo's packages: make demo"),
 ]
 
-if HERE:
-    sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
-    import noise
-    import precision
+
+def imported(name: str) -> Any:
+    """By the first test that runs, for it takes seconds."""
+    folder = str(Path(__file__).parents[1] / "examples" / "paper")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return import_module(name)
+
+
+@pytest.fixture
+def noise() -> Any:
+    return imported("noise")
+
+
+@pytest.fixture
+def precision() -> Any:
+    return imported("precision")
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(threads: None) -> None:
+    """And on one thread: products this small have no use for a second."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def learner() -> Any:
+def learner(precision: Any) -> Any:
     """Not trained, but with opinions: of equal logits a shifted row would pass for the right one."""
     lab = precision.lab
     tokenizer = lab.build_tokenizer()
@@ -45,7 +61,7 @@ def learner() -> Any:
 # --- copies of the policy ---------------------------------------------------------------------------------------------
 
 
-def test_8_bit_weights_are_within_half_a_step_of_their_channel() -> None:
+def test_8_bit_weights_are_within_half_a_step_of_their_channel(precision: Any) -> None:
     weight = torch.randn(5, 64) * torch.tensor([[1e-4], [1.0], [1e4], [0.0], [1.0]])  # sizes far apart, and a zero
     weight[4] = torch.linspace(-1, 1, 64)  # its ends are codes
     found = precision.Int8Weight.of(weight)
@@ -56,7 +72,7 @@ def test_8_bit_weights_are_within_half_a_step_of_their_channel() -> None:
     torch.testing.assert_close(found.weight()[4, [0, -1]], torch.tensor([-1.0, 1.0]))
 
 
-def test_an_engine_is_a_copy_and_only_what_should_be_is_rounded(learner: Any) -> None:
+def test_an_engine_is_a_copy_and_only_what_should_be_is_rounded(precision: Any, learner: Any) -> None:
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     for kind in precision.PRECISIONS:
         engine = precision.copy_of(learner.model, kind)
@@ -72,7 +88,9 @@ def test_an_engine_is_a_copy_and_only_what_should_be_is_rounded(learner: Any) ->
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
 
 
-def test_the_engines_log_probabilities_are_of_the_tokens_that_the_trainer_recomputes(learner: Any) -> None:
+def test_the_engines_log_probabilities_are_of_the_tokens_that_the_trainer_recomputes(
+    precision: Any, learner: Any
+) -> None:
     settings = precision.replace(precision.SHORT, groups=3, samples=4, max_response=9)
     engine = precision.copy_of(learner.model, "fp32")
     rollout, recomputed = precision.roll_out(engine, learner.model, learner, settings)
@@ -82,7 +100,7 @@ def test_the_engines_log_probabilities_are_of_the_tokens_that_the_trainer_recomp
     torch.testing.assert_close(rollout.old_logprobs[mask], recomputed[mask], atol=1e-4, rtol=0)
 
 
-def test_decisions_are_those_of_the_losses() -> None:
+def test_decisions_are_those_of_the_losses(precision: Any) -> None:
     """On ratios within and beyond both clip ranges."""
     logits, token_ids = torch.randn(64, 7, 5), torch.randint(5, (64, 7))
     new = logits.log_softmax(-1).gather(-1, token_ids[..., None]).squeeze(-1)
@@ -101,7 +119,7 @@ def test_decisions_are_those_of_the_losses() -> None:
 # --- estimators -------------------------------------------------------------------------------------------------------
 
 
-def test_log_weights_of_independent_tokens() -> None:
+def test_log_weights_of_independent_tokens(noise: Any) -> None:
     """0.1 a token: sums grow with length, means fall; what stands in the padding is not looked at."""
     lengths = torch.tensor([4, 32]).repeat_interleave(20_000)
     mask = torch.arange(32) < lengths[:, None]
@@ -118,7 +136,7 @@ def test_log_weights_of_independent_tokens() -> None:
     assert noise.slope([4, 8, 32], [3 / 4, 3 / 8, 3 / 32]) == pytest.approx(-1)
 
 
-def test_scatter_is_the_covariance_and_the_unbiased_signal() -> None:
+def test_scatter_is_the_covariance_and_the_unbiased_signal(noise: Any) -> None:
     vectors = torch.randn(50, 8, dtype=torch.float64) + torch.arange(8)
     scatter = noise.Scatter()
     for vector in vectors:
@@ -128,7 +146,7 @@ def test_scatter_is_the_covariance_and_the_unbiased_signal() -> None:
     assert scatter.signal == pytest.approx(((pairs.sum() - pairs.diagonal().sum()) / (50 * 49)).item())
 
 
-def test_variants_without_clipping_are_the_losses_without_clipping(learner: Any) -> None:
+def test_variants_without_clipping_are_the_losses_without_clipping(noise: Any, learner: Any) -> None:
     group = noise.answer(learner.model, learner.tokenizer, ["4+7="], noise.replace(noise.SMOKE, samples=6))
     token_ids, mask = group.batch.targets()
     group.advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, 1.0])
