@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import lab
@@ -326,7 +327,10 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     steps = range(1, record["settings"]["steps"] + 1)
 
     for axis in (depths, over_time):
-        axis.axhline(0.1, color=GREY, linestyle=":", label="the paper's 48 layers: about 10%")
+        axis.axhline(0.1, color=GREY, linestyle=":")
+        axis.annotate(
+            "the paper's 48 layers: about 10%", (0.02, 0.1), (0, 3), ("axes fraction", "data"), "offset points"
+        )
     for (rate, methods), style in zip(rates.items(), ("-", "--"), strict=True):
         for method, found in methods.items():
             line = {"color": LINES[method], "linestyle": style, "label": f"{METHODS[method]}, {float(rate):g}"}
@@ -337,38 +341,30 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     depths.set(title="Choices changed since the rollout", xlabel="updates since the rollout", xticks=list(updates))
     over_time.set(title="Choices changed by a rollout's first update", xlabel="step")
     for axis in (depths, over_time):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 0.125)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    over_time.legend(frameon=False, fontsize="small")
+    over_time.legend(frameon=False, fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.8))
 
     rate = next(iter(rates))
-    groups = {
-        "rerouted": (COLORS["grpo"], "-"),
-        "rerouted_replayed": (GREEN, "-"),
-        "kept": (GREY, "-"),
-        "sequences": (COLORS["gspo"], "-"),
-    }
-    for group, (color, style) in groups.items():
-        shares = rates[rate]["grpo"]["larger"][group]
-        distribution.loglog(record["sizes"], shares, color=color, linestyle=style, label=GROUPS[group])
-    distribution.axvline(0.2, color=GREY, linestyle=":", label="GRPO's clip range")
+    colors = {"rerouted": COLORS["grpo"], "rerouted_replayed": GREEN, "kept": GREY, "sequences": COLORS["gspo"]}
+    for group, color in colors.items():
+        distribution.loglog(record["sizes"], rates[rate]["grpo"]["larger"][group], color=color, label=GROUPS[group])
+    for bound, name, color in ((0.2, "GRPO's clip range", GREY), (3e-4, "GSPO's", COLORS["gspo"])):
+        distribution.axvline(bound, color=color, linestyle=":", label=name)
     distribution.set(
         title=f"Log ratios after one update (GRPO, {rate})",
         xlabel="size",
         ylabel="share that is larger",
+        xlim=(1e-4, 3),
         ylim=(1e-4, 1.5),
     )
     distribution.legend(frameon=False, fontsize="small", loc="lower left")
 
-    for group, (color, style) in {
-        "tokens": (COLORS["grpo"], "-"),
-        "tokens_replayed": (GREEN, "-"),
-        "sequences": (COLORS["gspo"], "-"),
-        "sequences_replayed": (COLORS["gspo"], "--"),
-    }.items():
-        runs = [[depth["rms"][group] for depth in run] for run in rates[rate]["grpo"]["by_depth"]]
-        lab.spread(growth, updates, runs, color, GROUPS[group])
-        growth.lines[-1].set_linestyle(style)
+    for group, color in {"tokens": COLORS["grpo"], "sequences": COLORS["gspo"]}.items():
+        for name, style in ((group, "-"), (f"{group}_replayed", "--")):
+            runs = [[depth["rms"][name] for depth in run] for run in rates[rate]["grpo"]["by_depth"]]
+            lab.spread(growth, updates, runs, color, GROUPS[name])
+            growth.lines[-1].set_linestyle(style)
     growth.set(
         title=f"Spread of log ratios (GRPO, {rate})", xlabel="updates since the rollout", ylabel="root mean square"
     )
@@ -386,55 +382,74 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
 
 
 def section(record: dict[str, Any]) -> str:
-    layers, chosen, experts = (record["model"][name] for name in ("layers", "chosen", "experts"))
+    return "\n".join([*_model(record), "", *_changes(record), "", *_spreads(record), "", *_learning(record)])
+
+
+def _model(record: dict[str, Any]) -> Iterator[str]:
+    model, layers = record["model"], [shares for load in record["load"] for shares in load]
+    carriers = [sum(total < 0.9 for total in accumulate(shares)) + 1 for shares in layers]
+    yield (
+        f"The model has {model['parameters']:,} parameters, {model['layers']} layers, and in each {model['experts']} "
+        f"experts, {model['chosen']} to a token. After the warm-up a layer's busiest expert has on average "
+        f"{_mean([shares[0] for shares in layers]):.0%} of its choices, and {min(carriers)} to {max(carriers)} experts "
+        "have 90% of them."
+    )
+
+
+def _changes(record: dict[str, Any]) -> Iterator[str]:
     last = record["settings"]["mini_batches"]
-    lines = [
-        f"Expert choices of a rollout's tokens ({layers} layers, {chosen} of {experts} experts) that the new policy "
-        "makes and the old one did not; a rerouted token has one or more, in any layer.",
-        "",
+    yield (
+        "Choices that the new policy makes for a rollout's tokens and the old one did not. A token is rerouted if it "
+        "has one or more such choices, in any layer:\n"
+    )
+    yield (
         "| learning rate | training | changed after 1 update | by layer "
-        f"| after {last} updates | tokens rerouted after 1, {last} |",
-        "|---|---|--:|---|--:|--:|",
-    ]
-    trainings = [
-        (rate, method, found) for rate, methods in record["trainings"].items() for method, found in methods.items()
-    ]
-    for rate, method, found in trainings:
+        f"| after {last} updates | rerouted tokens after 1, {last} |\n|---|---|--:|---|--:|--:|"
+    )
+    for rate, method, found in _trainings(record):
         one, all_ = (_pooled(found, depth) for depth in (0, -1))
-        lines.append(
-            f"| {rate} | {METHODS[method]} | {_mean(one['changed']):.1%} "
-            f"| {', '.join(f'{share:.1%}' for share in one['changed'])} | {_mean(all_['changed']):.1%} "
+        layers = ", ".join(f"{share:.1%}" for share in one["changed"])
+        yield (
+            f"| {rate} | {METHODS[method]} | {_mean(one['changed']):.1%} | {layers} | {_mean(all_['changed']):.1%} "
             f"| {one['rerouted']:.0%}, {all_['rerouted']:.0%} |"
         )
-    lines += [
-        "",
-        "Root mean square of log ratios under GRPO, and in brackets the share of ratios outside of its clip range, "
-        "0.8 to 1.27. Replayed: the same weights with the old choices forced.",
-        "",
+
+
+def _spreads(record: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "Root mean square of log ratios in GRPO's training, and in brackets the share of ratios outside of its clip "
+        "range, 0.8 to 1.27. Replayed: the same weights, the old choices forced:\n"
+    )
+    yield (
         "| learning rate | updates | tokens | replayed | rerouted tokens | replayed | other tokens | replayed "
-        "| sequences | replayed |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+        "| sequences | replayed |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    last = record["settings"]["mini_batches"]
     for rate, methods in record["trainings"].items():
-        for depth in (0, -1):
-            found = _pooled(methods["grpo"], depth)
-            cells = [f"{found['rms'][group]:.3g} ({found['outside'][group]:.2%})" for group in GROUPS]
-            lines.append(f"| {rate} | {depth % last + 1} | " + " | ".join(cells) + " |")
+        for updates in (1, last):
+            found = _pooled(methods["grpo"], updates - 1)
+            cells = (f"{found['rms'][group]:.3f} ({found['outside'][group]:.1%})" for group in GROUPS)
+            yield f"| {rate} | {updates} | {' | '.join(cells)} |"
+
+
+def _learning(record: dict[str, Any]) -> Iterator[str]:
     quarter = max(1, record["settings"]["steps"] // 4)
-    lines += [
-        "",
+    yield "The mean over seeds, in brackets from the least to the largest:\n"
+    yield (
         f"| learning rate | training | reward, last {quarter} steps | held-out accuracy at the end "
-        "| clipped | gradient's norm |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for rate, method, found in trainings:
+        "| clipped | gradient's norm |\n|---|---|--:|--:|--:|--:|"
+    )
+    for rate, method, found in _trainings(record):
         rewards = [_mean(run[-quarter:]) for run in found["reward"]]
-        held_out = [run[-1] for run in found["held_out"]]
-        lines.append(
-            f"| {rate} | {METHODS[method]} | {_range(rewards)} | {_range(held_out)} "
-            f"| {_mean(found['clip_fraction']):.2%} | {_mean(found['gradient_norm']):.2f} |"
+        unit = "responses" if method == "gspo" else "tokens"
+        yield (
+            f"| {rate} | {METHODS[method]} | {_range(rewards)} | {_range([run[-1] for run in found['held_out']])} "
+            f"| {_mean(found['clip_fraction']):.1%} of {unit} | {_mean(found['gradient_norm']):.2f} |"
         )
-    return "\n".join(lines)
+
+
+def _trainings(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(rate, method, found) for rate, methods in record["trainings"].items() for method, found in methods.items()]
 
 
 def _pooled(found: dict[str, Any], depth: int) -> dict[str, Any]:
