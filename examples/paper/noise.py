@@ -1,6 +1,6 @@
 """Noise and length: how the importance weights of tokens and of responses scatter, and what that does to the gradient.
 
-A policy works out sums of up to six digits, in 5 to 70 tokens. It is then updated, by the GRPO loss, on what the first
+A policy works out sums of up to five digits, in 5 to 60 tokens. It is then updated, by the GRPO loss, on what the first
 one, the old policy, has sampled, and after 1, 4 and 16 updates asked about other responses of the old policy,
 always the same ones. Measured are
 
@@ -34,11 +34,11 @@ from transformers import PreTrainedModel
 
 from gspo_kernels import grpo_loss, gspo_loss, rollout_weights, token_logprobs
 
-LONG = Settings(warmup_steps=300, warmup_batch=64, warmup_worked=1.0, steps=4, digits=6, max_response=80, held_out=0)
+LONG = Settings(warmup_steps=400, warmup_worked=1.0, steps=4, digits=5, max_response=64, held_out=0)
 SMOKE = replace(QUICK, digits=2, held_out=0, max_response=40)
-EDGES = (2, 3, 5, 8, 13, 20, 30, 42, 56, 81)  # of the bins of lengths, in tokens
+EDGES = (2, 3, 5, 8, 13, 20, 28, 38, 48, 65)  # of the bins of lengths, in tokens
 FEWEST = 30  # responses that a bin needs to be counted
-DIGITS = ((1, 2), (3, 4), (5, 6))  # of the longer number of a problem
+DIGITS = ((1, 2), (3, 3), (4, 5))  # of the longer number of a problem
 CHUNK = 256  # responses in a forward pass without gradients
 
 # All are losses of the form -A mean_t(weight logprob_t), averaged over responses, and differ in the weight alone.
@@ -413,7 +413,7 @@ def ranged(values: Sequence[float], form: str = ".2g") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--resampled", type=int, help="groups whose gradients are taken (default: 256)")
-    arguments, settings = lab.parse(__doc__, "noise", 4, LONG, SMOKE, parser)
+    arguments, settings = lab.parse(__doc__, "noise", 3, LONG, SMOKE, parser)
     if arguments.redraw:
         return draw(lab.load(arguments), arguments)
     began = time.perf_counter()

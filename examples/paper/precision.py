@@ -28,7 +28,7 @@ import lab
 import torch
 from arithmetic import QUICK, Rollout, Settings, build_optimizer, generate, grade, greedy_accuracy, sample
 from matplotlib.ticker import PercentFormatter
-from noise import LONG, LogWeights, by_length, plain_lengths, ranged, stacked
+from noise import LogWeights, by_length, plain_lengths, ranged, stacked
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,6 +41,10 @@ from gspo_kernels import (
     token_logprobs,
 )
 
+LONG = Settings(
+    warmup_steps=300, warmup_batch=64, warmup_worked=1.0, steps=4, digits=6, max_response=80, held_out=0
+)  # rollouts before any update, which need not be right
+EDGES = (2, 3, 5, 8, 13, 20, 30, 42, 56, 81)  # of the bins of their lengths, in tokens
 SHORT = Settings(steps=32, groups=16, evaluations=1)
 PRECISIONS = ("fp32", "bf16", "int8")
 ARMS = (  # whose rollouts, and whose old log-probabilities
@@ -133,7 +137,7 @@ def measure(seed: int, settings: Settings, device: str) -> dict[str, Any]:
             lab.tick()
         log_ratio, mask = stacked(ratios), stacked(masks)
         found[precision] = {"all": apart(log_ratio, mask)}
-        found[precision]["bins"] = [apart(log_ratio[held], mask[held]) for held in by_length(mask)]
+        found[precision]["bins"] = [apart(log_ratio[held], mask[held]) for held in by_length(mask, EDGES)]
     return found
 
 
@@ -349,7 +353,7 @@ def main() -> None:
     if arguments.redraw:
         return draw(lab.load(arguments), arguments)
     began = time.perf_counter()
-    long = replace(QUICK if arguments.quick else LONG, steps=2 if arguments.quick else 4)
+    long = replace(QUICK, steps=2) if arguments.quick else LONG
     seeds = range(arguments.seeds)
     jobs = [(train_all, seed, settings, arguments.device) for seed in seeds]
     jobs += [(measure, seed, long, arguments.device) for seed in seeds]
