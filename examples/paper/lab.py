@@ -260,10 +260,12 @@ def panels(columns: int, title: str, rows: int = 1) -> tuple[plt.Figure, list[pl
     return figure, list(axes.flat)
 
 
-def spread(axes: plt.Axes, places: Sequence[float], runs: Sequence[Sequence[float]], color: str, label: str) -> None:
+def spread(
+    axes: plt.Axes, places: Sequence[float], runs: Sequence[Sequence[float]], color: str, label: str, **style: Any
+) -> None:
     """The mean over seeds, and a band from the least to the largest of them."""
     columns = list(zip(*runs, strict=True))
-    axes.plot(places, [sum(column) / len(column) for column in columns], color=color, label=label)
+    axes.plot(places, [sum(column) / len(column) for column in columns], color=color, label=label, **style)
     if len(runs) > 1:
         axes.fill_between(places, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0)
 
