@@ -334,16 +334,16 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     for (rate, methods), style in zip(rates.items(), ("-", "--"), strict=True):
         for method, found in methods.items():
             line = {"color": LINES[method], "linestyle": style, "label": f"{METHODS[method]}, {float(rate):g}"}
-            by_depth = [[_mean(depth["changed"]) for depth in run] for run in found["by_depth"]]
-            depths.plot(updates, [_mean(column) for column in zip(*by_depth, strict=True)], marker="o", **line)
+            by_depth = [_mean(_pooled(found, update - 1)["changed"]) for update in updates]
+            depths.plot(updates, by_depth, marker="o", **line)
             changed = [_mean(column) for column in zip(*found["changed"], strict=True)]
             over_time.plot(record["looks"], changed, **line)
     depths.set(title="Choices changed since the rollout", xlabel="updates since the rollout", xticks=list(updates))
     over_time.set(title="Choices changed by a rollout's first update", xlabel="step")
     for axis in (depths, over_time):
-        axis.set_ylim(0, 0.125)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    over_time.legend(frameon=False, fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.8))
+        axis.set(yscale="log", ylim=(1e-4, 0.3), ylabel="share of all choices")
+        axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    depths.legend(frameon=False, fontsize="small", loc="lower right")
 
     rate = next(iter(rates))
     colors = {"rerouted": COLORS["grpo"], "rerouted_replayed": GREEN, "kept": GREY, "sequences": COLORS["gspo"]}
@@ -352,23 +352,20 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     for bound, name, color in ((0.2, "GRPO's clip range", GREY), (3e-4, "GSPO's", COLORS["gspo"])):
         distribution.axvline(bound, color=color, linestyle=":", label=name)
     distribution.set(
-        title=f"Log ratios after one update (GRPO, {rate})",
-        xlabel="size",
+        title="Log ratios after one update",
+        xlabel=f"size (GRPO, learning rate {rate})",
         ylabel="share that is larger",
         xlim=(1e-4, 3),
         ylim=(1e-4, 1.5),
     )
-    distribution.legend(frameon=False, fontsize="small", loc="lower left")
+    distribution.legend(edgecolor="none", framealpha=1, fontsize="small", loc="lower left")
 
     for group, color in {"tokens": COLORS["grpo"], "sequences": COLORS["gspo"]}.items():
         for name, style in ((group, "-"), (f"{group}_replayed", "--")):
-            runs = [[depth["rms"][name] for depth in run] for run in rates[rate]["grpo"]["by_depth"]]
-            lab.spread(growth, updates, runs, color, GROUPS[name])
-            growth.lines[-1].set_linestyle(style)
-    growth.set(
-        title=f"Spread of log ratios (GRPO, {rate})", xlabel="updates since the rollout", ylabel="root mean square"
-    )
-    growth.set(xticks=list(updates), ylim=(0, None))
+            values = [_pooled(rates[rate]["grpo"], update - 1)["rms"][name] for update in updates]
+            growth.plot(updates, values, color=color, linestyle=style, marker="o", label=GROUPS[name])
+    growth.set(title="Spread of log ratios", xlabel=f"updates since the rollout (GRPO, {rate})")
+    growth.set(ylabel="root mean square", xticks=list(updates), ylim=(0, None))
     growth.legend(frameon=False, fontsize="small")
 
     window = max(1, len(steps) // 8)
