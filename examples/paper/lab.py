@@ -213,7 +213,7 @@ def save(arguments: argparse.Namespace, settings: Settings, began: float, conten
     }
     path = arguments.output / f"{arguments.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_NUMBERS.sub(_on_one_line, json.dumps(_rounded(record), indent=1)) + "\n")
+    path.write_text(_NUMBERS.sub(_on_one_line, json.dumps(rounded(record), indent=1)) + "\n")
     print(f"numbers: {path}")
     return load(arguments)
 
@@ -230,13 +230,14 @@ def _on_one_line(found: re.Match[str]) -> str:
     return "[" + " ".join(found[0][1:-1].split()) + "]"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any, digits: int = 5) -> Any:
+    """All that a record holds, its floats to so many significant digits."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item, digits) for item in value]
     return value
 
 
