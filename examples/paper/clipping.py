@@ -16,7 +16,8 @@ import lab
 import stability
 from lab import COLORS, NAMES
 from matplotlib.lines import Line2D
-from stability import UPDATES, chosen
+from matplotlib.ticker import MaxNLocator
+from stability import chosen
 
 RECORD = "stability"  # whose record this is drawn from
 LOSSES = ("gspo", "grpo", "ppo")
@@ -25,26 +26,26 @@ FEWEST = 100  # responses that a point needs
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
-    figure, axes = lab.panels(3, "What each loss clips at its own range", len(UPDATES))
-    for row, updates in enumerate(UPDATES):
+    steps = record["settings"]["steps"]
+    figure, axes = lab.panels(
+        3, "What each loss clips at its own range: mean and range of the seeds", len(record["arms"])
+    )
+    for row, (updates, rate) in enumerate(record["arms"]):
         by_depth, by_length, by_stage = axes[3 * row : 3 * row + 3]
-        steps = record["settings"]["steps"]
         for loss in LOSSES:
-            clipping = [run["clipping"] for run in chosen(record, updates, loss)]
+            found = [run["clipping"] for run in chosen(record, [updates, rate], loss)]
+            stages = len(found[0]["stage"]["responses"])
             for unit, line in UNITS.items():
-                style = {"color": COLORS[loss], "linestyle": line}
-                curve(by_depth, range(1, updates + 1), clipping, "depth", loss, unit, style)
-                curve(by_length, [sum(each) / 2 for each in record["lengths"]], clipping, "length", loss, unit, style)
-                stages = len(clipping[0]["stage"]["responses"])
-                curve(
-                    by_stage, [(i + 0.5) * steps / stages for i in range(stages)], clipping, "stage", loss, unit, style
-                )
-        by_depth.set(title="By update since the rollout", xlabel="update", ylabel=f"{updates} updates per rollout")
-        by_length.set(title="By length of the response", xlabel="tokens")
-        by_stage.set(title="Along the training", xlabel="step")
+                curve(by_depth, range(1, updates + 1), found, "depth", loss, unit, line)
+                curve(by_length, [sum(each) / 2 for each in record["lengths"]], found, "length", loss, unit, line)
+                curve(by_stage, [(i + 0.5) * steps / stages for i in range(stages)], found, "stage", loss, unit, line)
+        by_depth.set(xlabel="update since the rollout", ylabel=f"{updates} updates per rollout, rate {rate:g}")
+        by_depth.set_xlim(0.5, updates + 0.5)
+        by_depth.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        by_length.set(xlabel="length of the response, tokens")
+        by_stage.set(xlabel="step of the training")
     for each in axes:
-        each.set_yscale("log")
-        each.set_ylim(1e-5, 1)
+        each.set(yscale="log", ylim=(1e-4, 1))
         each.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     handles = [Line2D([], [], color=COLORS[loss], label=NAMES[loss]) for loss in LOSSES]
     handles += [Line2D([], [], color=lab.GREY, linestyle=line, label=f"of {unit}") for unit, line in UNITS.items()]
@@ -54,44 +55,55 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def curve(
-    axes: Any,
-    places: Sequence[float],
-    clipping: list[dict[str, Any]],
-    along: str,
-    loss: str,
-    unit: str,
-    style: dict[str, Any],
+    axes: Any, places: Sequence[float], runs: list[dict[str, Any]], along: str, loss: str, unit: str, line: str
 ) -> None:
-    """Mean and range over seeds, where all of them have enough responses."""
-    counts = zip(*(each[along]["responses"] for each in clipping), strict=True)
-    kept = [i for i, count in enumerate(counts) if min(count) >= FEWEST]
-    runs = [[each[along][loss][unit][i] or float("nan") for i in kept] for each in clipping]
-    columns = list(zip(*runs, strict=True))
-    x = [places[i] for i in kept]
-    axes.plot(x, [sum(column) / len(column) for column in columns], marker=".", **style)
-    axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=style["color"], alpha=0.15, lw=0)
+    """Where all runs have enough responses, and the axis, which is logarithmic, a place."""
+    counts = zip(*(run[along]["responses"] for run in runs), strict=True)
+    on_policy = along == "depth"  # the first update, which clips nothing
+    kept = [i for i, count in enumerate(counts) if min(count) >= FEWEST][on_policy:]
+    values = [[run[along][loss][unit][i] for i in kept] for run in runs]
+    lab.spread(axes, [places[i] for i in kept], values, COLORS[loss], "", linestyle=line, marker=".")
 
 
 def section(record: dict[str, Any]) -> str:
-    lines = [
-        "| updates per rollout | training | clipped at its own range: tokens | sequences"
-        " | tokens at GSPO's range | at GRPO's | mean \\|log s\\| |",
-        "|--:|---|--:|--:|--:|--:|--:|",
+    lengths = record["lengths"]
+    whole = [
+        "| updates, rate | loss | tokens clipped | sequences with one | GSPO's range would clip of its tokens"
+        " | GRPO's | mean \\|log s\\| |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for updates in UPDATES:
+    parts = [
+        "| updates, rate | loss | tokens clipped: second update | last | "
+        f"responses of {lengths[0][0]} to {lengths[0][1]} tokens | of {lengths[-1][0]} to {lengths[-1][1]} "
+        "| first tenth of the training | last |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for arm in record["arms"]:
         for loss in LOSSES:
-            found = [run["clipping"]["all"] for run in chosen(record, updates, loss)]
-            shares = [(loss, "tokens"), (loss, "sequences"), ("gspo", "tokens"), ("grpo", "tokens")]
-            cells = [percent([each[rule][unit][0] for each in found]) for rule, unit in shares]
-            drift = sum(each["drift"][0] for each in found) / len(found)
-            lines.append(f"| {updates} | {NAMES[loss]} | {' | '.join(cells)} | {drift:.1e} |")
-    lines.append("| 4 | GSPO, as the paper reports | 15% | | | | |")
-    lines.append("| 4 | GRPO, as the paper reports | 0.13% | | | | |")
-    return "\n".join(lines)
+            found = [run["clipping"] for run in chosen(record, arm, loss)]
+
+            def share(along: str, index: int, rule: str = loss, unit: str = "tokens", runs: Any = found) -> str:
+                return percent([run[along][rule][unit][index] for run in runs])
+
+            name = f"| {arm[0]}, {arm[1]:g} | {NAMES[loss]} |"
+            drift = sum(run["all"]["drift"][0] for run in found) / len(found)
+            cells = [
+                share("all", 0),
+                share("all", 0, unit="sequences"),
+                share("all", 0, "gspo"),
+                share("all", 0, "grpo"),
+            ]
+            whole.append(f"{name} {' | '.join(cells)} | {drift:.4f} |")
+            places = [("depth", 1), ("depth", -1), ("length", 0), ("length", -1), ("stage", 0), ("stage", -1)]
+            parts.append(f"{name} {' | '.join(share(*place) for place in places)} |")
+    whole += ["| 4, the paper's | GSPO | 15% | | | | |", "| 4, the paper's | GRPO | 0.13% | | | | |"]
+    return "\n".join([*whole, "", *parts])
 
 
-def percent(values: list[float]) -> str:
+def percent(values: list[float | None]) -> str:
     """The mean over seeds, the least and the largest."""
+    if None in values:
+        return ""
     mean, low, high = (f"{100 * value:.2g}" for value in (sum(values) / len(values), min(values), max(values)))
     return f"{mean}% ({low} to {high})" if len(values) > 1 else f"{mean}%"
 

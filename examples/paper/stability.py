@@ -1,12 +1,13 @@
 """Stability and efficiency: GSPO, GSPO-token, GRPO and PPO-clip on one task, from one model, with one budget.
 
-Figure 1 of the GSPO paper. All have the demo's learning rate and their own clip ranges; nothing is tuned here. A
-rollout feeds 4 updates, as in the paper, or 16, whose last ones are further off-policy. All four get the same problems,
-and the same compute where the number of responses is the same: each is sampled once and is in one mini-batch.
+Figure 1 of the GSPO paper. All have their own clip ranges and the demo's learning rate; nothing is tuned here. A
+rollout feeds 4 updates, as in the paper, or 16, whose last ones are further off-policy; 16 also at a quarter of the
+rate, and so about as far from the rollout in the end as 4. All four get the same problems, and the same compute where
+the number of responses is the same: each is sampled once and is in one mini-batch.
 
 Every update is also measured by three rules of clipping, whichever it follows itself: that is for `clipping.py`.
 
-    python examples/paper/stability.py                                    # ten minutes on two idle cores
+    python examples/paper/stability.py                                    # a quarter of an hour on two idle cores
     python examples/paper/stability.py --seeds 8 --steps 320 --device cuda
 """
 
@@ -27,10 +28,10 @@ from weights import token_weights
 
 from gspo_kernels import GRPO, GSPO, PPO, Objective
 
-UPDATES = (4, 16)  # per rollout
+ARMS = ((4, 4e-4), (16, 4e-4), (16, 1e-4))  # updates per rollout, learning rate
 SEEDS = 3
-SETTINGS = Settings(steps=64, groups=16, mini_batches=max(UPDATES), evaluations=8)
-SMOKE = replace(QUICK, groups=max(UPDATES), samples=4, mini_batches=max(UPDATES))
+SETTINGS = Settings(steps=64, groups=16, mini_batches=16, evaluations=8)
+SMOKE = replace(QUICK, groups=16, samples=4, mini_batches=16)
 
 RULES: dict[str, Objective] = {"gspo": GSPO(), "grpo": GRPO(), "ppo": PPO()}
 RULE_OF = {"gspo": "gspo", "gspo_token": "gspo", "grpo": "grpo", "ppo": "ppo"}
@@ -123,13 +124,13 @@ def train(learner: Learner, seed: int, loss: str, settings: Settings, device: st
     return {
         "seed": seed,
         "loss": loss,
-        "updates": settings.mini_batches,
+        "arm": [settings.mini_batches, settings.learning_rate],
         "cpu_seconds": time.process_time() - began,
         "reward": reward,  # of each step
         "held_out_step": at,
         "held_out_accuracy": accuracy,
         "held_out_tokens": [tokens[step] for step in at],  # sampled, and learned from, until then
-        "clipping": meter.shares(),
+        "clipping": lab.rounded(meter.shares(), 3),
     }
 
 
@@ -139,20 +140,21 @@ def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     jobs = [(seed, settings, device) for seed in seeds]
     learners = lab.side_by_side(warmed_up, jobs, len(jobs), workers, "warm-up")
     trainings = [
-        (learners[seed], seed, loss, replace(settings, mini_batches=updates), device)
-        for updates in UPDATES
+        (learners[seed], seed, loss, replace(settings, mini_batches=updates, learning_rate=rate), device)
+        for updates, rate in ARMS
         for seed in seeds
         for loss in lab.LOSSES
     ]
     runs = lab.side_by_side(train, trainings, len(trainings) * settings.steps, workers, "trainings")
-    return lab.save(arguments, settings, began, {"lengths": LENGTHS, "runs": runs})
+    return lab.save(arguments, settings, began, {"arms": ARMS, "lengths": LENGTHS, "runs": runs})
 
 
 def recorded(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The folder's record if it is of these settings; else they are run."""
     if (arguments.output / f"{arguments.name}.json").exists():
         record = lab.load(arguments)
-        if record["settings"] == asdict(settings) and record["seeds"] == arguments.seeds:
+        asked = {"settings": asdict(settings), "seeds": arguments.seeds, "arms": [list(arm) for arm in ARMS]}
+        if all(record[name] == value for name, value in asked.items()):
             return record
     return run(arguments, settings)
 
@@ -160,46 +162,45 @@ def recorded(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def chosen(record: dict[str, Any], updates: int, loss: str) -> list[dict[str, Any]]:
+def chosen(record: dict[str, Any], arm: list[float], loss: str) -> list[dict[str, Any]]:
     """One run per seed."""
-    return [each for each in record["runs"] if each["updates"] == updates and each["loss"] == loss]
+    return [each for each in record["runs"] if each["arm"] == arm and each["loss"] == loss]
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
-    settings = record["settings"]
-    per_step = settings["groups"] * settings["samples"] / 1000
-    figure, axes = lab.panels(3, f"One task, model and budget: mean and range of {record['seeds']} seeds", len(UPDATES))
-    for row, updates in enumerate(UPDATES):
-        reward, by_responses, by_tokens = axes[3 * row : 3 * row + 3]
+    steps = record["settings"]["steps"]
+    responses = record["settings"]["groups"] * record["settings"]["samples"] / 1000
+    columns = len(record["arms"])
+    figure, axes = lab.panels(columns, f"One task, model and budget: mean and range of {record['seeds']} seeds", rows=2)
+    for column, (updates, rate) in enumerate(record["arms"]):
+        above, below = axes[column], axes[columns + column]
         for loss in lab.LOSSES:
-            runs = chosen(record, updates, loss)
-            style = {"color": COLORS[loss], "label": NAMES[loss]}
-            smoothed = [lab.smooth(each["reward"], max(1, settings["steps"] // 16)) for each in runs]
-            lab.spread(reward, [per_step * step for step in range(1, settings["steps"] + 1)], smoothed, **style)
-            accuracy = [each["held_out_accuracy"] for each in runs]
-            lab.spread(by_responses, [per_step * step for step in runs[0]["held_out_step"]], accuracy, **style)
-            tokens = zip(*(each["held_out_tokens"] for each in runs), strict=True)
-            lab.spread(by_tokens, [sum(column) / len(runs) / 1e6 for column in tokens], accuracy, **style)
-        reward.set(ylabel=f"{updates} updates per rollout", title="Training reward")
-        by_responses.set(title="Held-out accuracy")
-        by_tokens.set(title="Held-out accuracy, by tokens", xlabel="million tokens")
-        for each in (reward, by_responses):
-            each.set(xlabel="thousand responses")
-        for each in (reward, by_responses, by_tokens):
+            runs = chosen(record, [updates, rate], loss)
+            style = {"color": COLORS[loss], "label": NAMES[loss], "linestyle": "--" if loss == "gspo_token" else "-"}
+            rewards = [lab.smooth(each["reward"], max(1, steps // 16)) for each in runs]
+            lab.spread(above, [responses * step for step in range(1, steps + 1)], rewards, **style)
+            accuracies = [each["held_out_accuracy"] for each in runs]
+            lab.spread(below, [responses * step for step in runs[0]["held_out_step"]], accuracies, **style)
+        above.set(title=f"{updates} updates per rollout, learning rate {rate:g}")
+        below.set(xlabel="thousand responses")
+        for each in (above, below):
+            each.set_ylim(0, 1)
             each.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].set(ylabel="training reward")
+    axes[columns].set(ylabel="held-out accuracy")
     axes[0].legend(loc="lower right", frameon=False)
     lab.write(figure, arguments)
 
 
 def section(record: dict[str, Any]) -> str:
     lines = [
-        "| updates per rollout | loss | held-out accuracy at the end | mean of the training | largest fall"
-        " | reward, last tenth | million tokens | CPU seconds |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| updates, rate | loss | held-out accuracy at the end | mean of the training | largest fall"
+        " | reward, last tenth | thousand tokens | CPU seconds |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for updates in UPDATES:
+    for arm in record["arms"]:
         for loss in lab.LOSSES:
-            runs = chosen(record, updates, loss)
+            runs = chosen(record, arm, loss)
             accuracy = [each["held_out_accuracy"] for each in runs]
             tenth = max(1, record["settings"]["steps"] // 10)
             cells = [
@@ -207,38 +208,32 @@ def section(record: dict[str, Any]) -> str:
                 percent([sum(each[1:]) / len(each[1:]) for each in accuracy]),
                 percent([largest_fall(each) for each in accuracy]),
                 percent([sum(each["reward"][-tenth:]) / tenth for each in runs]),
-                f"{sum(each['held_out_tokens'][-1] for each in runs) / len(runs) / 1e6:.2f}",
+                f"{sum(each['held_out_tokens'][-1] for each in runs) / len(runs) / 1e3:.0f}",
                 f"{sum(each['cpu_seconds'] for each in runs) / len(runs):.0f}",
             ]
-            lines.append(f"| {updates} | {NAMES[loss]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + same_training(record)
+            lines.append(f"| {arm[0]}, {arm[1]:g} | {NAMES[loss]} | " + " | ".join(cells) + " |")
+    pairs = [
+        (one["reward"], other["reward"])
+        for arm in record["arms"]
+        for one, other in zip(chosen(record, arm, "gspo"), chosen(record, arm, "gspo_token"), strict=True)
+    ]
+    equal = sum(one == other for one, other in pairs)
+    lines += [
+        "",
+        f"GSPO and GSPO-token have equal rewards in every step of {equal} of {len(pairs)} pairs of trainings.",
+    ]
+    return "\n".join(lines)
 
 
 def percent(values: list[float]) -> str:
     """The mean, the least and the largest."""
     mean = sum(values) / len(values)
-    return f"{mean:.1%} ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else f"{mean:.1%}"
+    return f"{mean:.0%} ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else f"{mean:.0%}"
 
 
 def largest_fall(values: list[float]) -> float:
     """Below the best so far."""
     return max(max(values[: i + 1]) - value for i, value in enumerate(values))
-
-
-def same_training(record: dict[str, Any]) -> str:
-    """For how long GSPO and GSPO-token sample the same responses, as far as rewards tell."""
-    said = []
-    for updates in UPDATES:
-        pairs = zip(chosen(record, updates, "gspo"), chosen(record, updates, "gspo_token"), strict=True)
-        steps = [
-            next(
-                (step for step, pair in enumerate(zip(a["reward"], b["reward"], strict=True)) if pair[0] != pair[1]),
-                None,
-            )
-            for a, b in pairs
-        ]
-        said.append(f"with {updates} updates " + ", ".join("all" if step is None else str(step) for step in steps))
-    return f"Steps until the rewards of GSPO and GSPO-token first differ, by seed: {'; '.join(said)}."
 
 
 def main() -> None:
