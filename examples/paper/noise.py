@@ -271,8 +271,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     bins = sorted(weights(record, shown), key=lambda found: found["length"])
     lengths = [found["length"] for found in bins]
     for variant, (kind, text) in KINDS.items():
-        variances = [found[kind] for found in bins]
-        by_length.plot(lengths, variances, "o", color=COLOR[variant], markersize=4, label=text)
+        by_length.plot(lengths, [found[kind] for found in bins], "o", color=COLOR[variant], markersize=4, label=text)
     if bins:
         token = sum(found["token"] for found in bins) / len(bins)
         for power in (1, 0, -1):
@@ -286,15 +285,16 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     for name in VARIANTS:
         style = {"color": COLOR[name], "label": SAID[name]}
         if name != "none":
-            of_depths = [[found["by_weights"][name] for found in gradients_in(record, depth)] for depth in depths]
+            of_depths = [variances(gradients_in(record, depth), name) for depth in depths]
             lab.spread(by_depth, depths, list(zip(*of_depths, strict=True)), **style)
             by_depth.lines[-1].set_linestyle("--" if name in CLIPPED else "-")
         scales = [scale(gradients_in(record, depth), name) for depth in depths]
         noise.plot(depths, scales, "o--" if name in CLIPPED else "o-", markersize=4, **style)
-    by_depth.set(title="The part of a gradient that weights make", xlabel="updates since the rollout")
-    by_depth.set(ylabel="squared, share of the gradient of weight 1")
-    noise.set(title="Noise of the whole loss's gradient", xlabel="updates since the rollout")
+    by_depth.set(title="Variance of a group's gradient", xlabel="updates since the rollout")
+    by_depth.set(ylabel="to that of weight 1")
+    noise.set(title="Noise to signal (uncertain above the line)", xlabel="updates since the rollout")
     noise.set(ylabel="groups until signal equals noise")
+    noise.axhline(record["resampled"], color=lab.GREY, ls=":", lw=1)
     for axes in (by_depth, noise):
         axes.set_xscale("log", base=4)
         axes.set_xticks(depths, depths)
@@ -302,19 +302,20 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     for name in ("gspo", "grpo", "product"):
         found = [gradients_in(record, shown, size) for size in sizes_in(record)]
         places = [sum(each["length"] for each in seeds) / len(seeds) for seeds in found]
-        shares = [[each["by_weights"][name] for each in seeds] for seeds in found]
-        lab.spread(by_size, places, list(zip(*shares, strict=True)), COLOR[name], SAID[name])
+        of_sizes = [variances(seeds, name) for seeds in found]
+        lab.spread(by_size, places, list(zip(*of_sizes, strict=True)), COLOR[name], SAID[name])
     by_size.set(title=f"The same by length, after {updates(shown)}", xlabel="mean length of a group's responses")
-    by_size.set(ylabel="squared, share of the gradient of weight 1")
+    by_size.set(ylabel="to that of weight 1")
     for axes in (by_length, by_depth, by_size, noise):
-        axes.legend(frameon=False, fontsize=8)
         if any(y > 0 for line in axes.lines for y in line.get_ydata()):  # a smoke test may have none
             axes.set_yscale("log")
+        axes.margins(y=0.3)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     lab.write(figure, arguments)
 
 
 def plain_lengths(axes: plt.Axes) -> None:
-    axes.set_xticks((2, 3, 5, 10, 20, 40), (2, 3, 5, 10, 20, 40))
+    axes.set_xticks((5, 10, 20, 40), (5, 10, 20, 40))
     axes.minorticks_off()
 
 
@@ -365,6 +366,11 @@ def scale(found: Sequence[dict[str, Any]], name: str) -> float:
     return sum(each["trace"][name] for each in found) / signal if signal > 1e-12 else math.nan
 
 
+def variances(found: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Of each seed, the trace of the covariance to that of weight 1."""
+    return [each["trace"][name] / max(each["trace"]["none"], 1e-300) for each in found]
+
+
 def section(record: dict[str, Any]) -> str:
     seeds = range(record["seeds"])
     lines = [
@@ -376,9 +382,9 @@ def section(record: dict[str, Any]) -> str:
         for kind, text in KINDS.values():
             powers = [slope([b["length"] for b in bins[i]], [b[kind] for b in bins[i]]) for i in seeds]
             ends = [[math.sqrt(bins[i][end][kind]) for i in seeds] for end in (0, -1)]
-            lines.append(
-                f"| {depth} | {text} | {ranged(powers, '.2f')} | " + " | ".join(ranged(e) for e in ends) + " |"
-            )
+            lines.append(f"| {depth} | {text} | {ranged(powers)} | " + " | ".join(map(ranged, ends)) + " |")
+        ends = [[bins[i][end]["largest"] for i in seeds] for end in (0, -1)]
+        lines.append(f"| {depth} | largest abs log w_t of a response, mean | | " + " | ".join(map(ranged, ends)) + " |")
     ends = [[bins[i][end]["length"] for i in seeds] for end in (0, -1)]
     lines += [
         "",
@@ -386,8 +392,8 @@ def section(record: dict[str, Any]) -> str:
         + " and ".join(f"{sum(each) / len(each):.0f}" for each in ends)
         + " tokens on average.",
         "",
-        "| updates | weights | clipped | gradient made by the weights | groups until signal equals noise"
-        " | to those of weight 1 |",
+        "| updates | weights | clipped | variance of a group's gradient, to that of weight 1 | made by weights"
+        " | groups until signal equals noise, by seed |",
         "|--:|---|--:|--:|--:|--:|",
     ]
     for depth in depths_in(record):
@@ -395,19 +401,30 @@ def section(record: dict[str, Any]) -> str:
         for name in VARIANTS:
             unit = {"gspo clipped": "responses", "grpo clipped": "tokens"}.get(name)
             clipped = f"{sum(each['clipped'][name] for each in found) / len(found):.1%} of {unit}" if unit else ""
-            share = ranged([each["by_weights"][name] for each in found], ".2%") if name != "none" else ""
-            relative = [scale([each], name) / scale([each], "none") for each in found]
-            lines.append(
-                f"| {depth} | {SAID[name]} | {clipped} | {share} | {scale(found, name):.0f}"
-                f" | {ranged(relative, '.2f') if name != 'none' else ''} |"
-            )
+            share = ranged([each["by_weights"][name] for each in found]) if name != "none" else ""
+            variance = ranged(variances(found, name)) if name != "none" else ""
+            scales = [scale([each], name) for each in found]
+            seen = sorted(round(each) for each in scales if not math.isnan(each))
+            by_seed = ", ".join([*map(str, seen), *["?"] * (len(scales) - len(seen))])
+            lines.append(f"| {depth} | {SAID[name]} | {clipped} | {variance} | {share} | {by_seed} |")
+    lines += [
+        "",
+        "Variance: the trace of the covariance. Made by weights: the mean square of what they change in a group's "
+        "gradient, to the mean square of the gradient of weight 1. Signal and noise are estimated from "
+        f"{record['resampled']} groups: numbers beyond that are uncertain, a question mark is a signal that was not "
+        "found.",
+    ]
     return "\n".join(lines)
 
 
-def ranged(values: Sequence[float], form: str = ".2g") -> str:
-    """Mean, least and largest."""
-    mean, least, most = (format(value, form) for value in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({least} to {most})" if len(values) > 1 else mean
+def ranged(values: Sequence[float], form: str | None = None) -> str:
+    """Mean, least and largest; two digits, or as `form` says."""
+
+    def said(value: float) -> str:
+        return format(value, form or (".2g" if abs(value) < 100 else ".0f"))
+
+    mean = said(sum(values) / len(values))
+    return f"{mean} ({said(min(values))} to {said(max(values))})" if len(values) > 1 else mean
 
 
 def main() -> None:

@@ -255,7 +255,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
             depths = range(len(shares[0]))
             lab.spread(differ, depths, shares, COLOR[precision], f"{lab.NAMES[loss]}, {precision}")
             differ.lines[-1].set_linestyle(style)
-    differ.set(title="Clip decisions that recomputation changes", xlabel="updates since the rollout")
+    differ.set(title="Clip decisions that recomputing changes", xlabel="updates since the rollout")
     differ.set(ylabel="share of responses (GSPO), tokens (GRPO)", xticks=depths)
 
     window = max(1, record["settings"]["steps"] // 8)
@@ -269,7 +269,8 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     differ.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     learning[0].sharey(learning[1])
-    before.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.66))
+    before.set_ylim(2e-5, 0.5)
+    before.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, columnspacing=1)
     for axes in (differ, *learning):
         axes.legend(frameon=False, fontsize=8)
     lab.write(figure, arguments)
