@@ -294,7 +294,6 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     by_depth.set(ylabel="to that of weight 1")
     noise.set(title="Noise to signal (uncertain above the line)", xlabel="updates since the rollout")
     noise.set(ylabel="groups until signal equals noise")
-    noise.axhline(record["resampled"], color=lab.GREY, ls=":", lw=1)
     for axes in (by_depth, noise):
         axes.set_xscale("log", base=4)
         axes.set_xticks(depths, depths)
@@ -311,6 +310,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
             axes.set_yscale("log")
         axes.margins(y=0.3)
         axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    noise.axhline(record["resampled"], color=lab.GREY, ls=":", lw=1)
     lab.write(figure, arguments)
 
 
