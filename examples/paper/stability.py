@@ -7,7 +7,7 @@ the number of responses is the same: each is sampled once and is in one mini-bat
 
 Every update is also measured by three rules of clipping, whichever it follows itself: that is for `clipping.py`.
 
-    python examples/paper/stability.py                                    # a quarter of an hour on two idle cores
+    python examples/paper/stability.py                                    # eleven minutes on two cores
     python examples/paper/stability.py --seeds 8 --steps 320 --device cuda
 """
 
