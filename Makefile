@@ -18,10 +18,10 @@ demo-distributed: .venv/demo
 	$(BIN)/python examples/train_distributed.py --compare $(ARGS)
 
 # The GSPO paper's claims, by experiments of minutes (docs/paper.md), into runs/paper.
-EXPERIMENTS := $(wildcard $(foreach name,stability clipping noise experts precision weights,examples/paper/$(name).py))
+EXPERIMENTS := stability clipping width noise experts precision weights
 
 paper: .venv/demo
-	set -e; for each in $(EXPERIMENTS); do $(BIN)/python $$each $(ARGS); done
+	set -e; for each in $(EXPERIMENTS); do $(BIN)/python examples/paper/$$each.py $(ARGS); done
 
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
