@@ -67,7 +67,6 @@ def _measured(case: Case, device: str, smoke: bool) -> dict[str, Any]:
                 found[name] |= {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     finally:
         keep_freed_memory(False)
-    largest = sum(values.numel() * values.element_size() for values in inputs.pristine)
     return {
         "start": case.start,
         "objective": case.objective,
@@ -76,7 +75,7 @@ def _measured(case: Case, device: str, smoke: bool) -> dict[str, Any]:
         "width": case.width,
         "rows": inputs.mask.numel(),
         "unmasked": int(inputs.mask.sum()),
-        "input_bytes": largest,
+        "input_bytes": sum(values.numel() * values.element_size() for values in inputs.pristine),
         "contestants": found,
         "absent": absent,
     }
