@@ -24,30 +24,30 @@ ONE = 2 * WIDTH * VOCAB  # operations of a row, each time it meets the head
 
 
 class Counted:
-    """Operations of all products."""
+    """Operations of all products, without the rows that fill up a block."""
 
     def __init__(self) -> None:
         self.operations = 0
 
-    def __call__(self, a: Tensor, b: Tensor) -> None:
-        assert bool(torch.isfinite(a).all() & torch.isfinite(b).all()), "a masked row met the head"
-        self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    def __call__(self, of: products.Products, rows: Tensor) -> None:
+        assert bool(torch.isfinite(rows).all()), "a masked row met the head"
+        self.operations += 2 * rows.shape[0] * of.weight.shape[0] * of.weight.shape[1]
 
 
-def counting(original: Callable[..., None], count: Counted) -> Callable[..., None]:
-    def multiply(self: Any, a: Tensor, b: Tensor, *rest: Any, **named: Any) -> None:
-        count(a, b)
-        original(self, a, b, *rest, **named)
+def counting(original: Callable[..., Any], count: Counted) -> Callable[..., Any]:
+    def product(self: products.Products, rows: Tensor, *rest: Any) -> Any:
+        count(self, rows)
+        return original(self, rows, *rest)
 
-    return multiply
+    return product
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    """Every product goes through `_multiply` of one of these classes."""
+    """Every product is one of these three, and its first operand has a row for each row of logits."""
     count = Counted()
-    for kind in (products.Products, products.MklProducts, products.CudaProducts):
-        monkeypatch.setattr(kind, "_multiply", counting(kind.__dict__["_multiply"], count))
+    for name in ("logits", "hidden_gradient", "weight_gradient"):
+        monkeypatch.setattr(products.Products, name, counting(getattr(products.Products, name), count))
     return count
 
 

@@ -105,10 +105,10 @@ class Head:
         usual = usual_chunk_bytes(device.type, dtype, wanted.any())
         keeps = wanted.any() and keeps_gradients(device.type, dtype)
         self.at_a_time = rows_per_chunk(chunk_bytes, columns, sums.itemsize, device.type, usual, keeps)
-        rows = min(self.at_a_time.most, max(asked.count, 1))
+        self._most = rows = min(self.at_a_time.most, max(asked.count, 1))
         self._stride = row_stride(vocab_size, device.type)
-        self._room = torch.empty(rows * self._stride, dtype=sums, device=device)
-        self.backend: Backend = choose(self._room.view(1, rows, self._stride)[..., :vocab_size], backend)
+        self._room = torch.empty((rows + self._products.most_padding) * self._stride, dtype=sums, device=device)
+        self.backend: Backend = choose(self._chunk(self._room, 0, rows)[None], backend)
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
         self._in_place = device.type == "cpu" and not by_triton(self.backend)
         self._gradient_room = self._room.view(self._products.gradient)
@@ -129,9 +129,10 @@ class Head:
     def load(self, span: Span, again: bool = False) -> None:
         """Logits of these rows, at most `at_a_time.most`, in the place of the last ones."""
         hidden = self._hidden_rows(span)
-        self._span, self._logits = span, self._chunk(self._room, self._free(len(hidden)), len(hidden))
+        padded = self._chunk(self._room, self._free(len(hidden)), self._products.padded(len(hidden)))
+        self._span, self._logits = span, padded[: len(hidden)]
         if hidden.shape[0] and self.vocab:
-            self._products.logits(hidden, self._bias, self._logits)
+            self._products.logits(hidden, self._bias, padded)
         self.work.chunks += 1
         if again:
             self.work.recomputed_rows += hidden.shape[0]
@@ -289,7 +290,7 @@ class Head:
     def _free(self, rows: int) -> int:
         """Where so many rows of logits have room: behind the gradients that are kept, or else in their place."""
         first = -(-self._kept * self._products.gradient.itemsize // self.sums.itemsize)
-        if (first + rows) * self._stride <= self._room.numel():
+        if first + rows <= self._most:
             return first
         self.finish_products()
         return 0

@@ -21,6 +21,13 @@ from . import native
 _BLOCK_BYTES = {"cpu": 32 << 20}
 _BLOCK_BYTES_ELSEWHERE = 512 << 20
 
+# Libraries on a CPU multiply the last few rows by another kernel, which sums in another order. MKL does so for fewer
+# than 4 rows, and for fewer than 4 rows of a thread. So rows are multiplied in blocks of 16, and at least 4 a thread:
+# a row's logits then have the same bits whatever the other rows and the number of threads.
+_ROWS = 16
+_ROWS_PER_THREAD = 4
+_ALIGNMENT = 64  # bytes; where every row of an operand begins
+
 
 class Products:
     """Of hidden states [n, D] and a head `weight` [V, D], both in `dtype` or to be rounded to it.
@@ -37,12 +44,27 @@ class Products:
         self._vocab = weight.shape[0]
         self._step = max(1, block // (weight.shape[1] * self.sums.itemsize))
         self._converts = not weight.dtype == dtype == self.sums
+        self._least_rows = 1
+        self._in_blocks = weight.device.type == "cpu"
+        if self._in_blocks:
+            self._least_rows = _round_up(_ROWS_PER_THREAD * torch.get_num_threads(), _ROWS)
+
+    def padded(self, rows: int) -> int:
+        """How many rows are multiplied for `rows` of them."""
+        return max(_round_up(rows, _ROWS), self._least_rows) if self._in_blocks and rows else rows
+
+    @property
+    def most_padding(self) -> int:
+        """The largest `padded(rows) - rows`."""
+        return max(_ROWS, self._least_rows) - 1 if self._in_blocks else 0
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """[n, D] -> [n, V]."""
+        """[n, D] -> the first n rows of `out` [padded(n), V]; what the others hold afterwards means nothing."""
         if bias is not None:
             out.copy_(bias.to(self.sums).expand_as(out))
         operand = self._operand(hidden)
+        if self._in_blocks:
+            operand = _aligned(operand, out.shape[0])
         for columns, weight in self._weights(self._step):
             self._multiply(operand, weight.t(), out[:, columns], add=bias is not None)
 
@@ -114,6 +136,23 @@ def products(weight: Tensor, dtype: torch.dtype) -> Products:
     if _by_mkl(device, dtype):
         return MklProducts(weight, dtype)
     return Products(weight, dtype)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _aligned(matrix: Tensor, rows: int) -> Tensor:
+    """The matrix with zeros for more rows, each row aligned alike; a copy only where it is not so already."""
+    count, width = matrix.shape
+    multiple = _ALIGNMENT // matrix.dtype.itemsize
+    aligned = matrix.stride(1) == 1 and matrix.stride(0) % multiple == 0 and matrix.data_ptr() % _ALIGNMENT == 0
+    if count == rows and aligned:
+        return matrix
+    copy = matrix.new_empty(rows, _round_up(width, multiple))[:, :width]
+    copy[:count].copy_(matrix)
+    copy[count:].zero_()
+    return copy
 
 
 def usual_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
