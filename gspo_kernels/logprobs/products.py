@@ -58,6 +58,12 @@ class Products:
         """The largest `padded(rows) - rows`."""
         return max(_ROWS, self._least_rows) - 1 if self._in_blocks else 0
 
+    @property
+    def converted_bytes(self) -> int:
+        """Memory for the block of the weight that is converted at a time; 0 where the weight is multiplied as it is."""
+        rows = min(self._step, self._vocab) if self._converts else 0
+        return rows * self.weight.shape[1] * self.sums.itemsize
+
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """[n, D] -> the first n rows of `out` [padded(n), V]; what the others hold afterwards means nothing."""
         if bias is not None:
