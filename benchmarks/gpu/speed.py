@@ -26,6 +26,7 @@ from .works import BY_NAME, build_on
 ROUNDS, IDLE_ROUNDS = Rounds(least=10, most=30, seconds=2.5), Rounds(least=5, most=5)
 SMOKE_ROUNDS = Rounds(least=1, most=1)
 COUNTED_ROWS = 1_024  # launches are counted at one size, they are the same at all
+COMPILED_ROWS = 8_192  # torch.compile takes part where the goals are
 
 
 def run(context: Context) -> bool:
@@ -36,7 +37,7 @@ def run(context: Context) -> bool:
         name, _, only_ours = item.partition(":")
         context.at(f"{name}, building its inputs")
         problem = build_on(context.device, BY_NAME[name], rows)
-        why_not = functools.partial(_left_out, context, bool(only_ours))
+        why_not = functools.partial(_left_out, context, rows, bool(only_ours))
         good &= measure(context, problem, CONTESTANTS, bandwidth, ("cases", f"{name}-{rows}"), why_not)
         context.finished(item)
         del problem
@@ -83,10 +84,13 @@ def measure(
     return not any(name in found["errors"] for name in OURS)
 
 
-def _left_out(context: Context, only_ours: bool, contestant: Contestant) -> str:
+def _left_out(context: Context, rows: int, only_ours: bool, contestant: Contestant) -> str:
     if only_ours and contestant.name not in (*OURS, "copy"):
         return "this package alone was measured here"
-    return "not in a smoke run" if context.smoke and contestant.name == "compile" else ""
+    if contestant.name == "compile" and context.smoke:
+        return "not in a smoke run"
+    # Half a minute of compilation for each number of rows.
+    return f"compiled at {COMPILED_ROWS:,} rows alone" if contestant.name == "compile" and rows != COMPILED_ROWS else ""
 
 
 def _count_launches(context: Context, problem: Problem, runs: Runs, place: tuple[str, ...]) -> None:

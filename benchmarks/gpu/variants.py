@@ -255,6 +255,7 @@ def main(arguments: list[str]) -> None:
         except Exception as error:
             reason = words(error)
         print(json.dumps([job, reason]), flush=True)
+        finish()  # raises after an illegal access: this process can run nothing else
 
 
 if __name__ == "__main__":
