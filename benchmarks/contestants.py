@@ -113,10 +113,13 @@ def _in_torch(problem: Problem, loss: Callable[..., Tensor]) -> Run:
 
 
 def answer(problem: Problem, loss: Callable[[], Tensor], leaf: Tensor | None = None) -> Run:
-    """Loss and gradient, or under `no_grad` the loss alone, as the work asks.
+    """Loss and gradient, or under `no_grad` the loss alone, according to the work.
 
-    `leaf`: what the loss starts from where that is not the logits but a buffer that they are the beginning of.
+    `leaf`: what the loss starts from where that is not the logits but a buffer that they are the beginning of. The
+    gradient of the loss by itself is made here, once: `autograd.grad` without one fills a tensor in every call, a
+    kernel that would count against every contestant.
     """
+    root = torch.ones((), device=problem.logits.device)
 
     def forward() -> Answer:
         with torch.no_grad():
@@ -125,8 +128,8 @@ def answer(problem: Problem, loss: Callable[[], Tensor], leaf: Tensor | None = N
     def forward_backward() -> Answer:
         value = loss()
         if leaf is None:
-            return value.detach(), torch.autograd.grad(value, problem.logits)[0]
-        return value.detach(), torch.autograd.grad(value, leaf)[0][:, : problem.logits.shape[1]]
+            return value.detach(), torch.autograd.grad(value, problem.logits, root)[0]
+        return value.detach(), torch.autograd.grad(value, leaf, root)[0][:, : problem.logits.shape[1]]
 
     return forward_backward if problem.case.work.gradient else forward
 

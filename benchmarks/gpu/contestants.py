@@ -39,6 +39,8 @@ def _liger(problem: Problem) -> Run:
     whole = problem.sampled.working.view(case.sequences, -1, case.vocab).detach().requires_grad_()
     low, high = EPSILONS[case.work.objective]
     level = "sequence" if case.work.objective == "gspo" else "token"
+    # A mean over all tokens, or over a sequence's and then over sequences.
+    loss_type = "bnpo" if case.work.objective == "ppo" else "grpo"
 
     def loss() -> Tensor:
         value, _ = triton_grpo_loss(
@@ -53,7 +55,7 @@ def _liger(problem: Problem) -> Run:
             eps_low=low,
             eps_high=high,
             inplace=True,
-            loss_type="grpo",  # mean over tokens, then over sequences
+            loss_type=loss_type,
             importance_sampling_level=level,
             reduce=True,
         )

@@ -1,7 +1,8 @@
 """The losses from hidden states on a GPU: every work of `../linear/cases.py` at a model's size, checked, in turn.
 
-Items are names of works, and `products`: how fast cuBLAS is, and what it costs that logits leave it in fp32.
-`<work>:ours` times this package alone, for when somebody else broke the process.
+Items are names of works, and three more. `products`: how fast cuBLAS is, and what fp32 logits cost it. `rows`: the row
+kernels on fp32 logits. `chunks`: the dense work with chunks of several sizes. `<work>:ours` times this package and the
+bare products alone, for when somebody else broke the process.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gspo_kernels
 
 from ..linear.cases import DENSE, SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, WORKS, Case, Problem, Work, build
-from ..linear.contestants import CONTESTANTS, PEERS, Contestant
+from ..linear.contestants import CONTESTANTS, PEERS, Contestant, ours
 from ..linear.results import case_result
+from ..linear.truth import check
 from ..linear.turns import admit, words
-from ..race import Rounds, take_turns
+from ..race import Meter, Rounds, take_turns
+from ..truth import WrongAnswer
 from .context import Context
 from .meter import finish, meter_of
 
 BY_NAME = {work.name: work for work in WORKS}
-TAKING_PART = [c for c in CONTESTANTS if not c.compiles]
-ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=6.0), Rounds(least=1, most=1)
+ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
+CHUNK_BYTES = (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20)  # 1,024 rows to all 8,192; the second is the usual one
+SMOKE_CHUNK_BYTES = (16 * SMOKE_VOCAB * 4, 64 * SMOKE_VOCAB * 4)
 
 
 def case_of(work: Work, smoke: bool = False) -> Case:
@@ -42,16 +47,24 @@ def run(context: Context) -> bool:
     for item in context.arguments:
         name, _, only_ours = item.partition(":")
         context.at(f"{name}, building its inputs")
-        work = DENSE if name == "products" else BY_NAME[name]
-        problem = build(case_of(work, context.smoke), context.device)
+        problem = build(case_of(BY_NAME.get(name, DENSE), context.smoke), context.device)
         if name == "products":
             _products(context, problem)
+        elif name == "rows":
+            _rows(context, problem)
+        elif name == "chunks":
+            good &= _chunks(context, problem)
         else:
             good &= _case(context, problem, bool(only_ours))
         context.finished(item)
         del problem
         gc.collect()
     return good
+
+
+def taking_part(device: str) -> list[Contestant]:
+    """Without those that compile for long; on a GPU cut-cross-entropy has kernels of its own."""
+    return [c for c in CONTESTANTS if not c.compiles or (c.name == "cce" and device == "cuda")]
 
 
 def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
@@ -61,9 +74,9 @@ def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
         context.at(f"{work.name}, first calls of {contestant.name}")
         if contestant.loss_alone and not work.gradient:
             return "returns no log-probabilities"
-        return "the process broke with all of them in it" if only_ours and contestant.name in PEERS else ""
+        return "this package alone was measured here" if only_ours and contestant.name in PEERS else ""
 
-    outcomes, runs = admit(problem, TAKING_PART, meter, why_not)
+    outcomes, runs = admit(problem, taking_part(context.device), meter, why_not)
     context.at(f"{work.name}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
     rounds = SMOKE_ROUNDS if context.smoke else ROUNDS
     for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
@@ -97,18 +110,77 @@ def _products(context: Context, problem: Problem) -> None:
         works[f"{name}, bf16"] = functools.partial(torch.mm, left, right)
         works[f"{name}, fp32"] = functools.partial(torch.mm, left, right, out_dtype=torch.float32)
     for name, work in works.items():
-        context.at(f"products, {name}")
-        try:
-            with torch.no_grad():
-                seconds = [meter.timed(work) for _ in range(2 if context.smoke else 8)][1:]
-        except Exception as error:  # torch before 2.8, or a CPU, has no products into fp32
-            meter.forget()
-            context.put("linear", "products", name, value={"error": words(error)})
-            continue
-        median = statistics.median(seconds)
-        found: dict[str, Any] = {"median": median, "min": min(seconds), "flop_per_s": 2 * problem.case.unit / median}
+        found = _timed(context, meter, f"products, {name}", work)
+        if "median" in found:
+            found["flop_per_s"] = 2 * problem.case.unit / found["median"]
+            context.say(f"{name}: {found['median'] * 1e3:.3f} ms, {found['flop_per_s'] / 1e12:.1f} TFLOP/s")
         context.put("linear", "products", name, value=found)
-        context.say(f"{name}: {median * 1e3:.3f} ms, {found['flop_per_s'] / 1e12:.1f} TFLOP/s")
+
+
+def _rows(context: Context, problem: Problem) -> None:
+    """The row kernels of a usual chunk: its logits in fp32; and the same rows in bf16, for half the bytes."""
+    count = 16 if context.smoke else 2_048
+    hidden, token_ids = problem.inputs.hidden[:count], problem.inputs.token_ids[:count]
+    rounded = torch.mm(hidden, problem.inputs.weight.T)
+    advantages = torch.ones(1, device=hidden.device)
+    root = torch.ones((), device=hidden.device)
+    meter = meter_of(context.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = rounded.to(dtype)[None].requires_grad_()
+        old = gspo_kernels.token_logprobs(logits, token_ids[None]).logprobs.detach()
+
+        def forward(logits: Tensor = logits) -> None:
+            with torch.no_grad():
+                gspo_kernels.token_logprobs(logits, token_ids[None])
+
+        def both(logits: Tensor = logits, old: Tensor = old) -> None:
+            loss = gspo_kernels.gspo_loss(logits, token_ids[None], advantages, old).loss
+            torch.autograd.grad(loss, logits, root)
+
+        size, kind = logits.numel() * logits.element_size(), str(dtype).removeprefix("torch.")
+        for name, passes, work in (("forward", 1, forward), ("forward and gradient", 3, both)):
+            found = _timed(context, meter, f"rows, {name}, {kind}", work)
+            if "median" in found:
+                found["bytes_per_second"] = passes * size / found["median"]
+                rate = f"{found['bytes_per_second'] / 1e12:.3f} TB/s"
+                context.say(f"rows, {name}, {kind}: {found['median'] * 1e3:.3f} ms, {rate}")
+            context.put("linear", "rows", f"{name}, {kind}", value=found)
+
+
+def _chunks(context: Context, problem: Problem) -> bool:
+    """The dense work with chunks of several sizes, each answer checked."""
+    meter, good = meter_of(context.device), True
+    for chunk_bytes in SMOKE_CHUNK_BYTES if context.smoke else CHUNK_BYTES:
+        name = str(chunk_bytes)
+        run = ours(problem, chunk_bytes)
+        context.at(f"chunks of {chunk_bytes} bytes")
+        wrong = ""
+        try:
+            answer, extra = meter.peak_extra_bytes(run)
+            if answer is not None:
+                check(problem, answer)
+            del answer
+        except WrongAnswer as error:
+            wrong, good = str(error), False
+        except Exception as error:  # out of memory, for one
+            meter.forget()
+            context.put("linear", "chunks", name, value={"error": words(error)})
+            continue
+        found = _timed(context, meter, f"chunks of {chunk_bytes} bytes", run)
+        if "median" in found:
+            context.say(f"chunks of {chunk_bytes / 2**30:.3f} GiB: {found['median'] * 1e3:.3f} ms")
+        context.put("linear", "chunks", name, value={**found, "extra_bytes": extra, "wrong": wrong})
+    return good
+
+
+def _timed(context: Context, meter: Meter, at: str, work: Callable[[], object]) -> dict[str, Any]:
+    context.at(at)
+    try:
+        seconds = [meter.timed(work) for _ in range(2 if context.smoke else 8)][1:]
+    except Exception as error:  # torch before 2.8, or a CPU, has no products into fp32
+        meter.forget()
+        return {"error": words(error)}
+    return {"median": statistics.median(seconds), "min": min(seconds)}
 
 
 def _line(name: str, found: dict[str, Any]) -> str:

@@ -41,13 +41,15 @@ class Contestant:
 
 
 def _answering(problem: Problem, logprobs: Callable[[], Tensor], loss: Callable[[], Tensor]) -> Run:
+    root = torch.ones((), device=problem.hidden.device)  # made once: without it every backward fills a tensor
+
     def forward() -> Answer:
         with torch.no_grad():
             return Answer(logprobs())
 
     def forward_backward() -> Answer:
         value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward(root)  # type: ignore[no-untyped-call]
         answer = Answer(value.detach(), problem.hidden.grad, problem.weight.grad)
         problem.restore()
         return answer
@@ -55,16 +57,18 @@ def _answering(problem: Problem, logprobs: Callable[[], Tensor], loss: Callable[
     return forward_backward if problem.case.work.gradient else forward
 
 
-def _ours(problem: Problem) -> Run:
+def ours(problem: Problem, chunk_bytes: int | None = None) -> Run:
     operands = problem.hidden, problem.weight, problem.token_ids
     low, high = EPSILONS["gspo"]
 
     def loss() -> Tensor:
         return gspo_kernels.linear_gspo_loss(
-            *operands, problem.advantages, problem.old_logprobs, eps_low=low, eps_high=high
+            *operands, problem.advantages, problem.old_logprobs, eps_low=low, eps_high=high, chunk_bytes=chunk_bytes
         ).loss
 
-    return _answering(problem, lambda: gspo_kernels.linear_token_logprobs(*operands).logprobs, loss)
+    return _answering(
+        problem, lambda: gspo_kernels.linear_token_logprobs(*operands, chunk_bytes=chunk_bytes).logprobs, loss
+    )
 
 
 def _products(problem: Problem) -> Run:
@@ -128,7 +132,7 @@ def _liger(problem: Problem) -> Run:
     return _answering(problem, no_logprobs, lambda: loss(problem.hidden, problem.weight, *inputs))
 
 
-OURS = Contestant("ours", "gspo-kernels", _ours)
+OURS = Contestant("ours", "gspo-kernels", ours)
 PRODUCTS = Contestant("products", "bare matrix products", _products)
 # The fast ones first: where time runs out, the slow ones are left out.
 CONTESTANTS = (

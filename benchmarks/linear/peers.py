@@ -20,6 +20,7 @@ Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 PACKAGES = ("liger-kernel", "trl", "transformers", "cut-cross-entropy", "verl", "triton")
 _LIGER_TOKENS = 2_048  # rows of a tile of Liger's: with fewer in a chunk its products are smaller than they could be
 _TORCH_ROWS = 512  # about as much memory as this package takes for logits
+_TRL_COLUMNS = 32_768  # of a tile: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, whose module needs many packages
 
 
 def materialised(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -29,11 +30,10 @@ def materialised(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 def trl() -> Logprobs:
     function = _find("trl.kernels", "ChunkedLogProbFunction")
-    tile = _find("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
     def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
         found: Tensor = function.apply(
-            hidden.flatten(0, 1), weight, None, token_ids.flatten(), 1.0, tile, None, 1.0, ()
+            hidden.flatten(0, 1), weight, None, token_ids.flatten(), 1.0, _TRL_COLUMNS, None, 1.0, ()
         )[0]
         return found.view(token_ids.shape)
 
@@ -56,11 +56,12 @@ def torch_chunked() -> Logprobs:
 
 
 def cut_cross_entropy() -> Logprobs:
-    """Its own kernel wants a GPU; this is its way for everything else."""
+    """By its own Triton kernels on a GPU, with the gradient filter that it has on by default; else by torch.compile."""
     function = _find("cut_cross_entropy", "linear_cross_entropy")
 
     def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        found: Tensor = function(hidden, weight, token_ids, reduction="none", impl="torch_compile")
+        impl = "cce" if hidden.is_cuda else "torch_compile"
+        found: Tensor = function(hidden, weight, token_ids, reduction="none", impl=impl)
         return -found
 
     return logprobs
@@ -92,7 +93,7 @@ def liger_loss(tokens: int, objective: str = "gspo") -> Callable[..., Tensor]:
     low, high = EPSILONS[objective]
     module = _find("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
         beta=0.0,
-        compiled=False,  # compiling brings no gain on a CPU
+        compiled=False,  # it compiles what follows the log-probabilities alone, [B, T] numbers
         use_ref_model=False,
         chunk_size=max(1, _LIGER_TOKENS // tokens),
         epsilon_low=low,

@@ -1,0 +1,262 @@
+"""Launch variants of each row kernel, timed: which entry belongs into `LAUNCH`, and which prebuilt CUDA kernel wins.
+
+Items are kernels. Every time is of a whole call in which that kernel alone varies, the others stay as the package has
+them. Child processes compile and check every variant beforehand, on few rows and several at a time: one that crashes,
+hangs or answers wrongly is recorded and not timed. Each variant is recorded once it is timed, what the package has
+first, and that once more at the end: the difference of the two is noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gspo_kernels.logprobs import cuda_rows, triton_rows
+from gspo_kernels.logprobs.triton_rows import LAUNCH, Launch
+
+from ..cases import Problem
+from ..contestants import Run
+from ..truth import check
+from .contestants import BY_NAME as CONTESTANTS
+from .contestants import absent
+from .context import Context
+from .meter import finish, meter_of
+from .parts import REPOSITORY
+from .speed import words
+from .works import BY_NAME, build_on
+
+# What shows a kernel: works and contestants. The first decides which variant is the best.
+SHOWN_BY = {
+    "forward": (("forward", "ours"),),
+    "backward": (("gspo", "ours"),),
+    "forward_backward": (("gspo_on_policy", "ours"), ("gspo_on_policy", "ours_fresh")),
+    "one_read": (("gspo_on_policy", "ours_cuda"), ("gspo_on_policy", "ours_cuda_fresh"), ("grpo", "ours_cuda")),
+}
+KERNELS = tuple(SHOWN_BY)
+# Warps and columns a block, beside those of the table: 16 to 32 bf16 columns a thread, what registers allow.
+SIZES = {
+    "forward": ((8, 8_192), (8, 4_096), (4, 2_048), (2, 2_048)),
+    "backward": ((8, 8_192), (8, 4_096), (4, 2_048), (2, 2_048)),
+    "forward_backward": ((16, 8_192), (32, 16_384), (8, 8_192)),
+}
+MOST, SMOKE_MOST = 12, 2  # of a kernel
+ROWS, SMOKE_ROWS, COMPILED_ROWS, REPEATS = 8_192, 16, 1_024, 8
+_PATIENCE = 30.0  # seconds for the child processes, at most half of what is left
+
+Use = Callable[[], None]  # makes the package launch a variant
+
+
+def run(context: Context) -> bool:
+    """Arguments: the items."""
+    tried = _tried_by_children(context, context.arguments)
+    for kernel in context.arguments:
+        missing = _missing(context.device, kernel)
+        if missing:
+            context.put("variants", kernel, value={"absent": missing})
+        else:
+            _measure_all(context, kernel, tried)
+        context.finished(kernel)
+    return True
+
+
+def variants_of(kernel: str, most: int = MOST) -> dict[str, Use]:
+    """By name; the first is the package's own."""
+    if kernel == "one_read":
+        return {name: _use_cuda(name) for name in _cuda_variants()[:most]}
+    return {name_of(launch): _use(kernel, launch) for launch in launches_of(kernel)[:most]}
+
+
+def launches_of(kernel: str) -> list[Launch]:
+    """The table's entry, the same with its switches turned, then other sizes; each compiles to another kernel."""
+    current = LAUNCH[kernel]
+    switches = [f.name for f in dataclasses.fields(Launch) if isinstance(getattr(current, f.name), bool)]
+    turned: list[dict[str, bool]] = [
+        {name: getattr(current, name) ^ turn for name, turn in zip(switches, turns, strict=True)}
+        for turns in sorted(itertools.product((False, True), repeat=len(switches)), key=sum)
+    ]
+    sizes = [{"num_warps": warps, "elements": elements} for warps, elements in SIZES[kernel]]
+    found: dict[Any, Launch] = {}
+    for size, switch in [({}, t) for t in turned] + [(s, t) for t in turned for s in sizes]:
+        launch = dataclasses.replace(current, **{**size, **switch})
+        constants = triton_rows.sizes(kernel, launch, 2, 32)
+        found.setdefault((launch.num_warps, *sorted(constants.items())), launch)
+    return list(found.values())
+
+
+def name_of(launch: Launch) -> str:
+    switches = [f.name for f in dataclasses.fields(launch) if getattr(launch, f.name) is True]
+    return ", ".join([f"{launch.num_warps} warps", f"{launch.elements} elements", *switches])
+
+
+def _use(kernel: str, launch: Launch) -> Use:
+    """The one place that knows where the package keeps its launch sizes."""
+
+    def use() -> None:
+        LAUNCH[kernel] = launch
+
+    return use
+
+
+def _use_cuda(name: str) -> Use:
+    def use() -> None:
+        cuda_rows._native.cuda_use_variant(name)  # type: ignore[union-attr]
+
+    return use
+
+
+def _cuda_variants() -> list[str]:
+    """Prebuilt ones, the package's own first; none where the extension was built without them."""
+    find = getattr(cuda_rows._native, "cuda_variants", None)
+    return [] if find is None else list(find())
+
+
+@contextmanager
+def _restored(variants: dict[str, Use]) -> Iterator[None]:
+    """Afterwards the package runs its own variant again."""
+    try:
+        yield
+    finally:
+        next(iter(variants.values()))()
+
+
+def _missing(device: str, kernel: str) -> str:
+    if kernel != "one_read":
+        return triton_rows.missing() if device == "cuda" else ""
+    if not _cuda_variants():
+        return "the extension has no prebuilt variants"
+    problem = build_on(device, BY_NAME["grpo"], COMPILED_ROWS if device == "cuda" else SMOKE_ROWS)
+    return absent(CONTESTANTS["ours_cuda"], problem)
+
+
+def _measure_all(context: Context, kernel: str, tried: dict[str, str]) -> None:
+    rows, most = (SMOKE_ROWS, SMOKE_MOST) if context.smoke else (ROWS, MOST)
+    variants = variants_of(kernel, most)
+    current = next(iter(variants))
+    context.at(f"{kernel}: building its inputs")
+    problems = {work: build_on(context.device, BY_NAME[work], rows) for work, _ in SHOWN_BY[kernel]}
+    runs = {
+        f"{work}, {contestant}": (problems[work], CONTESTANTS[contestant].prepare(problems[work]))
+        for work, contestant in SHOWN_BY[kernel]
+    }
+    context.put("variants", kernel, value={"in_package": current, "rows": rows, "tried": {}})
+    found: dict[str, float] = {}
+    with _restored(variants):
+        for name, use in (*variants.items(), (f"{current}, again", variants[current])):
+            reason = tried.get(f"{kernel}:{name.removesuffix(', again')}", "a child process did not get to it")
+            measured: dict[str, Any] = {"error": reason}
+            if not reason:
+                context.at(f"{kernel}: {name}")
+                use()
+                measured = {shown: _measure(context, *pair) for shown, pair in runs.items()}
+                found[name] = measured[next(iter(runs))].get("median", float("inf"))
+            context.put("variants", kernel, "tried", name, value=measured)
+            finish()
+    if found:
+        best = min(found, key=lambda name: found[name])
+        context.put("variants", kernel, "best", value=best.removesuffix(", again"))
+        own = found.get(current, float("nan"))
+        context.say(f"{kernel}: {best} {found[best] * 1e3:.3f} ms; in the package {current} {own * 1e3:.3f} ms")
+
+
+def _measure(context: Context, problem: Problem, run_once: Run) -> dict[str, Any]:
+    meter = meter_of(context.device)
+    try:
+        _check(problem, run_once)
+        seconds = []
+        for _ in range(1 if context.smoke else REPEATS):
+            problem.restore()
+            seconds.append(meter.timed(run_once))
+    except Exception as error:  # too many registers, too little shared memory, a wrong answer: others may do
+        meter.forget()
+        return {"error": words(error)}
+    finally:
+        problem.restore()
+    return {"median": statistics.median(seconds), "min": min(seconds)}
+
+
+def _check(problem: Problem, run_once: Run) -> None:
+    answer = run_once()
+    if answer is not None:
+        check(problem, *answer)
+
+
+# ---- child processes, which compile, run and check
+
+
+def _tried_by_children(context: Context, kernels: list[str]) -> dict[str, str]:
+    """<kernel>:<variant> -> what went wrong, "" where nothing did; of those that were finished in time."""
+    most = SMOKE_MOST if context.smoke else MOST
+    jobs = [f"{kernel}:{name}" for kernel in kernels for name in variants_of(kernel, most)]
+    count = 1 if context.smoke else max(1, min(8, (os.cpu_count() or 2) // 2, len(jobs)))
+    with tempfile.TemporaryDirectory(prefix="gspo-variants-") as folder:
+        paths = [Path(folder) / str(i) for i in range(count)]
+        command = [sys.executable, "-m", "benchmarks.gpu.variants", *(["--smoke"] if context.smoke else [])]
+        children = []
+        for i, path in enumerate(paths):
+            if jobs[i::count]:
+                with path.open("wb") as output:
+                    children.append(subprocess.Popen([*command, *jobs[i::count]], cwd=REPOSITORY, stdout=output))
+        end = time.monotonic() + min(_PATIENCE, context.left() / 2)
+        try:
+            while any(child.poll() is None for child in children) and time.monotonic() < end:
+                context.at(f"compiling, {sum(len(_lines(path)) for path in paths)} of {len(jobs)} variants are ready")
+                time.sleep(0.5)
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.send_signal(signal.SIGKILL)
+                child.wait()
+        return {name: reason for path in paths for name, reason in _lines(path)}
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Whole lines alone: the last one of a process that was ended may be a part."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(errors="replace").split("\n")
+    return [tuple(json.loads(line)) for line in lines if line.startswith("[")]
+
+
+def main(arguments: list[str]) -> None:
+    """Of <kernel>:<variant>: a line of JSON each, when it has run."""
+    smoke = "--smoke" in arguments
+    device, rows = ("cpu", SMOKE_ROWS) if smoke else ("cuda", COMPILED_ROWS)
+    for job in arguments:
+        if job == "--smoke":
+            continue
+        kernel, _, name = job.partition(":")
+        reason = ""
+        try:
+            variants = variants_of(kernel)
+            with _restored(variants):
+                variants[name]()
+                for work, contestant in SHOWN_BY[kernel]:
+                    problem = build_on(device, BY_NAME[work], rows)
+                    missing = absent(CONTESTANTS[contestant], problem)
+                    if missing:
+                        raise RuntimeError(missing)
+                    try:
+                        _check(problem, CONTESTANTS[contestant].prepare(problem))
+                        finish()
+                    finally:
+                        problem.restore()
+        except Exception as error:
+            reason = words(error)
+        print(json.dumps([job, reason]), flush=True)
+        finish()  # raises after an illegal access: this process can run nothing else
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
