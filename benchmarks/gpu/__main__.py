@@ -11,124 +11,160 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import carried
 from .goals import print_goals
-from .parts import REPOSITORY, Part, run
+from .parts import REPOSITORY, Part, Starter, run
 from .report import Report
+from .runs import Run, runs
 
-NO_DEVICE = 2  # exit code
-WORKS = ("gspo", "gspo_on_policy", "forward", "grpo", "gspo_inactive")
-ROWS, SMOKE_ROWS = (8_192, 1_024, 32_768), 16  # the first carries the goals
-OWN, SHAPES = ("gspo_on_policy", "grpo", "ppo"), ("bf16-151936", "bf16-151937", "fp32-151936", "fp32-151937")
-ONE_READ = (  # the first carry the goals; cases that share logits stand together, they are built once
-    *(f"{work}-bf16-151936-{rows}" for rows in ROWS[:2] for work in OWN),
-    *(f"{work}-{shape}-4096" for shape in SHAPES for work in OWN[:2]),
-    *(f"{work}-bf16-151936-{ROWS[2]}" for work in OWN),
-)
-SMOKE_ONE_READ = (*(f"{work}-bf16-100-16" for work in OWN), "grpo-fp32-101-16")
-LINEAR_ITEMS = ("dense", "inactive", "frozen_head", "forward", "products")
-KERNELS = ("forward", "backward", "forward_backward")
+NO_DEVICE, FAILED, KILLED = 2, 1, 143  # exit codes
 FOLDER = REPOSITORY / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
+    chosen: Run = runs(options.smoke)["gpu-more" if options.more else "gpu"]
+    return _run(options, chosen)
+
+
+def _run(options: argparse.Namespace, chosen: Run) -> int:
     began = time.monotonic()
-    deadline = began + options.minutes * 60
+    deadline = began + (options.seconds or chosen.seconds)
     signal.signal(signal.SIGTERM, _terminated)
     environment = _environment(options.smoke)
+    brought = {} if options.smoke else carried.use(environment)
+
     options.output.mkdir(parents=True, exist_ok=True)
+    report = Report(options.output / "gpu-unnamed.json")
+    log = report.path.with_suffix(".log")
+    log.write_bytes(b"")
+    report.put(("carried",), brought)
+    starter = Starter(environment, log)
+    try:
+        return _parts(options, chosen, report, began, deadline, starter)
+    except BaseException:
+        _close_killed(report, chosen, began)
+        raise
+    finally:
+        starter.close()
 
-    with tempfile.TemporaryDirectory(prefix="gspo-gpu-") as name:  # the files' names need the GPU's first
-        first = Report(Path(name) / "report.json")
-        log = Path(name) / "log"
-        status = run(_environment_part(options.smoke), first, log, deadline, environment)
-        said = log.read_bytes()
-        if status == "absent":
-            print(f"benchmarks.gpu needs a CUDA device: {first.get('parts', 'environment', 'reason')}", file=sys.stderr)
-            print("(--smoke tries the machinery on the CPU)", file=sys.stderr)
-            return NO_DEVICE
-    path = options.output / f"gpu-{slug(first.get('machine', 'gpu') or 'unknown')}.json"
-    log, report = path.with_suffix(".log"), Report(path, _before(path) if options.only else None)
-    with log.open("ab" if options.only else "wb") as file:
-        file.write(said)
-    report.put(("machine",), first.get("machine"))
-    report.put(("parts", "environment"), first.get("parts", "environment"))
-    report.save()
-    print(f"results: {path}", flush=True)
 
-    statuses = {"environment": status}
-    for part in parts(options):
-        wanted = part.name if part.name in options.only else part.name.split("-")[0]
-        if (options.only and wanted not in options.only) or wanted in options.skip:
-            continue
+def _parts(
+    options: argparse.Namespace, chosen: Run, report: Report, began: float, deadline: float, starter: Starter
+) -> int:
+    parts = selected(chosen, options.only, options.skip)
+    first, *parts = parts
+    statuses = {first.name: run(first, report, deadline, starter)}
+    if statuses[first.name] == "absent":
+        print(f"benchmarks.gpu needs a CUDA device: {report.get('parts', first.name, 'reason')}", file=sys.stderr)
+        print("(--smoke tries the machinery on the CPU)", file=sys.stderr)
+        for path in (report.path, _log(report)):
+            path.unlink(missing_ok=True)
+        return NO_DEVICE
+    _name(options, report)
+    starter.log = _log(report)
+    print(f"results: {report.path}", flush=True)
+    _put_run(report, chosen, began)
+    for name, said in (report.get("carried") or {}).items():
+        print(f"  {name}: {said}", flush=True)
+
+    for number, part in enumerate(parts):
         part = _with_bandwidth(part, report)
+        kept = sum(later.least for later in parts[number + 1 :])
         print(f"{part.name}, {max(deadline - time.monotonic(), 0):.0f} s left", flush=True)
-        statuses[part.name] = run(part, report, log, deadline, environment)
+        statuses[part.name] = run(part, report, deadline - kept, starter)
         report.put(("parts", part.name, "commit"), report.get("machine", "commit"))
-        report.save()
+        _put_run(report, chosen, began)
         print(f"  {statuses[part.name]} {report.get('parts', part.name, 'reason') or ''}".rstrip(), flush=True)
-    print(f"\n{time.monotonic() - began:.0f} s\n")
+    _put_run(report, chosen, began, finished=True)
+    print(f"\n{time.monotonic() - began:.0f} s\n", flush=True)
+    if options.save_cache:
+        said = carried.save_cache(Path(starter.environment.get("TRITON_CACHE_DIR", os.devnull)), options.save_cache)
+        print(said, flush=True)
     if not options.smoke:
         print_goals(report.content)
-    return 1 if {"failed", "timed out"} & set(statuses.values()) else 0
+    return FAILED if {"failed", "timed out"} & set(statuses.values()) else 0
 
 
-def parts(options: argparse.Namespace) -> list[Part]:
-    """After the environment. What goals stand on comes before what only confirms it."""
-    smoke = ("--smoke",) if options.smoke else ()
-    sizes = (SMOKE_ROWS,) if options.smoke else ROWS
+def selected(chosen: Run, only: Sequence[str], skip: Sequence[str]) -> list[Part]:
+    """The environment, and of the other parts those that are wanted, with the items that are wanted."""
+    first, *others = chosen.parts
+    wanted: dict[str, list[str]] = {}
+    for word in only:
+        name, _, items = word.partition(":")
+        wanted.setdefault(name, []).extend(filter(None, items.split(",")))
+    found = [part for part in others if part.name not in skip and (not only or part.name in wanted)]
+    return [first, *(_with_items(part, wanted.get(part.name, [])) for part in found)]
 
-    def speed(rows: int, limit: float) -> Part:
-        return Part.of(
-            "speed", f"speed-{rows}", (*smoke, str(rows), "{bandwidth}"), limit=limit, least=15.0, patience=75.0,
-            items=WORKS, fallback=":ours",
-        )  # fmt: skip
 
-    found = [
-        Part.of("extension", arguments=smoke, limit=180.0, patience=180.0),
-        Part.of("bandwidth", arguments=smoke, limit=60.0),
-        speed(sizes[0], 200.0),
-        Part.of(
-            "linear", arguments=smoke, limit=110.0, least=15.0, patience=75.0, items=LINEAR_ITEMS, fallback=":ours"
-        ),
-        # In a process of its own: kernels of which less is known take no other number along.
-        Part.of(
-            "one_read",
-            arguments=(*smoke, "{bandwidth}"),
-            limit=100.0,
-            least=15.0,
-            patience=40.0,
-            items=SMOKE_ONE_READ if options.smoke else ONE_READ,
-        ),
-        Part.of("suite", "tests", smoke, limit=240.0, least=15.0, patience=120.0, items=_test_files(options.smoke)),
-        *(speed(rows, 120.0) for rows in sizes[1:]),
-        Part.of("sanitizer", "sanitizer-memcheck", (*smoke, "memcheck"), limit=100.0, least=15.0, patience=100.0),
-        Part.of("sanitizer", "sanitizer-racecheck", (*smoke, "racecheck"), limit=60.0, least=15.0, patience=60.0),
-    ]
-    if options.tune or "tuning" in options.only:
-        found.append(Part.of("tuning", arguments=smoke, limit=300.0, least=20.0, patience=60.0, items=KERNELS))
+def _with_items(part: Part, names: Sequence[str]) -> Part:
+    """An item may be named without its suffix (gspo for gspo:ours), and one that the table lacks is tried as it is."""
+    if not names:
+        return part
+    items = [item for name in names for item in [*_matching(part, name), name][:1]]
+    return replace(part, items=tuple(items))
+
+
+def _matching(part: Part, name: str) -> list[str]:
+    return [item for item in part.items if name in (item, item.partition(":")[0])]
+
+
+def _log(report: Report) -> Path:
+    return report.path.with_suffix(".log")
+
+
+def _name(options: argparse.Namespace, report: Report) -> None:
+    """Names the results after the GPU, and adds them to earlier ones of the same GPU where that is wanted."""
+    gpu = str(report.get("machine", "gpu") or "unknown")
+    path, log = options.output / f"gpu-{slug(gpu)}.json", _log(report)
+    before = options.before or (path if options.only or options.more else None)
+    if before is not None and before.exists():
+        earlier = _read(before)
+        other = str((earlier.get("machine") or {}).get("gpu"))
+        if other == gpu:
+            parts = {**earlier.get("parts", {}), **report.content.get("parts", {})}
+            report.content = {**earlier, **report.content, "parts": parts}
+        else:
+            print(f"{before}: not added to, it is of {other}", file=sys.stderr)
+    report.path.unlink(missing_ok=True)
+    report.path = path
+    said = log.read_bytes()
+    with _log(report).open("ab" if _log(report).exists() and before == path else "wb") as file:
+        file.write(said)
+    log.unlink()
+    report.save()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        return {}
     return found
 
 
-def _environment_part(smoke: bool) -> Part:
-    return Part.of("environment", arguments=("--smoke",) if smoke else (), limit=90.0)
+def _put_run(report: Report, chosen: Run, began: float, **more: Any) -> None:
+    seconds = round(time.monotonic() - began, 1)
+    report.put(("runs", chosen.name), {"limit": chosen.seconds, "seconds": seconds, "finished": False, **more})
+    report.save()
+
+
+def _close_killed(report: Report, chosen: Run, began: float) -> None:
+    """What was running when the run was ended from outside."""
+    for part in (report.get("parts") or {}).values():
+        if part.get("status") == "running":
+            part |= {"status": "failed", "reason": f"the run was ended at {part.pop('at', '') or 'its start'}"}
+    _put_run(report, chosen, began)
 
 
 def _with_bandwidth(part: Part, report: Report) -> Part:
     bandwidth = report.get("bandwidth", "copy", "bytes_per_second") or 0
-    command = tuple(str(bandwidth) if word == "{bandwidth}" else word for word in part.command)
-    return Part(**{**vars(part), "command": command})
-
-
-def _test_files(smoke: bool) -> tuple[str, ...]:
-    """Those about the GPU first."""
-    if smoke:
-        return ("test_advantages.py",)
-    names = sorted(path.name for path in (REPOSITORY / "tests").glob("test_*.py"))
-    return tuple(sorted(names, key=lambda name: not re.search("cuda|gpu|triton", name)))
+    arguments = tuple(str(bandwidth) if word == "{bandwidth}" else word for word in part.arguments)
+    return replace(part, arguments=arguments)
 
 
 def _environment(smoke: bool) -> dict[str, str]:
@@ -136,13 +172,11 @@ def _environment(smoke: bool) -> dict[str, str]:
     removed = {"GSPO_KERNELS_TEST_DEVICE", "GSPO_KERNELS_DEBUG", "CUDA_LAUNCH_BLOCKING", "PYTHONSAFEPATH"}
     if not smoke:
         removed.add("TRITON_INTERPRET")
-    return {**{key: value for key, value in os.environ.items() if key not in removed}, "PYTHONUNBUFFERED": "1"}
-
-
-def _before(path: Path) -> dict[str, Any] | None:
-    """What an earlier run left: with --only, the other parts' results stay."""
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return found
+    kept = {key: value for key, value in os.environ.items() if key not in removed}
+    path = kept.get("PATH", os.defpath)
+    if "/usr/local/cuda/bin" not in path.split(os.pathsep):  # ncu, nvcc and compute-sanitizer may be there
+        path = os.pathsep.join([path, "/usr/local/cuda/bin"])
+    return {**kept, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def slug(gpu: str) -> str:
@@ -152,25 +186,29 @@ def slug(gpu: str) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="What a GPU has to show.")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)s)")
+    parser.add_argument("--more", action="store_true", help="the second run: peers, linear, other sizes, sanitizers")
+    parser.add_argument("--seconds", type=float, help="for everything (default: the run's own limit)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results; smoke: a new one")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="speed, speed-8192, tests, ...")
+    parser.add_argument("--before", type=Path, metavar="FILE", help="earlier results, which this run adds to")
+    part = "PART[:ITEM,...]"
+    parser.add_argument("--only", nargs="+", default=[], metavar=part, help="speed, one_read:grpo-bf16-151936-8192")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PART")
-    parser.add_argument("--tune", action="store_true", help="then sweep launch sizes in what time is left")
+    parser.add_argument("--save-cache", type=Path, metavar="FILE", help="what Triton has compiled, as a tar file")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
-    names = {part.name for part in parts(argparse.Namespace(smoke=options.smoke, tune=True, only=[]))}
-    known = names | {name.split("-")[0] for name in names}
-    for name in (*options.only, *options.skip):
-        if name not in known:
-            parser.error(f"expected parts among {', '.join(sorted(known))}; got {name!r}")
+    chosen = runs(options.smoke)["gpu-more" if options.more else "gpu"]
+    known = [part.name for part in chosen.parts]
+    for word in (*options.only, *options.skip):
+        if word.partition(":")[0] not in known:
+            which = "second" if options.more else "first"
+            parser.error(f"the {which} run has the parts {', '.join(known)}; got {word!r}")
     if options.output is None:
         options.output = Path(tempfile.mkdtemp(prefix="gspo-gpu-smoke-")) if options.smoke else FOLDER
     return options
 
 
 def _terminated(*_: Any) -> NoReturn:
-    raise SystemExit(143)  # by way of every `finally`, so that no part runs on
+    raise SystemExit(KILLED)  # by way of every `finally`, so that no part runs on
 
 
 if __name__ == "__main__":

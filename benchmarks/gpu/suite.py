@@ -1,98 +1,218 @@
-"""The package's own test-suite on the device, a file an item: what ran before a crash or the limit is known.
+"""Files of the package's own test suite on the device, in several processes that take a few tests at a time.
 
-pytest is all that it needs. A file that wants a module this machine lacks is reported as such, and is no failure.
+A process that dies, hangs or has lost its CUDA context costs the tests that it had taken: a fresh one goes on with the
+rest. pytest is all that it needs. What a file lacks on this machine is reported, and is no failure.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from .context import Absent, Context
-from .meter import finish
-from .parts import REPOSITORY
+from .parts import REPOSITORY, end_group
 
-MOST_FAILURES = 30  # in a file; more say nothing new
-HANGS_AFTER = 100  # seconds in one test, after which every thread's stack goes to the log
+PROCESSES, SMOKE_PROCESSES = 8, 2
+HANGS_AFTER = 40.0  # seconds in one test; the first of a process compile
+MOST_FAILURES = 40  # in all; more say nothing new
+MOST_STARTS = 24  # of processes
+BROKEN = 70  # exit code of a process whose CUDA context a test has broken
+_END = 4.0  # seconds before the part's end at which the processes are ended
 
 
 def run(context: Context) -> bool:
-    """Arguments: names of files in tests/."""
-    try:
-        import pytest
-    except ImportError as error:
-        raise Absent("pytest is not installed") from error
+    """Arguments: names of files in tests/, the most valuable first."""
+    if find_spec("pytest") is None:
+        raise Absent("pytest is not installed")
+    environment = dict(os.environ)
     if not context.smoke:
-        os.environ["GSPO_KERNELS_TEST_DEVICE"] = context.device
-    good = True
+        environment["GSPO_KERNELS_TEST_DEVICE"] = context.device
+    files = [str(REPOSITORY / "tests" / name) for name in context.arguments]
+    count = SMOKE_PROCESSES if context.smoke else PROCESSES
+    with tempfile.TemporaryDirectory(prefix="gspo-tests-") as folder:
+        suite = Suite(context, Path(folder), files, environment, count)
+        try:
+            suite.watch()
+        finally:
+            suite.end()
+        suite.write()
     for file in context.arguments:
-        recorder = Recorder(context, file)
-        options = ["-vv", "-rfE", "--tb=short", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider"]
-        options += ["-o", f"faulthandler_timeout={HANGS_AFTER}"]
-        pytest.main([str(REPOSITORY / "tests" / file), *options], plugins=[recorder])
-        recorder.write()
-        good &= recorder.good
-        if not context.smoke:
-            finish()  # raises if a kernel broke the context: the next file needs a fresh process
-        context.finished(file)
-        context.say(recorder.line())
-    return good
+        if not suite.not_run(file):
+            context.finished(file)
+        context.say(suite.line(file))
+    if suite.lost():
+        context.put("part", "not_run", value=suite.lost())
+    return not suite.failed()
 
 
-class Recorder:
-    """A pytest plugin that keeps count."""
+@dataclass
+class _File:
+    counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
+    failures: dict[str, str] = field(default_factory=dict)
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+    collected: int | None = None
+    finished: set[str] = field(default_factory=set)
+    needs: str = ""
 
-    def __init__(self, context: Context, file: str) -> None:
-        self._context, self._file = context, file
+
+@dataclass
+class _Process:
+    process: subprocess.Popen[bytes]
+    records: Iterator[dict[str, Any]]
+    heard: float
+    test: str = ""  # which runs
+
+
+class Suite:
+    """Starts processes (`shard.py`), reads what they find, and puts it into the results, a file an entry."""
+
+    def __init__(
+        self, context: Context, folder: Path, files: list[str], environment: dict[str, str], count: int
+    ) -> None:
+        self._context, self._folder, self._files, self._count = context, folder, files, count
+        threads = max(1, (os.cpu_count() or 1) // count)
+        self._environment = {**environment, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._running: list[_Process] = []
         self._began = self._written = time.monotonic()
-        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
-        self.failures: dict[str, str] = {}
-        self.needs = ""
-        self.slowest: list[tuple[float, str]] = []
+        self._starts = 0
+        self.ended_early = ""
+        self.found = {Path(name).name: _File() for name in files}
 
-    @property
-    def good(self) -> bool:
-        return not self.failures
+    def watch(self) -> None:
+        while len(self._running) < self._count:
+            self._start()
+        while self._running:
+            time.sleep(0.1)
+            now = time.monotonic()
+            for process in list(self._running):
+                self._listen(process, now)
+            if now - self._written > 2:
+                self.write()
+            failures = sum(len(file.failures) for file in self.found.values())
+            if self._context.left() < _END:
+                self.ended_early = "its time was over"
+            elif failures >= MOST_FAILURES:
+                self.ended_early = f"{failures} failures"
+            if self.ended_early:
+                return
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._context.at(nodeid)
+    def end(self) -> None:
+        for process in self._running:
+            end_group(process.process)
+        self._running.clear()
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.failed or report.skipped:
-            self.counts[report.outcome] = self.counts.get(report.outcome, 0) + 1
-        if report.failed:
-            self.failures[report.nodeid] = _last_line(report.longrepr)
-        if report.when == "call":
-            self.slowest = sorted([*self.slowest, (report.duration, report.nodeid)], reverse=True)[:3]
-        if report.failed or time.monotonic() - self._written > 2:
-            self.write()
+    def _start(self) -> None:
+        self._starts += 1
+        records = self._folder / f"records-{self._starts}"
+        records.touch()
+        command = [sys.executable, "-m", "benchmarks.gpu.shard", str(records), str(self._folder), *self._files]
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self._running.append(_Process(process, _lines(records), time.monotonic()))
 
-    def pytest_collectreport(self, report: Any) -> None:
-        if not report.failed:
-            return
-        reason = _last_line(report.longrepr)
-        if "ModuleNotFoundError" in reason:
-            self.needs = reason
-        else:
-            self.failures[report.nodeid] = reason
+    def _listen(self, process: _Process, now: float) -> None:
+        code = process.process.poll()  # before its last records are read
+        for record in process.records:
+            if not record:
+                break
+            process.heard = now
+            self._take(process, record)
+        if code is None and now - process.heard > HANGS_AFTER:
+            end_group(process.process)
+            self._give_up(process, f"nothing heard for {HANGS_AFTER:.0f} s")
+        elif code is not None and code not in (0, BROKEN):
+            self._give_up(process, f"its process ended with {code}")
+        elif code is not None:
+            self._running.remove(process)
+            if code == BROKEN:
+                self._again()
+
+    def _give_up(self, process: _Process, reason: str) -> None:
+        self._running.remove(process)
+        test = process.test or f"{next(iter(self.found))}::its start"
+        self._fail(test, reason)
+        if process.test:
+            self._again()  # one that does not get as far as a test would not the next time
+
+    def _again(self) -> None:
+        if self._starts < MOST_STARTS and self._context.left() > 3 * _END:
+            self._start()
+
+    def _take(self, process: _Process, record: dict[str, Any]) -> None:
+        kind = record.pop("kind")
+        if kind == "collected":
+            for name, count in record["files"].items():
+                self._file(name).collected = count
+        elif kind == "starts":
+            process.test = record["test"]
+            self._context.at(process.test)
+        elif kind == "ended":
+            self._file(process.test).finished.add(process.test)
+            process.test = ""
+        elif kind == "needs":
+            self._file(record["test"]).needs = record["reason"]
+        elif kind == "failed":
+            self._fail(record["test"], record["reason"])
+        elif kind == "outcome":
+            file = self._file(record["test"])
+            file.counts[record["outcome"]] = file.counts.get(record["outcome"], 0) + 1
+            file.slowest = sorted([*file.slowest, (record["seconds"], record["test"])], reverse=True)[:3]
+
+    def _fail(self, test: str, reason: str) -> None:
+        file = self._file(test)
+        if test not in file.failures:
+            file.counts["failed"] += 1
+        file.failures[test] = reason
+
+    def _file(self, test: str) -> _File:
+        return self.found.setdefault(Path(test.partition("::")[0]).name, _File())
 
     def write(self) -> None:
         self._written = time.monotonic()
-        found: dict[str, Any] = {**self.counts, "seconds": round(self._written - self._began, 1)}
-        found["slowest"] = [f"{seconds:.1f} s {nodeid}" for seconds, nodeid in self.slowest]
-        if self.failures:
-            found["failures"] = self.failures
-        if self.needs:
-            found["not_run"] = self.needs
-        self._context.put("tests", self._file, value=found)
+        for name, file in self.found.items():
+            value: dict[str, Any] = {**file.counts, "seconds": round(self._written - self._began, 1)}
+            value["slowest"] = [f"{seconds:.1f} s {test}" for seconds, test in file.slowest]
+            value |= {"failures": dict(file.failures)} if file.failures else {}
+            value |= {"needs": file.needs} if file.needs else {}
+            value |= {"not_run": self.not_run(name)} if self.not_run(name) else {}
+            self._context.put("tests", name, value=value)
 
-    def line(self) -> str:
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items() if count)
-        return f"{self._file}: {self.needs or counts or 'no tests'}"
+    def not_run(self, name: str) -> int:
+        file = self.found[name]
+        return max(0, (file.collected or 0) - len(file.finished))
+
+    def lost(self) -> str:
+        """How many tests did not run, and why; empty if all did."""
+        count = sum(self.not_run(name) for name in self.found)
+        return f"{count} tests: {self.ended_early or 'their processes broke'}" if count else ""
+
+    def failed(self) -> bool:
+        collected = any(file.collected or file.needs for file in self.found.values())
+        return not collected or any(file.failures for file in self.found.values())
+
+    def line(self, name: str) -> str:
+        file = self.found[name]
+        counts = [f"{count} {outcome}" for outcome, count in file.counts.items() if count]
+        counts += [f"{self.not_run(name)} not run"] if self.not_run(name) else []
+        return f"{name}: {file.needs or ', '.join(counts) or 'no tests'}"
 
 
-def _last_line(longrepr: Any) -> str:
-    lines = [line for line in str(longrepr).splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("E ")]
-    return (errors or lines or [""])[-1][:300]
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What has been written so far, an object a line; an empty one where there is no more for now."""
+    rest = b""
+    with path.open("rb") as file:
+        while True:
+            *lines, rest = (rest + file.read()).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+            yield {}
