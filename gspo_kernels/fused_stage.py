@@ -189,9 +189,12 @@ def _(*arguments: Any) -> Any:
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.vocab_size, ctx.overwrite_logits, ctx.entropy_bonus = inputs[4], inputs[5], inputs[18]
     ctx.save_for_backward(*inputs[:4], *output[3:])
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for every output that nothing depends on
 
 
-def _gradient(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 19
     logits, token_ids, mask, temperature, logprobs, entropy, lse, g_logprobs, g_entropy, partials = ctx.saved_tensors
     gradient = room_for_gradient(logits, ctx.overwrite_logits)
     row_gradient(
@@ -247,9 +250,12 @@ def _(*arguments: Any) -> Any:
 def _remember_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.entropy_bonus = inputs[15]
     ctx.save_for_backward(*output[3:])
+    ctx.set_materialize_grads(False)
 
 
-def _gradient_of_stage(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient_of_stage(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 16
     g_logprobs, g_entropy, partials = ctx.saved_tensors
     bonus = g_entropy if ctx.entropy_bonus else None
     of_logprobs, of_entropy, _lse = Upstream(g_logprobs, bonus, factor=upstream, counts=partials[_COUNT]).by_statistic()
@@ -284,11 +290,14 @@ class _OnePass(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(scalars, stats.logprobs, stage.log_ratios)
+        ctx.set_materialize_grads(False)
         return loss, scalars, stats.logprobs, stage.log_ratios
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Any:
+        if upstream is None:
+            return (None,) * 20
         (gradient,) = ctx.saved_tensors
         triton_rows.scale(gradient, upstream)  # returns at once where upstream is 1
         torch.autograd.graph.increment_version(gradient)  # a second backward is refused

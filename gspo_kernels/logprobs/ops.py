@@ -147,6 +147,8 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradient_of_logits(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_logprobs is None and grad_entropy is None and grad_lse is None:
+        return (None,) * 7
     logits, token_ids, mask, temperature, logprobs, entropy, lse = ctx.saved_tensors
     gradient = room_for_gradient(logits, ctx.overwrite_logits)
     row_gradient(
@@ -181,11 +183,14 @@ class _KnownGradient(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         ctx.backend = backend
         ctx.mark_non_differentiable(logprobs, entropy, lse)
+        ctx.set_materialize_grads(False)  # else autograd fills zeros for the statistics
         return logprobs.new_zeros(()), logprobs, entropy, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Any:
+        if upstream is None:
+            return (None,) * 6
         (gradient,) = ctx.saved_tensors
         scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
         return None, gradient, None, None, None, None
