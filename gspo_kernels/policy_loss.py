@@ -13,10 +13,11 @@ from .collectives import ranks_of
 from .layout import as_bool, batch_shape
 from .logprobs import vocab_shard
 from .logprobs.backends import check_name, choose
-from .logprobs.ops import row_stats, row_stats_with_gradient
+from .logprobs.ops import needs_operators, row_stats, row_stats_with_gradient
 from .logprobs.rows import Rows, RowStats, Upstream, stats_dtype
 from .logprobs.vocab_shard import VocabShard, shard_of, tp_ranks
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .scalars import run_time
 from .together import Together, check_rows_together, check_sequences_together
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
@@ -149,19 +150,19 @@ def policy_loss(
             choose(logits, backend)  # the operators do, too late for other ranks
         check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
         check_sequences_together(together, inputs)
-    fused = cp is None and fused_stage.serves(inputs, logits, backend)
+    fused = fused_stage.backend_of(inputs, logits, backend) if cp is None else None
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
-        return fused_stage.loss_of_rows(inputs, found) if fused else _loss(inputs, found)
+        return _loss(inputs, found) if fused is None else fused_stage.loss_of_rows(inputs, found)
     one_pass = (
-        (inputs.depends_on_log_ratio_alone() or (fused and fused_stage.clips_row_by_row(inputs, logits, backend)))
+        (inputs.depends_on_log_ratio_alone() or (fused is not None and fused_stage.clips_row_by_row(inputs, fused)))
         and logits.requires_grad
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not needs_operators(logits)
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
-    if fused:
-        return fused_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, backend)
+    if fused is not None:
+        return fused_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, fused)
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
@@ -372,9 +373,7 @@ def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tupl
         temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
     else:
         checks.number("temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6)
-        temperature = (
-            torch.zeros((), dtype=torch.float64) + temperature
-        )  # this way it never becomes a compiled constant
+        temperature = run_time(temperature, torch.device("cpu"))
     ids = token_ids.detach().to(torch.int64).reshape(as_rows).contiguous()
     return ids, None if mask is None else mask.reshape(as_rows).contiguous(), temperature
 

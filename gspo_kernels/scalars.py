@@ -14,11 +14,15 @@ def run_time(value: float | Tensor, device: torch.device) -> Tensor:
     Under `torch.compile` a Python float becomes a constant of the graph wherever it meets an operator that is not plain
     arithmetic (clamp, where, an operator of ours). Added to a tensor first, it stays an input.
     """
-    return value if isinstance(value, Tensor) else torch.zeros((), dtype=torch.float64, device=device) + value
+    if isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.float64, device=device) + value
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def run_time_list(values: Sequence[float]) -> Tensor:
     """Several of them, [n] float64 on the CPU."""
     if torch.compiler.is_compiling():
         return torch.stack([run_time(value, torch.device("cpu")) for value in values])
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device is

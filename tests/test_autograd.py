@@ -208,6 +208,29 @@ def test_a_second_backward_on_policy_is_right_or_refused(backend: str) -> None:
     assert torch.equal(first, second)
 
 
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+@by_backend
+@on_and_off
+def test_no_gradient_of_the_loss_gives_none_of_the_logits(backend: str, on_policy: bool) -> None:
+    """Autograd passes None on where a later function has no gradient."""
+    s = step(on_policy=on_policy)
+    loss: Tensor = _NoGradient.apply(s.loss(s.logits, backend=backend))
+    ids = torch.zeros(s.x.shape[0], dtype=torch.int64, device=DEVICE)
+    logprobs: Tensor = _NoGradient.apply(token_logprobs(s.logits, ids, backend=backend).logprobs)
+    for value in (loss, logprobs.sum()):
+        (gradient,) = torch.autograd.grad(value, s.logits, allow_unused=True)
+        assert gradient is None or (backend != "triton" and not gradient.any()), "the stage in torch fills zeros"
+
+
 @by_backend
 @on_and_off
 def test_accumulated_gradients(backend: str, on_policy: bool) -> None:

@@ -32,7 +32,7 @@ def _row_stats(
     overwrite_logits: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
+    rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
     check_values(rows)
     return choose(logits, backend).forward(rows)
 
@@ -50,8 +50,7 @@ def _(
     return empty_stats(logits)
 
 
-@torch.library.custom_op("gspo_kernels::row_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
-def row_gradient(
+def _write_gradient(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
@@ -68,15 +67,30 @@ def row_gradient(
     gradient: Tensor,
     backend: str | None,
 ) -> None:
-    rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
+    rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
     g_l, g_h, g_lse = (None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse))
     stats, upstream = RowStats(logprobs, entropy, lse), Upstream(g_l, g_h, g_lse, factor, counts)
     choose(logits, backend).backward(rows, stats, upstream, unpadded(gradient, vocab_size))
 
 
-@row_gradient.register_fake
+_row_gradient = torch.library.custom_op(
+    "gspo_kernels::row_gradient_", _write_gradient, mutates_args=("gradient",), device_types=_DEVICES
+)
+
+
+@_row_gradient.register_fake
 def _(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def row_gradient(*arguments: Any) -> None:
+    """`_write_gradient` as an operator, or at once in a backward that nothing traces or differentiates."""
+    logits, gradient = arguments[0], arguments[-2]
+    if torch.is_grad_enabled() or needs_operators(logits):
+        _row_gradient(*arguments)
+    else:
+        _write_gradient(*arguments)
+        torch.autograd.graph.increment_version(gradient)
 
 
 @torch.library.custom_op("gspo_kernels::row_stats_and_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
@@ -91,7 +105,7 @@ def _row_stats_and_gradient(
     gradient: Tensor,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Rows(logits[..., :vocab_size], token_ids, mask, temperature)
+    rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
     check_values(rows)
     upstream = Upstream(grad_logprobs.contiguous(), counts=counts)
     return choose(logits, backend).forward_backward(rows, upstream, unpadded(gradient, vocab_size))
@@ -122,11 +136,31 @@ def _(values: Tensor, factor: Tensor, backend: str | None) -> None:
     return None
 
 
+def rows_of(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab_size: int) -> Rows:
+    """Without the columns of the padding."""
+    columns = logits if vocab_size == logits.shape[-1] else logits[..., :vocab_size]
+    return Rows(columns, token_ids, mask, temperature)
+
+
 def unpadded(gradient: Tensor, vocab_size: int) -> Tensor:
     """The columns of the vocabulary; those of the padding are set to zero."""
-    if vocab_size < gradient.shape[-1]:
-        gradient[..., vocab_size:].zero_()
+    if vocab_size == gradient.shape[-1]:
+        return gradient
+    gradient[..., vocab_size:].zero_()
     return gradient[..., :vocab_size]
+
+
+def needs_operators(logits: Tensor) -> bool:
+    """Whether work on these logits has to run as an operator: a compiler, a transform or a fake tensor watches it.
+
+    Elsewhere it is called directly: the dispatcher and its wrappers in Python take 0.1 ms of the host's time.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(logits) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 # ---- autograd
@@ -147,6 +181,8 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradient_of_logits(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_logprobs is None and grad_entropy is None and grad_lse is None:
+        return (None,) * 7
     logits, token_ids, mask, temperature, logprobs, entropy, lse = ctx.saved_tensors
     gradient = room_for_gradient(logits, ctx.overwrite_logits)
     row_gradient(
@@ -181,11 +217,14 @@ class _KnownGradient(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         ctx.backend = backend
         ctx.mark_non_differentiable(logprobs, entropy, lse)
+        ctx.set_materialize_grads(False)  # else autograd fills zeros for the statistics
         return logprobs.new_zeros(()), logprobs, entropy, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Any:
+        if upstream is None:
+            return (None,) * 6
         (gradient,) = ctx.saved_tensors
         scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
         return None, gradient, None, None, None, None

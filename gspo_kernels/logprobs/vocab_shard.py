@@ -255,6 +255,8 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradient_of_shard(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_logprobs is None and grad_entropy is None and grad_lse is None:
+        return (None,) * 9
     logits, token_ids, mask, temperature, *saved = ctx.saved_tensors
     gradient = ops.room_for_gradient(logits, ctx.overwrite_logits)
     if ctx.shard.columns == 0:

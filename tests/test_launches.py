@@ -1,0 +1,103 @@
+"""How many kernels a loss and its backward launch: at most four, with every fill, copy and reduction of torch counted.
+
+The Triton kernels do nothing here, so the tensors may be anywhere. What torch does around them is seen by a dispatch
+mode: every operator that reads or writes memory on the device is a launch; views and allocations are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, arguments, ragged_batch
+from modes import DEVICE
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gspo_kernels.logprobs import triton_rows
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+pytestmark = pytest.mark.plain_memory
+
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+def is_number_of_the_host(tensor: Tensor) -> bool:
+    """Hyper-parameters are float64 tensors on the CPU, in every mode; no array that the kernels take is like them."""
+    return tensor.dtype == torch.float64 and tensor.ndim < 2 and tensor.device.type == "cpu"
+
+
+class Launches(TorchDispatchMode):
+    """The names of all operators that would launch a kernel, those inside the package's own operators included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.namespace == "gspo_kernels":
+            with self:  # again, which the call of an operator has switched off
+                return OPDEFS[function.name()]._init_fn(*args, **kwargs)
+        results = function(*args, **kwargs)
+        returned = [result.alias_info for result in function._schema.returns]
+        is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+        tensors = [x for x in tree_leaves((args, kwargs, results)) if isinstance(x, Tensor)]
+        on_host = all(map(is_number_of_the_host, tensors))
+        name = function._schema.name.removeprefix("aten::")
+        if not is_view and not on_host and name not in ALLOCATIONS:
+            self.names.append(name)
+        return results
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every launch, in order, while the test calls a loss and its backward."""
+    from gspo_kernels import token_kernels
+
+    seen = Launches()
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        seen.names.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(type(token_kernels.batch_kernel), "run", launch)
+    monkeypatch.setattr(triton_rows, "unsupported_reasons", lambda logits: [])
+    for module in ("layout", "fused_stage", "logprobs.ops"):
+        monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
+    with seen:
+        yield seen.names
+
+
+ROWS_TWICE = ["forward_kernel", "sequence_kernel", "batch_kernel", "backward_kernel"]
+ROWS_ONCE = ["sequence_kernel", "forward_backward_kernel", "batch_kernel", "scale_kernel"]
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "off-policy": ({}, {}, ROWS_TWICE),
+    "on-policy": ({"on_policy": True}, {}, ROWS_ONCE),
+    "over the logits": ({}, {"overwrite_logits": True}, ROWS_TWICE),
+    "over the logits, on-policy": ({"on_policy": True}, {"overwrite_logits": True}, ROWS_ONCE),
+    "all": (
+        {"ref": True, "weights": "token", "temperature": "token"},
+        {"beta": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0, "normalizer": 4.0},
+        ROWS_TWICE,
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_four_launches(objective: str, layout: str, case: str, launched: list[str]) -> None:
+    build, options, expected = CASES[case]
+    args = arguments(ragged_batch(objective, seed=60, **build), layout)
+    logits = args.logits.detach().mul(1).requires_grad_()
+    root = torch.ones((), device=DEVICE)
+    launched.clear()
+    loss, _ = PUBLIC[objective](logits, *args.rest, **args.keywords, backend="triton", **options)
+    (gradient,) = torch.autograd.grad(loss, logits, root)
+    assert launched == expected
+    assert gradient.shape == logits.shape
