@@ -37,6 +37,8 @@ struct RowStats {
   double logprob;
   double entropy;
   double lse;
+  double p_target;  // exp(logprob)
+  double p_others;  // 1 - p_target, to all its digits
 };
 
 // The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit gives NaN: it is the
@@ -48,21 +50,28 @@ GSPO_HD inline RowStats combine(const Others& others, double target_logit, doubl
   const double log_sum = alone ? 0.0 : std::log2(others.sum);
   const double rest = alone ? -INFINITY : others.base * scale + log_sum;
   const double d = (rest - target) * kLn2;
-  const double near = std::log1p(std::exp(d <= 0.0 ? d : -d));  // softplus(-|d|)
+  const double ratio = std::exp(d <= 0.0 ? d : -d);  // of the smaller share to the larger one
+  const double near = std::log1p(ratio);  // softplus(-|d|)
+  const double larger = 1.0 / (1.0 + ratio), smaller = ratio * larger;  // a division takes less time than exp(logprob)
 
   RowStats row;
   row.logprob = d <= 0.0 ? 0.0 - near : -(d + near);
   row.lse = alone && target == -INFINITY ? target : (d <= 0.0 ? target : rest) * kLn2 + near;
 
   // Entropy of {target, others}, plus the share of the others times their own: no term is negative.
-  const double p_target = std::exp(row.logprob);
+  row.p_target = d <= 0.0 ? larger : smaller;
+  row.p_others = d <= 0.0 ? smaller : larger;
   const double log_p_others = d <= 0.0 ? d - near : 0.0 - near;
-  const double p_others = std::exp(log_p_others);
   const double entropy_of_others = alone ? 0.0 : (log_sum - others.weighted / others.sum) * kLn2;
   row.entropy = d != d ? d : 0.0;
-  if (p_target > 0.0) row.entropy -= p_target * row.logprob;
-  if (p_others > 0.0) row.entropy += p_others * (entropy_of_others - log_p_others);
+  if (row.p_target > 0.0) row.entropy -= row.p_target * row.logprob;
+  if (row.p_others > 0.0) row.entropy += row.p_others * (entropy_of_others - log_p_others);
   return row;
+}
+
+// The same of a forward that is over, of which the caller kept three numbers.
+GSPO_HD inline RowStats saved_stats(double logprob, double entropy, double lse) {
+  return {logprob, entropy, lse, std::exp(logprob), -std::expm1(logprob)};
 }
 
 struct Upstream {  // dL/dlogprob, dL/dentropy, dL/dlse of one row
@@ -82,20 +91,21 @@ struct RowGradient {
   float target;  // dL/dx of the target column
 };
 
-// `logprob` is the forward's: from target and lse it could only be had again by a subtraction. `lost`: how far the base
-// is below lse, in nats; NaN where both are -inf, for such a row's gradient is none.
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, double logprob, double entropy, double scale, float base,
+// `stats`: the forward's; from target and lse, logprob could only be computed by a subtraction. `lost`: how far the base
+// is below lse, in nats; NaN where both are -inf, for such a row's gradient is none. In float `exp(-lost)` has its
+// digits: the base's rounding error is small, and the result is rounded to float.
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, float base,
                                        double lost) {
-  const double inverse_temperature = scale * kLn2;
+  const double logprob = stats.logprob, entropy = stats.entropy, inverse_temperature = scale * kLn2;
   RowGradient row;
   row.base = base;
-  const double factor = std::exp(-lost) * inverse_temperature;
+  const double factor = std::exp(static_cast<float>(-lost)) * inverse_temperature;
   row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - lost)));
   row.slope = static_cast<float>(-factor * g.entropy * kLn2);
 
-  const double p = std::exp(logprob);
+  const double p = stats.p_target;
   const double through_p = p > 0.0 ? p * (g.lse - g.entropy * (logprob + entropy)) : 0.0;
-  row.target = static_cast<float>((g.logprob * -std::expm1(logprob) + through_p) * inverse_temperature);
+  row.target = static_cast<float>((g.logprob * stats.p_others + through_p) * inverse_temperature);
   return row;
 }
 

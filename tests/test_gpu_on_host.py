@@ -52,6 +52,11 @@ def test_rows(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_rows_of_the_variants(tmp_path: Path) -> None:
+    done = run(build(tmp_path, "-DGSPO_VARIANTS", "-DGSPO_FEW"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
     "the target in the sums": (
         {"    put(of_target, (span.phase + target) % Columns<T>::kWidth, minus_infinity(T{}));\n": ""},
@@ -70,11 +75,11 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "logprob is wrong",
     ),
     "-inf is never bounded": (
-        {"sums = sums_of<true, kThreads>(task.slice, source, task.scale);": ";"},
+        {"sums = sums_of<true>(task.slice, source, task.scale);": ";"},
         "entropy is wrong",
     ),
-    "entropy of warps not shifted": (
-        {"sum.weighted += (weighted[w] + totals[w] * down) * by;": "sum.weighted += weighted[w] * by;"},
+    "entropy of lanes not shifted": (
+        {"(of_lane.weighted + of_lane.total * shift) * shrink;": "of_lane.weighted * shrink;"},
         "entropy is wrong",
     ),
     "no clip": (
@@ -92,9 +97,8 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "block 0 reaches for block 1 of its cluster, which has not begun",
     ),
     "a barrier that some threads do not come to": (
-        {"__syncthreads();\n    if (threadIdx.x >= blocks_in_cluster())": "if (threadIdx.x >= blocks_in_cluster())"}
-        | {"  // one thread for each block to be told\n": "\n    __syncthreads();\n"},
-        "__syncthreads of block 0: 1 of 64 threads came",
+        {"__syncthreads();\n    if (warp > 0) return;": "if (warp > 0) return;\n    __syncthreads();"},
+        "__syncthreads of block 0: 32 of 64 threads came",
     ),
 }
 
@@ -107,12 +111,16 @@ def test_wrong_kernels_are_found(name: str, tmp_path: Path) -> None:
     assert said in done.stderr
 
 
+def test_two_rows_in_one_buffer_are_found(tmp_path: Path) -> None:
+    mutant = {"buffers + buffer * buffer_size": "buffers"}
+    done = run(build(tmp_path, "-DGSPO_FEW", "-DGSPO_VARIANTS", mutant=mutant))
+    assert "gradient is wrong: bfloat16, two buffers" in done.stderr
+
+
 RACES: dict[str, Mutant | None] = {
     "sound": None,
     "no barrier behind the first row's task": {"sync_cluster();  // a block that has not begun": "//"},
-    "no barrier among a block's warps": {
-        "__syncthreads();\n    if (threadIdx.x >= blocks": "if (threadIdx.x >= blocks"
-    },
+    "no barrier among a block's warps": {"__syncthreads();\n    if (warp > 0) return;": "if (warp > 0) return;"},
     "blocks do not wait for each other's sums": {"sync_cluster();\n\n    if": "__syncthreads();\n\n    if"},
     "no barrier before the gradient": {
         "__syncthreads();\n    const RowGradient gradient": "const RowGradient gradient"
@@ -121,24 +129,41 @@ RACES: dict[str, Mutant | None] = {
     "sums in one place": {
         "Partial of_blocks[2]": "Partial of_blocks[1]",
         "of_blocks[turn][rank_in_cluster()]": "of_blocks[0][rank_in_cluster()]",
-        "shared.sums.of_blocks[turn]": "shared.sums.of_blocks[0]",
+        "of_blocks[turn][block]": "of_blocks[0][block]",
     },
     "one task": {
         "Task<T> task[2];": "Task<T> task[1];",
         "shared.task[turn].row": "shared.task[0].row",
+        "Source(shared.task[turn].slice": "Source(shared.task[0].slice",
         "task = shared.task[turn];": "task = shared.task[0];",
+        "next = shared.task[turn ^ 1];": "next = shared.task[0];",
         "shared.task[turn ^ 1].prepare": "shared.task[0].prepare",
     },
     "one ticket": {
         "uint64_t next[2];": "uint64_t next[1];",
-        "&shared.next[turn]": "&shared.next[0]",
+        "&shared.next[turn ^ 1]": "&shared.next[0]",
         "(shared.next[turn])": "(shared.next[0])",
     },
 }
 
 
+RACES_OF_VARIANTS: dict[str, Mutant | None] = {
+    "sound": None,
+    "no wait for a bulk copy": {"    wait_for_phase(&flags_.landed[min(group, kParts - 1)], parity_);\n": ""},
+}
+
+
+def check_races(folder: Path, mutant: Mutant | None, *flags: str) -> None:
+    done = run(build(folder, "-DGSPO_FEW", "-fsanitize=thread", *flags, mutant=mutant))
+    assert (done.returncode == 0) == (mutant is None), done.stdout + done.stderr
+    assert ("data race" in done.stderr) == (mutant is not None), done.stderr
+
+
 @pytest.mark.parametrize("name", RACES)
 def test_races(name: str, tmp_path: Path) -> None:
-    done = run(build(tmp_path, "-DGSPO_FEW", "-fsanitize=thread", mutant=RACES[name]))
-    assert (done.returncode == 0) == (name == "sound"), done.stdout + done.stderr
-    assert ("data race" in done.stderr) == (name != "sound"), done.stderr
+    check_races(tmp_path, RACES[name])
+
+
+@pytest.mark.parametrize("name", RACES_OF_VARIANTS)
+def test_races_of_the_variants(name: str, tmp_path: Path) -> None:
+    check_races(tmp_path, RACES_OF_VARIANTS[name], "-DGSPO_VARIANTS")

@@ -1,6 +1,8 @@
 // The CUDA kernels as Python sees them: addresses of the device, sizes and a stream. logprobs/cuda_rows.py calls them.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include "rows.h"
 
 namespace py = pybind11;
@@ -25,6 +27,8 @@ struct View {  // [outer, inner, vocab] numbers
 void bind(py::module_& m) {
   m.def("cuda_missing", &missing, py::arg("device"));
   m.def("cuda_release", &release);
+  m.def("cuda_variants", &variants);
+  m.def("cuda_use_variant", &use_variant, py::arg("name"));
   m.def(
       "cuda_layout",
       [](const std::string& dtype, int64_t vocab, int64_t rows, int device) {

@@ -120,13 +120,13 @@ struct Slice {
     return target < 0 ? -1 : (span.phase + target) / Columns<T>::kWidth;
   }
 
-  // Of a vector at an edge, as it counts in the sums: what is not of the slice is -inf, and the target.
-  __device__ __forceinline__ Vector edge(int v) const {
+  // A vector at an edge, in which columns of other slices are -inf, and this `left_out` one.
+  __device__ __forceinline__ Vector edge(int v, int left_out = -1) const {
     Vector out{};
 #pragma unroll
     for (int i = 0; i < Columns<T>::kWidth; ++i) {
       const int column = span.column(v, i);
-      put(out, i, column >= 0 && column < columns && column != target ? x[column] : minus_infinity(T{}));
+      put(out, i, column >= 0 && column < columns && column != left_out ? x[column] : minus_infinity(T{}));
     }
     return out;
   }
@@ -149,5 +149,12 @@ struct Slice {
     }
   }
 };
+
+// Vectors of shared memory for the longest slice of a row, wherever the row begins.
+template <class T>
+__host__ __device__ __forceinline__ int64_t vectors_of_buffer(int64_t vocab, unsigned ranks) {
+  constexpr int kWidth = Columns<T>::kWidth;
+  return ((vocab + ranks - 1) / ranks + kWidth - 1) / kWidth + 1;
+}
 
 }  // namespace gspo::gpu

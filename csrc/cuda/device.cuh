@@ -157,8 +157,9 @@ __device__ __forceinline__ T* global(T* address) {
 __device__ __forceinline__ Vector load(const void* address) { return *static_cast<const Vector*>(global(address)); }
 __device__ __forceinline__ void store(void* address, const Vector& x) { *static_cast<Vector*>(global(address)) = x; }
 
-// 16 bytes into shared memory, past the first cache, while the thread goes on. They are there for it, and for no other
-// thread yet, when `wait_for_copies` returns.
+// 16 bytes into shared memory, past the first cache, while the thread goes on. `commit_copies` makes a group of those
+// begun since the last one. When `wait_for_copies` returns, all but the latest `kLeft` groups are there for this thread,
+// and for no other thread yet.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(GSPO_PTX)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -168,9 +169,61 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
+__device__ __forceinline__ void commit_copies() {
+#if defined(GSPO_PTX)
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(GSPO_PTX)
-  asm volatile("cp.async.wait_all;" : : : "memory");
+  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
+#endif
+}
+
+// Copies by the memory system itself, of many vectors at once, and a flag (an mbarrier) that says when they have landed.
+// A flag has phases, which end one after the other: here, when one thread has called `bulk_copy` and its bytes are there.
+__device__ __forceinline__ void initialize_flag(uint64_t* flag) {
+#if defined(GSPO_CLUSTERS)
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" : : "r"(address) : "memory");
+#else
+  *flag = 0;
+#endif
+}
+
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* flag) {
+#if defined(GSPO_CLUSTERS)
+  const uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(address), "r"(bytes) : "memory");
+  if (bytes > 0)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 : : "r"(there), "l"(global), "r"(bytes), "r"(address) : "memory");
+#elif defined(GSPO_ON_HOST)
+  std::memcpy(shared, global, bytes);
+  on_host::end_phase(flag);
+#endif
+}
+
+// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what was copied.
+__device__ __forceinline__ void wait_for_phase(uint64_t* flag, unsigned parity) {
+#if defined(GSPO_CLUSTERS)
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
+  uint32_t ended = 0;
+  while (!ended)
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+#elif defined(GSPO_ON_HOST)
+  on_host::wait_for_phase(flag, parity);
+#endif
+}
+
+// What this thread wrote to shared memory comes before a bulk copy that is begun behind the next barrier.
+__device__ __forceinline__ void order_before_bulk_copies() {
+#if defined(GSPO_CLUSTERS)
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 #endif
 }
 

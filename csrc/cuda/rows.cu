@@ -2,6 +2,7 @@
 // own in the driver, by way of the device's primary context.
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -14,11 +15,11 @@ namespace gspo::gpu {
 namespace {
 
 #if defined(GSPO_ON_HOST)  // so that small vocabularies have clusters
-constexpr int kThreads = 64, kThreadsAgain = 64;
+[[maybe_unused]] constexpr int kFew = 64, kMany = 64, kThreadsAgain = 64;
 constexpr size_t kSlice = 256;
 #else
-constexpr int kThreads = 256;        // of a block with a slice of a row: three to a multiprocessor, so that one's loads,
-constexpr size_t kSlice = 40 << 10;  // another's sums and a third one's stores overlap
+[[maybe_unused]] constexpr int kFew = 256, kMany = 512;  // threads of a block
+constexpr size_t kSlice = 40 << 10;
 constexpr int kThreadsAgain = 512;  // of a block with a row of its own, alone on its multiprocessor: there the L2 cache
                                     // still has the row when it is read again
 #endif
@@ -39,18 +40,63 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-template <class T>
-size_t room_bytes(int64_t vocab, unsigned ranks) {  // for a slice that begins anywhere
-  constexpr int kWidth = Columns<T>::kWidth;
-  const int64_t each = ((vocab + ranks - 1) / ranks + kWidth - 1) / kWidth;  // vectors, and one more where it begins late
-  return static_cast<size_t>(each + 1) * sizeof(Vector);
-}
-
 using Kernel = void (*)(OneRead);
 
+// A kernel whose slices stay in shared memory, and how rows are divided for it.
+struct Variant {
+  const char* name;
+  unsigned threads, buffers;
+  size_t slice;          // bytes, of which a cluster grows no further
+  unsigned most_blocks;  // of a cluster
+  struct Instance {
+    Kernel kernel;
+    size_t static_bytes;  // of shared memory
+  } of_float32, of_bfloat16, of_float16;
+
+  const Instance& instance(float) const { return of_float32; }
+  const Instance& instance(BFloat16) const { return of_bfloat16; }
+  const Instance& instance(Float16) const { return of_float16; }
+};
+
+template <template <class, int, int, int> class Source, int kThreads, int kParts, int kBuffers, int kBlocks>
+constexpr Variant variant(const char* name, size_t slice = kSlice, unsigned most_blocks = kMostBlocks) {
+  using OfFloat32 = Source<float, kThreads, kParts, kBuffers>;
+  using OfBFloat16 = Source<BFloat16, kThreads, kParts, kBuffers>;
+  using OfFloat16 = Source<Float16, kThreads, kParts, kBuffers>;
+  return {name,
+          kThreads,
+          kBuffers,
+          slice,
+          most_blocks,
+          {&one_read<float, OfFloat32, kBlocks>, sizeof(Shared<float, OfFloat32>)},
+          {&one_read<BFloat16, OfBFloat16, kBlocks>, sizeof(Shared<BFloat16, OfBFloat16>)},
+          {&one_read<Float16, OfFloat16, kBlocks>, sizeof(Shared<Float16, OfFloat16>)}};
+}
+
+// The first one is the default. The others are compiled only to be measured; `cuda_use_variant` chooses one.
+constexpr Variant kVariants[] = {  // source, threads, parts, buffers, blocks a multiprocessor
+    variant<Resident, kFew, 1, 1, 3>("default"),
+#if defined(GSPO_VARIANTS)
+    variant<Resident, kFew, 1, 1, 4>("four blocks"),
+    variant<Resident, kFew, 3, 1, 3>("three parts"),
+    variant<Resident, kMany, 1, 1, 2>("clusters of four", 2 * kSlice, kMostBlocks / 2),
+    variant<Resident, kMany, 1, 2, 2>("two buffers"),
+    variant<Bulk, kFew, 3, 1, 3>("bulk copies"),
+    variant<Bulk, kFew, 3, 1, 4>("bulk copies, four blocks"),
+    variant<Bulk, kMany, 2, 2, 2>("bulk copies, two buffers"),
+#endif
+};
+
+std::atomic<const Variant*> variant_in_use{&kVariants[0]};
+
 template <class T>
-Kernel kernel_of(const Layout& layout) {
-  return layout.resident ? &one_read<T, Resident, kThreads> : &one_read<T, Again, kThreadsAgain>;
+Kernel kernel_of(const Layout& layout, const Variant& variant) {
+  return layout.resident ? variant.instance(T{}).kernel : &one_read<T, Again<T, kThreadsAgain>, 1>;
+}
+
+template <class T>
+size_t buffer_bytes(int64_t vocab, unsigned ranks, const Variant& variant) {
+  return static_cast<size_t>(vectors_of_buffer<T>(vocab, ranks)) * sizeof(Vector) * variant.buffers;
 }
 
 class Configuration {
@@ -74,19 +120,24 @@ class Configuration {
 };
 
 template <class T>
-Layout choose(int64_t vocab, int device, const std::string& name) {
+Layout choose(int64_t vocab, int device, const Variant& variant, const std::string& name) {
   const unsigned multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   const Layout again{false, 1, multiprocessors, kThreadsAgain, 0};
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9 || !attribute(cudaDevAttrClusterLaunch, device))
     return again;
-  const size_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - sizeof(Shared<T, kThreads>);
+  const size_t most =
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - variant.instance(T{}).static_bytes;
   unsigned blocks = 1;
-  while (blocks < kMostBlocks && room_bytes<T>(vocab, blocks) > kSlice) blocks *= 2;
-  const size_t bytes = room_bytes<T>(vocab, blocks);
+  while (blocks < variant.most_blocks && buffer_bytes<T>(vocab, blocks, variant) > variant.slice * variant.buffers)
+    blocks *= 2;
+  const size_t bytes = buffer_bytes<T>(vocab, blocks, variant);
   if (bytes > most) return again;
-  Layout layout{true, blocks, 1, kThreads, bytes};
-  const Kernel kernel = kernel_of<T>(layout);
+  Layout layout{true, blocks, 1, variant.threads, bytes};
+  const Kernel kernel = kernel_of<T>(layout, variant);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), name);
+  // For several blocks a multiprocessor; the first cache, which gets the rest, has little to do.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        name);
   int clusters = 0;
   const Configuration configuration(layout, nullptr);
   check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), name);
@@ -96,13 +147,13 @@ Layout choose(int64_t vocab, int device, const std::string& name) {
 }
 
 template <class T>
-Layout layout_of(int64_t vocab, int64_t rows, int device, const std::string& name) {
+Layout layout_of(int64_t vocab, int64_t rows, int device, const Variant& variant, const std::string& name) {
   static std::mutex mutex;
-  static std::map<std::pair<int64_t, int>, Layout> known;
+  static std::map<std::tuple<int64_t, int, const Variant*>, Layout> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(vocab, device);
+  const auto key = std::make_tuple(vocab, device, &variant);
   auto found = known.find(key);
-  if (found == known.end()) found = known.emplace(key, choose<T>(vocab, device, name)).first;
+  if (found == known.end()) found = known.emplace(key, choose<T>(vocab, device, variant, name)).first;
   Layout layout = found->second;
   if (rows < layout.clusters) layout.clusters = static_cast<unsigned>(rows);
   return layout;
@@ -110,9 +161,10 @@ Layout layout_of(int64_t vocab, int64_t rows, int device, const std::string& nam
 
 template <class T>
 void run(const OneRead& arguments, int device, cudaStream_t stream, const std::string& name) {
-  const Layout layout = layout_of<T>(arguments.shape.vocab, arguments.shape.rows, device, name);
+  const Variant& variant = *variant_in_use;
+  const Layout layout = layout_of<T>(arguments.shape.vocab, arguments.shape.rows, device, variant, name);
   const Configuration configuration(layout, stream);
-  check(cudaLaunchKernelEx(&configuration.value, kernel_of<T>(layout), arguments), name);
+  check(cudaLaunchKernelEx(&configuration.value, kernel_of<T>(layout, variant), arguments), name);
 }
 
 template <class F>
@@ -141,15 +193,35 @@ std::string missing(int device) {
   cudaFuncAttributes attributes;  // whose question loads the kernel, or says why it cannot be
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again, kThreadsAgain>));
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, 1>));
   if (error == cudaSuccess) return "";
   (void)cudaGetLastError();
   return std::string("CUDA cannot load them: ") + cudaGetErrorString(error);
 }
 
+std::vector<std::string> variants() {
+  std::vector<std::string> names;
+  for (const Variant& each : kVariants) names.emplace_back(each.name);
+  return names;
+}
+
+void use_variant(const std::string& name) {
+  std::string names;
+  for (const Variant& each : kVariants) {
+    if (name == each.name) {
+      variant_in_use = &each;
+      return;
+    }
+    names += std::string(names.empty() ? "'" : ", '") + each.name + "'";
+  }
+  throw std::invalid_argument("name: expected a variant of this build, " + names + "; got '" + name + "'");
+}
+
 Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device) {
   make_current(device);
-  return for_dtype(dtype, [&](auto t) { return layout_of<decltype(t)>(vocab, rows, device, "one_read, " + dtype); });
+  return for_dtype(dtype, [&](auto t) {
+    return layout_of<decltype(t)>(vocab, rows, device, *variant_in_use, "one_read, " + dtype);
+  });
 }
 
 void one_read(const std::string& dtype, const OneRead& arguments, int device, uintptr_t stream) {

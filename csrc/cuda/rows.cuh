@@ -15,52 +15,121 @@
 
 namespace gspo::gpu {
 
-// Whole vectors that stay in shared memory, each brought there by the thread that has it.
-template <class T, int kThreads>
+// Where a block's slice is read from. `start` begins to copy it, `await` waits for what a thread reads of the vectors
+// that it has by turns: group 0, group 1, ..., of `kGroup` each. `kBuffers`: 2 where the next row's slice is copied while
+// this one is in use; 0 where nothing is.
+
+// Whole vectors that stay in shared memory, each copied there by the thread that has it. The first groups are waited for
+// one by one, so that they are summed while the rest, the last of `kParts`, is on its way.
+template <class T, int kThreads_, int kParts, int kBuffers_>
 class Resident {
  public:
+  static constexpr int kThreads = kThreads_, kBuffers = kBuffers_;
   static constexpr int kGroup = 4;  // vectors between two looks at the maximum
+  struct Flags {};
 
-  __device__ __forceinline__ Resident(const Slice<T>& slice, Vector* room) : room_(room), phase_(slice.span.phase) {}
+  __device__ __forceinline__ Resident(const Slice<T>& slice, Vector* buffer, Flags&, unsigned)
+      : buffer_(buffer), phase_(slice.span.phase) {}
 
-  __device__ __forceinline__ void bring(const Slice<T>& slice) const {
+  static __device__ __forceinline__ void initialize(Flags&) {}
+
+  __device__ __forceinline__ void start(const Slice<T>& slice) const {
     const Span<T> span = slice.span;
     const Vector* const from = slice.vectors();
-    for (int v = span.first + static_cast<int>(threadIdx.x); v < span.last; v += kThreads) copy_async(room_ + v, from + v);
-    if (threadIdx.x < 2) {
-      const int v = span.edge(threadIdx.x);
-      if (v >= 0) room_[v] = slice.edge(v);
+    int v = span.first + static_cast<int>(threadIdx.x);
+    for (int part = 1; part < kParts; ++part) {
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k, v += kThreads)
+        if (v < span.last) copy_async(buffer_ + v, from + v);
+      commit_copies();
     }
-    wait_for_copies();
-    if (slice.target >= 0 && span.owner(slice.target, kThreads) == threadIdx.x)
-      slice.leave_out_target(room_[slice.vector_of_target()]);
+    for (; v < span.last; v += kThreads) copy_async(buffer_ + v, from + v);
+    commit_copies();
+    if (threadIdx.x < 2) {
+      const int at_edge = span.edge(threadIdx.x);
+      if (at_edge >= 0) buffer_[at_edge] = slice.edge(at_edge);
+    }
   }
 
-  __device__ __forceinline__ Vector whole(int v) const { return room_[v]; }
-  __device__ __forceinline__ Vector without_target(int v) const { return room_[v]; }
-  // Of any thread's, after a barrier; the target is -inf.
-  __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(room_)[phase_ + i]); }
+  __device__ __forceinline__ void await(int group) const {
+    if constexpr (kParts > 1) {
+      static_assert(kParts == 3, "the waits below are those of three parts");
+      if (group == 0) return wait_for_copies<2>();
+      if (group == 1) return wait_for_copies<1>();
+    }
+    wait_for_copies<0>();
+  }
+
+  __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
+  __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(buffer_)[phase_ + i]); }
 
  private:
-  Vector* room_;
+  Vector* buffer_;
   int phase_;
 };
 
-// Vectors that are read whenever they are asked for.
-template <class T, int kThreads>
+// The same, copied by one thread with a few bulk copies. Each group but the last part has a flag of its own.
+template <class T, int kThreads_, int kParts, int kBuffers_>
+class Bulk {
+ public:
+  static constexpr int kThreads = kThreads_, kBuffers = kBuffers_, kGroup = 4;
+  struct Flags {
+    uint64_t landed[kParts];
+  };
+
+  __device__ __forceinline__ Bulk(const Slice<T>& slice, Vector* buffer, Flags& flags, unsigned parity)
+      : buffer_(buffer), flags_(flags), parity_(parity), phase_(slice.span.phase) {}
+
+  static __device__ __forceinline__ void initialize(Flags& flags) {
+    for (uint64_t& flag : flags.landed) initialize_flag(&flag);
+  }
+
+  __device__ __forceinline__ void start(const Slice<T>& slice) const {
+    const Span<T> span = slice.span;
+    if (threadIdx.x < 2) {
+      const int at_edge = span.edge(threadIdx.x);
+      if (at_edge >= 0) buffer_[at_edge] = slice.edge(at_edge);
+      order_before_bulk_copies();
+    }
+    if (threadIdx.x != kThreads - 1) return;
+    const Vector* const from = slice.vectors();
+    int v = span.first;
+    for (int part = 0; part < kParts; ++part) {
+      const int end = part == kParts - 1 ? span.last : min(v + kGroup * kThreads, span.last);
+      bulk_copy(buffer_ + v, from + v, static_cast<uint32_t>(end - v) * sizeof(Vector), &flags_.landed[part]);
+      v = end;
+    }
+  }
+
+  __device__ __forceinline__ void await(int group) const {
+    wait_for_phase(&flags_.landed[min(group, kParts - 1)], parity_);
+  }
+
+  __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
+  __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(buffer_)[phase_ + i]); }
+
+ private:
+  Vector* buffer_;
+  Flags& flags_;
+  unsigned parity_;
+  int phase_;
+};
+
+// Vectors that are read from memory, or the L2 cache, each time.
+template <class T, int kThreads_>
 class Again {
  public:
+  static constexpr int kThreads = kThreads_, kBuffers = 0;
   static constexpr int kGroup = 8;  // as many loads on their way
+  struct Flags {};
 
-  __device__ __forceinline__ Again(const Slice<T>& slice, Vector*) : slice_(slice), vectors_(slice.vectors()) {}
+  __device__ __forceinline__ Again(const Slice<T>& slice, Vector*, Flags&, unsigned)
+      : slice_(slice), vectors_(slice.vectors()) {}
 
-  __device__ __forceinline__ void bring(const Slice<T>&) const {}
+  static __device__ __forceinline__ void initialize(Flags&) {}
+  __device__ __forceinline__ void start(const Slice<T>&) const {}
+  __device__ __forceinline__ void await(int) const {}
   __device__ __forceinline__ Vector whole(int v) const { return load(vectors_ + v); }
-  __device__ __forceinline__ Vector without_target(int v) const {
-    Vector out = whole(v);
-    if (v == slice_.vector_of_target()) slice_.leave_out_target(out);
-    return out;
-  }
   __device__ __forceinline__ float column(int i) const { return widen(*global(slice_.x + i)); }
 
  private:
@@ -69,50 +138,40 @@ class Again {
 };
 
 // A thread's share of a slice: several vectors at a time, one by one where the target is among them and at the end.
-template <bool kBounded, int kThreads, class T, class Source>
+template <bool kBounded, class T, class Source>
 __device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& source, float scale) {
-  constexpr int kGroup = Source::kGroup, kStride = kGroup * kThreads;
+  constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
   Sums sums;
   const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
   const int of_target = slice.vector_of_target() - slice.span.first;
-  int v = begin, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
+  int v = begin, group_number = 0, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
 #pragma unroll 1
   for (int part = 0; part < 2; ++part, stop = last) {
     const int whole_groups = min(stop, last - (kGroup - 1) * kThreads);
-    for (; v < whole_groups; v += kStride) {
+    for (; v < whole_groups; v += kStride, ++group_number) {
+      source.await(group_number);
       Vector group[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) group[k] = source.whole(v + k * kThreads);
       sums.add<kBounded, T>(group, scale);
     }
     const int one_by_one = min(stop + kStride, last);
+    source.await(group_number++);
 #pragma unroll 1
     for (; v < one_by_one; v += kThreads) {
-      const Vector one[1] = {source.without_target(v)};
+      Vector one[1] = {source.whole(v)};
+      if (v == slice.vector_of_target()) slice.leave_out_target(one[0]);
       sums.add<kBounded, T>(one, scale);
     }
   }
   if (threadIdx.x < 2) {
     const int at_edge = slice.span.edge(threadIdx.x);
     if (at_edge >= 0) {
-      const Vector one[1] = {slice.edge(at_edge)};
+      const Vector one[1] = {slice.edge(at_edge, slice.target)};
       sums.add<kBounded, T>(one, scale);
     }
   }
   return sums;
-}
-
-// dL/dlogprob of a row: what it is where the ratio is 1, times the ratio where that is neither clipped nor too large.
-__device__ __forceinline__ double coefficient_of(double on_policy, double logprob, const TokenClip& clip, int64_t row) {
-  if (!clip.old_logprobs || on_policy == 0.0) return on_policy;
-  const auto finite = [](double x) { return x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x; };  // no inf - inf
-  const double log_ratio = finite(logprob) - finite(clip.old_logprobs[row]);
-  if (log_ratio > clip.max_log_ratio) return 0.0;
-  const double deviation = expm1(log_ratio);
-  const float advantage = clip.advantages[row];
-  const bool held = advantage > 0.0f ? deviation > clip.eps_high
-                                     : deviation < -clip.eps_low || deviation > clip.dual_clip - 1.0;
-  return held ? 0.0 : on_policy * (1.0 + deviation);
 }
 
 template <class T>
@@ -131,47 +190,67 @@ __device__ __forceinline__ double common_of(const Common& common) {
   return total > 0.0 ? factor / total : factor;
 }
 
-// What a block has to do next, made out by one of its threads while the others are at the row before.
+// What a block has to do for a row. One of its threads reads it while the row before is on its way.
 template <class T>
 struct Task {
   int64_t row;  // of no row, if there are fewer
-  bool counts;
+  bool counts, known;  // whether the token is a column
   Slice<T> slice;
   T* gradient;
-  float target_logit;  // before any block writes a gradient over it
-  float scale;         // of the logits to base 2; what a float keeps of it, with which kernels count
-  double exact_scale;
+  float scale;  // of the logits to base 2; what a float keeps of it, with which kernels count
+  double exact_scale, unscale, temperature;  // unscale: 1 / scale
+  float upstream, old_logprob, advantage;
 
   __device__ __forceinline__ void prepare(const OneRead& args, int64_t new_row) {
     row = new_row;
     if (row >= args.shape.rows) return;
     counts = !args.in.mask || args.in.mask[row];
     const int64_t token = args.in.token_ids[row];
-    const bool known = token >= 0 && token < args.shape.vocab;
+    known = token >= 0 && token < args.shape.vocab;
+    temperature = args.in.row_temperature ? args.in.row_temperature[row] : args.in.temperature;
+    upstream = args.upstream.logprobs[row];
+    old_logprob = args.clip.old_logprobs ? args.clip.old_logprobs[row] : 0.0f;
+    advantage = args.clip.old_logprobs ? args.clip.advantages[row] : 0.0f;
     const T* x = row_of<T>(args.shape, args.in.logits, row);
     slice = Slice<T>(x, args.shape.vocab, known ? token : -1, rank_in_cluster(), blocks_in_cluster());
     gradient = row_of<T>(args.shape, args.gradient, row) + (slice.x - x);
-    target_logit = !counts ? 0.0f : known ? widen(x[token]) : NAN;
-    exact_scale = kLog2e / (args.in.row_temperature ? args.in.row_temperature[row] : args.in.temperature);
+    exact_scale = kLog2e / temperature;
     scale = static_cast<float>(exact_scale);
+    unscale = 1.0 / scale;
   }
 };
 
-template <class T, int kThreads>
+// dL/dlogprob of a row: what it is where the ratio is 1, times the ratio where that is neither clipped nor too large.
+template <class T>
+__device__ __forceinline__ double coefficient_of(const Task<T>& task, double logprob, const TokenClip& clip) {
+  const double on_policy = task.upstream;
+  if (!clip.old_logprobs || on_policy == 0.0) return on_policy;
+  const auto finite = [](double x) { return x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x; };  // no inf - inf
+  const double log_ratio = finite(logprob) - finite(task.old_logprob);
+  if (log_ratio > clip.max_log_ratio) return 0.0;
+  const double deviation = expm1(log_ratio);
+  const bool held = task.advantage > 0.0f ? deviation > clip.eps_high
+                                          : deviation < -clip.eps_low || deviation > clip.dual_clip - 1.0;
+  return held ? 0.0 : on_policy * (1.0 + deviation);
+}
+
+template <class T, class Source>
 struct Shared {
-  Exchange<kThreads> sums;
+  Exchange<Source::kThreads> sums;
   Task<T> task[2];  // by turns, as the sums
-  uint64_t next[2];
+  uint64_t next[2];  // the row behind the one of this turn
   double common;
   RowGradient gradient;
+  typename Source::Flags flags[Source::kBuffers == 2 ? 2 : 1];
 };
 
-// What comes of a row's sums: its statistics, stored by one block, and its gradient.
-template <class T>
-__device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>& task, const Partial* blocks,
-                                              double common) {
+// What comes of a row's sums: its statistics, stored by one block, and its gradient. By the lanes of a warp, which all
+// compute the same: it has no loop over the blocks, nor a load from memory, that the others would wait for.
+template <class T, int kThreads>
+__device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>& task,
+                                              const Exchange<kThreads>& exchange, int turn, double common) {
   const int64_t row = task.row;
-  const bool stores = rank_in_cluster() == 0;
+  const bool stores = rank_in_cluster() == 0 && threadIdx.x % kWarp == 0;
   if (!task.counts) {
     if (stores) {
       args.out.logprobs[row] = args.out.entropy[row] = 0.0f;
@@ -179,66 +258,97 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
     }
     return RowGradient{};
   }
+  const Partial whole = exchange.of_cluster(turn);
   const double scale = task.exact_scale;
-  const RowStats stats = combine(others_of(blocks, blocks_in_cluster(), scale, task.scale), task.target_logit, scale);
-  const float logprob = static_cast<float>(stats.logprob);
+  const double error = scale * task.unscale - 1.0;  // of t: to first order what it makes of the sums
+  const Others others{whole.top * task.unscale, whole.total + whole.weighted * error * kLn2, whole.weighted};
+  RowStats stats = combine(others, task.known ? whole.target : NAN, scale);
+  stats.logprob = static_cast<float>(stats.logprob);
   if (stores) {
-    args.out.logprobs[row] = logprob;
+    args.out.logprobs[row] = static_cast<float>(stats.logprob);
     args.out.entropy[row] = static_cast<float>(stats.entropy);
     args.out.lse[row] = stats.lse;
   }
-  const double coefficient = coefficient_of(args.upstream.logprobs[row], logprob, args.clip, row);
+  const double coefficient = coefficient_of(task, stats.logprob, args.clip);
   if (coefficient == 0.0) return RowGradient{};  // whatever the logits and the common factor are
-  const double lse = stats.lse * kLog2e * (task.scale / scale);  // in the units of x * scale
+  const double lse = stats.lse * task.temperature * task.scale;  // in the units of x * scale
   const float base = static_cast<float>(lse);
-  return gradient_of({coefficient * common, 0.0, 0.0}, logprob, 0.0, scale, base, (lse - base) * kLn2);
+  return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, base, (lse - base) * kLn2);
 }
 
-// Three blocks with a slice of a row each share a multiprocessor; one with a whole row has it to itself.
-template <class T, template <class, int> class Source, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreads == 256 ? 3 : 1) one_read(const __grid_constant__ OneRead args) {
-#if defined(GSPO_ON_HOST)
-  auto* room = static_cast<Vector*>(on_host::dynamic_shared());
-  auto& shared = *static_cast<Shared<T, kThreads>*>(on_host::static_shared(sizeof(Shared<T, kThreads>)));
-#else
-  extern __shared__ Vector room[];
-  __shared__ Shared<T, kThreads> shared;
+// kBlocks: that share a multiprocessor, so that one's loads, another's sums and a third one's stores overlap; with a
+// whole row a block has it to itself. In a turn a cluster
+//
+//     copies a slice of the row to each block; meanwhile block 0 takes the ticket of the row after next, and a thread of
+//     each block reads what there is to know of the next row; sums it up; exchanges the sums; with two buffers begins to
+//     copy the next row; makes out the gradient in one warp; and writes it.
+template <class T, class Source, int kBlocks>
+__global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __grid_constant__ OneRead args) {
+#if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
+  if constexpr (Source::kBuffers == 0) {  // the others are not launched here
 #endif
+#if defined(GSPO_ON_HOST)
+  auto* buffers = static_cast<Vector*>(on_host::dynamic_shared());
+  auto& shared = *static_cast<Shared<T, Source>*>(on_host::static_shared(sizeof(Shared<T, Source>)));
+#else
+  extern __shared__ Vector buffers[];
+  __shared__ Shared<T, Source> shared;
+#endif
+  constexpr int kThreads = Source::kThreads;
   const unsigned ranks = blocks_in_cluster();
   const unsigned first = blockIdx.x / ranks, clusters = gridDim.x / ranks;
+  const int64_t buffer_size = Source::kBuffers == 2 ? vectors_of_buffer<T>(args.shape.vocab, ranks) : 0;
+  unsigned parities = 0;  // a bit for each buffer, which changes with each use
+  const auto source_of = [&](int turn) {
+    const int buffer = Source::kBuffers == 2 ? turn : 0;
+    return Source(shared.task[turn].slice, buffers + buffer * buffer_size, shared.flags[buffer], parities >> buffer & 1u);
+  };
   const double common = common_of(args.common);
   if (threadIdx.x == 0) {
+    for (auto& flags : shared.flags) Source::initialize(flags);
     shared.common = common;
     shared.task[0].prepare(args, first);
+    shared.next[0] = uint64_t{clusters} + first;
   }
   sync_cluster();  // a block that has not begun has no memory to be written to
+  if (Source::kBuffers == 2 && shared.task[0].row < args.shape.rows && shared.task[0].counts)
+    source_of(0).start(shared.task[0].slice);
 
   for (int turn = 0; shared.task[turn].row < args.shape.rows; turn ^= 1) {
     const Task<T>& task = shared.task[turn];
+    const Task<T>& next = shared.task[turn ^ 1];
+    const Source source = source_of(turn);
+    if (Source::kBuffers == 1 && task.counts) source.start(task.slice);
     if (rank_in_cluster() == 0 && threadIdx.x == 0) {
-      const uint64_t next = uint64_t{clusters} + take_ticket(args.tickets);
-      for (unsigned b = 0; b < ranks; ++b) store_to_block(&shared.next[turn], b, next);
+      const uint64_t row = 2 * uint64_t{clusters} + take_ticket(args.tickets);
+      for (unsigned b = 0; b < ranks; ++b) store_to_block(&shared.next[turn ^ 1], b, row);
     }
-    const Source<T, kThreads> source(task.slice, room);
+    if (threadIdx.x == kWarp) shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(shared.next[turn]));
     if (task.counts) {
-      source.bring(task.slice);
-      Sums sums = sums_of<false, kThreads>(task.slice, source, task.scale);
+      Sums sums = sums_of<false>(task.slice, source, task.scale);
       if (sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
-        sums = sums_of<true, kThreads>(task.slice, source, task.scale);
-      shared.sums.publish(sums, turn);
+        sums = sums_of<true>(task.slice, source, task.scale);
+      shared.sums.publish(sums, source, task.slice.target, turn);
+      parities ^= 1u << (Source::kBuffers == 2 ? turn : 0);
     }
     sync_cluster();
 
-    if (threadIdx.x == 0) shared.gradient = finish(args, task, shared.sums.of_blocks[turn], shared.common);
-    if (threadIdx.x == kWarp) shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(shared.next[turn]));
+    if (Source::kBuffers == 2 && next.row < args.shape.rows && next.counts) source_of(turn ^ 1).start(next.slice);
+    if (threadIdx.x < kWarp) {
+      const RowGradient gradient = finish(args, task, shared.sums, turn, shared.common);
+      if (threadIdx.x == 0) shared.gradient = gradient;
+    }
     __syncthreads();
     const RowGradient gradient = shared.gradient;
     if (gradient.constant == 0.0f && gradient.target == 0.0f)
       write_zeros<kThreads>(task.slice, task.gradient);
     else
       write_gradient<kThreads>(task.slice, source, task.gradient, gradient, task.scale);
-    __syncthreads();  // before anybody writes to the room, or to `gradient`, again
+    __syncthreads();  // before anybody writes to the buffer, the task or `gradient` again
   }  // and no block is written to behind the last exchange, when it may be gone
+#if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
+  }
+#endif
 }
 
 }  // namespace gspo::gpu

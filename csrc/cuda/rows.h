@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "../rows.h"
 
@@ -41,6 +42,12 @@ std::string missing(int device);
 
 // Of CUDA that the kernels were built with, such as "13.0".
 std::string release();
+
+// The kernels' names that this build has, the default one first; others are there to be measured (GSPO_VARIANTS).
+std::vector<std::string> variants();
+
+// The one that launches use from now on, in the whole process. Throws std::invalid_argument for a name that is none.
+void use_variant(const std::string& name);
 
 // Both throw std::runtime_error with CUDA's message and the kernel's name. `dtype`: float32, bfloat16, float16. The
 // device becomes the current one: the caller, who has made it that already, puts another one back.

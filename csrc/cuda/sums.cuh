@@ -60,67 +60,80 @@ struct Sums {
   }
 };
 
-// The same sums as they travel between blocks.
-struct Partial {
-  double top, total, weighted;
+// The sums of every `kLanes` neighbouring lanes together, in each of them.
+template <unsigned kLanes>
+__device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane) {
+  Sums sums = of_lane;
+  for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2) sums.top = fmaxf(sums.top, of_lane_xor(sums.top, lanes));
+  const float shift = of_lane.top - sums.top, shrink = exp2_flushed(shift);
+  sums.total = of_lane.total * shrink;
+  sums.weighted = (of_lane.weighted + of_lane.total * shift) * shrink;
+  for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    sums.total += of_lane_xor(sums.total, lanes);
+    sums.weighted += of_lane_xor(sums.weighted, lanes);
+  }
+  return sums;
+}
+
+// What a block sends to the others: its sums and, if it has the target column, that column's logit; else 0.
+struct alignas(16) Partial {
+  float top, total, weighted, target;
 };
 
-constexpr int kMostBlocks = 8;  // in a cluster, for one that every GPU with clusters takes
+constexpr unsigned kMostBlocks = 8;  // in a cluster, for one that every GPU with clusters takes
 
 // Where the threads of a block leave their sums for each other, and the blocks of a cluster theirs.
 template <int kThreads>
 struct Exchange {
-  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr unsigned kWarps = kThreads / kWarp;
+  static_assert(kWarps <= kWarp && kMostBlocks <= kWarp);
+
   float tops[kWarps], totals[kWarps], weighted[kWarps];
   Partial of_blocks[2][kMostBlocks];  // by turns: a fast block may be a row ahead of a slow one
 
   // Brings this block's sums to every block of the cluster, which has them behind its next barrier.
-  __device__ __forceinline__ void publish(const Sums& sums, int turn) {
+  template <class Source>
+  __device__ __forceinline__ void publish(const Sums& of_thread, const Source& source, int target, int turn) {
     const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    float top = sums.top;
-    for (unsigned lanes = kWarp / 2; lanes > 0; lanes /= 2) top = fmaxf(top, of_lane_xor(top, lanes));
-    const float shift = sums.top - top, shrink = exp2_flushed(shift);
-    float total = sums.total * shrink;
-    float weighted_sum = (sums.weighted + sums.total * shift) * shrink;
-    for (unsigned lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      total += of_lane_xor(total, lanes);
-      weighted_sum += of_lane_xor(weighted_sum, lanes);
-    }
+    const Sums of_warp = sums_of_lanes<kWarp>(of_thread);
     if (lane == 0) {
-      tops[warp] = top;
-      totals[warp] = total;
-      weighted[warp] = weighted_sum;
+      tops[warp] = of_warp.top;
+      totals[warp] = of_warp.total;
+      weighted[warp] = of_warp.weighted;
     }
     __syncthreads();
-    if (threadIdx.x >= blocks_in_cluster()) return;  // one thread for each block to be told
-    Partial sum{kFloor, 0.0, 0.0};
-    for (int w = 0; w < kWarps; ++w) sum.top = tops[w] > sum.top ? tops[w] : sum.top;
-#pragma unroll 1
-    for (int w = 0; w < kWarps; ++w) {
-      const double down = tops[w] - sum.top, by = exp2_flushed(static_cast<float>(down));
-      sum.total += totals[w] * by;
-      sum.weighted += (weighted[w] + totals[w] * down) * by;
+    if (warp > 0) return;
+    Sums sums;
+    if (lane < kWarps) {
+      sums.top = tops[lane];
+      sums.total = totals[lane];
+      sums.weighted = weighted[lane];
     }
-    uint64_t words[3];
-    memcpy(words, &sum, sizeof(sum));
+    sums = sums_of_lanes<kWarp>(sums);
+    if (lane >= blocks_in_cluster()) return;  // one thread for each block to be told
+    const Partial partial{sums.top, sums.total, sums.weighted, target < 0 ? 0.0f : source.column(target)};
+    uint64_t words[2];
+    memcpy(words, &partial, sizeof(partial));
     auto* place = reinterpret_cast<uint64_t*>(&of_blocks[turn][rank_in_cluster()]);
-    for (int i = 0; i < 3; ++i) store_to_block(place + i, threadIdx.x, words[i]);
+    for (int i = 0; i < 2; ++i) store_to_block(place + i, lane, words[i]);
+  }
+
+  // What the blocks of the cluster sent; in every lane of the warp that calls it.
+  __device__ __forceinline__ Partial of_cluster(int turn) const {
+    const unsigned block = threadIdx.x % kMostBlocks;
+    Sums sums;
+    float target = 0.0f;
+    if (block < blocks_in_cluster()) {
+      const Partial& partial = of_blocks[turn][block];
+      sums.top = partial.top;
+      sums.total = partial.total;
+      sums.weighted = partial.weighted;
+      target = partial.target;
+    }
+    sums = sums_of_lanes<kMostBlocks>(sums);
+    for (unsigned lanes = kMostBlocks / 2; lanes > 0; lanes /= 2) target += of_lane_xor(target, lanes);
+    return {sums.top, sums.total, sums.weighted, target};
   }
 };
-
-// Of the whole row, in the order of the blocks; `scale` and what a float kept of it, with which the kernels counted.
-__device__ __forceinline__ Others others_of(const Partial* blocks, unsigned count, double scale, float rounded) {
-  double top = kFloor;
-  for (unsigned b = 0; b < count; ++b) top = blocks[b].top > top ? blocks[b].top : top;
-  double total = 0.0, weighted = 0.0;
-#pragma unroll 1
-  for (unsigned b = 0; b < count; ++b) {
-    const double down = blocks[b].top - top, by = std::exp2(down);
-    total += blocks[b].total * by;
-    weighted += (blocks[b].weighted + blocks[b].total * down) * by;
-  }
-  const double error = scale / rounded - 1.0;  // of t: to first order what it makes of the sums
-  return {top / rounded, total + weighted * error * kLn2, weighted};
-}
 
 }  // namespace gspo::gpu

@@ -27,7 +27,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
   cudaDevAttrClusterLaunch = 120,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 
 struct cudaFuncAttributes {
@@ -59,6 +63,7 @@ struct Launch {
   uintptr_t stream = 0;
   unsigned blocks = 0, cluster = 0, threads = 0;  // cluster: blocks of one; 0: launched without
   size_t shared_bytes = 0, static_bytes = 0;
+  int carveout = -1;  // percent of a multiprocessor's memory that the kernel prefers to be shared; -1: the driver's choice
 };
 
 // An H100 with few multiprocessors, as long as nobody says otherwise; all GPUs are alike.
@@ -73,6 +78,7 @@ struct Machine {
   int has_code = 1;         // kernels are there for this kind
   std::map<std::string, cudaError_t> fails;  // the next call of a function
   std::map<std::pair<int, const void*>, size_t> most_dynamic;  // of a kernel on a device; else 48 KiB
+  std::map<std::pair<int, const void*>, int> carveout;
   Launch latest;
 };
 
@@ -196,10 +202,16 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
 }
 
 template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute name, int value) {
   if (const cudaError_t error = on_host::begin_with_kernel("cudaFuncSetAttribute")) return error;
-  if (bytes < 0 || bytes > on_host::machine.shared_bytes) return on_host::remembered(cudaErrorInvalidValue);
-  on_host::machine.most_dynamic[{on_host::device, reinterpret_cast<const void*>(kernel)}] = bytes;
+  const bool carveout = name == cudaFuncAttributePreferredSharedMemoryCarveout;
+  if (value < 0 || value > (carveout ? 100 : on_host::machine.shared_bytes))
+    return on_host::remembered(cudaErrorInvalidValue);
+  const std::pair<int, const void*> key{on_host::device, reinterpret_cast<const void*>(kernel)};
+  if (carveout)
+    on_host::machine.carveout[key] = value;
+  else
+    on_host::machine.most_dynamic[key] = value;
   return cudaSuccess;
 }
 
@@ -222,7 +234,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                               [&] { kernel(arguments...); });
   on_host::Launch& latest = on_host::machine.latest;
   latest = {latest.count + 1, on_host::device, reinterpret_cast<uintptr_t>(config->stream), blocks, cluster,
-            config->blockDim.x, config->dynamicSmemBytes, static_bytes};
+            config->blockDim.x, config->dynamicSmemBytes, static_bytes, -1};
+  const auto preferred = on_host::machine.carveout.find({on_host::device, reinterpret_cast<const void*>(kernel)});
+  if (preferred != on_host::machine.carveout.end()) latest.carveout = preferred->second;
   const bool fits = config->dynamicSmemBytes + static_bytes <= static_cast<size_t>(on_host::machine.shared_bytes);
   return on_host::remembered(fits ? cudaSuccess : cudaErrorInvalidValue);
 }

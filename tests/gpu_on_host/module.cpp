@@ -44,7 +44,7 @@ py::dict latest_launch() {
   return py::dict(py::arg("count") = latest.count, py::arg("device") = latest.device, py::arg("stream") = latest.stream,
                   py::arg("blocks") = latest.blocks, py::arg("cluster") = latest.cluster,
                   py::arg("threads") = latest.threads, py::arg("shared_bytes") = latest.shared_bytes,
-                  py::arg("static_bytes") = latest.static_bytes);
+                  py::arg("static_bytes") = latest.static_bytes, py::arg("carveout") = latest.carveout);
 }
 
 }  // namespace

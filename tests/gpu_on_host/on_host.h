@@ -38,6 +38,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline __attribute__((always_inline))  // what a call returns into memory, no sanitizer sees
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -320,6 +321,27 @@ T of_lane_xor(T x, unsigned lanes) {
   warp.barrier.wait();
   std::memcpy(&x, &slots[lane ^ lanes], sizeof(T));
   return x;
+}
+
+// A flag's phases by their number; ends one, in which everything that this thread did is done.
+inline void end_phase(uint64_t* flag) {
+  const Unseen unseen;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(flag);
+#endif
+  ++*flag;
+}
+
+inline void wait_for_phase(uint64_t* flag, unsigned parity) {
+  const Unseen unseen;
+  for (int turns = 0; (*flag & 1) == parity; ++turns) {
+    if (turns == 100000) throw std::runtime_error("a phase that never ends, of block " + std::to_string(blockIdx.x));
+    ready.push(running);
+    go_on();
+  }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(flag);
+#endif
 }
 
 // ---- launches

@@ -32,8 +32,18 @@ enum Kind {
   kPlain
 };
 
+enum Of { kAgain, kResident, kParts, kTwoBuffers, kBulk, kBulkTwoBuffers };  // where slices are read from
+const char* const kNames[] = {"again", "resident", "three parts", "two buffers", "bulk copies",
+                              "bulk copies, two buffers"};
+
+#if defined(GSPO_VARIANTS)
+const std::vector<Of> kChecked = {kParts, kTwoBuffers, kBulk, kBulkTwoBuffers};
+#else
+const std::vector<Of> kChecked = {kAgain, kResident};
+#endif
+
 struct Case {
-  bool resident;
+  Of of;
   unsigned clusters, ranks;
   int64_t vocab;
   int shift;       // columns' worth of memory between a boundary and the first row
@@ -71,14 +81,13 @@ bool near(double found, double expected, double relative, double absolute) {
 
 std::string words(const Case& c) {
   const auto number = [](auto x) { return std::to_string(x); };
-  return std::string(c.resident ? ", resident, " : ", again, ") + number(c.clusters) + " clusters of " +
-         number(c.ranks) + ", V = " + number(c.vocab) + ", shift " + number(c.shift) + (c.over ? ", in place" : "") +
+  return std::string(", ") + kNames[c.of] + ", " + number(c.clusters) + " clusters of " + number(c.ranks) + ", V = " + number(c.vocab) + ", shift " + number(c.shift) + (c.over ? ", in place" : "") +
          (c.elsewhere ? ", elsewhere" : "") + (c.clip ? ", clipped" : "") + (c.dual_clip < 1e9 ? " twice" : "") +
          (c.temperatures ? ", temperatures" : "");
 }
 
 template <class T>
-size_t room_bytes(int64_t vocab, unsigned ranks) {  // of a slice that begins as late as one can, and not a byte more
+size_t buffer_bytes(int64_t vocab, unsigned ranks) {  // of a slice that begins as late as one can, and not a byte more
   const Slice<T> first(reinterpret_cast<const T*>(16 - sizeof(T)), vocab, -1, 0, ranks);
   return first.span.vectors * sizeof(Vector);
 }
@@ -172,11 +181,20 @@ void check(const Case& c) {
   args.clip = {c.clip ? old.data() : nullptr, advantages.data(), 0.04, 0.04, c.dual_clip, 2.0};
   args.gradient = {reinterpret_cast<char*>(g), outer_stride, stride};
   args.tickets = &tickets;
-  on_host::launch(c.clusters, c.ranks, kThreads, c.resident ? room_bytes<T>(vocab, c.ranks) : 0, [&] {
-    if (c.resident)
-      one_read<T, Resident, kThreads>(args);
-    else
-      one_read<T, Again, kThreads>(args);
+  const bool twice = c.of == kTwoBuffers || c.of == kBulkTwoBuffers;
+  const size_t bytes = twice            ? 2 * vectors_of_buffer<T>(vocab, c.ranks) * sizeof(Vector)
+                       : c.of == kAgain ? 0
+                                        : buffer_bytes<T>(vocab, c.ranks);
+  on_host::launch(c.clusters, c.ranks, kThreads, bytes, [&] {
+#if defined(GSPO_VARIANTS)
+    if (c.of == kParts) one_read<T, Resident<T, kThreads, 3, 1>, 1>(args);
+    if (c.of == kTwoBuffers) one_read<T, Resident<T, kThreads, 1, 2>, 1>(args);
+    if (c.of == kBulk) one_read<T, Bulk<T, kThreads, 3, 1>, 1>(args);
+    if (c.of == kBulkTwoBuffers) one_read<T, Bulk<T, kThreads, 2, 2>, 1>(args);
+#else
+    if (c.of == kAgain) one_read<T, Again<T, kThreads>, 1>(args);
+    if (c.of == kResident) one_read<T, Resident<T, kThreads, 1, 1>, 1>(args);
+#endif
   });
 
   for (int64_t r = 0; r < rows; ++r) {
@@ -219,20 +237,25 @@ void check_kinds(const std::vector<int64_t>& vocabs) {
         for (const bool clip : {false, true}) {
           const bool elsewhere = clip && !over;
           const double dual_clip = over ? INFINITY : 3.0;
-          check<T>({false, 2, 1, vocab, shift, over, elsewhere, clip, shift == 0, dual_clip, {}});
-          check<T>({true, 1, 4, vocab, shift, over, elsewhere, clip, shift == 0, dual_clip, {}});
-          check<T>({true, 2, 2, vocab, shift, over, elsewhere, clip, shift != 0, dual_clip, {}});
+          for (const Of of : kChecked) {
+            if (of == kAgain) {
+              check<T>({of, 2, 1, vocab, shift, over, elsewhere, clip, shift == 0, dual_clip, {}});
+              continue;
+            }
+            check<T>({of, 1, 4, vocab, shift, over, elsewhere, clip, shift == 0, dual_clip, {}});
+            check<T>({of, 2, 2, vocab, shift, over, elsewhere, clip, shift != 0, dual_clip, {}});
+          }
         }
 }
 
 // Several vectors at a time: three times as many columns as that takes, and some, with the target in each part.
 template <class T>
 void check_groups() {
-  for (const bool resident : {false, true}) {
-    const int vectors = resident ? Resident<T, kThreads>::kGroup : Again<T, kThreads>::kGroup;
+  for (const Of of : kChecked) {
+    const int vectors = of == kAgain ? Again<T, kThreads>::kGroup : Resident<T, kThreads, 1, 1>::kGroup;
     const int64_t group = vectors * kThreads * Columns<T>::kWidth;
     const int64_t vocab = 3 * group + 70 * Columns<T>::kWidth + 3;
-    check<T>({resident, 2, 1, vocab, 3, false, true, true, false, INFINITY,
+    check<T>({of, 2, 1, vocab, 3, false, true, true, false, INFINITY,
               {9, group / 2, group + 77, 3 * group - 20, 3 * group + 8, vocab - 90, vocab - 1}});
   }
 }
@@ -250,10 +273,12 @@ int main() {
   check_groups<BFloat16>();
   check_groups<float>();
   check_groups<Float16>();
-  check<float>({true, 2, 2, 601, 1, false, false, false, true, INFINITY, {50, 99}, 1000.0f});
-  const double infinity = INFINITY;  // more clusters than rows
-  check<BFloat16>({true, 5, 2, 100, 1, false, false, true, true, infinity, {50, 99}});
-  check<BFloat16>({false, 5, 1, 100, 1, false, false, true, true, infinity, {50, 99}});
+  const double infinity = INFINITY;
+  for (const Of of : kChecked) {
+    if (of != kAgain) check<float>({of, 2, 2, 601, 1, false, false, false, true, infinity, {50, 99}, 1000.0f});
+    const unsigned ranks = of == kAgain ? 1 : 2;  // more clusters than rows
+    check<BFloat16>({of, 5, ranks, 100, 1, false, false, true, true, infinity, {50, 99}});
+  }
 #endif
   std::printf("%d wrong\n", failures);
   return failures ? 1 : 0;
