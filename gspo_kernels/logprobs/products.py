@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -26,6 +27,8 @@ _BLOCK_BYTES_ELSEWHERE = 512 << 20
 # a row's logits then have the same bits whatever the other rows and the number of threads.
 _ROWS = 16
 _ROWS_PER_THREAD = 4
+_COLUMNS = 16  # blocks of the vocabulary are multiples of it,
+_COLUMNS_PER_THREAD = 64  # and no narrower, for the same reason; a vocabulary that is narrower itself stays as it is
 _ALIGNMENT = 64  # bytes; where every row of an operand begins
 
 
@@ -47,7 +50,9 @@ class Products:
         self._least_rows = 1
         self._in_blocks = weight.device.type == "cpu"
         if self._in_blocks:
-            self._least_rows = _round_up(_ROWS_PER_THREAD * torch.get_num_threads(), _ROWS)
+            threads = torch.get_num_threads()
+            self._least_rows = _round_up(_ROWS_PER_THREAD * threads, _ROWS)
+            self._step = max(self._step, 2 * _COLUMNS_PER_THREAD * threads)  # halved at most where blocks are even
 
     def padded(self, rows: int) -> int:
         """How many rows are multiplied for `rows` of them."""
@@ -61,7 +66,7 @@ class Products:
     @property
     def converted_bytes(self) -> int:
         """Memory for the block of the weight that is converted at a time; 0 where the weight is multiplied as it is."""
-        rows = min(self._step, self._vocab) if self._converts else 0
+        rows = min(max(self._step, _COLUMNS), self._vocab) if self._converts else 0
         return rows * self.weight.shape[1] * self.sums.itemsize
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -90,12 +95,12 @@ class Products:
 
     def _weights(self, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of the weight as operands."""
-        vocab = self._vocab
-        blocks = [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
+        blocks = _even_blocks(self._vocab, step)
         if not self._converts:
             yield from ((block, self.weight[block]) for block in blocks)
             return
-        room = self.weight.new_empty(blocks[0].stop, self.weight.shape[1], dtype=self.sums)
+        most = max(block.stop - block.start for block in blocks)
+        room = self.weight.new_empty(most, self.weight.shape[1], dtype=self.sums)
         for block in blocks:
             converted = room[: block.stop - block.start]
             converted.copy_(self.weight[block].to(self.dtype))
@@ -119,10 +124,28 @@ class _OfOperands(Products):
 
 
 class CudaProducts(_OfOperands):
-    """cuBLAS, which delivers its accumulator in float32 when asked (torch 2.8 and later)."""
+    """cuBLAS, which adds bf16 or fp16 products to a float32 matrix (torch 2.10 and later)."""
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=float(add), alpha=factor, out=out)
+
+
+class CudaProductsThenSum(_OfOperands):
+    """For torch 2.8 and 2.9, whose `addmm` refuses a float32 matrix to add to; their `mm` returns float32 products.
+
+    What is added passes through a buffer, a block of rows at a time.
+    """
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
+        if not add:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+            if factor != 1.0:
+                out.mul_(factor)
+            return
+        rows = max(1, _BLOCK_BYTES_ELSEWHERE // (out.shape[1] * out.itemsize))
+        for start in range(0, out.shape[0], rows):
+            product = torch.mm(a[start : start + rows], b, out_dtype=torch.float32)
+            out[start : start + rows].add_(product, alpha=factor)
 
 
 class MklProducts(_OfOperands):
@@ -136,12 +159,21 @@ class MklProducts(_OfOperands):
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
     """The fastest there is on this device."""
-    device = weight.device.type
-    if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _cuda_delivers_float32():
-        return CudaProducts(weight, dtype)
-    if _by_mkl(device, dtype):
+    if weight.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return _cuda_products(weight.device, dtype)(weight, dtype)
+    if _by_mkl(weight.device.type, dtype):
         return MklProducts(weight, dtype)
     return Products(weight, dtype)
+
+
+def _even_blocks(columns: int, most: int) -> list[slice]:
+    """Of almost equal size, multiples of 16 columns: no last block is so narrow that another kernel multiplies it."""
+    if columns <= most:
+        return [slice(0, columns)]
+    units = -(-columns // _COLUMNS)
+    count = -(-units // max(1, most // _COLUMNS))
+    ends = [min(units * i // count * _COLUMNS, columns) for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -183,8 +215,19 @@ def _by_mkl(device: str, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _cuda_delivers_float32() -> bool:
-    return "dtype_out" in torch.ops.aten.mm.overloads()
+def _cuda_products(device: torch.device, dtype: torch.dtype) -> type[Products]:
+    """The fastest that this release of torch accepts, found by a product of 16 x 16. No result is read."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    for kind in (CudaProducts, CudaProductsThenSum):
+        try:
+            kind(a, dtype)._multiply(a, a, out, add=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):  # TypeError: before torch 2.8 there is no `out_dtype`
+            continue
+        return kind
+    return Products
 
 
 class _MklGemm:
