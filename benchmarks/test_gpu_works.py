@@ -271,8 +271,8 @@ def test_ncu_is_tried_again_without_what_it_does_not_know(
     on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
     assert counters.run(context)
     found = recorded(context)
-    assert found["counters", "unknown"] == ["sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active"]
-    assert len(found["counters", "one_read"]["metrics"]) == len(counters.METRICS) - 1
+    left_out = set(counters.METRICS) - found["counters", "one_read"]["metrics"].keys()
+    assert left_out == {"sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active"}
 
 
 def test_without_permission_or_ncu_counters_are_absent(
@@ -315,10 +315,10 @@ def test_a_variant_that_fails_costs_itself_alone(
     context.arguments = ["forward_backward", "one_read"]
     assert variants.run(context)
     found = recorded(context)
-    at = "variants", "forward_backward", "tried"
-    assert found[(*at, own)].keys() == {"gspo_on_policy, ours", "gspo_on_policy, ours_fresh"}
-    assert found[(*at, own)]["gspo_on_policy, ours"]["median"] > 0 and (*at, f"{own}, again") in found
-    assert found[(*at, second)] == {"error": "died"}
+    measured = {at[-1]: value for at, value in found.items() if at[:3] == ("variants", "forward_backward", "tried")}
+    assert measured[own].keys() == {"gspo_on_policy, ours", "gspo_on_policy, ours_fresh"}
+    assert measured[own]["gspo_on_policy, ours"]["median"] > 0 and f"{own}, again" in measured
+    assert measured[second] == {"error": "died"}
     assert found["variants", "forward_backward", "best"] == own
     assert "absent" in found["variants", "one_read"]
 
