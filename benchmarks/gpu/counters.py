@@ -1,9 +1,9 @@
 """What Nsight Compute counts in one launch of each row kernel: why a slow one is slow.
 
-Items are `forward`, `backward`, `forward_backward` (gradient over the logits), `forward_backward_fresh` and `one_read`
-(CUDA C++). One child process (`python -m benchmarks.gpu.counters <items>`) runs them all under ncu, each twice: ncu
-watches the second time. Clocks are not fixed and caches not flushed, both as in training. Between its passes ncu
-restores what the kernel wrote, which may leave a cache full of dirty lines: up to 8% of the logits here.
+Items are `forward`, `backward`, `forward_backward` (gradient over the logits, and as `forward_backward_fresh` a fresh
+one) and `one_read` (CUDA C++). One child process (`python -m benchmarks.gpu.counters <items>`) runs them all under ncu,
+each twice: ncu watches the second time. Clocks are not fixed and caches not flushed, both as in training. Between its
+passes ncu restores what the kernel wrote, which may leave a cache full of dirty lines: up to 8% of the logits here.
 
 The hit rate of reads in the L2 cache, in place against fresh, says whether the second read of a row comes from memory.
 """
@@ -25,7 +25,7 @@ import torch
 from .context import Absent, Context
 from .parts import REPOSITORY
 
-ITEMS = ("forward", "backward", "forward_backward", "forward_backward_fresh", "one_read")
+ITEMS = ("forward", "backward", "forward_backward", "one_read")
 KERNELS = "regex:^(forward|backward|forward_backward)_kernel|one_read"
 ROWS, SEQUENCES, VOCAB = 2_112, 16, 151_936  # 16 rows for each of 132 multiprocessors
 SMOKE_ROWS, SMOKE_VOCAB = 32, 100
@@ -68,12 +68,13 @@ def run(context: Context) -> bool:
     if context.smoke:
         work(items, "cpu")
         found, reason = by_item(parse(_canned())), ""
+        found = {item: metrics for item, metrics in found.items() if item in items}
     else:
         tool = find_ncu()
         if tool is None:
             raise Absent("ncu is neither on PATH nor in the usual folders of CUDA")
         found, reason = _count(context, tool, items)
-    for item in items:
+    for item in dict.fromkeys([*items, *found]):  # what comes along with an item is recorded, too
         result = derived(found[item]) if item in found else {"error": reason or "ncu shows no launch of this kernel"}
         context.put("counters", item, value=result)
         context.say(_line(item, result))
@@ -101,7 +102,6 @@ def _count(context: Context, tool: str, items: Sequence[str]) -> tuple[dict[str,
         print(output, flush=True)  # into the log
         found = by_item(parse(output.splitlines()))
         if found:
-            context.put("counters", "unknown", value=[name for name in METRICS if name not in metrics])
             return found, ""
         if _FORBIDDEN in output:
             raise Absent(f"ncu may not read this GPU's counters: {_FORBIDDEN}")
@@ -257,7 +257,7 @@ def work(items: Sequence[str], device: str) -> None:
 
     if {"forward", "backward"} & set(items):
         twice(gspo_kernels.gspo_loss, on_policy=False, overwrite=True, backend=triton)
-    if {"forward_backward", "forward_backward_fresh"} & set(items):
+    if "forward_backward" in items:
         for overwrite in (True, False):
             twice(gspo_kernels.gspo_loss, on_policy=True, overwrite=overwrite, backend=triton)
     if "one_read" in items and not (device == "cuda" and cuda_rows.unsupported_reasons(pristine)):

@@ -49,7 +49,7 @@ class CudaMeter:
             del answer
         finally:
             gc.enable()
-        return self._start.elapsed_time(self._end) / 1e3
+        return float(self._start.elapsed_time(self._end)) / 1e3
 
     def peak_extra_bytes(self, run: Callable[[], T]) -> tuple[T, int | None]:
         gc.collect()
@@ -107,5 +107,5 @@ def launches(run: Callable[[], object]) -> int:
 
 def on_device(profile: torch.profiler.profile) -> list[Any]:
     """A profile's kernels, copies and fills, in the order in which they started; waits of streams are none of them."""
-    events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in profile.events() or [] if e.device_type.name == "CUDA"]
     return sorted((e for e in events if not e.name.endswith(" Sync")), key=lambda e: e.time_range.start)

@@ -51,6 +51,12 @@ SIZES = {
     "backward": ((8, 8_192), (8, 4_096), (4, 2_048), (2, 2_048)),
     "forward_backward": ((16, 8_192), (32, 16_384), (8, 8_192)),
 }
+# Of fields that are no switches, where the package has them.
+VALUES: dict[str, tuple[int | None, ...]] = {
+    "prefetch": (0, 1, 2, 4),
+    "num_stages": (2, 3),
+    "max_registers": (None, 80),
+}
 MOST, SMOKE_MOST = 12, 2  # of a kernel
 ROWS, SMOKE_ROWS, COMPILED_ROWS, REPEATS = 8_192, 16, 1_024, 8
 _PATIENCE = 30.0  # seconds for the child processes, at most half of what is left
@@ -79,25 +85,38 @@ def variants_of(kernel: str, most: int = MOST) -> dict[str, Use]:
 
 
 def launches_of(kernel: str) -> list[Launch]:
-    """The table's entry, the same with its switches turned, then other sizes; each compiles to another kernel."""
+    """The table's entry, then changes of it: its switches, its other fields, its sizes. Each compiles differently."""
     current = LAUNCH[kernel]
-    switches = [f.name for f in dataclasses.fields(Launch) if isinstance(getattr(current, f.name), bool)]
-    turned: list[dict[str, bool]] = [
-        {name: getattr(current, name) ^ turn for name, turn in zip(switches, turns, strict=True)}
+    fields = {field.name: getattr(current, field.name) for field in dataclasses.fields(Launch)}
+    switches = [name for name, value in fields.items() if isinstance(value, bool)]
+    turned: list[dict[str, Any]] = [
+        {name: fields[name] ^ turn for name, turn in zip(switches, turns, strict=True)}
         for turns in sorted(itertools.product((False, True), repeat=len(switches)), key=sum)
     ]
-    sizes = [{"num_warps": warps, "elements": elements} for warps, elements in SIZES[kernel]]
-    found: dict[Any, Launch] = {}
-    for size, switch in [({}, t) for t in turned] + [(s, t) for t in turned for s in sizes]:
-        launch = dataclasses.replace(current, **{**size, **switch})
-        constants = triton_rows.sizes(kernel, launch, 2, 32)
-        found.setdefault((launch.num_warps, *sorted(constants.items())), launch)
+    others: list[dict[str, Any]] = [{name: value} for name in VALUES if name in fields for value in VALUES[name]]
+    sizes: list[dict[str, Any]] = [{"num_warps": warps, "elements": elements} for warps, elements in SIZES[kernel]]
+    found: dict[str, Launch] = {}
+    for changes in (*turned, *others, *({**turn, **size} for turn in turned for size in sizes)):
+        launch = dataclasses.replace(current, **changes)
+        found.setdefault(_compiled(kernel, launch), launch)
     return list(found.values())
 
 
+def _compiled(kernel: str, launch: Launch) -> str:
+    """What Triton is told: the same for launches that differ in what a kernel does not use."""
+    options = getattr(triton_rows, "compiler_options", None)
+    told = None if options is None else options(launch, True)
+    return repr((launch.num_warps, triton_rows.sizes(kernel, launch, 2, 32), told))
+
+
 def name_of(launch: Launch) -> str:
-    switches = [f.name for f in dataclasses.fields(launch) if getattr(launch, f.name) is True]
-    return ", ".join([f"{launch.num_warps} warps", f"{launch.elements} elements", *switches])
+    """Sizes, and the other fields where they are not the usual ones."""
+    words = [f"{launch.num_warps} warps", f"{launch.elements} elements"]
+    for field in dataclasses.fields(launch)[2:]:
+        value = getattr(launch, field.name)
+        if value != field.default:
+            words.append(field.name if value is True else f"{field.name} {value}")
+    return ", ".join(words)
 
 
 def _use(kernel: str, launch: Launch) -> Use:
