@@ -18,7 +18,7 @@ import pytest
 from gspo_kernels.logprobs import cuda_rows
 
 from .gpu import __main__ as program
-from .gpu import carried, faster, goals, parts, worker
+from .gpu import carried, faster, goals, page, parts, worker
 from .gpu.context import Context
 from .gpu.parts import REPOSITORY, Part, Starter, run
 from .gpu.report import Report
@@ -439,6 +439,37 @@ def test_smoke_run_of_peers_that_do_not_import(tmp_path: Path) -> None:
     assert "no such peer" in dense["errors"]["liger"] or "no such peer" in dense["absent"]["liger"]
     with pytest.raises(KeyError, match="no such peer"):
         goals.ahead("liger", "median")(found)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_show_the_committed_results() -> None:
+    for name, block in page.PAGES.items():
+        text = (REPOSITORY / name).read_text()
+        assert page.filled(text, block(page.committed())) == text, f"{name}: python -m benchmarks.gpu.page"
+    assert page.BEGIN in (REPOSITORY / "docs" / "gpu.md").read_text()
+
+
+def test_the_tables_have_what_was_measured() -> None:
+    kernels = [{"name": "_forward_kernel", "seconds": 0.0009, "bytes": 1, "share_of_copy": 0.92},
+               {"name": "_backward_kernel", "seconds": 0.0018, "bytes": 1}]  # fmt: skip
+    content = {
+        "machine": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "abc", "date": "2026-11-26"},
+        "bandwidth": {"copy": {"bytes_per_second": 3e12}},
+        "cases": {"gspo-8192": case_of(ours=times(3, 0.913, 3e12))},
+        "profile": {"gspo": {"kernels": kernels}, "gspo_on_policy": {"error": "no CUPTI"}},
+    }
+    lines = page.tables([content]).splitlines()
+    (gspo,) = (line for line in lines if line.startswith("| GSPO, off-policy |"))
+    assert gspo == "| GSPO, off-policy | 7.47 | 2.49 / 2.65-2.8 | 1.74 / 1.87-2.0 | 2.727 (91%) |"
+    (forward,) = (line for line in lines if line.startswith("| `forward`"))
+    assert forward.endswith("| 0.900 (92%) |")
+    (backward,) = (line for line in lines if line.startswith("| `backward`"))
+    assert backward.endswith("| 1.800 |")
+    assert sum(page.UNMEASURED in line for line in lines) > 10
+    assert "2.73 ms (91% of a copy)" in page.summary([content])
+    assert all(line.endswith("| unmeasured |") for line in page.tables([]).splitlines() if line.startswith("| G"))
 
 
 # --- goals ------------------------------------------------------------------------------------------------------------

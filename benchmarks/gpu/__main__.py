@@ -126,8 +126,7 @@ def _name(options: argparse.Namespace, report: Report) -> None:
     if before is not None and before.exists():
         earlier = _read(before)
         if _gpu(earlier) == gpu:
-            parts = {**earlier.get("parts", {}), **report.content.get("parts", {})}
-            report.content = {**earlier, **report.content, "parts": parts}
+            report.content = _merged(earlier, report.content)
         else:
             print(f"{before}: not added to, it is of {_gpu(earlier)}", file=sys.stderr)
     report.path.unlink(missing_ok=True)
@@ -137,6 +136,15 @@ def _name(options: argparse.Namespace, report: Report) -> None:
         file.write(said)
     log.unlink()
     report.save()
+
+
+def _merged(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Cases, parts and runs of both; what is in both is as it is now."""
+    found = {**earlier, **now}
+    for key in now.keys() & earlier.keys() - {"machine"}:
+        if isinstance(now[key], dict) and isinstance(earlier[key], dict):
+            found[key] = {**earlier[key], **now[key]}
+    return found
 
 
 def _gpu(content: dict[str, Any]) -> str:
