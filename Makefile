@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo demo-distributed paper test test-triton test-trainers static lint sanitize bench bench-compare bench-linear
-.PHONY: bench-precision bench-peers gpu clean
+.PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -37,10 +37,21 @@ test-trainers: .venv/test .venv/peers
 static: .venv/test
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)
 
-# Everything a GPU has to show, in less than 9 minutes, with the Python on PATH and without a network: the suite, speed
-# against peers, memory checks. Writes benchmarks/results/gpu-<name>.json and .log.
+# What a GPU has to show, with the Python on PATH and without a network, in two runs of 4 and 5 minutes; docs/gpu.md.
+# They write benchmarks/results/gpu-<name>.json and .log; the second adds to the first. ARGS=--smoke: on the CPU.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-more:
+	$(PYTHON) -m benchmarks.gpu --more $(ARGS)
+
+# For a GPU machine without a network: the peers as wheels for Python 3.12, into carried/.
+gpu-wheels:
+	$(PYTHON) -m benchmarks.gpu.carried wheels
+
+# The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
+gpu-carry:
+	$(PYTHON) -m benchmarks.gpu.carried build
 
 lint: .venv/test
 	$(BIN)/ruff check .

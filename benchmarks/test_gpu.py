@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,85 +17,278 @@ import pytest
 
 from gspo_kernels.logprobs import cuda_rows
 
-from .gpu import faster, goals
-from .gpu.__main__ import SMOKE_ONE_READ
-from .gpu.parts import REPOSITORY, Part, run
+from .gpu import __main__ as program
+from .gpu import carried, faster, goals, page, parts, worker
+from .gpu.context import Context
+from .gpu.parts import REPOSITORY, Part, Starter, run
 from .gpu.report import Report
+from .gpu.runs import ONE_READ, runs
+from .gpu.suite import Suite
 
-# A worker in a few lines: what it is told to do, an item at a time.
+RUNS = runs()
+# A worker in a few lines. What goes wrong is in FAULT, <what>:<item>; of a part without items the item is empty.
 WORKER = """
 import json, os, sys, time
 def write(**record):
     open(os.environ["GSPO_BENCH_RECORDS"], "a").write(json.dumps(record) + "\\n")
-for item in sys.argv[1:]:
+part, *items = sys.argv[1:]
+fault = os.environ.get("FAULT", "")
+for item in items or [""]:
     write(at=["part", "at"], value=f"the middle of {item}")
-    write(at=["cases", item], value="begun")
-    if item == "crash": os.abort()
-    if item == "hang": time.sleep(600)
-    if item == "raise": raise ValueError("no such luck")
-    write(at=["cases", item], value="done")
+    write(at=["cases", part, item], value="begun")
+    if fault == f"{part}:crash:{item}": os.abort()
+    if fault == f"{part}:raise:{item}": raise ValueError("no such luck")
+    if fault == f"{part}:absent:{item}": print("ImportError: no such peer"), sys.exit(77)
+    if fault == f"{part}:hang:{item}": open(os.environ["HANGS"], "w").close(), time.sleep(600)
+    write(at=["cases", part, item], value="done")
     write(finished=item)
 """
-COMMAND = (sys.executable, "-c", WORKER)
+
+
+def fake(part: Part) -> Part:
+    return replace(part, command=(sys.executable, "-c", WORKER, part.name))
+
+
+class Clock:
+    """Time that stands still, and jumps as soon as a worker hangs: nobody waits, and no speed of a machine matters."""
+
+    def __init__(self, hangs: Path, jump: float) -> None:
+        self._hangs, self._jump = hangs, jump
+        self._now = time.monotonic()
+        self._polls = 0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self._polls += self._hangs.exists()
+        if self._polls == 2:  # what the worker said before has been read
+            self._now += self._jump
+
+
+class Bench:
+    """Runs parts as `main` does, in a folder of their own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._monkeypatch = folder, monkeypatch
+        self.report = Report(folder / "gpu-test.json")
+        self.log = folder / "log"
+        self.log.touch()
+
+    def part(self, part: Part, fault: str = "", jump: float = 0.0, seconds: float = 10_000.0) -> str:
+        hangs = self.folder / "hangs"
+        hangs.unlink(missing_ok=True)
+        self._monkeypatch.setattr(parts, "time", Clock(hangs, jump))
+        starter = Starter({**os.environ, "FAULT": fault, "HANGS": str(hangs)}, self.log, ahead=False)
+        status = run(part, self.report, parts.time.monotonic() + seconds, starter)
+        assert json.loads(self.report.path.read_text()) == self.report.content
+        return status
+
+    def cases(self, part: Part) -> dict[str, str]:
+        found: dict[str, str] = self.report.get("cases", part.name)
+        return found
+
+    def reason(self, part: Part) -> str:
+        found: str = self.report.get("parts", part.name, "reason")
+        return found
 
 
 @pytest.fixture
-def report(tmp_path: Path) -> Report:
-    (tmp_path / "log").touch()
-    return Report(tmp_path / "gpu-test.json")
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
 
 
-def run_part(report: Report, part: Part, seconds: float = 60.0) -> str:
-    status = run(part, report, report.path.parent / "log", time.monotonic() + seconds, os.environ)
-    assert json.loads(report.path.read_text()) == report.content
-    return status
+EVERY = [(run.name, part) for run in RUNS.values() for part in run.parts]
+by_part = pytest.mark.parametrize("part", [part for _, part in EVERY], ids=[f"{run}-{p.name}" for run, p in EVERY])
+GOOD = Part("good", command=(sys.executable, "-c", WORKER, "good"), items=("a",))
 
 
-def test_crash_costs_one_item(report: Report) -> None:
-    part = Part("works", COMMAND, limit=60.0, least=0.0, items=("a", "crash", "raise", "b"))
-    assert run_part(report, part) == "failed"
-    assert report.get("cases") == {"a": "done", "crash": "begun", "raise": "begun", "b": "done"}
-    reason = report.get("parts", "works", "reason")
-    assert "at the middle of crash: died by SIGABRT" in reason
-    assert "at the middle of raise: exit code 1: ValueError: no such luck" in reason
+@by_part
+@pytest.mark.parametrize("fault", ["crash", "hang"])
+def test_a_fault_costs_one_item(bench: Bench, part: Part, fault: str) -> None:
+    """Of the part's own; a part that runs all items together loses what came behind, and no other part does."""
+    part = fake(part)
+    culprit = part.items[0] if part.items else ""
+    status = bench.part(part, f"{part.name}:{fault}:{culprit}", jump=part.patience + 1)
+    hung = fault == "hang" and part.patience >= part.limit
+    assert status == ("timed out" if hung else "failed")
+    expected = {culprit: "begun"}
+    if not part.together and not hung:
+        expected |= {culprit + part.fallback: "done"} if part.fallback else {}
+        expected |= {item: "done" for item in part.items[1:]}
+    assert bench.cases(part) == expected
+    words = {"crash": "died by SIGABRT", "hang": "its time was over" if hung else "nothing heard for"}
+    assert f"at the middle of {culprit}: {words[fault]}" in bench.reason(part)
+    assert bench.part(GOOD) == "ok"
 
 
-def test_failed_item_is_tried_again_in_its_safer_way(report: Report) -> None:
-    part = Part("works", COMMAND, limit=60.0, least=0.0, items=("crash", "b"), fallback=":ours")
-    assert run_part(report, part) == "failed"
-    assert report.get("cases") == {"crash": "begun", "crash:ours": "done", "b": "done"}
+@by_part
+def test_what_is_missing_is_said(bench: Bench, part: Part) -> None:
+    part = fake(part)
+    culprit = part.items[0] if part.items else ""
+    assert bench.part(part, f"{part.name}:absent:{culprit}") == "absent"
+    assert bench.reason(part) == "ImportError: no such peer"
+    assert bench.part(GOOD) == "ok"
 
 
-def test_silence_costs_one_item(report: Report) -> None:
-    part = Part("works", COMMAND, limit=60.0, least=0.0, patience=2.0, items=("hang", "b"))
-    assert run_part(report, part) == "failed"
-    assert report.get("cases") == {"hang": "begun", "b": "done"}
-    assert "nothing heard" in report.get("parts", "works", "reason")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_table_of_parts(name: str) -> None:
+    chosen = RUNS[name]
+    names = [part.name for part in chosen.parts]
+    assert names[:2] == ["environment", "extension"] and len(set(names)) == len(names)
+    for part in chosen.parts:
+        assert (part.worker or part.name) in worker.MODULES
+        assert part.least <= part.takes <= part.limit or part.name == "extension"
+        assert part.takes > 0 and part.patience <= part.limit
+    assert sum(part.takes for part in chosen.parts) <= chosen.seconds
+    assert sum(part.least for part in chosen.parts) <= chosen.seconds / 2
+    assert [part.name for part in runs(smoke=True)[name].parts] == names
 
 
-def test_limit_is_kept_and_other_parts_survive(report: Report) -> None:
-    assert run_part(report, Part("good", COMMAND, limit=60.0, least=0.0, items=("a",))) == "ok"
-    began = time.monotonic()
-    assert run_part(report, Part("slow", COMMAND, limit=2.0, least=0.5, items=("b", "hang"))) == "timed out"
-    assert time.monotonic() - began < 10.0
-    assert run_part(report, Part("late", COMMAND, limit=60.0), seconds=1.0) == "skipped"
-    assert {name: part["status"] for name, part in report.get("parts").items()} == {
-        "good": "ok",
+def test_the_runs_share_the_one_read_cases() -> None:
+    found = [item for run in RUNS.values() for part in run.parts if part.worker in ("", "one_read")
+             for item in part.items if item in ONE_READ]  # fmt: skip
+    assert sorted(found) == sorted(ONE_READ)
+
+
+def test_a_part_and_its_items_are_chosen() -> None:
+    chosen = RUNS["gpu"]
+
+    def names(only: list[str], skip: list[str] | None = None) -> list[str]:
+        return [part.name for part in program.selected(chosen, only, skip or [])]
+
+    assert names([], ["tests", "counters"]) == [p.name for p in chosen.parts if p.name not in ("tests", "counters")]
+    assert names(["speed", "bandwidth"]) == ["environment", "bandwidth", "speed"]
+    _, speed, one_read = program.selected(chosen, ["one_read:grpo-bf16-151936-4096", "speed:gspo,grpo"], [])
+    assert speed.items == ("gspo:ours", "grpo:ours")
+    assert one_read.items == ("grpo-bf16-151936-4096",)
+
+
+def test_a_raised_error_is_quoted(bench: Bench) -> None:
+    part = fake(Part("works", items=("a", "b", "c")))
+    assert bench.part(part, "works:raise:b") == "failed"
+    assert bench.cases(part) == {"a": "done", "b": "begun", "c": "done"}
+    assert "at the middle of b: exit code 1: ValueError: no such luck" in bench.reason(part)
+
+
+def test_limit_is_kept(bench: Bench) -> None:
+    part = fake(Part("slow", limit=30.0, least=0.5, patience=60.0, items=("a", "b")))
+    assert bench.part(part, "slow:hang:b", jump=31.0) == "timed out"
+    assert bench.cases(part) == {"a": "done", "b": "begun"}
+    late = fake(Part("late", limit=60.0))
+    assert bench.part(late, seconds=1.0) == "skipped"
+    assert {name: part["status"] for name, part in bench.report.get("parts").items()} == {
         "slow": "timed out",
         "late": "skipped",
     }
-    assert report.get("cases") == {"a": "done", "b": "done", "hang": "begun"}
 
 
-def test_children_of_a_part_end_with_it(report: Report, tmp_path: Path) -> None:
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
-    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    part = Part("parent", (sys.executable, "-c", code.format(child)), limit=3.0, least=0.0)
-    assert run_part(report, part) == "timed out"
+def test_children_of_a_part_end_with_it(bench: Bench) -> None:
+    pid = bench.folder / "pid"
+    child = (
+        f"import os, time; open({str(pid)!r} + '.new', 'w').write(str(os.getpid())); "
+        f"os.rename({str(pid)!r} + '.new', {str(pid)!r}); open(os.environ['HANGS'], 'w').close(); time.sleep(600)"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    part = Part("parent", command=(sys.executable, "-c", code), limit=30.0, least=0.0)
+    assert bench.part(part, jump=31.0) == "timed out"
     with pytest.raises(ProcessLookupError):
         for _ in range(50):
-            os.kill(int((tmp_path / "pid").read_text()), 0)
+            os.kill(int(pid.read_text()), 0)
             time.sleep(0.1)
+
+
+# A whole run in a process of its own, whose parts are fakes; without torch, which it takes seconds to import.
+FAKE_RUN = """
+import sys
+repository, worker, *arguments = sys.argv[1:]
+sys.path.insert(0, repository)
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu.parts import Part
+from benchmarks.gpu.runs import Run
+parts = [Part(name, command=(sys.executable, "-c", worker, name), items=("a", "b"))
+         for name in ("environment", "first", "second")]
+program.runs = lambda smoke: {name: Run(name, 240.0, tuple(parts)) for name in ("gpu", "gpu-more")}
+program.carried.use = lambda environment: {}
+sys.exit(program.main(arguments))
+"""
+
+
+def start_fake_run(folder: Path, *arguments: str, fault: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", FAKE_RUN, str(REPOSITORY), WORKER, "--output", str(folder), *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "FAULT": fault, "HANGS": str(folder / "hangs")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
+    process = start_fake_run(tmp_path, fault="first:hang:b")
+    while not (tmp_path / "hangs").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == program.KILLED
+    found = json.loads((tmp_path / "gpu-unknown.json").read_text())
+    assert found["parts"]["environment"]["status"] == "ok"
+    assert found["parts"]["first"]["status"] == "failed" and "the run was ended" in found["parts"]["first"]["reason"]
+    assert found["cases"]["first"]["a"] == "done" and not found["runs"]["gpu"]["finished"]
+
+
+def test_the_second_run_adds_to_the_first(tmp_path: Path) -> None:
+    def done(*arguments: str, fault: str = "") -> tuple[int | None, str]:
+        process = start_fake_run(tmp_path, *arguments, fault=fault)
+        text = process.communicate()[0]
+        return process.returncode, text
+
+    path = tmp_path / "gpu-unknown.json"
+    code, text = done("--only", "first")
+    assert code == 0, text
+    first = json.loads(path.read_text())
+    assert first["parts"].keys() == {"environment", "first"} and first["runs"]["gpu"]["finished"]
+    code, text = done("--more", "--only", "second", fault="second:crash:b")
+    assert code == program.FAILED, text
+    both = json.loads(path.read_text())
+    assert both["parts"].keys() == {"environment", "first", "second"}
+    assert both["cases"]["first"] == first["cases"]["first"] and both["cases"]["second"]["a"] == "done"
+
+    elsewhere = tmp_path / "earlier.json"
+    path.rename(elsewhere)
+    assert done("--only", "second", "--before", str(elsewhere))[0] == 0
+    assert json.loads(path.read_text())["parts"].keys() == {"environment", "first", "second"}
+    other = json.loads(elsewhere.read_text())
+    other["machine"] = {"gpu": "another"}
+    elsewhere.write_text(json.dumps(other))
+    path.unlink()
+    _, text = done("--only", "second", "--before", str(elsewhere))
+    assert "not added to, it is of another" in text
+    assert json.loads(path.read_text())["parts"].keys() == {"environment", "second"}
+
+
+def test_a_worker_that_waits_takes_the_next_part(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    report = Report(tmp_path / "gpu-test.json")
+    starter = Starter(dict(os.environ), log)
+    starter.prepare()
+    try:
+        starter.log = tmp_path / "renamed"
+        starter.log.touch()
+        starter.ahead = False
+        waiting = starter._waiting
+        assert waiting is not None
+        assert run(Part("extension", arguments=("--smoke",), limit=120.0), report, time.monotonic() + 120, starter) == (
+            "absent"
+        )
+        assert waiting.returncode == parts.ABSENT
+        assert "==== extension" in starter.log.read_text()
+    finally:
+        starter.close()
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
@@ -103,11 +299,124 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_smoke_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", str(tmp_path)]
+# --- the tests in several processes -----------------------------------------------------------------------------------
+
+TESTS = """
+import os, pathlib, signal, time
+import pytest
+
+@pytest.mark.parametrize("number", range(30))
+def test_number(number):
+    assert number != 3
+    if number == 10: os.kill(os.getpid(), signal.SIGKILL)
+
+@pytest.mark.skip(reason="no reason")
+def test_skipped(): pass
+"""
+
+
+def run_suite(tmp_path: Path, *files: Path) -> tuple[Suite, dict[str, Any]]:
+    records = tmp_path / "records"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    context = Context([], smoke=True, records=str(records))
+    suite = Suite(context, folder, [str(file) for file in files], dict(os.environ), 2)
+    try:
+        suite.watch()
+    finally:
+        suite.end()
+    suite.write()
+    found = {}
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("at", [""])[0] == "tests":
+            found[record["at"][1]] = record["value"]
+    return suite, found
+
+
+def test_a_process_that_dies_costs_the_tests_it_had_taken(tmp_path: Path) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text(TESTS)
+    suite, found = run_suite(tmp_path, file)
+    some = found["test_some.py"]
+    assert {test.partition("::")[2] for test in some["failures"]} == {"test_number[3]", "test_number[10]"}
+    # Eight are taken at a time: 8 to 15 were lost with number 10, of which 8 and 9 had run.
+    assert some["failed"] == 2 and some["passed"] == 30 - 8 + 2 - 1 and some["skipped"] == 1
+    assert some["not_run"] == 6 and suite.failed()
+
+
+def test_a_file_that_lacks_a_module_is_no_failure(tmp_path: Path) -> None:
+    file = tmp_path / "test_lacks.py"
+    file.write_text("import no_such_module\n")
+    suite, found = run_suite(tmp_path, file)
+    assert "no_such_module" in found["test_lacks.py"]["needs"] and not suite.failed()
+
+
+# --- what is carried --------------------------------------------------------------------------------------------------
+
+
+def test_carried_wheels_are_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carried, "BUILD", tmp_path / "build")
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_peer/__init__.py", "answer = 42\n")
+        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\n")
+    environment = {**os.environ, "PYTHONPATH": "elsewhere"}
+    assert carried._use_wheels(environment, tmp_path / "wheels") == "a_peer-1.0"
+    code = "import a_peer, importlib.metadata as m; print(a_peer.answer, m.version('a-peer'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "42 1.0\n"
+    assert carried._use_wheels({}, tmp_path / "nothing") == "none"
+
+
+def test_triton_cache_is_carried_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, path = tmp_path / "before", tmp_path / "after", tmp_path / "cache.tar"
+    entry = before / "ABC"
+    entry.mkdir(parents=True)
+    (entry / "kernel.cubin").write_bytes(b"code")
+    (entry / "__grp__kernel.json").write_text(
+        json.dumps({"child_paths": {"kernel.cubin": str(entry / "kernel.cubin")}})
+    )
+    assert "1 entries" in carried.save_cache(before, path)
+    environment = {"TRITON_CACHE_DIR": str(after)}
+    assert carried._use_cache(environment, path) == "1 entries"
+    group = json.loads((after / "ABC" / "__grp__kernel.json").read_text())
+    assert Path(group["child_paths"]["kernel.cubin"]).read_bytes() == b"code"
+    assert [p.name for p in after.iterdir()] == ["ABC"]
+    monkeypatch.setattr(carried, "MOST_BYTES", 10)
+    path.unlink()
+    assert "not saved" in carried.save_cache(before, path) and not path.exists()
+
+
+def test_what_is_carried_and_damaged_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carried, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(carried, "WHEELS", tmp_path)
+    monkeypatch.setattr(carried, "CACHE", tmp_path / "cache.tar")
+    monkeypatch.setattr(carried, "FOLDER", tmp_path)
+    monkeypatch.setattr(carried, "installed", lambda: tmp_path / "package" / "_native.so")
+    for name in ("peer-1.0-py3-none-any.whl", "cache.tar", "_native.so"):
+        (tmp_path / name).write_bytes(b"no such thing")
+    found = carried.use({})
+    assert found["wheels"].startswith("not used") and found["triton cache"].startswith("not used")
+    assert found["extension"].startswith("not used: does not load")
+    (tmp_path / "sources.sha256").write_text("of other sources\n")
+    monkeypatch.setattr(carried, "SOURCES", tmp_path / "sources.sha256")
+    assert "the sources have changed" in carried.use_extension()
+    assert not (tmp_path / "package").exists()
+
+
+# --- smoke, on the CPU ------------------------------------------------------------------------------------------------
+
+
+def test_smoke_run_of_peers_that_do_not_import(tmp_path: Path) -> None:
+    """`.ci/run` has the whole runs; here are the parts with contestants, and what is in the results."""
+    for name in ("liger_kernel", "trl"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('no such peer')\n")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--more", "--output", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "--only", "bandwidth", "speed", "linear", "one_read", "sanitizer"],
+        [*command, "--only", "peers:gspo", "linear:dense", "one_read-more"],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -115,104 +424,163 @@ def test_smoke_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu-smoke.log").read_text()
     found = json.loads((tmp_path / "gpu-smoke.json").read_text())
-    assert {part["status"] for part in found["parts"].values()} == {"ok"}
-    assert len(found["cases"]) == 5
-    for case in found["cases"].values():
-        assert {"ours", "eager", "copy"} <= case["contestants"].keys()
-        for name in ("liger", "trl"):
-            assert name in case["absent"] or name in case["errors"]  # they run on a GPU or in the interpreter
-    assert found["one_read"]["cases"].keys() == set(SMOKE_ONE_READ)
+    assert {name: part["status"] for name, part in found["parts"].items()} == {
+        name: "ok" for name in ("environment", "peers", "linear", "one_read-more")
+    }
+    (case,) = found["cases"].values()
+    assert {"ours", "eager", "copy"} <= case["contestants"].keys()
+    assert {case["absent"][name] for name in ("liger", "trl")} == {"ImportError: no such peer"}
     for case in found["one_read"]["cases"].values():
         assert {"ours", "ours_fresh", "copy"} == case["contestants"].keys() and not case["errors"]
         assert case["absent"].keys() == {"ours_cuda", "ours_cuda_fresh"}  # on a CPU
-    of_grpo = found["one_read"]["cases"]["grpo-bf16-100-16"]
-    assert of_grpo["contestants"]["ours"]["units"] > of_grpo["units"] == 2.0
-    assert any(line.startswith("cuda") for line in found["one_read"]["explain"])
-    assert found["linear"]["cases"].keys() == {"dense", "inactive", "frozen_head", "forward"}
-    for case in found["linear"]["cases"].values():
-        assert {"ours", "products", "eager"} <= case["contestants"].keys()
-        assert not case["contestants"]["ours"]["wrong"]
-    assert "median" in found["linear"]["products"]["logits, bf16"]
-    again = subprocess.run([*command, "--only", "bandwidth"], cwd=REPOSITORY, env=environment, capture_output=True)
-    assert again.returncode == 0
-    kept = json.loads((tmp_path / "gpu-smoke.json").read_text())
-    assert kept["cases"] == found["cases"]
+    dense = found["linear"]["cases"]["dense"]
+    assert {"ours", "products", "eager"} <= dense["contestants"].keys()
+    assert not dense["contestants"]["ours"]["wrong"]
+    assert "no such peer" in dense["errors"]["liger"] or "no such peer" in dense["absent"]["liger"]
+    with pytest.raises(KeyError, match="no such peer"):
+        goals.ahead("liger", "median")(found)
 
 
-def results(milliseconds: float, gpu: str, copy: float) -> dict[str, Any]:
-    def times(seconds: float, extra: int) -> dict[str, Any]:
-        return {"median": seconds, "times_floor": 1.1, "extra_bytes": extra, "launches": 4}
+# --- the page ---------------------------------------------------------------------------------------------------------
 
-    contestants = {
-        "ours": times(milliseconds / 1e3, 0),
-        "ours_fresh": times(milliseconds / 1e3, 100),
-        "eager": times(1.0, 600),
+
+def test_the_pages_show_the_committed_results() -> None:
+    for name, block in page.PAGES.items():
+        text = (REPOSITORY / name).read_text()
+        assert page.filled(text, block(page.committed())) == text, f"{name}: python -m benchmarks.gpu.page"
+    assert page.BEGIN in (REPOSITORY / "docs" / "gpu.md").read_text()
+
+
+def test_the_tables_have_what_was_measured() -> None:
+    kernels = [{"name": "_forward_kernel", "seconds": 0.0009, "bytes": 1, "share_of_copy": 0.92},
+               {"name": "_backward_kernel", "seconds": 0.0018, "bytes": 1}]  # fmt: skip
+    content = {
+        "machine": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "abc", "date": "2026-11-26"},
+        "bandwidth": {"copy": {"bytes_per_second": 3e12}},
+        "cases": {"gspo-8192": case_of(ours=times(3, 0.913, 3e12))},
+        "profile": {"gspo": {"kernels": kernels}, "gspo_on_policy": {"error": "no CUPTI"}},
     }
-    case = {"contestants": contestants, "absent": {"liger": "ImportError: no liger"}, "errors": {}}
-    return {"machine": {"gpu": gpu}, "bandwidth": {"copy": {"bytes_per_second": copy}}, "cases": {"gspo-8192": case}}
+    lines = page.tables([content]).splitlines()
+    (gspo,) = (line for line in lines if line.startswith("| GSPO, off-policy |"))
+    assert gspo == "| GSPO, off-policy | 7.47 | 2.49 / 2.65-2.8 | 1.74 / 1.87-2.0 | 2.727 (91%) |"
+    (forward,) = (line for line in lines if line.startswith("| `forward`"))
+    assert forward.endswith("| 0.900 (92%) |")
+    (backward,) = (line for line in lines if line.startswith("| `backward`"))
+    assert backward.endswith("| 1.800 |")
+    assert sum(page.UNMEASURED in line for line in lines) > 10
+    assert "2.73 ms (91% of a copy)" in page.summary([content])
+    assert all(line.endswith("| unmeasured |") for line in page.tables([]).splitlines() if line.startswith("| G"))
 
 
-def test_goals() -> None:
-    by_text = {goal.text: goal for goal in goals.GOALS}
-    goal = by_text["off-policy GSPO, forward and backward"]
-    assert goal.judge(results(1.9, "NVIDIA H200", 4.2e12))[0]
-    assert not goal.judge(results(2.0, "NVIDIA H200", 4.2e12))[0]
-    assert goal.judge(results(2.7, "NVIDIA H100 80GB HBM3", 3.0e12))[0]  # a slower memory, the same multiple of it
-    assert not goal.judge(results(2.8, "NVIDIA H100 80GB HBM3", 3.0e12))[0]
-    assert by_text["peak memory against eager, every case"].judge(results(1.9, "NVIDIA H200", 4.2e12))[0]
-    with pytest.raises(KeyError, match="no liger"):
-        by_text["time against liger, every case"].judge(results(1.9, "NVIDIA H200", 4.2e12))
+# --- goals ------------------------------------------------------------------------------------------------------------
+
+BY_TEXT = {goal.text: goal for goal in goals.GOALS}
+LOGITS_BYTES = 8_192 * 151_936 * 2
+
+
+def times(units: float, share: float, copy: float, extra: int = 0) -> dict[str, Any]:
+    """Of a contestant that moves so many passes at a share of the speed of a copy, in bytes a second."""
+    return {"median": units * LOGITS_BYTES / (share * copy), "extra_bytes": extra, "launches": 4}
+
+
+def case_of(copy: float = 3e12, **contestants: dict[str, Any]) -> dict[str, Any]:
+    found = {"copy": times(2, 1.0, copy), **contestants}
+    return {"contestants": found, "logits_bytes": LOGITS_BYTES, "absent": {"liger": "ImportError: none"}, "errors": {}}
+
+
+@pytest.mark.parametrize("copy", [3.0e12, 4.3e12], ids=["H100", "H200"])
+def test_goals_are_shares_of_the_copy(copy: float) -> None:
+    def judged(text: str, units: float, share: float) -> bool:
+        ours = times(units, share, copy)
+        cases = {f"{work}-8192": case_of(copy, ours=ours) for work in ("forward", "gspo", "gspo_on_policy", "grpo")}
+        one_read = {f"{work}-bf16-151936-8192": case_of(copy, ours=ours, ours_cuda=ours)
+                    for work in ("gspo_on_policy", "grpo", "ppo")}  # fmt: skip
+        return BY_TEXT[text].judge({"cases": cases, "one_read": {"cases": one_read}})[0]
+
+    for text, units, share in (
+        ("forward, share of copy on 1u", 1, 0.9),
+        ("off-policy GSPO, forward and backward, on 3u", 3, 0.9),
+        ("on-policy GSPO in CUDA C++, on 2u", 2, 0.88),
+        ("GRPO, a ratio per token, in CUDA C++, on 2u", 2, 0.88),
+        ("PPO in CUDA C++, on 2u", 2, 0.88),
+        ("on-policy GSPO in Triton, on 2u", 2, 0.75),
+        ("GRPO, a ratio per token, in Triton, on 3u", 3, 0.9),
+        ("PPO in Triton, on 3u", 3, 0.9),
+    ):
+        assert judged(text, units, share + 0.005) and not judged(text, units, share - 0.005), text
+
+
+def test_goals_of_time_and_memory() -> None:
+    ours, eager = times(3, 0.95, 3e12), times(20, 0.95, 3e12, extra=600)
+    content = {"cases": {"gspo-8192": case_of(ours=ours, ours_fresh={**ours, "extra_bytes": 100}, eager=eager)}}
+    assert BY_TEXT["peak memory against eager, every case"].judge(content)[0]
+    assert BY_TEXT["time against eager, every case"].judge(content)[0]
+    with pytest.raises(KeyError, match="ImportError: none"):
+        BY_TEXT["time against liger, every case"].judge(content)
+    inactive = BY_TEXT["45% of no advantage, 15% of the rest clipped, against dense"]
+    for ratio in (0.84, 0.86):
+        less = {**ours, "median": ours["median"] * ratio}
+        content["cases"]["gspo_inactive-8192"] = case_of(ours=less)
+        assert inactive.judge(content)[0] == (ratio < 0.85)
+
+
+def test_a_copy_of_the_bandwidth_part_will_do() -> None:
+    case = case_of(ours=times(1, 0.95, 3e12))
+    del case["contestants"]["copy"]
+    content = {"cases": {"forward-8192": case}, "bandwidth": {"copy": {"bytes_per_second": 3e12}}}
+    assert BY_TEXT["forward, share of copy on 1u"].judge(content) == (True, "95.0%, 0.873 ms")
 
 
 def test_goals_of_the_linear_part() -> None:
-    def times(milliseconds: float, flop_per_s: float, wrong: str = "") -> dict[str, Any]:
-        return {"median": milliseconds / 1e3, "flop_per_s": flop_per_s, "extra_bytes": 10, "wrong": wrong}
+    def content(dense: float, inactive: float = 20.0, frozen: float = 20.0, wrong: str = "") -> dict[str, Any]:
+        def case(ours: float) -> dict[str, Any]:
+            contestants = {"ours": ours, "products": 40.0, "eager": 60.0}
+            found = {name: {"median": ms / 1e3, "extra_bytes": 10, "wrong": ""} for name, ms in contestants.items()}
+            found["ours"]["wrong"] = wrong
+            return {"contestants": found, "absent": {"liger": "ImportError: none"}, "errors": {}}
 
-    def content(gpu: str, ours: float, rate: float, wrong: str = "") -> dict[str, Any]:
-        contestants = {"ours": times(ours, 7e14, wrong), "products": times(39.0, rate), "eager": times(60.0, 5e14)}
-        case = {"contestants": contestants, "absent": {"liger": "ImportError: no liger"}, "errors": {}}
-        return {"machine": {"gpu": gpu}, "linear": {"cases": {"dense": case}}}
+        cases = {"dense": case(dense), "inactive": case(inactive), "frozen_head": case(frozen)}
+        return {"linear": {"cases": cases}}
 
-    by_text = {goal.text: goal for goal in goals.GOALS}
-    goal = by_text["from hidden states, D = 4,096, dense"]
-    assert goal.judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
-    assert not goal.judge(content("NVIDIA H200", 42.0, 7.88e14))[0]
-    assert not goal.judge(content("NVIDIA H200", 41.0, 7.88e14, wrong="loss"))[0]
-    assert goal.judge(content("NVIDIA H100", 81.0, 3.94e14))[0]  # products at half the speed
-    assert by_text["linear, time against eager"].judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
-    assert not by_text["linear, memory against eager"].judge(content("NVIDIA H200", 41.0, 7.88e14))[0]
-    with pytest.raises(KeyError, match="no liger"):
-        by_text["linear, time against liger"].judge(content("NVIDIA H200", 41.0, 7.88e14))
+    dense = BY_TEXT["from hidden states, D = 4,096, dense, against bare products"]
+    assert dense.judge(content(43.9))[0] and not dense.judge(content(44.1))[0]
+    assert not dense.judge(content(43.9, wrong="loss"))[0]
+    inactive = BY_TEXT["the same, 45% of no advantage and 15% clipped, against dense"]
+    assert inactive.judge(content(40.0, inactive=27.9))[0] and not inactive.judge(content(40.0, inactive=28.1))[0]
+    frozen = BY_TEXT["the same, head frozen, against dense"]
+    assert frozen.judge(content(40.0, frozen=28.7))[0] and not frozen.judge(content(40.0, frozen=28.9))[0]
+    assert BY_TEXT["linear, time against eager"].judge(content(43.0))[0]
+    assert not BY_TEXT["linear, memory against eager"].judge(content(43.0))[0]
+    with pytest.raises(KeyError, match="ImportError: none"):
+        BY_TEXT["linear, time against liger"].judge(content(43.0))
+
+
+def test_cuda_that_was_not_built_is_said() -> None:
+    case = case_of(ours=times(3, 0.9, 3e12))
+    case["absent"]["ours_cuda"] = "the CUDA kernels were not built"
+    with pytest.raises(KeyError, match="not built"):
+        BY_TEXT["PPO in CUDA C++, on 2u"].judge({"one_read": {"cases": {"ppo-bf16-151936-8192": case}}})
 
 
 def one_read(milliseconds: float, rivals: float = 2.0, gpu: str = "NVIDIA H200") -> dict[str, Any]:
-    def case(launches: int) -> dict[str, Any]:
-        times = {"ours": rivals, "ours_fresh": rivals, "ours_cuda": milliseconds, "ours_cuda_fresh": milliseconds}
-        measured = {name: {"median": ms / 1e3, "times_floor": 1.1, "launches": launches} for name, ms in times.items()}
+    def case() -> dict[str, Any]:
+        names = {"ours": rivals, "ours_fresh": rivals, "ours_cuda": milliseconds, "ours_cuda_fresh": milliseconds}
+        measured = {name: {"median": ms / 1e3, "launches": 4} for name, ms in names.items()}
         return {"contestants": measured, "absent": {}, "errors": {}}
 
-    cases = {"gspo_on_policy-bf16-151936-8192": case(4), "grpo-bf16-151936-8192": case(5)}
-    return {"machine": {"gpu": gpu}, "one_read": {"cases": cases}, "parts": {"one_read": {"status": "ok"}}}
-
-
-def test_goals_in_cuda() -> None:
-    by_text = {goal.text: goal for goal in goals.GOALS}
-    goal = by_text["GRPO, a ratio per token, in CUDA C++"]
-    assert goal.judge(one_read(1.3))[0] and not goal.judge(one_read(1.31))[0]
-    with pytest.raises(KeyError):
-        by_text["PPO, one mean over all tokens, in CUDA C++"].judge(one_read(1.3))
-    absent = one_read(1.3)
-    case = absent["one_read"]["cases"]["grpo-bf16-151936-8192"]
-    del case["contestants"]["ours_cuda"]
-    case["absent"]["ours_cuda"] = "the CUDA kernels were not built"
-    with pytest.raises(KeyError, match="not built"):
-        goal.judge(absent)
+    parts = {"one_read": {"status": "ok"}, "one_read-more": {"status": "ok"}}
+    return {"machine": {"gpu": gpu}, "one_read": {"cases": {name: case() for name in ONE_READ}}, "parts": parts}
 
 
 def test_launches_are_a_goal_for_triton_and_counted_for_cuda() -> None:
-    by_text = {goal.text: goal for goal in goals.GOALS}
-    met, text = by_text["launches of forward and backward"].judge(results(1.9, "NVIDIA H200", 4.2e12) | one_read(1.3))
-    assert met and text.endswith("in CUDA C++ gspo_on_policy-bf16-151936-8192 4, grpo-bf16-151936-8192 5")
+    goal = BY_TEXT["launches of forward and backward"]
+    content = {
+        "profile": {"gspo": {"launches": 4}, "grpo_cuda": {"launches": 5}, "ppo_cuda": {"absent": "not built"}},
+        "cases": {"gspo-1024": case_of(ours=times(3, 0.9, 3e12))},
+    }
+    assert goal.judge(content) == (True, "gspo 4, gspo-1024 4; in CUDA C++ grpo_cuda 5")
+    content["profile"]["gspo"]["launches"] = 11
+    assert not goal.judge(content)[0]
 
 
 def test_the_line_for_the_package_is_printed_where_cuda_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +594,7 @@ def test_the_line_for_the_package_is_printed_where_cuda_is_ahead(monkeypatch: py
     assert said({this}, 2.1) == "FASTER_ON: frozenset[str] = frozenset()"
     assert "rightly" in said({this}, 1.3) and "not ahead" in said({other}, 2.1)
     lines = faster.lines(one_read(1.6))
-    assert sum("1.250x" in line for line in lines) == 2
+    assert sum("1.250x" in line for line in lines) == len(ONE_READ)
     assert faster.lines({"machine": None}) == ["CUDA C++ against Triton: not measured"]
 
 

@@ -74,6 +74,7 @@ def _parts(
 
     for number, part in enumerate(parts):
         part = _with_bandwidth(part, report)
+        starter.ahead = number + 1 < len(parts)
         kept = sum(later.least for later in parts[number + 1 :])
         print(f"{part.name}, {max(deadline - time.monotonic(), 0):.0f} s left", flush=True)
         statuses[part.name] = run(part, report, deadline - kept, starter)
@@ -119,17 +120,15 @@ def _log(report: Report) -> Path:
 
 def _name(options: argparse.Namespace, report: Report) -> None:
     """Names the results after the GPU, and adds them to earlier ones of the same GPU where that is wanted."""
-    gpu = str(report.get("machine", "gpu") or "unknown")
+    gpu = _gpu(report.content)
     path, log = options.output / f"gpu-{slug(gpu)}.json", _log(report)
     before = options.before or (path if options.only or options.more else None)
     if before is not None and before.exists():
         earlier = _read(before)
-        other = str((earlier.get("machine") or {}).get("gpu"))
-        if other == gpu:
-            parts = {**earlier.get("parts", {}), **report.content.get("parts", {})}
-            report.content = {**earlier, **report.content, "parts": parts}
+        if _gpu(earlier) == gpu:
+            report.content = _merged(earlier, report.content)
         else:
-            print(f"{before}: not added to, it is of {other}", file=sys.stderr)
+            print(f"{before}: not added to, it is of {_gpu(earlier)}", file=sys.stderr)
     report.path.unlink(missing_ok=True)
     report.path = path
     said = log.read_bytes()
@@ -137,6 +136,19 @@ def _name(options: argparse.Namespace, report: Report) -> None:
         file.write(said)
     log.unlink()
     report.save()
+
+
+def _merged(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Cases, parts and runs of both; what is in both is as it is now."""
+    found = {**earlier, **now}
+    for key in now.keys() & earlier.keys() - {"machine"}:
+        if isinstance(now[key], dict) and isinstance(earlier[key], dict):
+            found[key] = {**earlier[key], **now[key]}
+    return found
+
+
+def _gpu(content: dict[str, Any]) -> str:
+    return str((content.get("machine") or {}).get("gpu") or "unknown")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Starter:
     """
 
     def __init__(self, environment: Mapping[str, str], log: Path, ahead: bool = True) -> None:
-        self.environment, self.log, self._ahead = dict(environment), log, ahead
+        self.environment, self.log, self.ahead = dict(environment), log, ahead
         self._waiting: subprocess.Popen[bytes] | None = None
 
     def start(self, words: list[str], records: Path, seconds: float) -> subprocess.Popen[bytes]:
@@ -77,7 +77,7 @@ class Starter:
                 process.stdin.close()
         else:
             process = self._open(words, settings, subprocess.DEVNULL)
-        if worker and self._ahead:
+        if worker and self.ahead:
             self.prepare()
         return process
 

@@ -21,7 +21,7 @@ from typing import Any
 from .context import Absent, Context
 from .parts import REPOSITORY, end_group
 
-PROCESSES, SMOKE_PROCESSES = 8, 2
+PROCESSES, SMOKE_PROCESSES = 8, 1
 HANGS_AFTER = 40.0  # seconds in one test; the first of a process compile
 MOST_FAILURES = 40  # in all; more say nothing new
 MOST_STARTS = 24  # of processes

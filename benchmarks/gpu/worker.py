@@ -44,10 +44,9 @@ def main(arguments: list[str]) -> int:
 
 def _wait() -> list[str]:
     """Not this package, which the extension's part may build first; and nothing that touches the GPU."""
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
+    for module in ("torch", "torch._dynamo", "triton"):  # what takes long
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
     line = sys.stdin.readline()
     if not line:
         return []  # the run is over

@@ -1,0 +1,203 @@
+"""Fills the measured tables of docs/gpu.md, and the README's sentences, from results: python -m benchmarks.gpu.page
+
+A page has a block between two marks; the rest of it is written by hand. Without arguments the committed results are
+taken, of which there is one file a GPU. A test holds the pages to them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .goals import FOLDER, GOALS, Content, of_linear, of_one_read, of_work, share_of_copy
+from .parts import REPOSITORY
+
+BEGIN, END = "<!-- measured: begin, by python -m benchmarks.gpu.page -->", "<!-- measured: end -->"
+PASS = 8_192 * 151_936 * 2  # bytes of the logits
+UNMEASURED = "unmeasured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A work or a kernel: what it has to move, what a model of it predicts, and where its measurement is."""
+
+    name: str
+    passes: float
+    floors: tuple[str, str]  # milliseconds on an H100 at 3.0 TB/s, on an H200 at 4.3 TB/s
+    predicted: tuple[str, str]
+    measured: Callable[[Content], tuple[float, float | None]]  # seconds, share of the copy; KeyError if there is none
+
+
+def _of_case(case_of: Callable[[Content], Content], units: float, contestant: str = "ours") -> Any:
+    def measured(content: Content) -> tuple[float, float | None]:
+        case = case_of(content)
+        seconds = case["contestants"][contestant]["median"]
+        return seconds, share_of_copy(content, case, seconds, units)
+
+    return measured
+
+
+def _of_linear(work: str) -> Any:
+    def measured(content: Content) -> tuple[float, float | None]:
+        return of_linear(work)(content)["contestants"]["ours"]["median"], None
+
+    return measured
+
+
+def _of_kernel(item: str, word: str, *others: str) -> Any:
+    """Of a profile's kernels the one with `word` in its name, and none of the others."""
+
+    def measured(content: Content) -> tuple[float, float | None]:
+        for kernel in content["profile"][item]["kernels"]:
+            if word in kernel["name"] and not any(other in kernel["name"] for other in others):
+                return kernel["seconds"], kernel.get("share_of_copy")
+        raise KeyError(word)
+
+    return measured
+
+
+TWO, THREE = ("1.66", "1.16"), ("2.49", "1.74")
+WORKS = (
+    Row("forward of GSPO, no gradient", 1, ("0.83", "0.58"), ("0.88-0.95", "0.63-0.70"),
+        _of_case(of_work("forward"), 1)),
+    Row("GSPO, off-policy", 3, THREE, ("2.65-2.8", "1.87-2.0"), _of_case(of_work("gspo"), 3)),
+    Row("the same, 45% of no advantage, 15% of the rest clipped", 3, ("", ""), ("", ""),
+        _of_case(of_work("gspo_inactive"), 3)),
+    Row("GSPO, on-policy, Triton", 2, TWO, ("1.8-2.0", "1.45-1.65"), _of_case(of_work("gspo_on_policy"), 2)),
+    Row("GSPO, on-policy, CUDA C++", 2, TWO, ("1.75-1.9", "1.30-1.5"),
+        _of_case(of_one_read("gspo_on_policy"), 2, "ours_cuda")),
+    Row("GRPO, off-policy, Triton", 3, THREE, ("2.65-2.8", "1.87-2.0"), _of_case(of_work("grpo"), 3)),
+    Row("GRPO, off-policy, CUDA C++", 2, TWO, ("", ""), _of_case(of_one_read("grpo"), 2, "ours_cuda")),
+    Row("PPO, off-policy, Triton", 3, THREE, ("2.65-2.8", "1.87-2.0"), _of_case(of_one_read("ppo"), 3)),
+    Row("PPO, off-policy, CUDA C++", 2, TWO, ("", ""), _of_case(of_one_read("ppo"), 2, "ours_cuda")),
+    Row("GSPO from hidden states, D = 4,096", 0, ("38-39", "38.8"), ("44-48", "43-46"), _of_linear("dense")),
+)  # fmt: skip
+KERNELS = (
+    Row("`forward`: statistics of a row", 1, ("0.83", "0.58"), ("0.88-0.95", "0.63-0.70"),
+        _of_kernel("gspo", "forward", "backward")),
+    Row("`backward`: gradient, the logits read again", 2, TWO, ("1.75-1.9", "1.23-1.35"),
+        _of_kernel("gspo", "backward", "forward")),
+    Row("`forward_backward`: on-policy, one launch", 2, TWO, ("1.8-2.0", "1.45-1.65"),
+        _of_kernel("gspo_on_policy", "forward_backward")),
+    Row("`one_read`: CUDA C++, on-policy", 2, TWO, ("1.75-1.9", "1.30-1.5"),
+        _of_kernel("gspo_on_policy_cuda", "one_read")),
+    Row("`one_read`: CUDA C++, GRPO", 2, TWO, ("", ""), _of_kernel("grpo_cuda", "one_read")),
+    Row("`sequence_kernel`, off-policy", 0, ("", ""), ("< 0.05", "< 0.05"), _of_kernel("gspo", "sequence")),
+    Row("`batch_kernel`, off-policy", 0, ("", ""), ("< 0.05", "< 0.05"), _of_kernel("gspo", "batch")),
+)  # fmt: skip
+
+
+def tables(contents: Sequence[Content]) -> str:
+    """For docs/gpu.md: works, kernels, and which goals are met."""
+    lines = [_about(content) for content in contents]
+    if not contents:
+        lines.append("**No GPU time is known yet**: no results are committed. The predictions are of models.")
+    lines += ["", *_table("work", WORKS, contents), "", *_table("kernel", KERNELS, contents)]
+    for content in contents:
+        lines += ["", *_goals(content)]
+    return "\n".join(lines)
+
+
+def summary(contents: Sequence[Content]) -> str:
+    """For the README."""
+    if not contents:
+        return (
+            "**GPU times have not been measured yet**: no GPU was at hand, nothing here has run on one. `make gpu`\n"
+            "measures them and writes `benchmarks/results/gpu-<name>.json`."
+        )
+    lines = []
+    for content in contents:
+        found = []
+        for row in WORKS:
+            seconds, share = _measured(row, content)
+            if seconds is not None:
+                found.append(f"{row.name} {seconds * 1e3:.2f} ms" + (f" ({share:.0%} of a copy)" if share else ""))
+        lines.append(f"{_gpu(content)}, 8,192 tokens, V = 151,936, bf16: {'; '.join(found) or UNMEASURED}.")
+    return "\n".join(lines)
+
+
+PAGES: dict[str, Callable[[Sequence[Content]], str]] = {"docs/gpu.md": tables, "README.md": summary}
+
+
+def filled(page: str, block: str) -> str:
+    """A page with its block replaced; a page without marks as it is."""
+    if BEGIN not in page:
+        return page
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{BEGIN}: expected {END} after it")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def committed() -> list[Content]:
+    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob("gpu-*.json"))]
+
+
+def _table(head: str, rows: Sequence[Row], contents: Sequence[Content]) -> list[str]:
+    gpus = [_gpu(content) for content in contents] or ["a GPU"]
+    titles = [head, "GB", "H100: floor / predicted, ms", "H200: floor / predicted, ms", *(f"{g}, ms" for g in gpus)]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'--:|' * (len(titles) - 1)}"]
+    for row in rows:
+        cells = [row.name, f"{row.passes * PASS / 1e9:.2f}" if row.passes else ""]
+        cells += [" / ".join(filter(None, pair)) for pair in zip(row.floors, row.predicted, strict=True)]
+        for content in contents or [{}]:
+            seconds, share = _measured(row, content)
+            text = UNMEASURED if seconds is None else f"{seconds * 1e3:.3f}"
+            cells.append(text + (f" ({share:.0%})" if share is not None else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _measured(row: Row, content: Content) -> tuple[float | None, float | None]:
+    try:
+        return row.measured(content)
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None, None
+
+
+def _goals(content: Content) -> list[str]:
+    lines = [f"| goal, {_gpu(content)} | | measured | |", "|---|---|---|---|"]
+    for goal in GOALS:
+        try:
+            met, text = goal.judge(content)
+        except (KeyError, TypeError, ZeroDivisionError):
+            met, text = None, UNMEASURED
+        word = {True: "met", False: "missed", None: ""}[met]
+        lines.append(f"| {goal.text} | {goal.bound} | {text} | {word} |")
+    return lines
+
+
+def _about(content: Content) -> str:
+    about = content.get("machine") or {}
+    copy = content.get("bandwidth", {}).get("copy", {}).get("bytes_per_second")
+    speed = f"{copy / 1e12:.2f} TB/s" if copy else UNMEASURED
+    triton = (about.get("packages") or {}).get("triton")
+    return (
+        f"{_gpu(content)}, torch {about.get('torch')}, Triton {triton}, commit {about.get('commit')}, "
+        f"{about.get('date')}; a copy: {speed}, read and written."
+    )
+
+
+def _gpu(content: Content) -> str:
+    return str((content.get("machine") or {}).get("gpu")).removeprefix("NVIDIA ")
+
+
+def main(arguments: Sequence[str]) -> int:
+    contents = [json.loads(Path(name).read_text()) for name in arguments] or committed()
+    for name, block in PAGES.items():
+        path = REPOSITORY / name
+        before = path.read_text()
+        after = filled(before, block(contents))
+        if after != before:
+            path.write_text(after)
+        print(f"{name}: {'written' if after != before else 'as it was'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
