@@ -374,7 +374,7 @@ def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tupl
     else:
         checks.number("temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6)
         temperature = run_time(temperature, torch.device("cpu"))
-    ids = token_ids.detach().to(torch.int64).reshape(as_rows).contiguous()
+    ids = token_ids.to(torch.int64).reshape(as_rows).contiguous()
     return ids, None if mask is None else mask.reshape(as_rows).contiguous(), temperature
 
 
