@@ -125,11 +125,11 @@ def compiled_variants() -> int:
 
 def _output(inputs: TokenInputs, loss: Tensor, scalars: Tensor, logprobs: Tensor, log_ratios: Tensor) -> LossOutput:
     shape, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
-    log_ratios = log_ratios.detach()
+    logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
     of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.detach().unbind(), strict=True))
     stats = Stats(
         **of_batch,
-        logprobs=logprobs.detach().reshape(shape),
+        logprobs=logprobs if logprobs.shape == shape else logprobs.reshape(shape),
         log_ratio=log_ratios if ratio_of == "sequence" else log_ratios.reshape(shape),
         ratio_of=ratio_of,
     )
@@ -395,12 +395,13 @@ class _Stage:
         if arguments.cu_seqlens is not None and may_read(arguments.cu_seqlens):
             check_boundaries(arguments.cu_seqlens, self.tokens)
         self.mask = None if mask is None else mask.view(torch.uint8)
-        room = functools.partial(torch.empty, dtype=torch.float32, device=device)
-        self.grad_logprobs = room((outer, inner))
-        self.grad_entropy = room((outer, inner)) if arguments.entropy_bonus else None
-        self.log_ratios = room(self.sequence_count if arguments.ratio == "sequence" else self.tokens)
+        self.grad_logprobs = torch.empty((outer, inner), dtype=torch.float32, device=device)
+        self.grad_entropy = torch.empty_like(self.grad_logprobs) if arguments.entropy_bonus else None
+        self.log_ratios = self.grad_logprobs.new_empty(
+            self.sequence_count if arguments.ratio == "sequence" else self.tokens
+        )
         self.token_advantages: Tensor | None = None
-        self.partials = room((_PARTIALS, self.sequence_count))
+        self.partials = self.grad_logprobs.new_empty((_PARTIALS, self.sequence_count))
 
     def clip(self) -> TokenClip:
         """What a row needs to clip its own ratio; complete when `sequences` has run."""

@@ -219,6 +219,11 @@ def batch_shape(
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [sequences + 1]; got {list(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and token_shape[0] > 0:
+        raise ValueError(
+            f"cu_seqlens: expected boundaries that end at {token_shape[0]}, the number of tokens; got one entry, which "
+            "is no sequence"
+        )
     if may_read(cu_seqlens) and not torch.compiler.is_compiling():  # else the operators do
         check_boundaries(cu_seqlens, token_shape[0])
     return BatchShape(token_shape, cu_seqlens.shape[0] - 1, device, mask, cu_seqlens.detach(), ranks)

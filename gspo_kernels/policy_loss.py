@@ -364,18 +364,21 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
 def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
     shape = token_ids.shape
-    as_rows = shape if len(shape) == 2 else (1, *shape)
     if isinstance(temperature, Tensor):
         checks.floating("temperature", temperature, "a number, or one temperature per token")
         checks.same_device("temperature", temperature, token_ids.device)
         if temperature.ndim:
             checks.shape("temperature", temperature, shape, "one per token")
-        temperature = temperature.detach().float().expand(shape).reshape(as_rows).contiguous()
+        temperature = _as_rows(temperature.detach().float().expand(shape))
     else:
         checks.number("temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6)
         temperature = run_time(temperature, torch.device("cpu"))
-    ids = token_ids.detach().to(torch.int64).reshape(as_rows).contiguous()
-    return ids, None if mask is None else mask.reshape(as_rows).contiguous(), temperature
+    return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """[B, T], or [N] as [1, N]."""
+    return (values if values.ndim == 2 else values[None]).contiguous()
 
 
 def _check_logits(

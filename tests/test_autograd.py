@@ -324,6 +324,18 @@ def test_the_default_dtype_does_not_matter(backend: str, on_policy: bool, dtype:
     assert other.loss.dtype == other.stats.ratio_mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("objective", ["gspo", "grpo"])
+@by_backend
+@on_and_off
+def test_the_default_device_does_not_matter(objective: str, backend: str, on_policy: bool) -> None:
+    """Hyper-parameters are read on the host: were they made on a GPU, each call would wait for it."""
+    s = step(objective, on_policy=on_policy)
+    expected = gradient_of(s, s.loss(s.logits, backend=backend), retain_graph=True)
+    with torch.device("meta"):
+        loss = s.loss(s.logits, backend=backend)
+        assert torch.equal(gradient_of(s, loss), expected)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter runs one kernel at a time")
 @by_backend
 def test_many_threads_at_once(backend: str) -> None:

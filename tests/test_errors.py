@@ -263,6 +263,18 @@ def test_cu_seqlens_of_both_widths(dtype: torch.dtype) -> None:
     assert torch.equal(loss, other)
 
 
+def test_no_sequence_for_some_rows_is_refused_by_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing reads the boundaries, and kernels would get arrays of no sequences."""
+    monkeypatch.setattr("gspo_kernels.layout.may_read", lambda tensor: False)
+    one_entry = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "advantages": torch.ones(0)}
+    for old in (None, torch.full((6,), -1.0)):
+        with pytest.raises(ValueError, match=r"cu_seqlens: expected boundaries that end at 6.*; got one entry"):
+            call(gspo_kernels.gspo_loss, {**packed(), **one_entry, "old_logprobs": old})
+    no_rows = {name: x if name in one_entry else x[:0] for name, x in packed().items()}
+    loss, _ = call(gspo_kernels.gspo_loss, {**no_rows, **one_entry})
+    assert float(loss) == 0.0
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_backend_that_cannot_run_says_why(objective: str) -> None:
     with pytest.raises(ValueError, match=rf"backend: .*'{KERNELS}'.*float64") as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, arguments, ragged_batch
-from modes import DEVICE
+from modes import DEVICE, on_device
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,6 +85,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"beta": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0, "normalizer": 4.0},
         ROWS_TWICE,
     ),
+    "a global count": ({}, {"normalizer": torch.tensor(4)}, ROWS_TWICE),  # in the dtype that it was summed in
+    "a global count, on-policy": ({"on_policy": True}, {"normalizer": torch.tensor(4.0)}, ROWS_ONCE),
 }
 
 
@@ -94,7 +96,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 def test_four_launches(objective: str, layout: str, case: str, launched: list[str]) -> None:
     build, options, expected = CASES[case]
     args = arguments(ragged_batch(objective, seed=60, **build), layout)
-    logits = args.logits.detach().mul(1).requires_grad_()
+    options = {name: on_device(x) if isinstance(x, Tensor) else x for name, x in options.items()}
+    logits = args.logits.detach().clone().requires_grad_()
     root = torch.ones((), device=DEVICE)
     launched.clear()
     loss, _ = PUBLIC[objective](logits, *args.rest, **args.keywords, backend="triton", **options)

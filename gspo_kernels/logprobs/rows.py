@@ -106,9 +106,5 @@ def stats_dtype(logits: Tensor) -> torch.dtype:
 
 def empty_stats(logits: Tensor) -> RowStats:
     """Room for the statistics of [outer, inner, vocab] logits."""
-    shape, device = logits.shape[:2], logits.device
-    return RowStats(
-        logprobs=torch.empty(shape, dtype=stats_dtype(logits), device=device),
-        entropy=torch.empty(shape, dtype=stats_dtype(logits), device=device),
-        lse=torch.empty(shape, dtype=torch.float64, device=device),
-    )
+    logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits), device=logits.device)
+    return RowStats(logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.float64))

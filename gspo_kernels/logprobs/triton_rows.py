@@ -23,6 +23,7 @@ from .rows import Rows, RowStats, Upstream, empty_stats
 name = "triton"
 _LOG2_E = 1.0 / math.log(2.0)
 _OLDEST = (3, 3)
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ def missing() -> str:
     """Why Triton cannot be used at all; empty if it can."""
     if _VERSION is None:
         return "Triton is not installed; torch for CUDA or ROCm brings it"
-    if tuple(int(part) for part in _VERSION.split(".")[:2]) < _OLDEST:
+    if _release(_VERSION) < _OLDEST:
         return f"Triton is {_VERSION}, these kernels need 3.3 or newer"
     return ""
+
+
+@functools.cache
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _version() -> str | None:
@@ -109,7 +115,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     _launch(
         "backward", rows.logits, *_row_arguments(rows), rows.places, *_addresses(stats), upstream.logprobs,
         upstream.entropy, g_lse, upstream.factor, counts, 0 if counts is None else counts.numel(), gradient,
-        *gradient.stride()[:2], rows=rows.token_ids.numel(), written=gradient,
+        *_strides(gradient), rows=rows.token_ids.numel(), written=gradient,
     )  # fmt: skip
 
 
@@ -117,13 +123,13 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
     stats, counts = empty_stats(rows.logits), upstream.counts
     _launch(
         "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
-        counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
+        counts, 0 if counts is None else counts.numel(), gradient, *_strides(gradient),
     )  # fmt: skip
     return stats
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    _launch("scale", values, *values.stride()[:2], *values.shape[1:], factor)
+    _launch("scale", values, *_strides(values), *values.shape[1:], factor)
 
 
 def compiled_variants() -> int:
@@ -140,7 +146,7 @@ def _row_arguments(rows: Rows) -> tuple[Any, ...]:
     scale = 1.0 if per_row else _LOG2_E / float(rows.temperature)  # a CPU tensor: reading it waits for nothing
     rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
     return (
-        *rows.logits.stride()[:2],
+        *_strides(rows.logits),
         rows.token_ids.shape[1],
         rows.logits.shape[2],
         rows.token_ids,
@@ -149,6 +155,13 @@ def _row_arguments(rows: Rows) -> tuple[Any, ...]:
         rounded,
         (scale - rounded) / scale,
     )
+
+
+def _strides(array: Tensor) -> tuple[int, int]:
+    """Of [outer, inner, ..]. A packed batch has one outer row, whose stride N V would need 64 bits, and so another
+    compilation, beyond 2^31."""
+    outer_stride, inner_stride = array.stride()[:2]
+    return outer_stride if array.shape[0] > 1 else 0, inner_stride
 
 
 def _addresses(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,19 +185,23 @@ def _launch(
     if rows == 0:
         return
     layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
-    element_size = (logits if written is None else written).element_size()
-    constants = sizes(kernel, layout, element_size, 64 if torch.version.hip else 32)
-    if kernel != "scale":
-        constants["PTX"] = not INTERPRETED and torch.version.hip is None
+    constants = _constants(kernel, layout, (logits if written is None else written).element_size())
     run = getattr(_kernels(), f"{kernel}_kernel")
     with on_device(logits):
         # Fusing multiply and add is most of what keeps a column at seven instructions; newer Tritons ask to be told.
         run[(rows,)](logits, *arguments, **constants, num_warps=layout.num_warps, enable_fp_fusion=True)
 
 
+@functools.cache
+def _constants(kernel: str, layout: Launch, element_size: int) -> dict[str, int]:
+    constants = sizes(kernel, layout, element_size, 64 if torch.version.hip else 32)
+    return constants if kernel == "scale" else {**constants, "PTX": not INTERPRETED and torch.version.hip is None}
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device the current one: Triton launches there, and autograd's thread may be elsewhere."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+    device = tensor.device
+    return torch.cuda.device(device.index) if device.type == "cuda" else _NOTHING
 
 
 @functools.cache

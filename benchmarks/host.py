@@ -1,0 +1,118 @@
+"""The host's own time for a loss and its backward: what it takes before, between and after the launches.
+
+    python -m benchmarks.host             medians, in milliseconds
+    python -m benchmarks.host --profile   where the time goes, by function
+
+Below some thousand rows a GPU waits for the host. The Triton kernels do nothing here and the tensors are on the CPU, so
+that any machine can measure; Triton's own launcher and the driver come on top, for each of the four launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+
+import gspo_kernels
+from gspo_kernels import token_kernels
+from gspo_kernels.logprobs import triton_kernels, triton_rows
+
+GOAL = 0.25  # milliseconds, forward and backward off-policy
+LOSSES: dict[str, Callable[..., Any]] = {
+    "gspo": gspo_kernels.gspo_loss,
+    "gspo_token": gspo_kernels.gspo_token_loss,
+    "grpo": gspo_kernels.grpo_loss,
+    "ppo": gspo_kernels.ppo_loss,
+}
+
+
+class NoKernel:
+    """Stands for a Triton kernel: `kernel[grid](...)` does nothing."""
+
+    def __getitem__(self, grid: Any) -> NoKernel:
+        return self
+
+    def __call__(self, *arguments: Any, **constants: Any) -> None:
+        pass
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """CPU tensors take the way of a GPU's: Triton's launches, which do nothing, and no look at any value."""
+    kernels: list[Any] = [
+        mock.patch.object(module, name, NoKernel())
+        for module in (triton_kernels, token_kernels)
+        for name in vars(module)
+        if name.endswith("_kernel") and not name.startswith("_")
+    ]
+    unread: list[Any] = [
+        mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False)
+        for module in ("layout", "fused_stage", "logprobs.ops")
+    ]
+    able: Any = mock.patch.object(triton_rows, "INTERPRETED", True)
+    for patch in (*kernels, *unread, able):
+        patch.start()
+    try:
+        yield
+    finally:
+        mock.patch.stopall()
+
+
+def step_of(name: str, on_policy: bool) -> Callable[[], None]:
+    """Forward and backward of a padded batch with a mask; sizes play no part."""
+    sequences, tokens, vocab = 8, 16, 64
+    logits = torch.zeros(sequences, tokens, vocab, requires_grad=True)
+    ids = torch.zeros(sequences, tokens, dtype=torch.int64)
+    advantages, old = torch.ones(sequences), None if on_policy else torch.zeros(sequences, tokens)
+    mask, root = torch.ones(sequences, tokens, dtype=torch.bool), torch.ones(())
+
+    def step() -> None:
+        loss, _ = LOSSES[name](logits, ids, advantages, old, mask=mask, backend="triton")
+        torch.autograd.grad(loss, logits, root)
+
+    return step
+
+
+def milliseconds(step: Callable[[], None], calls: int) -> list[float]:
+    """Of each call, after some to warm up."""
+    for _ in range(20):
+        step()
+    found = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        step()
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Host time of the losses, launches left out.")
+    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--profile", action="store_true", help="print the functions that take the time")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with without_launches():
+        print(f"milliseconds forward + backward, launches left out; goal {GOAL} off-policy\n")
+        print(f"{'loss':<12}{'policy':<8}{'median':>8}{'fastest':>9}")
+        for name in LOSSES:
+            for on_policy in (False, True):
+                found = milliseconds(step_of(name, on_policy), options.calls)
+                policy = "on" if on_policy else "off"
+                print(f"{name:<12}{policy:<8}{median(found):>8.3f}{min(found):>9.3f}")
+        if options.profile:
+            for on_policy in (False, True):
+                step, profile = step_of("gspo", on_policy), cProfile.Profile()
+                profile.runcall(milliseconds, step, options.calls)
+                pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+
+
+if __name__ == "__main__":
+    main()
