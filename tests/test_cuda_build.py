@@ -70,9 +70,7 @@ def test_a_setting_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variants", ["", "1"])
 def test_variants_are_compiled_only_by_request(variants: str, tmp_path: Path) -> None:
     """And for one architecture, so that the build takes no longer than a minute or two."""
-    path = an_nvcc(
-        tmp_path, 'test "$1" = --list-gpu-code && echo sm_80 sm_90 sm_100 && exit 0\necho "$@" >&2; exit 1'
-    )
+    path = an_nvcc(tmp_path, 'test "$1" = --list-gpu-code && echo sm_80 sm_90 sm_100 && exit 0\necho "$@" >&2; exit 1')
     done = build(tmp_path, PATH=path, GSPO_KERNELS_CUDA="1", GSPO_CUDA_VARIANTS=variants)
     said = done.stdout + done.stderr
     assert ("-DGSPO_VARIANTS" in said) is (variants == "1")

@@ -203,17 +203,27 @@ __device__ __forceinline__ void expect_bytes(uint64_t* flag, uint32_t bytes) {
 #endif
 }
 
-// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what landed in it.
+// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what landed in it; what other
+// blocks sent, only with `kFromBlocks`.
+template <bool kFromBlocks>
 __device__ __forceinline__ void wait_for_phase(uint64_t* flag, unsigned parity) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
   uint32_t ended = 0;
-  while (!ended)
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+  while (!ended) {
+    if constexpr (kFromBlocks)
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+    else
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+  }
 #elif defined(GSPO_ON_HOST)
   on_host::wait_for_phase(flag, parity);
 #endif

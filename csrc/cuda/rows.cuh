@@ -15,9 +15,9 @@
 
 namespace gspo::gpu {
 
-// Where a block's slice is read from. `start` begins to copy it, `await` waits for what a thread reads of the vectors
-// that it has by turns: group 0, group 1, ..., of `kGroup` each. `kBuffers`: 2 where the next row's slice is copied while
-// this one is in use; 0 where nothing is.
+// Where a block's slice is read from. `start` begins to copy it. A thread has every kThreads-th vector, `kGroup` of them a
+// group; `await` waits for its group of this number. Every thread waits for every part that has a vector, its own or not.
+// `kBuffers`: 2 where the next row's slice is copied while this one is in use; 0 where nothing is copied.
 
 // Whole vectors that stay in shared memory, each copied there by the thread that has it. The first groups are waited for
 // one by one, so that they are summed while the rest, the last of `kParts`, is on its way.
@@ -104,7 +104,7 @@ class Bulk {
   }
 
   __device__ __forceinline__ void await(int group) const {
-    wait_for_phase(&flags_.landed[min(group, kParts - 1)], parity_);
+    wait_for_phase<false>(&flags_.landed[min(group, kParts - 1)], parity_);
   }
 
   __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }

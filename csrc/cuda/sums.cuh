@@ -137,7 +137,7 @@ struct Exchange {
     if constexpr (kByFlags) {
       if (threadIdx.x == 0)
         expect_bytes(&landed[turn], blocks_in_cluster() * static_cast<uint32_t>(sizeof(Partial)) + sizeof(uint64_t));
-      if (threadIdx.x < kWarp) wait_for_phase(&landed[turn], parity);
+      if (threadIdx.x < kWarp) wait_for_phase<true>(&landed[turn], parity);
     } else {
       sync_cluster();
     }
