@@ -6,6 +6,7 @@ installation goes on without the extension: `gspo_kernels` then runs on plain to
 
 Where CUDA's compiler is found (nvcc on PATH, or in CUDA_HOME), its kernels become part of the extension, with CUDA's
 runtime linked into it. GSPO_KERNELS_CUDA=0 leaves them out, GSPO_KERNELS_CUDA=1 fails where they cannot be built.
+GSPO_CUDA_VARIANTS=1 adds the variants of csrc/cuda/rows.cu that are there to be measured, for sm_90 alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")
 if CUDA not in ("", "0", "1"):
     raise SystemExit(f"GSPO_KERNELS_CUDA: expected 0 (leave the CUDA kernels out) or 1 (require them); got {CUDA!r}")
 ARCHITECTURES = ("80", "90", "100")  # each serves its own generation; those behind the last get its PTX
+VARIANTS = os.environ.get("GSPO_CUDA_VARIANTS", "")
+if VARIANTS not in ("", "0", "1"):
+    raise SystemExit(f"GSPO_CUDA_VARIANTS: expected 1 (compile the variants to be measured) or 0; got {VARIANTS!r}")
+MEASURED_ON = "90"  # the GPUs with clusters that the variants are compared on
 CUDA_SOURCES = {"csrc/bindings.cpp": ["-DGSPO_CUDA"], "csrc/cuda/bindings.cpp": []}
 KERNELS = "csrc/cuda/rows.cu"
 if SANITIZE:
@@ -89,12 +94,14 @@ class BuildExtension(build_ext):
     def compile_cuda(self, nvcc: Path, folder: Path) -> tuple[dict[Path, list[str]], list[str]]:
         """Compiles the kernels; their object, and what to link with it."""
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-        chosen = [number for number in ARCHITECTURES if f"sm_{number}" in known]
+        wanted = (MEASURED_ON,) if VARIANTS == "1" else ARCHITECTURES
+        chosen = [number for number in wanted if f"sm_{number}" in known]
         if not chosen:
-            raise OSError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}")
+            raise OSError(f"{nvcc} compiles for none of sm_{', sm_'.join(wanted)}")
         code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
         code.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
         options = ["--options-file", "csrc/cuda/nvcc.options", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+        options += ["-DGSPO_VARIANTS"] if VARIANTS == "1" else []
         commands = {folder / "cuda_rows.o": [str(nvcc), *options, *code, "-c", KERNELS]}
         compile_all(commands, folder / "cuda")
         roots = (nvcc.resolve().parent.parent, *toolkit_of(nvcc))

@@ -19,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
 HERE = ROOT / "tests" / "gpu_on_host"
 SOURCES = (HERE / "module.cpp", ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/cuda/rows.cu")
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-DGSPO_ON_HOST", "-DGSPO_VARIANTS", "-w")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-DGSPO_ON_HOST",
+    "-DGSPO_VARIANTS",
+    "-w",
+)
 
 
 @functools.cache

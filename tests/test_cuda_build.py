@@ -19,7 +19,7 @@ NVCC = shutil.which("nvcc")
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("GSPO_KERNELS_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GSPO_KERNELS_", "GSPO_CUDA_"))}
     return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True)
 
 
@@ -67,6 +67,16 @@ def test_a_setting_that_is_none(tmp_path: Path) -> None:
     assert done.returncode != 0 and "GSPO_KERNELS_CUDA: expected 0" in done.stderr
 
 
+@pytest.mark.parametrize("variants", ["", "1"])
+def test_variants_are_compiled_only_by_request(variants: str, tmp_path: Path) -> None:
+    """And for one architecture, so that the build takes no longer than a minute or two."""
+    path = an_nvcc(tmp_path, 'test "$1" = --list-gpu-code && echo sm_80 sm_90 sm_100 && exit 0\necho "$@" >&2; exit 1')
+    done = build(tmp_path, PATH=path, GSPO_KERNELS_CUDA="1", GSPO_CUDA_VARIANTS=variants)
+    said = done.stdout + done.stderr
+    assert ("-DGSPO_VARIANTS" in said) is (variants == "1")
+    assert "code=sm_90" in said and ("code=sm_80" in said) is (variants != "1")
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 def test_the_extension_of_this_run_has_them() -> None:
     """`make test` has built it where nvcc is; without a driver it loads all the same, and says what is missing."""
@@ -74,3 +84,4 @@ def test_the_extension_of_this_run_has_them() -> None:
 
     assert hasattr(native, "cuda_one_read") is (os.environ.get("GSPO_KERNELS_CUDA") != "0")
     assert native.cuda_missing(0) in ("", "there is no NVIDIA driver")
+    assert native.cuda_variants()[0] == "default"

@@ -24,6 +24,7 @@ from torch import Tensor
 import gspo_kernels
 from gspo_kernels import grpo_loss, gspo_loss
 from gspo_kernels.logprobs import backends, cuda_rows
+from gspo_kernels.logprobs.rows import Rows, Upstream
 
 pytestmark = TRITON_MODES
 NOT_ON_GPU = pytest.mark.skipif(ON_GPU, reason="asks the stand-in for CUDA's runtime, which a GPU does not need")
@@ -334,6 +335,71 @@ def test_how_a_launch_is_laid_out(kernels: Any) -> None:
     kernels.set_machine(major=8, minor=0)
     again = kernels.cuda_layout(**{**ask, "vocab": 1001})  # answers are kept for each vocabulary
     assert not again["resident"] and again["blocks"] == 1
+
+
+VARIANTS = ["three parts", "two buffers", "flags, bulk copies, four blocks", "flags, bulk copies, two buffers"]
+
+
+@pytest.fixture
+def variant(request: pytest.FixtureRequest, kernels: Any) -> Iterator[str]:
+    """In use while the test runs. Skipped on a GPU whose build has only the default."""
+    name: str = request.param
+    if name not in kernels.cuda_variants():
+        pytest.skip("built without GSPO_CUDA_VARIANTS=1")
+    kernels.cuda_use_variant(name)
+    yield name
+    kernels.cuda_use_variant("default")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_variants(variant: str, launches: list[bool]) -> None:
+    """Of rows with clusters, clipped and masked, from addresses of every alignment."""
+    batch = ragged_batch("grpo", seed=45, vocab=773, lengths=(3, 0, 2), dtype=torch.bfloat16)
+    outcome = run(batch, "padded", "grpo", backend="cuda")
+    check_outcome(outcome, batch, "grpo", roundings=2)
+    assert launches == [True]
+
+
+def test_variants_have_names(kernels: Any) -> None:
+    assert kernels.cuda_variants()[0] == "default"
+    with pytest.raises(ValueError, match=r"name: expected a variant of this build, 'default'.*; got 'fast'"):
+        kernels.cuda_use_variant("fast")
+
+
+@NOT_ON_GPU
+def test_a_variant_has_its_own_layout(kernels: Any) -> None:
+    ask = {"dtype": "bfloat16", "vocab": 1003, "rows": 10**6, "device": 0}
+    default = kernels.cuda_layout(**ask)
+    kernels.cuda_use_variant("clusters of four")
+    assert (default["blocks"], kernels.cuda_layout(**ask)["blocks"]) == (8, 4)
+    kernels.cuda_use_variant("default")
+    assert kernels.cuda_layout(**ask) == default
+
+
+@NOT_ON_GPU
+def test_a_multiprocessor_prefers_shared_memory(kernels: Any) -> None:
+    """Three slices of 38 KB are more than a driver might set apart."""
+    run_and_check(ragged_batch("grpo", seed=46, vocab=1009, lengths=SHORT), "packed", "grpo", backend="cuda")
+    launch = kernels.latest_launch()
+    assert launch["cluster"] == 8 and launch["carveout"] == 100
+
+
+def test_an_empty_array_has_no_ticket(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of no sequences hands one over, and a count of none; the counter must be somewhere all the same."""
+    seen: list[dict[str, Any]] = []
+    launch = kernels.cuda_one_read
+    monkeypatch.setattr(kernels, "cuda_one_read", lambda **keywords: seen.append(keywords))
+    logits = on_device(torch.randn(1, 2, 40))
+    ids, mask = on_device(torch.tensor([[1, 2]])), None
+    rows = Rows(logits, ids, mask, on_device(torch.tensor(1.0)))
+    empty, ones = on_device(torch.zeros(0)), on_device(torch.ones(1, 2))
+    upstream, gradient = Upstream(ones, counts=empty, tickets=empty), torch.empty_like(logits)
+    stats = cuda_rows.forward_backward(rows, upstream, gradient)
+    assert seen[0]["tickets"] != 0 and seen[0]["count_size"] == 0
+    monkeypatch.setattr(kernels, "cuda_one_read", launch)
+    stats = cuda_rows.forward_backward(rows, upstream, gradient)
+    truth = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert torch.allclose(stats.logprobs, truth) and bool(gradient.isfinite().all())
 
 
 def test_other_chunks_of_memory_than_the_rows_are_untouched() -> None:

@@ -89,7 +89,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
     "no dual clip": ({" || deviation > clip.dual_clip - 1.0;": ";"}, "clipped twice"),
     "no zeros": ({"write_zeros<kThreads>(task.slice, task.gradient);": ";"}, "gradient is wrong"),
     "the next row from a stale ticket": (
-        {"static_cast<int64_t>(shared.next[turn])": "static_cast<int64_t>(shared.next[turn ^ 1] % 64)"},
+        {"(shared.exchange.next[turn])": "(shared.exchange.next[turn ^ 1] % 64)"},
         "is wrong",
     ),
     "blocks do not wait for each other to begin": (
@@ -121,7 +121,7 @@ RACES: dict[str, Mutant | None] = {
     "sound": None,
     "no barrier behind the first row's task": {"sync_cluster();  // a block that has not begun": "//"},
     "no barrier among a block's warps": {"__syncthreads();\n    if (warp > 0) return;": "if (warp > 0) return;"},
-    "blocks do not wait for each other's sums": {"sync_cluster();\n\n    if": "__syncthreads();\n\n    if"},
+    "blocks do not wait for each other's sums": {"      sync_cluster();\n": "      __syncthreads();\n"},
     "no barrier before the gradient": {
         "__syncthreads();\n    const RowGradient gradient": "const RowGradient gradient"
     },
@@ -141,15 +141,18 @@ RACES: dict[str, Mutant | None] = {
     },
     "one ticket": {
         "uint64_t next[2];": "uint64_t next[1];",
-        "&shared.next[turn ^ 1]": "&shared.next[0]",
-        "(shared.next[turn])": "(shared.next[0])",
+        "&next[turn ^ 1]": "&next[0]",
+        "(shared.exchange.next[turn])": "(shared.exchange.next[0])",
     },
 }
 
 
 RACES_OF_VARIANTS: dict[str, Mutant | None] = {
     "sound": None,
-    "no wait for a bulk copy": {"    wait_for_phase(&flags_.landed[min(group, kParts - 1)], parity_);\n": ""},
+    "no wait for what blocks send": {
+        "if (threadIdx.x < kWarp) wait_for_phase<true>(&landed[turn], parity);": "__syncthreads(), (void)parity;"
+    },
+    "no wait for a bulk copy": {"    wait_for_phase<false>(&flags_.landed[min(group, kParts - 1)], parity_);\n": ""},
 }
 
 

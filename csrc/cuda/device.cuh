@@ -182,41 +182,63 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Copies by the memory system itself, of many vectors at once, and a flag (an mbarrier) that says when they have landed.
-// A flag has phases, which end one after the other: here, when one thread has called `bulk_copy` and its bytes are there.
+// Flags (mbarriers) say when what the memory system moves by itself has landed in shared memory. A flag has phases, one
+// after the other: a phase ends when one thread has said how many bytes to expect, and as many have landed.
 __device__ __forceinline__ void initialize_flag(uint64_t* flag) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" : : "r"(address) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
 #else
   *flag = 0;
 #endif
 }
 
-__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* flag) {
+__device__ __forceinline__ void expect_bytes(uint64_t* flag, uint32_t bytes) {
 #if defined(GSPO_CLUSTERS)
-  const uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(address), "r"(bytes) : "memory");
-  if (bytes > 0)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 : : "r"(there), "l"(global), "r"(bytes), "r"(address) : "memory");
 #elif defined(GSPO_ON_HOST)
-  std::memcpy(shared, global, bytes);
-  on_host::end_phase(flag);
+  on_host::expect_bytes(flag, bytes);
 #endif
 }
 
-// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what was copied.
+// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what landed in it; what other
+// blocks sent, only with `kFromBlocks`.
+template <bool kFromBlocks>
 __device__ __forceinline__ void wait_for_phase(uint64_t* flag, unsigned parity) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
   uint32_t ended = 0;
-  while (!ended)
-    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-                 : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+  while (!ended) {
+    if constexpr (kFromBlocks)
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+    else
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+  }
 #elif defined(GSPO_ON_HOST)
   on_host::wait_for_phase(flag, parity);
+#endif
+}
+
+// Many vectors into this block's shared memory, whose flag expects their bytes.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* flag) {
+#if defined(GSPO_CLUSTERS)
+  const uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               : : "r"(there), "l"(global), "r"(bytes), "r"(address) : "memory");
+#elif defined(GSPO_ON_HOST)
+  std::memcpy(shared, global, bytes);
+  on_host::land(flag, bytes);
 #endif
 }
 
@@ -288,6 +310,22 @@ __device__ __forceinline__ void store_to_block(uint64_t* address, unsigned rank,
   *on_host::in_block(address, rank) = value;
 #else
   *address = value;
+#endif
+}
+
+// The same, landing under a flag of the other block.
+__device__ __forceinline__ void store_async(uint64_t* address, unsigned rank, uint64_t value, uint64_t* flag) {
+#if defined(GSPO_CLUSTERS)
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(address));
+  const uint32_t flag_here = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
+  uint32_t there, flag_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(flag_there) : "r"(flag_here), "r"(rank));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];"
+               : : "r"(there), "l"(value), "r"(flag_there) : "memory");
+#elif defined(GSPO_ON_HOST)
+  *on_host::in_block(address, rank) = value;
+  on_host::land(on_host::in_block(flag, rank), sizeof(value));
 #endif
 }
 

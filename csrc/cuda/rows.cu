@@ -58,7 +58,7 @@ struct Variant {
   const Instance& instance(Float16) const { return of_float16; }
 };
 
-template <template <class, int, int, int> class Source, int kThreads, int kParts, int kBuffers, int kBlocks>
+template <template <class, int, int, int> class Source, int kThreads, int kParts, int kBuffers, int kBlocks, bool kByFlags>
 constexpr Variant variant(const char* name, size_t slice = kSlice, unsigned most_blocks = kMostBlocks) {
   using OfFloat32 = Source<float, kThreads, kParts, kBuffers>;
   using OfBFloat16 = Source<BFloat16, kThreads, kParts, kBuffers>;
@@ -68,22 +68,24 @@ constexpr Variant variant(const char* name, size_t slice = kSlice, unsigned most
           kBuffers,
           slice,
           most_blocks,
-          {&one_read<float, OfFloat32, kBlocks>, sizeof(Shared<float, OfFloat32>)},
-          {&one_read<BFloat16, OfBFloat16, kBlocks>, sizeof(Shared<BFloat16, OfBFloat16>)},
-          {&one_read<Float16, OfFloat16, kBlocks>, sizeof(Shared<Float16, OfFloat16>)}};
+          {&one_read<float, OfFloat32, kBlocks, kByFlags>, sizeof(Shared<float, OfFloat32, kByFlags>)},
+          {&one_read<BFloat16, OfBFloat16, kBlocks, kByFlags>, sizeof(Shared<BFloat16, OfBFloat16, kByFlags>)},
+          {&one_read<Float16, OfFloat16, kBlocks, kByFlags>, sizeof(Shared<Float16, OfFloat16, kByFlags>)}};
 }
 
 // The first one is the default. The others are compiled only to be measured; `cuda_use_variant` chooses one.
-constexpr Variant kVariants[] = {  // source, threads, parts, buffers, blocks a multiprocessor
-    variant<Resident, kFew, 1, 1, 3>("default"),
+constexpr Variant kVariants[] = {  // source, threads, parts, buffers, blocks a multiprocessor, whether by flags
+    variant<Resident, kFew, 1, 1, 3, false>("default"),
 #if defined(GSPO_VARIANTS)
-    variant<Resident, kFew, 1, 1, 4>("four blocks"),
-    variant<Resident, kFew, 3, 1, 3>("three parts"),
-    variant<Resident, kMany, 1, 1, 2>("clusters of four", 2 * kSlice, kMostBlocks / 2),
-    variant<Resident, kMany, 1, 2, 2>("two buffers"),
-    variant<Bulk, kFew, 3, 1, 3>("bulk copies"),
-    variant<Bulk, kFew, 3, 1, 4>("bulk copies, four blocks"),
-    variant<Bulk, kMany, 2, 2, 2>("bulk copies, two buffers"),
+    variant<Resident, kFew, 1, 1, 4, false>("four blocks"),
+    variant<Resident, kFew, 3, 1, 3, false>("three parts"),
+    variant<Resident, kMany, 1, 1, 2, false>("clusters of four", 2 * kSlice, kMostBlocks / 2),
+    variant<Resident, kMany, 1, 2, 2, false>("two buffers"),
+    variant<Bulk, kFew, 3, 1, 3, false>("bulk copies"),
+    variant<Resident, kFew, 1, 1, 3, true>("flags"),
+    variant<Resident, kFew, 1, 1, 4, true>("flags, four blocks"),
+    variant<Bulk, kFew, 3, 1, 4, true>("flags, bulk copies, four blocks"),
+    variant<Bulk, kMany, 2, 2, 2, true>("flags, bulk copies, two buffers"),
 #endif
 };
 
@@ -91,7 +93,7 @@ std::atomic<const Variant*> variant_in_use{&kVariants[0]};
 
 template <class T>
 Kernel kernel_of(const Layout& layout, const Variant& variant) {
-  return layout.resident ? variant.instance(T{}).kernel : &one_read<T, Again<T, kThreadsAgain>, 1>;
+  return layout.resident ? variant.instance(T{}).kernel : &one_read<T, Again<T, kThreadsAgain>, 1, false>;
 }
 
 template <class T>
@@ -193,7 +195,7 @@ std::string missing(int device) {
   cudaFuncAttributes attributes;  // whose question loads the kernel, or says why it cannot be
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, 1>));
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, 1, false>));
   if (error == cudaSuccess) return "";
   (void)cudaGetLastError();
   return std::string("CUDA cannot load them: ") + cudaGetErrorString(error);

@@ -15,9 +15,9 @@
 
 namespace gspo::gpu {
 
-// Where a block's slice is read from. `start` begins to copy it, `await` waits for what a thread reads of the vectors
-// that it has by turns: group 0, group 1, ..., of `kGroup` each. `kBuffers`: 2 where the next row's slice is copied while
-// this one is in use; 0 where nothing is.
+// Where a block's slice is read from. `start` begins to copy it. A thread has every kThreads-th vector, `kGroup` of them a
+// group; `await` waits for its group of this number. Every thread waits for every part that has a vector, its own or not.
+// `kBuffers`: 2 where the next row's slice is copied while this one is in use; 0 where nothing is copied.
 
 // Whole vectors that stay in shared memory, each copied there by the thread that has it. The first groups are waited for
 // one by one, so that they are summed while the rest, the last of `kParts`, is on its way.
@@ -96,13 +96,15 @@ class Bulk {
     int v = span.first;
     for (int part = 0; part < kParts; ++part) {
       const int end = part == kParts - 1 ? span.last : min(v + kGroup * kThreads, span.last);
-      bulk_copy(buffer_ + v, from + v, static_cast<uint32_t>(end - v) * sizeof(Vector), &flags_.landed[part]);
+      const uint32_t bytes = static_cast<uint32_t>(end - v) * sizeof(Vector);
+      expect_bytes(&flags_.landed[part], bytes);
+      if (bytes > 0) bulk_copy(buffer_ + v, from + v, bytes, &flags_.landed[part]);
       v = end;
     }
   }
 
   __device__ __forceinline__ void await(int group) const {
-    wait_for_phase(&flags_.landed[min(group, kParts - 1)], parity_);
+    wait_for_phase<false>(&flags_.landed[min(group, kParts - 1)], parity_);
   }
 
   __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
@@ -234,11 +236,10 @@ __device__ __forceinline__ double coefficient_of(const Task<T>& task, double log
   return held ? 0.0 : on_policy * (1.0 + deviation);
 }
 
-template <class T, class Source>
+template <class T, class Source, bool kByFlags>
 struct Shared {
-  Exchange<Source::kThreads> sums;
+  Exchange<Source::kThreads, kByFlags> exchange;
   Task<T> task[2];  // by turns, as the sums
-  uint64_t next[2];  // the row behind the one of this turn
   double common;
   RowGradient gradient;
   typename Source::Flags flags[Source::kBuffers == 2 ? 2 : 1];
@@ -246,9 +247,9 @@ struct Shared {
 
 // What comes of a row's sums: its statistics, stored by one block, and its gradient. By the lanes of a warp, which all
 // compute the same: it has no loop over the blocks, nor a load from memory, that the others would wait for.
-template <class T, int kThreads>
-__device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>& task,
-                                              const Exchange<kThreads>& exchange, int turn, double common) {
+template <class T, class Exchange>
+__device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>& task, const Exchange& exchange,
+                                              int turn, double common) {
   const int64_t row = task.row;
   const bool stores = rank_in_cluster() == 0 && threadIdx.x % kWarp == 0;
   if (!task.counts) {
@@ -282,23 +283,25 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
 //     copies a slice of the row to each block; meanwhile block 0 takes the ticket of the row after next, and a thread of
 //     each block reads what there is to know of the next row; sums it up; exchanges the sums; with two buffers begins to
 //     copy the next row; makes out the gradient in one warp; and writes it.
-template <class T, class Source, int kBlocks>
+template <class T, class Source, int kBlocks, bool kByFlags>
 __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __grid_constant__ OneRead args) {
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
   if constexpr (Source::kBuffers == 0) {  // the others are not launched here
 #endif
 #if defined(GSPO_ON_HOST)
   auto* buffers = static_cast<Vector*>(on_host::dynamic_shared());
-  auto& shared = *static_cast<Shared<T, Source>*>(on_host::static_shared(sizeof(Shared<T, Source>)));
+  using InBlock = Shared<T, Source, kByFlags>;
+  auto& shared = *static_cast<InBlock*>(on_host::static_shared(sizeof(InBlock)));
 #else
   extern __shared__ Vector buffers[];
-  __shared__ Shared<T, Source> shared;
+  __shared__ Shared<T, Source, kByFlags> shared;
 #endif
   constexpr int kThreads = Source::kThreads;
   const unsigned ranks = blocks_in_cluster();
   const unsigned first = blockIdx.x / ranks, clusters = gridDim.x / ranks;
   const int64_t buffer_size = Source::kBuffers == 2 ? vectors_of_buffer<T>(args.shape.vocab, ranks) : 0;
   unsigned parities = 0;  // a bit for each buffer, which changes with each use
+  unsigned exchanges = 0;  // so far
   const auto source_of = [&](int turn) {
     const int buffer = Source::kBuffers == 2 ? turn : 0;
     return Source(shared.task[turn].slice, buffers + buffer * buffer_size, shared.flags[buffer], parities >> buffer & 1u);
@@ -306,9 +309,10 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
   const double common = common_of(args.common);
   if (threadIdx.x == 0) {
     for (auto& flags : shared.flags) Source::initialize(flags);
+    shared.exchange.initialize();
     shared.common = common;
     shared.task[0].prepare(args, first);
-    shared.next[0] = uint64_t{clusters} + first;
+    shared.exchange.next[0] = uint64_t{clusters} + first;
   }
   sync_cluster();  // a block that has not begun has no memory to be written to
   if (Source::kBuffers == 2 && shared.task[0].row < args.shape.rows && shared.task[0].counts)
@@ -319,23 +323,24 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
     const Task<T>& next = shared.task[turn ^ 1];
     const Source source = source_of(turn);
     if (Source::kBuffers == 1 && task.counts) source.start(task.slice);
-    if (rank_in_cluster() == 0 && threadIdx.x == 0) {
-      const uint64_t row = 2 * uint64_t{clusters} + take_ticket(args.tickets);
-      for (unsigned b = 0; b < ranks; ++b) store_to_block(&shared.next[turn ^ 1], b, row);
-    }
-    if (threadIdx.x == kWarp) shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(shared.next[turn]));
+    if (rank_in_cluster() == 0 && threadIdx.x == 0)
+      shared.exchange.publish_next(2 * int64_t{clusters} + take_ticket(args.tickets), turn);
+    if (threadIdx.x == kWarp)
+      shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(shared.exchange.next[turn]));
     if (task.counts) {
       Sums sums = sums_of<false>(task.slice, source, task.scale);
       if (sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
         sums = sums_of<true>(task.slice, source, task.scale);
-      shared.sums.publish(sums, source, task.slice.target, turn);
+      shared.exchange.publish(sums, source, task.slice.target, turn);
       parities ^= 1u << (Source::kBuffers == 2 ? turn : 0);
+    } else if (kByFlags) {
+      shared.exchange.publish(Sums{}, source, -1, turn);  // for blocks stay in step by what they send
     }
-    sync_cluster();
+    shared.exchange.wait(turn, exchanges++ / 2 & 1u);
 
     if (Source::kBuffers == 2 && next.row < args.shape.rows && next.counts) source_of(turn ^ 1).start(next.slice);
     if (threadIdx.x < kWarp) {
-      const RowGradient gradient = finish(args, task, shared.sums, turn, shared.common);
+      const RowGradient gradient = finish(args, task, shared.exchange, turn, shared.common);
       if (threadIdx.x == 0) shared.gradient = gradient;
     }
     __syncthreads();

@@ -82,16 +82,30 @@ struct alignas(16) Partial {
 
 constexpr unsigned kMostBlocks = 8;  // in a cluster, for one that every GPU with clusters takes
 
-// Where the threads of a block leave their sums for each other, and the blocks of a cluster theirs.
-template <int kThreads>
+// Where the threads of a block leave their sums for each other, and the blocks of a cluster theirs. Blocks wait for each
+// other at a barrier of the cluster or, `kByFlags`, each for what it is sent: a barrier also waits for each thread's
+// accesses to global memory.
+template <int kThreads, bool kByFlags>
 struct Exchange {
   static constexpr unsigned kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp && kMostBlocks <= kWarp);
 
   float tops[kWarps], totals[kWarps], weighted[kWarps];
   Partial of_blocks[2][kMostBlocks];  // by turns: a fast block may be a row ahead of a slow one
+  uint64_t next[2];  // the row behind the one of this turn
+  uint64_t landed[kByFlags ? 2 : 1];  // flags
 
-  // Brings this block's sums to every block of the cluster, which has them behind its next barrier.
+  __device__ __forceinline__ void initialize() {
+    if constexpr (kByFlags)
+      for (uint64_t& flag : landed) initialize_flag(&flag);
+  }
+
+  // To every block: which row comes after the next one.
+  __device__ __forceinline__ void publish_next(int64_t row, int turn) {
+    for (unsigned b = 0; b < blocks_in_cluster(); ++b) send(&next[turn ^ 1], b, row, turn);
+  }
+
+  // Brings this block's sums to every block of the cluster, which has them when `wait` returns.
   template <class Source>
   __device__ __forceinline__ void publish(const Sums& of_thread, const Source& source, int target, int turn) {
     const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -115,7 +129,25 @@ struct Exchange {
     uint64_t words[2];
     memcpy(words, &partial, sizeof(partial));
     auto* place = reinterpret_cast<uint64_t*>(&of_blocks[turn][rank_in_cluster()]);
-    for (int i = 0; i < 2; ++i) store_to_block(place + i, lane, words[i]);
+    for (int i = 0; i < 2; ++i) send(place + i, lane, words[i], turn);
+  }
+
+  // By every thread; with flags only the first warp, which alone reads what was sent, waits.
+  __device__ __forceinline__ void wait(int turn, unsigned parity) {
+    if constexpr (kByFlags) {
+      if (threadIdx.x == 0)
+        expect_bytes(&landed[turn], blocks_in_cluster() * static_cast<uint32_t>(sizeof(Partial)) + sizeof(uint64_t));
+      if (threadIdx.x < kWarp) wait_for_phase<true>(&landed[turn], parity);
+    } else {
+      sync_cluster();
+    }
+  }
+
+  __device__ __forceinline__ void send(uint64_t* place, unsigned rank, uint64_t value, int turn) {
+    if constexpr (kByFlags)
+      store_async(place, rank, value, &landed[turn]);
+    else
+      store_to_block(place, rank, value);
   }
 
   // What the blocks of the cluster sent; in every lane of the warp that calls it.

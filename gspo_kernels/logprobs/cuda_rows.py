@@ -67,7 +67,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     stats, counts = empty_stats(rows.logits), upstream.counts
     assert _native is not None and upstream.logprobs is not None
     tickets = upstream.tickets
-    if tickets is None:
+    if tickets is None or tickets.numel() == 0:  # a batch of no sequences has none to spare
         tickets = torch.zeros(1, dtype=torch.int32, device=rows.logits.device)
     per_row = rows.temperature.ndim > 0
     with triton_rows.on_device(rows.logits):

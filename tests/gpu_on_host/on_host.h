@@ -323,20 +323,46 @@ T of_lane_xor(T x, unsigned lanes) {
   return x;
 }
 
-// A flag's phases by their number; ends one, in which everything that this thread did is done.
-inline void end_phase(uint64_t* flag) {
+// An mbarrier for one arriving thread.
+struct Flag {
+  int32_t bytes;  // expected, less those that have landed
+  uint16_t expected, phase;
+};
+
+template <class F>
+void change(uint64_t* flag, const F& how) {
   const Unseen unseen;
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(flag);
 #endif
-  ++*flag;
+  Flag found;
+  std::memcpy(&found, flag, sizeof(found));
+  how(found);
+  if (found.expected && found.bytes == 0) found = {0, 0, static_cast<uint16_t>(found.phase + 1)};
+  std::memcpy(flag, &found, sizeof(found));
+}
+
+inline void expect_bytes(uint64_t* flag, uint32_t bytes) {
+  change(flag, [&](Flag& found) {
+    if (found.expected) throw std::runtime_error("bytes are expected twice in a phase of block " + std::to_string(blockIdx.x));
+    found.expected = 1;
+    found.bytes += bytes;
+  });
+}
+
+inline void land(uint64_t* flag, uint32_t bytes) {
+  change(flag, [&](Flag& found) { found.bytes -= bytes; });
 }
 
 inline void wait_for_phase(uint64_t* flag, unsigned parity) {
   const Unseen unseen;
-  for (int turns = 0; (*flag & 1) == parity; ++turns) {
-    if (turns == 100000) throw std::runtime_error("a phase that never ends, of block " + std::to_string(blockIdx.x));
+  Flag found;
+  for (int turns = 0;; ++turns) {
+    std::memcpy(&found, flag, sizeof(found));
+    if ((found.phase & 1) != parity) break;
+    if (turns == 10000) throw std::runtime_error("a phase that does not end, of block " + std::to_string(blockIdx.x));
     ready.push(running);
+    if (Fiber* fiber = not_begun.pop()) ready.push(fiber);
     go_on();
   }
 #if defined(__SANITIZE_THREAD__)

@@ -32,12 +32,12 @@ enum Kind {
   kPlain
 };
 
-enum Of { kAgain, kResident, kParts, kTwoBuffers, kBulk, kBulkTwoBuffers };  // where slices are read from
-const char* const kNames[] = {"again", "resident", "three parts", "two buffers", "bulk copies",
-                              "bulk copies, two buffers"};
+enum Of { kAgain, kResident, kParts, kTwoBuffers, kBulk, kFlags, kBulkTwoBuffers };  // as in rows.cu
+const char* const kNames[] = {"again",       "resident", "three parts",             "two buffers",
+                              "bulk copies", "flags",    "bulk copies, two buffers"};
 
 #if defined(GSPO_VARIANTS)
-const std::vector<Of> kChecked = {kParts, kTwoBuffers, kBulk, kBulkTwoBuffers};
+const std::vector<Of> kChecked = {kParts, kTwoBuffers, kBulk, kFlags, kBulkTwoBuffers};
 #else
 const std::vector<Of> kChecked = {kAgain, kResident};
 #endif
@@ -187,13 +187,14 @@ void check(const Case& c) {
                                         : buffer_bytes<T>(vocab, c.ranks);
   on_host::launch(c.clusters, c.ranks, kThreads, bytes, [&] {
 #if defined(GSPO_VARIANTS)
-    if (c.of == kParts) one_read<T, Resident<T, kThreads, 3, 1>, 1>(args);
-    if (c.of == kTwoBuffers) one_read<T, Resident<T, kThreads, 1, 2>, 1>(args);
-    if (c.of == kBulk) one_read<T, Bulk<T, kThreads, 3, 1>, 1>(args);
-    if (c.of == kBulkTwoBuffers) one_read<T, Bulk<T, kThreads, 2, 2>, 1>(args);
+    if (c.of == kParts) one_read<T, Resident<T, kThreads, 3, 1>, 1, false>(args);
+    if (c.of == kTwoBuffers) one_read<T, Resident<T, kThreads, 1, 2>, 1, false>(args);
+    if (c.of == kBulk) one_read<T, Bulk<T, kThreads, 3, 1>, 1, false>(args);
+    if (c.of == kFlags) one_read<T, Resident<T, kThreads, 1, 1>, 1, true>(args);
+    if (c.of == kBulkTwoBuffers) one_read<T, Bulk<T, kThreads, 2, 2>, 1, true>(args);
 #else
-    if (c.of == kAgain) one_read<T, Again<T, kThreads>, 1>(args);
-    if (c.of == kResident) one_read<T, Resident<T, kThreads, 1, 1>, 1>(args);
+    if (c.of == kAgain) one_read<T, Again<T, kThreads>, 1, false>(args);
+    if (c.of == kResident) one_read<T, Resident<T, kThreads, 1, 1>, 1, false>(args);
 #endif
   });
 
