@@ -179,7 +179,7 @@ def test_summary_of_a_profile() -> None:
         ("forward_kernel", 0.0, 1.0), ("sequence_kernel", 1.5, 1.6), ("batch_kernel", 1.6, 1.7), (fill, 1.7, 1.8),
         ("backward_kernel", 2.0, 4.0),
     )  # fmt: skip
-    found = profile.summary([call, call, call], problem, float(size))
+    found = profile.summary([call, call, call], problem, 3.0, float(size))
     assert found["launches"] == 5 and found["span_seconds"] == 4.0
     assert found["gap_seconds"] == pytest.approx(0.7) and found["device_seconds"] == pytest.approx(3.3)
     by_name = {kernel["name"]: kernel for kernel in found["kernels"]}
