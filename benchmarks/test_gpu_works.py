@@ -298,10 +298,21 @@ def test_ncu_is_tried_again_without_what_it_does_not_know(
     context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
+    monkeypatch.setattr(counters.cuda_rows, "_native", type("Native", (), {"cuda_one_read": None}))
     assert counters.run(context)
     found = recorded(context)
     left_out = set(counters.METRICS) - found["counters", "one_read"]["metrics"].keys()
     assert left_out == {"sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active"}
+
+
+def test_kernels_that_were_not_built_are_absent(
+    context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
+    monkeypatch.setattr(counters.cuda_rows, "_native", None)
+    monkeypatch.setattr(counters, "_count", lambda context, tool, items: ({item: {} for item in items}, ""))
+    assert counters.run(context)
+    assert recorded(context)["counters", "one_read"] == {"absent": "CUDA C++, not built"}
 
 
 def test_without_permission_or_ncu_counters_are_absent(
