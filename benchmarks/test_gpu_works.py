@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gspo_kernels.logprobs import cuda_rows
 from gspo_kernels.logprobs.triton_rows import LAUNCH, Launch
 
 from .contestants import BY_NAME as AT_HOME
@@ -298,7 +299,7 @@ def test_ncu_is_tried_again_without_what_it_does_not_know(
     context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
-    monkeypatch.setattr(counters.cuda_rows, "_native", type("Native", (), {"cuda_one_read": None}))
+    monkeypatch.setattr(cuda_rows, "_native", type("Native", (), {"cuda_one_read": None}))
     assert counters.run(context)
     found = recorded(context)
     left_out = set(counters.METRICS) - found["counters", "one_read"]["metrics"].keys()
@@ -309,7 +310,7 @@ def test_kernels_that_were_not_built_are_absent(
     context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
-    monkeypatch.setattr(counters.cuda_rows, "_native", None)
+    monkeypatch.setattr(cuda_rows, "_native", None)
     monkeypatch.setattr(counters, "_count", lambda context, tool, items: ({item: {} for item in items}, ""))
     assert counters.run(context)
     assert recorded(context)["counters", "one_read"] == {"absent": "CUDA C++, not built"}
