@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gspo_kernels.logprobs import cuda_rows
 from gspo_kernels.logprobs.triton_rows import LAUNCH, Launch
 
 from .contestants import BY_NAME as AT_HOME
@@ -179,7 +180,7 @@ def test_summary_of_a_profile() -> None:
         ("forward_kernel", 0.0, 1.0), ("sequence_kernel", 1.5, 1.6), ("batch_kernel", 1.6, 1.7), (fill, 1.7, 1.8),
         ("backward_kernel", 2.0, 4.0),
     )  # fmt: skip
-    found = profile.summary([call, call, call], problem, float(size))
+    found = profile.summary([call, call, call], problem, 3.0, float(size))
     assert found["launches"] == 5 and found["span_seconds"] == 4.0
     assert found["gap_seconds"] == pytest.approx(0.7) and found["device_seconds"] == pytest.approx(3.3)
     by_name = {kernel["name"]: kernel for kernel in found["kernels"]}
@@ -298,10 +299,21 @@ def test_ncu_is_tried_again_without_what_it_does_not_know(
     context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
+    monkeypatch.setattr(cuda_rows, "_native", type("Native", (), {"cuda_one_read": None}))
     assert counters.run(context)
     found = recorded(context)
     left_out = set(counters.METRICS) - found["counters", "one_read"]["metrics"].keys()
     assert left_out == {"sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active"}
+
+
+def test_kernels_that_were_not_built_are_absent(
+    context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_a_gpu(context, monkeypatch, tmp_path, NCU).arguments = ["forward", "one_read"]
+    monkeypatch.setattr(cuda_rows, "_native", None)
+    monkeypatch.setattr(counters, "_count", lambda context, tool, items: ({item: {} for item in items}, ""))
+    assert counters.run(context)
+    assert recorded(context)["counters", "one_read"] == {"absent": "CUDA C++, not built"}
 
 
 def test_without_permission_or_ncu_counters_are_absent(

@@ -21,7 +21,7 @@ from ..cases import Problem
 from ..contestants import Run
 from ..truth import WrongAnswer, check
 from .contestants import BY_NAME as CONTESTANTS
-from .contestants import absent
+from .contestants import absent, units
 from .context import Context
 from .meter import CudaMeter, finish, idle_seconds, meter_of, on_device
 from .speed import words
@@ -101,10 +101,12 @@ def _profile(context: Context, problem: Problem, item: str, contestant: str, ban
     context.at(f"{item}, whole calls")
     found["whole_seconds"] = statistics.median(each(meter.timed))
     found["idle_seconds"] = statistics.median(each(idle_seconds))
+    context.put("profile", item, value={**found, "error": "the process ended under the profiler"})
     context.at(f"{item}, under the profiler")
     try:
         trace = _on_the_cpu if context.smoke else _on_the_gpu
-        found |= summary(trace(run_once, problem, calls), problem, bandwidth)
+        passes = units(CONTESTANTS[contestant], problem)
+        found |= summary(trace(run_once, problem, calls), problem, passes, bandwidth)
     except Exception as error:  # whatever a profiler says: the whole call's time is known
         found["error"] = words(error)
     finish()
@@ -148,8 +150,11 @@ def _on_the_cpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]
     return traces
 
 
-def summary(traces: list[list[Event]], problem: Problem, bandwidth: float) -> dict[str, Any]:
-    """Medians over the calls: of each kernel, by its name, in the order of the first call; and of them together."""
+def summary(traces: list[list[Event]], problem: Problem, passes: float, bandwidth: float) -> dict[str, Any]:
+    """Medians over the calls: of each kernel, by its name, in the order of the first call; and of them together.
+
+    `passes`: over the logits, by all kernels together. A share of the copy is of bytes per second.
+    """
     names = list(dict.fromkeys(event.name for event in traces[0]))
     if not names:
         raise RuntimeError("the profile shows no kernels")
@@ -170,7 +175,7 @@ def summary(traces: list[list[Event]], problem: Problem, bandwidth: float) -> di
         "device_seconds": statistics.median(busy),
         "span_seconds": statistics.median(spans),
         "gap_seconds": statistics.median(s - b for s, b in zip(spans, busy, strict=True)),
-        "share_of_copy": problem.units * problem.logits_bytes / statistics.median(spans) / bandwidth,
+        "share_of_copy": passes * problem.logits_bytes / statistics.median(spans) / bandwidth,
     }
 
 
@@ -185,8 +190,8 @@ def bytes_of(name: str, problem: Problem) -> float | None:
     unmasked = float(problem.mask.double().mean())
     active = float((problem.coefficients != 0).double().mean())
     both = unmasked + 1.0
-    units = {"forward_backward": both, "one_read": both, "backward": active + 1.0, "forward": unmasked}
-    for word, passes in units.items():
+    needed = {"forward_backward": both, "one_read": both, "backward": active + 1.0, "forward": unmasked}
+    for word, passes in needed.items():
         if word in name:
             return passes * problem.logits_bytes
     if "sequence" in name or "batch" in name:
