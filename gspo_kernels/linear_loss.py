@@ -82,7 +82,8 @@ def linear_policy_loss(
         bias: [V] or None.
         chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 300
             MiB, 448 MiB if operands of 16 bits want gradients. A sequence that is longer takes a second product for
-            its active rows, if the head wants a gradient.
+            its active rows, if the head wants a gradient. A CPU multiplies rows in blocks of
+            16, and at least 4 a thread: the last block may need memory for that many rows more.
         skip_zero_advantage: leaves sequences whose advantages are all 0 out of everything: the loss and gradients are
             the same, but their tokens are in none of the stats. Not with a KL term or an entropy bonus, which such
             sequences have a part in.

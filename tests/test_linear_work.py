@@ -159,8 +159,8 @@ def test_the_peak_is_a_chunk_and_does_not_grow_with_the_batch() -> None:
     assert done.returncode == 0, done.stderr
     peaks: dict[str, list[int]] = {}
     for line in done.stdout.splitlines():
-        dtype, _, peak = line.split()
-        peaks.setdefault(dtype, []).append(int(peak))
+        dtype, _, measured = line.split()
+        peaks.setdefault(dtype, []).append(int(measured))
     if -1 in peaks["torch.float32"]:
         pytest.skip("no high-water mark of memory on this system")
     width, vocab, chunk, slack = 32, 16384, 4 << 20, 2 << 20
