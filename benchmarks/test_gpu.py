@@ -282,9 +282,8 @@ def test_a_worker_that_waits_takes_the_next_part(tmp_path: Path) -> None:
         starter.ahead = False
         waiting = starter._waiting
         assert waiting is not None
-        assert run(Part("extension", arguments=("--smoke",), limit=120.0), report, time.monotonic() + 120, starter) == (
-            "absent"
-        )
+        part = Part("extension", arguments=("--smoke",), limit=120.0)
+        assert run(part, report, time.monotonic() + 120, starter) == "absent"
         assert waiting.returncode == parts.ABSENT
         assert "==== extension" in starter.log.read_text()
     finally:
