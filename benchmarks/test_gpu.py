@@ -211,6 +211,7 @@ parts = [Part(name, command=(sys.executable, "-c", worker, name), items=("a", "b
          for name in ("environment", "first", "second")]
 program.runs = lambda smoke: {name: Run(name, 240.0, tuple(parts)) for name in ("gpu", "gpu-more")}
 program.carried.use = lambda environment: {}
+program.print_goals = lambda content: None
 sys.exit(program.main(arguments))
 """
 
@@ -282,9 +283,8 @@ def test_a_worker_that_waits_takes_the_next_part(tmp_path: Path) -> None:
         starter.ahead = False
         waiting = starter._waiting
         assert waiting is not None
-        assert run(Part("extension", arguments=("--smoke",), limit=120.0), report, time.monotonic() + 120, starter) == (
-            "absent"
-        )
+        part = Part("extension", arguments=("--smoke",), limit=120.0)
+        assert run(part, report, time.monotonic() + 120, starter) == "absent"
         assert waiting.returncode == parts.ABSENT
         assert "==== extension" in starter.log.read_text()
     finally:
@@ -392,17 +392,32 @@ def test_what_is_carried_and_damaged_is_left_out(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(carried, "BUILD", tmp_path / "build")
     monkeypatch.setattr(carried, "WHEELS", tmp_path)
     monkeypatch.setattr(carried, "CACHE", tmp_path / "cache.tar")
+    monkeypatch.setattr(carried, "SOURCES", tmp_path / "sources.sha256")
     monkeypatch.setattr(carried, "FOLDER", tmp_path)
     monkeypatch.setattr(carried, "installed", lambda: tmp_path / "package" / "_native.so")
     for name in ("peer-1.0-py3-none-any.whl", "cache.tar", "_native.so"):
         (tmp_path / name).write_bytes(b"no such thing")
     found = carried.use({})
     assert found["wheels"].startswith("not used") and found["triton cache"].startswith("not used")
-    assert found["extension"].startswith("not used: does not load")
+    assert "carried, does not load" in found["extension"] and "in place, not built" in found["extension"]
     (tmp_path / "sources.sha256").write_text("of other sources\n")
-    monkeypatch.setattr(carried, "SOURCES", tmp_path / "sources.sha256")
     assert "the sources have changed" in carried.use_extension()
     assert not (tmp_path / "package").exists()
+
+
+def test_the_carried_extension_goes_before_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, brought = tmp_path / "package" / "_native.so", tmp_path / "_native.so"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    brought.write_bytes(b"new")
+    monkeypatch.setattr(carried, "FOLDER", tmp_path)
+    monkeypatch.setattr(carried, "SOURCES", tmp_path / "sources.sha256")
+    monkeypatch.setattr(carried, "installed", lambda: target)
+    monkeypatch.setattr(carried, "probe", lambda path: "")
+    (tmp_path / "sources.sha256").write_text("of other sources\n")
+    assert carried.use_extension().startswith("in place") and target.read_bytes() == b"old"
+    (tmp_path / "sources.sha256").write_text(carried.sources() + "\n")
+    assert carried.use_extension().startswith("carried") and target.read_bytes() == b"new"
 
 
 # --- smoke, on the CPU ------------------------------------------------------------------------------------------------
@@ -436,7 +451,7 @@ def test_smoke_run_of_peers_that_do_not_import(tmp_path: Path) -> None:
     dense = found["linear"]["cases"]["dense"]
     assert {"ours", "products", "eager"} <= dense["contestants"].keys()
     assert not dense["contestants"]["ours"]["wrong"]
-    assert "no such peer" in dense["errors"]["liger"] or "no such peer" in dense["absent"]["liger"]
+    assert "no such peer" in {**dense["errors"], **dense["absent"]}["liger"]
     with pytest.raises(KeyError, match="no such peer"):
         goals.ahead("liger", "median")(found)
 

@@ -117,23 +117,26 @@ def save_cache(folder: Path, path: Path) -> str:
 
 
 def use_extension() -> str:
-    """The one that is in place if it loads and has the CUDA kernels, else the one that is carried."""
+    """The carried one if it is of these sources and loads with the CUDA kernels, else the one in place if that does."""
     target = installed()
-    there = probe(target) if target.exists() else "not built"
-    if not there:
-        return f"in place: {target.name}"
     carried = FOLDER / target.name
+    reason = _why_not(carried)
+    if not reason:
+        if not target.exists() or target.read_bytes() != carried.read_bytes():
+            beside = target.with_name(target.name + ".new")
+            shutil.copyfile(carried, beside)
+            os.replace(beside, target)
+        return f"carried: {target.name}"
+    there = probe(target) if target.exists() else "not built"
+    return f"none: carried, {reason}; in place, {there}" if there else f"in place: {target.name}; carried, {reason}"
+
+
+def _why_not(carried: Path) -> str:
     if not carried.exists():
-        return f"none carried for this Python; in place: {there}"
+        return "none for this Python"
     if SOURCES.exists() and SOURCES.read_text().strip() != sources():
-        return "not used: the sources have changed since it was built"
-    reason = probe(carried)
-    if reason:
-        return f"not used: {reason}"
-    beside = target.with_name(target.name + ".new")
-    shutil.copyfile(carried, beside)
-    os.replace(beside, target)
-    return f"carried: {target.name}"
+        return "the sources have changed since"
+    return probe(carried)
 
 
 def installed() -> Path:

@@ -31,12 +31,12 @@ def everywhere(content: dict[str, Any]) -> bool:
 
 
 def lines(content: dict[str, Any]) -> list[str]:
-    from gspo_kernels.logprobs.cuda_rows import FASTER_ON
-
     gpu, found = str((content.get("machine") or {}).get("gpu")), ratios(content)
     compared = {name: ratio for name, ratio in found.items() if ratio}
     if not compared:
         return ["CUDA C++ against Triton: not measured"]
+    from gspo_kernels.logprobs.cuda_rows import FASTER_ON
+
     said = [f"CUDA C++ against Triton, {len(compared)} of {len(found)} cases of one read compared, the nearer way:"]
     said += [f"  {name:<36} {ratio:.3f}x{'' if ratio > 1.0 else '  behind'}" for name, ratio in compared.items()]
     named = gpu in FASTER_ON

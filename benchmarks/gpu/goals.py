@@ -34,11 +34,11 @@ class Goal:
 
 
 def of_work(work: str) -> Callable[[Content], Content]:
-    return lambda content: content["cases"][f"{work}-{ROWS}"]  # type: ignore[no-any-return]
+    return lambda content: content["cases"][f"{work}-{ROWS}"]
 
 
 def of_one_read(work: str) -> Callable[[Content], Content]:
-    return lambda content: content["one_read"]["cases"][f"{work}-bf16-151936-{ROWS}"]  # type: ignore[no-any-return]
+    return lambda content: content["one_read"]["cases"][f"{work}-bf16-151936-{ROWS}"]
 
 
 def reaches(share: float, units: float, case_of: Callable[[Content], Content], contestant: str = "ours") -> Judge:
@@ -72,7 +72,7 @@ def at_most(ratio: float, case_of: Callable[[Content], Content], of: Callable[[C
 
 
 def of_linear(work: str) -> Callable[[Content], Content]:
-    return lambda content: content["linear"]["cases"][work]  # type: ignore[no-any-return]
+    return lambda content: content["linear"]["cases"][work]
 
 
 def linear_products(ratio: float) -> Judge:

@@ -42,6 +42,7 @@ class Part:
     items: tuple[str, ...] = ()
     fallback: str = ""  # added to an item that failed, to try it once more in a safer way
     together: bool = False  # one process takes all items at once, and watches over them itself
+    light: bool = False  # its worker imports no torch, so that it takes none that has
     command: tuple[str, ...] = ()  # in place of a worker
 
     def words(self) -> list[str]:
@@ -66,10 +67,11 @@ class Starter:
         self.environment, self.log, self.ahead = dict(environment), log, ahead
         self._waiting: subprocess.Popen[bytes] | None = None
 
-    def start(self, words: list[str], records: Path, seconds: float) -> subprocess.Popen[bytes]:
+    def start(self, part: Part, items: list[str], records: Path, seconds: float) -> subprocess.Popen[bytes]:
         settings = {RECORDS: str(records), SECONDS: f"{seconds:.1f}"}
-        worker = tuple(words[: len(WORKER)]) == WORKER
-        process = self._take() if worker else None
+        words = [*part.words(), *items]
+        heavy = not part.command and not part.light
+        process = self._take() if heavy else None
         if process is not None and process.stdin is not None:
             task = {"arguments": words[len(WORKER) :], "environment": settings, "log": str(self.log)}
             with suppress(OSError):  # it has died since: what that means is judged like any other end
@@ -77,7 +79,7 @@ class Starter:
                 process.stdin.close()
         else:
             process = self._open(words, settings, subprocess.DEVNULL)
-        if worker and self.ahead:
+        if heavy and self.ahead:
             self.prepare()
         return process
 
@@ -158,7 +160,7 @@ def _run_once(part: Part, items: list[str], finished: set[str], report: Report, 
         records = Path(folder) / "records"
         records.touch()
         begin_of_log = starter.log.stat().st_size
-        process = starter.start([*part.words(), *items], records, end - time.monotonic())
+        process = starter.start(part, items, records, end - time.monotonic())
         reader, ended = _Reader(part, records, report, finished), None
         heard = time.monotonic()
         try:

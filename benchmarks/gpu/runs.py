@@ -52,7 +52,7 @@ def runs(smoke: bool = False) -> dict[str, Run]:
 
 
 ENVIRONMENT = Part("environment", limit=40.0, least=5.0, takes=10.0, patience=40.0)
-EXTENSION = Part("extension", limit=100.0, least=3.0, takes=3.0, patience=100.0)
+EXTENSION = Part("extension", limit=100.0, least=3.0, takes=3.0, patience=100.0, light=True)
 BANDWIDTH = Part("bandwidth", limit=20.0, least=5.0, takes=5.0, patience=20.0)
 _ROWS = (str(ROWS), "{bandwidth}")
 
@@ -63,7 +63,8 @@ FIRST_RUN = Run(
         ENVIRONMENT,
         EXTENSION,
         BANDWIDTH,
-        Part("tests", "suite", limit=70.0, least=20.0, takes=65.0, patience=30.0, items=TESTS, together=True),
+        Part("tests", "suite", limit=70.0, least=20.0, takes=65.0, patience=30.0, items=TESTS, together=True,
+             light=True),
         Part("profile", limit=30.0, least=12.0, takes=15.0, patience=15.0, arguments=_ROWS, items=PROFILED),
         Part("speed", limit=35.0, least=15.0, takes=25.0, patience=15.0, arguments=_ROWS,
              items=tuple(f"{work}:ours" for work in WORKS)),
@@ -90,9 +91,11 @@ SECOND_RUN = Run(
         Part("one_read-more", "one_read", limit=60.0, least=15.0, takes=40.0, patience=20.0,
              arguments=("{bandwidth}",), items=ONE_READ[FIRST:]),
         Part("tests-more", "suite", limit=40.0, least=15.0, takes=30.0, patience=30.0, items=MORE_TESTS,
-             together=True),
-        Part("memcheck", "sanitizer", limit=60.0, least=15.0, takes=20.0, patience=60.0, arguments=("memcheck",)),
-        Part("racecheck", "sanitizer", limit=45.0, least=10.0, takes=10.0, patience=45.0, arguments=("racecheck",)),
+             together=True, light=True),
+        Part("memcheck", "sanitizer", limit=60.0, least=15.0, takes=20.0, patience=60.0, arguments=("memcheck",),
+             light=True),
+        Part("racecheck", "sanitizer", limit=45.0, least=10.0, takes=10.0, patience=45.0, arguments=("racecheck",),
+             light=True),
     ),
 )  # fmt: skip
 

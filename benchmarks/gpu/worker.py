@@ -44,9 +44,12 @@ def main(arguments: list[str]) -> int:
 
 def _wait() -> list[str]:
     """Not this package, which the extension's part may build first; and nothing that touches the GPU."""
-    for module in ("torch", "torch._dynamo", "triton"):  # what takes long
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
+    with contextlib.suppress(Exception):
+        import torch
+
+        importlib.import_module("triton")
+        if torch.version.cuda:  # a run without a GPU is short of processors, not of time
+            importlib.import_module("torch._dynamo")
     line = sys.stdin.readline()
     if not line:
         return []  # the run is over
