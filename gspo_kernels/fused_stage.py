@@ -22,6 +22,7 @@ from .logprobs import cuda_rows, triton_rows
 from .logprobs.backends import Backend, by_triton, choose
 from .logprobs.ops import check_values, needs_operators, room_for_gradient, row_gradient, rows_of, unpadded
 from .logprobs.rows import Rows, RowStats, TokenClip, Upstream, empty_stats
+from .logprobs.triton_rows import Launch
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .scalars import run_time_list
 from .stats import SCALARS, Stats
@@ -29,8 +30,10 @@ from .token_stage import LossOutput, TokenInputs
 
 _RATIOS: dict[type[Objective], str] = {GSPO: "sequence", GSPOToken: "sequence_by_token", GRPO: "token", PPO: "token"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NUM_WARPS, _BLOCK = 4, 512  # more tokens at a time, or more warps, and registers spill
-_INTERPRETED_BLOCK = 4
+# `elements` tokens, or sequences, at a time. With more of either some variants of the sequence kernel spill registers.
+# The batch is one program: sixteen warps a quarter of the rounds of four.
+LAUNCH = {"sequence": Launch(num_warps=4, elements=512), "batch": Launch(num_warps=16, elements=2048)}
+_INTERPRETED_LAUNCH = Launch(num_warps=1, elements=4)
 _PARTIALS, _COUNT, _ZERO = 14, 12, 13  # of token_kernels.py
 
 
@@ -416,7 +419,7 @@ class _Stage:
         if self.sequence_count:
             of = self.arguments
             self._launch(
-                "sequence_kernel", self.sequence_count,
+                "sequence", self.sequence_count,
                 None if stats is None else stats.logprobs, of.old_logprobs, of.ref_logprobs,
                 None if stats is None else stats.entropy, of.advantages, of.weights, self.mask, of.cu_seqlens,
                 of.global_count, self.tokens, self.length, self.sequence_count, *of.numbers,
@@ -431,7 +434,7 @@ class _Stage:
         loss, scalars = self.partials.new_empty(()), self.partials.new_empty(12)
         ref_logprobs = None if stats is None else self.arguments.ref_logprobs
         self._launch(
-            "batch_kernel", 1, self.partials, self.sequence_count,
+            "batch", 1, self.partials, self.sequence_count,
             None if stats is None or ref_logprobs is None else stats.logprobs, ref_logprobs,
             None if stats is None else stats.entropy, None if stats is None else self.mask, self.tokens,
             self.arguments.numbers[3], loss, scalars, ESTIMATOR=self.arguments.kl_estimator,
@@ -439,10 +442,12 @@ class _Stage:
         return loss, scalars
 
     def _launch(self, kernel: str, programs: int, *arguments: Any, **choices: Any) -> None:
-        block = _INTERPRETED_BLOCK if triton_rows.INTERPRETED else _BLOCK
-        run = getattr(_kernels(), kernel)
+        layout = _INTERPRETED_LAUNCH if triton_rows.INTERPRETED else LAUNCH[kernel]
+        run = getattr(_kernels(), f"{kernel}_kernel")
         with triton_rows.on_device(self.partials):
-            run[(programs,)](*arguments, **choices, BLOCK=block, num_warps=_NUM_WARPS, enable_fp_fusion=True)
+            run[(programs,)](
+                *arguments, **choices, BLOCK=layout.elements, num_warps=layout.num_warps, enable_fp_fusion=True
+            )
 
 
 @functools.cache

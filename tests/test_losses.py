@@ -275,6 +275,24 @@ def test_strided_logits(objective: str, layout: str) -> None:
 
 
 @by_objective
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_strided_small_arrays(objective: str, on_policy: bool) -> None:
+    """Boundaries, mask and numbers that are every other entry of a longer array: the same bits."""
+    batch = ragged_batch(objective, seed=13, lengths=SHORT, on_policy=on_policy, weights="sequence")
+
+    def apart(values: Any) -> Any:
+        return values.repeat_interleave(2)[::2] if isinstance(values, torch.Tensor) else values
+
+    outcomes = []
+    for change in (lambda values: values, apart):
+        args = arguments(batch, "packed")
+        rest = [change(x) for x in args.rest]
+        loss, _ = PUBLIC[objective](args.logits, *rest, **{name: change(x) for name, x in args.keywords.items()})
+        outcomes.append((loss.detach(), torch.autograd.grad(loss, args.logits)[0]))
+    assert torch.equal(outcomes[0][0], outcomes[1][0]) and torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+@by_objective
 @pytest.mark.plain_memory
 def test_two_runs_have_the_same_bits(objective: str) -> None:
     build, options = OPTIONS["all"]

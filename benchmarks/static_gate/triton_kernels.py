@@ -148,9 +148,10 @@ def launch(job: Job, num_warps: int | None = None, elements: int | None = None) 
     from gspo_kernels.logprobs import triton_rows
 
     kernel = job.variant.kernel
-    if kernel not in triton_rows.LAUNCH:
-        block = elements or fused_stage._BLOCK
-        return num_warps or fused_stage._NUM_WARPS, {"BLOCK": block, **_TOKENS, **job.variant.constants}
+    if kernel in fused_stage.LAUNCH:
+        of_stage = fused_stage.LAUNCH[kernel]
+        block = elements or of_stage.elements
+        return num_warps or of_stage.num_warps, {"BLOCK": block, **_TOKENS, **job.variant.constants}
     usual = triton_rows.LAUNCH[kernel]
     layout = triton_rows.Launch(num_warps or usual.num_warps, elements or usual.elements)
     sizes = triton_rows.sizes(kernel, layout, ITEM_BYTES[job.dtype], 32 if job.target in NVIDIA else 64)

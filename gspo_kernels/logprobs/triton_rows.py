@@ -143,8 +143,6 @@ def count_variants(kernels: Iterable[Any]) -> int:
 
 def _row_arguments(rows: Rows) -> tuple[Any, ...]:
     per_row = rows.temperature.ndim > 0
-    scale = 1.0 if per_row else _LOG2_E / float(rows.temperature)  # a CPU tensor: reading it waits for nothing
-    rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
     return (
         *_strides(rows.logits),
         rows.token_ids.shape[1],
@@ -152,9 +150,16 @@ def _row_arguments(rows: Rows) -> tuple[Any, ...]:
         rows.token_ids,
         None if rows.mask is None else rows.mask.view(torch.uint8),
         rows.temperature if per_row else None,
-        rounded,
-        (scale - rounded) / scale,
+        *_scale(1.0 if per_row else float(rows.temperature)),  # a CPU tensor: reading it waits for nothing
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _scale(temperature: float) -> tuple[float, float]:
+    """log2(e) / temperature as the kernels take it: rounded to float32, and the relative error of that."""
+    scale = _LOG2_E / temperature
+    rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
+    return rounded, (scale - rounded) / scale
 
 
 def _strides(array: Tensor) -> tuple[int, int]:
