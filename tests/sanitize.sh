@@ -19,12 +19,13 @@ for isa in baseline avx2 avx512; do
 done
 
 unset LD_PRELOAD
-on_host() {
-  echo "sanitized GPU kernels on this machine, $1"
-  "$compiler" -std=c++17 -O1 -g "-fsanitize=$1" -fno-sanitize-recover=all -Wno-unknown-pragmas -DGSPO_ON_HOST \
+on_host() {  # a sanitizer, further flags
+  echo "sanitized GPU kernels on this machine, $*"
+  "$compiler" -std=c++17 -O1 -g "-fsanitize=$1" -fno-sanitize-recover=all -Wno-unknown-pragmas -DGSPO_ON_HOST "${@:2}" \
     -Itests/gpu_on_host tests/gpu_on_host/rows.cpp -o "$site/gpu_rows_$1"
   TSAN_OPTIONS=halt_on_error=1 "$site/gpu_rows_$1"
 }
 on_host address,undefined &
 on_host thread
 wait $!  # for its verdict
+on_host address,undefined -DGSPO_VARIANTS -DGSPO_FEW
