@@ -78,14 +78,9 @@ def missing() -> str:
     """Why Triton cannot be used at all; empty if it can."""
     if _VERSION is None:
         return "Triton is not installed; torch for CUDA or ROCm brings it"
-    if _release(_VERSION) < _OLDEST:
+    if tuple(map(int, _VERSION.split(".", 2)[:2])) < _OLDEST:
         return f"Triton is {_VERSION}, these kernels need 3.3 or newer"
     return ""
-
-
-@functools.cache
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _version() -> str | None:
