@@ -75,7 +75,8 @@ WORKS = (
     Row("GRPO, off-policy, CUDA C++", 2, TWO, ("", ""), _of_case(of_one_read("grpo"), 2, "ours_cuda")),
     Row("PPO, off-policy, Triton", 3, THREE, ("2.65-2.8", "1.87-2.0"), _of_case(of_one_read("ppo"), 3)),
     Row("PPO, off-policy, CUDA C++", 2, TWO, ("", ""), _of_case(of_one_read("ppo"), 2, "ours_cuda")),
-    Row("GSPO from hidden states, D = 4,096", 0, ("38-39", "38.8"), ("44-48", "43-46"), _time_alone(of_linear("dense"))),
+    Row("GSPO from hidden states, D = 4,096", 0, ("38-39", "38.8"), ("44-48", "43-46"),
+        _time_alone(of_linear("dense"))),
 )  # fmt: skip
 KERNELS = (
     Row("`forward`: statistics of a row", 1, ("0.83", "0.58"), ("0.88-0.95", "0.63-0.70"),
