@@ -18,6 +18,7 @@ from .parts import REPOSITORY
 
 BEGIN, END = "<!-- measured: begin, by python -m benchmarks.gpu.page -->", "<!-- measured: end -->"
 PASS = 8_192 * 151_936 * 2  # bytes of the logits
+STAGES = 24 * 8_192 / PASS  # of statistics, old log-probabilities and mask in, gradients out: 24 bytes a row
 UNMEASURED = "unmeasured"
 
 
@@ -41,9 +42,9 @@ def _of_case(case_of: Callable[[Content], Content], units: float, contestant: st
     return measured
 
 
-def _of_linear(work: str) -> Any:
+def _time_alone(case_of: Callable[[Content], Content]) -> Any:
     def measured(content: Content) -> tuple[float, float | None]:
-        return of_linear(work)(content)["contestants"]["ours"]["median"], None
+        return case_of(content)["contestants"]["ours"]["median"], None
 
     return measured
 
@@ -65,8 +66,8 @@ WORKS = (
     Row("forward of GSPO, no gradient", 1, ("0.83", "0.58"), ("0.88-0.95", "0.63-0.70"),
         _of_case(of_work("forward"), 1)),
     Row("GSPO, off-policy", 3, THREE, ("2.65-2.8", "1.87-2.0"), _of_case(of_work("gspo"), 3)),
-    Row("the same, 45% of no advantage, 15% of the rest clipped", 3, ("", ""), ("", ""),
-        _of_case(of_work("gspo_inactive"), 3)),
+    Row("the same, 45% of no advantage, 15% of the rest clipped", 0, ("", ""), ("", ""),
+        _time_alone(of_work("gspo_inactive"))),
     Row("GSPO, on-policy, Triton", 2, TWO, ("1.8-2.0", "1.45-1.65"), _of_case(of_work("gspo_on_policy"), 2)),
     Row("GSPO, on-policy, CUDA C++", 2, TWO, ("1.75-1.9", "1.30-1.5"),
         _of_case(of_one_read("gspo_on_policy"), 2, "ours_cuda")),
@@ -74,7 +75,8 @@ WORKS = (
     Row("GRPO, off-policy, CUDA C++", 2, TWO, ("", ""), _of_case(of_one_read("grpo"), 2, "ours_cuda")),
     Row("PPO, off-policy, Triton", 3, THREE, ("2.65-2.8", "1.87-2.0"), _of_case(of_one_read("ppo"), 3)),
     Row("PPO, off-policy, CUDA C++", 2, TWO, ("", ""), _of_case(of_one_read("ppo"), 2, "ours_cuda")),
-    Row("GSPO from hidden states, D = 4,096", 0, ("38-39", "38.8"), ("44-48", "43-46"), _of_linear("dense")),
+    Row("GSPO from hidden states, D = 4,096", 0, ("38-39", "38.8"), ("44-48", "43-46"),
+        _time_alone(of_linear("dense"))),
 )  # fmt: skip
 KERNELS = (
     Row("`forward`: statistics of a row", 1, ("0.83", "0.58"), ("0.88-0.95", "0.63-0.70"),
@@ -86,8 +88,8 @@ KERNELS = (
     Row("`one_read`: CUDA C++, on-policy", 2, TWO, ("1.75-1.9", "1.30-1.5"),
         _of_kernel("gspo_on_policy_cuda", "one_read")),
     Row("`one_read`: CUDA C++, GRPO", 2, TWO, ("", ""), _of_kernel("grpo_cuda", "one_read")),
-    Row("`sequence_kernel`, off-policy", 0, ("", ""), ("< 0.05", "< 0.05"), _of_kernel("gspo", "sequence")),
-    Row("`batch_kernel`, off-policy", 0, ("", ""), ("< 0.05", "< 0.05"), _of_kernel("gspo", "batch")),
+    Row("`sequence_kernel`, off-policy", STAGES, ("", ""), ("< 0.05", "< 0.05"), _of_kernel("gspo", "sequence")),
+    Row("`batch_kernel`, off-policy", STAGES, ("", ""), ("< 0.05", "< 0.05"), _of_kernel("gspo", "batch")),
 )  # fmt: skip
 
 
@@ -143,7 +145,8 @@ def _table(head: str, rows: Sequence[Row], contents: Sequence[Content]) -> list[
     titles = [head, "GB", "H100: floor / predicted, ms", "H200: floor / predicted, ms", *(f"{g}, ms" for g in gpus)]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'--:|' * (len(titles) - 1)}"]
     for row in rows:
-        cells = [row.name, f"{row.passes * PASS / 1e9:.2f}" if row.passes else ""]
+        gigabytes = row.passes * PASS / 1e9
+        cells = [row.name, f"{gigabytes:.{2 if gigabytes > 0.01 else 4}f}" if gigabytes else ""]
         cells += [" / ".join(filter(None, pair)) for pair in zip(row.floors, row.predicted, strict=True)]
         for content in contents or [{}]:
             seconds, share = _measured(row, content)
