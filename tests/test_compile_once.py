@@ -64,22 +64,31 @@ def test_one_compilation_serves_every_batch(
     assert lookups == first
 
 
-def test_rows_beyond_four_gigabytes_are_another_kernel_and_no_more(lookups: set[tuple[str, str]]) -> None:
-    """A stride of more than 2^31 elements needs 64 bits."""
-    from gspo_kernels.logprobs.rows import Rows
+def test_strides_beyond_32_bits_do_not_compile_again(lookups: set[tuple[str, str]]) -> None:
+    """N V of a packed batch and T V of a padded one cross 2^31 in the middle of a training."""
+    from gspo_kernels.logprobs.rows import Rows, Upstream
 
-    def forward(rows: int, stride: int) -> None:
-        logits = SimpleNamespace(  # strides that no memory of this machine has
-            shape=torch.Size((rows, 3, 1000)), stride=lambda: (stride, 1000, 1), element_size=lambda: 2,
-            dtype=torch.bfloat16, device=torch.device("cpu"), data_ptr=lambda: 0,
+    one = torch.ones((), dtype=torch.float64)
+
+    def launch(rows: int, stride: int, inner_stride: int) -> None:
+        logits: Any = SimpleNamespace(  # strides that no memory of this machine has
+            shape=torch.Size((rows, 3, 1000)), stride=lambda: (stride, inner_stride, 1), element_size=lambda: 2,
+            dtype=torch.bfloat16, device=torch.device("cpu"), data_ptr=lambda: 0, numel=lambda: 3000 * rows,
         )  # fmt: skip
-        ids = torch.zeros(rows, 3, dtype=torch.int64)
-        one = torch.ones((), dtype=torch.float64)
-        triton_rows.forward(Rows(logits, ids, None, one))  # type: ignore[arg-type]
+        batch = Rows(logits, torch.zeros(rows, 3, dtype=torch.int64), None, one)
+        upstream = Upstream(torch.zeros(rows, 3), None, None, None, None)
+        triton_rows.backward(batch, triton_rows.forward(batch), upstream, logits)
+        triton_rows.forward_backward(batch, upstream, logits)
+        triton_rows.scale(logits, torch.ones(1))
 
-    for rows, stride in ((2, 3000), (1, 3000), (1, 2**31 + 16)):
-        forward(rows, stride)
-    assert len(lookups) == 1, "the stride of a packed batch's one outer row is its size, and leads nowhere"
-    for rows, stride in ((2, 2**31 + 16), (3, 2**33 + 1)):
-        forward(rows, stride)
-    assert len(lookups) == 2
+    launch(2, 3000, 1000)
+    first = set(lookups)
+    assert {kernel for kernel, _ in first} == {f"{kernel}_kernel" for kernel in triton_rows.LAUNCH}
+    for rows, stride, inner_stride in (
+        (1, 3000, 1000),
+        (1, 2**31 - 1, 1000),
+        (2, 2**31 + 16, 2**31),
+        (3, 2**33 + 1, 1),
+    ):
+        launch(rows, stride, inner_stride)
+    assert lookups == first

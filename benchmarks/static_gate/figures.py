@@ -15,11 +15,16 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Hot:
-    """A hot loop, for each column: `elements` of them a thread and iteration."""
+    """A hot loop, for each column: `elements` of them a thread and iteration.
+
+    `covered`: of an iteration's exponentials, those between its last load and the first use of what was loaded. 0 where
+    a block is loaded, awaited, computed; all of them where its loads are issued before the block in front is computed.
+    """
 
     instructions: float
     mufu: float
     elements: int
+    covered: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ def examine(
         problems.append(f"{kind} loop: lanes exchange data, {Counter(exchanged).most_common()}")
     if loop.exponentials and not loop.count("FFMA", "FFMA2"):
         problems.append(f"{kind} loop: no fused multiply-add")
-    hot = Hot(round(len(loop.body) / columns, 3), round(loop.count("MUFU") / columns, 4), columns)
+    instructions, mufu = round(len(loop.body) / columns, 3), round(loop.count("MUFU") / columns, 4)
+    hot = Hot(instructions, mufu, columns, loop.covered)
     if hot.instructions > most:
         over = f"{hot.instructions} instructions a column > {most:g}"
         problems.append(f"{kind} loop: {over} ({loop.histogram})")

@@ -18,6 +18,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "static.json"
 MORE_INSTRUCTIONS = 1.03
 MORE_MUFU = 0.005
 MORE_REGISTERS = 8
+LESS_COVERED = 0.75
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def regressions(now: Figures, then: Figures) -> Iterator[str]:
             yield f"{kind} loop: {a.instructions} instructions a column; committed {b.instructions}"
         if a.mufu > b.mufu + MORE_MUFU:
             yield f"{kind} loop: {a.mufu} MUFU a column; committed {b.mufu}"
+        if a.covered < b.covered * LESS_COVERED:
+            yield f"{kind} loop: {a.covered} exponentials while loads are under way; committed {b.covered}"
 
 
 def judge(measured: dict[str, Figures], committed: dict[str, Figures] | None) -> list[str]:
@@ -79,7 +82,8 @@ def save(by_compiler: dict[str, Measured], path: Path = RESULTS) -> None:
 
 def show(name: str, figures: Figures) -> str:
     hot = "; ".join(
-        f"{kind} {hot.instructions:.2f} instructions, {hot.mufu:.3f} MUFU" for kind, hot in figures.loops.items()
+        f"{kind} {hot.instructions:.2f} instructions, {hot.mufu:.3f} MUFU, {hot.covered} covered"
+        for kind, hot in figures.loops.items()
     )
     return f"{name:52} {figures.registers:4} registers {figures.shared:6} B shared  {hot}".rstrip()
 

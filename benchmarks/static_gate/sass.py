@@ -34,6 +34,18 @@ class Instruction:
         return self.opcode.split(".")[0]
 
     @property
+    def loaded(self) -> set[int]:
+        """The registers that a load from global memory fills."""
+        first = _REGISTER.match(self.operands)
+        return set(range(int(first[1]), int(first[1]) + self.bytes // 4)) if self.base == "LDG" and first else set()
+
+    @property
+    def used(self) -> set[int]:
+        """The registers that are read, each alone: of a pair or more the first."""
+        operands = self.operands if self.base in STORES else self.operands.partition(",")[2]
+        return {int(number) for number in _REGISTER.findall(operands)}
+
+    @property
     def bytes(self) -> int:
         """How many a load or store moves for each thread."""
         sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
@@ -61,6 +73,20 @@ class Loop:
         return sum(i.opcode.startswith("MUFU.EX2") for i in self.body)
 
     @property
+    def covered(self) -> int:
+        """Exponentials between the last load and the first use of what was loaded, in this iteration or the next."""
+        loads = [at for at, i in enumerate(self.body) if i.loaded]
+        if not loads:
+            return 0
+        filled = set().union(*(self.body[at].loaded for at in loads))
+        count = 0
+        for instruction in (*self.body[loads[-1] + 1 :], *self.body[: loads[0]]):
+            if instruction.used & filled:
+                return count
+            count += instruction.opcode.startswith("MUFU.EX2")
+        return count
+
+    @property
     def guarded(self) -> bool:
         """Whether its loads have a mask: these are not whole blocks."""
         return any(i.guard for i in self.accesses(*LOADS))
@@ -70,6 +96,7 @@ class Loop:
         return ", ".join(f"{count} {name}" for name, count in Counter(i.base for i in self.body).most_common())
 
 
+_REGISTER = re.compile(r"\bR(\d+)\b")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _DESTINATION = re.compile(r"\.L_x_\d+")

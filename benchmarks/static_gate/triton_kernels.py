@@ -58,13 +58,12 @@ def prepare() -> str:
 # Types of the arguments as the launcher sees them; *T has the dtype of the logits. Neither integers nor the alignment
 # of addresses are specialised on. An argument that is missing here is a constant.
 ROW_TYPES = {
-    "logits": "*T", "outer_stride": "i32", "inner_stride": "i32", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
+    "logits": "*T", "outer_stride": "i64", "inner_stride": "i64", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
     "mask": "*u8", "temperature": "*fp32", "places": "*i64", "scale": "fp32", "scale_error": "fp32",
     "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
-    "gradient_outer_stride": "i32", "gradient_inner_stride": "i32", "values": "*T",
+    "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "values": "*T",
 }  # fmt: skip
-LONG_STRIDES = dict.fromkeys(("outer_stride", "gradient_outer_stride"), "i64")  # more than 2^31 elements
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
     "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
@@ -106,14 +105,13 @@ _UNKNOWN = ("logprobs", "entropies")
 VARIANTS = (
     Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
     Variant("forward", "masked", (), loops=("read", "shifted")),
-    Variant("forward", "long", _ROWS, _BF16, LONG_STRIDES, loops=("read", "shifted")),
     Variant("backward", "plain", (*_PLACED, "g_entropies", "g_lses", "factor", "counts"), loops=("write",)),
     Variant("backward", "entropy", (*_PLACED, "g_lses", "factor", "counts"), loops=("write",)),
     Variant("backward", "loss", (*_PLACED, "g_entropies", "g_lses"), loops=("write",)),
-    Variant("backward", "everything", ("places",), _BF16, LONG_STRIDES, loops=("write",)),
+    Variant("backward", "everything", ("places",), _BF16, loops=("write",)),
     Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
-    Variant("forward_backward", "masked", (), _BF16, LONG_STRIDES, loops=("read", "shifted", "write")),
+    Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
     Variant("scale", "plain", (), loops=("scale",)),
     Variant("sequence", "gspo", _OPTIONAL[1:], ("fp32",), constants={"RATIO": "sequence"}),
     Variant("sequence", "gspo on-policy", (*_UNKNOWN, *_OPTIONAL), ("fp32",), constants={"RATIO": "sequence"}),
@@ -142,23 +140,23 @@ def jobs(only: str = "") -> list[Job]:
     return [job for job in every if only in job.name]
 
 
-def launch(job: Job, num_warps: int | None = None, elements: int | None = None) -> tuple[int, dict[str, Any]]:
-    """Warps and constants that a kernel is launched with, unless told otherwise."""
+def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compiler's options and the constants that a kernel is launched with."""
     from gspo_kernels import fused_stage
     from gspo_kernels.logprobs import triton_rows
 
-    kernel = job.variant.kernel
+    kernel, nvidia = job.variant.kernel, job.target in NVIDIA
     if kernel in fused_stage.LAUNCH:
         of_stage = fused_stage.LAUNCH[kernel]
-        block = elements or of_stage.elements
-        return num_warps or of_stage.num_warps, {"BLOCK": block, **_TOKENS, **job.variant.constants}
-    usual = triton_rows.LAUNCH[kernel]
-    layout = triton_rows.Launch(num_warps or usual.num_warps, elements or usual.elements)
-    sizes = triton_rows.sizes(kernel, layout, ITEM_BYTES[job.dtype], 32 if job.target in NVIDIA else 64)
-    return layout.num_warps, {**sizes, "PTX": job.target in NVIDIA, **job.variant.constants}
+        options = {"num_warps": of_stage.num_warps, "enable_fp_fusion": True}
+        return options, {"BLOCK": of_stage.elements, **_TOKENS, **job.variant.constants}
+    layout = triton_rows.LAUNCH[kernel]
+    element_size = ITEM_BYTES[job.dtype]
+    sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)
+    return triton_rows.compiler_options(layout, element_size, nvidia), {**sizes, "PTX": nvidia, **job.variant.constants}
 
 
-def compile_kernel(job: Job, num_warps: int | None = None, elements: int | None = None) -> Any:
+def compile_kernel(job: Job) -> Any:
     """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -169,7 +167,7 @@ def compile_kernel(job: Job, num_warps: int | None = None, elements: int | None 
 
     rows = job.variant.kernel in triton_rows.LAUNCH
     function = getattr(triton_kernels if rows else token_kernels, f"{job.variant.kernel}_kernel")
-    num_warps, constants = launch(job, num_warps, elements)
+    options, constants = launch(job)
     types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}
     constants |= dict.fromkeys(job.variant.absent)
@@ -181,7 +179,7 @@ def compile_kernel(job: Job, num_warps: int | None = None, elements: int | None 
     else:
         target = GPUTarget("hip", job.target, 64)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs={})
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    return triton.compile(source, target=target, options=options)
 
 
 # ---- figures
@@ -245,9 +243,9 @@ def read_sass(
     return hot, problems
 
 
-def measure(job: Job, num_warps: int | None = None, elements: int | None = None) -> Figures:
+def measure(job: Job) -> Figures:
     """Compiles and reads."""
-    kernel = compile_kernel(job, num_warps, elements)
+    kernel = compile_kernel(job)
     if job.target in AMD:
         return _read_amd(kernel.asm["amdgcn"], kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -255,7 +253,7 @@ def measure(job: Job, num_warps: int | None = None, elements: int | None = None)
         file.flush()
         listing = disassemble(Path(file.name))
         (usage,) = resources(Path(file.name)).values()
-    _, constants = launch(job, num_warps, elements)
+    _, constants = launch(job)
     per_thread = constants.get("REPEAT", 1) * constants.get("WIDTH", 1)
     read_bytes = ITEM_BYTES["fp32"] if job.variant.types.get("logits") == "*fp32" else None
     hot, problems = read_sass(listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread, read_bytes)

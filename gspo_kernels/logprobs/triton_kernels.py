@@ -33,6 +33,7 @@ from .triton_math import (
     TINY,
     add_pairs,
     bounded,
+    bounded_columns,
     exp,
     exp2,
     exp2_pair,
@@ -41,15 +42,18 @@ from .triton_math import (
     float64_pair,
     fma,
     join_columns,
+    largest,
     log1p,
     log2_pair,
     narrow,
+    prefetch,
     quotient,
     scale_pair,
     scaled_exp2,
     two_product,
     two_sum,
     widen,
+    widen_loaded,
 )
 
 # ---- where a row lies
@@ -82,27 +86,48 @@ def _columns(pointer, at, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(row, phase, start, at, vocab, WHOLE: tl.constexpr, SHIFTED: tl.constexpr, WIDTH: tl.constexpr,
-                  PTX: tl.constexpr):  # fmt: skip
-    """Columns start + at of a row that begins `phase` columns behind a 16-byte boundary; what lies past its end, if not
-    WHOLE, is anything. No access leaves the 16 bytes around a column of the row."""
-    if SHIFTED and not PTX:
-        if WHOLE:
-            return tl.load(row + start + at)
-        else:
-            return tl.load(row + start + at, mask=start + at < vocab, other=0)
+def _block(pointer, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
+    """Addresses of the block from `pointer`, on a 16-byte boundary, on: loaded, they are what `widen` takes."""
+    if PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        return _columns(pointer.to(tl.pointer_type(tl.int32)), tl.arange(0, BLOCK // 2), WIDTH // 2, True)
     else:
-        low = _columns(row - phase + start, at, WIDTH, True)
-        high = _columns(row - phase + start + WIDTH, at, WIDTH, True)
+        return _columns(pointer, tl.arange(0, BLOCK), WIDTH, True)
+
+
+@triton.jit
+def _block_start(i, hole, BLOCK: tl.constexpr):
+    """First column of the i-th whole block, the block `hole` left out."""
+    return (i + (i >= hole).to(tl.int32)) * BLOCK
+
+
+@triton.jit
+def _load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SHIFTED: tl.constexpr,
+                  WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
+    """A block from column `start` of a row that begins `phase` columns behind a 16-byte boundary, as `widen` takes it.
+
+    What lies past the row's end, if not WHOLE, is anything. No access leaves the 16 bytes around a column of the row.
+    """
+    if SHIFTED and not PTX:
+        at = tl.arange(0, BLOCK)
         if WHOLE:
-            x = tl.load(low)
+            return tl.load(row + start + at, eviction_policy=CACHE)
+        else:
+            return tl.load(row + start + at, mask=start + at < vocab, other=0, eviction_policy=CACHE)
+    else:
+        low = _block(row - phase + start, BLOCK, WIDTH, PTX)
+        high = _block(row - phase + start + WIDTH, BLOCK, WIDTH, PTX)
+        if WHOLE:
+            x = tl.load(low, eviction_policy=CACHE)
             if SHIFTED:
-                x = join_columns(x, tl.load(high), phase, PTX)
+                x = join_columns(x, tl.load(high, eviction_policy=CACHE), phase, PTX)
         else:
             left = vocab + phase - start  # columns from the boundary on
-            x = tl.load(low, mask=at // WIDTH * WIDTH < left, other=0)
+            ITEMS: tl.constexpr = BLOCK // low.shape[0]  # columns an item that is loaded
+            group = tl.arange(0, BLOCK // ITEMS) // (WIDTH // ITEMS) * WIDTH
+            x = tl.load(low, mask=group < left, other=0, eviction_policy=CACHE)
             if SHIFTED:
-                x = join_columns(x, tl.load(high, mask=at // WIDTH * WIDTH + WIDTH < left, other=0), phase, PTX)
+                y = tl.load(high, mask=group + WIDTH < left, other=0, eviction_policy=CACHE)
+                x = join_columns(x, y, phase, PTX)
         return x
 
 
@@ -121,13 +146,12 @@ def _scale_of(row, temperature, scale, scale_error):
 
 
 @triton.jit
-def _add_block(x, top, total, lost, weighted, scale, PTX: tl.constexpr, DTYPE: tl.constexpr):
+def _add_block(x, highest, top, total, lost, weighted, scale, PTX: tl.constexpr, DTYPE: tl.constexpr):
     """Adds a block [REPEAT, LANES, WIDTH] of logits to the lanes' sums of e = 2^t and t e, t = x scale - top.
 
-    `total` is summed with compensation: `lost` is what it has too much.
+    `highest` is each lane's largest x. `total` is summed with compensation: `lost` is what it has too much.
     """
-    highest = tl.max(tl.max(x, 2), 0) * scale
-    new_top = tl.maximum(top, highest)
+    new_top = tl.maximum(top, highest * scale)
     shift = top - new_top
     shrink = exp2(shift, PTX)
     t = fma(x, scale, -new_top[None, :, None])
@@ -140,18 +164,33 @@ def _add_block(x, top, total, lost, weighted, scale, PTX: tl.constexpr, DTYPE: t
 
 
 @triton.jit
-def _sum_others(row, vocab, target, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-                PTX: tl.constexpr):  # fmt: skip
+def _phase(row, WIDTH: tl.constexpr):
+    """Columns between the last 16-byte boundary and the row's first column."""
+    return (row.to(tl.int64) % 16 // (16 // WIDTH)).to(tl.int32)
+
+
+@triton.jit
+def _first_block(row, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):
+    """The first block of a row on a 16-byte boundary, if it is whole: its load waits for nothing else of the row."""
+    here = _block(row - _phase(row, WIDTH), BLOCK, WIDTH, PTX)
+    return tl.load(here, mask=tl.full(here.shape, BLOCK, tl.int32) <= vocab, eviction_policy=CACHE)
+
+
+@triton.jit
+def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+                PTX: tl.constexpr, CACHE: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
 
+    With the `first` block, the loads of a block are issued before the block in front of it is summed; the sums stay.
     The largest logit / temperature may be up to 7e8 nats from 0, where fp32 logits are 64 apart. NaN or +inf gives NaN.
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
-    phase = (row.to(tl.int64) % 16 // (16 // WIDTH)).to(tl.int32)
+    phase = _phase(row, WIDTH)
     full = vocab // BLOCK
     hole = tl.minimum(target // BLOCK, full)
     special = 1 + (hole < full).to(tl.int32)  # the incomplete block, and the target's if that is another
+    plain = full + 1 - special
 
     at = tl.arange(0, BLOCK)
     top = tl.full([LANES], FLOOR, tl.float32)
@@ -160,17 +199,40 @@ def _sum_others(row, vocab, target, scale, REPEAT: tl.constexpr, LANES: tl.const
     weighted = tl.zeros([LANES], tl.float32)
     for SHIFTED in tl.static_range(2):
         if (phase != 0) == (SHIFTED == 1):
-            for i in range(0, full + 1 - special):
-                start = (i + (i >= hole).to(tl.int32)) * BLOCK
-                x = widen(_load_columns(row, phase, start, at, vocab, True, SHIFTED == 1, WIDTH, PTX), PTX)
-                x = tl.reshape(x, [REPEAT, LANES, WIDTH])
-                top, total, lost, weighted = _add_block(x, top, total, lost, weighted, scale, PTX, DTYPE)
+            if first is None or SHIFTED == 1:
+                for i in range(0, plain):
+                    if PREFETCH > 0 and PTX:
+                        start = _block_start(tl.minimum(i + PREFETCH, plain - 1), hole, BLOCK)
+                        prefetch(row + start + tl.arange(0, LANES) * (REPEAT * WIDTH))
+                    start = _block_start(i, hole, BLOCK)
+                    x = _load_columns(row, phase, start, vocab, BLOCK, True, SHIFTED == 1, WIDTH, PTX, CACHE)
+                    x = bounded_columns(x, PTX, DTYPE)
+                    highest = largest(x, REPEAT, LANES, WIDTH, PTX, DTYPE)
+                    x = tl.reshape(widen(x, PTX, DTYPE), [REPEAT, LANES, WIDTH])
+                    top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
+            else:
+                ahead = first
+                if (hole == 0) & (plain > 0):
+                    ahead = _load_columns(row, phase, BLOCK, vocab, BLOCK, True, False, WIDTH, PTX, CACHE)
+                ahead = bounded_columns(ahead, PTX, DTYPE)
+                for i in range(0, plain):
+                    if PREFETCH > 0 and PTX:
+                        start = _block_start(tl.minimum(i + 1 + PREFETCH, plain - 1), hole, BLOCK)
+                        prefetch(row + start + tl.arange(0, LANES) * (REPEAT * WIDTH))
+                    start = _block_start(tl.minimum(i + 1, plain - 1), hole, BLOCK)
+                    behind = _load_columns(row, phase, start, vocab, BLOCK, True, False, WIDTH, PTX, CACHE)
+                    highest = largest(ahead, REPEAT, LANES, WIDTH, PTX, DTYPE)
+                    x = tl.reshape(widen(ahead, PTX, DTYPE), [REPEAT, LANES, WIDTH])
+                    top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
+                    ahead = bounded_columns(behind, PTX, DTYPE)
             for i in range(0, special):
                 start = tl.where(i == 0, full, hole) * BLOCK
-                x = widen(_load_columns(row, phase, start, at, vocab, False, SHIFTED == 1, WIDTH, PTX), PTX)
+                x = _load_columns(row, phase, start, vocab, BLOCK, False, SHIFTED == 1, WIDTH, PTX, CACHE)
+                x = widen(bounded_columns(x, PTX, DTYPE), PTX, DTYPE)
                 x = tl.where((at < vocab - start) & (at != target - start), x, LOWEST)
                 x = tl.reshape(x, [REPEAT, LANES, WIDTH])
-                top, total, lost, weighted = _add_block(x, top, total, lost, weighted, scale, PTX, DTYPE)
+                highest = tl.max(tl.max(x, 2), 0)
+                top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
 
     base = tl.max(top, 0)
     shift = top - base
@@ -208,15 +270,17 @@ def _combine(base, total, weighted, target_logit, scale, scale_error):
 
 
 @triton.jit
-def _statistics(pointer, token_ids, row, vocab, scale, scale_error, REPEAT: tl.constexpr, LANES: tl.constexpr,
-                WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEAT: tl.constexpr, LANES: tl.constexpr,
+                WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """(logprob, entropy, lse as a pair); all NaN where the token id is not one of the vocabulary's."""
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
     target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's bug, and not a certainty
-    base, total, weighted = _sum_others(pointer, vocab, target, scale, REPEAT, LANES, WIDTH, PTX)
+    base, total, weighted = _sum_others(
+        pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, CACHE, PREFETCH
+    )
     return _combine(base, total, weighted, target_logit, scale, scale_error)
 
 
@@ -276,7 +340,8 @@ def _edges(head, body, vocab, WIDTH: tl.constexpr):
 
 @triton.jit
 def _write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, SLOPE: tl.constexpr,
-                    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+                    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
+                    CACHE: tl.constexpr):  # fmt: skip
     """A row's gradient: a head up to the first 16-byte boundary of `destination`, a body of whole accesses, a tail.
 
     Backwards: what was read last is read again first. Where `source` lies otherwise, reads are narrow, writes are not.
@@ -299,16 +364,30 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
             for i in range(0, special):
                 start = tl.where(i == 0, full, hole) * BLOCK
                 there = at // WIDTH * WIDTH < body - start
-                x = widen(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED), mask=there, other=0), PTX)
+                here = _columns(x_body + start, at, WIDTH, ALIGNED)
+                x = widen_loaded(tl.load(here, mask=there, other=0, eviction_policy=CACHE), PTX)
                 g = _gradient(x, base, constant, slope, scale, SLOPE, PTX, READ)
                 g = narrow(tl.where(at == target - head - start, at_target, g), DTYPE)
-                tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there)
-            for i in range(0, plain):
-                start = plain - 1 - i
-                start = (start + (start >= hole).to(tl.int32)) * BLOCK
-                x = widen(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED)), PTX)
-                g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
-                tl.store(_columns(g_body + start, at, WIDTH, True), g)
+                tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there, eviction_policy=CACHE)
+            if AHEAD and ALIGNED == 1 and not SLOPE and READ.primitive_bitwidth == 16:
+                if plain > 0:
+                    start = _block_start(plain - 1, hole, BLOCK)
+                    ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX), eviction_policy=CACHE)
+                    ahead = bounded_columns(ahead, PTX, READ)
+                    for i in range(0, plain):
+                        x = widen(ahead, PTX, READ)
+                        here = _columns(g_body + start, at, WIDTH, True)
+                        start = _block_start(tl.maximum(plain - 2 - i, 0), hole, BLOCK)
+                        ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX), eviction_policy=CACHE)
+                        ahead = bounded_columns(ahead, PTX, READ)
+                        g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
+                        tl.store(here, g, eviction_policy=CACHE)
+            else:
+                for i in range(0, plain):
+                    start = _block_start(plain - 1 - i, hole, BLOCK)
+                    x = widen_loaded(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED), eviction_policy=CACHE), PTX)
+                    g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
+                    tl.store(_columns(g_body + start, at, WIDTH, True), g, eviction_policy=CACHE)
 
     column, there = _edges(head, body, vocab, WIDTH)
     x = tl.load(source + column, mask=there, other=0).to(tl.float32)
@@ -354,7 +433,8 @@ def _upstream(array, row, factor):
         return tl.where(g != 0.0, g * factor, 0.0)  # an infinite factor leaves rows without a gradient alone
 
 
-# ---- kernels, one program a row. What varies from call to call is no part of what is compiled.
+# ---- kernels, one program a row. What varies from call to call is no part of what is compiled. Integers have declared
+# types: without one Triton takes 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error",
            "gradient_outer_stride", "gradient_inner_stride"]  # fmt: skip
@@ -365,16 +445,23 @@ _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specia
 
 @_kernel()
 def forward_kernel(
-    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
+    logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
+    token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the token, entropy and logsumexp of each row; zeros where masked. Reads a row once."""
     row = tl.program_id(0)
     if _counts(mask, row):
         pointer = _row_pointer(logits, row, inner, outer_stride, inner_stride)
+        first = None
+        if AHEAD and logits.dtype.element_ty.primitive_bitwidth == 16:
+            first = _first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX, "")
         s, error = _scale_of(row, temperature, scale, scale_error)
-        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, s, error, REPEAT, LANES, WIDTH, PTX)
+        logprob, h, hi, lo = _statistics(
+            pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, "", PREFETCH
+        )
         _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
     else:
         zero = tl.zeros((), tl.float32)
@@ -383,10 +470,11 @@ def forward_kernel(
 
 @_kernel()
 def backward_kernel(
-    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
-    places, logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size,
-    gradient, gradient_outer_stride, gradient_inner_stride,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+    logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
+    token_ids, mask, temperature, scale, scale_error,
+    places, logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size: tl.int32,
+    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each row from those of its statistics. Reads a row once and writes it; a row without one is zeroed.
     Row i is that of the logits or, with `places`, row places[i] of them; the gradient may have another dtype.
@@ -414,7 +502,7 @@ def backward_kernel(
             source = logits + tl.load(places + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
         _write_gradient(
-            source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, BLOCK, WIDTH, PTX
+            source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, BLOCK, WIDTH, PTX, AHEAD, ""
         )
     else:
         _write_zeros(destination, vocab, BLOCK, WIDTH)
@@ -422,27 +510,37 @@ def backward_kernel(
 
 @_kernel()
 def forward_backward_kernel(
-    logits, outer_stride, inner_stride, inner, vocab, token_ids, mask, temperature, scale, scale_error,
-    logprobs, entropies, lses, g_logprobs, counts, counts_size,
-    gradient, gradient_outer_stride, gradient_inner_stride,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+    logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
+    token_ids, mask, temperature, scale, scale_error,
+    logprobs, entropies, lses, g_logprobs, counts, counts_size: tl.int32,
+    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     """Both at once, for a gradient by the log-probability that is known beforehand: the second read hits the cache."""
     row = tl.program_id(0)
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
+    KEEP: tl.constexpr = "evict_last" if HINTS else ""
+    DROP: tl.constexpr = "evict_first" if HINTS else ""
     destination = _row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
     if _counts(mask, row):
         source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
-        s, error = _scale_of(row, temperature, scale, scale_error)
-        logprob, h, hi, lo = _statistics(source, token_ids, row, vocab, s, error, REPEAT, LANES, WIDTH, PTX)
-        _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
+        first = None
+        if AHEAD and logits.dtype.element_ty.primitive_bitwidth == 16:
+            first = _first_block(source, vocab, BLOCK, WIDTH, PTX, KEEP)
         g_logprob = _upstream(g_logprobs, row, _factor(None, counts, counts_size))
+        s, error = _scale_of(row, temperature, scale, scale_error)
+        logprob, h, hi, lo = _statistics(
+            source, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, KEEP, PREFETCH
+        )
+        _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
         if g_logprob != 0.0:
             base, constant, slope, at_target = _coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
             target = tl.load(token_ids + row).to(tl.int32)
             _write_gradient(
-                source, destination, vocab, target, base, constant, slope, at_target, s, False, BLOCK, WIDTH, PTX
-            )
+                source, destination, vocab, target, base, constant, slope, at_target, s, False, BLOCK, WIDTH, PTX,
+                AHEAD, DROP,
+            )  # fmt: skip
         else:
             _write_zeros(destination, vocab, BLOCK, WIDTH)
     else:
@@ -452,7 +550,10 @@ def forward_backward_kernel(
 
 
 @_kernel()
-def scale_kernel(values, outer_stride, inner_stride, inner, vocab, factor, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def scale_kernel(
+    values, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32, factor,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do."""
     DTYPE: tl.constexpr = values.dtype.element_ty
     by = tl.load(factor).to(tl.float32)

@@ -115,7 +115,62 @@ def scaled_exp2(t, factor, PTX: tl.constexpr):
 
 
 @triton.jit
-def widen(x, PTX: tl.constexpr):
+def _larger_bf16(x, y):
+    return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
+
+
+@triton.jit
+def _larger_fp16(x, y):
+    return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
+
+
+@triton.jit
+def bounded_columns(x, PTX: tl.constexpr, dtype: tl.constexpr):
+    """On NVIDIA -inf in bf16 becomes -1e20, two columns an instruction; NaN stays."""
+    if PTX and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, -0x1F521F53], tl.int32, True, 1)
+    else:
+        return x
+
+
+@triton.jit
+def largest(x, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+            dtype: tl.constexpr):  # fmt: skip
+    """The largest logit of each lane, in float32."""
+    if PTX and dtype.primitive_bitwidth == 16:  # two logits an int32
+        pairs = tl.reshape(x, [REPEAT, LANES, WIDTH // 2])
+        if dtype == tl.bfloat16:
+            pairs = tl.reduce(tl.reduce(pairs, 2, _larger_bf16), 0, _larger_bf16)
+        else:
+            pairs = tl.reduce(tl.reduce(pairs, 2, _larger_fp16), 0, _larger_fp16)
+        low, high = halves(pairs, dtype)
+        return tl.maximum(low, high)
+    else:
+        return tl.max(tl.max(tl.reshape(x.to(tl.float32), [REPEAT, LANES, WIDTH]), 2), 0)
+
+
+@triton.jit
+def halves(x, dtype: tl.constexpr):
+    """float32 of the two 16-bit logits in each int32."""
+    if dtype == tl.bfloat16:
+        return (x << 16).to(tl.float32, bitcast=True), (x & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        code: tl.constexpr = "{ .reg .f16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        return tl.inline_asm_elementwise(code, "=f,=f,r", [x], (tl.float32, tl.float32), True, 1)
+
+
+@triton.jit
+def widen(x, PTX: tl.constexpr, dtype: tl.constexpr):
+    """float32 of a block of logits as `_load_columns` loads them."""
+    if PTX and dtype.primitive_bitwidth == 16:  # two logits an int32
+        low, high = halves(x, dtype)
+        return tl.reshape(tl.join(low, high), [2 * x.shape[0]])
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def widen_loaded(x, PTX: tl.constexpr):
     """float32 of a block of logits. On NVIDIA -inf in bf16 becomes -1e20, two columns an instruction; NaN stays."""
     if PTX and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(WIDEN_BF16, "=r,=r,r", [x], tl.int32, True, 2).to(tl.float32, bitcast=True)
@@ -133,8 +188,15 @@ def join_columns(low, high, phase, PTX: tl.constexpr):
         )
     else:
         return tl.inline_asm_elementwise(
-            JOIN_16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [low, high, phase], low.dtype, True, 8
+            JOIN_16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r", [low, high, phase], tl.int32, True, 4
         )
+
+
+@triton.jit
+def prefetch(addresses):
+    """Brings the 128 bytes around each address to the L2 cache of an NVIDIA GPU."""
+    code: tl.constexpr = "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
+    tl.inline_asm_elementwise(code, "=r,l", [addresses.to(tl.int64)], tl.int32, False, 1)
 
 
 @triton.jit

@@ -28,23 +28,29 @@ _NOTHING = contextlib.nullcontext()
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is laid out: `elements` columns a block, walked by `num_warps` warps."""
+    """How a kernel is compiled: blocks of `elements` columns, summed or written by `num_warps` warps."""
 
     num_warps: int
     elements: int
+    ahead: bool = False  # 16-bit logits: issue a block's loads before the block in front of it is computed
+    prefetch: int = 0  # statistics, NVIDIA: how many more blocks are on their way to the L2 cache
+    hints: bool = False  # forward_backward: keep a row in the L2 cache for its second read, and its gradient out of it
+    max_registers: int | None = None  # a thread, of 16-bit logits on NVIDIA; None: the compiler decides
 
 
-# 2026-11-25: from the static figures (benchmarks/results/static.json); not measured on any GPU yet. 32 bf16 columns a
-# thread cost the fewest instructions a column without a spill, and their registers leave 5 rows of the forward, 10 of
+# 2026-11-26: from the static figures (benchmarks/results/static.json); not measured on any GPU yet. 32 bf16 columns a
+# thread cost the fewest instructions a column without a spill, and their registers leave 5 rows of the forward, 8 of
 # the backward under way on a multiprocessor: 8 KiB each in flight. The kernel that does both in one launch wants its
 # second read from the L2 cache: 16 warps, so that a multiprocessor has one row (on an H200 40 of 50 MB).
+# Loads go ahead of the arithmetic everywhere; float32 logits have twice the bytes in flight without.
 LAUNCH = {
-    "forward": Launch(num_warps=4, elements=4096),
-    "backward": Launch(num_warps=4, elements=4096),
-    "forward_backward": Launch(num_warps=16, elements=16384),
+    "forward": Launch(num_warps=4, elements=4096, ahead=True, max_registers=96),
+    "backward": Launch(num_warps=4, elements=4096, ahead=True),
+    "forward_backward": Launch(num_warps=16, elements=16384, ahead=True),
     "scale": Launch(num_warps=4, elements=4096),
 }
-INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256)  # small blocks: short rows are cheap, and cross their boundaries
+# Small blocks: short rows are cheap, and cross their boundaries.
+INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, ahead=True)
 
 
 # Whether kernels run in Triton's interpreter, on CPU tensors.
@@ -110,7 +116,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     _launch(
         "backward", rows.logits, *_row_arguments(rows), rows.places, *_addresses(stats), upstream.logprobs,
         upstream.entropy, g_lse, upstream.factor, counts, 0 if counts is None else counts.numel(), gradient,
-        *_strides(gradient), rows=rows.token_ids.numel(), written=gradient,
+        *gradient.stride()[:2], rows=rows.token_ids.numel(), written=gradient,
     )  # fmt: skip
 
 
@@ -118,13 +124,13 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
     stats, counts = empty_stats(rows.logits), upstream.counts
     _launch(
         "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
-        counts, 0 if counts is None else counts.numel(), gradient, *_strides(gradient),
+        counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
     )  # fmt: skip
     return stats
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    _launch("scale", values, *_strides(values), *values.shape[1:], factor)
+    _launch("scale", values, *values.stride()[:2], *values.shape[1:], factor)
 
 
 def compiled_variants() -> int:
@@ -139,7 +145,7 @@ def count_variants(kernels: Iterable[Any]) -> int:
 def _row_arguments(rows: Rows) -> tuple[Any, ...]:
     per_row = rows.temperature.ndim > 0
     return (
-        *_strides(rows.logits),
+        *rows.logits.stride()[:2],
         rows.token_ids.shape[1],
         rows.logits.shape[2],
         rows.token_ids,
@@ -157,24 +163,28 @@ def _scale(temperature: float) -> tuple[float, float]:
     return rounded, (scale - rounded) / scale
 
 
-def _strides(array: Tensor) -> tuple[int, int]:
-    """Of [outer, inner, ..]. A packed batch has one outer row, whose stride N V would need 64 bits, and so another
-    compilation, beyond 2^31."""
-    outer_stride, inner_stride = array.stride()[:2]
-    return outer_stride if array.shape[0] > 1 else 0, inner_stride
-
-
 def _addresses(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
     return stats.logprobs, stats.entropy, stats.lse.view(torch.int64)
 
 
 def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dict[str, int]:
-    """A kernel's block sizes: 16 bytes an access, one lane a thread."""
+    """A kernel's compile-time arguments: 16 bytes an access, one lane a thread."""
     width = 16 // element_size
     if kernel == "scale":
         return {"BLOCK": layout.elements, "WIDTH": width}
     lanes = warp_size * layout.num_warps
-    return {"REPEAT": max(1, layout.elements // (lanes * width)), "LANES": lanes, "WIDTH": width}
+    repeat = max(1, layout.elements // (lanes * width))
+    found = {"REPEAT": repeat, "LANES": lanes, "WIDTH": width, "AHEAD": layout.ahead}
+    if kernel != "backward":
+        found["PREFETCH"] = layout.prefetch
+    return {**found, "HINTS": layout.hints} if kernel == "forward_backward" else found
+
+
+def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[str, Any]:
+    """What Triton's compiler is told. Fusing multiply and add is most of what keeps a column at seven instructions."""
+    limited = layout.max_registers is not None and element_size == 2 and nvidia
+    registers = {"maxnreg": layout.max_registers} if limited else {}
+    return {"num_warps": layout.num_warps, "enable_fp_fusion": True, **registers}
 
 
 def _launch(
@@ -185,17 +195,20 @@ def _launch(
     if rows == 0:
         return
     layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
-    constants = _constants(kernel, layout, (logits if written is None else written).element_size())
+    constants, options = _compile_time(kernel, layout, (logits if written is None else written).element_size())
     run = getattr(_kernels(), f"{kernel}_kernel")
     with on_device(logits):
-        # Fusing multiply and add is most of what keeps a column at seven instructions; newer Tritons ask to be told.
-        run[(rows,)](logits, *arguments, **constants, num_warps=layout.num_warps, enable_fp_fusion=True)
+        run[(rows,)](logits, *arguments, **constants, **options)
 
 
 @functools.cache
-def _constants(kernel: str, layout: Launch, element_size: int) -> dict[str, int]:
-    constants = sizes(kernel, layout, element_size, 64 if torch.version.hip else 32)
-    return constants if kernel == "scale" else {**constants, "PTX": not INTERPRETED and torch.version.hip is None}
+def _compile_time(kernel: str, layout: Launch, element_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A kernel's constants, and the options of the compiler."""
+    nvidia = torch.version.hip is None
+    constants: dict[str, Any] = sizes(kernel, layout, element_size, 32 if nvidia else 64)
+    if kernel != "scale":
+        constants["PTX"] = not INTERPRETED and nvidia
+    return constants, compiler_options(layout, element_size, nvidia)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
