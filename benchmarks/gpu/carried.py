@@ -28,6 +28,7 @@ FOLDER = REPOSITORY / "carried"
 WHEELS, CACHE, SOURCES = FOLDER / "wheels", FOLDER / "triton-cache.tar", FOLDER / "sources.sha256"
 BUILD = REPOSITORY / "build" / "gpu"
 MOST_BYTES = 14_000_000  # of a saved cache
+_NEEDED = (".json", ".cubin", ".so")  # of an entry, to launch its kernel
 PEERS = (
     "liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1", "datasets==5.2.0", "dill==0.4.1",
     "multiprocess==0.70.19",
@@ -101,19 +102,23 @@ def unpack_cache(path: Path, folder: Path) -> int:
 
 
 def save_cache(folder: Path, path: Path) -> str:
-    """Compressed. Beyond `MOST_BYTES` nothing is kept."""
+    """Compressed, without the stages of compilation that nothing reads. Beyond `MOST_BYTES` nothing is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()] if folder.is_dir() else []
     with tarfile.open(beside, "w:xz", preset=1) as archive:
         for entry in entries:
-            archive.add(entry, entry.name)
+            archive.add(entry, entry.name, filter=_needed)
     size = beside.stat().st_size
     if size > MOST_BYTES:
         beside.unlink()
         return f"Triton's cache is not saved: {size / 1e6:.1f} MB, {MOST_BYTES / 1e6:.0f} MB are allowed"
     os.replace(beside, path)
     return f"Triton's cache: {len(entries)} entries, {size / 1e6:.1f} MB in {path}"
+
+
+def _needed(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return member if member.isdir() or Path(member.name).suffix in _NEEDED else None
 
 
 def use_extension() -> str:

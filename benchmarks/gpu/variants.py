@@ -104,9 +104,7 @@ def launches_of(kernel: str) -> list[Launch]:
 
 def _compiled(kernel: str, launch: Launch) -> str:
     """What Triton is told: the same for launches that differ in what a kernel does not use."""
-    options = getattr(triton_rows, "compiler_options", None)
-    told = None if options is None else options(launch, True)
-    return repr((launch.num_warps, triton_rows.sizes(kernel, launch, 2, 32), told))
+    return repr((triton_rows.sizes(kernel, launch, 2, 32), triton_rows.compiler_options(launch, 2, True)))
 
 
 def name_of(launch: Launch) -> str:
