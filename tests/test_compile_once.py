@@ -65,7 +65,7 @@ def test_one_compilation_serves_every_batch(
 
 
 def test_strides_beyond_32_bits_do_not_compile_again(lookups: set[tuple[str, str]]) -> None:
-    """N V of a packed batch and T V of a padded one cross 2^31 in the middle of a training."""
+    """The stride of a packed batch is N V, of a padded one T V: both may cross 2^31 in the middle of a training."""
     from gspo_kernels.logprobs.rows import Rows, Upstream
 
     one = torch.ones((), dtype=torch.float64)

@@ -53,9 +53,9 @@ SIZES = {
 }
 # Of fields that are no switches, where the package has them.
 VALUES: dict[str, tuple[int | None, ...]] = {
-    "prefetch": (0, 1, 2, 4),
+    "prefetch": (0, 2),
     "num_stages": (2, 3),
-    "max_registers": (None, 80),
+    "max_registers": (None, 128),
 }
 MOST, SMOKE_MOST = 12, 2  # of a kernel
 ROWS, SMOKE_ROWS, COMPILED_ROWS, REPEATS = 8_192, 16, 1_024, 8
