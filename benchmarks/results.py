@@ -163,7 +163,12 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that this tree stands on, "-dirty" if files differ from it; "unknown" outside a repository."""
+    """The commit that this tree stands on, "-dirty" if files differ from it; "unknown" outside a repository.
+
+    GSPO_BENCH_COMMIT says it where a tree was copied without its history.
+    """
+    if told := os.environ.get("GSPO_BENCH_COMMIT"):
+        return told
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
