@@ -8,6 +8,7 @@ medians within one run, and of peak memory.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +120,11 @@ def _launches(cases: Content, contestant: str) -> dict[str, int]:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    """4 (gspo, grpo), 3 (forward): works, without the sizes and ways that they were counted in."""
+    works: dict[int, dict[str, None]] = {}
+    for name, count in counts.items():
+        works.setdefault(count, {})[re.sub("_fresh|_cuda|-.*", "", name)] = None
+    return ", ".join(f"{count} ({', '.join(names)})" for count, names in sorted(works.items(), reverse=True))
 
 
 def ahead(other: str, quantity: str) -> Judge:

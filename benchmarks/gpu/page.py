@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .goals import FOLDER, GOALS, Content, of_linear, of_one_read, of_work, share_of_copy
+from .goals import FOLDER, GOALS, ROWS, Content, of_linear, of_one_read, of_work, share_of_copy
 from .parts import REPOSITORY
 
 BEGIN, END = "<!-- measured: begin, by python -m benchmarks.gpu.page -->", "<!-- measured: end -->"
@@ -93,6 +93,14 @@ KERNELS = (
 )  # fmt: skip
 
 
+COMPARED = (  # in the README: a work, the passes that Triton takes, whether CUDA C++ has a kernel for it
+    ("forward", "forward", 1, False),
+    ("GSPO, off-policy", "gspo", 3, False),
+    ("GSPO, on-policy", "gspo_on_policy", 2, True),
+    ("GRPO, off-policy", "grpo", 3, True),
+)
+
+
 def tables(contents: Sequence[Content]) -> str:
     """For docs/gpu.md: works, kernels, and which goals are met."""
     lines = [_about(content) for content in contents]
@@ -113,13 +121,28 @@ def summary(contents: Sequence[Content]) -> str:
         )
     lines = []
     for content in contents:
-        found = []
-        for row in WORKS:
-            seconds, share = _measured(row, content)
-            if seconds is not None:
-                found.append(f"{row.name} {seconds * 1e3:.2f} ms" + (f" ({share:.0%} of a copy)" if share else ""))
-        lines.append(f"{_gpu(content)}, 8,192 tokens, V = 151,936, bf16: {'; '.join(found) or UNMEASURED}.")
-    return "\n".join(lines)
+        lines += ["" if lines else None, f"{_gpu(content)}, 8,192 tokens, V = 151,936, bf16, milliseconds:", ""]
+        lines += _against_peers(content)
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _against_peers(content: Content) -> list[str]:
+    """Every contestant's time in the works, the two backends of this package with their share of a copy."""
+    named = {"liger": "Liger", "trl": "TRL", "compile": "torch.compile", "eager": "torch"}
+    lines = [
+        f"| | Triton | CUDA C++ | {' | '.join(named.values())} |",
+        f"|---|{'--:|' * (2 + len(named))}",
+    ]
+    for title, work, units, one_read in COMPARED:
+        cells = []
+        for case_of, name, passes in ((of_work(work), "ours", units), (of_one_read(work), "ours_cuda", 2)):
+            found = _measured(Row("", 0, ("", ""), ("", ""), _of_case(case_of, passes, name)), content)
+            seconds, share = found if name == "ours" or one_read else (None, None)
+            cells.append("" if seconds is None else f"{seconds * 1e3:.2f} ({share:.0%})")
+        times = content.get("cases", {}).get(f"{work}-{ROWS}", {}).get("contestants", {})
+        cells += [f"{times[peer]['median'] * 1e3:.2f}" if peer in times else "" for peer in named]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
 
 
 PAGES: dict[str, Callable[[Sequence[Content]], str]] = {"docs/gpu.md": tables, "README.md": summary}
