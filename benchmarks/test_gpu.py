@@ -528,8 +528,13 @@ def test_goals_are_shares_of_the_copy(copy: float) -> None:
 def test_goals_of_time_and_memory() -> None:
     ours, eager = times(3, 0.95, 3e12), times(20, 0.95, 3e12, extra=600)
     content = {"cases": {"gspo-8192": case_of(ours=ours, ours_fresh={**ours, "extra_bytes": 100}, eager=eager)}}
-    assert BY_TEXT["peak memory against eager, every case"].judge(content)[0]
     assert BY_TEXT["time against eager, every case"].judge(content)[0]
+    memory = BY_TEXT["peak memory against eager, every case"]
+    assert memory.judge(content) == (True, "equal in gspo-8192"), "statistics are no difference"
+    for theirs, ours_too in ((LOGITS_BYTES, 0), (0, LOGITS_BYTES)):
+        more = {**ours, "extra_bytes": ours_too}
+        content["cases"]["gspo-8192"] = case_of(ours=more, ours_fresh=more, eager={**eager, "extra_bytes": theirs})
+        assert memory.judge(content)[0] == (theirs > ours_too)
     with pytest.raises(KeyError, match="ImportError: none"):
         BY_TEXT["time against liger, every case"].judge(content)
     inactive = BY_TEXT["45% of no advantage, 15% of the rest clipped, against dense"]

@@ -398,11 +398,11 @@ def test_memcheck_makes_few_calls() -> None:
 
 
 def test_chunks_and_rows_of_the_linear_part(context: Context) -> None:
-    context.arguments = ["rows", "chunks"]
+    context.arguments = ["rows", "chunks_dense"]
     assert linear.run(context)
     found = recorded(context)
     for chunk_bytes in linear.SMOKE_CHUNK_BYTES:
-        at = "linear", "chunks", str(chunk_bytes)
+        at = "linear", "chunks", "dense", str(chunk_bytes)
         assert found[at]["median"] > 0 and not found[at]["wrong"]
     assert found["linear", "rows", "forward and gradient, float32"]["bytes_per_second"] > 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear import Random, chunk_of, logits_of, random_problem
-from modes import DEVICE, NOT_INTERPRETED
+from modes import DEVICE, NOT_INTERPRETED, ON_GPU
 from torch import Tensor
 
 from gspo_kernels import grpo_loss, gspo_loss, linear_grpo_loss, linear_gspo_loss, linear_token_logprobs
@@ -13,6 +13,8 @@ from gspo_kernels import grpo_loss, gspo_loss, linear_grpo_loss, linear_gspo_los
 pytestmark = NOT_INTERPRETED  # thousands of rows
 
 TARGETS = 64  # of the vocabulary, the others are never a token
+# Tensor cores cut off the last bits where a CPU rounds: 256 products add up to 5e-6 (on an H200) in place of 2e-6.
+EXACT = 8e-6 if ON_GPU else 4e-6
 
 
 def relative(found: Tensor, truth: Tensor, rows: slice) -> float:
@@ -66,9 +68,9 @@ def test_bf16_operands_cost_the_log_probabilities_nothing() -> None:
     logits = logits_of(r.hidden, r.weight, None)
     distribution = logits.log_softmax(-1)
     entropy = -(distribution.exp() * distribution).sum(-1)
-    assert float((found.logprobs.double() - r.logprobs).abs().max()) < 4e-6
-    assert float((found.entropy.double() - entropy).abs().max()) < 4e-6
-    assert float((found.lse - logits.logsumexp(-1)).abs().max()) < 4e-6
+    assert float((found.logprobs.double() - r.logprobs).abs().max()) < EXACT
+    assert float((found.entropy.double() - entropy).abs().max()) < EXACT
+    assert float((found.lse - logits.logsumexp(-1)).abs().max()) < EXACT
     rounded = (r.hidden @ r.weight.t()).double().log_softmax(-1).gather(-1, r.token_ids[:, None])[:, 0]
     assert float((rounded - r.logprobs).abs().max()) > 1e-3
 

@@ -20,6 +20,7 @@ from .runs import ROWS
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 LAUNCHES = 4
+SMALL = 64  # bytes a row
 OTHERS = ("eager", "compile", "liger", "trl")
 LINEAR_OTHERS = ("eager", "liger", "trl", "cce", "torch")
 
@@ -128,25 +129,32 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def ahead(other: str, quantity: str) -> Judge:
-    """Of one other contestant, in every case it finished; the nearest is named."""
+    """Of one other contestant, in every case it finished; the nearest is named.
+
+    Of memory, a difference of `SMALL` bytes a row is none: statistics and coefficients, nothing vocabulary-sized.
+    """
 
     def judge(content: Content) -> tuple[bool, str]:
         nearest: tuple[float, str] | None = None
-        missing = []
+        missing, equal = [], []
         for name, case in _cases(content):
             ours = [c for n, c in case["contestants"].items() if n == _rival(other, case)]
             theirs = case["contestants"].get(other)
             if theirs is None or not ours:
                 missing.append(name)
                 continue
-            ratio = (theirs[quantity] + 1) / (min(c[quantity] for c in ours) + 1) if quantity == "extra_bytes" else (
-                theirs[quantity] / min(c[quantity] for c in ours)
-            )  # fmt: skip
+            mine = min(c[quantity] for c in ours)
+            if quantity == "extra_bytes" and abs(theirs[quantity] - mine) <= SMALL * ROWS:
+                equal.append(name)
+                continue
+            ratio = theirs[quantity] / (mine or 1)
             nearest = min(nearest or (ratio, name), (ratio, name))
-        if nearest is None:
+        found = [f"nearest: {nearest[0]:.3g}x in {nearest[1]}"] if nearest else []
+        found += [f"equal in {', '.join(equal)}"] if equal else []
+        if not found:
             raise KeyError(_why_absent(content.get("cases", {}), other))
-        text = f"nearest: {nearest[0]:.3g}x in {nearest[1]}" + (f"; without {', '.join(missing)}" if missing else "")
-        return nearest[0] > 1, text
+        found += [f"without {', '.join(missing)}"] if missing else []
+        return nearest is None or nearest[0] > 1, "; ".join(found)
 
     return judge
 

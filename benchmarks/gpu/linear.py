@@ -1,7 +1,7 @@
 """The losses from hidden states on a GPU: every work of `../linear/cases.py` at a model's size, checked, in turn.
 
 Items are names of works, and three more. `products`: how fast cuBLAS is, and what fp32 logits cost it. `rows`: the row
-kernels on fp32 logits. `chunks`: the dense work with chunks of several sizes. `<work>:ours` times this package and the
+kernels on fp32 logits. `chunks_<work>`: a work with chunks of several sizes. `<work>:ours` times this package and the
 bare products alone, for when somebody else broke the process.
 """
 
@@ -31,7 +31,11 @@ from .meter import finish, meter_of
 
 BY_NAME = {work.name: work for work in WORKS}
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
-CHUNK_BYTES = (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20)  # 1,024 rows to all 8,192; the second is the usual one
+CHUNK_BYTES = {  # a row has 594 KiB; usual_chunk_bytes of gspo_kernels/logprobs/products.py decides
+    "dense": (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20),
+    "frozen_head": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
+    "forward": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
+}
 SMOKE_CHUNK_BYTES = (16 * SMOKE_VOCAB * 4, 64 * SMOKE_VOCAB * 4)
 
 
@@ -47,12 +51,14 @@ def run(context: Context) -> bool:
     for item in context.arguments:
         name, _, only_ours = item.partition(":")
         context.at(f"{name}, building its inputs")
-        problem = build(case_of(BY_NAME.get(name, DENSE), context.smoke), context.device)
+        chunked = name.startswith("chunks_")
+        work = BY_NAME.get(name.removeprefix("chunks_"), DENSE)
+        problem = build(case_of(work, context.smoke), context.device)
         if name == "products":
             _products(context, problem)
         elif name == "rows":
             _rows(context, problem)
-        elif name == "chunks":
+        elif chunked:
             good &= _chunks(context, problem)
         else:
             good &= _case(context, problem, bool(only_ours))
@@ -148,9 +154,9 @@ def _rows(context: Context, problem: Problem) -> None:
 
 
 def _chunks(context: Context, problem: Problem) -> bool:
-    """The dense work with chunks of several sizes, each answer checked."""
-    meter, good = meter_of(context.device), True
-    for chunk_bytes in SMOKE_CHUNK_BYTES if context.smoke else CHUNK_BYTES:
+    """A work with chunks of several sizes, each answer checked."""
+    meter, good, work = meter_of(context.device), True, problem.case.work.name
+    for chunk_bytes in SMOKE_CHUNK_BYTES if context.smoke else CHUNK_BYTES[work]:
         name = str(chunk_bytes)
         run = ours(problem, chunk_bytes)
         context.at(f"chunks of {chunk_bytes} bytes")
@@ -164,12 +170,12 @@ def _chunks(context: Context, problem: Problem) -> bool:
             wrong, good = str(error), False
         except Exception as error:  # out of memory, for one
             meter.forget()
-            context.put("linear", "chunks", name, value={"error": words(error)})
+            context.put("linear", "chunks", work, name, value={"error": words(error)})
             continue
         found = _timed(context, meter, f"chunks of {chunk_bytes} bytes", run)
         if "median" in found:
-            context.say(f"chunks of {chunk_bytes / 2**30:.3f} GiB: {found['median'] * 1e3:.3f} ms")
-        context.put("linear", "chunks", name, value={**found, "extra_bytes": extra, "wrong": wrong})
+            context.say(f"{work}, chunks of {chunk_bytes / 2**30:.3f} GiB: {found['median'] * 1e3:.3f} ms")
+        context.put("linear", "chunks", work, name, value={**found, "extra_bytes": extra, "wrong": wrong})
     return good
 
 

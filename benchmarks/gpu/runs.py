@@ -21,7 +21,17 @@ ONE_READ = (
 )
 FIRST = 6
 SMOKE_ONE_READ = (*(f"{work}-bf16-100-16" for work in OWN), "grpo-fp32-101-16")
-LINEAR = ("dense", "inactive", "frozen_head", "forward", "products", "rows", "chunks")
+LINEAR = (
+    "dense",
+    "inactive",
+    "frozen_head",
+    "forward",
+    "products",
+    "rows",
+    "chunks_dense",
+    "chunks_frozen_head",
+    "chunks_forward",
+)
 PROFILED = (
     "forward", "gspo", "gspo_on_policy", "gspo_on_policy_fresh", "gspo_on_policy_cuda", "grpo", "grpo_cuda", "ppo_cuda",
     "gspo_inactive", "gspo_fresh",
@@ -31,7 +41,10 @@ SMOKE_KERNELS = ("forward", "one_read")
 TESTS = ("test_rows.py", "test_triton_rows.py", "test_cuda_rows.py", "test_losses.py", "test_autograd.py")
 SMOKE_TESTS = ("test_advantages.py",)
 # After the first run's: where the kernels' own tests, then what stands on them, can find something on a GPU.
-MORE_TESTS = ("test_row_independence.py", "test_linear.py", "test_linear_precision.py", "test_engines.py")
+MORE_TESTS = (
+    "test_row_independence.py", "test_linear.py", "test_linear_precision.py", "test_vocab_size.py", "test_stats.py",
+    "test_group_of_one.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
