@@ -108,7 +108,7 @@ def tables(contents: Sequence[Content]) -> str:
         lines.append("**No GPU time is known yet**: no results are committed. The predictions are of models.")
     lines += ["", *_table("work", WORKS, contents), "", *_table("kernel", KERNELS, contents)]
     for content in contents:
-        lines += ["", *_goals(content)]
+        lines += ["", *_from_hidden_states(content), "", *_goals(content)]
     return "\n".join(lines)
 
 
@@ -177,6 +177,36 @@ def _table(head: str, rows: Sequence[Row], contents: Sequence[Content]) -> list[
             cells.append(text + (f" ({share:.0%})" if share is not None else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _from_hidden_states(content: Content) -> list[str]:
+    """Times and peak memory, everybody's; then this package's by the size of a chunk."""
+    linear = content.get("linear", {})
+    named = {
+        "ours": "gspo-kernels", "products": "bare products", "trl": "TRL", "eager": "torch",
+        "cce": "cut-cross-entropy", "liger": "Liger",
+    }  # fmt: skip
+    lines = [f"| from hidden states, {_gpu(content)}: ms, GB | {' | '.join(named.values())} |"]
+    lines.append(f"|---|{'--:|' * len(named)}")
+    for case in linear.get("cases", {}).values():
+        found = case["contestants"]
+        cells = [_time_and_memory(found[name]) if name in found else "" for name in named]
+        lines.append(f"| {case['title']} | {' | '.join(cells)} |")
+    sizes = sorted({int(size) for work in linear.get("chunks", {}).values() for size in work})
+    if sizes:
+        lines += ["", f"| by the size of a chunk, MiB | {' | '.join(str(size >> 20) for size in sizes)} |"]
+        lines.append(f"|---|{'--:|' * len(sizes)}")
+        for work, tried in linear["chunks"].items():
+            cells = [_time_and_memory(tried[str(size)]) if str(size) in tried else "" for size in sizes]
+            lines.append(f"| {linear['cases'][work]['title']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _time_and_memory(found: Content) -> str:
+    if "median" not in found:
+        return str(found.get("error", UNMEASURED))
+    memory = f", {found['extra_bytes'] / 1e9:.2f}" if found.get("extra_bytes") else ""
+    return f"{found['median'] * 1e3:.1f}{memory}" + (", wrong" if found.get("wrong") else "")
 
 
 def _measured(row: Row, content: Content) -> tuple[float | None, float | None]:
