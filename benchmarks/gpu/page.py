@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .goals import FOLDER, GOALS, ROWS, Content, of_linear, of_one_read, of_work, share_of_copy
+from .goals import FOLDER, GOALS, Content, of_linear, of_one_read, of_work, share_of_copy
 from .parts import REPOSITORY
+from .runs import ROWS
 
 BEGIN, END = "<!-- measured: begin, by python -m benchmarks.gpu.page -->", "<!-- measured: end -->"
 PASS = 8_192 * 151_936 * 2  # bytes of the logits
@@ -119,7 +120,7 @@ def summary(contents: Sequence[Content]) -> str:
             "**GPU times have not been measured yet**: no GPU was at hand, nothing here has run on one. `make gpu`\n"
             "measures them and writes `benchmarks/results/gpu-<name>.json`."
         )
-    lines = []
+    lines: list[str | None] = []
     for content in contents:
         lines += ["" if lines else None, f"{_gpu(content)}, 8,192 tokens, V = 151,936, bf16, milliseconds:", ""]
         lines += _against_peers(content)
