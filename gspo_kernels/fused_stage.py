@@ -422,11 +422,11 @@ class _Stage:
                 "sequence", self.sequence_count,
                 None if stats is None else stats.logprobs, of.old_logprobs, of.ref_logprobs,
                 None if stats is None else stats.entropy, of.advantages, of.weights, self.mask, of.cu_seqlens,
-                of.global_count, self.tokens, self.length, self.sequence_count, *of.numbers,
+                of.global_count, self.tokens, self.length, self.sequence_count,
+                int(of.advantages_per_token), int(of.weights_per_token), *of.numbers,
                 self.grad_logprobs, self.grad_entropy, self.token_advantages if stats is None else None,
                 self.log_ratios, self.partials,
                 AGGREGATION=of.aggregation, ESTIMATOR=of.kl_estimator, RATIO=of.ratio,
-                ADVANTAGE_PER_TOKEN=of.advantages_per_token, WEIGHT_PER_TOKEN=of.weights_per_token,
             )  # fmt: skip
 
     def batch(self, stats: RowStats | None) -> tuple[Tensor, Tensor]:

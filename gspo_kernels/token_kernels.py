@@ -26,8 +26,8 @@ LOSS, UNITS, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, R
 )
 PARTIALS = 14  # the last is a zero, from which a row kernel may count
 
-_VARIES = ["tokens", "length", "sequences", "eps_low", "eps_high", "dual_clip", "max_log_ratio", "beta", "entropy_coef",
-           "normalizer"]  # fmt: skip
+_VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_token", "eps_low", "eps_high",
+           "dual_clip", "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
 _ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "entropies", "advantages", "weights", "mask", "cu_seqlens",
                 "global_count", "g_logprobs", "g_entropies", "token_advantages", "log_ratios", "partials", "loss",
                 "scalars"]  # fmt: skip
@@ -134,11 +134,10 @@ def _kl(logprob, ref_logprob, max_log_ratio, ESTIMATOR: tl.constexpr):
 @_kernel()
 def sequence_kernel(
     logprobs, old_logprobs, ref_logprobs, entropies, advantages, weights, mask, cu_seqlens, global_count,
-    tokens, length, sequences,
+    tokens, length, sequences, advantage_per_token, weight_per_token,
     eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, normalizer,
     g_logprobs, g_entropies, token_advantages, log_ratios, partials,
-    RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr,
-    ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A sequence's share of the loss, its gradient by each log-probability and entropy, and its share of the stats.
 
@@ -146,6 +145,9 @@ def sequence_kernel(
     lack one factor, 1 / (sum of the counts): the row kernels bring it in. Absent: `old_logprobs` on-policy, `logprobs`
     before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an entropy
     bonus; `token_advantages`, each token's advantage, unless a row kernel asks for it (of a ratio per token).
+
+    Advantages (GSPO's never) and weights may be per token. That is no compile-time choice: with as many sequences as
+    tokens, numbers per token are taken for numbers per sequence, and lengths shall not compile a kernel.
 
     RATIO: "sequence" for GSPO, "sequence_by_token" for GSPO-token, "token" for GRPO and PPO.
     """
@@ -169,18 +171,13 @@ def sequence_kernel(
         if RATIO != "token":
             hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
             r, r_rest = _add(r, r_rest + lo, hi)
-        if RATIO == "sequence" and WEIGHT_PER_TOKEN:
-            w, w_rest = _add(w, w_rest, _load(weights, at, counts))
+        if RATIO == "sequence" and weights is not None:
+            w, w_rest = _add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))
     n = tl.sum(n, 0)
     any_token = n > 0.0
     each = tl.where(any_token, quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0)), 0.0)  # 1 / n
     mean = quotient(_sum(r, r_rest), tl.maximum(n, 1.0))
     share = each if AGGREGATION == "sequence_mean" else 1.0 + 0.0 * n
-    advantage, weight = 0.0 * n, 1.0 + 0.0 * n
-    if not ADVANTAGE_PER_TOKEN:
-        advantage = _load(advantages, i, any_token)
-    if weights is not None and not WEIGHT_PER_TOKEN:
-        weight = _load(weights, i, any_token)
 
     zeros = tl.zeros([BLOCK], tl.float32)
     loss, loss_rest, units, low, high, saturated = zeros, zeros, zeros, zeros, zeros, zeros
@@ -188,10 +185,11 @@ def sequence_kernel(
     approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = zeros, zeros, zeros, zeros, zeros, zeros
     slope_of_sequence = 0.0 * n
     if RATIO == "sequence":
+        advantage = _load(advantages, i, any_token)
         its_term, its_slope, is_low, is_high, its_ratio = _surrogate(
             mean, advantage, eps_low, eps_high, dual_clip, max_log_ratio
         )
-        all_weights = _sum(w, w_rest) if WEIGHT_PER_TOKEN else weight * n
+        all_weights = n if weights is None else _sum(w, w_rest)
         slope_of_sequence = all_weights * share * its_slope * each
         unit = tl.where(any_token, lane, 1) == 0  # one lane speaks for the sequence
         loss = tl.where(unit, all_weights * share * its_term, 0.0)
@@ -215,8 +213,10 @@ def sequence_kernel(
             slope = zeros + slope_of_sequence
         else:
             log_ratio = token_ratio if RATIO == "token" else zeros + mean
-            a = _load(advantages, at, counts) if ADVANTAGE_PER_TOKEN else zeros + advantage
-            k = _load(weights, at, counts) if WEIGHT_PER_TOKEN else zeros + weight
+            a = _load(advantages, tl.where(advantage_per_token != 0, at, i), counts)
+            k = zeros + 1.0
+            if weights is not None:
+                k = _load(weights, tl.where(weight_per_token != 0, at, i), counts)
             if token_advantages is not None:
                 tl.store(token_advantages + at, a, mask=at < last)
             term, slope, is_low, is_high, ratio = _surrogate(log_ratio, a, eps_low, eps_high, dual_clip, max_log_ratio)
