@@ -31,10 +31,10 @@ from .token_stage import LossOutput, TokenInputs
 _RATIOS: dict[type[Objective], str] = {GSPO: "sequence", GSPOToken: "sequence_by_token", GRPO: "token", PPO: "token"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # `elements` tokens, or sequences, at a time. With more of either some variants of the sequence kernel spill registers.
-# The batch is one program: sixteen warps a quarter of the rounds of four.
-LAUNCH = {"sequence": Launch(num_warps=4, elements=512), "batch": Launch(num_warps=16, elements=2048)}
-_INTERPRETED_LAUNCH = Launch(num_warps=1, elements=4)
-_PARTIALS, _COUNT, _ZERO = 14, 12, 13  # of token_kernels.py
+# The batch is one program of sixteen warps, each with one of the sixteen partials.
+LAUNCH = {"sequence": Launch(num_warps=4, elements=512), "batch": Launch(num_warps=16, elements=4096)}
+_INTERPRETED_LAUNCH = {"sequence": Launch(num_warps=1, elements=4), "batch": Launch(num_warps=1, elements=32)}
+_PARTIALS, _COUNT, _ZERO = 16, 14, 15  # of token_kernels.py
 
 
 class TokenArguments(NamedTuple):
@@ -422,11 +422,11 @@ class _Stage:
                 "sequence", self.sequence_count,
                 None if stats is None else stats.logprobs, of.old_logprobs, of.ref_logprobs,
                 None if stats is None else stats.entropy, of.advantages, of.weights, self.mask, of.cu_seqlens,
-                of.global_count, self.tokens, self.length, self.sequence_count, *of.numbers,
+                of.global_count, self.tokens, self.length, self.sequence_count,
+                int(of.advantages_per_token), int(of.weights_per_token), *of.numbers,
                 self.grad_logprobs, self.grad_entropy, self.token_advantages if stats is None else None,
                 self.log_ratios, self.partials,
                 AGGREGATION=of.aggregation, ESTIMATOR=of.kl_estimator, RATIO=of.ratio,
-                ADVANTAGE_PER_TOKEN=of.advantages_per_token, WEIGHT_PER_TOKEN=of.weights_per_token,
             )  # fmt: skip
 
     def batch(self, stats: RowStats | None) -> tuple[Tensor, Tensor]:
@@ -442,7 +442,7 @@ class _Stage:
         return loss, scalars
 
     def _launch(self, kernel: str, programs: int, *arguments: Any, **choices: Any) -> None:
-        layout = _INTERPRETED_LAUNCH if triton_rows.INTERPRETED else LAUNCH[kernel]
+        layout = (_INTERPRETED_LAUNCH if triton_rows.INTERPRETED else LAUNCH)[kernel]
         run = getattr(_kernels(), f"{kernel}_kernel")
         with triton_rows.on_device(self.partials):
             run[(programs,)](

@@ -20,14 +20,15 @@ from .logprobs.triton_math import INFINITY, exp, expm1, quotient, two_sum
 SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 10,000 of them would not fit float32
 FINITE = tl.constexpr(1e30)  # stands for an infinite log-probability, so that no inf - inf can arise
 
-# What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each.
-LOSS, UNITS, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, REF_KL, ENTROPY, TOKENS, COUNT, ZERO = (
-    tl.constexpr(i) for i in range(14)
+# What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each; the first twelve as in `Stats`.
+CLIPPED, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, REF_KL, ENTROPY, NONEMPTY, TOKENS = (
+    tl.constexpr(i) for i in range(12)
 )
-PARTIALS = 14  # the last is a zero, from which a row kernel may count
+LOSS, UNITS, COUNT, ZERO = (tl.constexpr(i) for i in range(12, 16))  # a row kernel may count from the zero
+PARTIALS = tl.constexpr(16)
 
-_VARIES = ["tokens", "length", "sequences", "eps_low", "eps_high", "dual_clip", "max_log_ratio", "beta", "entropy_coef",
-           "normalizer"]  # fmt: skip
+_VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_token", "eps_low", "eps_high",
+           "dual_clip", "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
 _ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "entropies", "advantages", "weights", "mask", "cu_seqlens",
                 "global_count", "g_logprobs", "g_entropies", "token_advantages", "log_ratios", "partials", "loss",
                 "scalars"]  # fmt: skip
@@ -76,12 +77,61 @@ def _add(total, rest, x):
 
 
 @triton.jit
-def _sum(total, rest):
-    """Of all lanes. The lanes' leading digits add up without any rounding, whatever cancels among them."""
-    bits = (tl.max(tl.abs(total), 0) * total.shape[0]).to(tl.int32, bitcast=True)
+def _leading(total, largest, LANES: tl.constexpr):
+    """The leading digits of `total`: those of all lanes add up without any rounding, whatever cancels among them.
+
+    `largest` of the lanes' magnitudes.
+    """
+    bits = (largest * LANES).to(tl.int32, bitcast=True)
     anchor = ((((bits >> 23) + 1) << 23) | 0x400000).to(tl.float32, bitcast=True)  # 1.5 times a power of two above all
-    leading = (total + anchor) - anchor
-    return tl.sum(leading, 0) + (tl.sum(total - leading, 0) + tl.sum(rest, 0))
+    return (total + anchor) - anchor
+
+
+@triton.jit
+def _in_two(total, rest, largest):
+    """Two numbers a lane whose plain sums over all lanes add up to the sum of total + rest."""
+    leading = _leading(total, largest, total.shape[0])
+    return leading, (total - leading) + rest
+
+
+# Warps exchange what they have found through shared memory, at a fixed price: reductions are therefore stacked.
+
+
+@triton.jit
+def _stack4(a, b, c, d):
+    """[.., 2, 2], in the registers where they are."""
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _scalars4(stack):
+    """Of a stack of scalars, in their order."""
+    ab, cd = tl.split(stack)
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
+def _maxima4(a, b, c, d):
+    return _scalars4(tl.max(_stack4(a, b, c, d), 0))
+
+
+@triton.jit
+def _sums4(a, b, c, d):
+    return _scalars4(tl.sum(_stack4(a, b, c, d), 0))
+
+
+@triton.jit
+def _maxima8(a, b, c, d, e, f, g, h):
+    first, last = tl.split(tl.max(tl.join(_stack4(a, b, c, d), _stack4(e, f, g, h)), 0))
+    return _scalars4(first) + _scalars4(last)
+
+
+@triton.jit
+def _sums8(a, b, c, d, e, f, g, h):
+    first, last = tl.split(tl.sum(tl.join(_stack4(a, b, c, d), _stack4(e, f, g, h)), 0))
+    return _scalars4(first) + _scalars4(last)
 
 
 @triton.jit
@@ -134,11 +184,10 @@ def _kl(logprob, ref_logprob, max_log_ratio, ESTIMATOR: tl.constexpr):
 @_kernel()
 def sequence_kernel(
     logprobs, old_logprobs, ref_logprobs, entropies, advantages, weights, mask, cu_seqlens, global_count,
-    tokens, length, sequences,
+    tokens, length, sequences, advantage_per_token, weight_per_token,
     eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, normalizer,
     g_logprobs, g_entropies, token_advantages, log_ratios, partials,
-    RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr,
-    ADVANTAGE_PER_TOKEN: tl.constexpr, WEIGHT_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A sequence's share of the loss, its gradient by each log-probability and entropy, and its share of the stats.
 
@@ -146,6 +195,9 @@ def sequence_kernel(
     lack one factor, 1 / (sum of the counts): the row kernels bring it in. Absent: `old_logprobs` on-policy, `logprobs`
     before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an entropy
     bonus; `token_advantages`, each token's advantage, unless a row kernel asks for it (of a ratio per token).
+
+    Advantages (GSPO's never) and weights may be per token. That is no compile-time choice: with as many sequences as
+    tokens, numbers per token are taken for numbers per sequence, and lengths shall not compile a kernel.
 
     RATIO: "sequence" for GSPO, "sequence_by_token" for GSPO-token, "token" for GRPO and PPO.
     """
@@ -169,37 +221,36 @@ def sequence_kernel(
         if RATIO != "token":
             hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
             r, r_rest = _add(r, r_rest + lo, hi)
-        if RATIO == "sequence" and WEIGHT_PER_TOKEN:
-            w, w_rest = _add(w, w_rest, _load(weights, at, counts))
-    n = tl.sum(n, 0)
+        if RATIO == "sequence" and weights is not None:
+            w, w_rest = _add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))
+    zeros = tl.zeros([BLOCK], tl.float32)
+    if RATIO == "token" or (logprobs is None and (RATIO != "sequence" or weights is None)):  # n alone
+        n = tl.sum(n, 0)
+        r, w = 0.0 * n, n
+    else:
+        largest_r, largest_w, _, _ = _maxima4(tl.abs(r), tl.abs(w), zeros, zeros)
+        r, r_rest = _in_two(r, r_rest, largest_r)
+        w, w_rest = _in_two(w, w_rest, largest_w)
+        n, r, r_rest, w, w_rest, _, _, _ = _sums8(n, r, r_rest, w, w_rest, zeros, zeros, zeros)
+        r, w = r + r_rest, w + w_rest
     any_token = n > 0.0
     each = tl.where(any_token, quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0)), 0.0)  # 1 / n
-    mean = quotient(_sum(r, r_rest), tl.maximum(n, 1.0))
+    mean = quotient(r, tl.maximum(n, 1.0))
     share = each if AGGREGATION == "sequence_mean" else 1.0 + 0.0 * n
-    advantage, weight = 0.0 * n, 1.0 + 0.0 * n
-    if not ADVANTAGE_PER_TOKEN:
-        advantage = _load(advantages, i, any_token)
-    if weights is not None and not WEIGHT_PER_TOKEN:
-        weight = _load(weights, i, any_token)
 
-    zeros = tl.zeros([BLOCK], tl.float32)
-    loss, loss_rest, units, low, high, saturated = zeros, zeros, zeros, zeros, zeros, zeros
+    loss, loss_rest, low, high, saturated = zeros, zeros, zeros, zeros, zeros
     ratios, ratios_rest, ratio_min, ratio_max = zeros, zeros, zeros + INFINITY, zeros - INFINITY
     approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = zeros, zeros, zeros, zeros, zeros, zeros
     slope_of_sequence = 0.0 * n
     if RATIO == "sequence":
-        its_term, its_slope, is_low, is_high, its_ratio = _surrogate(
+        advantage = _load(advantages, i, any_token)
+        term, its_slope, is_low, is_high, ratio = _surrogate(
             mean, advantage, eps_low, eps_high, dual_clip, max_log_ratio
         )
-        all_weights = _sum(w, w_rest) if WEIGHT_PER_TOKEN else weight * n
+        all_weights = n if weights is None else w
         slope_of_sequence = all_weights * share * its_slope * each
-        unit = tl.where(any_token, lane, 1) == 0  # one lane speaks for the sequence
-        loss = tl.where(unit, all_weights * share * its_term, 0.0)
-        units, ratios = tl.where(unit, 1.0, 0.0), tl.where(unit, its_ratio * SHRINK, 0.0)
-        ratio_min, ratio_max = tl.where(unit, its_ratio, INFINITY), tl.where(unit, its_ratio, -INFINITY)
-        low = tl.where(unit, is_low.to(tl.float32), 0.0)
-        high = tl.where(unit, is_high.to(tl.float32), 0.0)
-        saturated = tl.where(unit, (mean > max_log_ratio).to(tl.float32), 0.0)
+        its_loss = tl.where(any_token, all_weights * share * term, 0.0)
+        loss = tl.where(lane == 0, its_loss, 0.0)
         tl.store(log_ratios + i, tl.where(any_token, mean, 0.0))
 
     # Second pass. Tokens that no sequence claims (boundaries that a GPU does not check) get a NaN, not stale memory.
@@ -215,8 +266,10 @@ def sequence_kernel(
             slope = zeros + slope_of_sequence
         else:
             log_ratio = token_ratio if RATIO == "token" else zeros + mean
-            a = _load(advantages, at, counts) if ADVANTAGE_PER_TOKEN else zeros + advantage
-            k = _load(weights, at, counts) if WEIGHT_PER_TOKEN else zeros + weight
+            a = _load(advantages, tl.where(advantage_per_token != 0, at, i), counts)
+            k = zeros + 1.0
+            if weights is not None:
+                k = _load(weights, tl.where(weight_per_token != 0, at, i), counts)
             if token_advantages is not None:
                 tl.store(token_advantages + at, a, mask=at < last)
             term, slope, is_low, is_high, ratio = _surrogate(log_ratio, a, eps_low, eps_high, dual_clip, max_log_ratio)
@@ -225,7 +278,6 @@ def sequence_kernel(
             ratios, ratios_rest = _add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
             ratio_min = tl.minimum(ratio_min, tl.where(counts, ratio, INFINITY))
             ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
-            units += counts.to(tl.float32)
             low += (counts & is_low).to(tl.float32)
             high += (counts & is_high).to(tl.float32)
             saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
@@ -253,29 +305,69 @@ def sequence_kernel(
         count = tl.where(i == 0, tl.load(global_count).to(tl.float32), 0.0)
     count = tl.where(normalizer > 0.0, tl.where(i == 0, normalizer, 0.0), count)
     out = partials + i
-    tl.store(out + LOSS * sequences, _sum(loss, loss_rest))
-    tl.store(out + UNITS * sequences, tl.sum(units, 0))
-    tl.store(out + LOW * sequences, tl.sum(low, 0))
-    tl.store(out + HIGH * sequences, tl.sum(high, 0))
-    tl.store(out + RATIO_SUM * sequences, _sum(ratios, ratios_rest))
-    tl.store(out + RATIO_MIN * sequences, tl.min(ratio_min, 0))
-    tl.store(out + RATIO_MAX * sequences, tl.max(ratio_max, 0))
-    tl.store(out + SATURATED * sequences, tl.sum(saturated, 0))
-    tl.store(out + APPROX_KL * sequences, _sum(approx_kl, approx_rest))
-    tl.store(out + REF_KL * sequences, _sum(ref_kl, ref_rest))
-    tl.store(out + ENTROPY * sequences, _sum(h, h_rest))
+    if RATIO == "sequence":
+        if logprobs is None:
+            loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = (
+                its_loss,
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+            )
+        else:
+            top_loss, top_approx, top_ref, top_h = _maxima4(tl.abs(loss), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h))
+            loss, loss_rest = _in_two(loss, loss_rest, top_loss)
+            approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
+            ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
+            h, h_rest = _in_two(h, h_rest, top_h)
+            loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = _sums8(
+                loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest
+            )
+        units = any_token.to(tl.float32)
+        low, high = tl.where(any_token & is_low, 1.0, 0.0), tl.where(any_token & is_high, 1.0, 0.0)
+        saturated = tl.where(any_token & (mean > max_log_ratio), 1.0, 0.0)
+        ratios, ratios_rest = tl.where(any_token, ratio * SHRINK, 0.0), 0.0
+        ratio_max = tl.where(any_token, ratio, -INFINITY)
+        negative_min = tl.where(any_token, -ratio, -INFINITY)
+    else:
+        top_loss, top_ratios, top_approx, top_ref, top_h, ratio_max, negative_min, _ = _maxima8(
+            tl.abs(loss), tl.abs(ratios), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h), ratio_max, -ratio_min, zeros
+        )
+        loss, loss_rest = _in_two(loss, loss_rest, top_loss)
+        ratios, ratios_rest = _in_two(ratios, ratios_rest, top_ratios)
+        approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
+        ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
+        h, h_rest = _in_two(h, h_rest, top_h)
+        first, last = tl.split(tl.sum(tl.join(
+            tl.join(_stack4(loss, ratios, approx_kl, ref_kl), _stack4(loss_rest, ratios_rest, approx_rest, ref_rest)),
+            tl.join(_stack4(h, h_rest, low, high), _stack4(saturated, zeros, zeros, zeros)),
+        ), 0))  # fmt: skip
+        leading, rests = tl.split(first)
+        entropies_and_clipped, others = tl.split(last)
+        loss, ratios, approx_kl, ref_kl = _scalars4(leading)
+        loss_rest, ratios_rest, approx_rest, ref_rest = _scalars4(rests)
+        h, h_rest, low, high = _scalars4(entropies_and_clipped)
+        saturated, _, _, _ = _scalars4(others)
+        units = n
+    tl.store(out + CLIPPED * sequences, low + high)
+    tl.store(out + LOW * sequences, low)
+    tl.store(out + HIGH * sequences, high)
+    tl.store(out + RATIO_SUM * sequences, ratios + ratios_rest)
+    tl.store(out + RATIO_MIN * sequences, negative_min)
+    tl.store(out + RATIO_MAX * sequences, ratio_max)
+    tl.store(out + SATURATED * sequences, saturated)
+    tl.store(out + APPROX_KL * sequences, approx_kl + approx_rest)
+    tl.store(out + REF_KL * sequences, ref_kl + ref_rest)
+    tl.store(out + ENTROPY * sequences, h + h_rest)
+    tl.store(out + NONEMPTY * sequences, any_token.to(tl.float32))
     tl.store(out + TOKENS * sequences, n)
+    tl.store(out + LOSS * sequences, loss + loss_rest)
+    tl.store(out + UNITS * sequences, units)
     tl.store(out + COUNT * sequences, count)
     tl.store(out + ZERO * sequences, 0.0)
-
-
-@triton.jit
-def _total(partials, WHICH: tl.constexpr, sequences, BLOCK: tl.constexpr):
-    total, rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, sequences, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total, rest = _add(total, rest, _load(partials + WHICH * sequences, at, at < sequences))
-    return _sum(total, rest)
 
 
 @_kernel()
@@ -287,10 +379,30 @@ def batch_kernel(
 
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: on-policy, the
     coefficients are made before the first logit is read.
+
+    One warp has one of the 16 partials, so that it needs no other; BLOCK partials, and then tokens, at a time.
     """
+    LANES: tl.constexpr = min(32, BLOCK // 32)
+    COLUMNS: tl.constexpr = BLOCK // PARTIALS
+    which = tl.arange(0, PARTIALS)
+    row = which[:, None, None]
+    column = tl.arange(0, COLUMNS // LANES)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    is_extreme = (row == RATIO_MIN) | (row == RATIO_MAX)
+    rest = tl.zeros([PARTIALS, COLUMNS // LANES, LANES], tl.float32)
+    nothing = tl.where(is_extreme, -INFINITY, rest)
+    total = nothing
+    for start in range(0, sequences, COLUMNS):
+        at = start + column
+        x = tl.load(partials + (row * sequences + at), mask=at < sequences, other=nothing)
+        added, lost = two_sum(total, x)
+        total = tl.where(is_extreme, tl.maximum(total, x), added)
+        rest += tl.where(is_extreme, 0.0, lost)
+    largest = tl.max(tl.max(tl.where(is_extreme, total, tl.abs(total)), 1), 1)
+    leading = _leading(total, largest[:, None, None], COLUMNS)
+    sums = tl.sum(tl.sum(leading, 1), 1) + tl.sum(tl.sum((total - leading) + rest, 1), 1)
+    value = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), largest, sums)
+
     spoiled = 0.0
-    entropy = _total(partials, ENTROPY, sequences, BLOCK)
-    ref_kl = _total(partials, REF_KL, sequences, BLOCK)
     if entropies is not None:
         zeros = tl.zeros([BLOCK], tl.float32)
         h, h_rest, kl_sum, kl_rest = zeros, zeros, zeros, zeros
@@ -301,35 +413,25 @@ def batch_kernel(
             if ref_logprobs is not None:
                 kl, _ = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
                 kl_sum, kl_rest = _add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
-        entropy, ref_kl = _sum(h, h_rest), _sum(kl_sum, kl_rest)
-        spoiled = entropy - entropy  # a NaN logit must not hide behind coefficients that needed no logit
+        top_h, top_kl, _, _ = _maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
+        h, h_rest = _in_two(h, h_rest, top_h)
+        kl_sum, kl_rest = _in_two(kl_sum, kl_rest, top_kl)
+        h, h_rest, kl_sum, kl_rest = _sums4(h, h_rest, kl_sum, kl_rest)
+        value = tl.where(which == ENTROPY, h + h_rest, tl.where(which == REF_KL, kl_sum + kl_rest, value))
+        spoiled = h - h  # a NaN logit must not hide behind coefficients that needed no logit
 
-    lowest, highest = tl.full([BLOCK], INFINITY, tl.float32), tl.full([BLOCK], -INFINITY, tl.float32)
-    nonempty = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, sequences, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        there = at < sequences
-        nonempty += (_load(partials + TOKENS * sequences, at, there) > 0.0).to(tl.float32)
-        lowest = tl.minimum(lowest, tl.load(partials + RATIO_MIN * sequences + at, mask=there, other=INFINITY))
-        highest = tl.maximum(highest, tl.load(partials + RATIO_MAX * sequences + at, mask=there, other=-INFINITY))
-
-    units = _total(partials, UNITS, sequences, BLOCK)
-    n = _total(partials, TOKENS, sequences, BLOCK)
-    count = _total(partials, COUNT, sequences, BLOCK)
-    some, each = units > 0.0, quotient(1.0 + 0.0 * units, tl.maximum(units, 1.0))
+    units, n, count, _ = _sums4(
+        tl.where(which == UNITS, value, 0.0), tl.where(which == TOKENS, value, 0.0),
+        tl.where(which == COUNT, value, 0.0), tl.zeros([PARTIALS], tl.float32),
+    )  # fmt: skip
+    each = quotient(1.0 + 0.0 * units, tl.maximum(units, 1.0))
     each_token = quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0))
-    low = _total(partials, LOW, sequences, BLOCK) * each
-    high = _total(partials, HIGH, sequences, BLOCK) * each
-    tl.store(loss, quotient(_total(partials, LOSS, sequences, BLOCK), tl.where(count > 0.0, count, 1.0)) + spoiled)
-    tl.store(scalars + 0, low + high)
-    tl.store(scalars + 1, low)
-    tl.store(scalars + 2, high)
-    tl.store(scalars + 3, _total(partials, RATIO_SUM, sequences, BLOCK) * each / SHRINK)
-    tl.store(scalars + 4, tl.where(some, tl.min(lowest, 0), 0.0))
-    tl.store(scalars + 5, tl.where(some, tl.max(highest, 0), 0.0))
-    tl.store(scalars + 6, _total(partials, SATURATED, sequences, BLOCK) * each)
-    tl.store(scalars + 7, _total(partials, APPROX_KL, sequences, BLOCK) * each_token / SHRINK)
-    tl.store(scalars + 8, ref_kl * each_token / SHRINK)
-    tl.store(scalars + 9, entropy * each_token)
-    tl.store(scalars + 10, tl.sum(nonempty, 0))
-    tl.store(scalars + 11, n)
+    per_token = (which == APPROX_KL) | (which == REF_KL) | (which == ENTROPY)
+    mean = value * tl.where(per_token, each_token, each)
+    shrunk = (which == RATIO_SUM) | (which == APPROX_KL) | (which == REF_KL)
+    mean = tl.where(shrunk, mean / SHRINK, mean)
+    extreme = tl.where(units > 0.0, tl.where(which == RATIO_MIN, -value, value), 0.0)
+    mean = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), extreme, mean)
+    tl.store(scalars + which, tl.where((which == NONEMPTY) | (which == TOKENS), value, mean), mask=which < LOSS)
+    quotients = quotient(value, tl.where(count > 0.0, count, 1.0)) + spoiled
+    tl.store(loss + tl.zeros_like(which), quotients, mask=which == LOSS)

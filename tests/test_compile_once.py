@@ -41,7 +41,9 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
 
 
 def step(objective: str, layout: str, on_policy: bool, lengths: list[int], **options: Any) -> None:
-    args = arguments(ragged_batch(objective, lengths=lengths, on_policy=on_policy, vocab=17 + sum(lengths)), layout)
+    per_token = {name: options.pop(name) for name in ("weights", "by_token") if name in options}
+    batch = ragged_batch(objective, lengths=lengths, on_policy=on_policy, vocab=17 + sum(lengths), **per_token)
+    args = arguments(batch, layout)
     temperature = options.pop("temperature", 1.0)
     loss, _ = PUBLIC[objective](args.logits, *args.rest, **{**args.keywords, "temperature": temperature}, **options)
     loss.backward()
@@ -61,6 +63,21 @@ def test_one_compilation_serves_every_batch(
         step(objective, layout, on_policy, [k + 1, 2 * k % 17] if k % 2 else [k + 1], temperature=0.3 + 0.1 * k)
         options = {"eps_low": 1e-4 * (k + 1), "eps_high": 0.01 * k, "max_log_ratio": 1.0 + k, "normalizer": 1.0 + k}
         step(objective, layout, on_policy, [3, 2], **options)
+    assert lookups == first
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_as_many_sequences_as_tokens_do_not_compile_again(
+    objective: str, on_policy: bool, lookups: set[tuple[str, str]]
+) -> None:
+    """Packed numbers per token then have the shape of numbers per sequence, and are taken for those."""
+    numbers: dict[str, Any] = {"weights": "token", "by_token": objective != "gspo"}
+    step(objective, "packed", on_policy, [3, 2], **numbers)
+    first = set(lookups)
+    for lengths in ([1], [1, 1], [2, 0]):
+        step(objective, "packed", on_policy, lengths, **numbers)
+    step(objective, "packed", on_policy, [3, 2], weights="sequence")
     assert lookups == first
 
 

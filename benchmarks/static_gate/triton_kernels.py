@@ -67,8 +67,9 @@ ROW_TYPES = {
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
     "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
-    "sequences": "i32", "eps_low": "fp32", "eps_high": "fp32", "dual_clip": "fp32", "max_log_ratio": "fp32",
-    "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32", "g_logprobs": "*fp32", "g_entropies": "*fp32",
+    "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "eps_low": "fp32", "eps_high": "fp32",
+    "dual_clip": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
+    "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "token_advantages": "*fp32", "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
 }  # fmt: skip
 
@@ -89,8 +90,7 @@ class Variant:
 _ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
 _PLACED, _GRADIENTS = (*_ROWS, "places"), ("g_entropies", "g_lses", "factor")
 _FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
-_TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3", "ADVANTAGE_PER_TOKEN": False, "WEIGHT_PER_TOKEN": False}
-_PER_TOKEN = {"ADVANTAGE_PER_TOKEN": True, "WEIGHT_PER_TOKEN": True}
+_TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3"}
 _OPTIONAL = (
     "old_logprobs",
     "ref_logprobs",
@@ -116,8 +116,8 @@ VARIANTS = (
     Variant("sequence", "gspo", _OPTIONAL[1:], ("fp32",), constants={"RATIO": "sequence"}),
     Variant("sequence", "gspo on-policy", (*_UNKNOWN, *_OPTIONAL), ("fp32",), constants={"RATIO": "sequence"}),
     Variant("sequence", "gspo_token everything", _OPTIONAL[-1:], ("fp32",),
-            constants={"RATIO": "sequence_by_token", **_PER_TOKEN}),
-    Variant("sequence", "ppo everything", _OPTIONAL[-1:], ("fp32",), constants={"RATIO": "token", **_PER_TOKEN}),
+            constants={"RATIO": "sequence_by_token"}),
+    Variant("sequence", "ppo everything", _OPTIONAL[-1:], ("fp32",), constants={"RATIO": "token"}),
     Variant("sequence", "grpo before the rows", (*_UNKNOWN, *_OPTIONAL[:-1]), ("fp32",), constants={"RATIO": "token"}),
     Variant("batch", "off-policy", ("logprobs", "ref_logprobs", "entropies", "mask"), ("fp32",)),
     Variant("batch", "on-policy", (), ("fp32",)),
