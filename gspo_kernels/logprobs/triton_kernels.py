@@ -41,6 +41,7 @@ from .triton_math import (
     float64_bits,
     float64_pair,
     fma,
+    halves,
     join_columns,
     largest,
     log1p,
@@ -423,17 +424,20 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
 
 @triton.jit
 def _kept_columns(pointer, hole, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses of the first KEPT whole blocks of a row on a 16-byte boundary, the block `hole` left out."""
-    at = tl.arange(0, KEPT * BLOCK)
-    return _columns(pointer, at + (at // BLOCK >= hole).to(tl.int32) * BLOCK, WIDTH, True)
+    """Addresses of the first KEPT whole blocks of a row on a 16-byte boundary, the block `hole` left out.
+
+    [KEPT, BLOCK]: if they had the shape of other accesses, Triton would give all of them the widest of their layouts.
+    """
+    start = _block_start(tl.arange(0, KEPT), hole, BLOCK)
+    here = pointer + start[:, None] + tl.arange(0, BLOCK)[None, :]
+    return tl.max_contiguous(tl.multiple_of(here, [1, 16]), [1, WIDTH])
 
 
 @triton.jit
 def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """These blocks, if they are `there`, as `widen` takes them."""
-    if PTX and row.dtype.element_ty.primitive_bitwidth == 16:
-        row = row.to(tl.pointer_type(tl.int32))
-        here = _kept_columns(row, hole, KEPT, BLOCK // 2, WIDTH // 2)
+    """These blocks of 16-bit logits, if they are `there`; on NVIDIA two logits an int32."""
+    if PTX:
+        here = _kept_columns(row.to(tl.pointer_type(tl.int32)), hole, KEPT, BLOCK // 2, WIDTH // 2)
     else:
         here = _kept_columns(row, hole, KEPT, BLOCK, WIDTH)
     return tl.load(here, mask=tl.zeros(here.shape, tl.int1) | there, other=0)
@@ -444,7 +448,11 @@ def _write_kept(kept, destination, hole, base, constant, scale, KEPT: tl.constex
                 WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
     """Their gradient."""
     DTYPE: tl.constexpr = destination.dtype.element_ty
-    x = widen(bounded_columns(kept, PTX, DTYPE), PTX, DTYPE)
+    if PTX:
+        low, high = halves(bounded_columns(kept, PTX, DTYPE), DTYPE)
+        x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
+    else:
+        x = kept.to(tl.float32)
     g = narrow(_gradient(x, base, constant, 0.0, scale, False, PTX, DTYPE), DTYPE)
     tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g, eviction_policy=CACHE)
 

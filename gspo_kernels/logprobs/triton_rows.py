@@ -53,7 +53,7 @@ LAUNCH = {
     "scale": Launch(num_warps=4, elements=4096),
 }
 # Small blocks: short rows are cheap, and cross their boundaries.
-INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, ahead=True, kept=1)
+INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, ahead=True, kept=2)
 
 
 # Whether kernels run in Triton's interpreter, on CPU tensors.
