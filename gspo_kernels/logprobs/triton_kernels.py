@@ -299,9 +299,7 @@ def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEA
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
     target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's bug, and not a certainty
-    base, total, weighted = _sum_others(
-        pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH
-    )
+    base, total, weighted = _sum_others(pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH)
     return _combine(base, total, weighted, target_logit, scale, scale_error)
 
 
@@ -444,17 +442,18 @@ def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def _write_kept(kept, destination, hole, base, constant, scale, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+def _write_kept(kept, there, destination, hole, base, constant, scale, KEPT: tl.constexpr, BLOCK: tl.constexpr,
                 WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
-    """Their gradient."""
+    """Their gradient, if they are `there`."""
     DTYPE: tl.constexpr = destination.dtype.element_ty
-    if PTX:
-        low, high = halves(bounded_columns(kept, PTX, DTYPE), DTYPE)
-        x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
-    else:
-        x = kept.to(tl.float32)
-    g = narrow(_gradient(x, base, constant, 0.0, scale, False, PTX, DTYPE), DTYPE)
-    tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g, eviction_policy=CACHE)
+    if there:
+        if PTX:
+            low, high = halves(bounded_columns(kept, PTX, DTYPE), DTYPE)
+            x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
+        else:
+            x = kept.to(tl.float32)
+        g = narrow(_gradient(x, base, constant, 0.0, scale, False, PTX, DTYPE), DTYPE)
+        tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g, eviction_policy=CACHE)
 
 
 @triton.jit
@@ -519,9 +518,7 @@ def forward_kernel(
         if AHEAD and logits.dtype.element_ty.primitive_bitwidth == 16:
             first = _first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX)
         s, error = _scale_of(row, temperature, scale, scale_error)
-        logprob, h, hi, lo = _statistics(
-            pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0
-        )
+        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0)
         _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
     else:
         zero = tl.zeros((), tl.float32)
@@ -617,14 +614,12 @@ def forward_backward_kernel(
                 WIDTH, PTX, AHEAD, CACHE, PREFETCH_SECOND,
             )  # fmt: skip
             if PREFETCH_NEXT > 0 and PTX:
-                following = row + running
-                if following < tl.num_programs(0):
-                    if _counts(mask, following):
-                        source = _row_pointer(logits, following, inner, outer_stride, inner_stride)
-                        _prefetch_row(source, vocab, PREFETCH_NEXT, REPEAT, LANES, WIDTH)
+                following = tl.minimum(row + running, tl.num_programs(0) - 1)
+                if _counts(mask, following):
+                    source = _row_pointer(logits, following, inner, outer_stride, inner_stride)
+                    _prefetch_row(source, vocab, PREFETCH_NEXT, REPEAT, LANES, WIDTH)
             if KEPT > 0 and NARROW:
-                if skip > 0:
-                    _write_kept(kept, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX, CACHE)
+                _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX, CACHE)
         else:
             _write_zeros(destination, vocab, BLOCK, WIDTH)
     else:
