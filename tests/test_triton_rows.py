@@ -5,6 +5,7 @@ Runs in the interpreter and on a GPU. No sync, launches, graphs, recompilation, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from gspo_kernels import fused_stage, gspo_loss, token_logprobs
 from gspo_kernels.logprobs import triton_rows
+from gspo_kernels.logprobs.rows import Rows, Upstream
 
 pytestmark = TRITON_MODES
 
@@ -125,6 +127,40 @@ def test_targets_about_every_seam(dtype: torch.dtype, offset: int, block: int) -
         one = Batch(values, batch.token_ids[t : t + 1], batch.mask[:1], [1], batch.advantages)
         check_rows(*out[:3], one.rows, TOLERANCES[dtype])
         check_gradient(out[3], one, [0.7], [-0.3], [0.2])
+
+
+def forward_backward(logits: Tensor, ids: Tensor, gradient: Tensor, launch: Any, patch: Any) -> list[Tensor]:
+    """Statistics and gradient by the kernel that does both at once, launched so."""
+    patch.setattr(triton_rows, "INTERPRETED_LAUNCH", launch)
+    patch.setitem(triton_rows.LAUNCH, "forward_backward", launch)
+    batch = Rows(logits[None], ids[None], None, torch.ones((), dtype=torch.float64))
+    g = on_device(torch.full((1, len(ids)), 0.7))
+    stats = triton_rows.forward_backward(batch, Upstream(g, None, None, None, None), gradient[None])
+    return [stats.logprobs, stats.entropy, stats.lse, gradient]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("phases", [(0, 0), (0, 3), (3, 3)], ids=["on a boundary", "gradient off it", "both off it"])
+def test_blocks_kept_in_registers_and_prefetched_ones_have_the_same_bits(
+    dtype: torch.dtype, blocks: int, phases: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets in kept blocks, between them, behind them; rows of fewer blocks, of any phase; over the logits or not."""
+    plain = triton_rows.INTERPRETED_LAUNCH if INTERPRETED else triton_rows.LAUNCH["forward_backward"]
+    plain = dataclasses.replace(plain, prefetch=0, prefetch_second=0, prefetch_next=0, kept=0, evict_first=False)
+    changed = dataclasses.replace(plain, prefetch=2, prefetch_second=2, prefetch_next=2, kept=2, evict_first=True)
+    block, vocab = plain.elements, blocks * plain.elements + 24
+    ids = on_device(torch.tensor([0, min(block, vocab - 1), min(2 * block + 1, vocab - 1), vocab - 1]))
+    values = on_device(peaked(4, vocab).to(dtype))
+
+    def memory(phase: int) -> Tensor:
+        return torch.full((phase + 4 * vocab,), math.nan, dtype=dtype, device=DEVICE)[phase:].view(4, vocab)
+
+    logits = memory(phases[0]).copy_(values)
+    expected = forward_backward(logits, ids, memory(phases[1]), plain, monkeypatch)
+    same(forward_backward(logits, ids, memory(phases[1]), changed, monkeypatch), expected)
+    if phases[0] == phases[1]:
+        same(forward_backward(logits, ids, logits, changed, monkeypatch), expected)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from .triton_math import (
     float64_bits,
     float64_pair,
     fma,
+    halves,
     join_columns,
     largest,
     log1p,
@@ -101,8 +102,21 @@ def _block_start(i, hole, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _prefetch_block(row, start, vocab, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Brings the columns of a row from `start` on to the L2 cache of an NVIDIA GPU; none past the row's end."""
+    prefetch(row + tl.minimum(start + tl.arange(0, LANES) * (REPEAT * WIDTH), vocab - 1))
+
+
+@triton.jit
+def _prefetch_row(row, vocab, BLOCKS: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Brings the first BLOCKS blocks of a row there."""
+    for i in tl.static_range(BLOCKS):
+        _prefetch_block(row, i * (REPEAT * LANES * WIDTH), vocab, REPEAT, LANES, WIDTH)
+
+
+@triton.jit
 def _load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SHIFTED: tl.constexpr,
-                  WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
+                  WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """A block from column `start` of a row that begins `phase` columns behind a 16-byte boundary, as `widen` takes it.
 
     What lies past the row's end, if not WHOLE, is anything. No access leaves the 16 bytes around a column of the row.
@@ -110,23 +124,23 @@ def _load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.const
     if SHIFTED and not PTX:
         at = tl.arange(0, BLOCK)
         if WHOLE:
-            return tl.load(row + start + at, eviction_policy=CACHE)
+            return tl.load(row + start + at)
         else:
-            return tl.load(row + start + at, mask=start + at < vocab, other=0, eviction_policy=CACHE)
+            return tl.load(row + start + at, mask=start + at < vocab, other=0)
     else:
         low = _block(row - phase + start, BLOCK, WIDTH, PTX)
         high = _block(row - phase + start + WIDTH, BLOCK, WIDTH, PTX)
         if WHOLE:
-            x = tl.load(low, eviction_policy=CACHE)
+            x = tl.load(low)
             if SHIFTED:
-                x = join_columns(x, tl.load(high, eviction_policy=CACHE), phase, PTX)
+                x = join_columns(x, tl.load(high), phase, PTX)
         else:
             left = vocab + phase - start  # columns from the boundary on
             ITEMS: tl.constexpr = BLOCK // low.shape[0]  # columns an item that is loaded
             group = tl.arange(0, BLOCK // ITEMS) // (WIDTH // ITEMS) * WIDTH
-            x = tl.load(low, mask=group < left, other=0, eviction_policy=CACHE)
+            x = tl.load(low, mask=group < left, other=0)
             if SHIFTED:
-                y = tl.load(high, mask=group + WIDTH < left, other=0, eviction_policy=CACHE)
+                y = tl.load(high, mask=group + WIDTH < left, other=0)
                 x = join_columns(x, y, phase, PTX)
         return x
 
@@ -170,15 +184,22 @@ def _phase(row, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _first_block(row, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):
+def _first_block(row, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
     """The first block of a row on a 16-byte boundary, if it is whole: its load waits for nothing else of the row."""
     here = _block(row - _phase(row, WIDTH), BLOCK, WIDTH, PTX)
-    return tl.load(here, mask=tl.full(here.shape, BLOCK, tl.int32) <= vocab, eviction_policy=CACHE)
+    return tl.load(here, mask=tl.full(here.shape, BLOCK, tl.int32) <= vocab)
+
+
+@triton.jit
+def _summed_start(i, plain, full, hole, BLOCK: tl.constexpr):
+    """First column of the i-th block that is summed: the `plain` ones, the incomplete one, the target's."""
+    special = tl.where(i == plain, full, hole) * BLOCK
+    return tl.where(i < plain, _block_start(i, hole, BLOCK), special)
 
 
 @triton.jit
 def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-                PTX: tl.constexpr, CACHE: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
+                PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
 
     With the `first` block, the loads of a block are issued before the block in front of it is summed; the sums stay.
@@ -202,10 +223,10 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
             if first is None or SHIFTED == 1:
                 for i in range(0, plain):
                     if PREFETCH > 0 and PTX:
-                        start = _block_start(tl.minimum(i + PREFETCH, plain - 1), hole, BLOCK)
-                        prefetch(row + start + tl.arange(0, LANES) * (REPEAT * WIDTH))
+                        start = _summed_start(i + PREFETCH, plain, full, hole, BLOCK)
+                        _prefetch_block(row, start, vocab, REPEAT, LANES, WIDTH)
                     start = _block_start(i, hole, BLOCK)
-                    x = _load_columns(row, phase, start, vocab, BLOCK, True, SHIFTED == 1, WIDTH, PTX, CACHE)
+                    x = _load_columns(row, phase, start, vocab, BLOCK, True, SHIFTED == 1, WIDTH, PTX)
                     x = bounded_columns(x, PTX, DTYPE)
                     highest = largest(x, REPEAT, LANES, WIDTH, PTX, DTYPE)
                     x = tl.reshape(widen(x, PTX, DTYPE), [REPEAT, LANES, WIDTH])
@@ -213,21 +234,21 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
             else:
                 ahead = first
                 if (hole == 0) & (plain > 0):
-                    ahead = _load_columns(row, phase, BLOCK, vocab, BLOCK, True, False, WIDTH, PTX, CACHE)
+                    ahead = _load_columns(row, phase, BLOCK, vocab, BLOCK, True, False, WIDTH, PTX)
                 ahead = bounded_columns(ahead, PTX, DTYPE)
                 for i in range(0, plain):
                     if PREFETCH > 0 and PTX:
-                        start = _block_start(tl.minimum(i + 1 + PREFETCH, plain - 1), hole, BLOCK)
-                        prefetch(row + start + tl.arange(0, LANES) * (REPEAT * WIDTH))
+                        start = _summed_start(i + 1 + PREFETCH, plain, full, hole, BLOCK)
+                        _prefetch_block(row, start, vocab, REPEAT, LANES, WIDTH)
                     start = _block_start(tl.minimum(i + 1, plain - 1), hole, BLOCK)
-                    behind = _load_columns(row, phase, start, vocab, BLOCK, True, False, WIDTH, PTX, CACHE)
+                    behind = _load_columns(row, phase, start, vocab, BLOCK, True, False, WIDTH, PTX)
                     highest = largest(ahead, REPEAT, LANES, WIDTH, PTX, DTYPE)
                     x = tl.reshape(widen(ahead, PTX, DTYPE), [REPEAT, LANES, WIDTH])
                     top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
                     ahead = bounded_columns(behind, PTX, DTYPE)
             for i in range(0, special):
                 start = tl.where(i == 0, full, hole) * BLOCK
-                x = _load_columns(row, phase, start, vocab, BLOCK, False, SHIFTED == 1, WIDTH, PTX, CACHE)
+                x = _load_columns(row, phase, start, vocab, BLOCK, False, SHIFTED == 1, WIDTH, PTX)
                 x = widen(bounded_columns(x, PTX, DTYPE), PTX, DTYPE)
                 x = tl.where((at < vocab - start) & (at != target - start), x, LOWEST)
                 x = tl.reshape(x, [REPEAT, LANES, WIDTH])
@@ -271,16 +292,14 @@ def _combine(base, total, weighted, target_logit, scale, scale_error):
 
 @triton.jit
 def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEAT: tl.constexpr, LANES: tl.constexpr,
-                WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
+                WIDTH: tl.constexpr, PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """(logprob, entropy, lse as a pair); all NaN where the token id is not one of the vocabulary's."""
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
     target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's bug, and not a certainty
-    base, total, weighted = _sum_others(
-        pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, CACHE, PREFETCH
-    )
+    base, total, weighted = _sum_others(pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH)
     return _combine(base, total, weighted, target_logit, scale, scale_error)
 
 
@@ -340,14 +359,16 @@ def _edges(head, body, vocab, WIDTH: tl.constexpr):
 
 @triton.jit
 def _write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, SLOPE: tl.constexpr,
-                    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
-                    CACHE: tl.constexpr):  # fmt: skip
+                    skip, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+                    AHEAD: tl.constexpr, CACHE: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """A row's gradient: a head up to the first 16-byte boundary of `destination`, a body of whole accesses, a tail.
 
     Backwards: what was read last is read again first. Where `source` lies otherwise, reads are narrow, writes are not.
+    The first `skip` whole blocks, that of the target not counted, are left out.
     """
     DTYPE: tl.constexpr = destination.dtype.element_ty
     READ: tl.constexpr = source.dtype.element_ty
+    BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
     head = _columns_before_boundary(destination, vocab, WIDTH)
     body = (vocab - head) // WIDTH * WIDTH
     x_body, g_body = source + head, destination + head
@@ -370,20 +391,23 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
                 g = narrow(tl.where(at == target - head - start, at_target, g), DTYPE)
                 tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there, eviction_policy=CACHE)
             if AHEAD and ALIGNED == 1 and not SLOPE and READ.primitive_bitwidth == 16:
-                if plain > 0:
+                if plain > skip:
                     start = _block_start(plain - 1, hole, BLOCK)
                     ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX), eviction_policy=CACHE)
                     ahead = bounded_columns(ahead, PTX, READ)
-                    for i in range(0, plain):
+                    for i in range(0, plain - skip):
+                        if PREFETCH > 0 and PTX:
+                            later = _block_start(tl.maximum(plain - 2 - i - PREFETCH, skip), hole, BLOCK)
+                            _prefetch_block(x_body, later, vocab, REPEAT, LANES, WIDTH)
                         x = widen(ahead, PTX, READ)
                         here = _columns(g_body + start, at, WIDTH, True)
-                        start = _block_start(tl.maximum(plain - 2 - i, 0), hole, BLOCK)
+                        start = _block_start(tl.maximum(plain - 2 - i, skip), hole, BLOCK)
                         ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX), eviction_policy=CACHE)
                         ahead = bounded_columns(ahead, PTX, READ)
                         g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
                         tl.store(here, g, eviction_policy=CACHE)
             else:
-                for i in range(0, plain):
+                for i in range(0, plain - skip):
                     start = _block_start(plain - 1 - i, hole, BLOCK)
                     x = widen_loaded(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED), eviction_policy=CACHE), PTX)
                     g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
@@ -394,6 +418,42 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
     t = fma(x, scale, -base)
     g = scaled_exp2(t, fma(tl.maximum(t, -127.0), slope, constant), PTX)
     tl.store(destination + column, narrow(tl.where(column == target, at_target, g), DTYPE), mask=there)
+
+
+@triton.jit
+def _kept_columns(pointer, hole, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Addresses of the first KEPT whole blocks of a row on a 16-byte boundary, the block `hole` left out.
+
+    [KEPT, BLOCK]: if they had the shape of other accesses, Triton would give all of them the widest of their layouts.
+    """
+    start = _block_start(tl.arange(0, KEPT), hole, BLOCK)
+    here = pointer + start[:, None] + tl.arange(0, BLOCK)[None, :]
+    return tl.max_contiguous(tl.multiple_of(here, [1, 16]), [1, WIDTH])
+
+
+@triton.jit
+def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
+    """These blocks of 16-bit logits, if they are `there`; on NVIDIA two logits an int32."""
+    if PTX:
+        here = _kept_columns(row.to(tl.pointer_type(tl.int32)), hole, KEPT, BLOCK // 2, WIDTH // 2)
+    else:
+        here = _kept_columns(row, hole, KEPT, BLOCK, WIDTH)
+    return tl.load(here, mask=tl.zeros(here.shape, tl.int1) | there, other=0)
+
+
+@triton.jit
+def _write_kept(kept, there, destination, hole, base, constant, scale, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+                WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
+    """Their gradient, if they are `there`."""
+    DTYPE: tl.constexpr = destination.dtype.element_ty
+    if there:
+        if PTX:
+            low, high = halves(bounded_columns(kept, PTX, DTYPE), DTYPE)
+            x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
+        else:
+            x = kept.to(tl.float32)
+        g = narrow(_gradient(x, base, constant, 0.0, scale, False, PTX, DTYPE), DTYPE)
+        tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g, eviction_policy=CACHE)
 
 
 @triton.jit
@@ -437,7 +497,7 @@ def _upstream(array, row, factor):
 # types: without one Triton takes 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error",
-           "gradient_outer_stride", "gradient_inner_stride"]  # fmt: skip
+           "gradient_outer_stride", "gradient_inner_stride", "running"]  # fmt: skip
 _ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "places", "logprobs", "entropies", "lses", "g_logprobs",
                 "g_entropies", "g_lses", "factor", "counts", "gradient", "values"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
@@ -449,7 +509,6 @@ def forward_kernel(
     token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the token, entropy and logsumexp of each row; zeros where masked. Reads a row once."""
     row = tl.program_id(0)
@@ -457,11 +516,9 @@ def forward_kernel(
         pointer = _row_pointer(logits, row, inner, outer_stride, inner_stride)
         first = None
         if AHEAD and logits.dtype.element_ty.primitive_bitwidth == 16:
-            first = _first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX, "")
+            first = _first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX)
         s, error = _scale_of(row, temperature, scale, scale_error)
-        logprob, h, hi, lo = _statistics(
-            pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, "", PREFETCH
-        )
+        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0)
         _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
     else:
         zero = tl.zeros((), tl.float32)
@@ -502,8 +559,9 @@ def backward_kernel(
             source = logits + tl.load(places + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
         _write_gradient(
-            source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, BLOCK, WIDTH, PTX, AHEAD, ""
-        )
+            source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, 0, REPEAT, LANES, WIDTH,
+            PTX, AHEAD, "", 0,
+        )  # fmt: skip
     else:
         _write_zeros(destination, vocab, BLOCK, WIDTH)
 
@@ -513,34 +571,55 @@ def forward_backward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
     token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses, g_logprobs, counts, counts_size: tl.int32,
-    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
+    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64, running: tl.int32,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr, HINTS: tl.constexpr,
+    PREFETCH: tl.constexpr, PREFETCH_SECOND: tl.constexpr, PREFETCH_NEXT: tl.constexpr, KEPT: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Both at once, for a gradient by the log-probability that is known beforehand: the second read hits the cache."""
+    """Both at once, for a gradient by the log-probability that is known beforehand: the second read hits the cache.
+
+    `running`: how many programs run at a time, so that the row so many further on is the next one.
+    """
     row = tl.program_id(0)
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
-    KEEP: tl.constexpr = "evict_last" if HINTS else ""
-    DROP: tl.constexpr = "evict_first" if HINTS else ""
+    CACHE: tl.constexpr = "evict_first" if EVICT_FIRST else ""  # what is not read a third time
+    NARROW: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     destination = _row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
     if _counts(mask, row):
         source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
         first = None
-        if AHEAD and logits.dtype.element_ty.primitive_bitwidth == 16:
-            first = _first_block(source, vocab, BLOCK, WIDTH, PTX, KEEP)
+        if AHEAD and NARROW:
+            first = _first_block(source, vocab, BLOCK, WIDTH, PTX)
+        if PREFETCH > 0 and PTX:
+            _prefetch_row(source, vocab, PREFETCH + 1, REPEAT, LANES, WIDTH)
+        target = tl.load(token_ids + row).to(tl.int32)
+        skip = 0
+        if KEPT > 0 and NARROW:
+            full = vocab // BLOCK
+            hole = tl.where((target >= 0) & (target < full * BLOCK), target // BLOCK, full)
+            there = full - (hole < full).to(tl.int32) >= KEPT
+            there &= (_phase(source, WIDTH) == 0) & (_phase(destination, WIDTH) == 0)
+            kept = _load_kept(source, hole, there, KEPT, BLOCK, WIDTH, PTX)
+            skip = there.to(tl.int32) * KEPT
         g_logprob = _upstream(g_logprobs, row, _factor(None, counts, counts_size))
         s, error = _scale_of(row, temperature, scale, scale_error)
         logprob, h, hi, lo = _statistics(
-            source, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, KEEP, PREFETCH
+            source, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, PREFETCH
         )
         _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
         if g_logprob != 0.0:
             base, constant, slope, at_target = _coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
-            target = tl.load(token_ids + row).to(tl.int32)
             _write_gradient(
-                source, destination, vocab, target, base, constant, slope, at_target, s, False, BLOCK, WIDTH, PTX,
-                AHEAD, DROP,
+                source, destination, vocab, target, base, constant, slope, at_target, s, False, skip, REPEAT, LANES,
+                WIDTH, PTX, AHEAD, CACHE, PREFETCH_SECOND,
             )  # fmt: skip
+            if PREFETCH_NEXT > 0 and PTX:
+                following = tl.minimum(row + running, tl.num_programs(0) - 1)
+                if _counts(mask, following):
+                    source = _row_pointer(logits, following, inner, outer_stride, inner_stride)
+                    _prefetch_row(source, vocab, PREFETCH_NEXT, REPEAT, LANES, WIDTH)
+            if KEPT > 0 and NARROW:
+                _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX, CACHE)
         else:
             _write_zeros(destination, vocab, BLOCK, WIDTH)
     else:

@@ -33,24 +33,27 @@ class Launch:
     num_warps: int
     elements: int
     ahead: bool = False  # 16-bit logits: issue a block's loads before the block in front of it is computed
-    prefetch: int = 0  # statistics, NVIDIA: how many more blocks are on their way to the L2 cache
-    hints: bool = False  # forward_backward: keep a row in the L2 cache for its second read, and its gradient out of it
+    # These of forward_backward alone; blocks are brought to the L2 cache of NVIDIA GPUs.
+    prefetch: int = 0  # how many more blocks are on their way while a row is summed
+    prefetch_second: int = 0  # the same for its second read, of 16-bit logits
+    prefetch_next: int = 0  # blocks of the next row, towards the end of a row
+    kept: int = 0  # 16-bit logits: blocks that stay in registers until their gradient is written; 0 or a power of two
+    evict_first: bool = False  # the second read and the gradient leave the L2 cache to others
     max_registers: int | None = None  # a thread, of 16-bit logits on NVIDIA; None: the compiler decides
 
 
-# 2026-11-26: from the static figures (benchmarks/results/static.json); not measured on any GPU yet. 32 bf16 columns a
-# thread cost the fewest instructions a column without a spill, and their registers leave 5 rows of the forward, 8 of
-# the backward under way on a multiprocessor: 8 KiB each in flight. The kernel that does both in one launch wants its
-# second read from the L2 cache: 16 warps, so that a multiprocessor has one row (on an H200 40 of 50 MB).
-# Loads go ahead of the arithmetic everywhere; float32 logits have twice the bytes in flight without.
+# 2026-11-26, an H200 (Triton 3.6.0, whole losses at 8,192 rows of 151,936 bf16 logits): forward 0.604 ms, 0.633 without
+# `ahead`, 0.61 to 0.79 with other sizes and registers. Off-policy 1.854 ms, 1.871 where the compiler chooses the
+# backward's registers. The kernel that does both in one launch wants its second read from the L2 cache: 16 warps, so
+# that a multiprocessor has one row; 1.645 ms, 1.727 without `prefetch`, 1.76 or more with other sizes.
 LAUNCH = {
     "forward": Launch(num_warps=4, elements=4096, ahead=True, max_registers=96),
-    "backward": Launch(num_warps=4, elements=4096, ahead=True),
-    "forward_backward": Launch(num_warps=16, elements=16384, ahead=True),
+    "backward": Launch(num_warps=4, elements=4096, ahead=True, max_registers=128),
+    "forward_backward": Launch(num_warps=16, elements=16384, ahead=True, prefetch=2),
     "scale": Launch(num_warps=4, elements=4096),
 }
 # Small blocks: short rows are cheap, and cross their boundaries.
-INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, ahead=True)
+INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, ahead=True, kept=2)
 
 
 # Whether kernels run in Triton's interpreter, on CPU tensors.
@@ -125,6 +128,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
     _launch(
         "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
         counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
+        _multiprocessors(gradient.device),
     )  # fmt: skip
     return stats
 
@@ -175,9 +179,10 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
     lanes = warp_size * layout.num_warps
     repeat = max(1, layout.elements // (lanes * width))
     found = {"REPEAT": repeat, "LANES": lanes, "WIDTH": width, "AHEAD": layout.ahead}
-    if kernel != "backward":
-        found["PREFETCH"] = layout.prefetch
-    return {**found, "HINTS": layout.hints} if kernel == "forward_backward" else found
+    if kernel == "forward_backward":
+        for name in ("prefetch", "prefetch_second", "prefetch_next", "kept", "evict_first"):
+            found[name.upper()] = getattr(layout, name)
+    return found
 
 
 def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[str, Any]:
@@ -215,6 +220,12 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device the current one: Triton launches there, and autograd's thread may be elsewhere."""
     device = tensor.device
     return torch.cuda.device(device.index) if device.type == "cuda" else _NOTHING
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Each runs one program of forward_backward, which takes all its registers."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache
