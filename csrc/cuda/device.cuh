@@ -168,6 +168,20 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
+// Without a branch.
+__device__ __forceinline__ void copy_async_if(bool wanted, void* shared, const void* global) {
+#if defined(GSPO_PTX)
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "setp.ne.u32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}"
+      : : "r"(address), "l"(global), "r"(static_cast<uint32_t>(wanted)) : "memory");
+#else
+  if (wanted) std::memcpy(shared, global, 16);
+#endif
+}
+
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(GSPO_PTX)
   asm volatile("cp.async.wait_all;" : : : "memory");

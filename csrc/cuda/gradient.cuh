@@ -41,12 +41,22 @@ __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Sour
   const int last = to.last;
   const auto number = [&](int column) { return gradient_of_number(source.column(column), row, scale); };
   if (to.phase == slice.span.phase) {
+    const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row, scale)); };
     [[maybe_unused]] const Vector* const from = next ? next->vectors() : nullptr;
-#pragma unroll 2
-    for (int v = to.first + static_cast<int>(threadIdx.x); v < last; v += kThreads) {
-      store(vectors + v, gradient_of_vector<T>(source.whole(v), row, scale));
-      if constexpr (Source::kEarly)
-        if (next) source.start_vector(v, from);  // behind the store, for which the vector has been read
+    const auto replace = [&]([[maybe_unused]] int v) {  // behind the store, for which the vector has been read
+      if constexpr (Source::kEarly) source.start_vector_if(next != nullptr, v, from);
+    };
+    int v = to.first + static_cast<int>(threadIdx.x);
+    for (; v < last - kThreads; v += 2 * kThreads) {
+      const Vector one = source.whole(v), other = source.whole(v + kThreads);
+      write(v, one);
+      write(v + kThreads, other);
+      replace(v);
+      replace(v + kThreads);
+    }
+    if (v < last) {
+      write(v, source.whole(v));
+      replace(v);
     }
   } else {
 #pragma unroll 1

@@ -15,14 +15,15 @@ namespace gspo::gpu {
 namespace {
 
 #if defined(GSPO_ON_HOST)  // so that small vocabularies have clusters
-constexpr int kThreads = 64, kThreadsAgain = 64;
+constexpr int threads(int) { return 64; }
 constexpr size_t kSlice = 256;
 #else
-constexpr int kThreads = 256;  // of a block
+constexpr int threads(int of_block) { return of_block; }
 constexpr size_t kSlice = 40 << 10;
-constexpr int kThreadsAgain = 512;  // of a block with a row of its own, alone on its multiprocessor: there the L2 cache
-                                    // still has the row when it is read again
 #endif
+// Of a block with a row of its own, alone on its multiprocessor: there the L2 cache still has the row when it is read
+// again.
+constexpr int kThreadsAgain = threads(512);
 constexpr unsigned kPortable = 8;  // blocks of a cluster that every GPU with clusters takes
 
 void check(cudaError_t error, const std::string& what) {
@@ -78,14 +79,14 @@ constexpr Variant variant(const char* name, size_t slice = kSlice, unsigned most
 
 // The first one is the default. The others are compiled only to be measured; `cuda_use_variant` chooses one.
 constexpr Variant kVariants[] = {  // threads, blocks a multiprocessor, whether the next row is copied early
-    variant<kThreads, 4, false>("default"),
+    variant<threads(256), 4, false>("default"),
 #if defined(GSPO_VARIANTS)
-    variant<kThreads, 4, true>("early"),
-    variant<kThreads * 3 / 4, 5, false>("five blocks of 192"),
-    variant<kThreads * 3 / 4, 5, true>("early, five blocks of 192"),
-    variant<kThreads * 5 / 8, 5, true>("early, five blocks of 160"),
-    variant<kThreads / 2, 8, true>("early, clusters of 16, eight blocks of 128", kSlice / 2, kMostBlocks),
-    variant<kThreads * 3 / 8, 10, true>("early, clusters of 16, ten blocks of 96", kSlice / 2, kMostBlocks),
+    variant<threads(256), 4, true>("early"),
+    variant<threads(192), 5, false>("five blocks of 192"),
+    variant<threads(192), 5, true>("early, five blocks of 192"),
+    variant<threads(160), 5, true>("early, five blocks of 160"),
+    variant<threads(128), 8, true>("early, clusters of 16, eight blocks of 128", kSlice / 2, kMostBlocks),
+    variant<threads(96), 10, true>("early, clusters of 16, ten blocks of 96", kSlice / 2, kMostBlocks),
 #endif
 };
 

@@ -32,12 +32,15 @@ class Resident {
   // Begins to copy a slice.
   __device__ __forceinline__ void start(const Slice<T>& slice) const {
     const Vector* const from = slice.vectors();
+#pragma unroll 4
     for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < slice.span.last; v += kThreads)
-      start_vector(v, from);
+      copy_async(buffer_ + v, from + v);
     copy_edges(slice);
   }
 
-  __device__ __forceinline__ void start_vector(int v, const Vector* from) const { copy_async(buffer_ + v, from + v); }
+  __device__ __forceinline__ void start_vector_if(bool wanted, int v, const Vector* from) const {
+    copy_async_if(wanted, buffer_ + v, from + v);
+  }
 
   __device__ __forceinline__ void copy_edges(const Slice<T>& slice) const {
     if (threadIdx.x >= 2) return;
@@ -49,6 +52,16 @@ class Resident {
   __device__ __forceinline__ void await() const { wait_for_copies(); }
   __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
   __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(buffer_)[phase_ + i]); }
+
+  // The target's logit, in whose place there is -inf from now on. By the thread that has its vector.
+  __device__ __forceinline__ float take_target(const Slice<T>& slice) const {
+    const float logit = column(slice.target);
+    Vector& at_target = buffer_[slice.vector_of_target()];
+    Vector without = at_target;
+    slice.leave_out_target(without);
+    at_target = without;
+    return logit;
+  }
 
  private:
   Vector* buffer_;
@@ -68,20 +81,20 @@ class Again {
   __device__ __forceinline__ void await() const {}
   __device__ __forceinline__ Vector whole(int v) const { return load(vectors_ + v); }
   __device__ __forceinline__ float column(int i) const { return widen(*global(slice_.x + i)); }
+  __device__ __forceinline__ float take_target(const Slice<T>& slice) const { return column(slice.target); }
 
  private:
   const Slice<T>& slice_;
   const Vector* vectors_;
 };
 
-// A thread's share of a slice: several vectors at a time, one by one where the target is among them and at the end.
+// A thread's share of a slice: several vectors at a time, one by one at the end and where the target is still among them.
 template <bool kBounded, class T, class Source>
 __device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& source, float scale) {
   constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
   Sums sums;
-  source.await();
   const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
-  const int of_target = slice.vector_of_target() - slice.span.first;
+  const int of_target = Source::kResident ? -1 : slice.vector_of_target() - slice.span.first;
   int v = begin, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
 #pragma unroll 1
   for (int part = 0; part < 2; ++part, stop = last) {
@@ -96,7 +109,7 @@ __device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& sou
 #pragma unroll 1
     for (; v < one_by_one; v += kThreads) {
       Vector one[1] = {source.whole(v)};
-      if (v == slice.vector_of_target()) slice.leave_out_target(one[0]);
+      if (!Source::kResident && v == slice.vector_of_target()) slice.leave_out_target(one[0]);
       sums.add<kBounded, T>(one, scale);
     }
   }
@@ -270,12 +283,20 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
     if (threadIdx.x == kWarp) next_row = shared.exchange.next[turn];
     Sums sums;
     if (task.counts) {
-      sums = sums_of<false>(task.slice, source, task.scale);
-      if (sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
+      source.await();
+      const Span<T>& span = task.slice.span;
+      const int owner = task.slice.target < 0 ? -1 : static_cast<int>(span.owner(task.slice.target, kThreads));
+      const int warp = static_cast<int>(threadIdx.x / kWarp);
+      if (static_cast<int>(threadIdx.x) == owner) shared.exchange.target = source.take_target(task.slice);
+      // Whether a warp has a -inf to sum up, at an edge or in the target's place.
+      const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
+                           (warp == 0 && (span.edge(0) >= 0 || span.edge(1) >= 0));
+      if (!bounded) sums = sums_of<false>(task.slice, source, task.scale);
+      if (bounded || sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
         sums = sums_of<true>(task.slice, source, task.scale);
     }
     if (takes_tickets) shared.exchange.after_next = 2 * uint64_t{clusters} + ticket;
-    shared.exchange.publish(sums, source, task.counts ? task.slice.target : -1, turn);
+    shared.exchange.publish(sums, task.counts && task.slice.target >= 0, turn);
 
     if (threadIdx.x < kWarp) {
       shared.exchange.wait(turn, exchanges++ / 2 & 1u);

@@ -91,6 +91,7 @@ struct Exchange {
   static_assert(kWarps <= kWarp && kMostBlocks <= kWarp);
 
   float tops[kWarps], totals[kWarps], weighted[kWarps];
+  float target;  // the target's logit, in the block that has it
   uint64_t after_next;  // in block 0: the row that comes after the next one
   Partial of_blocks[2][kMostBlocks];  // by turns: a fast block may be a row ahead of a slow one
   uint64_t next[2];  // the row that comes after the one of this turn
@@ -103,8 +104,7 @@ struct Exchange {
 
   // Brings this block's sums to every block of the cluster, which has them when `wait` returns. Block 0 sends
   // `after_next`, too.
-  template <class Source>
-  __device__ __forceinline__ void publish(const Sums& of_thread, const Source& source, int target, int turn) {
+  __device__ __forceinline__ void publish(const Sums& of_thread, bool has_target, int turn) {
     const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const Sums of_warp = sums_of_lanes<kWarp>(of_thread);
     if (lane == 0) {
@@ -122,7 +122,7 @@ struct Exchange {
     }
     sums = sums_of_lanes<kWarp>(sums);
     if (lane >= blocks_in_cluster()) return;  // one thread for each block to be told
-    const Partial partial{sums.top, sums.total, sums.weighted, target < 0 ? 0.0f : source.column(target)};
+    const Partial partial{sums.top, sums.total, sums.weighted, has_target ? target : 0.0f};
     uint64_t words[2];
     memcpy(words, &partial, sizeof(partial));
     auto* place = reinterpret_cast<uint64_t*>(&of_blocks[turn][rank_in_cluster()]);
