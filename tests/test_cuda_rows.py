@@ -337,7 +337,7 @@ def test_how_a_launch_is_laid_out(kernels: Any) -> None:
     assert not again["resident"] and again["blocks"] == 1
 
 
-VARIANTS = ["three parts", "two buffers", "flags, bulk copies, four blocks", "flags, bulk copies, two buffers"]
+VARIANTS = ["early", "early, five blocks of 160", "early, clusters of 16, eight blocks of 128"]
 
 
 @pytest.fixture
@@ -370,15 +370,15 @@ def test_variants_have_names(kernels: Any) -> None:
 def test_a_variant_has_its_own_layout(kernels: Any) -> None:
     ask = {"dtype": "bfloat16", "vocab": 1003, "rows": 10**6, "device": 0}
     default = kernels.cuda_layout(**ask)
-    kernels.cuda_use_variant("clusters of four")
-    assert (default["blocks"], kernels.cuda_layout(**ask)["blocks"]) == (8, 4)
+    kernels.cuda_use_variant("early, clusters of 16, eight blocks of 128")
+    assert (default["blocks"], kernels.cuda_layout(**ask)["blocks"]) == (8, 16)
     kernels.cuda_use_variant("default")
     assert kernels.cuda_layout(**ask) == default
 
 
 @NOT_ON_GPU
 def test_a_multiprocessor_prefers_shared_memory(kernels: Any) -> None:
-    """Three slices of 38 KB are more than a driver might set apart."""
+    """Four slices of 38 KB are more than a driver might set apart."""
     run_and_check(ragged_batch("grpo", seed=46, vocab=1009, lengths=SHORT), "packed", "grpo", backend="cuda")
     launch = kernels.latest_launch()
     assert launch["cluster"] == 8 and launch["carveout"] == 100

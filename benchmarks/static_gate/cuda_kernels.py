@@ -119,7 +119,7 @@ def columns_of(loop: Loop, kind: str, dtype: str) -> int:
     exponentials = loop.exponentials
     if kind == "copy":
         return columns("LDGSTS") if exponentials == 0 else 0
-    if loop.guarded:
+    if any(i.guard for i in loop.accesses("LDG", "LDS", "LD")):  # these are not whole groups
         return 0
     read, stored = columns("LDG", "LDS", "LD"), columns("STG", "ST")
     if kind == "write":

@@ -157,9 +157,8 @@ __device__ __forceinline__ T* global(T* address) {
 __device__ __forceinline__ Vector load(const void* address) { return *static_cast<const Vector*>(global(address)); }
 __device__ __forceinline__ void store(void* address, const Vector& x) { *static_cast<Vector*>(global(address)) = x; }
 
-// 16 bytes into shared memory, past the first cache, while the thread goes on. `commit_copies` makes a group of those
-// begun since the last one. When `wait_for_copies` returns, all but the latest `kLeft` groups are there for this thread,
-// and for no other thread yet.
+// 16 bytes into shared memory, past the first cache, while the thread goes on. When `wait_for_copies` returns, all that
+// this thread has begun are there for it, and for no other thread yet.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(GSPO_PTX)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -169,20 +168,27 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
-__device__ __forceinline__ void commit_copies() {
+// Without a branch.
+__device__ __forceinline__ void copy_async_if(bool wanted, void* shared, const void* global) {
 #if defined(GSPO_PTX)
-  asm volatile("cp.async.commit_group;" : : : "memory");
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "setp.ne.u32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}"
+      : : "r"(address), "l"(global), "r"(static_cast<uint32_t>(wanted)) : "memory");
+#else
+  if (wanted) std::memcpy(shared, global, 16);
 #endif
 }
 
-template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(GSPO_PTX)
-  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
+  asm volatile("cp.async.wait_all;" : : : "memory");
 #endif
 }
 
-// Flags (mbarriers) say when what the memory system moves by itself has landed in shared memory. A flag has phases, one
+// Flags (mbarriers) say when what other blocks send has landed in shared memory. A flag has phases, one
 // after the other: a phase ends when one thread has said how many bytes to expect, and as many have landed.
 __device__ __forceinline__ void initialize_flag(uint64_t* flag) {
 #if defined(GSPO_CLUSTERS)
@@ -203,49 +209,20 @@ __device__ __forceinline__ void expect_bytes(uint64_t* flag, uint32_t bytes) {
 #endif
 }
 
-// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what landed in it; what other
-// blocks sent, only with `kFromBlocks`.
-template <bool kFromBlocks>
+// Until the phase of this parity, 0 for the first one, has ended. Then this thread sees what landed in it.
 __device__ __forceinline__ void wait_for_phase(uint64_t* flag, unsigned parity) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
   uint32_t ended = 0;
   while (!ended) {
-    if constexpr (kFromBlocks)
-      asm volatile(
-          "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(ended) : "r"(address), "r"(parity) : "memory");
-    else
-      asm volatile(
-          "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(ended) : "r"(address), "r"(parity) : "memory");
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(ended) : "r"(address), "r"(parity) : "memory");
   }
 #elif defined(GSPO_ON_HOST)
   on_host::wait_for_phase(flag, parity);
-#endif
-}
-
-// Many vectors into this block's shared memory, whose flag expects their bytes.
-__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* flag) {
-#if defined(GSPO_CLUSTERS)
-  const uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               : : "r"(there), "l"(global), "r"(bytes), "r"(address) : "memory");
-#elif defined(GSPO_ON_HOST)
-  std::memcpy(shared, global, bytes);
-  on_host::land(flag, bytes);
-#endif
-}
-
-// What this thread wrote to shared memory comes before a bulk copy that is begun behind the next barrier.
-__device__ __forceinline__ void order_before_bulk_copies() {
-#if defined(GSPO_CLUSTERS)
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 #endif
 }
 
@@ -259,6 +236,15 @@ __device__ __forceinline__ T of_lane_xor(T x, unsigned lanes) {
   return on_host::of_lane_xor(x, lanes);
 #else
   return __shfl_xor_sync(0xffffffffu, x, lanes);
+#endif
+}
+
+// The threads of a warp see what the others wrote before.
+__device__ __forceinline__ void sync_warp() {
+#if defined(GSPO_ON_HOST)
+  on_host::sync_warp();
+#else
+  __syncwarp();
 #endif
 }
 
@@ -299,21 +285,8 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-// Writes to the place in another block's shared memory that `address` has in this one's.
-__device__ __forceinline__ void store_to_block(uint64_t* address, unsigned rank, uint64_t value) {
-#if defined(GSPO_CLUSTERS)
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(address));
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.u64 [%0], %1;" : : "r"(there), "l"(value) : "memory");
-#elif defined(GSPO_ON_HOST)
-  *on_host::in_block(address, rank) = value;
-#else
-  *address = value;
-#endif
-}
-
-// The same, landing under a flag of the other block.
+// Writes to the place in another block's shared memory that `address` has in this one's, landing under a flag of that
+// block.
 __device__ __forceinline__ void store_async(uint64_t* address, unsigned rank, uint64_t value, uint64_t* flag) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(address));

@@ -30,19 +30,34 @@ __device__ __forceinline__ void write_edges(const Span<T>& to, int columns, T* g
   }
 }
 
-// From whole vectors where the gradient lies as its logits do, from columns where it does not.
+// From whole vectors where the gradient lies as its logits do, from columns where it does not. `next`: a slice of the next
+// row, which lies as this one does and takes its buffer; null if there is none to copy yet.
 template <int kThreads, class T, class Source>
 __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Source& source, T* g,
-                                               const RowGradient& row, float scale) {
+                                               const RowGradient& row, float scale, const Slice<T>* next) {
   constexpr int kWidth = Columns<T>::kWidth;
   const Span<T> to(g, slice.columns);
   auto* const vectors = reinterpret_cast<Vector*>(g - to.phase);
   const int last = to.last;
   const auto number = [&](int column) { return gradient_of_number(source.column(column), row, scale); };
   if (to.phase == slice.span.phase) {
-#pragma unroll 2
-    for (int v = to.first + static_cast<int>(threadIdx.x); v < last; v += kThreads)
-      store(vectors + v, gradient_of_vector<T>(source.whole(v), row, scale));
+    const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row, scale)); };
+    [[maybe_unused]] const Vector* const from = next ? next->vectors() : nullptr;
+    const auto replace = [&]([[maybe_unused]] int v) {  // behind the store, for which the vector has been read
+      if constexpr (Source::kEarly) source.start_vector_if(next != nullptr, v, from);
+    };
+    int v = to.first + static_cast<int>(threadIdx.x);
+    for (; v < last - kThreads; v += 2 * kThreads) {
+      const Vector one = source.whole(v), other = source.whole(v + kThreads);
+      write(v, one);
+      write(v + kThreads, other);
+      replace(v);
+      replace(v + kThreads);
+    }
+    if (v < last) {
+      write(v, source.whole(v));
+      replace(v);
+    }
   } else {
 #pragma unroll 1
     for (int v = to.first + static_cast<int>(threadIdx.x); v < last; v += kThreads) {
@@ -53,6 +68,8 @@ __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Sour
     }
   }
   write_edges(to, slice.columns, g, number);
+  if constexpr (Source::kEarly)
+    if (next) source.copy_edges(*next);
   if (slice.target >= 0 && to.owner(slice.target, kThreads) == threadIdx.x)  // who has just written there
     g[slice.target] = narrow(fabsf(row.target) < 0x1p-126f ? 0.0f : row.target, T{});
 }

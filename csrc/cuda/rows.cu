@@ -15,14 +15,16 @@ namespace gspo::gpu {
 namespace {
 
 #if defined(GSPO_ON_HOST)  // so that small vocabularies have clusters
-[[maybe_unused]] constexpr int kFew = 64, kMany = 64, kThreadsAgain = 64;
+constexpr int threads(int) { return 64; }
 constexpr size_t kSlice = 256;
 #else
-[[maybe_unused]] constexpr int kFew = 256, kMany = 512;  // threads of a block
+constexpr int threads(int of_block) { return of_block; }
 constexpr size_t kSlice = 40 << 10;
-constexpr int kThreadsAgain = 512;  // of a block with a row of its own, alone on its multiprocessor: there the L2 cache
-                                    // still has the row when it is read again
 #endif
+// Of a block with a row of its own, alone on its multiprocessor: there the L2 cache still has the row when it is read
+// again.
+constexpr int kThreadsAgain = threads(512);
+constexpr unsigned kPortable = 8;  // blocks of a cluster that every GPU with clusters takes
 
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
@@ -45,7 +47,7 @@ using Kernel = void (*)(OneRead);
 // A kernel whose slices stay in shared memory, and how rows are divided for it.
 struct Variant {
   const char* name;
-  unsigned threads, buffers;
+  unsigned threads;
   size_t slice;          // bytes, of which a cluster grows no further
   unsigned most_blocks;  // of a cluster
   struct Instance {
@@ -58,34 +60,33 @@ struct Variant {
   const Instance& instance(Float16) const { return of_float16; }
 };
 
-template <template <class, int, int, int> class Source, int kThreads, int kParts, int kBuffers, int kBlocks, bool kByFlags>
-constexpr Variant variant(const char* name, size_t slice = kSlice, unsigned most_blocks = kMostBlocks) {
-  using OfFloat32 = Source<float, kThreads, kParts, kBuffers>;
-  using OfBFloat16 = Source<BFloat16, kThreads, kParts, kBuffers>;
-  using OfFloat16 = Source<Float16, kThreads, kParts, kBuffers>;
+template <class T, int kThreads, int kBlocks, bool kEarly>
+constexpr Variant::Instance instance_of() {
+  using Source = Resident<T, kThreads, kEarly>;
+  return {&one_read<T, Source, kBlocks>, sizeof(Shared<T, Source>)};
+}
+
+template <int kThreads, int kBlocks, bool kEarly>
+constexpr Variant variant(const char* name, size_t slice = kSlice, unsigned most_blocks = kPortable) {
   return {name,
           kThreads,
-          kBuffers,
           slice,
           most_blocks,
-          {&one_read<float, OfFloat32, kBlocks, kByFlags>, sizeof(Shared<float, OfFloat32, kByFlags>)},
-          {&one_read<BFloat16, OfBFloat16, kBlocks, kByFlags>, sizeof(Shared<BFloat16, OfBFloat16, kByFlags>)},
-          {&one_read<Float16, OfFloat16, kBlocks, kByFlags>, sizeof(Shared<Float16, OfFloat16, kByFlags>)}};
+          instance_of<float, kThreads, kBlocks, kEarly>(),
+          instance_of<BFloat16, kThreads, kBlocks, kEarly>(),
+          instance_of<Float16, kThreads, kBlocks, kEarly>()};
 }
 
 // The first one is the default. The others are compiled only to be measured; `cuda_use_variant` chooses one.
-constexpr Variant kVariants[] = {  // source, threads, parts, buffers, blocks a multiprocessor, whether by flags
-    variant<Resident, kFew, 1, 1, 3, false>("default"),
+constexpr Variant kVariants[] = {  // threads, blocks a multiprocessor, whether the next row is copied early
+    variant<threads(256), 4, false>("default"),
 #if defined(GSPO_VARIANTS)
-    variant<Resident, kFew, 1, 1, 4, false>("four blocks"),
-    variant<Resident, kFew, 3, 1, 3, false>("three parts"),
-    variant<Resident, kMany, 1, 1, 2, false>("clusters of four", 2 * kSlice, kMostBlocks / 2),
-    variant<Resident, kMany, 1, 2, 2, false>("two buffers"),
-    variant<Bulk, kFew, 3, 1, 3, false>("bulk copies"),
-    variant<Resident, kFew, 1, 1, 3, true>("flags"),
-    variant<Resident, kFew, 1, 1, 4, true>("flags, four blocks"),
-    variant<Bulk, kFew, 3, 1, 4, true>("flags, bulk copies, four blocks"),
-    variant<Bulk, kMany, 2, 2, 2, true>("flags, bulk copies, two buffers"),
+    variant<threads(256), 4, true>("early"),
+    variant<threads(192), 5, false>("five blocks of 192"),
+    variant<threads(192), 5, true>("early, five blocks of 192"),
+    variant<threads(160), 5, true>("early, five blocks of 160"),
+    variant<threads(128), 8, true>("early, clusters of 16, eight blocks of 128", kSlice / 2, kMostBlocks),
+    variant<threads(96), 10, true>("early, clusters of 16, ten blocks of 96", kSlice / 2, kMostBlocks),
 #endif
 };
 
@@ -93,12 +94,12 @@ std::atomic<const Variant*> variant_in_use{&kVariants[0]};
 
 template <class T>
 Kernel kernel_of(const Layout& layout, const Variant& variant) {
-  return layout.resident ? variant.instance(T{}).kernel : &one_read<T, Again<T, kThreadsAgain>, 1, false>;
+  return layout.resident ? variant.instance(T{}).kernel : &one_read<T, Again<T, kThreadsAgain>, 1>;
 }
 
 template <class T>
-size_t buffer_bytes(int64_t vocab, unsigned ranks, const Variant& variant) {
-  return static_cast<size_t>(vectors_of_buffer<T>(vocab, ranks)) * sizeof(Vector) * variant.buffers;
+size_t buffer_bytes(int64_t vocab, unsigned ranks) {
+  return static_cast<size_t>(vectors_of_buffer<T>(vocab, ranks)) * sizeof(Vector);
 }
 
 class Configuration {
@@ -130,9 +131,8 @@ Layout choose(int64_t vocab, int device, const Variant& variant, const std::stri
   const size_t most =
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - variant.instance(T{}).static_bytes;
   unsigned blocks = 1;
-  while (blocks < variant.most_blocks && buffer_bytes<T>(vocab, blocks, variant) > variant.slice * variant.buffers)
-    blocks *= 2;
-  const size_t bytes = buffer_bytes<T>(vocab, blocks, variant);
+  while (blocks < variant.most_blocks && buffer_bytes<T>(vocab, blocks) > variant.slice) blocks *= 2;
+  const size_t bytes = buffer_bytes<T>(vocab, blocks);
   if (bytes > most) return again;
   Layout layout{true, blocks, 1, variant.threads, bytes};
   const Kernel kernel = kernel_of<T>(layout, variant);
@@ -140,6 +140,7 @@ Layout choose(int64_t vocab, int device, const Variant& variant, const std::stri
   // For several blocks a multiprocessor; the first cache, which gets the rest, has little to do.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         name);
+  if (blocks > kPortable) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
   int clusters = 0;
   const Configuration configuration(layout, nullptr);
   check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), name);
@@ -195,7 +196,8 @@ std::string missing(int device) {
   cudaFuncAttributes attributes;  // whose question loads the kernel, or says why it cannot be
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, 1, false>));
+    error = cudaFuncGetAttributes(
+        &attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, 1>));
   if (error == cudaSuccess) return "";
   (void)cudaGetLastError();
   return std::string("CUDA cannot load them: ") + cudaGetErrorString(error);

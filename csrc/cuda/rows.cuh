@@ -15,105 +15,56 @@
 
 namespace gspo::gpu {
 
-// Where a block's slice is read from. `start` begins to copy it. A thread has every kThreads-th vector, `kGroup` of them a
-// group; `await` waits for its group of this number. Every thread waits for every part that has a vector, its own or not.
-// `kBuffers`: 2 where the next row's slice is copied while this one is in use; 0 where nothing is copied.
+// Where a block's slice is read from. A thread has every kThreads-th vector. `kResident`: the slice is copied into shared
+// memory, and a cluster shares a row. `kEarly`: the next row's vectors are copied while this row's gradient is written.
 
-// Whole vectors that stay in shared memory, each copied there by the thread that has it. The first groups are waited for
-// one by one, so that they are summed while the rest, the last of `kParts`, is on its way.
-template <class T, int kThreads_, int kParts, int kBuffers_>
+// Whole vectors that stay in shared memory, each copied there by the thread that has it.
+template <class T, int kThreads_, bool kEarly_>
 class Resident {
  public:
-  static constexpr int kThreads = kThreads_, kBuffers = kBuffers_;
+  static constexpr int kThreads = kThreads_;
+  static constexpr bool kResident = true, kEarly = kEarly_;
   static constexpr int kGroup = 4;  // vectors between two looks at the maximum
-  struct Flags {};
 
-  __device__ __forceinline__ Resident(const Slice<T>& slice, Vector* buffer, Flags&, unsigned)
+  __device__ __forceinline__ Resident(const Slice<T>& slice, Vector* buffer)
       : buffer_(buffer), phase_(slice.span.phase) {}
 
-  static __device__ __forceinline__ void initialize(Flags&) {}
-
+  // Begins to copy a slice.
   __device__ __forceinline__ void start(const Slice<T>& slice) const {
-    const Span<T> span = slice.span;
     const Vector* const from = slice.vectors();
-    int v = span.first + static_cast<int>(threadIdx.x);
-    for (int part = 1; part < kParts; ++part) {
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k, v += kThreads)
-        if (v < span.last) copy_async(buffer_ + v, from + v);
-      commit_copies();
-    }
-    for (; v < span.last; v += kThreads) copy_async(buffer_ + v, from + v);
-    commit_copies();
-    if (threadIdx.x < 2) {
-      const int at_edge = span.edge(threadIdx.x);
-      if (at_edge >= 0) buffer_[at_edge] = slice.edge(at_edge);
-    }
+#pragma unroll 4
+    for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < slice.span.last; v += kThreads)
+      copy_async(buffer_ + v, from + v);
+    copy_edges(slice);
   }
 
-  __device__ __forceinline__ void await(int group) const {
-    if constexpr (kParts > 1) {
-      static_assert(kParts == 3, "the waits below are those of three parts");
-      if (group == 0) return wait_for_copies<2>();
-      if (group == 1) return wait_for_copies<1>();
-    }
-    wait_for_copies<0>();
+  __device__ __forceinline__ void start_vector_if(bool wanted, int v, const Vector* from) const {
+    copy_async_if(wanted, buffer_ + v, from + v);
   }
 
+  __device__ __forceinline__ void copy_edges(const Slice<T>& slice) const {
+    if (threadIdx.x >= 2) return;
+    const int at_edge = slice.span.edge(threadIdx.x);
+    if (at_edge >= 0) buffer_[at_edge] = slice.edge(at_edge);
+  }
+
+  // Until the vectors that this thread has begun to copy are there, for this thread alone.
+  __device__ __forceinline__ void await() const { wait_for_copies(); }
   __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
   __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(buffer_)[phase_ + i]); }
 
- private:
-  Vector* buffer_;
-  int phase_;
-};
-
-// The same, copied by one thread with a few bulk copies. Each group but the last part has a flag of its own.
-template <class T, int kThreads_, int kParts, int kBuffers_>
-class Bulk {
- public:
-  static constexpr int kThreads = kThreads_, kBuffers = kBuffers_, kGroup = 4;
-  struct Flags {
-    uint64_t landed[kParts];
-  };
-
-  __device__ __forceinline__ Bulk(const Slice<T>& slice, Vector* buffer, Flags& flags, unsigned parity)
-      : buffer_(buffer), flags_(flags), parity_(parity), phase_(slice.span.phase) {}
-
-  static __device__ __forceinline__ void initialize(Flags& flags) {
-    for (uint64_t& flag : flags.landed) initialize_flag(&flag);
+  // The target's logit, in whose place there is -inf from now on. By the thread that has its vector.
+  __device__ __forceinline__ float take_target(const Slice<T>& slice) const {
+    const float logit = column(slice.target);
+    Vector& at_target = buffer_[slice.vector_of_target()];
+    Vector without = at_target;
+    slice.leave_out_target(without);
+    at_target = without;
+    return logit;
   }
-
-  __device__ __forceinline__ void start(const Slice<T>& slice) const {
-    const Span<T> span = slice.span;
-    if (threadIdx.x < 2) {
-      const int at_edge = span.edge(threadIdx.x);
-      if (at_edge >= 0) buffer_[at_edge] = slice.edge(at_edge);
-      order_before_bulk_copies();
-    }
-    if (threadIdx.x != kThreads - 1) return;
-    const Vector* const from = slice.vectors();
-    int v = span.first;
-    for (int part = 0; part < kParts; ++part) {
-      const int end = part == kParts - 1 ? span.last : min(v + kGroup * kThreads, span.last);
-      const uint32_t bytes = static_cast<uint32_t>(end - v) * sizeof(Vector);
-      expect_bytes(&flags_.landed[part], bytes);
-      if (bytes > 0) bulk_copy(buffer_ + v, from + v, bytes, &flags_.landed[part]);
-      v = end;
-    }
-  }
-
-  __device__ __forceinline__ void await(int group) const {
-    wait_for_phase<false>(&flags_.landed[min(group, kParts - 1)], parity_);
-  }
-
-  __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
-  __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(buffer_)[phase_ + i]); }
 
  private:
   Vector* buffer_;
-  Flags& flags_;
-  unsigned parity_;
   int phase_;
 };
 
@@ -121,48 +72,44 @@ class Bulk {
 template <class T, int kThreads_>
 class Again {
  public:
-  static constexpr int kThreads = kThreads_, kBuffers = 0;
+  static constexpr int kThreads = kThreads_;
+  static constexpr bool kResident = false, kEarly = false;
   static constexpr int kGroup = 8;  // as many loads on their way
-  struct Flags {};
 
-  __device__ __forceinline__ Again(const Slice<T>& slice, Vector*, Flags&, unsigned)
-      : slice_(slice), vectors_(slice.vectors()) {}
+  __device__ __forceinline__ Again(const Slice<T>& slice, Vector*) : slice_(slice), vectors_(slice.vectors()) {}
 
-  static __device__ __forceinline__ void initialize(Flags&) {}
-  __device__ __forceinline__ void start(const Slice<T>&) const {}
-  __device__ __forceinline__ void await(int) const {}
+  __device__ __forceinline__ void await() const {}
   __device__ __forceinline__ Vector whole(int v) const { return load(vectors_ + v); }
   __device__ __forceinline__ float column(int i) const { return widen(*global(slice_.x + i)); }
+  __device__ __forceinline__ float take_target(const Slice<T>& slice) const { return column(slice.target); }
 
  private:
   const Slice<T>& slice_;
   const Vector* vectors_;
 };
 
-// A thread's share of a slice: several vectors at a time, one by one where the target is among them and at the end.
+// A thread's share of a slice: several vectors at a time, one by one at the end and where the target is still among them.
 template <bool kBounded, class T, class Source>
 __device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& source, float scale) {
   constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
   Sums sums;
   const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
-  const int of_target = slice.vector_of_target() - slice.span.first;
-  int v = begin, group_number = 0, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
+  const int of_target = Source::kResident ? -1 : slice.vector_of_target() - slice.span.first;
+  int v = begin, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
 #pragma unroll 1
   for (int part = 0; part < 2; ++part, stop = last) {
     const int whole_groups = min(stop, last - (kGroup - 1) * kThreads);
-    for (; v < whole_groups; v += kStride, ++group_number) {
-      source.await(group_number);
+    for (; v < whole_groups; v += kStride) {
       Vector group[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) group[k] = source.whole(v + k * kThreads);
       sums.add<kBounded, T>(group, scale);
     }
     const int one_by_one = min(stop + kStride, last);
-    source.await(group_number++);
 #pragma unroll 1
     for (; v < one_by_one; v += kThreads) {
       Vector one[1] = {source.whole(v)};
-      if (v == slice.vector_of_target()) slice.leave_out_target(one[0]);
+      if (!Source::kResident && v == slice.vector_of_target()) slice.leave_out_target(one[0]);
       sums.add<kBounded, T>(one, scale);
     }
   }
@@ -236,13 +183,12 @@ __device__ __forceinline__ double coefficient_of(const Task<T>& task, double log
   return held ? 0.0 : on_policy * (1.0 + deviation);
 }
 
-template <class T, class Source, bool kByFlags>
+template <class T, class Source>
 struct Shared {
-  Exchange<Source::kThreads, kByFlags> exchange;
+  Exchange<Source::kThreads, Source::kResident> exchange;
   Task<T> task[2];  // by turns, as the sums
   double common;
   RowGradient gradient;
-  typename Source::Flags flags[Source::kBuffers == 2 ? 2 : 1];
 };
 
 // What comes of a row's sums: its statistics, stored by one block, and its gradient. By the lanes of a warp, which all
@@ -277,79 +223,100 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
   return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, base, (lse - base) * kLn2);
 }
 
+// Whether the next slice can take a buffer vector by vector while a gradient is written from it: then each thread reads
+// and replaces its own vectors only.
+template <class T>
+__device__ __forceinline__ bool lie_alike(const Slice<T>& slice, const T* gradient, const Slice<T>& next) {
+  return Span<T>(gradient, slice.columns).phase == slice.span.phase && next.span.phase == slice.span.phase;
+}
+
 // kBlocks: that share a multiprocessor, so that one's loads, another's sums and a third one's stores overlap; with a
-// whole row a block has it to itself. In a turn a cluster
+// whole row a block has it to itself. For each row a cluster
 //
-//     copies a slice of the row to each block; meanwhile block 0 takes the ticket of the row after next, and a thread of
-//     each block reads what there is to know of the next row; sums it up; exchanges the sums; with two buffers begins to
-//     copy the next row; makes out the gradient in one warp; and writes it.
-template <class T, class Source, int kBlocks, bool kByFlags>
+//   1. copies a slice to each block's shared memory, unless that was begun early;
+//   2. sums it up, while block 0 takes the ticket of the row after next;
+//   3. exchanges the sums. One warp of each block waits for them and computes what the gradient needs; meanwhile a
+//      thread of another warp reads the arguments of the next row;
+//   4. writes the gradient. kEarly: as soon as a thread has read a vector from shared memory, it begins to copy the next
+//      row's vector there.
+template <class T, class Source, int kBlocks>
 __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __grid_constant__ OneRead args) {
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
-  if constexpr (Source::kBuffers == 0) {  // the others are not launched here
+  if constexpr (!Source::kResident) {  // the others are not launched here
 #endif
 #if defined(GSPO_ON_HOST)
-  auto* buffers = static_cast<Vector*>(on_host::dynamic_shared());
-  using InBlock = Shared<T, Source, kByFlags>;
+  auto* buffer = static_cast<Vector*>(on_host::dynamic_shared());
+  using InBlock = Shared<T, Source>;
   auto& shared = *static_cast<InBlock*>(on_host::static_shared(sizeof(InBlock)));
 #else
-  extern __shared__ Vector buffers[];
-  __shared__ Shared<T, Source, kByFlags> shared;
+  extern __shared__ Vector buffer[];
+  __shared__ Shared<T, Source> shared;
 #endif
   constexpr int kThreads = Source::kThreads;
   const unsigned ranks = blocks_in_cluster();
   const unsigned first = blockIdx.x / ranks, clusters = gridDim.x / ranks;
-  const int64_t buffer_size = Source::kBuffers == 2 ? vectors_of_buffer<T>(args.shape.vocab, ranks) : 0;
-  unsigned parities = 0;  // a bit for each buffer, which changes with each use
-  unsigned exchanges = 0;  // so far
-  const auto source_of = [&](int turn) {
-    const int buffer = Source::kBuffers == 2 ? turn : 0;
-    return Source(shared.task[turn].slice, buffers + buffer * buffer_size, shared.flags[buffer], parities >> buffer & 1u);
-  };
+  const bool takes_tickets = rank_in_cluster() == 0 && threadIdx.x == 0;
   const double common = common_of(args.common);
   if (threadIdx.x == 0) {
-    for (auto& flags : shared.flags) Source::initialize(flags);
     shared.exchange.initialize();
     shared.common = common;
     shared.task[0].prepare(args, first);
     shared.exchange.next[0] = uint64_t{clusters} + first;
   }
   sync_cluster();  // a block that has not begun has no memory to be written to
-  if (Source::kBuffers == 2 && shared.task[0].row < args.shape.rows && shared.task[0].counts)
-    source_of(0).start(shared.task[0].slice);
 
+  bool started = false;  // the copies of the row
+  unsigned exchanges = 0;  // so far
   for (int turn = 0; shared.task[turn].row < args.shape.rows; turn ^= 1) {
     const Task<T>& task = shared.task[turn];
     const Task<T>& next = shared.task[turn ^ 1];
-    const Source source = source_of(turn);
-    if (Source::kBuffers == 1 && task.counts) source.start(task.slice);
-    if (rank_in_cluster() == 0 && threadIdx.x == 0)
-      shared.exchange.publish_next(2 * int64_t{clusters} + take_ticket(args.tickets), turn);
-    if (threadIdx.x == kWarp)
-      shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(shared.exchange.next[turn]));
-    if (task.counts) {
-      Sums sums = sums_of<false>(task.slice, source, task.scale);
-      if (sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
-        sums = sums_of<true>(task.slice, source, task.scale);
-      shared.exchange.publish(sums, source, task.slice.target, turn);
-      parities ^= 1u << (Source::kBuffers == 2 ? turn : 0);
-    } else if (kByFlags) {
-      shared.exchange.publish(Sums{}, source, -1, turn);  // for blocks stay in step by what they send
+    const Source source(task.slice, buffer);
+    if constexpr (Source::kResident) {
+      if (task.counts && !started) {
+        __syncthreads();  // nobody reads the row before from the buffer any more
+        source.start(task.slice);
+      }
     }
-    shared.exchange.wait(turn, exchanges++ / 2 & 1u);
+    unsigned ticket = 0;
+    if (takes_tickets) ticket = take_ticket(args.tickets);
+    uint64_t next_row = 0;
+    if (threadIdx.x == kWarp) next_row = shared.exchange.next[turn];
+    Sums sums;
+    if (task.counts) {
+      source.await();
+      const Span<T>& span = task.slice.span;
+      const int owner = task.slice.target < 0 ? -1 : static_cast<int>(span.owner(task.slice.target, kThreads));
+      const int warp = static_cast<int>(threadIdx.x / kWarp);
+      if (static_cast<int>(threadIdx.x) == owner) shared.exchange.target = source.take_target(task.slice);
+      // Whether a warp has a -inf to sum up, at an edge or in the target's place.
+      const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
+                           (warp == 0 && (span.edge(0) >= 0 || span.edge(1) >= 0));
+      if (!bounded) sums = sums_of<false>(task.slice, source, task.scale);
+      if (bounded || sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
+        sums = sums_of<true>(task.slice, source, task.scale);
+    }
+    if (takes_tickets) shared.exchange.after_next = 2 * uint64_t{clusters} + ticket;
+    shared.exchange.publish(sums, task.counts && task.slice.target >= 0, turn);
 
-    if (Source::kBuffers == 2 && next.row < args.shape.rows && next.counts) source_of(turn ^ 1).start(next.slice);
     if (threadIdx.x < kWarp) {
+      shared.exchange.wait(turn, exchanges++ / 2 & 1u);
       const RowGradient gradient = finish(args, task, shared.exchange, turn, shared.common);
       if (threadIdx.x == 0) shared.gradient = gradient;
+    } else if (threadIdx.x == kWarp) {
+      shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(next_row));
     }
     __syncthreads();
     const RowGradient gradient = shared.gradient;
-    if (gradient.constant == 0.0f && gradient.target == 0.0f)
+    const bool zero = gradient.constant == 0.0f && gradient.target == 0.0f;
+    if constexpr (Source::kEarly)
+      started = next.row < args.shape.rows && next.counts && (zero || lie_alike(task.slice, task.gradient, next.slice));
+    if (zero) {
+      if constexpr (Source::kEarly)
+        if (started) source.start(next.slice);
       write_zeros<kThreads>(task.slice, task.gradient);
-    else
-      write_gradient<kThreads>(task.slice, source, task.gradient, gradient, task.scale);
-    __syncthreads();  // before anybody writes to the buffer, the task or `gradient` again
+    } else {
+      write_gradient<kThreads>(task.slice, source, task.gradient, gradient, task.scale, started ? &next.slice : nullptr);
+    }
   }  // and no block is written to behind the last exchange, when it may be gone
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
   }

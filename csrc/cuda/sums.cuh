@@ -80,34 +80,31 @@ struct alignas(16) Partial {
   float top, total, weighted, target;
 };
 
-constexpr unsigned kMostBlocks = 8;  // in a cluster, for one that every GPU with clusters takes
+constexpr unsigned kMostBlocks = 16;  // of a cluster; more than 8 only where a GPU allows it
 
-// Where the threads of a block leave their sums for each other, and the blocks of a cluster theirs. Blocks wait for each
-// other at a barrier of the cluster or, `kByFlags`, each for what it is sent: a barrier also waits for each thread's
-// accesses to global memory.
-template <int kThreads, bool kByFlags>
+// Where the threads of a block leave their sums for each other, and the blocks of a cluster theirs. Blocks wait for what
+// they are sent, not at a barrier of the cluster, which would also wait for every thread's accesses to global memory.
+// `kCluster`: there may be more than one block.
+template <int kThreads, bool kCluster>
 struct Exchange {
   static constexpr unsigned kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp && kMostBlocks <= kWarp);
 
   float tops[kWarps], totals[kWarps], weighted[kWarps];
+  float target;  // the target's logit, in the block that has it
+  uint64_t after_next;  // in block 0: the row that comes after the next one
   Partial of_blocks[2][kMostBlocks];  // by turns: a fast block may be a row ahead of a slow one
-  uint64_t next[2];  // the row behind the one of this turn
-  uint64_t landed[kByFlags ? 2 : 1];  // flags
+  uint64_t next[2];  // the row that comes after the one of this turn
+  uint64_t landed[2];  // flags
 
   __device__ __forceinline__ void initialize() {
-    if constexpr (kByFlags)
+    if constexpr (kCluster)
       for (uint64_t& flag : landed) initialize_flag(&flag);
   }
 
-  // To every block: which row comes after the next one.
-  __device__ __forceinline__ void publish_next(int64_t row, int turn) {
-    for (unsigned b = 0; b < blocks_in_cluster(); ++b) send(&next[turn ^ 1], b, row, turn);
-  }
-
-  // Brings this block's sums to every block of the cluster, which has them when `wait` returns.
-  template <class Source>
-  __device__ __forceinline__ void publish(const Sums& of_thread, const Source& source, int target, int turn) {
+  // Brings this block's sums to every block of the cluster, which has them when `wait` returns. Block 0 sends
+  // `after_next`, too.
+  __device__ __forceinline__ void publish(const Sums& of_thread, bool has_target, int turn) {
     const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const Sums of_warp = sums_of_lanes<kWarp>(of_thread);
     if (lane == 0) {
@@ -125,29 +122,30 @@ struct Exchange {
     }
     sums = sums_of_lanes<kWarp>(sums);
     if (lane >= blocks_in_cluster()) return;  // one thread for each block to be told
-    const Partial partial{sums.top, sums.total, sums.weighted, target < 0 ? 0.0f : source.column(target)};
+    const Partial partial{sums.top, sums.total, sums.weighted, has_target ? target : 0.0f};
     uint64_t words[2];
     memcpy(words, &partial, sizeof(partial));
     auto* place = reinterpret_cast<uint64_t*>(&of_blocks[turn][rank_in_cluster()]);
     for (int i = 0; i < 2; ++i) send(place + i, lane, words[i], turn);
+    if (rank_in_cluster() == 0) send(&next[turn ^ 1], lane, after_next, turn);
   }
 
-  // By every thread; with flags only the first warp, which alone reads what was sent, waits.
+  // By the first warp, which alone reads what was sent.
   __device__ __forceinline__ void wait(int turn, unsigned parity) {
-    if constexpr (kByFlags) {
+    if constexpr (kCluster) {
       if (threadIdx.x == 0)
         expect_bytes(&landed[turn], blocks_in_cluster() * static_cast<uint32_t>(sizeof(Partial)) + sizeof(uint64_t));
-      if (threadIdx.x < kWarp) wait_for_phase<true>(&landed[turn], parity);
+      wait_for_phase(&landed[turn], parity);
     } else {
-      sync_cluster();
+      sync_warp();
     }
   }
 
   __device__ __forceinline__ void send(uint64_t* place, unsigned rank, uint64_t value, int turn) {
-    if constexpr (kByFlags)
+    if constexpr (kCluster)
       store_async(place, rank, value, &landed[turn]);
     else
-      store_to_block(place, rank, value);
+      *place = value;
   }
 
   // What the blocks of the cluster sent; in every lane of the warp that calls it.

@@ -228,9 +228,9 @@ class Memory {  // aligned as a GPU's, and not a byte longer than asked for
 constexpr unsigned kLanes = 32;
 
 struct Warp {
-  Barrier barrier;
+  Barrier barrier, ordering;
   uint64_t slots[2][kLanes];
-  explicit Warp(const std::string& name) : barrier(name, kLanes, false) {}
+  explicit Warp(const std::string& of) : barrier("a shuffle" + of, kLanes, false), ordering("__syncwarp" + of, kLanes, true) {}
 };
 
 struct Block {
@@ -246,7 +246,7 @@ struct Block {
       : cluster(in), index(index_), rank(rank_), threads(threads_), barrier("__syncthreads" + name(), threads_, true),
         dynamic(dynamic_bytes) {
     for (unsigned w = 0; w < threads / kLanes; ++w)
-      warps.push_back(std::make_unique<Warp>("a shuffle of warp " + std::to_string(w) + name()));
+      warps.push_back(std::make_unique<Warp>(" of warp " + std::to_string(w) + name()));
   }
   std::string name() const { return " of block " + std::to_string(index); }
 };
@@ -293,6 +293,7 @@ inline unsigned blocks_in_cluster() {
 }
 
 inline void sync_cluster() { running->block->cluster.barrier.wait(); }
+inline void sync_warp() { running->block->warps[threadIdx.x / kLanes]->ordering.wait(); }
 
 template <class T>
 T* in_block(T* address, unsigned other) {
@@ -443,7 +444,7 @@ inline size_t launch(unsigned clusters, unsigned ranks, unsigned threads, size_t
       error += cluster->barrier.stuck();
       for (const auto& block : cluster->blocks) {
         error += block->barrier.stuck();
-        for (const auto& warp : block->warps) error += warp->barrier.stuck();
+        for (const auto& warp : block->warps) error += warp->barrier.stuck() + warp->ordering.stuck();
       }
     }
   }
