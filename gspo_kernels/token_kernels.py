@@ -385,21 +385,21 @@ def batch_kernel(
     LANES: tl.constexpr = min(32, BLOCK // 32)
     COLUMNS: tl.constexpr = BLOCK // PARTIALS
     which = tl.arange(0, PARTIALS)
-    row = which[:, None, None]
-    column = tl.arange(0, COLUMNS // LANES)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    row, lane = which[:, None], tl.arange(0, LANES)[None, :]
     is_extreme = (row == RATIO_MIN) | (row == RATIO_MAX)
-    rest = tl.zeros([PARTIALS, COLUMNS // LANES, LANES], tl.float32)
+    rest = tl.zeros([PARTIALS, LANES], tl.float32)
     nothing = tl.where(is_extreme, -INFINITY, rest)
     total = nothing
     for start in range(0, sequences, COLUMNS):
-        at = start + column
-        x = tl.load(partials + (row * sequences + at), mask=at < sequences, other=nothing)
-        added, lost = two_sum(total, x)
-        total = tl.where(is_extreme, tl.maximum(total, x), added)
-        rest += tl.where(is_extreme, 0.0, lost)
-    largest = tl.max(tl.max(tl.where(is_extreme, total, tl.abs(total)), 1), 1)
-    leading = _leading(total, largest[:, None, None], COLUMNS)
-    sums = tl.sum(tl.sum(leading, 1), 1) + tl.sum(tl.sum((total - leading) + rest, 1), 1)
+        for step in tl.static_range(COLUMNS // LANES):
+            at = start + step * LANES + lane
+            x = tl.load(partials + (row * sequences + at), mask=at < sequences, other=nothing)
+            added, lost = two_sum(total, x)
+            total = tl.where(is_extreme, tl.maximum(total, x), added)
+            rest += tl.where(is_extreme, 0.0, lost)
+    largest = tl.max(tl.where(is_extreme, total, tl.abs(total)), 1)
+    leading = _leading(total, largest[:, None], LANES)
+    sums = tl.sum(leading, 1) + tl.sum((total - leading) + rest, 1)
     value = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), largest, sums)
 
     spoiled = 0.0

@@ -169,6 +169,14 @@ def test_a_long_sequence_keeps_six_digits() -> None:
     assert abs(float(stats.ratio_mean) - math.exp(truth)) < 1e-6
 
 
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_more_than_a_kernel_takes_at_a_time(on_policy: bool) -> None:
+    """On a GPU: 512 tokens of a sequence; 256 sequences and 4096 tokens of the batch."""
+    lengths = [sized(1100, 40), 0, *(k % sized(16, 3) for k in range(sized(600, 20)))]
+    batch = ragged_batch("gspo_token", seed=8, vocab=5, lengths=lengths, on_policy=on_policy, ref=True)
+    run_and_check(batch, "packed", "gspo_token", **({} if on_policy else {"beta": 0.1, "entropy_coef": 0.01}))
+
+
 # --- what must agree with what ---------------------------------------------------------------------------------------
 
 
