@@ -2,7 +2,7 @@
 
 Off-policy: rows -> sequences -> batch, and the gradient in the backward. On-policy, where the gradient by each
 log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. With a ratio
-per token the CUDA kernel, which clips by itself, does the same off-policy; the sequences are then asked a second time,
+per token the CUDA kernel, which clips by itself, does the same off-policy; the sequence kernel then runs a second time,
 for the loss. What the kernels do not cover takes the stage in torch; the same oracle guards both.
 """
 

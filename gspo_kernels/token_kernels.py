@@ -307,16 +307,8 @@ def sequence_kernel(
     out = partials + i
     if RATIO == "sequence":
         if logprobs is None:
-            loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = (
-                its_loss,
-                0.0,
-                0.0,
-                0.0,
-                0.0,
-                0.0,
-                0.0,
-                0.0,
-            )
+            loss, approx_kl, ref_kl, h = its_loss, 0.0, 0.0, 0.0
+            loss_rest, approx_rest, ref_rest, h_rest = 0.0, 0.0, 0.0, 0.0
         else:
             top_loss, top_approx, top_ref, top_h = _maxima4(tl.abs(loss), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h))
             loss, loss_rest = _in_two(loss, loss_rest, top_loss)
