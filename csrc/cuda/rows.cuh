@@ -32,8 +32,9 @@ class Resident {
   // Begins to copy a slice.
   __device__ __forceinline__ void start(const Slice<T>& slice) const {
     const Vector* const from = slice.vectors();
+    const int last = slice.span.last;
 #pragma unroll 4
-    for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < slice.span.last; v += kThreads)
+    for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < last; v += kThreads)
       copy_async(buffer_ + v, from + v);
     copy_edges(slice);
   }
