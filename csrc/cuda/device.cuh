@@ -190,8 +190,8 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Flags (mbarriers) say when what other blocks send has landed in shared memory. A flag has phases, one
-// after the other: a phase ends when one thread has said how many bytes to expect, and as many have landed.
+// Flags (mbarriers) say when what other blocks send has landed in shared memory. A flag has phases, one after the other:
+// a phase ends when one thread has said how many bytes to expect, and as many have landed.
 __device__ __forceinline__ void initialize_flag(uint64_t* flag) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));
