@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "block 0 reaches for block 1 of its cluster, which has not begun",
     ),
     "a barrier that some threads do not come to": (
-        {"__syncthreads();\n    if (warp > 0) return;": "if (warp > 0) return;\n    __syncthreads();"},
+        {"  }  // and no block is": "  }\n  if (threadIdx.x < kWarp) __syncthreads();  // and no block is"},
         "__syncthreads of block 0: 32 of 64 threads came",
     ),
 }
