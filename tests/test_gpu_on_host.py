@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "logprob is wrong",
     ),
     "-inf is never bounded": (
-        {"sums = sums_of<true>(task.slice, source, task.scale);": "sums = sums_of<false>(task.slice, source, task.scale);"},
+        {"sums = sums_of<true>(": "sums = sums_of<false>("},
         "entropy is wrong",
     ),
     "entropy of lanes not shifted": (
@@ -94,6 +94,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         {"copy_async_if(wanted, buffer_": "copy_async_if(false, buffer_"},
         "logprob is wrong: bfloat16, early",
     ),
+    "no wait for the copies": ({"      source.await();\n": ""}, "logprob is wrong: bfloat16, resident"),
     "edges of the next row not copied early": (
         {"if (next) source.copy_edges(*next);": ";"},
         "gradient is wrong: bfloat16, early",
@@ -103,7 +104,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "block 0 reaches for block 1 of its cluster, which has not begun",
     ),
     "a barrier that some threads do not come to": (
-        {"__syncthreads();\n    if (warp > 0) return;": "if (warp > 0) return;\n    __syncthreads();"},
+        {"  }  // and no block is": "  }\n  if (threadIdx.x < kWarp) __syncthreads();  // and no block is"},
         "__syncthreads of block 0: 32 of 64 threads came",
     ),
 }
@@ -126,7 +127,9 @@ RACES: dict[str, Mutant | None] = {
         "__syncthreads();\n    const RowGradient gradient": "const RowGradient gradient"
     },
     "no barrier before the next row's copies": {"        __syncthreads();  // nobody reads": "//"},
-    "the next row's vector copied by another thread": {"copy_async_if(wanted, buffer_ + v, from + v)": "copy_async_if(wanted, buffer_ + (v ^ 1), from + (v ^ 1))"},
+    "the next row's vector copied by another thread": {
+        "copy_async_if(wanted, buffer_ + v, from + v)": "copy_async_if(wanted, buffer_ + (v ^ 1), from + (v ^ 1))"
+    },
     "the next row's number read late": {
         "static_cast<int64_t>(next_row)": "static_cast<int64_t>(shared.exchange.next[turn])"
     },

@@ -163,8 +163,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(GSPO_PTX)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(address), "l"(global) : "memory");
-#else
-  std::memcpy(shared, global, 16);
+#elif defined(GSPO_ON_HOST)
+  on_host::copy_async(shared, global);
 #endif
 }
 
@@ -177,19 +177,21 @@ __device__ __forceinline__ void copy_async_if(bool wanted, void* shared, const v
       "setp.ne.u32 p, %2, 0;\n\t"
       "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}"
       : : "r"(address), "l"(global), "r"(static_cast<uint32_t>(wanted)) : "memory");
-#else
-  if (wanted) std::memcpy(shared, global, 16);
+#elif defined(GSPO_ON_HOST)
+  if (wanted) on_host::copy_async(shared, global);
 #endif
 }
 
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(GSPO_PTX)
   asm volatile("cp.async.wait_all;" : : : "memory");
+#elif defined(GSPO_ON_HOST)
+  on_host::wait_for_copies();
 #endif
 }
 
-// Flags (mbarriers) say when what other blocks send has landed in shared memory. A flag has phases, one
-// after the other: a phase ends when one thread has said how many bytes to expect, and as many have landed.
+// Flags (mbarriers) say when what other blocks send has landed in shared memory. A flag has phases, one after the other:
+// a phase ends when one thread has said how many bytes to expect, and as many have landed.
 __device__ __forceinline__ void initialize_flag(uint64_t* flag) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(flag));

@@ -4,9 +4,10 @@
 // to the other (`Resident`). Where there are no clusters, a block has the whole row and reads it again, out of the L2
 // cache if few rows are under way (`Again`). The mathematics of a row is csrc/row_math.h's.
 //
-// Clusters take rows as they get done, by tickets; rows that do not count, or have no gradient, cost little. Blocks of a
-// cluster meet once in a row, to exchange their sums; only behind that does a thread read what another brought, where a
-// gradient lies otherwise than its logits.
+// Clusters take rows by tickets, the next one as soon as they are done with one; rows that do not count, or have no
+// gradient, cost little. The blocks of a cluster exchange their sums once a row. Each thread reads the vectors that it
+// copied itself, before that exchange and after it; only where a gradient lies otherwise than its logits does it read
+// others', after the exchange.
 #pragma once
 
 #include "gradient.cuh"
@@ -32,8 +33,9 @@ class Resident {
   // Begins to copy a slice.
   __device__ __forceinline__ void start(const Slice<T>& slice) const {
     const Vector* const from = slice.vectors();
+    const int last = slice.span.last;
 #pragma unroll 4
-    for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < slice.span.last; v += kThreads)
+    for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < last; v += kThreads)
       copy_async(buffer_ + v, from + v);
     copy_edges(slice);
   }

@@ -100,6 +100,7 @@ struct Fiber {
   Fiber* behind = nullptr;  // in a queue
   const void* stack = nullptr;
   size_t stack_bytes = kStack;
+  std::vector<std::pair<void*, const void*>> copies;  // begun, 16 bytes each, and not waited for
 #if defined(__SANITIZE_THREAD__)
   void* in_sanitizer = nullptr;
 #endif
@@ -309,6 +310,19 @@ T* in_block(T* address, unsigned other) {
   if (there.ended == there.threads) fail("is gone");
   const auto offset = reinterpret_cast<const char*>(address) - static_cast<const char*>(here.fixed->get());
   return reinterpret_cast<T*>(static_cast<char*>(there.fixed->get()) + offset);
+}
+
+// Until it is waited for, a copy leaves rubbish behind.
+inline void copy_async(void* shared, const void* global) {
+  std::memset(shared, 0xff, 16);
+  const Unseen unseen;
+  running->copies.emplace_back(shared, global);
+}
+
+inline void wait_for_copies() {
+  for (const auto& [shared, global] : running->copies) std::memcpy(shared, global, 16);
+  const Unseen unseen;
+  running->copies.clear();
 }
 
 template <class T>
