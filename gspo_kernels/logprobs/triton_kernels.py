@@ -102,16 +102,10 @@ def _block_start(i, hole, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_block(row, start, vocab, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Brings the columns of a row from `start` on to the L2 cache of an NVIDIA GPU; none past the row's end."""
-    prefetch(row + tl.minimum(start + tl.arange(0, LANES) * (REPEAT * WIDTH), vocab - 1))
-
-
-@triton.jit
 def _prefetch_row(row, vocab, BLOCKS: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Brings the first BLOCKS blocks of a row there."""
+    """Brings the first BLOCKS blocks of a row to the L2 cache of an NVIDIA GPU; none past the row's end."""
     for i in tl.static_range(BLOCKS):
-        _prefetch_block(row, i * (REPEAT * LANES * WIDTH), vocab, REPEAT, LANES, WIDTH)
+        prefetch(row + tl.minimum((i * LANES + tl.arange(0, LANES)) * (REPEAT * WIDTH), vocab - 1))
 
 
 @triton.jit
@@ -191,13 +185,6 @@ def _first_block(row, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.c
 
 
 @triton.jit
-def _summed_start(i, plain, full, hole, BLOCK: tl.constexpr):
-    """First column of the i-th block that is summed: the `plain` ones, the incomplete one, the target's."""
-    special = tl.where(i == plain, full, hole) * BLOCK
-    return tl.where(i < plain, _block_start(i, hole, BLOCK), special)
-
-
-@triton.jit
 def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
                 PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
@@ -223,8 +210,8 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
             if first is None or SHIFTED == 1:
                 for i in range(0, plain):
                     if PREFETCH > 0 and PTX:
-                        start = _summed_start(i + PREFETCH, plain, full, hole, BLOCK)
-                        _prefetch_block(row, start, vocab, REPEAT, LANES, WIDTH)
+                        later = (i + PREFETCH) * BLOCK + tl.arange(0, LANES) * (REPEAT * WIDTH)
+                        prefetch(row + tl.minimum(later, vocab - 1))
                     start = _block_start(i, hole, BLOCK)
                     x = _load_columns(row, phase, start, vocab, BLOCK, True, SHIFTED == 1, WIDTH, PTX)
                     x = bounded_columns(x, PTX, DTYPE)
@@ -238,8 +225,8 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
                 ahead = bounded_columns(ahead, PTX, DTYPE)
                 for i in range(0, plain):
                     if PREFETCH > 0 and PTX:
-                        start = _summed_start(i + 1 + PREFETCH, plain, full, hole, BLOCK)
-                        _prefetch_block(row, start, vocab, REPEAT, LANES, WIDTH)
+                        later = (i + 1 + PREFETCH) * BLOCK + tl.arange(0, LANES) * (REPEAT * WIDTH)
+                        prefetch(row + tl.minimum(later, vocab - 1))
                     start = _block_start(tl.minimum(i + 1, plain - 1), hole, BLOCK)
                     behind = _load_columns(row, phase, start, vocab, BLOCK, True, False, WIDTH, PTX)
                     highest = largest(ahead, REPEAT, LANES, WIDTH, PTX, DTYPE)
@@ -398,7 +385,7 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
                     for i in range(0, plain - skip):
                         if PREFETCH > 0 and PTX:
                             later = _block_start(tl.maximum(plain - 2 - i - PREFETCH, skip), hole, BLOCK)
-                            _prefetch_block(x_body, later, vocab, REPEAT, LANES, WIDTH)
+                            prefetch(x_body + later + tl.arange(0, LANES) * (REPEAT * WIDTH))
                         x = widen(ahead, PTX, READ)
                         here = _columns(g_body + start, at, WIDTH, True)
                         start = _block_start(tl.maximum(plain - 2 - i, skip), hole, BLOCK)

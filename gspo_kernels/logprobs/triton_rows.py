@@ -33,11 +33,11 @@ class Launch:
     num_warps: int
     elements: int
     ahead: bool = False  # 16-bit logits: issue a block's loads before the block in front of it is computed
-    # These of forward_backward alone; blocks are brought to the L2 cache of NVIDIA GPUs.
+    # These of forward_backward alone, the numbers for 16-bit logits; prefetched is to the L2 cache of NVIDIA GPUs.
     prefetch: int = 0  # how many more blocks are on their way while a row is summed
-    prefetch_second: int = 0  # the same for its second read, of 16-bit logits
+    prefetch_second: int = 0  # the same for its second read
     prefetch_next: int = 0  # blocks of the next row, towards the end of a row
-    kept: int = 0  # 16-bit logits: blocks that stay in registers until their gradient is written; 0 or a power of two
+    kept: int = 0  # blocks that stay in registers until their gradient is written; 0 or a power of two
     evict_first: bool = False  # the second read and the gradient leave the L2 cache to others
     max_registers: int | None = None  # a thread, of 16-bit logits on NVIDIA; None: the compiler decides
 
@@ -180,8 +180,9 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
     repeat = max(1, layout.elements // (lanes * width))
     found = {"REPEAT": repeat, "LANES": lanes, "WIDTH": width, "AHEAD": layout.ahead}
     if kernel == "forward_backward":
-        for name in ("prefetch", "prefetch_second", "prefetch_next", "kept", "evict_first"):
-            found[name.upper()] = getattr(layout, name)
+        for name in ("prefetch", "prefetch_second", "prefetch_next", "kept"):
+            found[name.upper()] = getattr(layout, name) if element_size == 2 else 0
+        found["EVICT_FIRST"] = layout.evict_first
     return found
 
 
