@@ -147,8 +147,8 @@ def test_blocks_kept_in_registers_and_prefetched_ones_have_the_same_bits(
 ) -> None:
     """Targets in kept blocks, between them, behind them; rows of fewer blocks, of any phase; over the logits or not."""
     plain = triton_rows.INTERPRETED_LAUNCH if INTERPRETED else triton_rows.LAUNCH["forward_backward"]
-    plain = dataclasses.replace(plain, prefetch=0, prefetch_second=0, prefetch_next=0, kept=0, evict_first=False)
-    changed = dataclasses.replace(plain, prefetch=2, prefetch_second=2, prefetch_next=2, kept=2, evict_first=True)
+    plain = dataclasses.replace(plain, prefetch=0, kept=0)
+    changed = dataclasses.replace(plain, prefetch=2, kept=2)
     block, vocab = plain.elements, blocks * plain.elements + 24
     ids = on_device(torch.tensor([0, min(block, vocab - 1), min(2 * block + 1, vocab - 1), vocab - 1]))
     values = on_device(peaked(4, vocab).to(dtype))
@@ -195,6 +195,16 @@ def test_scaling_rounds_to_nearest_even(dtype: torch.dtype, factor: float) -> No
     tiny = product.abs() < torch.finfo(torch.float32).tiny
     torch.ops.gspo_kernels.scale_(values, by, "triton")
     assert torch.equal(values, product.masked_fill(tiny, 0.0).to(dtype))
+
+
+@by_dtype
+def test_a_program_scales_several_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows by four programs: all of them are scaled, and once."""
+    monkeypatch.setattr(triton_rows, "MOST_SCALE_PROGRAMS", 4)
+    values = on_device(peaked(7, 301).to(dtype).view(7, 1, 301))
+    product = (values.float() * 1.5).to(dtype)
+    torch.ops.gspo_kernels.scale_(values, on_device(torch.tensor(1.5)), "triton")
+    assert torch.equal(values, product)
 
 
 # --- a bad token ------------------------------------------------------------------------------------------------------

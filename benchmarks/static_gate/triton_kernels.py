@@ -62,7 +62,7 @@ ROW_TYPES = {
     "mask": "*u8", "temperature": "*fp32", "places": "*i64", "scale": "fp32", "scale_error": "fp32",
     "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
-    "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "running": "i32", "values": "*T",
+    "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T",
 }  # fmt: skip
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",

@@ -1,15 +1,15 @@
 """The row kernels in Triton: statistics of a row of logits, its gradient, or both in one launch. One program a row.
 
-The mathematics is that of csrc/row_math.h, in float32: a row is walked in base 2, exp z_v = 2^(x_v scale) with
-scale = log2(e) / temperature; the target stays out of the sums; what rounding takes from the logsumexp is kept.
+The mathematics is that of csrc/row_math.h, in float32 and in base 2: exp z_v = 2^(x_v scale) with
+scale = log2(e) / temperature. The sums leave out the target; the rounding error of the logsumexp is kept.
 
-A row may start at any address and have any length. It is walked in blocks of [REPEAT, LANES, WIDTH] columns: WIDTH of
-them one 16-byte access, LANES one a thread, REPEAT in the registers of a thread. Every lane has a running maximum and
-sums of its own; they meet once, at the end of the row. Blocks without the target run without a mask.
+A row may start at any address and have any length. It is read in blocks of [REPEAT, LANES, WIDTH] columns: WIDTH
+columns are one 16-byte access, each thread is a lane and holds REPEAT such accesses in registers. Every lane has a
+running maximum and sums of its own; they are combined at the end of the row. Blocks without the target have no mask.
 
-Which columns a lane adds up depends on their numbers alone: the same row gives the same bits wherever it lies. Where a
-row does not start on a 16-byte boundary, a thread's columns are cut out of two aligned accesses (on NVIDIA; elsewhere
-they are read one by one). A gradient's columns do not meet, so there the accesses decide where a block begins.
+Which columns a lane adds up depends on their numbers alone: the same row gives the same bits at every address. Where a
+row does not start on a 16-byte boundary, a thread takes its columns out of two aligned accesses (on NVIDIA; elsewhere
+it reads them one by one). Columns of a gradient are independent, so there blocks begin where accesses are aligned.
 """
 
 # mypy: ignore-errors
@@ -62,7 +62,7 @@ from .triton_math import (
 
 @triton.jit
 def _row_pointer(data, row, inner, outer_stride, inner_stride):
-    """First column of a row of [outer, inner, vocab] data; 64 bits, for there may be more than 2^31 elements."""
+    """Address of a row of [outer, inner, vocab] data. In 64 bits: there may be more than 2^31 elements."""
     outer = row // inner
     return data + (outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride)
 
@@ -78,7 +78,7 @@ def _columns_before_boundary(pointer, vocab, WIDTH: tl.constexpr):
 def _columns(pointer, at, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     """Addresses of the columns `at` from `pointer`, a block of whole 16-byte accesses if ALIGNED.
 
-    That is said aloud, for a compiler cannot see it; and of the sum, made here: said of an argument it would be lost.
+    The compiler cannot know the alignment and is told. Told of an argument instead of this sum, it would forget.
     """
     here = pointer + at
     if ALIGNED:
@@ -88,7 +88,7 @@ def _columns(pointer, at, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _block(pointer, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """Addresses of the block from `pointer`, on a 16-byte boundary, on: loaded, they are what `widen` takes."""
+    """Addresses of the block that starts at `pointer`, on a 16-byte boundary. What they hold is an input of `widen`."""
     if PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
         return _columns(pointer.to(tl.pointer_type(tl.int32)), tl.arange(0, BLOCK // 2), WIDTH // 2, True)
     else:
@@ -97,13 +97,13 @@ def _block(pointer, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr)
 
 @triton.jit
 def _block_start(i, hole, BLOCK: tl.constexpr):
-    """First column of the i-th whole block, the block `hole` left out."""
+    """First column of the i-th whole block, not counting block `hole`."""
     return (i + (i >= hole).to(tl.int32)) * BLOCK
 
 
 @triton.jit
 def _prefetch_row(row, vocab, BLOCKS: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Brings the first BLOCKS blocks of a row to the L2 cache of an NVIDIA GPU; none past the row's end."""
+    """Brings the first BLOCKS blocks of a row to the L2 cache of an NVIDIA GPU; nothing past the row's end."""
     for i in tl.static_range(BLOCKS):
         prefetch(row + tl.minimum((i * LANES + tl.arange(0, LANES)) * (REPEAT * WIDTH), vocab - 1))
 
@@ -111,9 +111,9 @@ def _prefetch_row(row, vocab, BLOCKS: tl.constexpr, REPEAT: tl.constexpr, LANES:
 @triton.jit
 def _load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SHIFTED: tl.constexpr,
                   WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
-    """A block from column `start` of a row that begins `phase` columns behind a 16-byte boundary, as `widen` takes it.
+    """A block from column `start` of a row that begins `phase` columns behind a 16-byte boundary; input of `widen`.
 
-    What lies past the row's end, if not WHOLE, is anything. No access leaves the 16 bytes around a column of the row.
+    If not WHOLE, columns past the row's end have undefined values. Every 16-byte access contains a column of the row.
     """
     if SHIFTED and not PTX:
         at = tl.arange(0, BLOCK)
@@ -141,7 +141,7 @@ def _load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def _scale_of(row, temperature, scale, scale_error):
-    """(log2(e) / temperature of a row, the relative error of that): as given, or from the array of temperatures."""
+    """(log2(e) / temperature of a row, its relative error): the arguments, or from the array of temperatures."""
     if temperature is None:
         return scale, scale_error
     else:
@@ -157,7 +157,7 @@ def _scale_of(row, temperature, scale, scale_error):
 def _add_block(x, highest, top, total, lost, weighted, scale, PTX: tl.constexpr, DTYPE: tl.constexpr):
     """Adds a block [REPEAT, LANES, WIDTH] of logits to the lanes' sums of e = 2^t and t e, t = x scale - top.
 
-    `highest` is each lane's largest x. `total` is summed with compensation: `lost` is what it has too much.
+    `highest` is each lane's largest x. `total` is a compensated sum: the exact one is about total - lost.
     """
     new_top = tl.maximum(top, highest * scale)
     shift = top - new_top
@@ -179,7 +179,7 @@ def _phase(row, WIDTH: tl.constexpr):
 
 @triton.jit
 def _first_block(row, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """The first block of a row on a 16-byte boundary, if it is whole: its load waits for nothing else of the row."""
+    """The first block of a row on a 16-byte boundary, if it is whole. Its load depends on no other load."""
     here = _block(row - _phase(row, WIDTH), BLOCK, WIDTH, PTX)
     return tl.load(here, mask=tl.full(here.shape, BLOCK, tl.int32) <= vocab)
 
@@ -189,7 +189,7 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
                 PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
 
-    With the `first` block, the loads of a block are issued before the block in front of it is summed; the sums stay.
+    With the `first` block given, a block is loaded before the previous one is summed; the sums have the same bits.
     The largest logit / temperature may be up to 7e8 nats from 0, where fp32 logits are 64 apart. NaN or +inf gives NaN.
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
@@ -285,7 +285,7 @@ def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEA
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
-    target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's bug, and not a certainty
+    target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's error, no certainty
     base, total, weighted = _sum_others(pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH)
     return _combine(base, total, weighted, target_logit, scale, scale_error)
 
@@ -314,7 +314,7 @@ def _coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo,
 
         dL/dx = 2^t (constant + slope t),
 
-    where `base` is the row's lse in base 2, rounded; what the rounding lost is folded into the coefficients.
+    where `base` is the row's lse in base 2, rounded; the coefficients contain its rounding error.
     """
     base, lost = scale_pair(lse_hi, lse_lo, LOG2E_HI, LOG2E_LO)
     base = tl.where(base == -INFINITY, float("nan"), base)  # a row of -inf, which `widen` may have made finite
@@ -338,20 +338,20 @@ def _gradient(x, base, constant, slope, scale, SLOPE: tl.constexpr, PTX: tl.cons
 
 @triton.jit
 def _edges(head, body, vocab, WIDTH: tl.constexpr):
-    """(columns, which of them there are) of head and tail: less than WIDTH each."""
+    """(columns, which of them exist) of head and tail, each shorter than WIDTH."""
     at = tl.arange(0, 2 * WIDTH)
     column = tl.where(at < WIDTH, at, head + body + at - WIDTH)
     return column, column < tl.where(at < WIDTH, head, vocab)
 
 
 @triton.jit
-def _write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, SLOPE: tl.constexpr,
-                    skip, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
-                    AHEAD: tl.constexpr, CACHE: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
-    """A row's gradient: a head up to the first 16-byte boundary of `destination`, a body of whole accesses, a tail.
+def _write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, skip,
+                    SLOPE: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+                    PTX: tl.constexpr):  # fmt: skip
+    """Writes a row's gradient: a head up to a 16-byte boundary of `destination`, a body of whole accesses, a tail.
 
-    Backwards: what was read last is read again first. Where `source` lies otherwise, reads are narrow, writes are not.
-    The first `skip` whole blocks, that of the target not counted, are left out.
+    Blocks run from the last to the first: what was read last is likely in the cache. Where `source` is not aligned as
+    `destination` is, reads are narrow, writes are wide. The first `skip` blocks without the target are not written.
     """
     DTYPE: tl.constexpr = destination.dtype.element_ty
     READ: tl.constexpr = source.dtype.element_ty
@@ -373,32 +373,29 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
                 start = tl.where(i == 0, full, hole) * BLOCK
                 there = at // WIDTH * WIDTH < body - start
                 here = _columns(x_body + start, at, WIDTH, ALIGNED)
-                x = widen_loaded(tl.load(here, mask=there, other=0, eviction_policy=CACHE), PTX)
+                x = widen_loaded(tl.load(here, mask=there, other=0), PTX)
                 g = _gradient(x, base, constant, slope, scale, SLOPE, PTX, READ)
                 g = narrow(tl.where(at == target - head - start, at_target, g), DTYPE)
-                tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there, eviction_policy=CACHE)
-            if AHEAD and ALIGNED == 1 and not SLOPE and READ.primitive_bitwidth == 16:
+                tl.store(_columns(g_body + start, at, WIDTH, True), g, mask=there)
+            if ALIGNED == 1 and not SLOPE and READ.primitive_bitwidth == 16:
                 if plain > skip:
                     start = _block_start(plain - 1, hole, BLOCK)
-                    ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX), eviction_policy=CACHE)
+                    ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX))
                     ahead = bounded_columns(ahead, PTX, READ)
                     for i in range(0, plain - skip):
-                        if PREFETCH > 0 and PTX:
-                            later = _block_start(tl.maximum(plain - 2 - i - PREFETCH, skip), hole, BLOCK)
-                            prefetch(x_body + later + tl.arange(0, LANES) * (REPEAT * WIDTH))
                         x = widen(ahead, PTX, READ)
                         here = _columns(g_body + start, at, WIDTH, True)
                         start = _block_start(tl.maximum(plain - 2 - i, skip), hole, BLOCK)
-                        ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX), eviction_policy=CACHE)
+                        ahead = tl.load(_block(x_body + start, BLOCK, WIDTH, PTX))
                         ahead = bounded_columns(ahead, PTX, READ)
                         g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
-                        tl.store(here, g, eviction_policy=CACHE)
+                        tl.store(here, g)
             else:
                 for i in range(0, plain - skip):
                     start = _block_start(plain - 1 - i, hole, BLOCK)
-                    x = widen_loaded(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED), eviction_policy=CACHE), PTX)
+                    x = widen_loaded(tl.load(_columns(x_body + start, at, WIDTH, ALIGNED)), PTX)
                     g = narrow(_gradient(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
-                    tl.store(_columns(g_body + start, at, WIDTH, True), g, eviction_policy=CACHE)
+                    tl.store(_columns(g_body + start, at, WIDTH, True), g)
 
     column, there = _edges(head, body, vocab, WIDTH)
     x = tl.load(source + column, mask=there, other=0).to(tl.float32)
@@ -409,9 +406,9 @@ def _write_gradient(source, destination, vocab, target, base, constant, slope, a
 
 @triton.jit
 def _kept_columns(pointer, hole, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses of the first KEPT whole blocks of a row on a 16-byte boundary, the block `hole` left out.
+    """Addresses of the first KEPT whole blocks of a row on a 16-byte boundary, not counting block `hole`.
 
-    [KEPT, BLOCK]: if they had the shape of other accesses, Triton would give all of them the widest of their layouts.
+    No other access has the shape [KEPT, BLOCK]: Triton gives all accesses of one shape the widest layout among them.
     """
     start = _block_start(tl.arange(0, KEPT), hole, BLOCK)
     here = pointer + start[:, None] + tl.arange(0, BLOCK)[None, :]
@@ -420,7 +417,7 @@ def _kept_columns(pointer, hole, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH:
 
 @triton.jit
 def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """These blocks of 16-bit logits, if they are `there`; on NVIDIA two logits an int32."""
+    """These blocks of 16-bit logits, if `there`; on NVIDIA two logits an int32."""
     if PTX:
         here = _kept_columns(row.to(tl.pointer_type(tl.int32)), hole, KEPT, BLOCK // 2, WIDTH // 2)
     else:
@@ -430,8 +427,8 @@ def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH:
 
 @triton.jit
 def _write_kept(kept, there, destination, hole, base, constant, scale, KEPT: tl.constexpr, BLOCK: tl.constexpr,
-                WIDTH: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
-    """Their gradient, if they are `there`."""
+                WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """Writes the gradient of the kept blocks, if `there`."""
     DTYPE: tl.constexpr = destination.dtype.element_ty
     if there:
         if PTX:
@@ -440,7 +437,7 @@ def _write_kept(kept, there, destination, hole, base, constant, scale, KEPT: tl.
         else:
             x = kept.to(tl.float32)
         g = narrow(_gradient(x, base, constant, 0.0, scale, False, PTX, DTYPE), DTYPE)
-        tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g, eviction_policy=CACHE)
+        tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g)
 
 
 @triton.jit
@@ -458,7 +455,7 @@ def _write_zeros(destination, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _factor(factor, counts, counts_size):
-    """What all gradients are multiplied by: `factor[0]` over the sum of `counts`; each may be absent."""
+    """What all gradients are multiplied by: `factor[0]` / sum of `counts`; each may be absent."""
     result = tl.full((), 1.0, tl.float32)
     if factor is not None:
         result = tl.load(factor).to(tl.float32)
@@ -480,11 +477,11 @@ def _upstream(array, row, factor):
         return tl.where(g != 0.0, g * factor, 0.0)  # an infinite factor leaves rows without a gradient alone
 
 
-# ---- kernels, one program a row. What varies from call to call is no part of what is compiled. Integers have declared
-# types: without one Triton takes 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
+# ---- kernels. What varies from call to call does not select another compiled kernel. Integers have declared types:
+# without one Triton takes 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error",
-           "gradient_outer_stride", "gradient_inner_stride", "running"]  # fmt: skip
+           "gradient_outer_stride", "gradient_inner_stride", "rows"]  # fmt: skip
 _ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "places", "logprobs", "entropies", "lses", "g_logprobs",
                 "g_entropies", "g_lses", "factor", "counts", "gradient", "values"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
@@ -495,14 +492,14 @@ def forward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
     token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the token, entropy and logsumexp of each row; zeros where masked. Reads a row once."""
     row = tl.program_id(0)
     if _counts(mask, row):
         pointer = _row_pointer(logits, row, inner, outer_stride, inner_stride)
         first = None
-        if AHEAD and logits.dtype.element_ty.primitive_bitwidth == 16:
+        if logits.dtype.element_ty.primitive_bitwidth == 16:
             first = _first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX)
         s, error = _scale_of(row, temperature, scale, scale_error)
         logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0)
@@ -518,12 +515,12 @@ def backward_kernel(
     token_ids, mask, temperature, scale, scale_error,
     places, logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size: tl.int32,
     gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each row from those of its statistics. Reads a row once and writes it; a row without one is zeroed.
     Row i is that of the logits or, with `places`, row places[i] of them; the gradient may have another dtype.
 
-    The last rows come first: of what the forward read, they are what the cache may still hold.
+    The last rows come first: the forward read them last, so the cache may still have them.
     """
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
@@ -546,8 +543,8 @@ def backward_kernel(
             source = logits + tl.load(places + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
         _write_gradient(
-            source, destination, vocab, target, base, constant, slope, at_target, s, SLOPE, 0, REPEAT, LANES, WIDTH,
-            PTX, AHEAD, "", 0,
+            source, destination, vocab, target, base, constant, slope, at_target, s, 0, SLOPE, REPEAT, LANES, WIDTH,
+            PTX,
         )  # fmt: skip
     else:
         _write_zeros(destination, vocab, BLOCK, WIDTH)
@@ -558,24 +555,23 @@ def forward_backward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
     token_ids, mask, temperature, scale, scale_error,
     logprobs, entropies, lses, g_logprobs, counts, counts_size: tl.int32,
-    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64, running: tl.int32,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr, PREFETCH_SECOND: tl.constexpr, PREFETCH_NEXT: tl.constexpr, KEPT: tl.constexpr,
-    EVICT_FIRST: tl.constexpr,
+    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+    PREFETCH: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Both at once, for a gradient by the log-probability that is known beforehand: the second read hits the cache.
 
-    `running`: how many programs run at a time, so that the row so many further on is the next one.
+    Of 16-bit logits, PREFETCH more blocks are prefetched to the L2 cache while a row is summed; the first KEPT blocks
+    stay in registers and are not read a second time.
     """
     row = tl.program_id(0)
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
-    CACHE: tl.constexpr = "evict_first" if EVICT_FIRST else ""  # what is not read a third time
     NARROW: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     destination = _row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
     if _counts(mask, row):
         source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
         first = None
-        if AHEAD and NARROW:
+        if NARROW:
             first = _first_block(source, vocab, BLOCK, WIDTH, PTX)
         if PREFETCH > 0 and PTX:
             _prefetch_row(source, vocab, PREFETCH + 1, REPEAT, LANES, WIDTH)
@@ -597,16 +593,11 @@ def forward_backward_kernel(
         if g_logprob != 0.0:
             base, constant, slope, at_target = _coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
             _write_gradient(
-                source, destination, vocab, target, base, constant, slope, at_target, s, False, skip, REPEAT, LANES,
-                WIDTH, PTX, AHEAD, CACHE, PREFETCH_SECOND,
+                source, destination, vocab, target, base, constant, slope, at_target, s, skip, False, REPEAT, LANES,
+                WIDTH, PTX,
             )  # fmt: skip
-            if PREFETCH_NEXT > 0 and PTX:
-                following = tl.minimum(row + running, tl.num_programs(0) - 1)
-                if _counts(mask, following):
-                    source = _row_pointer(logits, following, inner, outer_stride, inner_stride)
-                    _prefetch_row(source, vocab, PREFETCH_NEXT, REPEAT, LANES, WIDTH)
             if KEPT > 0 and NARROW:
-                _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX, CACHE)
+                _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX)
         else:
             _write_zeros(destination, vocab, BLOCK, WIDTH)
     else:
@@ -617,27 +608,29 @@ def forward_backward_kernel(
 
 @_kernel()
 def scale_kernel(
-    values, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32, factor,
+    values, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32, rows: tl.int32, factor,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do."""
+    """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do. A program scales several rows."""
     DTYPE: tl.constexpr = values.dtype.element_ty
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        pointer = _row_pointer(values, tl.program_id(0), inner, outer_stride, inner_stride)
-        head = _columns_before_boundary(pointer, vocab, WIDTH)
-        body = (vocab - head) // WIDTH * WIDTH
-        at = tl.arange(0, BLOCK)
-        for start in range(0, body, BLOCK):
-            there = at // WIDTH * WIDTH < body - start
-            here = _columns(pointer + head + start, at, WIDTH, True)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            pointer = _row_pointer(values, row, inner, outer_stride, inner_stride)
+            head = _columns_before_boundary(pointer, vocab, WIDTH)
+            body = (vocab - head) // WIDTH * WIDTH
+            at = tl.arange(0, BLOCK)
+            for start in range(0, body, BLOCK):
+                there = at // WIDTH * WIDTH < body - start
+                here = _columns(pointer + head + start, at, WIDTH, True)
+                tl.store(here, narrow(_times(tl.load(here, mask=there, other=0), by), DTYPE), mask=there)
+            column, there = _edges(head, body, vocab, WIDTH)
+            here = pointer + column
             tl.store(here, narrow(_times(tl.load(here, mask=there, other=0), by), DTYPE), mask=there)
-        column, there = _edges(head, body, vocab, WIDTH)
-        here = pointer + column
-        tl.store(here, narrow(_times(tl.load(here, mask=there, other=0), by), DTYPE), mask=there)
 
 
 @triton.jit
 def _times(x, by):
+    """x by in float32, subnormals as zero."""
     y = x.to(tl.float32) * by
     return tl.where(tl.abs(y) < TINY, 0.0, y)

@@ -32,28 +32,25 @@ class Launch:
 
     num_warps: int
     elements: int
-    ahead: bool = False  # 16-bit logits: issue a block's loads before the block in front of it is computed
-    # These of forward_backward alone, the numbers for 16-bit logits; prefetched is to the L2 cache of NVIDIA GPUs.
-    prefetch: int = 0  # how many more blocks are on their way while a row is summed
-    prefetch_second: int = 0  # the same for its second read
-    prefetch_next: int = 0  # blocks of the next row, towards the end of a row
-    kept: int = 0  # blocks that stay in registers until their gradient is written; 0 or a power of two
-    evict_first: bool = False  # the second read and the gradient leave the L2 cache to others
-    max_registers: int | None = None  # a thread, of 16-bit logits on NVIDIA; None: the compiler decides
+    # For 16-bit logits alone; the first two of forward_backward alone.
+    prefetch: int = 0  # blocks brought to the L2 cache ahead of the first read, on NVIDIA
+    kept: int = 0  # blocks that stay in registers and are not read again; 0 or a power of two
+    max_registers: int | None = None  # a thread, on NVIDIA; None: the compiler decides
 
 
-# 2026-11-26, an H200 (Triton 3.6.0, whole losses at 8,192 rows of 151,936 bf16 logits): forward 0.604 ms, 0.633 without
-# `ahead`, 0.61 to 0.79 with other sizes and registers. Off-policy 1.854 ms, 1.871 where the compiler chooses the
-# backward's registers. The kernel that does both in one launch wants its second read from the L2 cache: 16 warps, so
-# that a multiprocessor has one row; 1.645 ms, 1.727 without `prefetch`, 1.76 or more with other sizes.
+# 2026-11-26, an H200, Triton 3.6.0: whole losses at 8,192 rows of 151,936 bf16 logits. forward 0.588 ms (0.596 without
+# a limit of registers), backward 1.839 ms (1.856), forward_backward 1.530 ms over the logits and 1.586 ms into a fresh
+# gradient: 1.603 and 1.652 with nothing kept, 1.584 over the logits with one block kept, 1.574 or more with blocks of
+# 8,192. Its second read should hit the L2 cache: with 16 warps a multiprocessor has one row at a time.
 LAUNCH = {
-    "forward": Launch(num_warps=4, elements=4096, ahead=True, max_registers=96),
-    "backward": Launch(num_warps=4, elements=4096, ahead=True, max_registers=128),
-    "forward_backward": Launch(num_warps=16, elements=16384, ahead=True, prefetch=2),
+    "forward": Launch(num_warps=4, elements=4096, max_registers=96),
+    "backward": Launch(num_warps=4, elements=4096, max_registers=128),
+    "forward_backward": Launch(num_warps=16, elements=16384, prefetch=2, kept=2),
     "scale": Launch(num_warps=4, elements=4096),
 }
+MOST_SCALE_PROGRAMS = 1024  # usually the factor is 1, and most of the time goes to starting programs
 # Small blocks: short rows are cheap, and cross their boundaries.
-INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, ahead=True, kept=2)
+INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, kept=2)
 
 
 # Whether kernels run in Triton's interpreter, on CPU tensors.
@@ -119,7 +116,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     _launch(
         "backward", rows.logits, *_row_arguments(rows), rows.places, *_addresses(stats), upstream.logprobs,
         upstream.entropy, g_lse, upstream.factor, counts, 0 if counts is None else counts.numel(), gradient,
-        *gradient.stride()[:2], rows=rows.token_ids.numel(), written=gradient,
+        *gradient.stride()[:2], programs=rows.token_ids.numel(), written=gradient,
     )  # fmt: skip
 
 
@@ -128,13 +125,15 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
     _launch(
         "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
         counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
-        _multiprocessors(gradient.device),
     )  # fmt: skip
     return stats
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    _launch("scale", values, *values.stride()[:2], *values.shape[1:], factor)
+    rows = values.shape[0] * values.shape[1]
+    _launch(
+        "scale", values, *values.stride()[:2], *values.shape[1:], rows, factor, programs=min(rows, MOST_SCALE_PROGRAMS)
+    )
 
 
 def compiled_variants() -> int:
@@ -178,11 +177,10 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
         return {"BLOCK": layout.elements, "WIDTH": width}
     lanes = warp_size * layout.num_warps
     repeat = max(1, layout.elements // (lanes * width))
-    found = {"REPEAT": repeat, "LANES": lanes, "WIDTH": width, "AHEAD": layout.ahead}
+    found = {"REPEAT": repeat, "LANES": lanes, "WIDTH": width}
     if kernel == "forward_backward":
-        for name in ("prefetch", "prefetch_second", "prefetch_next", "kept"):
-            found[name.upper()] = getattr(layout, name) if element_size == 2 else 0
-        found["EVICT_FIRST"] = layout.evict_first
+        narrow = element_size == 2
+        found |= {"PREFETCH": layout.prefetch if narrow else 0, "KEPT": layout.kept if narrow else 0}
     return found
 
 
@@ -194,17 +192,17 @@ def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[st
 
 
 def _launch(
-    kernel: str, logits: Tensor, *arguments: Any, rows: int | None = None, written: Tensor | None = None
+    kernel: str, logits: Tensor, *arguments: Any, programs: int | None = None, written: Tensor | None = None
 ) -> None:
-    """One program a row, of `logits` [outer, inner, vocab] where not said; 16-byte accesses in `written`, or there."""
-    rows = logits.shape[0] * logits.shape[1] if rows is None else rows
-    if rows == 0:
+    """By default one program a row of `logits` [outer, inner, vocab]; WIDTH is 16 bytes of `written` or of these."""
+    programs = logits.shape[0] * logits.shape[1] if programs is None else programs
+    if programs == 0:
         return
     layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
     constants, options = _compile_time(kernel, layout, (logits if written is None else written).element_size())
     run = getattr(_kernels(), f"{kernel}_kernel")
     with on_device(logits):
-        run[(rows,)](logits, *arguments, **constants, **options)
+        run[(programs,)](logits, *arguments, **constants, **options)
 
 
 @functools.cache
@@ -221,12 +219,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device the current one: Triton launches there, and autograd's thread may be elsewhere."""
     device = tensor.device
     return torch.cuda.device(device.index) if device.type == "cuda" else _NOTHING
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Each runs one program of forward_backward, which takes all its registers."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache
