@@ -6,7 +6,7 @@ installation goes on without the extension: `gspo_kernels` then runs on plain to
 
 Where CUDA's compiler is found (nvcc on PATH, or in CUDA_HOME), its kernels become part of the extension, with CUDA's
 runtime linked into it. GSPO_KERNELS_CUDA=0 leaves them out, GSPO_KERNELS_CUDA=1 fails where they cannot be built.
-GSPO_CUDA_VARIANTS=1 adds the variants of csrc/cuda/rows.cu that are there to be measured, for sm_90 alone.
+GSPO_CUDA_VARIANTS=1 adds the variant of csrc/cuda/rows.cu that is compiled only to be measured, for sm_90 alone.
 """
 
 from __future__ import annotations

@@ -28,4 +28,3 @@ on_host() {  # a sanitizer, further flags
 on_host address,undefined &
 on_host thread
 wait $!  # for its verdict
-on_host address,undefined -DGSPO_VARIANTS -DGSPO_FEW

@@ -1,6 +1,6 @@
-// Columns as they lie in memory: 16 bytes at a time, whatever the address a row begins at.
+// A row's columns as vectors of 16 bytes, whatever the address a row begins at.
 //
-// Columns before the first 16-byte boundary, and behind the last, are an edge each, read and written one by one.
+// Columns before the first 16-byte boundary, and after the last one, are an edge each: read and written one by one.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ struct Columns {
   static constexpr int kWidth = 16 / sizeof(T);  // in a vector
 };
 
-constexpr float kFloor = -1e9f;  // a running maximum over nothing yet, in base 2: logits below it count as -inf
+constexpr float kFloor = -1e9f;  // the running maximum before any column, in base 2: logits below it count as -inf
 
 __device__ __forceinline__ void unpack(const Vector& v, float (&x)[4], float) {
   for (int i = 0; i < 4; ++i) x[i] = as_float(v.words[i]);
@@ -58,16 +58,16 @@ __device__ __forceinline__ T narrow(float x, T) {
   return {static_cast<uint16_t>(pack(x, 0.0f, T{}))};
 }
 
-// How columns lie in the vectors of memory: an edge, vectors that are theirs as a whole, an edge. Threads have the whole
-// ones by turns; the edges, of which there may be none, thread 0 and thread 1.
+// How columns divide into vectors: an edge, whole vectors, an edge; either edge may be absent. Thread 0 has the first
+// edge, thread 1 the last one; of the whole vectors each thread has every `threads`-th.
 template <class T>
 struct Span {
   static constexpr int kWidth = Columns<T>::kWidth;
 
-  int phase;    // columns' worth of memory between the last 16-byte boundary and the first column
+  int phase;    // how many columns after a 16-byte boundary the first column lies: 0 to kWidth - 1
   int first;    // whole vectors [first, last), counted from that boundary
   int last;
-  int vectors;  // that have a column
+  int vectors;  // with the edges
 
   Span() = default;
   __device__ __forceinline__ Span(const T* address, int columns)
@@ -78,7 +78,7 @@ struct Span {
     last = last > first ? last : first;
   }
 
-  // Of thread 0 or 1; -1: there is none.
+  // The vector at the edge that thread 0 or 1 has; -1 if there is none.
   __device__ __forceinline__ int edge(unsigned thread) const {
     return vectors == 0 ? -1 : thread == 0 ? first - 1 : last < vectors ? last : -1;
   }
@@ -120,7 +120,7 @@ struct Slice {
     return target < 0 ? -1 : (span.phase + target) / Columns<T>::kWidth;
   }
 
-  // A vector at an edge, in which columns of other slices are -inf, and this `left_out` one.
+  // The vector at an edge. Columns of other slices, and the column `left_out`, are -inf in it.
   __device__ __forceinline__ Vector edge(int v, int left_out = -1) const {
     Vector out{};
 #pragma unroll
@@ -135,7 +135,7 @@ struct Slice {
     put(of_target, (span.phase + target) % Columns<T>::kWidth, minus_infinity(T{}));
   }
 
-  // The i-th of a vector that lives in registers: they have no addresses.
+  // Sets the i-th column of a vector, by masks: an index would force the vector out of registers into local memory.
   static __device__ __forceinline__ void put(Vector& v, int i, T one) {
     constexpr int kPerWord = Columns<T>::kWidth / 4;
     constexpr uint32_t kOnes = 0xffffffffu >> (32 - 32 / kPerWord);

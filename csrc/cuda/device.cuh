@@ -1,5 +1,5 @@
-// What only a GPU can do, one function each, and under it the twin that the host has for it. The kernels call these and
-// nothing else of the kind: their text runs as threads of a process, too, where tests look for races (GSPO_ON_HOST).
+// What needs instructions of the GPU, one function each, with an equivalent for the host. The kernels use the GPU by
+// these alone, so that tests can run the same source as threads of a process and look for races (GSPO_ON_HOST).
 #pragma once
 
 #include <cmath>
@@ -116,7 +116,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high, Float16) {
 #endif
 }
 
-// The larger one of each of two pairs; a NaN counts for nothing.
+// The larger number in each half of two words; a NaN is ignored.
 __device__ __forceinline__ uint32_t larger_of_pairs(uint32_t x, uint32_t y, BFloat16) {
 #if defined(GSPO_PTX)
   uint32_t z;
@@ -145,7 +145,7 @@ __device__ __forceinline__ uint32_t larger_of_pairs(uint32_t x, uint32_t y, Floa
 
 // ---- memory
 
-// An address in global memory, and not in shared or local memory: known to be one, accesses take fewer instructions.
+// Tells the compiler that an address is of global memory, not of shared or local memory: fewer instructions an access.
 template <class T>
 __device__ __forceinline__ T* global(T* address) {
 #if defined(GSPO_PTX)
@@ -157,8 +157,9 @@ __device__ __forceinline__ T* global(T* address) {
 __device__ __forceinline__ Vector load(const void* address) { return *static_cast<const Vector*>(global(address)); }
 __device__ __forceinline__ void store(void* address, const Vector& x) { *static_cast<Vector*>(global(address)) = x; }
 
-// 16 bytes into shared memory, past the first cache, while the thread goes on. When `wait_for_copies` returns, all that
-// this thread has begun are there for it, and for no other thread yet.
+// Begins to copy 16 bytes to shared memory, without the L1 cache; the thread goes on. After `wait_for_copies` a thread
+// sees all copies that it has begun; other threads see them only after a barrier. A thread may begin a copy to an
+// address that it has read, once it has used what it read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(GSPO_PTX)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -168,7 +169,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
-// Without a branch.
+// The same if it is wanted, without a branch.
 __device__ __forceinline__ void copy_async_if(bool wanted, void* shared, const void* global) {
 #if defined(GSPO_PTX)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -275,8 +276,8 @@ __device__ __forceinline__ unsigned blocks_in_cluster() {
 #endif
 }
 
-// Every thread of the cluster has come here, and sees what the others wrote before. Of a block that is alone, its own.
-// Not `.aligned`: threads of a warp may come one by one, where one of them has had something to do by itself.
+// A barrier for all threads of the cluster: each sees what the others wrote before. For a block that is alone, of its
+// threads. Not `.aligned`: threads of a warp may arrive one by one, when one of them has had something to do by itself.
 __device__ __forceinline__ void sync_cluster() {
 #if defined(GSPO_CLUSTERS)
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" : : : "memory");
@@ -287,8 +288,8 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-// Writes to the place in another block's shared memory that `address` has in this one's, landing under a flag of that
-// block.
+// Writes a value to shared memory of block `rank`, at the offset that `address` has in this block's. There the flag at
+// the offset of `flag` counts its bytes when they have landed.
 __device__ __forceinline__ void store_async(uint64_t* address, unsigned rank, uint64_t value, uint64_t* flag) {
 #if defined(GSPO_CLUSTERS)
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(address));

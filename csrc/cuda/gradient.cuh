@@ -30,8 +30,10 @@ __device__ __forceinline__ void write_edges(const Span<T>& to, int columns, T* g
   }
 }
 
-// From whole vectors where the gradient lies as its logits do, from columns where it does not. `next`: a slice of the next
-// row, which lies as this one does and takes its buffer; null if there is none to copy yet.
+// From whole vectors where the gradient and its logits lie alike to the 16-byte boundaries, else column by column.
+// `next`: the next row's slice, whose copy into the same buffer begins here; it and the gradient lie as this slice
+// does. A thread then reads its own vectors and edge only, so it may replace each one after it has read it, without a
+// barrier. Null: nothing is copied yet.
 template <int kThreads, class T, class Source>
 __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Source& source, T* g,
                                                const RowGradient& row, float scale, const Slice<T>* next) {
@@ -43,8 +45,8 @@ __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Sour
   if (to.phase == slice.span.phase) {
     const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row, scale)); };
     [[maybe_unused]] const Vector* const from = next ? next->vectors() : nullptr;
-    const auto replace = [&]([[maybe_unused]] int v) {  // behind the store, for which the vector has been read
-      if constexpr (Source::kEarly) source.start_vector_if(next != nullptr, v, from);
+    const auto replace = [&]([[maybe_unused]] int v) {  // after `write`, which uses what was read there
+      if constexpr (Source::kResident) source.start_vector_if(next != nullptr, v, from);
     };
     int v = to.first + static_cast<int>(threadIdx.x);
     for (; v < last - kThreads; v += 2 * kThreads) {
@@ -68,9 +70,9 @@ __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Sour
     }
   }
   write_edges(to, slice.columns, g, number);
-  if constexpr (Source::kEarly)
+  if constexpr (Source::kResident)
     if (next) source.copy_edges(*next);
-  if (slice.target >= 0 && to.owner(slice.target, kThreads) == threadIdx.x)  // who has just written there
+  if (slice.target >= 0 && to.owner(slice.target, kThreads) == threadIdx.x)  // the thread that wrote its vector above
     g[slice.target] = narrow(fabsf(row.target) < 0x1p-126f ? 0.0f : row.target, T{});
 }
 

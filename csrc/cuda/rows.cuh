@@ -1,13 +1,14 @@
 // One read of each row: its statistics and, where the coefficient needs no other row, its gradient.
 //
-// A cluster of blocks has a row: each block a slice of the columns, which stays in its shared memory from the one pass
-// to the other (`Resident`). Where there are no clusters, a block has the whole row and reads it again, out of the L2
-// cache if few rows are under way (`Again`). The mathematics of a row is csrc/row_math.h's.
+// A cluster of blocks has a row: each block a slice of the columns, which stays in its shared memory for both passes,
+// the sums and the gradient (`Resident`). Where there are no clusters, a block has the whole row and reads it twice,
+// the second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h.
 //
-// Clusters take rows by tickets, the next one as soon as they are done with one; rows that do not count, or have no
-// gradient, cost little. The blocks of a cluster exchange their sums once a row. Each thread reads the vectors that it
-// copied itself, before that exchange and after it; only where a gradient lies otherwise than its logits does it read
-// others', after the exchange.
+// A cluster takes its next row by a ticket as soon as it is done with one: rows that are masked or have no gradient
+// cost little. The blocks of a cluster exchange their sums once a row. A thread reads the vectors that it copied
+// itself, before that exchange and after it. The exception is a gradient that lies otherwise to the 16-byte boundaries
+// than its logits: it is computed from vectors of other threads, too, after the exchange, and the next row copied after
+// a barrier.
 #pragma once
 
 #include "gradient.cuh"
@@ -16,16 +17,15 @@
 
 namespace gspo::gpu {
 
-// Where a block's slice is read from. A thread has every kThreads-th vector. `kResident`: the slice is copied into shared
-// memory, and a cluster shares a row. `kEarly`: the next row's vectors are copied while this row's gradient is written.
+// Two sources that a block reads its slice from. In both a thread has every kThreads-th of the whole vectors.
 
-// Whole vectors that stay in shared memory, each copied there by the thread that has it.
-template <class T, int kThreads_, bool kEarly_>
+// Shared memory, where each thread has copied its vectors. A cluster shares the row.
+template <class T, int kThreads_>
 class Resident {
  public:
   static constexpr int kThreads = kThreads_;
-  static constexpr bool kResident = true, kEarly = kEarly_;
-  static constexpr int kGroup = 4;  // vectors between two looks at the maximum
+  static constexpr bool kResident = true;
+  static constexpr int kGroup = 4;  // vectors between two updates of the running maximum
 
   __device__ __forceinline__ Resident(const Slice<T>& slice, Vector* buffer)
       : buffer_(buffer), phase_(slice.span.phase) {}
@@ -50,12 +50,12 @@ class Resident {
     if (at_edge >= 0) buffer_[at_edge] = slice.edge(at_edge);
   }
 
-  // Until the vectors that this thread has begun to copy are there, for this thread alone.
+  // Waits for the vectors that this thread has begun to copy. Other threads may not read them yet.
   __device__ __forceinline__ void await() const { wait_for_copies(); }
   __device__ __forceinline__ Vector whole(int v) const { return buffer_[v]; }
   __device__ __forceinline__ float column(int i) const { return widen(reinterpret_cast<const T*>(buffer_)[phase_ + i]); }
 
-  // The target's logit, in whose place there is -inf from now on. By the thread that has its vector.
+  // Returns the target's logit and leaves -inf in its place. Called by the thread that has its vector.
   __device__ __forceinline__ float take_target(const Slice<T>& slice) const {
     const float logit = column(slice.target);
     Vector& at_target = buffer_[slice.vector_of_target()];
@@ -70,13 +70,13 @@ class Resident {
   int phase_;
 };
 
-// Vectors that are read from memory, or the L2 cache, each time.
+// Global memory, or the L2 cache. A block has the whole row.
 template <class T, int kThreads_>
 class Again {
  public:
   static constexpr int kThreads = kThreads_;
-  static constexpr bool kResident = false, kEarly = false;
-  static constexpr int kGroup = 8;  // as many loads on their way
+  static constexpr bool kResident = false;
+  static constexpr int kGroup = 8;  // loads in progress at a time
 
   __device__ __forceinline__ Again(const Slice<T>& slice, Vector*) : slice_(slice), vectors_(slice.vectors()) {}
 
@@ -90,7 +90,8 @@ class Again {
   const Vector* vectors_;
 };
 
-// A thread's share of a slice: several vectors at a time, one by one at the end and where the target is still among them.
+// The sums of a thread's share: kGroup vectors at a time; one by one at the end and, with `Again`, in the group that
+// has the target, which is left out. (`Resident` has replaced it by -inf already.)
 template <bool kBounded, class T, class Source>
 __device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& source, float scale) {
   constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
@@ -141,15 +142,17 @@ __device__ __forceinline__ double common_of(const Common& common) {
   return total > 0.0 ? factor / total : factor;
 }
 
-// What a block has to do for a row. One of its threads reads it while the row before is on its way.
+// A row's arguments, for a block. One of its threads reads them during the row before.
 template <class T>
 struct Task {
-  int64_t row;  // of no row, if there are fewer
-  bool counts, known;  // whether the token is a column
+  int64_t row;  // if this is no row of the batch, nothing else is set
+  bool counts;  // not masked
+  bool known;   // the token is a column
   Slice<T> slice;
   T* gradient;
-  float scale;  // of the logits to base 2; what a float keeps of it, with which kernels count
-  double exact_scale, unscale, temperature;  // unscale: 1 / scale
+  double exact_scale;  // of the logits, to base 2
+  float scale;         // exact_scale, rounded: what sums and gradients are computed with
+  double unscale, temperature;  // unscale: 1 / scale
   float upstream, old_logprob, advantage;
 
   __device__ __forceinline__ void prepare(const OneRead& args, int64_t new_row) {
@@ -188,13 +191,13 @@ __device__ __forceinline__ double coefficient_of(const Task<T>& task, double log
 template <class T, class Source>
 struct Shared {
   Exchange<Source::kThreads, Source::kResident> exchange;
-  Task<T> task[2];  // by turns, as the sums
+  Task<T> task[2];  // this row's and the next one's, by turns
   double common;
   RowGradient gradient;
 };
 
-// What comes of a row's sums: its statistics, stored by one block, and its gradient. By the lanes of a warp, which all
-// compute the same: it has no loop over the blocks, nor a load from memory, that the others would wait for.
+// From the cluster's sums: a row's statistics, stored by one block, and what its gradient is computed from. Every lane
+// of the calling warp computes the same.
 template <class T, class Exchange>
 __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>& task, const Exchange& exchange,
                                               int turn, double common) {
@@ -209,7 +212,7 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
   }
   const Partial whole = exchange.of_cluster(turn);
   const double scale = task.exact_scale;
-  const double error = scale * task.unscale - 1.0;  // of t: to first order what it makes of the sums
+  const double error = scale * task.unscale - 1.0;  // relative, of the rounded scale; corrected to first order
   const Others others{whole.top * task.unscale, whole.total + whole.weighted * error * kLn2, whole.weighted};
   RowStats stats = combine(others, task.known ? whole.target : NAN, scale);
   stats.logprob = static_cast<float>(stats.logprob);
@@ -225,26 +228,21 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
   return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, base, (lse - base) * kLn2);
 }
 
-// Whether the next slice can take a buffer vector by vector while a gradient is written from it: then each thread reads
-// and replaces its own vectors only.
+// Whether the slice, its gradient and the next row's slice lie alike to the 16-byte boundaries. Then each thread reads
+// and replaces its own vectors only, and the next slice can be copied while the gradient is written. (Their lengths are
+// the same: a block has the same columns of every row.)
 template <class T>
 __device__ __forceinline__ bool lie_alike(const Slice<T>& slice, const T* gradient, const Slice<T>& next) {
   return Span<T>(gradient, slice.columns).phase == slice.span.phase && next.span.phase == slice.span.phase;
 }
 
-// kBlocks: that share a multiprocessor, so that one's loads, another's sums and a third one's stores overlap; with a
-// whole row a block has it to itself. For each row a cluster
+// kBlocks share a multiprocessor, so that the loads of one, the sums of another and the stores of a third overlap. For
+// each row a cluster
 //
-//   1. copies a slice to each block's shared memory, unless that was begun early;
-//   2. sums it up, while block 0 takes the ticket of the row after next;
-//   3. exchanges the sums. One warp of each block waits for them and computes what the gradient needs; meanwhile a
-//      thread of another warp reads the arguments of the next row;
-//   4. writes the gradient. kEarly: as soon as a thread has read a vector from shared memory, it begins to copy the next
-//      row's vector there.
 template <class T, class Source, int kBlocks>
 __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __grid_constant__ OneRead args) {
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
-  if constexpr (!Source::kResident) {  // the others are not launched here
+  if constexpr (!Source::kResident) {  // `Resident` is not launched on GPUs without clusters
 #endif
 #if defined(GSPO_ON_HOST)
   auto* buffer = static_cast<Vector*>(on_host::dynamic_shared());
@@ -255,6 +253,7 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
   __shared__ Shared<T, Source> shared;
 #endif
   constexpr int kThreads = Source::kThreads;
+  static_assert(kThreads > static_cast<int>(kWarp));  // the second warp prepares the next row
   const unsigned ranks = blocks_in_cluster();
   const unsigned first = blockIdx.x / ranks, clusters = gridDim.x / ranks;
   const bool takes_tickets = rank_in_cluster() == 0 && threadIdx.x == 0;
@@ -267,7 +266,7 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
   }
   sync_cluster();  // a block that has not begun has no memory to be written to
 
-  bool started = false;  // the copies of the row
+  bool started = false;    // whether this row's copies were begun during the row before; the same in every thread
   unsigned exchanges = 0;  // so far
   for (int turn = 0; shared.task[turn].row < args.shape.rows; turn ^= 1) {
     const Task<T>& task = shared.task[turn];
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
     const Source source(task.slice, buffer);
     if constexpr (Source::kResident) {
       if (task.counts && !started) {
-        __syncthreads();  // nobody reads the row before from the buffer any more
+        __syncthreads();  // every thread is done with the row before, which was in the buffer
         source.start(task.slice);
       }
     }
@@ -290,11 +289,11 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
       const int owner = task.slice.target < 0 ? -1 : static_cast<int>(span.owner(task.slice.target, kThreads));
       const int warp = static_cast<int>(threadIdx.x / kWarp);
       if (static_cast<int>(threadIdx.x) == owner) shared.exchange.target = source.take_target(task.slice);
-      // Whether a warp has a -inf to sum up, at an edge or in the target's place.
+      // Whether this warp is sure to have a -inf to sum up: at an edge or in the target's place.
       const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
                            (warp == 0 && (span.edge(0) >= 0 || span.edge(1) >= 0));
       if (!bounded) sums = sums_of<false>(task.slice, source, task.scale);
-      if (bounded || sums.weighted != sums.weighted)  // for a logit of -inf, or one that is no number
+      if (bounded || sums.weighted != sums.weighted)  // NaN comes of another logit of -inf, or of NaN
         sums = sums_of<true>(task.slice, source, task.scale);
     }
     if (takes_tickets) shared.exchange.after_next = 2 * uint64_t{clusters} + ticket;
@@ -310,16 +309,16 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
     __syncthreads();
     const RowGradient gradient = shared.gradient;
     const bool zero = gradient.constant == 0.0f && gradient.target == 0.0f;
-    if constexpr (Source::kEarly)
+    if constexpr (Source::kResident)
       started = next.row < args.shape.rows && next.counts && (zero || lie_alike(task.slice, task.gradient, next.slice));
     if (zero) {
-      if constexpr (Source::kEarly)
-        if (started) source.start(next.slice);
+      if constexpr (Source::kResident)
+        if (started) source.start(next.slice);  // no thread reads the buffer after the exchange
       write_zeros<kThreads>(task.slice, task.gradient);
     } else {
       write_gradient<kThreads>(task.slice, source, task.gradient, gradient, task.scale, started ? &next.slice : nullptr);
     }
-  }  // and no block is written to behind the last exchange, when it may be gone
+  }  // and after the last exchange no block writes to another, which may have ended
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
   }
 #endif

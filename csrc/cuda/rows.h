@@ -40,13 +40,13 @@ struct Layout {
 // Why no kernel can run on this device; empty if they can.
 std::string missing(int device);
 
-// Of CUDA that the kernels were built with, such as "13.0".
+// The CUDA release that the kernels were built with, such as "13.0".
 std::string release();
 
-// The kernels' names that this build has, the default one first; others are there to be measured (GSPO_VARIANTS).
+// Names of the kernel's variants in this build, the default first; others are compiled to be measured (GSPO_VARIANTS).
 std::vector<std::string> variants();
 
-// The one that launches use from now on, in the whole process. Throws std::invalid_argument for a name that is none.
+// Makes launches use this variant from now on, in the whole process. Throws std::invalid_argument for an unknown name.
 void use_variant(const std::string& name);
 
 // Both throw std::runtime_error with CUDA's message and the kernel's name. `dtype`: float32, bfloat16, float16. The

@@ -1,4 +1,4 @@
-// What a row comes to: of the columns that a thread has seen, of a block's threads, of a cluster's blocks.
+// A row's sums: over a thread's columns, a block's threads and a cluster's blocks.
 #pragma once
 
 #include "../row_math.h"
@@ -29,8 +29,8 @@ __device__ __forceinline__ uint32_t larger_words(uint32_t x, uint32_t y, float) 
   return as_bits(fmaxf(as_float(x), as_float(y)));
 }
 
-// Of 2^t and t 2^t, t = x scale - top, over columns. Where 2^t is 0, t may be -inf, and their product no number: unless it
-// is bounded from below, which takes an instruction more.
+// Sums of 2^t and of t 2^t over columns, where t = x scale - top. For a logit of -inf the product is -inf * 0, a NaN:
+// kBounded bounds t from below, which takes an instruction more a column.
 struct Sums {
   float top = kFloor, total = 0.0f, weighted = 0.0f;
 
@@ -60,7 +60,7 @@ struct Sums {
   }
 };
 
-// The sums of every `kLanes` neighbouring lanes together, in each of them.
+// The sums over `kLanes` neighbouring lanes, in each of them.
 template <unsigned kLanes>
 __device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane) {
   Sums sums = of_lane;
@@ -75,27 +75,27 @@ __device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane) {
   return sums;
 }
 
-// What a block sends to the others: its sums and, if it has the target column, that column's logit; else 0.
+// What a block sends to every block of its cluster: its sums and the target's logit; 0 if another block has the target.
 struct alignas(16) Partial {
   float top, total, weighted, target;
 };
 
-constexpr unsigned kMostBlocks = 16;  // of a cluster; more than 8 only where a GPU allows it
+constexpr unsigned kMostBlocks = 8;  // of a cluster: as many as every GPU with clusters takes
 
-// Where the threads of a block leave their sums for each other, and the blocks of a cluster theirs. Blocks wait for what
-// they are sent, not at a barrier of the cluster, which would also wait for every thread's accesses to global memory.
-// `kCluster`: there may be more than one block.
+// Shared memory by which the threads of a block, and then the blocks of a cluster, exchange their sums. A block waits
+// for what it is sent, not at a barrier of the cluster, which would also wait for every thread's accesses to global
+// memory. `kCluster`: there may be more than one block.
 template <int kThreads, bool kCluster>
 struct Exchange {
   static constexpr unsigned kWarps = kThreads / kWarp;
-  static_assert(kWarps <= kWarp && kMostBlocks <= kWarp);
+  static_assert(kThreads % kWarp == 0 && kWarps <= kWarp && kMostBlocks <= kWarp);
 
   float tops[kWarps], totals[kWarps], weighted[kWarps];
   float target;  // the target's logit, in the block that has it
   uint64_t after_next;  // in block 0: the row that comes after the next one
   Partial of_blocks[2][kMostBlocks];  // by turns: a fast block may be a row ahead of a slow one
   uint64_t next[2];  // the row that comes after the one of this turn
-  uint64_t landed[2];  // flags
+  uint64_t landed[2];  // flags: all that this block is sent in this turn has landed
 
   __device__ __forceinline__ void initialize() {
     if constexpr (kCluster)
@@ -121,7 +121,7 @@ struct Exchange {
       sums.weighted = weighted[lane];
     }
     sums = sums_of_lanes<kWarp>(sums);
-    if (lane >= blocks_in_cluster()) return;  // one thread for each block to be told
+    if (lane >= blocks_in_cluster()) return;  // one thread sends to each block
     const Partial partial{sums.top, sums.total, sums.weighted, has_target ? target : 0.0f};
     uint64_t words[2];
     memcpy(words, &partial, sizeof(partial));
@@ -130,7 +130,7 @@ struct Exchange {
     if (rank_in_cluster() == 0) send(&next[turn ^ 1], lane, after_next, turn);
   }
 
-  // By the first warp, which alone reads what was sent.
+  // Called by the first warp, the only one that reads `of_blocks`.
   __device__ __forceinline__ void wait(int turn, unsigned parity) {
     if constexpr (kCluster) {
       if (threadIdx.x == 0)

@@ -30,7 +30,6 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
-  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
 };
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
@@ -79,7 +78,7 @@ struct Machine {
   int has_code = 1;         // kernels are there for this kind
   std::map<std::string, cudaError_t> fails;  // the next call of a function
   std::map<std::pair<int, const void*>, size_t> most_dynamic;  // of a kernel on a device; else 48 KiB
-  std::map<std::pair<int, const void*>, int> carveout, large_clusters;  // more than 8 blocks are allowed
+  std::map<std::pair<int, const void*>, int> carveout;
   Launch latest;
 };
 
@@ -123,8 +122,7 @@ inline cudaError_t wrong_with(const cudaLaunchConfig_t& config, const void* kern
   const unsigned cluster = cluster_of(config);
   if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024) return cudaErrorInvalidConfiguration;
   if (config.numAttrs > 0 && !machine.cluster_launch) return cudaErrorNotSupported;
-  const bool allowed = machine.large_clusters.count({device, kernel}) > 0;
-  if (cluster > (allowed ? 16 : 8)) return cudaErrorInvalidClusterSize;
+  if (cluster > 8) return cudaErrorInvalidClusterSize;
   if (cluster > 0 && config.gridDim.x % cluster) return cudaErrorInvalidConfiguration;
   return config.dynamicSmemBytes > most_dynamic(kernel) ? cudaErrorInvalidValue : cudaSuccess;
 }
@@ -207,14 +205,11 @@ template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute name, int value) {
   if (const cudaError_t error = on_host::begin_with_kernel("cudaFuncSetAttribute")) return error;
   const bool carveout = name == cudaFuncAttributePreferredSharedMemoryCarveout;
-  const bool large_clusters = name == cudaFuncAttributeNonPortableClusterSizeAllowed;
-  if (value < 0 || value > (carveout ? 100 : large_clusters ? 1 : on_host::machine.shared_bytes))
+  if (value < 0 || value > (carveout ? 100 : on_host::machine.shared_bytes))
     return on_host::remembered(cudaErrorInvalidValue);
   const std::pair<int, const void*> key{on_host::device, reinterpret_cast<const void*>(kernel)};
   if (carveout)
     on_host::machine.carveout[key] = value;
-  else if (large_clusters)
-    on_host::machine.large_clusters[key] = value;
   else
     on_host::machine.most_dynamic[key] = value;
   return cudaSuccess;
