@@ -14,7 +14,7 @@ import cProfile
 import pstats
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -58,12 +58,10 @@ def without_launches() -> Iterator[None]:
         for module in ("layout", "fused_stage", "logprobs.ops")
     ]
     able: Any = mock.patch.object(triton_rows, "INTERPRETED", True)
-    for patch in (*kernels, *unread, able):
-        patch.start()
-    try:
+    with ExitStack() as patched:
+        for patch in (*kernels, *unread, able):
+            patched.enter_context(patch)
         yield
-    finally:
-        mock.patch.stopall()
 
 
 def step_of(name: str, on_policy: bool) -> Callable[[], None]:

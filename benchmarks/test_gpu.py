@@ -483,7 +483,9 @@ def test_the_tables_have_what_was_measured() -> None:
     (backward,) = (line for line in lines if line.startswith("| `backward`"))
     assert backward.endswith("| 1.800 |")
     assert sum(page.UNMEASURED in line for line in lines) > 10
-    assert "2.73 ms (91% of a copy)" in page.summary([content])
+    assert "| GSPO, off-policy | 2.73 (91%) |" in page.summary([content])
+    content["linear"] = {"cases": {}, "chunks": {"dense": {str(1 << 30): {"median": 0.05}}}}
+    assert "| dense | 50.0 |" in page.tables([content]), "chunks are shown where the case itself was not measured"
     assert all(line.endswith("| unmeasured |") for line in page.tables([]).splitlines() if line.startswith("| G"))
 
 
@@ -500,7 +502,10 @@ def times(units: float, share: float, copy: float, extra: int = 0) -> dict[str, 
 
 def case_of(copy: float = 3e12, **contestants: dict[str, Any]) -> dict[str, Any]:
     found = {"copy": times(2, 1.0, copy), **contestants}
-    return {"contestants": found, "logits_bytes": LOGITS_BYTES, "absent": {"liger": "ImportError: none"}, "errors": {}}
+    return {
+        "contestants": found, "rows": 8_192, "logits_bytes": LOGITS_BYTES,
+        "absent": {"liger": "ImportError: none"}, "errors": {},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("copy", [3.0e12, 4.3e12], ids=["H100", "H200"])
@@ -535,6 +540,9 @@ def test_goals_of_time_and_memory() -> None:
         more = {**ours, "extra_bytes": ours_too}
         content["cases"]["gspo-8192"] = case_of(ours=more, ours_fresh=more, eager={**eager, "extra_bytes": theirs})
         assert memory.judge(content)[0] == (theirs > ours_too)
+    more = {**ours, "extra_bytes": 100_000}  # 98 bytes a row of 1,024
+    fewer_rows = {**case_of(ours=more, ours_fresh=more, eager={**eager, "extra_bytes": 0}), "rows": 1_024}
+    assert not memory.judge({"cases": {"gspo-1024": fewer_rows}})[0]
     with pytest.raises(KeyError, match="ImportError: none"):
         BY_TEXT["time against liger, every case"].judge(content)
     inactive = BY_TEXT["45% of no advantage, 15% of the rest clipped, against dense"]
@@ -570,6 +578,7 @@ def test_goals_of_the_linear_part() -> None:
     frozen = BY_TEXT["the same, head frozen, against dense"]
     assert frozen.judge(content(40.0, frozen=28.7))[0] and not frozen.judge(content(40.0, frozen=28.9))[0]
     assert BY_TEXT["linear, time against eager"].judge(content(43.0))[0]
+    assert not BY_TEXT["linear, time against eager"].judge(content(43.0, wrong="loss"))[0]
     assert not BY_TEXT["linear, memory against eager"].judge(content(43.0))[0]
     with pytest.raises(KeyError, match="ImportError: none"):
         BY_TEXT["linear, time against liger"].judge(content(43.0))

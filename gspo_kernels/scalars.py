@@ -18,7 +18,7 @@ def run_time(value: float | Tensor, device: torch.device) -> Tensor:
         return value
     if torch.compiler.is_compiling():
         return torch.zeros((), dtype=torch.float64, device=device) + value
-    return torch.tensor(value, dtype=torch.float64, device=device)
+    return torch.full((), value, dtype=torch.float64, device=device)  # `torch.tensor` would wait for a GPU
 
 
 def run_time_list(values: Sequence[float]) -> Tensor:

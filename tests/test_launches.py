@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gspo_kernels.logprobs import triton_rows
+from gspo_kernels.scalars import run_time
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
@@ -53,6 +54,14 @@ class Launches(TorchDispatchMode):
         if not is_view and not on_host and name not in ALLOCATIONS:
             self.names.append(name)
         return results
+
+
+def test_a_hyper_parameter_on_the_device_is_filled_in_not_copied() -> None:
+    """`torch.tensor(number, device="cuda")` copies from the host and waits for the copy."""
+    with Launches() as seen:
+        value = run_time(0.25, torch.device("meta"))
+    assert seen.names == ["full"] and value.dtype == torch.float64
+    assert run_time(0.25, torch.device(DEVICE)).item() == 0.25
 
 
 @pytest.fixture

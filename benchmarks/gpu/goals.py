@@ -144,7 +144,7 @@ def ahead(other: str, quantity: str) -> Judge:
                 missing.append(name)
                 continue
             mine = min(c[quantity] for c in ours)
-            if quantity == "extra_bytes" and abs(theirs[quantity] - mine) <= SMALL * ROWS:
+            if quantity == "extra_bytes" and abs(theirs[quantity] - mine) <= SMALL * case["rows"]:
                 equal.append(name)
                 continue
             ratio = theirs[quantity] / (mine or 1)
@@ -166,6 +166,8 @@ def linear_ahead(other: str, quantity: str) -> Judge:
         ratios = []
         for work, case in content["linear"]["cases"].items():
             ours, theirs = (case["contestants"].get(name) for name in ("ours", other))
+            if ours and ours["wrong"]:
+                return False, f"wrong answer in {work}: {ours['wrong']}"
             if ours and theirs and not theirs["wrong"]:
                 ratios.append(((theirs[quantity] + 1e-9) / (ours[quantity] + 1e-9), work))
         if not ratios:

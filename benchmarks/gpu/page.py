@@ -199,7 +199,8 @@ def _from_hidden_states(content: Content) -> list[str]:
         lines.append(f"|---|{'--:|' * len(sizes)}")
         for work, tried in linear["chunks"].items():
             cells = [_time_and_memory(tried[str(size)]) if str(size) in tried else "" for size in sizes]
-            lines.append(f"| {linear['cases'][work]['title']} | {' | '.join(cells)} |")
+            title = linear.get("cases", {}).get(work, {}).get("title", work)
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
