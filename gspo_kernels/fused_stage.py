@@ -2,8 +2,8 @@
 
 Off-policy: rows -> sequences -> batch, and the gradient in the backward. On-policy, where the gradient by each
 log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. With a ratio
-per token the CUDA kernel, which clips by itself, does the same off-policy; the sequence kernel then runs a second time,
-for the loss. What the kernels do not cover takes the stage in torch; the same oracle guards both.
+per token the CUDA kernel, which clips by itself, does the same off-policy; the batch kernel then sums up the loss. What
+the kernels do not cover takes the stage in torch; the same oracle guards both.
 """
 
 from __future__ import annotations
@@ -363,11 +363,9 @@ class _OnePass(torch.autograd.Function):
         room = unpadded(gradient, vocab_size)
         if clip is None:
             stats = backend.forward_backward(rows, upstream, room)
-            loss, scalars = stage.batch(stats)
         else:
             stats = cuda_rows.forward_backward(rows, upstream, room, clip)
-            stage.sequences(stats)
-            loss, scalars = stage.batch(None)
+        loss, scalars = stage.batch(stats)
         if overwrite_logits:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient)
@@ -424,20 +422,24 @@ class _Stage:
                 None if stats is None else stats.entropy, of.advantages, of.weights, self.mask, of.cu_seqlens,
                 of.global_count, self.tokens, self.length, self.sequence_count,
                 int(of.advantages_per_token), int(of.weights_per_token), *of.numbers,
-                self.grad_logprobs, self.grad_entropy, self.token_advantages if stats is None else None,
-                self.log_ratios, self.partials,
+                self.grad_logprobs, self.grad_entropy, self.token_advantages, self.log_ratios, self.partials,
                 AGGREGATION=of.aggregation, ESTIMATOR=of.kl_estimator, RATIO=of.ratio,
             )  # fmt: skip
 
     def batch(self, stats: RowStats | None) -> tuple[Tensor, Tensor]:
         """(loss, scalars); with `stats` if `sequences` was without."""
         loss, scalars = self.partials.new_empty(()), self.partials.new_empty(12)
-        ref_logprobs = None if stats is None else self.arguments.ref_logprobs
+        old_logprobs = ref_logprobs = logprobs = entropy = mask = g_logprobs = log_ratios = None
+        if stats is not None:
+            old_logprobs, ref_logprobs = self.arguments.old_logprobs, self.arguments.ref_logprobs
+            entropy, mask = stats.entropy, self.mask
+            logprobs = None if old_logprobs is None and ref_logprobs is None else stats.logprobs
+            if old_logprobs is not None:
+                g_logprobs, log_ratios = self.grad_logprobs, self.log_ratios
         self._launch(
-            "batch", 1, self.partials, self.sequence_count,
-            None if stats is None or ref_logprobs is None else stats.logprobs, ref_logprobs,
-            None if stats is None else stats.entropy, None if stats is None else self.mask, self.tokens,
-            self.arguments.numbers[3], loss, scalars, ESTIMATOR=self.arguments.kl_estimator,
+            "batch", 1, self.partials, self.sequence_count, logprobs, old_logprobs, ref_logprobs, entropy, mask,
+            self.token_advantages, g_logprobs, self.tokens, *self.arguments.numbers[:4], log_ratios, loss, scalars,
+            ESTIMATOR=self.arguments.kl_estimator,
         )  # fmt: skip
         return loss, scalars
 

@@ -135,8 +135,37 @@ def _sums8(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def _surrogate(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
-    """`clipped_surrogate` of objectives.py: (loss, its slope by the log-ratio, clipped low, clipped high, ratio)."""
+def _sums_and_extremes(
+    loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high, saturated,
+    ratio_max, negative_min,
+):  # fmt: skip
+    """Over all lanes, in the same order: the first ten are five sums in two numbers each, the last two maxima."""
+    zeros = tl.zeros_like(loss)
+    top_loss, top_ratios, top_approx, top_ref, top_h, ratio_max, negative_min, _ = _maxima8(
+        tl.abs(loss), tl.abs(ratios), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h), ratio_max, negative_min, zeros
+    )
+    loss, loss_rest = _in_two(loss, loss_rest, top_loss)
+    ratios, ratios_rest = _in_two(ratios, ratios_rest, top_ratios)
+    approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
+    ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
+    h, h_rest = _in_two(h, h_rest, top_h)
+    first, last = tl.split(tl.sum(tl.join(
+        tl.join(_stack4(loss, ratios, approx_kl, ref_kl), _stack4(loss_rest, ratios_rest, approx_rest, ref_rest)),
+        tl.join(_stack4(h, h_rest, low, high), _stack4(saturated, zeros, zeros, zeros)),
+    ), 0))  # fmt: skip
+    leading, rests = tl.split(first)
+    entropies_and_clipped, others = tl.split(last)
+    loss, ratios, approx_kl, ref_kl = _scalars4(leading)
+    loss_rest, ratios_rest, approx_rest, ref_rest = _scalars4(rests)
+    h, h_rest, low, high = _scalars4(entropies_and_clipped)
+    saturated, _, _, _ = _scalars4(others)
+    return (loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
+            saturated, ratio_max, negative_min)  # fmt: skip
+
+
+@triton.jit
+def _clipped(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
+    """(The ratio that the loss has, whether it is held there, clipped low, clipped high, the ratio itself)."""
     saturated = log_ratio > max_log_ratio
     bounded = tl.where(saturated, max_log_ratio, log_ratio)
     deviation, ratio = expm1(bounded), exp(bounded)
@@ -144,8 +173,14 @@ def _surrogate(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio
     high = (advantage > 0.0) & (deviation > eps_high)
     dual = (advantage < 0.0) & (deviation > dual_clip - 1.0)
     held = tl.where(high, 1.0 + eps_high, tl.where(low, 1.0 - eps_low, tl.where(dual, dual_clip, ratio)))
-    stopped = low | high | dual | saturated
-    return -held * advantage, tl.where(stopped, 0.0, -ratio * advantage), low, high | dual, ratio
+    return held, low | high | dual | saturated, low, high | dual, ratio
+
+
+@triton.jit
+def _surrogate(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
+    """`clipped_surrogate` of objectives.py: (loss, its slope by the log-ratio, clipped low, clipped high, ratio)."""
+    held, stopped, low, high, ratio = _clipped(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio)
+    return -held * advantage, tl.where(stopped, 0.0, -ratio * advantage), low, high, ratio
 
 
 @triton.jit
@@ -325,24 +360,11 @@ def sequence_kernel(
         ratio_max = tl.where(any_token, ratio, -INFINITY)
         negative_min = tl.where(any_token, -ratio, -INFINITY)
     else:
-        top_loss, top_ratios, top_approx, top_ref, top_h, ratio_max, negative_min, _ = _maxima8(
-            tl.abs(loss), tl.abs(ratios), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h), ratio_max, -ratio_min, zeros
-        )
-        loss, loss_rest = _in_two(loss, loss_rest, top_loss)
-        ratios, ratios_rest = _in_two(ratios, ratios_rest, top_ratios)
-        approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
-        ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
-        h, h_rest = _in_two(h, h_rest, top_h)
-        first, last = tl.split(tl.sum(tl.join(
-            tl.join(_stack4(loss, ratios, approx_kl, ref_kl), _stack4(loss_rest, ratios_rest, approx_rest, ref_rest)),
-            tl.join(_stack4(h, h_rest, low, high), _stack4(saturated, zeros, zeros, zeros)),
-        ), 0))  # fmt: skip
-        leading, rests = tl.split(first)
-        entropies_and_clipped, others = tl.split(last)
-        loss, ratios, approx_kl, ref_kl = _scalars4(leading)
-        loss_rest, ratios_rest, approx_rest, ref_rest = _scalars4(rests)
-        h, h_rest, low, high = _scalars4(entropies_and_clipped)
-        saturated, _, _, _ = _scalars4(others)
+        (loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
+         saturated, ratio_max, negative_min) = _sums_and_extremes(
+            loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
+            saturated, ratio_max, -ratio_min,
+        )  # fmt: skip
         units = n
     tl.store(out + CLIPPED * sequences, low + high)
     tl.store(out + LOW * sequences, low)
@@ -364,16 +386,20 @@ def sequence_kernel(
 
 @_kernel()
 def batch_kernel(
-    partials, sequences, logprobs, ref_logprobs, entropies, mask, tokens, max_log_ratio, loss, scalars,
+    partials, sequences, logprobs, old_logprobs, ref_logprobs, entropies, mask, token_advantages, g_logprobs, tokens,
+    eps_low, eps_high, dual_clip, max_log_ratio, log_ratios, loss, scalars,
     ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss and the stats' scalars, in the order of `Stats`, from what the sequences left.
 
-    With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: on-policy, the
-    coefficients are made before the first logit is read.
+    With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
+    makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that
+    depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1.
 
-    One warp has one of the 16 partials, so that it needs no other; BLOCK partials, and then tokens, at a time.
+    One warp has one of the 16 partials, so that it needs no other; BLOCK partials, and then tokens, at a time; fewer
+    tokens off-policy, where more sums take registers.
     """
+    TOKENS_AT_ONCE: tl.constexpr = BLOCK if old_logprobs is None else BLOCK // 2
     LANES: tl.constexpr = min(32, BLOCK // 32)
     COLUMNS: tl.constexpr = BLOCK // PARTIALS
     which = tl.arange(0, PARTIALS)
@@ -396,19 +422,55 @@ def batch_kernel(
 
     spoiled = 0.0
     if entropies is not None:
-        zeros = tl.zeros([BLOCK], tl.float32)
+        zeros = tl.zeros([TOKENS_AT_ONCE], tl.float32)
         h, h_rest, kl_sum, kl_rest = zeros, zeros, zeros, zeros
-        for start in range(0, tokens, BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        if old_logprobs is not None:
+            losses, losses_rest, approx_kl, approx_rest = zeros, zeros, zeros, zeros
+            low, high, saturated = zeros, zeros, zeros
+            ratios, ratios_rest, negative_min, ratio_max = zeros, zeros, zeros - INFINITY, zeros - INFINITY
+        for start in range(0, tokens, TOKENS_AT_ONCE):
+            at = start + tl.arange(0, TOKENS_AT_ONCE)
             counts = _counted(mask, at, at < tokens)
             h, h_rest = _add(h, h_rest, _load(entropies, at, counts))
             if ref_logprobs is not None:
                 kl, _ = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
                 kl_sum, kl_rest = _add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
-        top_h, top_kl, _, _ = _maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
-        h, h_rest = _in_two(h, h_rest, top_h)
-        kl_sum, kl_rest = _in_two(kl_sum, kl_rest, top_kl)
-        h, h_rest, kl_sum, kl_rest = _sums4(h, h_rest, kl_sum, kl_rest)
+            if old_logprobs is not None:
+                hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+                log_ratio = hi + lo
+                tl.store(log_ratios + at, log_ratio, mask=at < tokens)
+                held, _, is_low, is_high, ratio = _clipped(
+                    log_ratio, _load(token_advantages, at, counts), eps_low, eps_high, dual_clip, max_log_ratio
+                )
+                losses, losses_rest = _add(losses, losses_rest, held * _load(g_logprobs, at, counts))
+                ratios, ratios_rest = _add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
+                negative_min = tl.maximum(negative_min, tl.where(counts, -ratio, -INFINITY))
+                ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
+                low += (counts & is_low).to(tl.float32)
+                high += (counts & is_high).to(tl.float32)
+                saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
+                excess = _exp_excess(_between(log_ratio, max_log_ratio))
+                approx_kl, approx_rest = _add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
+        if old_logprobs is None:
+            top_h, top_kl, _, _ = _maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
+            h, h_rest = _in_two(h, h_rest, top_h)
+            kl_sum, kl_rest = _in_two(kl_sum, kl_rest, top_kl)
+            h, h_rest, kl_sum, kl_rest = _sums4(h, h_rest, kl_sum, kl_rest)
+        else:
+            (losses, losses_rest, ratios, ratios_rest, approx_kl, approx_rest, kl_sum, kl_rest, h, h_rest, low, high,
+             saturated, ratio_max, negative_min) = _sums_and_extremes(
+                losses, losses_rest, ratios, ratios_rest, approx_kl, approx_rest, kl_sum, kl_rest, h, h_rest, low,
+                high, saturated, ratio_max, negative_min,
+            )  # fmt: skip
+            value = tl.where(which == LOSS, losses + losses_rest, value)
+            value = tl.where(which == CLIPPED, low + high, value)
+            value = tl.where(which == LOW, low, value)
+            value = tl.where(which == HIGH, high, value)
+            value = tl.where(which == SATURATED, saturated, value)
+            value = tl.where(which == RATIO_SUM, ratios + ratios_rest, value)
+            value = tl.where(which == RATIO_MIN, negative_min, value)
+            value = tl.where(which == RATIO_MAX, ratio_max, value)
+            value = tl.where(which == APPROX_KL, approx_kl + approx_rest, value)
         value = tl.where(which == ENTROPY, h + h_rest, tl.where(which == REF_KL, kl_sum + kl_rest, value))
         spoiled = h - h  # a NaN logit must not hide behind coefficients that needed no logit
 

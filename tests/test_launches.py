@@ -1,7 +1,7 @@
 """How many kernels a loss and its backward launch: at most four, with every fill, copy and reduction of torch counted.
 
-The Triton kernels do nothing here, so the tensors may be anywhere. What torch does around them is seen by a dispatch
-mode: every operator that reads or writes memory on the device is a launch; views and allocations are not.
+The kernels of Triton and CUDA do nothing here, so the tensors may be anywhere. What torch does around them is seen by a
+dispatch mode: every operator that reads or writes memory on the device is a launch; views and allocations are not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gspo_kernels.logprobs import triton_rows
+from gspo_kernels.logprobs import cuda_rows, triton_rows
+from gspo_kernels.logprobs.rows import Rows, RowStats, Upstream, empty_stats
 from gspo_kernels.scalars import run_time
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -74,7 +75,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         seen.names.append(kernel.fn.__name__)
 
+    def one_read(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Any = None) -> RowStats:
+        seen.names.append("one_read")
+        return empty_stats(rows.logits)
+
     monkeypatch.setattr(type(token_kernels.batch_kernel), "run", launch)
+    monkeypatch.setattr(cuda_rows, "forward_backward", one_read)
+    monkeypatch.setattr(cuda_rows, "unsupported_reasons", lambda logits: [])
     monkeypatch.setattr(triton_rows, "unsupported_reasons", lambda logits: [])
     for module in ("layout", "fused_stage", "logprobs.ops"):
         monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
@@ -99,17 +106,40 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
-def test_four_launches(objective: str, layout: str, case: str, launched: list[str]) -> None:
-    build, options, expected = CASES[case]
+def step(objective: str, layout: str, build: dict[str, Any], options: dict[str, Any], launched: list[str]) -> list[str]:
+    """What a loss and its backward launch."""
     args = arguments(ragged_batch(objective, seed=60, **build), layout)
     options = {name: on_device(x) if isinstance(x, Tensor) else x for name, x in options.items()}
     logits = args.logits.detach().clone().requires_grad_()
     root = torch.ones((), device=DEVICE)
     launched.clear()
-    loss, _ = PUBLIC[objective](logits, *args.rest, **args.keywords, backend="triton", **options)
+    loss, _ = PUBLIC[objective](logits, *args.rest, **args.keywords, **options)
     (gradient,) = torch.autograd.grad(loss, logits, root)
-    assert launched == expected
     assert gradient.shape == logits.shape
+    return launched
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_four_launches(objective: str, layout: str, case: str, launched: list[str]) -> None:
+    build, options, expected = CASES[case]
+    assert step(objective, layout, build, {**options, "backend": "triton"}, launched) == expected
+
+
+CUDA_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "off-policy": ({}, {}),
+    "on-policy": ({"on_policy": True}, {}),
+    "over the logits": ({}, {"overwrite_logits": True}),
+    "all": ({"ref": True, "weights": "token", "temperature": "token"}, {"dual_clip": 3.0, "normalizer": 4.0}),
+}
+
+
+@pytest.mark.parametrize("objective", ["grpo", "ppo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CUDA_CASES)
+def test_four_launches_with_the_cuda_kernel(objective: str, layout: str, case: str, launched: list[str]) -> None:
+    """A ratio per token: clipped by the kernel, in the one pass that the Triton kernels make on-policy alone."""
+    build, options = CUDA_CASES[case]
+    names = step(objective, layout, build, {**options, "backend": "cuda"}, launched)
+    assert names == ["sequence_kernel", "one_read", "batch_kernel", "scale_kernel"]

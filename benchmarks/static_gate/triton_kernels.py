@@ -102,6 +102,7 @@ _OPTIONAL = (
     "token_advantages",
 )
 _UNKNOWN = ("logprobs", "entropies")
+_CLIPPED = ("old_logprobs", "token_advantages", "g_logprobs", "log_ratios")
 VARIANTS = (
     Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
     Variant("forward", "masked", (), loops=("read", "shifted")),
@@ -119,8 +120,9 @@ VARIANTS = (
             constants={"RATIO": "sequence_by_token"}),
     Variant("sequence", "ppo everything", _OPTIONAL[-1:], ("fp32",), constants={"RATIO": "token"}),
     Variant("sequence", "grpo before the rows", (*_UNKNOWN, *_OPTIONAL[:-1]), ("fp32",), constants={"RATIO": "token"}),
-    Variant("batch", "off-policy", ("logprobs", "ref_logprobs", "entropies", "mask"), ("fp32",)),
-    Variant("batch", "on-policy", (), ("fp32",)),
+    Variant("batch", "off-policy", ("logprobs", "ref_logprobs", "entropies", "mask", *_CLIPPED), ("fp32",)),
+    Variant("batch", "on-policy", _CLIPPED, ("fp32",)),
+    Variant("batch", "ratio per token", (), ("fp32",)),
 )  # fmt: skip
 
 
