@@ -117,16 +117,34 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 def find_loops(listing: str) -> list[Loop]:
     """The innermost loops: from a label to the last branch back to it, with no such pair inside."""
     instructions, labels = parse(listing)
-    ends: dict[int, int] = {}
+    targets = _branches(instructions, labels)
+    ranges = _ranges(targets)
+    innermost = [r for r in ranges if not any(r != q and r[0] <= q[0] and q[1] <= r[1] for q in ranges)]
+    return [Loop(tuple(_main_path(instructions, targets, first, last))) for first, last in innermost]
+
+
+def spills(listing: str) -> tuple[int, int]:
+    """Accesses to local memory: in loops, nested ones too, and outside of all."""
+    instructions, labels = parse(listing)
+    ranges = _ranges(_branches(instructions, labels))
+    local = [at for at, instruction in enumerate(instructions) if instruction.base in LOCAL]
+    inside = sum(any(first <= at <= last for first, last in ranges) for at in local)
+    return inside, len(local) - inside
+
+
+def _branches(instructions: list[Instruction], labels: dict[str, int]) -> dict[int, int]:
+    """Where each branch leads, by its own place."""
     targets = {}
     for at, instruction in enumerate(instructions):
         if instruction.base == "BRA" and (match := _DESTINATION.search(instruction.operands)) and match[0] in labels:
             targets[at] = labels[match[0]]
-            if targets[at] < at:
-                ends[targets[at]] = at
-    ranges = sorted(ends.items())
-    innermost = [r for r in ranges if not any(r != q and r[0] <= q[0] and q[1] <= r[1] for q in ranges)]
-    return [Loop(tuple(_main_path(instructions, targets, first, last))) for first, last in innermost]
+    return targets
+
+
+def _ranges(targets: dict[int, int]) -> list[tuple[int, int]]:
+    """First and last instruction of each loop."""
+    ends = {to: at for at, to in targets.items() if to < at}  # the last branch back to a label
+    return sorted(ends.items())
 
 
 def _main_path(instructions: list[Instruction], targets: dict[int, int], first: int, last: int) -> list[Instruction]:
