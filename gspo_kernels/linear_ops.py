@@ -214,7 +214,7 @@ def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         gradients = ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
-            "a loss from hidden states can be walked backward once: its gradients are given away, not copied. Compute "
+            "a loss from hidden states supports one backward pass: it returns its gradient buffers, not copies. Compute "
             "the loss again for a second backward"
         ) from error
     found = [
