@@ -607,7 +607,7 @@ def test_launches_are_a_goal_for_triton_and_counted_for_cuda() -> None:
         "profile": {"gspo": {"launches": 4}, "grpo_cuda": {"launches": 5}, "ppo_cuda": {"absent": "not built"}},
         "cases": {"gspo-1024": case_of(ours=times(3, 0.9, 3e12))},
     }
-    assert goal.judge(content) == (True, "gspo 4, gspo-1024 4; in CUDA C++ grpo_cuda 5")
+    assert goal.judge(content) == (True, "4 (gspo); in CUDA C++ 5 (grpo)")
     content["profile"]["gspo"]["launches"] = 11
     assert not goal.judge(content)[0]
 

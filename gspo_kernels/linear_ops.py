@@ -214,8 +214,8 @@ def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         gradients = ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
-            "a loss from hidden states can be walked backward once: its gradients are given away, not copied. Compute "
-            "the loss again for a second backward"
+            "a loss from hidden states supports one backward pass: its gradient buffers are donated, not copied. "
+            "Compute the loss again for a second backward"
         ) from error
     found = [
         _given(gradient, upstream, *likeness) if wanted else None

@@ -95,8 +95,8 @@ def policy_loss(
         advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
         old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
             ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
-            fp16, not under torch.compile). Such a loss can be walked backward once. By the CUDA kernels, GRPO and PPO
-            take one pass off-policy as well.
+            fp16, not under torch.compile). Such a loss supports one backward pass. The CUDA kernels take one
+            pass for GRPO and PPO off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
@@ -123,7 +123,7 @@ def policy_loss(
             is its share, and shares add up to the loss; its gradient is that of the whole loss. One collective of two
             numbers a sequence (three with weights per token) and one for the stats; none in the backward. The
             token that a row predicts is often another rank's: shift first, then share out.
-        overwrite_logits: gives the logits' memory away: the gradient is written over them, by the backward or, in one
+        overwrite_logits: donates the logits' memory: the gradient is written over them, by the backward or, in one
             pass, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
             refuses whatever else still needs them for its backward.
         backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).

@@ -78,13 +78,13 @@ FIRST_RUN = Run(
         BANDWIDTH,
         Part("tests", "suite", limit=70.0, least=20.0, takes=65.0, patience=30.0, items=TESTS, together=True,
              light=True),
-        Part("profile", limit=30.0, least=12.0, takes=15.0, patience=25.0, arguments=_ROWS, items=PROFILED),
-        Part("speed", limit=35.0, least=15.0, takes=25.0, patience=25.0, arguments=_ROWS,
+        Part("profile", limit=40.0, least=12.0, takes=15.0, patience=25.0, arguments=_ROWS, items=PROFILED),
+        Part("speed", limit=42.0, least=15.0, takes=25.0, patience=25.0, arguments=_ROWS,
              items=tuple(f"{work}:ours" for work in WORKS)),
         # A process of its own: a fault of these kernels costs no other number.
-        Part("one_read", limit=35.0, least=12.0, takes=25.0, patience=25.0, arguments=("{bandwidth}",),
+        Part("one_read", limit=40.0, least=12.0, takes=25.0, patience=25.0, arguments=("{bandwidth}",),
              items=ONE_READ[:FIRST]),
-        Part("variants", limit=45.0, least=15.0, takes=40.0, patience=30.0, items=KERNELS),
+        Part("variants", limit=48.0, least=15.0, takes=40.0, patience=30.0, items=KERNELS),
         Part("counters", limit=60.0, least=15.0, takes=40.0, patience=60.0, items=KERNELS),  # silent while ncu runs
     ),
 )  # fmt: skip

@@ -84,7 +84,7 @@ def _(*args: Any, **kwargs: Any) -> None:
 
 
 def row_gradient(*arguments: Any) -> None:
-    """`_write_gradient` as an operator, or at once in a backward that nothing traces or differentiates."""
+    """`_write_gradient` as an operator, or called directly in a backward that nothing traces or differentiates."""
     logits, gradient = arguments[0], arguments[-2]
     if torch.is_grad_enabled() or needs_operators(logits):
         _row_gradient(*arguments)
