@@ -271,7 +271,8 @@ def a_loss(backend: str | None = "cuda") -> None:
     gspo_loss(leaf, ids, torch.ones(1, device=DEVICE), backend=backend).loss.backward()
 
 
-def test_unmeasured_hardware_runs_triton_and_is_told_so(launches: list[bool]) -> None:
+def test_unmeasured_hardware_runs_triton_and_is_told_so(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_rows, "FASTER_ON", frozenset())
     a_loss(None)
     assert launches == []
     first, *others = gspo_kernels.explain(LOGITS).splitlines()
@@ -288,6 +289,22 @@ def test_where_it_was_measured_to_be_faster_it_runs_unasked(
     a_loss(None)
     assert launches == [False]
     assert gspo_kernels.explain(LOGITS).startswith("cuda")
+
+
+def test_rows_off_a_boundary_run_by_triton_unless_it_is_named(
+    launches: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row has the same bits in every batch: where V is odd, its place in memory differs from batch to batch."""
+    name = torch.cuda.get_device_name(DEVICE) if ON_GPU else "this machine's threads"
+    monkeypatch.setattr(cuda_rows, "FASTER_ON", frozenset({name}))
+    whole = torch.zeros(2, 4, 20, device=DEVICE)
+    for logits in (whole, whole[:, :-1], whole[..., 4:]):
+        assert gspo_kernels.explain(logits).startswith("cuda")
+    for logits in (whole[..., 3:], torch.zeros(1, 1, 17, device=DEVICE), whole.bfloat16()):
+        assert gspo_kernels.explain(logits).startswith("triton")
+    lines = gspo_kernels.explain(whole[..., 3:]).splitlines()
+    assert any(line.startswith("cuda") and "16-byte" in line for line in lines)
+    assert launches == []
 
 
 @NOT_ON_GPU

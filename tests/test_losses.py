@@ -11,7 +11,7 @@ import pytest
 import torch
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, edge_batch, flat, ragged_batch, run
 from checks import check_close, check_gradient, check_outcome, run_and_check
-from modes import by_backend, by_combination, on_device, sized
+from modes import KERNELS, by_backend, by_combination, on_device, sized
 from tolerances import TOLERANCES
 
 import gspo_kernels
@@ -269,14 +269,14 @@ def test_mask_none_is_all_true(objective: str) -> None:
 def test_strided_logits(objective: str, layout: str) -> None:
     """logits[:, :-1] and a slice of the vocabulary: the same bits as their contiguous copies."""
     batch = ragged_batch(objective, seed=12, lengths=SHORT)
-    whole = run(batch, layout, objective)
+    whole = run(batch, layout, objective, backend=KERNELS)
     args = arguments(batch, layout)
     logits = args.logits.detach()
     roomy = logits.new_full((*logits.shape[:-2], logits.shape[-2] + 1, logits.shape[-1] + 3), math.nan)
     view = roomy[..., :-1, 2:-1]
     view.copy_(logits)
     view.requires_grad_()
-    loss, _ = PUBLIC[objective](view, *args.rest, **args.keywords)
+    loss, _ = PUBLIC[objective](view, *args.rest, **args.keywords, backend=KERNELS)
     (gradient,) = torch.autograd.grad(loss, view)
     assert torch.equal(loss.detach().cpu(), whole.loss)
     assert torch.equal(flat(gradient.cpu(), batch, layout), whole.gradient)

@@ -58,7 +58,7 @@ def by_triton(backend: Backend) -> bool:
 def _pick(logits: Tensor, backend: str | None) -> Backend:
     if backend is None:
         able = (candidate for candidate in BACKENDS if not candidate.unsupported_reasons(logits))
-        return next(each for each in able if each is not cuda_rows or not cuda_rows.not_preferred(logits.device))
+        return next(each for each in able if each is not cuda_rows or not cuda_rows.not_preferred(logits))
     chosen = BACKENDS[NAMES.index(backend)]
     reasons = chosen.unsupported_reasons(logits)
     if reasons:
@@ -81,7 +81,7 @@ def compare(logits: Tensor, backend: str | None) -> str:
             continue
         reasons = other.unsupported_reasons(logits)
         if not reasons:
-            unmeasured = cuda_rows.not_preferred(logits.device) if other is cuda_rows else ""
+            unmeasured = cuda_rows.not_preferred(logits) if other is cuda_rows else ""
             reasons = [unmeasured or "could run, not chosen"]
         lines.append(f"{other.name} ({other.about()}): {'; '.join(reasons)}")
     return "\n".join(lines)

@@ -51,13 +51,15 @@ def missing(device: torch.device) -> str:
     return _missing(device.index or 0) if _built() and _serves(device) else ""
 
 
-@torch.compiler.assume_constant_result
-def not_preferred(device: torch.device) -> str:
-    """Why it does not run unasked; empty if it does."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's threads"
-    if gpu in FASTER_ON:
-        return ""
-    return f"could run; not measured to be faster than Triton on {gpu} (backend='cuda' runs it, `make gpu` compares)"
+def not_preferred(logits: Tensor) -> str:
+    """Why it does not run unless it is named; empty if it does."""
+    unmeasured: str = _unmeasured(logits.device)
+    if unmeasured or torch.compiler.is_compiling() or _aligned(logits):  # compiled losses do not take one pass
+        return unmeasured
+    return (
+        "could run; not all rows begin on 16-byte boundaries, where alone a row has the same bits in every batch; by "
+        "Triton it always has (backend='cuda' runs it)"
+    )
 
 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
@@ -118,6 +120,20 @@ def _view(numbers: Tensor) -> object:
 
 def _built() -> bool:
     return hasattr(_native, "cuda_one_read")
+
+
+@torch.compiler.assume_constant_result
+def _unmeasured(device: torch.device) -> str:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's threads"
+    if gpu in FASTER_ON:
+        return ""
+    return f"could run; not measured to be faster than Triton on {gpu} (backend='cuda' runs it, `make gpu` compares)"
+
+
+def _aligned(logits: Tensor) -> bool:
+    """Whether rows begin on 16-byte boundaries, whatever their number: a batch of one row is like all others."""
+    places = (logits.storage_offset(), *logits.stride()[:-1])
+    return all(place * logits.element_size() % 16 == 0 for place in places)
 
 
 def _serves(device: torch.device) -> bool:
