@@ -137,6 +137,18 @@ def test_spills_outside_of_the_loop_are_refused() -> None:
     assert "1 accesses to local memory" in problems(["STL [R1], R4"], loop(READ))
 
 
+def test_a_kernel_may_be_allowed_a_few_spills_outside_of_loops() -> None:
+    for body, allowed, refused in ((["LDL R4, [R1]"], 1, False), (["LDL R4, [R1]", "STL [R1], R4"], 1, True)):
+        found = triton_kernels.read_sass(
+            listing(body, loop(READ)), "fma.rn.f32", ["read"], "bf16", COLUMNS, None, allowed
+        )
+        assert ("local memory" in "; ".join(found[1])) == refused
+    inside = listing(loop([*READ, "LDL R4, [R1]"]))
+    assert "1 of them in loops" in "; ".join(
+        triton_kernels.read_sass(inside, "fma.rn.f32", ["read"], "bf16", COLUMNS, None, 99)[1]
+    )
+
+
 def test_float64_and_lost_fusion_are_refused() -> None:
     assert "float64 in the PTX: cvt.f64.f32" in problems(loop(READ), ptx="fma.rn.f32\n\tcvt.f64.f32 %fd1, %f1;")
     assert "no fma in the PTX" in problems(loop(READ), ptx="mul.f32")
