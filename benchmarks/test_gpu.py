@@ -456,6 +456,28 @@ def test_smoke_run_of_peers_that_do_not_import(tmp_path: Path) -> None:
         goals.ahead("liger", "median")(found)
 
 
+# --- a cache for a GPU that is elsewhere ------------------------------------------------------------------------------
+
+WARM = """
+import torch, gspo_kernels
+from benchmarks.gpu import warm
+warm.pretend(90)
+logits = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
+gspo_kernels.token_logprobs(logits, torch.zeros(1, 2, dtype=torch.int64), backend="triton")
+"""
+
+
+def test_a_cache_is_made_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    subprocess.run([sys.executable, "-c", WARM], cwd=REPOSITORY, env=environment, check=True)
+    (code,) = (tmp_path / "cache").rglob("forward_kernel.cubin")
+    carried.save_cache(tmp_path / "cache", tmp_path / "cache.tar")
+    assert carried.unpack_cache(tmp_path / "cache.tar", tmp_path) == 1
+    assert (tmp_path / code.relative_to(tmp_path / "cache")).exists()
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 

@@ -122,7 +122,11 @@ def summary(contents: Sequence[Content]) -> str:
         )
     lines: list[str | None] = []
     for content in contents:
-        lines += ["" if lines else None, f"{_gpu(content)}, 8,192 tokens, V = 151,936, bf16; milliseconds, and the share of a copy's speed:", ""]
+        lines += [
+            "" if lines else None,
+            f"{_gpu(content)}, 8,192 tokens, V = 151,936, bf16; milliseconds, and the share of a copy's speed:",
+            "",
+        ]
         lines += _against_peers(content)
     return "\n".join(line for line in lines if line is not None)
 
