@@ -183,7 +183,8 @@ class TokenStage:
         if kl is not None and self.beta != 0.0:
             per_token.append(self.beta * kl)
         if entropy is not None and self.entropy_coef != 0.0:
-            per_token.append(-(entropy.double() * self.entropy_coef))  # torch 2.11 compiles for each value of -entropy_coef
+            # Not `-self.entropy_coef`: of a number's negative torch 2.11 compiles every value.
+            per_token.append(-(entropy.double() * self.entropy_coef))
         loss = shares.new_zeros(())
         if per_token:
             loss = (layout.select(sum(per_token[1:], per_token[0])) * layout.spread(shares)).sum()
