@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda as fibers of this machine: the program of gpu_on_host/ checks them against sums in double.
 
-A thread sanitizer sees every race that the barriers of a GPU would have to prevent; it is asked about mutants, too.
+A thread sanitizer sees every race that the barriers of a GPU would have to prevent; mutants are run under it, too.
 """
 
 from __future__ import annotations

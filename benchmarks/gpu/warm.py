@@ -111,17 +111,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gspo-warm-") as folder:
         os.environ |= {"TRITON_CACHE_DIR": folder, CAPABILITY: str(capability)}
         tests = [str(REPOSITORY / "tests" / name) for name in TESTS]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "benchmarks.gpu.warm",
-            "-p",
-            "no:cacheprovider",
-            "-q",
-            "--tb=no",
-        ]
+        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.warm", "-p", "no:cacheprovider", "--tb=no"]
         running = subprocess.Popen(
             [*command, "-k", "not reference", *tests],
             cwd=REPOSITORY,
