@@ -4,13 +4,15 @@
 // exp z_v = 2^(x_v * scale) with scale = log2(e) / temperature, and leave the target out of their sums. What they
 // find for "the others" and the target logit combine here, in double, without a subtraction of near-equal numbers:
 //
-//     d   = logsumexp(others) - z_y
+//     d   = logsumexp(others) - z_y           from the difference of two logits, so its size is no matter
 //     l   = log p_y = -softplus(d)            never above 0, and exact however confident the row is
 //     lse = logsumexp(all),  H = entropy of the row
 //
 // The gradient of any scalar L of (l, H, lse) with upstream (g_l, g_H, g_lse) is, for every loss,
 //
 //     dL/dz_v = g_l * 1{v = y} + p_v * (g_lse - g_l - g_H * (log p_v + H)),     dL/dx_v = dL/dz_v / temperature
+//
+// All of it is finite for finite logits, up to the largest. Stored as float, l is -inf where its number is too large.
 #pragma once
 
 #include <cmath>
@@ -45,18 +47,18 @@ struct RowStats {
 // caller's bug and is not hidden. A row of -inf gives NaN, too, but for its lse, which is -inf: it may be a part of a
 // row, and then has a share of 0.
 GSPO_HD inline RowStats combine(const Others& others, double target_logit, double scale) {
-  const double target = target_logit == INFINITY ? NAN : target_logit * scale;  // base 2, like everything up to `d`
+  const double target = target_logit == INFINITY ? NAN : target_logit;
   const bool alone = others.sum == 0.0;
-  const double log_sum = alone ? 0.0 : std::log2(others.sum);
-  const double rest = alone ? -INFINITY : others.base * scale + log_sum;
-  const double d = (rest - target) * kLn2;
+  const double base = alone ? -INFINITY : others.base;
+  const double log_sum = alone ? 0.0 : std::log2(others.sum);  // base 2
+  const double d = ((base - target) * scale + log_sum) * kLn2;
   const double ratio = std::exp(d <= 0.0 ? d : -d);  // of the smaller share to the larger one
   const double near = std::log1p(ratio);  // softplus(-|d|)
   const double larger = 1.0 / (1.0 + ratio), smaller = ratio * larger;  // a division takes less time than exp(logprob)
 
   RowStats row;
   row.logprob = d <= 0.0 ? 0.0 - near : -(d + near);
-  row.lse = alone && target == -INFINITY ? target : (d <= 0.0 ? target : rest) * kLn2 + near;
+  row.lse = alone && target == -INFINITY ? target : (d <= 0.0 ? target * scale : base * scale + log_sum) * kLn2 + near;
 
   // Entropy of {target, others}, plus the share of the others times their own: no term is negative.
   row.p_target = d <= 0.0 ? larger : smaller;
@@ -81,26 +83,53 @@ struct Upstream {  // dL/dlogprob, dL/dentropy, dL/dlse of one row
   GSPO_HD bool zero() const { return logprob == 0.0 && entropy == 0.0 && lse == 0.0; }
 };
 
+// What the exponents of a row's gradient are relative to: t = (x - value) * scale or, with a value that is scaled,
+// t = x * scale - value.
+struct Base {
+  float value;
+  float scale;
+  double lost;  // how far the value is below lse, in nats
+};
+
+// Whether all columns but the largest have a probability of 0. Logits as large as that are at least 64 nats apart, as
+// floats, and beside them lse has no digits for the sum, which is the number of ties: lse = max x / temperature + H.
+GSPO_HD inline bool only_ties(const RowStats& stats) { return std::fabs(stats.lse) >= 0x1p30; }
+
+GSPO_HD inline float logit_of_ties(const RowStats& stats, double temperature) {  // max x, to the bit
+  return static_cast<float>((stats.lse - stats.entropy) * temperature);
+}
+
+// The base is the row's lse as a logit, rounded.
+GSPO_HD inline Base base_of(const RowStats& stats, double scale) {
+  const double inverse_temperature = scale * kLn2;
+  const float rounded_scale = static_cast<float>(scale);
+  if (only_ties(stats)) return {logit_of_ties(stats, 1.0 / inverse_temperature), rounded_scale, stats.entropy};
+  const double lse = stats.lse / inverse_temperature;
+  const float value = static_cast<float>(lse);
+  return {value, rounded_scale, (lse - value) * inverse_temperature};
+}
+
 // What a kernel needs to write a row's gradient. For every column but the target
-//     dL/dx = 2^t * (constant + slope * t),   t = (x - base) * scale or, with a base that is scaled, x * scale - base
-// `base` is the row's lse in that unit, rounded to fp32; what the rounding lost is folded into the coefficients.
+//     dL/dx = 2^t * (constant + slope * t),   t as Base says
+// What the rounding of the base lost is in the coefficients.
 struct RowGradient {
   float base;
+  float scale;
   float constant;
   float slope;
   float target;  // dL/dx of the target column
 };
 
-// `stats`: the forward's; from target and lse, logprob could only be computed by a subtraction. `lost`: how far the base
-// is below lse, in nats; NaN where both are -inf, for such a row's gradient is none. In float `exp(-lost)` has its
-// digits: the base's rounding error is small, and the result is rounded to float.
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, float base,
-                                       double lost) {
+// `stats`: the forward's; from target and lse, logprob could only be computed by a subtraction. Where lse is -inf, the
+// base and all that follows from it are NaN, for such a row has no gradient.
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, const Base& base) {
   const double logprob = stats.logprob, entropy = stats.entropy, inverse_temperature = scale * kLn2;
   RowGradient row;
-  row.base = base;
-  const double factor = std::exp(static_cast<float>(-lost)) * inverse_temperature;
-  row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - lost)));
+  row.base = base.value;
+  row.scale = base.scale;
+  const float above = static_cast<float>(-base.lost);
+  const double factor = std::exp(above) * (1.0 + (-base.lost - above)) * inverse_temperature;  // exp in float
+  row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - base.lost)));
   row.slope = static_cast<float>(-factor * g.entropy * kLn2);
 
   const double p = stats.p_target;

@@ -349,6 +349,9 @@ def test_how_a_launch_is_laid_out(kernels: Any) -> None:
     """A cluster where there are any, and its row fits; else a block of its own for each multiprocessor."""
     ask = {"dtype": "bfloat16", "vocab": 1000, "rows": 10**6, "device": 0}
     assert kernels.cuda_layout(**ask)["resident"] and kernels.cuda_layout(**ask)["blocks"] == 8
+    assert kernels.cuda_layout(**{**ask, "vocab": 3})["blocks"] == 2, "st.async needs another block in the cluster"
+    kernels.set_machine(active_clusters=0)
+    assert not kernels.cuda_layout(**{**ask, "vocab": 1002})["resident"]
     kernels.set_machine(major=8, minor=0)
     again = kernels.cuda_layout(**{**ask, "vocab": 1001})  # answers are kept for each vocabulary
     assert not again["resident"] and again["blocks"] == 1

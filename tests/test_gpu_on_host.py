@@ -69,9 +69,22 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "logprob is wrong",
     ),
     "-inf is never bounded": (
-        {"sums = sums_of<true>(": "sums = sums_of<false>("},
+        {"running = sums_of<true>(": "running = sums_of<false>("},
         "entropy is wrong",
     ),
+    "large logits by rounded exponents": (
+        {"sums = running.too_far() ? ties_of(": "sums = false ? ties_of("},
+        "is wrong: bfloat16",
+    ),
+    "edges without ties": (
+        {"  if (at_edge >= 0) ties.add<T>(slice.edge(at_edge, slice.target));\n": ""},
+        "is wrong: bfloat16",
+    ),
+    "the gradient's scale too small": (
+        {"(127u + 127u + 31u - exponent)": "(127u + 127u - exponent)"},
+        "gradient is wrong",
+    ),
+    "the rounding of a thread's maximum": ({"fmaf(-largest, scale, top)": "0.0f"}, "logprob is wrong"),
     "entropy of lanes not shifted": (
         {"(of_lane.weighted + of_lane.total * shift) * shrink;": "of_lane.weighted * shrink;"},
         "entropy is wrong",

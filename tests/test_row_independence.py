@@ -241,7 +241,7 @@ def test_memory(dtype: torch.dtype, what: str) -> None:
 EVERY_SORT_OF_ROW = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
-from row_batches import check_batch, peaked, rows
+from row_batches import check_batch, check_far_rows, peaked, rows
 from gspo_kernels import explain
 assert {name!r} in explain(torch.zeros(1, 1)).splitlines()[0]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -253,6 +253,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     logits = torch.linspace(-120, 60, 1001).repeat(4, 1)
     logits[1, :700] = -torch.inf
     check_batch(rows(logits.to(dtype), torch.tensor([1000, 1000, 0, 700])), "native", ["all"])
+    check_far_rows(dtype, 1e-6, "native", 1500)
+    check_far_rows(dtype, 1e6, "native", 1500)
 """
 
 

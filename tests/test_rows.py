@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import oracle
 import pytest
 import torch
 from checks import check_close, check_gradient, check_rows
-from modes import BACKENDS, COMBINATIONS, by_backend, by_combination, needs, on_device, sized
-from row_batches import UPSTREAM, check_batch, everything, peaked, rows
+from modes import BACKENDS, COMBINATIONS, DTYPES, by_backend, by_combination, needs, on_device, sized
+from row_batches import UPSTREAM, check_batch, check_far, check_far_rows, everything, far, peaked, rows
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from gspo_kernels import grpo_loss, token_logprobs
+from gspo_kernels import grpo_loss, linear_token_logprobs, token_logprobs
+from gspo_kernels.collectives import Ranks
+from gspo_kernels.logprobs import backends, vocab_shard
+from gspo_kernels.logprobs.rows import Rows, RowStats, Upstream
 
 # 1 and 2: no tail. 7, 16, 127: less than, exactly, just under whole vectors. 511-513: about a block. 4099 and 50257:
 # odd, so that every row starts at another alignment. 151936: Qwen's vocabulary. Interpreted, a block has 256 columns:
@@ -123,6 +127,97 @@ def test_far_logits(backend: str) -> None:
     out = token_logprobs(on_device(logits), on_device(ids), backend=backend)
     truth = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     check_close("logprobs", out.logprobs.cpu(), truth, 1e-6 * truth.abs())
+
+
+@by_combination
+@pytest.mark.parametrize("temperature", [1e-6, 0.7, 1e6])
+def test_the_largest_logits(backend: str, dtype: torch.dtype, temperature: float) -> None:
+    """log p comes from differences to the row's maximum; beside it lse has no digits left."""
+    check_far_rows(dtype, temperature, backend, sized(1500, 300))
+
+
+@by_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_of_huge_logits_in_a_loss(backend: str, dtype: torch.dtype) -> None:
+    """With an entropy bonus, whose gradient is 0 there; on-policy, in one pass, and from statistics that were kept."""
+    for coefficient in (0.0, 0.1):
+        leaf = on_device(torch.full((1, 2, 8), 1e30, dtype=dtype)).requires_grad_()
+        ids, advantages = on_device(torch.tensor([[0, 5]])), on_device(torch.tensor([1.0]))
+        out = grpo_loss(leaf, ids, advantages, entropy_coef=coefficient, backend=backend)
+        out.loss.backward()
+        assert float(out.loss.detach()) == pytest.approx(-1.0 - coefficient * math.log(8), rel=1e-6)
+        expected = (0.125 - torch.nn.functional.one_hot(ids.cpu(), 8).double()) / 2
+        assert leaf.grad is not None
+        check_close("gradient", leaf.grad, expected, 2e-6 * expected.abs())
+
+
+@by_backend
+def test_huge_logits_from_hidden_states(backend: str) -> None:
+    weight = torch.tensor([[1e19], [1e19], [-1e19], [1e18]])
+    hidden = torch.tensor([[3e19], [-3e19], [1e-19]])
+    ids = torch.tensor([1, 2, 0])
+    leaf = on_device(hidden.clone()).requires_grad_()
+    out = linear_token_logprobs(leaf, on_device(weight), on_device(ids), backend=backend)
+    (out.logprobs.sum() + out.entropy.sum()).backward()
+    exact = hidden.double().requires_grad_()
+    logp = (exact @ weight.double().T).log_softmax(-1)
+    own, entropy = logp.gather(1, ids[:, None])[:, 0], -torch.where(logp > -80, logp.exp() * logp, 0.0).sum(-1)
+    (own.sum() + entropy.sum()).backward()
+    assert leaf.grad is not None and exact.grad is not None
+    check_close("logprobs", out.logprobs, own, 1e-6 * (1 + own.abs()))
+    check_close("entropy", out.entropy, entropy, 1e-6 * (1 + entropy))
+    check_close("gradient", leaf.grad, exact.grad, 1e-6 * exact.grad.abs() + 1e13)  # of sums of 1e19
+
+
+class Shards:
+    """Rows of which ranks have columns, the ranks one after the other in this process."""
+
+    def __init__(self, logits: Tensor, ends: list[int], target: int, temperature: float, backend: str) -> None:
+        self.temperature = torch.tensor(temperature, dtype=torch.float64)
+        self.parts = [on_device(logits[None, :, a:b].contiguous()) for a, b in itertools.pairwise(ends)]
+        self.kernels = backends.choose(self.parts[0], backend)
+        ids = on_device(torch.full((1, len(logits)), target))
+        self.shards = [
+            vocab_shard.VocabShard(Ranks("tp_group", len(self.parts), rank, ""), a, b - a, logits.shape[1])
+            for rank, (a, b) in enumerate(itertools.pairwise(ends))
+        ]
+        self.owns, places = zip(*(shard.place(ids) for shard in self.shards), strict=True)
+        self.rows = [Rows(*x, None, self.temperature) for x in zip(self.parts, places, strict=True)]
+        self.local = [self.kernels.forward(rows) for rows in self.rows]
+
+    def gathered(self, *_: object) -> tuple[Tensor, ...]:
+        """What each rank sends, in place of the collective."""
+        sent = [
+            (stats.lse, stats.entropy.double(), torch.where(owns, stats.logprobs, vocab_shard._ELSEWHERE).double())
+            for stats, owns in zip(self.local, self.owns, strict=True)
+        ]
+        return tuple(torch.stack(x) for x in zip(*sent, strict=True))
+
+    def merged(self) -> RowStats:
+        return vocab_shard.merged(self.local[0], self.owns[0], None, self.shards[0], self.local[0].logprobs.dtype)
+
+    def gradient_of(self, scales: tuple[float, ...]) -> Tensor:
+        stats, found = self.merged(), []
+        for part, owns, of_rank in zip(self.parts, self.owns, self.rows, strict=True):
+            upstream = Upstream(*(torch.full_like(x, k) for x, k in zip(stats, scales, strict=True)))
+            told = vocab_shard.of_this_rank(stats, upstream, owns, part[..., 0], self.temperature)
+            found.append(torch.empty_like(part))
+            self.kernels.backward(of_rank, *told, found[-1])
+        return torch.cat(found, -1)[0]
+
+
+@by_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1e-6, 0.7])
+def test_the_largest_logits_of_shards(
+    backend: str, dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What two or three ranks send tells ties of the same number from each other."""
+    logits = far(dtype, temperature, 300)
+    for ends, target in [([0, 4, 300], 0), ([0, 4, 300], 5), ([0, 6, 7, 300], 5), ([0, 6, 7, 300], 6)]:
+        shards = Shards(logits, ends, target, temperature, backend)
+        monkeypatch.setattr(vocab_shard, "_gathered", shards.gathered)
+        check_far(logits, target, temperature, [x[0] for x in shards.merged()], shards.gradient_of)
 
 
 @by_backend

@@ -14,8 +14,6 @@ struct Columns {
   static constexpr int kWidth = 16 / sizeof(T);  // in a vector
 };
 
-constexpr float kFloor = -1e9f;  // the running maximum before any column, in base 2: logits below it count as -inf
-
 __device__ __forceinline__ void unpack(const Vector& v, float (&x)[4], float) {
   for (int i = 0; i < 4; ++i) x[i] = as_float(v.words[i]);
 }

@@ -6,16 +6,16 @@
 
 namespace gspo::gpu {
 
-__device__ __forceinline__ float gradient_of_number(float x, const RowGradient& row, float scale) {
-  return multiply_flushed(exp2_flushed(fmaf(x, scale, -row.base)), row.constant);
+__device__ __forceinline__ float gradient_of_number(float x, const RowGradient& row) {
+  return multiply_flushed(exp2_flushed(fmaf(x, row.scale, -row.base)), row.constant);
 }
 
 template <class T>
-__device__ __forceinline__ Vector gradient_of_vector(const Vector& v, const RowGradient& row, float scale) {
+__device__ __forceinline__ Vector gradient_of_vector(const Vector& v, const RowGradient& row) {
   float x[Columns<T>::kWidth];
   unpack(v, x, T{});
 #pragma unroll
-  for (float& one : x) one = gradient_of_number(one, row, scale);
+  for (float& one : x) one = gradient_of_number(one, row);
   return packed(x, T{});
 }
 
@@ -36,14 +36,14 @@ __device__ __forceinline__ void write_edges(const Span<T>& to, int columns, T* g
 // barrier. Null: nothing is copied yet.
 template <int kThreads, class T, class Source>
 __device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Source& source, T* g,
-                                               const RowGradient& row, float scale, const Slice<T>* next) {
+                                               const RowGradient& row, const Slice<T>* next) {
   constexpr int kWidth = Columns<T>::kWidth;
   const Span<T> to(g, slice.columns);
   auto* const vectors = reinterpret_cast<Vector*>(g - to.phase);
   const int last = to.last;
-  const auto number = [&](int column) { return gradient_of_number(source.column(column), row, scale); };
+  const auto number = [&](int column) { return gradient_of_number(source.column(column), row); };
   if (to.phase == slice.span.phase) {
-    const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row, scale)); };
+    const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row)); };
     [[maybe_unused]] const Vector* const from = next ? next->vectors() : nullptr;
     const auto replace = [&]([[maybe_unused]] int v) {  // after `write`, which uses what was read there
       if constexpr (Source::kResident) source.start_vector_if(next != nullptr, v, from);

@@ -14,7 +14,7 @@ namespace gspo::gpu {
 
 namespace {
 
-// A cluster gets more blocks, up to kMostBlocks, until a slice has at most kSlice bytes.
+// A cluster gets more blocks, from kFewestBlocks to kMostBlocks, until a slice has at most kSlice bytes.
 #if defined(GSPO_ON_HOST)  // so that small vocabularies have clusters; an odd number of warps stays odd
 constexpr int threads(int of_block) { return of_block / kWarp % 2 == 0 ? 64 : 96; }
 constexpr size_t kSlice = 256;
@@ -121,7 +121,7 @@ Layout choose(int64_t vocab, int device, const Variant& variant, const std::stri
     return again;
   const size_t most =
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - variant.instance(T{}).static_bytes;
-  unsigned blocks = 1;
+  unsigned blocks = kFewestBlocks;
   while (blocks < kMostBlocks && buffer_bytes<T>(vocab, blocks) > kSlice) blocks *= 2;
   const size_t bytes = buffer_bytes<T>(vocab, blocks);
   if (bytes > most) return again;

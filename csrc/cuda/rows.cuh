@@ -93,9 +93,9 @@ class Again {
 // The sums of a thread's share: kGroup vectors at a time; one by one at the end and, with `Again`, in the group that
 // has the target, which is left out. (`Resident` has replaced it by -inf already.)
 template <bool kBounded, class T, class Source>
-__device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& source, float scale) {
+__device__ __forceinline__ RunningSums sums_of(const Slice<T>& slice, const Source& source, float scale) {
   constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
-  Sums sums;
+  RunningSums sums;
   const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
   const int of_target = Source::kResident ? -1 : slice.vector_of_target() - slice.span.first;
   int v = begin, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
@@ -124,6 +124,22 @@ __device__ __forceinline__ Sums sums_of(const Slice<T>& slice, const Source& sou
     }
   }
   return sums;
+}
+
+// The same where the largest logit of the share is known and RunningSums says that it is too far from 0.
+template <class T, class Source>
+__device__ __forceinline__ Sums ties_of(const Slice<T>& slice, const Source& source, float largest) {
+  Ties ties{largest};
+  const int last = slice.span.last;
+#pragma unroll 1
+  for (int v = slice.span.first + static_cast<int>(threadIdx.x); v < last; v += Source::kThreads) {
+    Vector one = source.whole(v);
+    if (!Source::kResident && v == slice.vector_of_target()) slice.leave_out_target(one);
+    ties.add<T>(one);
+  }
+  const int at_edge = threadIdx.x < 2 ? slice.span.edge(threadIdx.x) : -1;
+  if (at_edge >= 0) ties.add<T>(slice.edge(at_edge, slice.target));
+  return {largest, 0.0f, ties.total, ties.total - ties.total};
 }
 
 template <class T>
@@ -196,6 +212,20 @@ struct Shared {
   RowGradient gradient;
 };
 
+// What t = x * scale - base of the gradient is computed from. Where all but the largest logit have a probability of 0,
+// any scale will do that is a power of two, so that t is exact, and gives the next smaller logit a t of -128 or less.
+__device__ __forceinline__ Base scaled_base(const RowStats& stats, double temperature, float scale) {
+  if (only_ties(stats)) {
+    const float largest = logit_of_ties(stats, temperature);
+    const uint32_t exponent = as_bits(largest) >> 23 & 0xffu;
+    const float power = as_float((127u + 127u + 31u - exponent) << 23);  // largest * power: from 2^31 to 2^32
+    return {largest * power, power, stats.entropy};
+  }
+  const double lse = stats.lse * temperature * scale;
+  const float value = static_cast<float>(lse);
+  return {value, scale, (lse - value) * kLn2};
+}
+
 // From the cluster's sums: a row's statistics, stored by one block, and what its gradient is computed from. Every lane
 // of the calling warp computes the same.
 template <class T, class Exchange>
@@ -210,10 +240,10 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
     }
     return RowGradient{};
   }
-  const Partial whole = exchange.of_cluster(turn);
+  const Partial whole = exchange.of_cluster(task.scale, turn);
   const double scale = task.exact_scale;
   const double error = scale * task.unscale - 1.0;  // relative, of the rounded scale; corrected to first order
-  const Others others{whole.top * task.unscale, whole.total + whole.weighted * error * kLn2, whole.weighted};
+  const Others others{whole.largest, whole.total + whole.weighted * error * kLn2, whole.weighted};
   RowStats stats = combine(others, task.known ? whole.target : NAN, scale);
   stats.logprob = static_cast<float>(stats.logprob);
   if (stores) {
@@ -223,9 +253,7 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
   }
   const double coefficient = coefficient_of(task, stats.logprob, args.clip);
   if (coefficient == 0.0) return RowGradient{};  // whatever the logits and the common factor are
-  const double lse = stats.lse * task.temperature * task.scale;  // in the units of x * scale
-  const float base = static_cast<float>(lse);
-  return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, base, (lse - base) * kLn2);
+  return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, scaled_base(stats, task.temperature, task.scale));
 }
 
 // Whether the slice, its gradient and the next row's slice lie alike to the 16-byte boundaries. Then each thread reads
@@ -292,12 +320,14 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
       // Whether this warp is sure to have a -inf to sum up: at an edge or in the target's place.
       const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
                            (warp == 0 && (span.edge(0) >= 0 || span.edge(1) >= 0));
-      if (!bounded) sums = sums_of<false>(task.slice, source, task.scale);
-      if (bounded || sums.weighted != sums.weighted)  // NaN comes of another logit of -inf, or of NaN
-        sums = sums_of<true>(task.slice, source, task.scale);
+      RunningSums running;
+      if (!bounded) running = sums_of<false>(task.slice, source, task.scale);
+      if (bounded || running.weighted != running.weighted)  // NaN comes of another logit of -inf, or of NaN
+        running = sums_of<true>(task.slice, source, task.scale);
+      sums = running.too_far() ? ties_of(task.slice, source, running.largest) : running.sums(task.scale);
     }
     if (takes_tickets) shared.exchange.after_next = 2 * uint64_t{clusters} + ticket;
-    shared.exchange.publish(sums, task.counts && task.slice.target >= 0, turn);
+    shared.exchange.publish(sums, task.scale, task.counts && task.slice.target >= 0, turn);
 
     if (threadIdx.x < kWarp) {
       shared.exchange.wait(turn, exchanges++ / 2 & 1u);
@@ -316,7 +346,7 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
         if (started) source.start(next.slice);  // no thread reads the buffer after the exchange
       write_zeros<kThreads>(task.slice, task.gradient);
     } else {
-      write_gradient<kThreads>(task.slice, source, task.gradient, gradient, task.scale, started ? &next.slice : nullptr);
+      write_gradient<kThreads>(task.slice, source, task.gradient, gradient, started ? &next.slice : nullptr);
     }
   }  // and after the last exchange no block writes to another, which may have ended
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)

@@ -29,11 +29,20 @@ __device__ __forceinline__ uint32_t larger_words(uint32_t x, uint32_t y, float) 
   return as_bits(fmaxf(as_float(x), as_float(y)));
 }
 
-// Sums of 2^t and of t 2^t over columns, where t = x scale - top. For a logit of -inf the product is -inf * 0, a NaN:
-// kBounded bounds t from below, which takes an instruction more a column.
+// Sums over columns of 2^t and of t 2^t, where t = (x - largest) scale - residual.
 struct Sums {
-  float top = kFloor, total = 0.0f, weighted = 0.0f;
+  float largest = -INFINITY;  // logit of all that are summed up
+  float residual = 0.0f;      // but for a thread's own sums always 0
+  float total = 0.0f, weighted = 0.0f;
+};
 
+// A thread's sums while it adds columns to them, where t = x scale - top and top = largest scale, rounded.
+struct RunningSums {
+  static constexpr float kMost = 1e9f;  // beyond, the rounding of `top` is too coarse
+
+  float top = -kMost, largest = -INFINITY, total = 0.0f, weighted = 0.0f;
+
+  // For a logit of -inf the product is -inf * 0, a NaN: kBounded bounds t from below, an instruction more a column.
   template <bool kBounded, class T, int kVectors>
   __device__ __forceinline__ void add(const Vector (&v)[kVectors], float scale) {
     Vector high = v[0];
@@ -41,7 +50,9 @@ struct Sums {
     for (int k = 1; k < kVectors; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) high.words[i] = larger_words(high.words[i], v[k].words[i], T{});
-    const float new_top = fmaxf(top, largest(high.words, T{}) * scale);
+    const float of_group = gpu::largest(high.words, T{});
+    largest = fmaxf(largest, of_group);
+    const float new_top = fmaxf(top, of_group * scale);
     const float shift = top - new_top, shrink = exp2_flushed(shift);
     top = new_top;
     weighted = fmaf(total, shift, weighted) * shrink;
@@ -58,14 +69,39 @@ struct Sums {
       }
     }
   }
+
+  // Whether the largest logit is so far from 0 that these sums are wrong. Where all are -inf there are none.
+  __device__ __forceinline__ bool too_far() const { return !(fabsf(top) < kMost) && largest > -INFINITY; }
+
+  __device__ __forceinline__ Sums sums(float scale) const {
+    return {largest, fmaf(-largest, scale, top), total, weighted};
+  }
+};
+
+// Sums over columns where the largest logit is known and so far from 0 that, in base 2, all others are 59 or more below
+// it: how many equal it. NaN and +inf make them NaN.
+struct Ties {
+  float largest, total = 0.0f;
+
+  template <class T>
+  __device__ __forceinline__ void add(const Vector& v) {
+    float x[Columns<T>::kWidth];
+    unpack(v, x, T{});
+#pragma unroll
+    for (float one : x) total += one < INFINITY ? (one == largest ? 1.0f : 0.0f) : NAN;
+  }
 };
 
 // The sums over `kLanes` neighbouring lanes, in each of them.
 template <unsigned kLanes>
-__device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane) {
-  Sums sums = of_lane;
-  for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2) sums.top = fmaxf(sums.top, of_lane_xor(sums.top, lanes));
-  const float shift = of_lane.top - sums.top, shrink = exp2_flushed(shift);
+__device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane, float scale) {
+  constexpr float kLeast = -1e4f;  // where 2^shift is 0; so that no lane has inf * 0 or inf - inf
+  Sums sums;
+  sums.largest = of_lane.largest;
+  for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2)
+    sums.largest = fmaxf(sums.largest, of_lane_xor(sums.largest, lanes));
+  const float shift = fmaxf(fmaf(of_lane.largest - sums.largest, scale, of_lane.residual), kLeast);
+  const float shrink = exp2_flushed(shift);
   sums.total = of_lane.total * shrink;
   sums.weighted = (of_lane.weighted + of_lane.total * shift) * shrink;
   for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2) {
@@ -77,20 +113,21 @@ __device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane) {
 
 // What a block sends to every block of its cluster: its sums and the target's logit; 0 if another block has the target.
 struct alignas(16) Partial {
-  float top, total, weighted, target;
+  float largest, total, weighted, target;
 };
 
-constexpr unsigned kMostBlocks = 8;  // of a cluster: as many as every GPU with clusters takes
+constexpr unsigned kFewestBlocks = 2;  // of a cluster: a block that is alone may not send itself anything by st.async
+constexpr unsigned kMostBlocks = 8;    // as many as every GPU with clusters takes
 
 // Shared memory by which the threads of a block, and then the blocks of a cluster, exchange their sums. A block waits
 // for what it is sent, not at a barrier of the cluster, which would also wait for every thread's accesses to global
-// memory. `kCluster`: there may be more than one block.
+// memory. `kCluster`: there are kFewestBlocks or more.
 template <int kThreads, bool kCluster>
 struct Exchange {
   static constexpr unsigned kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp && kMostBlocks <= kWarp);
 
-  float tops[kWarps], totals[kWarps], weighted[kWarps];
+  float largest[kWarps], totals[kWarps], weighted[kWarps];
   float target;  // the target's logit, in the block that has it
   uint64_t after_next;  // in block 0: the row that comes after the next one
   Partial of_blocks[2][kMostBlocks];  // by turns: a fast block may be a row ahead of a slow one
@@ -104,11 +141,11 @@ struct Exchange {
 
   // Brings this block's sums to every block of the cluster, which has them when `wait` returns. Block 0 sends
   // `after_next`, too.
-  __device__ __forceinline__ void publish(const Sums& of_thread, bool has_target, int turn) {
+  __device__ __forceinline__ void publish(const Sums& of_thread, float scale, bool has_target, int turn) {
     const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const Sums of_warp = sums_of_lanes<kWarp>(of_thread);
+    const Sums of_warp = sums_of_lanes<kWarp>(of_thread, scale);
     if (lane == 0) {
-      tops[warp] = of_warp.top;
+      largest[warp] = of_warp.largest;
       totals[warp] = of_warp.total;
       weighted[warp] = of_warp.weighted;
     }
@@ -116,13 +153,13 @@ struct Exchange {
     if (warp > 0) return;
     Sums sums;
     if (lane < kWarps) {
-      sums.top = tops[lane];
+      sums.largest = largest[lane];
       sums.total = totals[lane];
       sums.weighted = weighted[lane];
     }
-    sums = sums_of_lanes<kWarp>(sums);
+    sums = sums_of_lanes<kWarp>(sums, scale);
     if (lane >= blocks_in_cluster()) return;  // one thread sends to each block
-    const Partial partial{sums.top, sums.total, sums.weighted, has_target ? target : 0.0f};
+    const Partial partial{sums.largest, sums.total, sums.weighted, has_target ? target : 0.0f};
     uint64_t words[2];
     memcpy(words, &partial, sizeof(partial));
     auto* place = reinterpret_cast<uint64_t*>(&of_blocks[turn][rank_in_cluster()]);
@@ -149,20 +186,20 @@ struct Exchange {
   }
 
   // What the blocks of the cluster sent; in every lane of the warp that calls it.
-  __device__ __forceinline__ Partial of_cluster(int turn) const {
+  __device__ __forceinline__ Partial of_cluster(float scale, int turn) const {
     const unsigned block = threadIdx.x % kMostBlocks;
     Sums sums;
     float target = 0.0f;
     if (block < blocks_in_cluster()) {
       const Partial& partial = of_blocks[turn][block];
-      sums.top = partial.top;
+      sums.largest = partial.largest;
       sums.total = partial.total;
       sums.weighted = partial.weighted;
       target = partial.target;
     }
-    sums = sums_of_lanes<kMostBlocks>(sums);
+    sums = sums_of_lanes<kMostBlocks>(sums, scale);
     for (unsigned lanes = kMostBlocks / 2; lanes > 0; lanes /= 2) target += of_lane_xor(target, lanes);
-    return {sums.top, sums.total, sums.weighted, target};
+    return {sums.largest, sums.total, sums.weighted, target};
   }
 };
 

@@ -1,8 +1,9 @@
 """The row mathematics in plain torch, for any device, dtype and strides: the fallback, and what kernels are held to.
 
 Follows csrc/row_math.h: the target stays out of the sums, sums are taken in float64, and `log p = -softplus(d)` with
-`d = logsumexp(others) - z_target`, so a confident row keeps its relative accuracy. Works through blocks of rows, so the
-extra memory is one block whatever the number of rows.
+`d = logsumexp(others) - z_target`, so a confident row keeps its relative accuracy. The gradient finds the
+row's maximum again and is relative to it, so logits may be as large as their dtype allows. Works through blocks of
+rows, so the extra memory is one block whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .rows import Rows, RowStats, Upstream, empty_stats
+from .rows import Rows, RowStats, Upstream, empty_stats, log_share
 
 name = "reference"
 _BLOCK_ELEMENTS = 1 << 22
@@ -44,10 +45,11 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         active = block.active() & ((g_l != 0) | (g_h != 0) | (g_lse != 0))
         temperature, row_lse, row_entropy = block.temperatures(), block.get(stats.lse), block.get(stats.entropy)
 
-        base = (row_lse * temperature).to(block.logits.dtype)  # what rounding it loses goes into the factor
-        log_p = (block.logits - base[:, None]) / temperature[:, None].to(block.logits.dtype)
-        lost = row_lse - base.double() / temperature
+        base = block.logits.amax(-1)
+        log_p = _below(block.logits, base, temperature)  # but for `lost`
         p = log_p.exp()
+        lost = p.sum(-1, dtype=torch.float64).log() - block.log_share(row_lse, row_entropy)
+        lost = torch.where((base == -torch.inf) & (row_lse > -torch.inf), 0.0, lost)  # a shard without logits
         constant = (g_lse - g_l - g_h * (row_entropy - lost)) * torch.exp(-lost) / temperature
         slope = -g_h * torch.exp(-lost) / temperature
         through_entropy = torch.where(p > 0, p * log_p, p) * slope[:, None].to(p.dtype)
@@ -82,13 +84,13 @@ def _flush(gradient: Tensor) -> Tensor:
 def _statistics(others: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """others: [rows, vocab] logits with -inf in the target's place; target, temperature: [rows] float64."""
     base = others.amax(-1)
-    base = torch.where(base == -torch.inf, torch.zeros_like(base), base)
-    t = (others - base[:, None]) / temperature[:, None].to(others.dtype)
+    t = _below(others, base, temperature)
+    base = torch.where(base == -torch.inf, 0.0, base).double()
     weights = t.exp()
     total = weights.sum(-1, dtype=torch.float64)
-    rest = base.double() / temperature + total.log()
+    rest = base / temperature + total.log()
     target = torch.where(target == torch.inf, torch.nan, target)  # a caller's bug, and not a certainty
-    d = rest - target / temperature
+    d = (base - target) / temperature + total.log()
     logprob = -_softplus(d)
     lse = torch.logaddexp(rest, target / temperature)  # -inf for a row of -inf, where d is NaN
     log_rest = -_softplus(-d)  # log of the probability that is not the target's
@@ -99,6 +101,12 @@ def _statistics(others: Tensor, target: Tensor, temperature: Tensor) -> tuple[Te
         p_rest > 0, p_rest * (entropy_of_rest - log_rest), p_rest
     )
     return logprob, entropy, lse
+
+
+def _below(logits: Tensor, base: Tensor, temperature: Tensor) -> Tensor:
+    """(logits - base) / temperature, in the logits' dtype; -inf where all of a row are."""
+    base = torch.where(base == -torch.inf, 0.0, base)
+    return (logits - base[:, None]) / temperature[:, None].to(logits.dtype)
 
 
 def _softplus(d: Tensor) -> Tensor:
@@ -131,6 +139,11 @@ class _Block:
 
     def others(self) -> Tensor:
         return self.logits.scatter(1, self.token_ids[:, None], -torch.inf)
+
+    def log_share(self, row_lse: Tensor, row_entropy: Tensor) -> Tensor:
+        """Of these columns in the whole row, of which the logits are perhaps a shard: 0 where they are all of it."""
+        _, entropy, lse = _statistics(self.others(), self.target_logits(), self.temperatures())
+        return log_share(lse, row_lse, entropy, row_entropy, self.logits.dtype)
 
     def get(self, array: Tensor | None) -> Tensor:
         if array is None:

@@ -14,9 +14,24 @@ from torch import Tensor
 class RowStats(NamedTuple):
     """Per row, `[outer, inner]`: zero where the row is masked."""
 
-    logprobs: Tensor  # log p(token), fp32 (fp64 for fp64 logits)
+    logprobs: Tensor  # log p(token), fp32 (fp64 for fp64 logits); -inf where the number is too large for it
     entropy: Tensor  # of the row's distribution, same dtype
     lse: Tensor  # logsumexp of logits / temperature, fp64: an fp32 one would spoil p at large logits
+
+
+def log_share(
+    part: Tensor, whole: Tensor, entropy_of_part: Tensor, entropy_of_whole: Tensor, precision: torch.dtype
+) -> Tensor:
+    """part - whole, in float64: the logsumexps of some columns of a row and of all, told with their entropies.
+
+    Numbers as large as 2^30 (float32; float64: 2^59) are 64 nats or more apart. Columns below the maximum then have a
+    probability of 0, and lse = maximum + H has no digits for H, the logarithm of the number of ties: where the part has
+    the maximum, the entropies tell its share.
+    """
+    epsilon = torch.finfo(precision).eps
+    apart = torch.where(part == whole, 0.0, (part - entropy_of_part) - (whole - entropy_of_whole))  # also of inf
+    same_maximum = (whole.abs() >= 128 / epsilon) & (apart > -epsilon / 8 * whole.abs())
+    return torch.where(same_maximum, entropy_of_part - entropy_of_whole, part - whole)
 
 
 class TokenClip(NamedTuple):

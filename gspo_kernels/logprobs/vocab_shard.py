@@ -7,7 +7,8 @@ first. All ranks gather these, and know the row:
     log p_y = -softplus(d),     d = logsumexp of the others - z_y
 
 where the others are those on the target's rank, log(exp(-l) - 1) above z_y, and all that the other ranks have. No
-near-equal numbers are subtracted, so a confident row keeps its digits.
+near-equal numbers are subtracted, so a confident row keeps its digits. Where logits are so large that
+lse has no digits beside the largest one, `log_share` has them from the entropies.
 
 The gradient needs no other rank. In the formula of csrc/row_math.h a rank without the target has the upstream
 (0, g_H, g_lse - g_l), by which all of its columns are alike: its kernel writes the first one as a target's, the same.
@@ -25,7 +26,7 @@ from .. import checks
 from ..collectives import Ranks, gather, ranks_of
 from . import ops
 from .backends import choose
-from .rows import Rows, RowStats, Upstream, empty_stats, stats_dtype
+from .rows import Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
 
 
 @dataclass(frozen=True)
@@ -165,16 +166,19 @@ def merged(
         local = RowStats(nothing, nothing, torch.full_like(nothing, -torch.inf, dtype=torch.float64))
     of_owner = torch.where(owns, local.logprobs, _ELSEWHERE)
     lses, entropies, logprobs = _gathered(local.lse, local.entropy, of_owner, shard.ranks)
-    lse = torch.logsumexp(lses, 0)
-    log_share = lses - lse
-    share = log_share.exp()
-    entropy = torch.where(share == 0, 0.0, share * (entropies - log_share)).sum(0)
+    most, of_most = lses.max(0)
+    relative = log_share(lses, most, entropies, entropies.gather(0, of_most[None])[0], dtype)  # to the largest lse
+    relative = torch.where(lses == -torch.inf, -torch.inf, relative)
+    log_sum = torch.logsumexp(relative, 0)
+    lse, log_shares = most + log_sum, relative - log_sum
+    share = log_shares.exp()
+    entropy = torch.where(share == 0, 0.0, share * (entropies - log_shares)).sum(0)
 
     owner = logprobs != _ELSEWHERE
-    of_target = torch.where(owner, lses + logprobs, -torch.inf).amax(0)
+    of_target = torch.where(owner, relative + logprobs, -torch.inf).amax(0)
     of_target = torch.where((owner & (lses == -torch.inf)).any(0), -torch.inf, of_target)
     beside = torch.where(logprobs == 0, -torch.inf, torch.log(-torch.expm1(logprobs)) - logprobs)
-    d = torch.logsumexp(torch.where(owner, beside, lses - of_target), 0)
+    d = torch.logsumexp(torch.where(owner, beside, relative - of_target), 0)
     d = torch.where((of_target == -torch.inf) & (lse > -torch.inf), torch.inf, d)
     d = torch.where(owner.any(0), d, torch.nan)  # a token that is none, where nothing checks
     logprob = -(d.clamp(min=0.0) + torch.log1p(torch.exp(-d.abs())))
@@ -197,8 +201,9 @@ def of_this_rank(
     stats: RowStats, upstream: Upstream, owns: Tensor, first: Tensor, temperature: Tensor
 ) -> tuple[RowStats, Upstream]:
     """What this rank's kernel is told of whole rows and their gradients. `first`: each row's first logit here."""
-    own = first.double() / temperature - stats.lse
-    logprobs = torch.where(owns, stats.logprobs, own.to(stats.logprobs.dtype))
+    logits, dtype = first.double() / temperature, stats.logprobs.dtype
+    own = log_share(logits, stats.lse, torch.zeros_like(logits), stats.entropy.double(), dtype)
+    logprobs = torch.where(owns, stats.logprobs, own.to(dtype))
     g_logprobs, g_lse = upstream.logprobs, upstream.lse
     if g_logprobs is not None:
         elsewhere = torch.where(owns, 0.0, -g_logprobs)

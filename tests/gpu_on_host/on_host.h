@@ -304,6 +304,7 @@ T* in_block(T* address, unsigned other) {
     throw std::runtime_error("block " + std::to_string(here.index) + " reaches for block " + std::to_string(other) +
                              " of its cluster, which " + why);
   };
+  if (here.cluster.blocks.size() < 2) fail("must have two or more");  // st.async, by memcheck's words
   if (other >= here.cluster.blocks.size()) fail("there is not");
   const Block& there = *here.cluster.blocks[other];
   if (!there.fixed) fail("has not begun");

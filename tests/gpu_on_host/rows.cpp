@@ -28,6 +28,13 @@ enum Kind {
   kUnknownToken,
   kHeldTwice,  // by the dual clip, if there is one
   kFarAway,    // by max_log_ratio
+  kTies,       // several logits, one of them the target's, are the largest finite number of the dtype
+  kLargest,    // one that is not the target
+  kLargestTarget,
+  kMostNegative,  // all of them, and some but the target a little less
+  kBothEnds,      // the largest and the most negative ones; the target is one of these
+  kBillions,      // where float begins to have no neighbours nearer than 64
+  kMinusBillions,
   kKinds,
   kPlain
 };
@@ -69,6 +76,12 @@ bool near(double found, double expected, double relative, double absolute) {
   return std::fabs(found - expected) <= relative * std::fabs(expected) + absolute;
 }
 
+double finite(double x) { return x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x; }
+
+[[maybe_unused]] float largest_of(float) { return 3.4028235e38f; }
+[[maybe_unused]] float largest_of(BFloat16) { return 3.3895314e38f; }
+[[maybe_unused]] float largest_of(Float16) { return 65504.0f; }
+
 [[maybe_unused]] const char* name_of(float) { return "float32"; }
 [[maybe_unused]] const char* name_of(BFloat16) { return "bfloat16"; }
 [[maybe_unused]] const char* name_of(Float16) { return "float16"; }
@@ -94,15 +107,17 @@ struct Truth {
   template <class T>
   Truth(const T* x, int64_t vocab, int64_t token, double temperature) : p(vocab) {
     double top = -INFINITY, sum = 0.0;
-    for (int64_t v = 0; v < vocab; ++v) top = std::fmax(top, widen(x[v]) / temperature);
-    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(widen(x[v]) / temperature - top);
+    for (int64_t v = 0; v < vocab; ++v) top = std::fmax(top, widen(x[v]));
+    const auto below_top = [&](int64_t v) { return (widen(x[v]) - top) / temperature; };
+    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(below_top(v));
     const bool known = token >= 0 && token < vocab;
     const bool nothing = std::all_of(x, x + vocab, [](T one) { return widen(one) == -INFINITY; });
-    lse = !known ? NAN : nothing ? -INFINITY : top + std::log(sum);
-    logprob = known ? widen(x[token]) / temperature - lse : NAN;
+    const double log_sum = std::log(sum);
+    lse = !known ? NAN : nothing ? -INFINITY : top / temperature + log_sum;
+    logprob = known ? below_top(token) - log_sum : NAN;
     for (int64_t v = 0; v < vocab; ++v) {
-      const double log_p = widen(x[v]) / temperature - lse;
-      p[v] = std::exp(log_p);
+      const double log_p = below_top(v) - log_sum;
+      p[v] = known ? std::exp(log_p) : NAN;
       if (p[v] != 0.0) entropy -= p[v] * log_p;
     }
   }
@@ -149,11 +164,26 @@ void check(const Case& c) {
     if (kind == kMasked) std::fill(row, row + vocab, narrow(NAN, T{}));
     if (kind == kMasked) token = -1;
     if (kind == kUnknownToken) token = vocab;
+    const T most = narrow(largest_of(T{}), T{}), least = narrow(-largest_of(T{}), T{});
+    if (kind == kMostNegative || kind == kBothEnds) std::fill(row, row + vocab, least);
+    for (int64_t v = 0; v < vocab; ++v) {  // of every fifth column, of every fifth from the target on
+      const bool of_few = (v + 5 * vocab - token) % 5 == 0;
+      if ((kind == kTies && of_few) || (kind == kBothEnds && v % 5 == 0 && v != token)) row[v] = most;
+      if (kind == kMostNegative && of_few && v != token) row[v] = narrow(0.99f * widen(least), T{});
+      if (kind == kBillions || kind == kMinusBillions) {
+        const float number = 1.2e9f + 64.0f * static_cast<int>(3.0 * random_number());
+        row[v] = narrow(kind == kBillions ? number : -number, T{});
+      }
+    }
+    if (kind == kLargest) row[(token + 11) % vocab] = most;
+    if (kind == kLargestTarget) row[token] = most;
     mask[r] = kind != kMasked;
     advantages[r] = kind == kHeld || r % 2 == 0 ? 1.0f : -1.0f;
     if (kind == kHeldTwice || kind == kFarAway) advantages[r] = -1.0f;
     upstream[r] = kind == kNoGradient ? 0.0f : -0.37f * advantages[r];
-    temperatures[r] = 0.7f + 0.2f * (r % 5);
+    temperatures[r] = kind == kTies || kind == kMostNegative ? 1e-6f
+                      : kind == kBothEnds || kind == kLargest ? 1e6f
+                                                              : 0.7f + 0.2f * (r % 5);
     truth.emplace_back(row, vocab, token, c.temperatures ? temperatures[r] : 1.3);
     const double log_ratio = kind == kHeld ? 0.05 : kind == kHeldTwice ? 1.5 : kind == kFarAway ? 2.5 : -0.01;
     old[r] = kind == kTargetInfinite ? (c.over ? -INFINITY : -3.0f) : static_cast<float>(truth[r].logprob - log_ratio);
@@ -185,12 +215,13 @@ void check(const Case& c) {
     const Truth& t = truth[r];
     double coefficient = mask[r] ? upstream[r] * 0.125 : 0.0;
     if (c.clip && coefficient != 0.0) {
-      const double log_ratio = t.logprob == old[r] ? 0.0 : t.logprob - old[r], deviation = std::expm1(log_ratio);
+      const double log_ratio = finite(static_cast<float>(t.logprob)) - finite(old[r]);
+      const double deviation = std::expm1(log_ratio);
       const bool held = advantages[r] > 0 ? deviation > 0.04 : deviation < -0.04 || deviation > c.dual_clip - 1.0;
       coefficient = held || log_ratio > 2.0 ? 0.0 : coefficient * (1.0 + deviation);
     }
     if (mask[r]) {
-      expect(near(out_logprobs[r], t.logprob, 2e-6, 2e-6), "logprob", where);
+      expect(near(out_logprobs[r], static_cast<float>(t.logprob), 2e-6, 2e-6), "logprob", where);
       expect(near(out_entropy[r], t.entropy, 4e-6, 4e-6), "entropy", where);
       expect(near(out_lse[r], t.lse, 1e-6, 1e-6), "lse", where);
     } else {
@@ -236,11 +267,13 @@ template <class T>
 void check_groups() {
   for (const Of of : kChecked) {
     const int vectors = of == kAgain ? Again<T, kThreads>::kGroup : Resident<T, kThreads>::kGroup;
-    const int64_t group = vectors * kThreads * Columns<T>::kWidth;
+    const unsigned ranks = of == kAgain ? 1 : kFewestBlocks;
+    const int64_t group = vectors * kThreads * Columns<T>::kWidth * ranks;
     const int64_t vocab = 3 * group + 70 * Columns<T>::kWidth + 3;
-    check<T>({of, 2, 1, vocab, 3, false, true, true, false, INFINITY,
+    check<T>({of, 2, ranks, vocab, 3, false, true, true, false, INFINITY,
               {9, group / 2, group + 77, 3 * group - 20, 3 * group + 8, vocab - 90, vocab - 1}});
-    check<T>({of, 2, 1, vocab, 4, true, false, true, false, INFINITY, {9, group + 77, vocab - 90, vocab - 1, 0, 8}});
+    check<T>({of, 2, ranks, vocab, 4, true, false, true, false, INFINITY,
+              {9, group + 77, vocab - 90, vocab - 1, 0, 8}});
   }
 }
 
@@ -250,6 +283,7 @@ int main() {
 #if defined(GSPO_FEW)
   check_kinds<BFloat16>({33, 601});
   check_groups<BFloat16>();
+  check<BFloat16>({kResident, 2, 2, 601, 1, false, false, false, true, INFINITY, {50, 99}, 1000.0f});
 #else
   check_kinds<BFloat16>({1, 7, 33, 601});
   check_kinds<float>({1, 7, 33, 601});
