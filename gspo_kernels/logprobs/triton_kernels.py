@@ -349,7 +349,7 @@ def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEA
     others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
     target_far = tl.abs(target_logit * scale) >= FAR
     if others_far | target_far:
-        highest, count = _largest_and_count(pointer, vocab, target, 4 * LANES)
+        highest, count = _largest_and_count(pointer, vocab, target, 8 * LANES)
         reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
         nothing_far = (highest == -INFINITY) & (target_far == 0)
         reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
@@ -671,7 +671,7 @@ def backward_kernel(
             largest_logit = _largest_logit(hi, lo, power, h, s, error)
             _write_far(
                 source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, h, at_target, s,
-                2 * LANES,
+                LANES,
             )  # fmt: skip
         else:
             _write_gradient(
@@ -727,7 +727,7 @@ def forward_backward_kernel(
             if _is_far(hi, power):
                 largest_logit = _largest_logit(hi, lo, power, h, s, error)
                 _write_far(
-                    source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, at_target, s, 2 * LANES
+                    source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, at_target, s, LANES
                 )
             else:
                 _write_gradient(
