@@ -22,7 +22,7 @@ from .logprobs import cuda_rows, triton_rows
 from .logprobs.backends import Backend, by_triton, choose
 from .logprobs.ops import check_values, needs_operators, room_for_gradient, row_gradient, rows_of, unpadded
 from .logprobs.rows import Rows, RowStats, TokenClip, Upstream, empty_stats
-from .logprobs.triton_rows import Launch
+from .logprobs.triton_rows import Launch, Spoiled
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .scalars import run_time_list
 from .stats import SCALARS, Stats
@@ -369,6 +369,8 @@ class _OnePass(torch.autograd.Function):
         if overwrite_logits:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient)
+        ctx.vocab_size = vocab_size
+        ctx.spoiled = stage.spoiled(loss, stats)
         ctx.mark_non_differentiable(scalars, stage.log_ratios, stats.logprobs)
         ctx.set_materialize_grads(False)
         return loss, scalars, stage.log_ratios, stats.logprobs
@@ -379,7 +381,8 @@ class _OnePass(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         (gradient,) = ctx.saved_tensors
-        triton_rows.scale(gradient, upstream)  # returns at once where upstream is 1
+        # Returns at once where upstream is 1 and the loss no NaN.
+        triton_rows.scale(gradient[..., : ctx.vocab_size], upstream, ctx.spoiled)
         torch.autograd.graph.increment_version(gradient)  # a second backward is refused
         return gradient, *(None,) * 7
 
@@ -442,6 +445,12 @@ class _Stage:
             ESTIMATOR=self.arguments.kl_estimator,
         )  # fmt: skip
         return loss, scalars
+
+    def spoiled(self, loss: Tensor, stats: RowStats) -> Spoiled:
+        """What a gradient needs that was written before all rows were known. Not saved: a user may change the loss."""
+        of = self.arguments
+        numbers = stats.entropy if of.old_logprobs is None else self.log_ratios.detach()
+        return Spoiled(loss.detach(), numbers, self.mask, of.cu_seqlens, of.ratio != "token")
 
     def _launch(self, kernel: str, programs: int, *arguments: Any, **choices: Any) -> None:
         layout = (_INTERPRETED_LAUNCH if triton_rows.INTERPRETED else LAUNCH)[kernel]

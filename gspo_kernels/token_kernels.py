@@ -255,6 +255,9 @@ def sequence_kernel(
         n += counts.to(tl.float32)
         if RATIO != "token":
             hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+            if ref_logprobs is not None and logprobs is not None and beta != 0.0:
+                ref = _finite(_load(ref_logprobs, at, counts))
+                lo += ref - ref  # a NaN spoils the whole sequence
             r, r_rest = _add(r, r_rest + lo, hi)
         if RATIO == "sequence" and weights is not None:
             w, w_rest = _add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))

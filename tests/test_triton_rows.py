@@ -23,7 +23,8 @@ from torch import Tensor
 
 from gspo_kernels import fused_stage, gspo_loss, token_logprobs
 from gspo_kernels.logprobs import triton_rows
-from gspo_kernels.logprobs.rows import Rows, Upstream
+from gspo_kernels.logprobs.rows import Rows, RowStats, Upstream
+from gspo_kernels.stats import SCALARS
 
 pytestmark = TRITON_MODES
 
@@ -205,6 +206,193 @@ def test_a_program_scales_several_rows(dtype: torch.dtype, monkeypatch: pytest.M
     product = (values.float() * 1.5).to(dtype)
     torch.ops.gspo_kernels.scale_(values, on_device(torch.tensor(1.5)), "triton")
     assert torch.equal(values, product)
+
+
+# --- far from 0 -----------------------------------------------------------------------------------------------------
+
+FAR_TEMPERATURES = (0.7, 1e-6, 1e6)
+
+
+def far_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits, up to the largest number of the dtype, and targets. In an odd vocabulary rows start anywhere."""
+    vocab, top = 261, torch.finfo(dtype).max
+    plain = peaked(1, vocab)[0]
+    some, none = [3, 40, 100, 200, 255, 256, 259, 260], torch.full((vocab,), -math.inf)
+
+    def but(base: Tensor, columns: list[int], value: float) -> Tensor:
+        return base.clone().index_fill_(0, torch.tensor(columns), value)
+
+    made = [
+        (but(plain, some, top), 3), (but(plain, some, top), 7), (but(plain, [7], top), 7), (but(plain, [7], top), 8),
+        (but(plain, [7], -top), 7), (but(plain, [7], -top), 8), (but(torch.full((vocab,), -top), [0, 260], top), 5),
+        (torch.full((vocab,), -top), 9), (but(none, [7], top), 7), (but(none, [7], -top), 7), (but(none, [7], -top), 8),
+        (but(but(none, [9], 3.0), [7], -top), 9),
+    ]  # fmt: skip
+    if dtype != torch.float16:
+        made += [(but(plain, some, 1e30), 40), (but(plain, [17], 1e20), 17), (but(plain, [17], 1e20), 4)]
+        made += [(but(torch.full((vocab,), -1e30), [4, 9, 260], -1e25), target) for target in (4, 5)]
+    return torch.stack([row for row, _ in made]).to(dtype), torch.tensor([target for _, target in made])
+
+
+def check_far(out: list[Tensor], logits: Tensor, ids: Tensor, temperatures: Tensor, g: tuple[float, ...]) -> None:
+    """Against the truth, but for what the result's dtype cannot hold. Elsewhere the oracle has a nat of slack."""
+    tol = TOLERANCES[logits.dtype]
+    numbers = list(zip(logits.tolist(), ids.tolist(), temperatures.tolist(), strict=True))
+    truth = [oracle.row_statistics(*row) for row in numbers]
+    for name, actual, bound in zip(("logprob", "entropy", "lse"), out[:3], (1e-6, 1e-6, 2.0**-45), strict=True):
+        expected = torch.tensor([getattr(row, name) for row in truth], dtype=torch.float64).to(actual.dtype).double()
+        if name == "lse":  # of a rounded scale where rows are not far
+            bound = torch.where(expected.abs() < 2.0**30, 2.0**-23, bound)
+        check_close(name, actual, expected, bound * expected.abs() + (1e-6 if name == "entropy" else 2.0**-126))
+    gradient = torch.tensor([oracle.row_gradient(*row, *g) for row in numbers], dtype=torch.float64)
+    gradient = gradient.to(out[3].dtype).double()
+    tiny = tol.tiny / temperatures[:, None].double().clamp(max=1.0) + torch.zeros_like(gradient)
+    check_close("gradient", out[3], gradient, (2e-6 + 2 * tol.store) * gradient.abs() + tiny)
+
+
+@by_dtype
+@pytest.mark.parametrize("first", range(3))
+def test_logits_up_to_the_largest_number(dtype: torch.dtype, first: int) -> None:
+    """By log p from differences to the largest logit, and an lse that float64 alone can hold. A masked row is 0."""
+    logits, ids = far_rows(dtype)
+    temperatures = torch.tensor([FAR_TEMPERATURES[(first + i) % 3] for i in range(len(ids))])
+    leaf, mask = on_device(logits).requires_grad_(), torch.ones(len(ids), dtype=torch.bool)
+    mask[2] = False
+    out = token_logprobs(
+        leaf, on_device(ids), temperature=on_device(temperatures), mask=on_device(mask), backend="triton"
+    )
+    g = (0.7, -0.3, 0.2)
+    (gradient,) = torch.autograd.grad(list(out), leaf, [torch.full_like(x, k) for x, k in zip(out, g, strict=True)])
+    assert not any(bool(x[2].any()) for x in (*out, gradient))
+    check_far([x.detach().cpu()[mask] for x in (*out, gradient)], logits[mask], ids[mask], temperatures[mask], g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_far_logits_in_one_launch_and_in_a_gradient_of_another_dtype(dtype: torch.dtype) -> None:
+    logits, ids = far_rows(dtype)
+    n, batch_ids = len(ids), on_device(ids)[None]
+    temperature = torch.tensor(0.7, dtype=torch.float64)
+    batch, upstream = Rows(on_device(logits)[None], batch_ids, None, temperature), on_device(torch.full((1, n), 0.7))
+    gradient = torch.full_like(batch.logits, math.nan)
+    stats = triton_rows.forward_backward(batch, Upstream(upstream), gradient)
+    temperatures = torch.full((n,), 0.7, dtype=torch.float64)
+    check_far([x[0] for x in (*stats, gradient)], logits, ids, temperatures, (0.7,))
+    if dtype == torch.float32:
+        narrow = torch.full_like(gradient, math.nan, dtype=torch.bfloat16)
+        backwards = Rows(batch.logits.flip(1), batch_ids, None, temperature, on_device(torch.arange(n)).flip(0))
+        triton_rows.backward(backwards, stats, Upstream(upstream), narrow)
+        assert torch.equal(narrow, gradient.bfloat16())
+
+
+def test_far_logits_of_which_a_shard_has_the_largest() -> None:
+    """A shard's kernel is told of the whole row; one without the largest logit has zeros alone."""
+    logits, ids = far_rows(torch.float32)
+    logits, ids = logits[:2], ids[:2]
+    out = everything(on_device(logits), on_device(ids), "triton")
+    stats = [x[None] for x in out[:3]]
+    stats[0] = torch.full_like(stats[0], -math.inf)  # of the column that stands for the target here
+    g = [torch.full_like(stats[0], k) for k in (-0.3, 0.2 - 0.7)]
+    found = []
+    for shard in (logits[:, 41:100], logits[:, 100:]):
+        gradient = torch.empty_like(on_device(shard))[None]
+        place = on_device(torch.ones_like(ids))[None]
+        rows_of_shard = Rows(on_device(shard.contiguous())[None], place, None, torch.ones((), dtype=torch.float64))
+        triton_rows.backward(rows_of_shard, RowStats(*stats), Upstream(None, *g), gradient)
+        found.append(gradient[0])
+    assert not bool(found[0].any())
+    assert torch.equal(found[1], out[3][:, 100:])
+
+
+@by_dtype
+def test_rows_about_the_border_of_far_ones(dtype: torch.dtype) -> None:
+    """Where lse turns from that of a rounded scale to the exact one, and where the gradient is of ties alone."""
+    found = []
+    for exponent in (28.5, 28.8, 29.0, 29.2, 29.5, 29.8, 30.0, 30.2) if dtype != torch.float16 else ():
+        for temperature in (0.7, 1.3, 1e-6):
+            largest = torch.tensor(2.0**exponent * temperature).to(dtype)
+            row = torch.full((29,), float(largest) * 0.5).to(dtype)
+            row[[3, 7, 28]] = largest
+            found.append((row, temperature))
+    for temperature in (1e-6, 1.1e-6) if dtype == torch.float16 else ():
+        for largest in (500.0, 600.0, 800.0, 1100.0):
+            found.append((torch.tensor([1.0, 2.0, largest, 3.0, largest], dtype=dtype), temperature))
+    logits, temperatures = torch.stack([row for row, _ in found]), torch.tensor([t for _, t in found])
+    ids = torch.full((len(found),), 3 if dtype != torch.float16 else 2)
+    leaf = on_device(logits).requires_grad_()
+    out = token_logprobs(leaf, on_device(ids), temperature=on_device(temperatures), backend="triton")
+    g = (0.7, -0.3, 0.2)
+    (gradient,) = torch.autograd.grad(list(out), leaf, [torch.full_like(x, k) for x, k in zip(out, g, strict=True)])
+    check_far([x.detach().cpu() for x in (*out, gradient)], logits, ids, temperatures, g)
+
+
+@by_objective
+@on_and_off
+def test_a_loss_of_far_logits_is_finite(objective: str, on_policy: bool) -> None:
+    """Log-probabilities of -3e38 and -inf: loss, statistics and gradient are numbers."""
+    top = torch.finfo(torch.float32).max
+    logits = peaked(4, 21).view(2, 2, 21)
+    logits[0, 0, 5], logits[0, 1, 6], logits[1, 0, 5] = -top, top, -math.inf
+    leaf = on_device(logits).requires_grad_()
+    old = None if on_policy else on_device(torch.full((2, 2), -2.0))
+    ref = on_device(torch.full((2, 2), -1.0))
+    loss, stats = PUBLIC[objective](
+        leaf, on_device(torch.full((2, 2), 5)), on_device(torch.tensor([1.0, -1.0])), old, ref_logprobs=ref,
+        beta=0.0 if on_policy else 0.1, entropy_coef=0.0 if on_policy else 0.01, backend="triton",
+    )  # fmt: skip
+    loss.backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and math.isfinite(float(loss.detach()))
+    assert all(math.isfinite(float(getattr(stats, name))) for name in SCALARS)
+
+
+# --- a NaN ------------------------------------------------------------------------------------------------------------
+
+
+@by_objective
+@pytest.mark.parametrize(
+    ("where", "layout"),
+    [("logits on-policy", "padded"), ("logits on-policy", "packed"), ("logits", "padded"), ("old_logprobs", "packed"),
+     ("ref_logprobs", "padded")],
+)  # fmt: skip
+def test_a_nan_spoils_its_sequence_alone(objective: str, where: str, layout: str) -> None:
+    """Or, where each token has a ratio, its row. Sequences of 3, 1 and 2 tokens; one is masked, one has advantage 0."""
+    generator = torch.Generator().manual_seed(0)
+    packed, name = layout == "packed", where.split()[0]
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, False]])
+    inside = mask | torch.tensor([[False, False, True], [False, False, False], [False, False, False]])
+
+    def shaped(x: Tensor) -> Tensor:
+        return on_device(x[inside] if packed else x)
+
+    def gradient(spoilt: bool) -> tuple[float, Tensor]:
+        generator.manual_seed(0)
+        logits = torch.randn(3, 3, 21, generator=generator)
+        old, ref = torch.full((3, 3), -2.5), torch.full((3, 3), -3.5)
+        if spoilt:
+            array = {"logits": logits, "old_logprobs": old, "ref_logprobs": ref}[name]
+            array[0, 1], array[0, 2] = math.nan, math.nan  # the second is masked
+        leaf = shaped(logits).requires_grad_()
+        keywords: dict[str, Any] = {"mask": shaped(mask), "eps_low": 0.9, "eps_high": 9.0, "backend": "triton"}
+        if packed:
+            keywords["cu_seqlens"] = on_device(torch.tensor([0, 3, 4, 6]))
+        if where == "ref_logprobs":
+            keywords |= {"ref_logprobs": shaped(ref), "beta": 0.1}
+        loss, _ = PUBLIC[objective](
+            leaf, shaped(torch.full((3, 3), 4)), on_device(torch.tensor([0.0 if packed else 1.0, -1.0, 2.0])),
+            None if where == "logits on-policy" else shaped(old), **keywords,
+        )  # fmt: skip
+        (found,) = torch.autograd.grad(loss * 3.0, leaf)
+        return float(loss.detach()), found.cpu()
+
+    loss, found = gradient(True)
+    _, sound = gradient(False)
+    bad = torch.zeros(3, 3, dtype=torch.bool)
+    bad[0, 1] = True
+    if objective in ("gspo", "gspo_token"):
+        bad[0, 0] = True
+    expected = sound.masked_fill((bad[inside] if packed else bad)[..., None], math.nan)
+    assert math.isnan(loss)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 # --- a bad token ------------------------------------------------------------------------------------------------------

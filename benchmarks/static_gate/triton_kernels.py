@@ -66,7 +66,8 @@ ROW_TYPES = {
     "mask": "*u8", "temperature": "*fp32", "places": "*i64", "scale": "fp32", "scale_error": "fp32",
     "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
-    "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T",
+    "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
+    "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32",
 }  # fmt: skip
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
@@ -117,7 +118,7 @@ VARIANTS = (
     Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
     Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
-    Variant("scale", "plain", (), loops=("scale",)),
+    Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
     Variant("sequence", "gspo", _OPTIONAL[1:], ("fp32",), constants={"RATIO": "sequence"}),
     Variant("sequence", "gspo on-policy", (*_UNKNOWN, *_OPTIONAL), ("fp32",), constants={"RATIO": "sequence"}),
     Variant("sequence", "gspo_token everything", _OPTIONAL[-1:], ("fp32",),

@@ -7,6 +7,9 @@ A row may start at any address and have any length. It is read in blocks of [REP
 columns are one 16-byte access, each thread is a lane and holds REPEAT such accesses in registers. Every lane has a
 running maximum and sums of its own; they are combined at the end of the row. Blocks without the target have no mask.
 
+Beyond 7.4e8 in base 2 float32 logits are 44 or more apart: of all columns but the target, only those that equal the
+largest have a probability. Such rows, called far, are read a second time, by plain loops that count these columns.
+
 Which columns a lane adds up depends on their numbers alone: the same row gives the same bits at every address. Where a
 row does not start on a 16-byte boundary, a thread takes its columns out of two aligned accesses (on NVIDIA; elsewhere
 it reads them one by one). Columns of a gradient are independent, so there blocks begin where accesses are aligned.
@@ -23,6 +26,8 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
+    FAR,
+    FAR_LSE,
     FLOOR,
     INFINITY,
     LN2_HI,
@@ -30,6 +35,8 @@ from .triton_math import (
     LOG2E_HI,
     LOG2E_LO,
     LOWEST,
+    POWER,
+    POWER_BITS,
     TINY,
     add_pairs,
     bounded,
@@ -190,7 +197,7 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
 
     With the `first` block given, a block is loaded before the previous one is summed; the sums have the same bits.
-    The largest logit / temperature may be up to 7e8 nats from 0, where fp32 logits are 64 apart. NaN or +inf gives NaN.
+    Right where |top| is less than FAR: `_statistics` sees to all other rows. NaN or +inf gives NaN.
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
@@ -278,23 +285,91 @@ def _combine(base, total, weighted, target_logit, scale, scale_error):
 
 
 @triton.jit
+def _largest_and_count(row, vocab, target, BLOCK: tl.constexpr):
+    """(The largest logit of all columns but the target, how many have it): (-inf, 0) if none, NaN for NaN or +inf."""
+    at = tl.arange(0, BLOCK)
+    largest_logit = tl.full([BLOCK], -INFINITY, tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        there = (start + at < vocab) & (start + at != target)
+        x = tl.load(row + start + at, mask=there, other=-INFINITY).to(tl.float32)
+        x = tl.where(x == x, x, INFINITY)
+        new_largest = tl.maximum(largest_logit, x)
+        count = tl.where(largest_logit == new_largest, count, 0.0) + tl.where(x == new_largest, 1.0, 0.0)
+        largest_logit = new_largest
+    highest = tl.max(largest_logit, 0)
+    count = tl.sum(tl.where(largest_logit == highest, count, 0.0), 0)
+    count = tl.where(highest == INFINITY, float("nan"), count)
+    return highest, tl.where(highest == -INFINITY, 0.0, count)
+
+
+@triton.jit
+def _inverse_temperature(scale, scale_error):
+    """1 / temperature as a pair; with an error of 0, what the rounded scale makes of it."""
+    rounded = tl.zeros((), tl.float32) + scale
+    return scale_pair(rounded, rounded * scale_error, LN2_HI, LN2_LO)
+
+
+@triton.jit
+def _last_of_rounded_scale(scale):
+    """A power of two: up to this logit, 2^29 to 2^30 nats from 0, lse is of the rounded scale; beyond, of the exact one.
+
+    `_write_gradient` works with the rounded scale; `_largest_logit` and vocabulary shards need an lse that is exact.
+    """
+    inverse, _ = _inverse_temperature(scale, 0.0)
+    return ((2.0**30 / inverse).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _far_lse(hi, lo, reference, scale, scale_error):
+    """reference / temperature + (hi + lo) as (pair, power): pair times power, which is 1 or 2^32."""
+    exact = tl.abs(reference) > _last_of_rounded_scale(scale)
+    inverse_hi, inverse_lo = _inverse_temperature(scale, tl.where(exact, scale_error, 0.0))
+    power = tl.where(tl.abs(reference) >= 2.0**60, POWER, 1.0)
+    near = reference / power
+    far_hi, far_lo = two_product(near, inverse_hi)
+    hi, lo = add_pairs(far_hi, far_lo + near * inverse_lo, hi / power, lo / power)
+    return hi, lo, tl.where(tl.abs(hi) < INFINITY, power, 1.0)
+
+
+@triton.jit
 def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEAT: tl.constexpr, LANES: tl.constexpr,
                 WIDTH: tl.constexpr, PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
-    """(logprob, entropy, lse as a pair); all NaN where the token id is not one of the vocabulary's."""
+    """(logprob, entropy, lse as pair and power); all NaN where the token id is not one of the vocabulary's.
+
+    Where the largest logit or the target's is far from 0, numbers are combined relative to the larger of both.
+    """
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
     target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's error, no certainty
     base, total, weighted = _sum_others(pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH)
-    return _combine(base, total, weighted, target_logit, scale, scale_error)
+    reference, power = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
+    others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
+    target_far = tl.abs(target_logit * scale) >= FAR
+    if others_far | target_far:
+        highest, count = _largest_and_count(pointer, vocab, target, 8 * LANES)
+        reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
+        nothing_far = (highest == -INFINITY) & (target_far == 0)
+        reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
+        base = tl.where(others_far, (highest - reference) * scale, base - reference * scale)
+        total = tl.where(others_far, count, total)
+        weighted = tl.where(others_far, 0.0, weighted)
+    logprob, entropy, hi, lo = _combine(base, total, weighted, target_logit - reference, scale, scale_error)
+    if others_far | target_far:  # a difference of logits may not fit float32, where divided by the temperature it does
+        quarter = (target_logit * 0.25 - reference * 0.25) * (scale * LN2_HI)
+        logprob = tl.where((logprob == -INFINITY) & (target_logit > -INFINITY), quarter * 4.0, logprob)
+        hi, lo, power = _far_lse(hi, lo, reference, scale, scale_error)
+    return logprob, entropy, hi, lo, power
 
 
 @triton.jit
-def _store_statistics(row, logprob, entropy, lse_hi, lse_lo, logprobs, entropies, lses):
+def _store_statistics(row, logprob, entropy, lse_hi, lse_lo, power, logprobs, entropies, lses):
     tl.store(logprobs + row, logprob)
     tl.store(entropies + row, entropy)
-    tl.store(lses + row, float64_bits(lse_hi, lse_lo))
+    bits = float64_bits(lse_hi, lse_lo)
+    tl.store(lses + row, tl.where(power > 1.0, bits + POWER_BITS, bits))
 
 
 @triton.jit
@@ -324,6 +399,52 @@ def _coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo,
     through_p = tl.where(p > 0.0, p * (g_lse - g_entropy * (logprob + entropy)), 0.0)
     target = (through_p - g_logprob * expm1(logprob)) * (scale * LN2_HI)
     return base, constant, -factor * g_entropy * LN2_HI, tl.where(tl.abs(target) < TINY, 0.0, target)
+
+
+@triton.jit
+def _saved_lse(bits):
+    """A row's lse as (pair, power)."""
+    exponent = ((bits >> 52) & 0x7FF).to(tl.int32)
+    beyond = (exponent >= 1023 + 100) & (exponent < 2047)
+    hi, lo = float64_pair(tl.where(beyond, bits - POWER_BITS, bits))
+    return hi, lo, tl.where(beyond, POWER, 1.0)
+
+
+@triton.jit
+def _is_far(lse_hi, power):
+    """Whether only a row's largest logits have a probability, by its lse. NaN and -inf are not far."""
+    return (tl.abs(lse_hi) * power >= FAR_LSE) & (tl.abs(lse_hi) < INFINITY)
+
+
+@triton.jit
+def _largest_logit(lse_hi, lse_lo, power, entropy, scale, scale_error):
+    """The largest logit of a far row, temperature (lse - entropy), rounded to what it is."""
+    hi, lo = add_pairs(lse_hi, lse_lo, -entropy / power, 0.0)
+    last = _last_of_rounded_scale(scale)
+    rounded_hi, rounded_lo = _inverse_temperature(scale, 0.0)
+    beyond = (tl.abs(hi) - last * rounded_hi) + (tl.where(hi < 0.0, -lo, lo) - last * rounded_lo)
+    exact = (power > 1.0) | (beyond > last * rounded_hi * 2.0**-25)  # a quarter of what the next logit is away
+    inverse_hi, inverse_lo = _inverse_temperature(scale, tl.where(exact, scale_error, 0.0))
+    q = hi / inverse_hi
+    rest = fma(-q, inverse_hi, hi) + (lo - q * inverse_lo)
+    return (q + rest / inverse_hi) * power
+
+
+@triton.jit
+def _write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, entropy, at_target,
+               scale, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes the gradient of such a row: every largest logit has the probability exp(-entropy), others have 0."""
+    DTYPE: tl.constexpr = destination.dtype.element_ty
+    at_largest = (g_lse - g_logprob + g_entropy * 0.0) * exp(-entropy) * (scale * LN2_HI)
+    at_largest = tl.where(tl.abs(at_largest) < TINY, 0.0, at_largest)
+    elsewhere = tl.where(at_largest == at_largest, 0.0, at_largest)
+    at = tl.arange(0, BLOCK)
+    for start in range(0, vocab, BLOCK):
+        there = start + at < vocab
+        x = tl.load(source + start + at, mask=there, other=0).to(tl.float32)
+        g = tl.where(x == largest_logit, at_largest, elsewhere)
+        g = tl.where(start + at == target, at_target, g)
+        tl.store(destination + start + at, narrow(g, DTYPE), mask=there)
 
 
 @triton.jit
@@ -481,9 +602,10 @@ def _upstream(array, row, factor):
 # without one Triton takes 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = ["outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error",
-           "gradient_outer_stride", "gradient_inner_stride", "rows"]  # fmt: skip
+           "gradient_outer_stride", "gradient_inner_stride", "rows", "sequences"]  # fmt: skip
 _ANY_ADDRESS = ["logits", "token_ids", "mask", "temperature", "places", "logprobs", "entropies", "lses", "g_logprobs",
-                "g_entropies", "g_lses", "factor", "counts", "gradient", "values"]  # fmt: skip
+                "g_entropies", "g_lses", "factor", "counts", "gradient", "values", "loss", "numbers",
+                "cu_seqlens"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
 
 
@@ -502,11 +624,13 @@ def forward_kernel(
         if logits.dtype.element_ty.primitive_bitwidth == 16:
             first = _first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX)
         s, error = _scale_of(row, temperature, scale, scale_error)
-        logprob, h, hi, lo = _statistics(pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0)
-        _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
+        logprob, h, hi, lo, power = _statistics(
+            pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0
+        )
+        _store_statistics(row, logprob, h, hi, lo, power, logprobs, entropies, lses)
     else:
         zero = tl.zeros((), tl.float32)
-        _store_statistics(row, zero, zero, zero, zero, logprobs, entropies, lses)
+        _store_statistics(row, zero, zero, zero, zero, zero, logprobs, entropies, lses)
 
 
 @_kernel()
@@ -532,20 +656,28 @@ def backward_kernel(
     g_lse = _upstream(g_lses, row, common)
     some = (g_logprob != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0)
     if _counts(mask, row) & some:
-        s, _ = _scale_of(row, temperature, scale, scale_error)
-        lse_hi, lse_lo = float64_pair(tl.load(lses + row))
+        s, error = _scale_of(row, temperature, scale, scale_error)
+        hi, lo, power = _saved_lse(tl.load(lses + row))
+        h = tl.load(entropies + row)
         base, constant, slope, at_target = _coefficients(
-            g_logprob, g_entropy, g_lse, tl.load(logprobs + row), tl.load(entropies + row), lse_hi, lse_lo, s
+            g_logprob, g_entropy, g_lse, tl.load(logprobs + row), h, hi, lo, s
         )
         if places is None:
             source = _row_pointer(logits, row, inner, outer_stride, inner_stride)
         else:
             source = logits + tl.load(places + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
-        _write_gradient(
-            source, destination, vocab, target, base, constant, slope, at_target, s, 0, SLOPE, REPEAT, LANES, WIDTH,
-            PTX,
-        )  # fmt: skip
+        if _is_far(hi, power):
+            largest_logit = _largest_logit(hi, lo, power, h, s, error)
+            _write_far(
+                source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, h, at_target, s,
+                LANES,
+            )  # fmt: skip
+        else:
+            _write_gradient(
+                source, destination, vocab, target, base, constant, slope, at_target, s, 0, SLOPE, REPEAT, LANES,
+                WIDTH, PTX,
+            )  # fmt: skip
     else:
         _write_zeros(destination, vocab, BLOCK, WIDTH)
 
@@ -586,32 +718,70 @@ def forward_backward_kernel(
             skip = there.to(tl.int32) * KEPT
         g_logprob = _upstream(g_logprobs, row, _factor(None, counts, counts_size))
         s, error = _scale_of(row, temperature, scale, scale_error)
-        logprob, h, hi, lo = _statistics(
+        logprob, h, hi, lo, power = _statistics(
             source, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, PREFETCH
         )
-        _store_statistics(row, logprob, h, hi, lo, logprobs, entropies, lses)
+        _store_statistics(row, logprob, h, hi, lo, power, logprobs, entropies, lses)
         if g_logprob != 0.0:
             base, constant, slope, at_target = _coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
-            _write_gradient(
-                source, destination, vocab, target, base, constant, slope, at_target, s, skip, False, REPEAT, LANES,
-                WIDTH, PTX,
-            )  # fmt: skip
-            if KEPT > 0 and NARROW:
-                _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX)
+            if _is_far(hi, power):
+                largest_logit = _largest_logit(hi, lo, power, h, s, error)
+                _write_far(
+                    source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, at_target, s, LANES
+                )
+            else:
+                _write_gradient(
+                    source, destination, vocab, target, base, constant, slope, at_target, s, skip, False, REPEAT,
+                    LANES, WIDTH, PTX,
+                )  # fmt: skip
+                if KEPT > 0 and NARROW:
+                    _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX)
         else:
             _write_zeros(destination, vocab, BLOCK, WIDTH)
     else:
         zero = tl.zeros((), tl.float32)
-        _store_statistics(row, zero, zero, zero, zero, logprobs, entropies, lses)
+        _store_statistics(row, zero, zero, zero, zero, zero, logprobs, entropies, lses)
         _write_zeros(destination, vocab, BLOCK, WIDTH)
+
+
+@triton.jit
+def _sequence_of(row, inner, cu_seqlens, sequences, rows):
+    """First row of a row's sequence, and the row behind its last; never outside of the `rows`."""
+    if cu_seqlens is None:
+        begin = row // inner * inner
+        end = begin + inner
+    else:
+        lane = tl.arange(0, 128)
+        begin, end = tl.zeros((), tl.int32), tl.zeros((), tl.int32) + rows
+        for start in range(0, sequences + 1, 128):
+            boundary = tl.load(cu_seqlens + start + lane, mask=start + lane <= sequences, other=0)
+            boundary = tl.minimum(tl.maximum(boundary, 0), rows).to(tl.int32)
+            begin = tl.maximum(begin, tl.max(tl.where(boundary <= row, boundary, 0), 0))
+            end = tl.minimum(end, tl.min(tl.where(boundary > row, boundary, rows), 0))
+    return begin, end
+
+
+@triton.jit
+def _some_nan(numbers, begin, end):
+    lane = tl.arange(0, 128)
+    found = tl.zeros([128], tl.int32)
+    for start in range(begin, end, 128):
+        x = tl.load(numbers + start + lane, mask=start + lane < end, other=0.0)
+        found += (x != x).to(tl.int32)
+    return tl.max(found, 0) > 0
 
 
 @_kernel()
 def scale_kernel(
     values, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32, rows: tl.int32, factor,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    loss, numbers, mask, cu_seqlens, sequences: tl.int32,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do. A program scales several rows."""
+    """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do. A program scales several rows.
+
+    If there is a `loss` and it is NaN: a row whose `numbers` are NaN becomes NaN, and if WHOLE, with it all other rows
+    of its sequence that count. The sequences are rows of `inner` or, with `cu_seqlens`, as these say.
+    """
     DTYPE: tl.constexpr = values.dtype.element_ty
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
@@ -627,6 +797,19 @@ def scale_kernel(
             column, there = _edges(head, body, vocab, WIDTH)
             here = pointer + column
             tl.store(here, narrow(_times(tl.load(here, mask=there, other=0), by), DTYPE), mask=there)
+    if loss is not None:
+        its_loss = tl.load(loss)
+        if its_loss != its_loss:
+            for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+                begin, end = row, row + 1
+                if WHOLE:
+                    begin, end = _sequence_of(row, inner, cu_seqlens, sequences, rows)
+                if _counts(mask, row) & _some_nan(numbers, begin, end):
+                    pointer = _row_pointer(values, row, inner, outer_stride, inner_stride)
+                    column = tl.arange(0, 128)
+                    for start in range(0, vocab, 128):
+                        nan = tl.full([128], float("nan"), tl.float32).to(DTYPE)
+                        tl.store(pointer + start + column, nan, mask=start + column < vocab)
 
 
 @triton.jit

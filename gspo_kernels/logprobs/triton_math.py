@@ -27,6 +27,8 @@ TINY = tl.constexpr(2.0**-126)  # smaller gradients are zeros: a subnormal slows
 LOWEST = tl.constexpr(-1e20)  # stands for a logit of -inf, finite: no inf - inf, no 0 times inf can arise
 FLOOR = tl.constexpr(-1e9)  # a running maximum over nothing yet, in base 2: logits below it count as -inf
 INFINITY = tl.constexpr(float("inf"))
+FAR, FAR_LSE = tl.constexpr(7.4e8), tl.constexpr(2.0**29)  # of far rows: |largest logit| in base 2, |lse| in nats
+POWER, POWER_BITS = tl.constexpr(2.0**32), tl.constexpr(32 << 52)  # POWER times a float64: POWER_BITS more in its bits
 SIGN_BIT = tl.constexpr(-(2**63))
 
 # PTX of several instructions; tests/test_ptx.py carries it out. Operands, a register each: results, then arguments.
@@ -241,8 +243,7 @@ def two_sum(x, y):
 def two_product(x, y):
     """x y and what its rounding lost (0 where the product is not finite)."""
     p = product(x, y)
-    lost = fma(x, y, -p)
-    return p, tl.where(lost == lost, lost, 0.0)
+    return p, tl.where(tl.abs(p) < INFINITY, fma(x, y, -p), 0.0)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ class Launch:
     prefetch: int = 0  # blocks brought to the L2 cache ahead of the first read, on NVIDIA
     kept: int = 0  # blocks that stay in registers and are not read again; 0 or a power of two
     max_registers: int | None = None  # a thread, on NVIDIA; None: the compiler decides
+
+
+class Spoiled(NamedTuple):
+    """What a gradient was written without: which of a batch's rows are NaN. It is looked at where the loss is NaN."""
+
+    loss: Tensor  # 0-d
+    numbers: Tensor  # fp32, one per row: NaN where the row makes the loss NaN
+    mask: Tensor | None  # uint8
+    cu_seqlens: Tensor | None
+    whole_sequences: bool  # a row spoils all of its sequence
 
 
 # 2026-11-26, an H200, Triton 3.6.0: whole losses at 8,192 rows of 151,936 bf16 logits. forward 0.588 ms (0.596 without
@@ -129,11 +139,14 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
     return stats
 
 
-def scale(values: Tensor, factor: Tensor) -> None:
+def scale(values: Tensor, factor: Tensor, spoiled: Spoiled | None = None) -> None:
     rows = values.shape[0] * values.shape[1]
+    loss, numbers, mask, cu_seqlens, whole = (None, None, None, None, False) if spoiled is None else spoiled
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _launch(
-        "scale", values, *values.stride()[:2], *values.shape[1:], rows, factor, programs=min(rows, MOST_SCALE_PROGRAMS)
-    )
+        "scale", values, *values.stride()[:2], *values.shape[1:], rows, factor, loss, numbers, mask, cu_seqlens,
+        sequences, whole, programs=min(rows, MOST_SCALE_PROGRAMS),
+    )  # fmt: skip
 
 
 def compiled_variants() -> int:
