@@ -450,6 +450,7 @@ class Reinforce(gspo_kernels.Objective):
     """
 
     aggregation: ClassVar[str] = "token_mean"
+    together: ClassVar[str] = "token"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
         n = layout.spread(layout.lengths)

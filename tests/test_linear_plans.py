@@ -237,7 +237,9 @@ class OverMean(gspo_kernels.Objective):
 
 
 class OfSequence(gspo_kernels.Objective):
-    """Advantages against the sequence's own mean ratio: whole sequences, as the base class has it."""
+    """Advantages against the sequence's own mean ratio: whole sequences."""
+
+    together: ClassVar[str] = "sequence"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
         ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
