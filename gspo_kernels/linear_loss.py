@@ -97,8 +97,10 @@ def linear_policy_loss(
         cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
             into a chunk, and there is a collective for each chunk and two before the first.
 
-    Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. All other
-    arguments, the result and the errors are those of `policy_loss`.
+    Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN spoils the
+    gradients of the same rows of hidden as `policy_loss` says of logits; those of weight and bias are sums over rows,
+    and NaN throughout. All other arguments, the result and the errors are those of `policy_loss`; torch.func.vmap
+    raises too.
     """
     refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode(

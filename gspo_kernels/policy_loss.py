@@ -281,7 +281,8 @@ def policy_loss_from_logprobs(
         logprobs: current log-probabilities, fp32 or fp64: bf16 has no digits left at GSPO's clip range.
         entropy: per token, differentiable; needed if `entropy_coef` is not 0.
 
-    The other arguments, the result and the errors are those of `policy_loss`.
+    Second derivatives and torch.func.vmap are supported, without `cp_group`; forward-mode AD and torch.func.grad in
+    padded layout, else they raise. The other arguments, the result and the errors are those of `policy_loss`.
     """
     refuse_forward_mode(
         "policy_loss_from_logprobs", False, advantages=advantages, old_logprobs=old_logprobs,
