@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks
+from .derivatives import first_derivative
 
 _DEVICES = ("cpu", "cuda")
 
@@ -101,7 +102,10 @@ def _(values: Tensor, ranks: str, crosses: bool) -> Tensor:
 
 
 def _gradient_of_sum(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return _sum_over_ranks(gradient, ctx.ranks, True) if ctx.crosses else gradient, None, None
+    if ctx.crosses:
+        return _sum_over_ranks(gradient, ctx.ranks, True), None, None
+    # That of all ranks' shares already; a second derivative would be that of one rank's share.
+    return first_derivative(gradient, "cp_group", gradient), None, None
 
 
 def _remember_ranks(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

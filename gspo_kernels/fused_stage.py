@@ -17,10 +17,19 @@ import torch
 from torch import Tensor
 
 from .checks import may_read
+from .derivatives import edge_of, first_derivative, refuse_second_backward
 from .layout import check_boundaries
 from .logprobs import cuda_rows, triton_rows
 from .logprobs.backends import Backend, by_triton, choose
-from .logprobs.ops import check_values, needs_operators, room_for_gradient, row_gradient, rows_of, unpadded
+from .logprobs.ops import (
+    FROM_LOGITS,
+    check_values,
+    needs_operators,
+    room_for_gradient,
+    row_gradient,
+    rows_of,
+    unpadded,
+)
 from .logprobs.rows import Rows, RowStats, TokenClip, Upstream, empty_stats
 from .logprobs.triton_rows import Launch, Spoiled
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
@@ -214,7 +223,7 @@ def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
         logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse, g_logprobs,
         g_entropy if ctx.entropy_bonus else None, None, upstream, partials[_COUNT], gradient, triton_rows.name,
     )  # fmt: skip
-    return gradient
+    return first_derivative(gradient, FROM_LOGITS, logits, upstream)
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -229,7 +238,6 @@ class _TwoPasses(torch.autograd.Function):
         return output[:4]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Any:
         return _gradient(ctx, upstream), *(None,) * 6
 
@@ -328,16 +336,20 @@ def _(logprobs: Tensor, entropy: Tensor, mask: Tensor | None, *others: Any) -> A
 
 def _remember_stage(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.entropy_bonus = TokenArguments(*inputs[3:]).entropy_bonus
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*inputs[:2], *output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradient_of_stage(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 16
-    g_logprobs, g_entropy, partials = ctx.saved_tensors
+    logprobs, entropy, g_logprobs, g_entropy, partials = ctx.saved_tensors
     bonus = g_entropy if ctx.entropy_bonus else None
-    of_logprobs, of_entropy, _lse = Upstream(g_logprobs, bonus, factor=upstream, counts=partials[_COUNT]).by_statistic()
+    with torch.no_grad():
+        found = Upstream(g_logprobs, bonus, factor=upstream, counts=partials[_COUNT]).by_statistic()
+    of_logprobs, of_entropy = (
+        None if g is None else first_derivative(g, FROM_LOGITS, logprobs, entropy, upstream) for g in found[:2]
+    )
     return of_logprobs, of_entropy, *(None,) * 14
 
 
@@ -369,6 +381,7 @@ class _OnePass(torch.autograd.Function):
         if overwrite_logits:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient)
+        ctx.edge = edge_of(logits)
         ctx.vocab_size = vocab_size
         ctx.spoiled = stage.spoiled(loss, stats)
         ctx.mark_non_differentiable(scalars, stage.log_ratios, stats.logprobs)
@@ -376,15 +389,16 @@ class _OnePass(torch.autograd.Function):
         return loss, scalars, stage.log_ratios, stats.logprobs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Any:
         if upstream is None:
             return (None,) * 8
+        refuse_second_backward(ctx, FROM_LOGITS)
         (gradient,) = ctx.saved_tensors
-        # Returns at once where upstream is 1 and the loss no NaN.
-        triton_rows.scale(gradient[..., : ctx.vocab_size], upstream, ctx.spoiled)
-        torch.autograd.graph.increment_version(gradient)  # a second backward is refused
-        return gradient, *(None,) * 7
+        with torch.no_grad():
+            # Returns at once where upstream is 1 and the loss no NaN.
+            triton_rows.scale(gradient[..., : ctx.vocab_size], upstream, ctx.spoiled)
+            torch.autograd.graph.increment_version(gradient)
+        return first_derivative(gradient, FROM_LOGITS, ctx.edge, upstream), *(None,) * 7
 
 
 class _Stage:

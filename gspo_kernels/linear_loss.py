@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from . import checks
 from .collectives import Ranks, ranks_of
+from .derivatives import refuse_forward_mode, refuse_vmap
 from .layout import batch_shape
 from .linear_ops import is_named, linear_loss, linear_row_stats
 from .linear_walk import HeadArguments, plan_of
@@ -96,9 +97,17 @@ def linear_policy_loss(
         cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
             into a chunk, and there is a collective for each chunk and two before the first.
 
-    Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. All other
-    arguments, the result and the errors are those of `policy_loss`.
+    Under autocast hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN spoils the
+    gradients of the same rows of hidden as `policy_loss` says of logits; those of weight and bias are sums over rows,
+    and NaN throughout. All other arguments, the result and the errors are those of `policy_loss`; torch.func.vmap
+    raises too.
     """
+    refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
+    refuse_forward_mode(
+        "linear_policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        weights=weights, temperature=temperature, normalizer=normalizer,
+    )  # fmt: skip
+    refuse_vmap("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     tp, cp = _head_ranks(hidden, weight, tp_group), ranks_of("cp_group", cp_group)
     with Together(hidden, tp, cp, name="hidden") as together:
         hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
@@ -226,6 +235,9 @@ def linear_token_logprobs(
 
     The other arguments and the errors are those of `policy_loss`.
     """
+    refuse_forward_mode("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
+    refuse_forward_mode("linear_token_logprobs", False, temperature=temperature)
+    refuse_vmap("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
     with Together(hidden, _head_ranks(hidden, weight, tp_group), name="hidden") as together:
         hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
         columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from . import fused_stage, linear_walk
 from .collectives import Ranks
+from .derivatives import edge_of, first_derivative, refuse_second_backward
 from .layout import BatchShape
 from .linear_walk import HeadArguments
 from .logprobs.backends import by_triton
 from .logprobs.linear import Wanted
-from .logprobs.ops import scale
+from .logprobs.ops import needs_operators, scale
 from .logprobs.plan import Step, pieces
 from .logprobs.rows import RowStats, Upstream
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
@@ -27,9 +29,12 @@ from .scalars import run_time_list
 from .stats import SCALARS, HeadWork, Stats
 from .token_stage import LossOutput, TokenInputs
 
+_LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
 _HEAD = len(HeadArguments._fields)  # the operators' first arguments; then three flags, which operands want a gradient
 _NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
-_CUSTOM: dict[str, Objective] = {}  # an operator takes no objects: a user's own objective, while its loss is computed
+_OWN: ContextVar[Objective] = ContextVar(
+    "own objective"
+)  # an operator takes no objects: set while its loss is computed
 
 
 def is_named(objective: Objective) -> bool:
@@ -39,7 +44,7 @@ def is_named(objective: Objective) -> bool:
 def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
     objective: Any = inputs.objective
     own = not is_named(objective)
-    name = f"{type(objective).__name__} at {id(objective)}" if own else type(objective).__name__
+    name = "own" if own else type(objective).__name__
     normalizer = inputs.normalizer
     given = isinstance(normalizer, Tensor)
     dual_clip = None if own else objective.dual_clip
@@ -54,8 +59,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             0.0 if given or normalizer is None else normalizer,
         )  # type: ignore[arg-type]
     )
-    if own:
-        _CUSTOM[name] = objective
+    token = _OWN.set(objective)
     try:
         loss, scalars, logprobs, log_ratio, work, *_ = _linear_loss(
             *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
@@ -64,7 +68,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             inputs.batch.ranks.text() if inputs.batch.ranks else None,
         )  # fmt: skip
     finally:
-        _CUSTOM.pop(name, None)
+        _OWN.reset(token)
     with torch.no_grad():
         stats = Stats(
             **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
@@ -130,7 +134,7 @@ def _linear_loss(
         hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
     )
     eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, count = numbers.tolist()  # a CPU tensor
-    of_objective = _CUSTOM.get(objective) or _NAMED[objective](eps_low, eps_high, dual_clip or None)
+    of_objective = _OWN.get() if objective == "own" else _NAMED[objective](eps_low, eps_high, dual_clip or None)
     sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     of_tokens = None if mask is None else mask.reshape(tokens)
     inputs = TokenInputs(
@@ -165,6 +169,8 @@ def _linear_loss(
             loss, of_stage = stage.loss(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
             scalars = torch.stack([getattr(of_stage, name) for name in SCALARS])
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
+        if wants_hidden:
+            linear_walk.spread_nan(gradients.hidden, inputs, stage, stats, scalars)
         sizes = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
         of_head = torch.stack([torch.full((), float(n), device=hidden.device) for n in sizes])
     return loss, scalars, logprobs, log_ratio, of_head, *gradients
@@ -188,7 +194,7 @@ def _(*arguments: Any) -> Any:
     hidden, weight, dtype, wants = arguments[0], arguments[1], arguments[7], arguments[_HEAD : _HEAD + 3]
     cu_seqlens, objective, tokens = arguments[_HEAD + 7], arguments[_HEAD + 10], arguments[_HEAD + 13]
     sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    by_sequence = (_CUSTOM.get(objective) or _NAMED[objective]).ratio_of == "sequence"
+    by_sequence = (_OWN.get() if objective == "own" else _NAMED[objective]).ratio_of == "sequence"
 
     def room(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -202,6 +208,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     operands = inputs[:3]
     ctx.likeness = [None if x is None else (x.shape, x.dtype) for x in operands]
     ctx.wanted = inputs[_HEAD : _HEAD + 3]
+    ctx.edges = (
+        () if needs_operators(inputs[0]) else [edge_of(x) for x in operands if x is not None and x.requires_grad]
+    )
     ctx.save_for_backward(*output[5:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -210,17 +219,13 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * (_HEAD + 15)
-    try:
-        gradients = ctx.saved_tensors
-    except RuntimeError as error:
-        raise RuntimeError(
-            "a loss from hidden states supports one backward pass: its gradient buffers are donated, not copied. "
-            "Compute the loss again for a second backward"
-        ) from error
-    found = [
-        _given(gradient, upstream, *likeness) if wanted else None
-        for gradient, wanted, likeness in zip(gradients, ctx.wanted, ctx.likeness, strict=True)
-    ]
+    refuse_second_backward(ctx, _LOSS)
+    with torch.no_grad():
+        found = [
+            _given(gradient, upstream, *likeness) if wanted else None
+            for gradient, wanted, likeness in zip(ctx.saved_tensors, ctx.wanted, ctx.likeness, strict=True)
+        ]
+    found = [None if x is None else first_derivative(x, _LOSS, *ctx.edges, upstream) for x in found]
     return (*found, *(None,) * (_HEAD + 12))
 
 
@@ -338,11 +343,13 @@ def _gradient_of_rows(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
     if all(g is None for g in upstream):
         return (None,) * (_HEAD + 3)
     saved, wants = ctx.saved_tensors, ctx.rest[_HEAD - 6 :]
-    gradients = _linear_row_gradient(*saved[:6], *ctx.rest, *saved[6:], *upstream)
-    found = [
-        gradient.to(operand.dtype).reshape(operand.shape) if wanted else None
-        for gradient, operand, wanted in zip(gradients, saved[:3], wants, strict=True)
-    ]
+    with torch.no_grad():
+        gradients = _linear_row_gradient(*saved[:6], *ctx.rest, *saved[6:], *upstream)
+        found = [
+            gradient.to(operand.dtype).reshape(operand.shape) if wanted else None
+            for gradient, operand, wanted in zip(gradients, saved[:3], wants, strict=True)
+        ]
+    found = [None if x is None else first_derivative(x, _LOGPROBS, *saved[:3], *upstream) for x in found]
     return (*found, *(None,) * _HEAD)
 
 

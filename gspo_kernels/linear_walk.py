@@ -17,6 +17,7 @@ from .logprobs.ops import check_ids_and_temperatures
 from .logprobs.plan import ChunkRows, Step, pieces, plan
 from .logprobs.rows import RowStats, Upstream
 from .logprobs.vocab_shard import VocabShard
+from .stats import SCALARS
 from .token_stage import TokenInputs, TokenStage
 
 
@@ -168,7 +169,8 @@ def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused
 
     def upstream(step: Step) -> Upstream:
         if known is not None:
-            return Upstream(known[step.start : step.stop])
+            found = stats.logprobs[step.start : step.stop]
+            return Upstream(torch.where(found.isnan(), torch.nan, known[step.start : step.stop]))
         assert coefficients is not None
         return coefficients.of(step, RowStats(*(x[step.start : step.stop] for x in stats)))
 
@@ -190,6 +192,20 @@ def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused
                 measure(start, stop)
             second_phase(head, step, stats, upstream(step))
     return stats
+
+
+def spread_nan(gradient: Tensor, inputs: TokenInputs, stage: TokenStage, stats: RowStats, scalars: Tensor) -> None:
+    """NaN into the hidden states' gradient [N, D] of all rows that share a ratio with a NaN row.
+
+    On-policy, coefficients are known before any row has been seen. A CPU looks whether there is a NaN at all; so does
+    each of the ranks that share out sequences, and finds the same.
+    """
+    if not inputs.depends_on_log_ratio_alone() or inputs.objective.together == "token":
+        return
+    if gradient.device.type == "cpu" and not bool(scalars[SCALARS.index("approx_kl")].isnan()):
+        return
+    coefficients, _ = stage.gradient(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
+    gradient.masked_fill_(coefficients.isnan()[:, None], torch.nan)
 
 
 def second_phase(head: Head, step: Step, stats: RowStats, upstream: Upstream) -> None:

@@ -1,18 +1,19 @@
 """The losses. An objective turns log-ratios and advantages into one number per token; everything else is shared.
 
 Write your own by subclassing `Objective`: one method, `terms`. Gradients come from autograd, so keep values that should
-not be differentiated detached, and guard before an unsafe operation (clamp before exp): the gradient is then safe too.
+not be differentiated detached, and guard before an unsafe operation (`at_most` before exp): then so is the gradient.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .aggregation import AGGREGATIONS
 from .layout import Layout
 from .scalars import run_time
 
@@ -30,12 +31,16 @@ class Terms:
 class Objective:
     """Base of all objectives.
 
+    NaN in a log-probability (old, current, or reference with `beta`) makes its log-ratio NaN. Which gradients become
+    NaN is what `terms` makes of that; torch.clamp would hide it from them.
+
     Attributes:
         ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
         advantages_per_token: whether an advantage per token makes sense; `terms` then always gets [tokens].
         aggregation: the default of `aggregation=`.
-        together: what `terms` of a token depends on: that "token" alone, its "sequence", or the whole "batch". From
-            hidden states a loss is computed in parts, and the less is needed together, the less is computed twice.
+        together: what `terms` of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
+            is always right. From hidden states a loss is computed in parts, and the less is needed together, the less
+            is computed twice; with less than `terms` depends on, gradients are wrong.
         by_sequence_alone: whether `terms` come from sums over each sequence and nothing else, and `ratio_of` is
             "sequence". Under context parallelism the gradient through a sum then crosses no ranks.
     """
@@ -43,7 +48,7 @@ class Objective:
     ratio_of: ClassVar[str] = "token"
     advantages_per_token: ClassVar[bool] = True
     aggregation: ClassVar[str] = "sequence_mean"
-    together: ClassVar[str] = "sequence"
+    together: ClassVar[str] = "batch"
     by_sequence_alone: ClassVar[bool] = False
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
@@ -55,6 +60,66 @@ class Objective:
             max_log_ratio: above it a ratio saturates: constant, without gradient. A 0-d tensor.
         """
         raise NotImplementedError
+
+
+_CHOICES = {
+    "ratio_of": ("sequence", "token"),
+    "together": ("token", "sequence", "batch"),
+    "aggregation": AGGREGATIONS,
+}  # fmt: skip
+
+
+def check_objective(objective: Any) -> None:
+    """Refuses what is no objective, and one whose attributes are misspelt: it would be computed as something else."""
+    if not isinstance(objective, Objective):
+        got = f"the class {objective.__name__}" if isinstance(objective, type) else checks.describe(objective)
+        raise TypeError(f"objective: expected an Objective such as GSPO(); got {got}")
+    if type(objective) in NAMED:
+        return
+    name = type(objective).__name__
+    for attribute, allowed in _CHOICES.items():
+        checks.choice(f"{name}.{attribute}", getattr(objective, attribute), allowed)
+    for attribute in ("advantages_per_token", "by_sequence_alone"):
+        value = getattr(objective, attribute)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}.{attribute}: expected True or False; got {checks.describe(value)}")
+    if objective.by_sequence_alone and objective.ratio_of != "sequence":
+        raise ValueError(f"{name}.by_sequence_alone: expected False, because ratio_of is 'token'; got True")
+
+
+def check_terms(objective: Objective, terms: Any, *, tokens: int, sequences: int) -> None:
+    """Refuses what `terms` returned if it is not as `Terms` says: shapes that broadcast would give another loss."""
+    if type(objective) in NAMED:
+        return
+    name = f"{type(objective).__name__}.terms"
+    if not isinstance(terms, Terms):
+        raise TypeError(f"{name}: expected it to return Terms; got {checks.describe(terms)}")
+    by_sequence = objective.ratio_of == "sequence"
+    shape = (sequences if by_sequence else tokens,)
+    meaning = f"one per {objective.ratio_of}, because ratio_of is {objective.ratio_of!r}"
+    for field, dtype in (
+        ("loss", torch.float64), ("log_ratio", torch.float64), ("clipped_low", torch.bool), ("clipped_high", torch.bool)
+    ):  # fmt: skip
+        value = getattr(terms, field)
+        if value is None and dtype == torch.bool:
+            continue
+        checks.tensor(f"{name}: {field}", value, meaning)
+        checks.shape(f"{name}: {field}", value, shape, meaning)
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: {field}: expected {dtype}, {meaning}; got {value.dtype}")
+
+
+def at_most(values: Tensor, bound: Tensor | float) -> Tensor:
+    """`values`, held at `bound` above it: no gradient there. On the bound the gradient flows, and NaN stays NaN.
+
+    torch.clamp hides NaN from the gradient, and halves it on the bound since torch 2.14.
+    """
+    return torch.where(values > bound, bound, values)
+
+
+def within(values: Tensor, bound: Tensor | float) -> Tensor:
+    """`at_most` on both sides: from `-bound` to `bound`."""
+    return torch.where(values < -bound, -bound, at_most(values, bound))
 
 
 def clipped_surrogate(
@@ -75,7 +140,7 @@ def clipped_surrogate(
     """
     device = log_ratio.device
     lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
-    deviation = torch.expm1(log_ratio.clamp(max=max_log_ratio))  # clamp: constant and without gradient above
+    deviation = torch.expm1(at_most(log_ratio, max_log_ratio))
     low = (advantages < 0) & (deviation < lowest)
     high = (advantages > 0) & (deviation > highest)
     held = torch.where(high, highest, torch.where(low, lowest, deviation))
@@ -122,6 +187,7 @@ class GSPO(_Clipped):
 
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
+    together: ClassVar[str] = "sequence"
     by_sequence_alone: ClassVar[bool] = True
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
@@ -141,6 +207,8 @@ class GSPOToken(_Clipped):
 
     eps_low: float = 3e-4
     eps_high: float = 4e-4
+
+    together: ClassVar[str] = "sequence"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Layout, max_log_ratio: Tensor) -> Terms:
         log_s = layout.spread(layout.mean(log_ratio.detach())) + (log_ratio - log_ratio.detach())
@@ -179,3 +247,6 @@ class PPO(GRPO):
     eps_high: float = 0.2
 
     aggregation: ClassVar[str] = "token_mean"
+
+
+NAMED: tuple[type[Objective], ...] = (GSPO, GSPOToken, GRPO, PPO)

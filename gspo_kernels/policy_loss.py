@@ -10,10 +10,11 @@ from typing_extensions import Unpack
 
 from . import checks, fused_stage
 from .collectives import ranks_of
+from .derivatives import refuse_forward_mode
 from .layout import as_bool, batch_shape
 from .logprobs import vocab_shard
-from .logprobs.backends import check_name, choose
-from .logprobs.ops import needs_operators, row_stats, row_stats_with_gradient
+from .logprobs.backends import Backend, check_name, choose
+from .logprobs.ops import needs_operators, row_stats, row_stats_and_gradient, with_gradient
 from .logprobs.rows import Rows, RowStats, Upstream, stats_dtype
 from .logprobs.vocab_shard import VocabShard, shard_of, tp_ranks
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
@@ -95,8 +96,8 @@ def policy_loss(
         advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
         old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
             ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
-            fp16, not under torch.compile). Such a loss supports one backward pass. The CUDA kernels take one
-            pass for GRPO and PPO off-policy as well.
+            fp16, not under torch.compile; on a GPU, not with your own objective). Such a loss supports one backward
+            pass. The CUDA kernels take one pass for GRPO and PPO off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
@@ -131,10 +132,21 @@ def policy_loss(
     Returns:
         `LossOutput(loss, stats)`. No host sync takes place.
 
+    NaN in a logit, an old log-probability or, with `beta`, a reference one, where the mask is set, makes the loss NaN,
+    and the gradient of that token's row; with GSPO and GSPO-token, of all rows of its sequence. All other rows have the
+    gradient that they would have without it.
+
+    Second derivatives, forward-mode AD and torch.func.grad raise RuntimeError.
+
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then. On
             the CPU, or under GSPO_KERNELS_DEBUG=1, what one rank refuses is refused by all ranks of its groups.
     """
+    refuse_forward_mode("policy_loss", logits=logits)
+    refuse_forward_mode(
+        "policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        weights=weights, temperature=temperature, normalizer=normalizer,
+    )  # fmt: skip
     tp, cp = tp_ranks(logits, -1, tp_group), ranks_of("cp_group", cp_group)
     with Together(logits, tp, cp) as together:
         logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
@@ -155,7 +167,7 @@ def policy_loss(
         found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
         return _loss(inputs, found) if fused is None else fused_stage.loss_of_rows(inputs, found)
     one_pass = (
-        (inputs.depends_on_log_ratio_alone() or (fused is not None and fused_stage.clips_row_by_row(inputs, fused)))
+        _gradient_is_known(inputs, logits, fused)
         and logits.requires_grad
         and torch.is_grad_enabled()
         and not needs_operators(logits)
@@ -166,12 +178,16 @@ def policy_loss(
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
-        carrier, found = row_stats_with_gradient(
+        found, gradient = row_stats_and_gradient(
             rows, upstream, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend
         )
         with torch.no_grad():
-            value, stats = stage.loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
-        return LossOutput(value + carrier, stats)
+            statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
+            value, stats = stage.loss(*statistics)
+            if bool(stats.approx_kl.isnan()):  # the same on every rank; read on a CPU alone
+                spoilt = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
+                gradient[..., :columns][spoilt] = torch.nan
+        return LossOutput(with_gradient(value, logits, gradient, backend), stats)
     found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
     return _loss(inputs, found)
 
@@ -265,8 +281,15 @@ def policy_loss_from_logprobs(
         logprobs: current log-probabilities, fp32 or fp64: bf16 has no digits left at GSPO's clip range.
         entropy: per token, differentiable; needed if `entropy_coef` is not 0.
 
-    The other arguments, the result and the errors are those of `policy_loss`.
+    Second derivatives and torch.func.vmap are supported, without `cp_group`; forward-mode AD and torch.func.grad in
+    padded layout, else they raise. The other arguments, the result and the errors are those of `policy_loss`.
     """
+    refuse_forward_mode(
+        "policy_loss_from_logprobs", False, advantages=advantages, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, weights=weights, normalizer=normalizer,
+    )  # fmt: skip
+    if cu_seqlens is not None or cp_group is not None:  # sums over segments and over ranks are operators
+        refuse_forward_mode("policy_loss_from_logprobs", logprobs=logprobs, entropy=entropy)
     cp = ranks_of("cp_group", cp_group)
     with Together(logprobs, cp, name="logprobs") as together:
         checks.tensor("logprobs", logprobs, "log-probabilities per token")
@@ -317,6 +340,8 @@ def token_logprobs(
 
     The other arguments and the errors are those of `policy_loss`.
     """
+    refuse_forward_mode("token_logprobs", logits=logits)
+    refuse_forward_mode("token_logprobs", False, temperature=temperature)
     with Together(logits, tp_ranks(logits, -1, tp_group)) as together:
         logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
         columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
@@ -353,6 +378,14 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
 
 def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
     return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
+
+
+def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | None) -> bool:
+    """Whether a row's gradient can be written while the row is read for the first time."""
+    if fused is not None:
+        return inputs.depends_on_log_ratio_alone() or fused_stage.clips_row_by_row(inputs, fused)
+    # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
+    return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
 
 
 def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:

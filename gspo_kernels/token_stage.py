@@ -11,7 +11,7 @@ from torch import Tensor
 from . import aggregation as aggregate
 from . import checks
 from .layout import BatchShape, Layout
-from .objectives import Objective, Terms
+from .objectives import Objective, Terms, check_objective, check_terms, within
 from .scalars import run_time
 from .stats import Stats, collect
 
@@ -155,9 +155,11 @@ class TokenStage:
 
     def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
         """The loss in float64, what the objective says, log-ratios and KL per token."""
-        new = self.layout.select(logprobs.double()).clamp(-FINITE, FINITE)
-        old = new.detach() if self.old_logprobs is None else self.old_logprobs.clamp(-FINITE, FINITE)
+        new = within(self.layout.select(logprobs.double()), FINITE)
+        old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
         log_ratio = new - old
+        if self.ref_logprobs is not None and self.beta != 0.0:  # of whatever shares a ratio the gradient is NaN, too
+            log_ratio = log_ratio + torch.where(self.ref_logprobs.isnan(), torch.nan, 0.0)
         terms = self._terms(log_ratio)
         kl = None if self.ref_logprobs is None else self._kl(new)
         return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
@@ -165,12 +167,14 @@ class TokenStage:
     def _terms(self, log_ratio: Tensor) -> Terms:
         if self.weights is not None and self.layout.ranks is not None:
             self.layout.sum_beside(self.weights)
-        return self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)
+        terms = self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)
+        check_terms(self.objective, terms, tokens=log_ratio.shape[0], sequences=self.layout.sequences)
+        return terms
 
     def _kl(self, logprobs: Tensor) -> Tensor:
         """KL(pi || ref) per token, estimated from the sampled token (http://joschu.net/blog/kl-approx.html)."""
         assert self.ref_logprobs is not None
-        d = (self.ref_logprobs.clamp(-FINITE, FINITE) - logprobs).clamp(-self.max_log_ratio, self.max_log_ratio)
+        d = within(within(self.ref_logprobs, FINITE) - logprobs, self.max_log_ratio)
         if self.kl_estimator == "k1":
             return -d
         return d.square() / 2 if self.kl_estimator == "k2" else torch.expm1(d) - d
@@ -219,8 +223,7 @@ def token_inputs(
     max_log_ratio: float,
 ) -> TokenInputs:
     """Checks everything that has one number per token or sequence."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective: expected an Objective such as GSPO(); got {checks.describe(objective)}")
+    check_objective(objective)
     aggregation = objective.aggregation if aggregation is None else aggregation
     aggregate.check(aggregation, normalizer)
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)

@@ -226,9 +226,7 @@ def test_explain_tells_the_plan(way: str) -> None:
 
 
 class OverMean(gspo_kernels.Objective):
-    """Ratios over their mean in the batch: no token's gradient is known before all have been seen."""
-
-    together: ClassVar[str] = "batch"
+    """Ratios over their mean in the batch, which is what an objective is taken for that does not say what it needs."""
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
         ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
@@ -237,7 +235,9 @@ class OverMean(gspo_kernels.Objective):
 
 
 class OfSequence(gspo_kernels.Objective):
-    """Advantages against the sequence's own mean ratio: whole sequences, as the base class has it."""
+    """Advantages against the sequence's own mean ratio: whole sequences."""
+
+    together: ClassVar[str] = "sequence"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
         ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))

@@ -271,6 +271,7 @@ class Variance(gspo_kernels.Objective):
 
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
+    together: ClassVar[str] = "sequence"
 
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
         mean = layout.mean(log_ratio)

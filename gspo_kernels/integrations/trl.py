@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import trl
@@ -31,6 +31,7 @@ from .. import (
     linear_token_logprobs,
     policy_loss_from_logprobs,
 )
+from ..objectives import at_most, within
 
 __all__ = ["GSPOConfig", "GSPOTrainer"]
 
@@ -304,12 +305,14 @@ class _WeightedKL(Objective):
     policy: Objective
     ref_minus_old: Tensor  # [B, C]
 
+    together: ClassVar[str] = "sequence"
+
     def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> Terms:
         advantages = advantages if self.policy.advantages_per_token else layout.mean(advantages)
         log_weight = self.policy.terms(log_ratio, advantages, layout, max_log_ratio).log_ratio
         log_weight = layout.spread(log_weight) if self.policy.ratio_of == "sequence" else log_weight
-        d = (layout.of_tokens(self.ref_minus_old) - log_ratio).clamp(-max_log_ratio, max_log_ratio)
-        return Terms(torch.exp(log_weight.clamp(max=max_log_ratio)) * (torch.expm1(d) - d), log_ratio)
+        d = within(layout.of_tokens(self.ref_minus_old) - log_ratio, max_log_ratio)
+        return Terms(torch.exp(at_most(log_weight, max_log_ratio)) * (torch.expm1(d) - d), log_ratio)
 
 
 def _loss_mask(inputs: Inputs) -> Tensor:

@@ -349,7 +349,7 @@ def _exponent(upstream: Upstream) -> Tensor:
     In fp16, which ends at 65,504 and at 6e-8, the gradients of most logits would else vanish: they are smaller by p.
     """
     arrays = Upstream(*upstream.by_statistic())
-    sizes = [x.abs().amax().float() for x in arrays[:3] if x is not None and x.numel()]
+    sizes = [x.abs().nan_to_num(0.0).amax().float() for x in arrays[:3] if x is not None and x.numel()]
     if not sizes:
         return torch.zeros((), dtype=torch.int64)
     largest = torch.stack(sizes).amax()

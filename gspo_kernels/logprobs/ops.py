@@ -1,6 +1,6 @@
 """The vocabulary-sized work as torch operators: log-probability, entropy and logsumexp of each row, differentiable.
 
-Everything above calls `row_stats` or, where the gradient is known before a logit is read, `row_stats_with_gradient`.
+Everything above calls `row_stats` or, where the gradient is known before a logit is read, `row_stats_and_gradient`.
 Both run operators of `torch.library`, so torch's dispatcher, `torch.compile` and CUDA graphs see them; the operators
 pick a backend. Values that only a read can check (token ids, temperatures) are checked here: always on the CPU, on a
 GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..checks import may_read
+from ..derivatives import edge_of, first_derivative, refuse_second_backward
 from .backends import choose
 from .rows import Rows, RowStats, Upstream, empty_stats
 
 _DEVICES = ("cpu", "cuda")
+FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, for error messages
 
 # Row arrays are [outer, inner]. Columns of the logits from `vocab_size` on are padding: not read, gradient 0.
 
@@ -84,13 +86,14 @@ def _(*args: Any, **kwargs: Any) -> None:
 
 
 def row_gradient(*arguments: Any) -> None:
-    """`_write_gradient` as an operator, or called directly in a backward that nothing traces or differentiates."""
+    """`_write_gradient` as an operator, or called directly in a backward that nothing traces."""
     logits, gradient = arguments[0], arguments[-2]
-    if torch.is_grad_enabled() or needs_operators(logits):
-        _row_gradient(*arguments)
-    else:
-        _write_gradient(*arguments)
-        torch.autograd.graph.increment_version(gradient)
+    with torch.no_grad():
+        if needs_operators(logits):
+            _row_gradient(*arguments)
+        else:
+            _write_gradient(*arguments)
+            torch.autograd.graph.increment_version(gradient)
 
 
 @torch.library.custom_op("gspo_kernels::row_stats_and_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
@@ -189,6 +192,7 @@ def _gradient_of_logits(
         logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse,
         grad_logprobs, grad_entropy, grad_lse, None, None, gradient, ctx.backend,
     )  # fmt: skip
+    gradient = first_derivative(gradient, FROM_LOGITS, logits, grad_logprobs, grad_entropy, grad_lse)
     return gradient, None, None, None, None, None, None
 
 
@@ -196,38 +200,24 @@ _row_stats.register_autograd(_gradient_of_logits, setup_context=_save_for_gradie
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A zero whose gradient with respect to the logits was written by the forward, while each row was in the cache."""
+    """A value whose gradient with respect to the logits has been written already."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Rows,
-        logits: Tensor,
-        vocab_size: int,
-        upstream: Upstream,
-        overwrite: bool,
-        backend: str | None,
-    ) -> Any:
-        assert upstream.logprobs is not None
-        gradient = room_for_gradient(logits, overwrite)
-        logprobs, entropy, lse = _row_stats_and_gradient(
-            logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, upstream.logprobs, upstream.counts,
-            gradient, backend,
-        )  # fmt: skip
+    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(logprobs, entropy, lse)
-        ctx.set_materialize_grads(False)  # else autograd fills zeros for the statistics
-        return logprobs.new_zeros(()), logprobs, entropy, lse
+        ctx.edge, ctx.backend = edge_of(logits), backend
+        ctx.set_materialize_grads(False)
+        return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
         if upstream is None:
-            return (None,) * 6
+            return (None,) * 4
+        refuse_second_backward(ctx, FROM_LOGITS)
         (gradient,) = ctx.saved_tensors
-        scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1; a second backward is refused
-        return None, gradient, None, None, None, None
+        with torch.no_grad():
+            scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1
+        return first_derivative(gradient, FROM_LOGITS, ctx.edge, upstream), None, None, None
 
 
 # ---- what the layers above call
@@ -240,15 +230,24 @@ def row_stats(rows: Rows, *, vocab_size: int, overwrite_logits: bool = False, ba
     )
 
 
-def row_stats_with_gradient(
+@torch.no_grad()
+def row_stats_and_gradient(
     rows: Rows, upstream: Upstream, *, vocab_size: int, overwrite_logits: bool, backend: str | None
-) -> tuple[Tensor, RowStats]:
-    """Statistics, and a zero that carries the gradient: its derivative is `upstream` through log p. One pass.
+) -> tuple[RowStats, Tensor]:
+    """Statistics, and the gradient of the logits if `upstream` is that of log p. One pass; not differentiable."""
+    assert upstream.logprobs is not None
+    gradient = room_for_gradient(rows.logits, overwrite_logits)
+    found = _row_stats_and_gradient(
+        rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, upstream.logprobs, upstream.counts,
+        gradient, backend,
+    )  # fmt: skip
+    return RowStats(*found), gradient
 
-    The gradient is scaled in place by the backward, which can therefore run once.
-    """
-    carrier, *stats = _KnownGradient.apply(rows, rows.logits, vocab_size, upstream, overwrite_logits, backend)
-    return carrier, RowStats(*stats)
+
+def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
+    """`value`, whose gradient by the logits is this one: scaled in place by the backward, which can run once."""
+    found: Tensor = _KnownGradient.apply(logits, value, gradient, backend)
+    return found
 
 
 # ---- checks that read

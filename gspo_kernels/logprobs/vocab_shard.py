@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import checks
 from ..collectives import Ranks, gather, ranks_of
+from ..derivatives import first_derivative
 from . import ops
 from .backends import choose
 from .rows import Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
@@ -265,14 +266,16 @@ def _gradient_of_shard(
     logits, token_ids, mask, temperature, *saved = ctx.saved_tensors
     gradient = ops.room_for_gradient(logits, ctx.overwrite_logits)
     if ctx.shard.columns == 0:
-        gradient.zero_()
-        return gradient, *(None,) * 8
+        with torch.no_grad():
+            gradient.zero_()
+        return first_derivative(gradient, ops.FROM_LOGITS, logits), *(None,) * 8
     owns, place = ctx.shard.place(token_ids)
     upstream = Upstream(grad_logprobs, grad_entropy, grad_lse)
     stats, local = of_this_rank(RowStats(*saved), upstream, owns, logits[..., 0], temperature)
     ops.row_gradient(
         logits, place, mask, temperature, ctx.shard.columns, *stats, *local[:3], None, None, gradient, ctx.backend
     )
+    gradient = first_derivative(gradient, ops.FROM_LOGITS, logits, grad_logprobs, grad_entropy, grad_lse)
     return gradient, *(None,) * 8
 
 

@@ -1,0 +1,123 @@
+"""What autograd cannot do with these functions is refused: second derivatives, forward mode, a second backward.
+
+The first derivative is written by kernels, which autograd cannot see through. Each function here raises where a
+derivative would otherwise be dropped without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = "policy_loss_from_logprobs, of log-probabilities made by torch's own operators, supports it"
+
+
+def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -> None:
+    """Raises if an argument carries a tangent or, with `reverse`, is being differentiated by `torch.func.grad`.
+
+    That needs autograd functions of another form than the operators of this package have.
+    """
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # a compiler sees no tangents
+            raise RuntimeError(
+                f"{function}: forward-mode AD is not supported under torch.compile. Call it outside of dual_level, or "
+                "use reverse mode"
+            )
+        return
+    transforms = torch._C._are_functorch_transforms_active()
+    if not transforms and forward_ad._current_level < 0:
+        return
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            continue
+        found = _transforms_of(value) if transforms else set()
+        if "Grad" in found and reverse:
+            raise RuntimeError(
+                f"{function}: torch.func.grad is not supported; {name} is being differentiated by it (or by vjp, "
+                f"jacrev, hessian). Use backward() or torch.autograd.grad. {_PLAIN}"
+            )
+        if "Jvp" in found or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
+            raise RuntimeError(
+                f"{function}: forward-mode AD is not supported, and {name} has a tangent, which would be lost. Use "
+                f"reverse mode (backward, torch.autograd.grad), or detach {name}. {_PLAIN} in padded layout"
+            )
+
+
+def refuse_vmap(function: str, **arguments: Any) -> None:
+    """For functions whose operator computes gradients where it sees that they are wanted: a batched tensor hides it."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and "Vmap" in _transforms_of(value):
+            raise RuntimeError(
+                f"{function}: torch.func.vmap is not supported, and {name} is batched by it: its gradient would be "
+                "lost. Add the batched dimension to the sequences, or loop over it"
+            )
+
+
+def _transforms_of(values: Tensor) -> set[str]:
+    """By which transforms of torch.func these numbers are differentiated or batched: "Grad", "Jvp", "Vmap"."""
+    functorch = torch._C._functorch
+    names = {each.level(): each.key().name for each in functorch.get_interpreter_stack() or []}
+    found = set()
+    while functorch.is_functorch_wrapped_tensor(values):
+        name, inside = names.get(functorch.maybe_get_level(values), ""), functorch.get_unwrapped(values)
+        constant = (name == "Grad" and not values.requires_grad) or (
+            name == "Jvp" and forward_ad.unpack_dual(inside, level=0).tangent is None
+        )
+        if not constant:
+            found.add(name)
+        values = inside
+    return found
+
+
+def refuse_second_backward(ctx: Any, function: str) -> None:
+    """For a backward that scales its buffer in place. Version counters do not see it where saved-tensor hooks copy."""
+    if getattr(ctx, "backward_has_run", False):
+        raise RuntimeError(
+            f"{function}: supports one backward pass, which hands over its gradient buffer; a second one was tried "
+            "(retain_graph=True). Compute the loss again, or add losses up and call backward once"
+        )
+    ctx.backward_has_run = True
+
+
+def edge_of(operand: Tensor) -> Tensor:
+    """A number without a value, by which `first_derivative` finds the operand's graph. Keeps no memory of it alive."""
+    with torch.enable_grad():
+        edge: Tensor = _Edge.apply(operand)
+    return edge
+
+
+def first_derivative(gradient: Tensor, function: str, *connected: Tensor | None) -> Tensor:
+    """`gradient`; to differentiate it again raises, if autograd gets there by way of the `connected` tensors."""
+    if not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in connected):
+        return gradient
+    found: Tensor = _FirstDerivative.apply([gradient], function, *connected)
+    return found
+
+
+class _Edge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operand: Tensor) -> Tensor:
+        return torch.empty((), device=operand.device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        raise AssertionError("an edge is connected to `_FirstDerivative` alone, which raises")
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: list[Tensor], function: str, *connected: Tensor | None) -> Tensor:
+        ctx.function = function
+        return gradient[0]  # in a list it is no input, of which the output would have to be a view
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.function}: a second derivative is not supported; the gradient of a gradient (create_graph=True) was "
+            f"tried. {_PLAIN} in reverse mode"
+        )
