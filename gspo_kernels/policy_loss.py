@@ -346,7 +346,7 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
     if mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
-    rolled = torch.roll(mask != 0, -1, dims=1)
+    rolled = torch.roll(as_bool("mask", mask), -1, dims=1)
     rolled[:, -1:] = False
     return torch.roll(input_ids, -1, dims=1), rolled
 
@@ -409,7 +409,7 @@ def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
         return None
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
     checks.same_device("mask", mask, token_ids.device)
-    return as_bool(mask)
+    return as_bool("mask", mask)
 
 
 def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:

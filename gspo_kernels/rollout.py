@@ -150,7 +150,7 @@ def rollout_weights(
         counted, share = layout.mask, layout.mask.double()
     else:
         log_ratio = layout.sum(log_ratio) if level == "sequence_sum" else layout.mean(log_ratio)
-        counted, share = layout.local_lengths > 0, layout.share()
+        counted, share = layout.held, layout.share()
     log_weight, saturated = _saturate(log_ratio, max_log_ratio)
     raw = torch.where(counted, log_weight.exp(), 0.0)
 
@@ -240,7 +240,7 @@ def rollout_mismatch(
     summed = layout.sum(exact)
     lengths = layout.lengths.clamp(min=1)
     log_weight, log_s = (_saturate(x, max_log_ratio)[0] for x in (summed, summed / lengths))
-    held, share = layout.local_lengths > 0, layout.share()
+    held, share = layout.held, layout.share()
     w, ratio, s = torch.where(held, log_weight.exp(), 0.0), r.exp(), torch.where(held, log_s.exp(), 0.0)
 
     def by_token(values: Tensor) -> Tensor:
