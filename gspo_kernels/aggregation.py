@@ -44,7 +44,8 @@ def spoiled(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> 
     """The loss, or NaN if the normalizer is no count; 0 is one where nothing counts."""
     if not isinstance(normalizer, Tensor):
         return loss
-    return torch.where(_counts(normalizer) | ((normalizer == 0) & (layout.num_tokens == 0)), loss, torch.nan)
+    is_count = _counts(normalizer) | ((normalizer == 0) & (layout.num_tokens == 0))
+    return loss + torch.where(is_count, 0.0, torch.nan)  # added, so that the gradient of the loss goes on: see `spoil`
 
 
 def spoil(values: Tensor, normalizer: float | Tensor | None) -> Tensor:
@@ -127,7 +128,8 @@ def global_count(
         averaged: for what averages gradients over `group` instead of summing them, as DDP and FSDP do: the count is
             then divided by its number of ranks.
 
-    Returns: 0-d float64, on the mask's device. 0 where nothing counts, of which losses make 0.
+    Returns: 0-d float64, on the mask's device. 0 where nothing counts, of which losses make 0. NaN for wrong boundaries
+    that could not be checked.
     """
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     checks.tensor("mask", mask, "True or 1 at the tokens that count")

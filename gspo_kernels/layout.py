@@ -101,7 +101,7 @@ class Layout:
     further `sum` is another. Its gradient crosses ranks too, unless the layout was made with `crosses=False`, for a
     loss whose gradient by a sequence's sum is known whole on every rank.
 
-    All sums and lengths are NaN where packed boundaries are wrong that could not be checked (on a GPU, unless debugging).
+    All sums and lengths are NaN if packed boundaries are wrong and could not be checked (on a GPU, unless debugging).
     """
 
     mask: Tensor  # [tokens] bool
@@ -122,12 +122,12 @@ class Layout:
 
     @property
     def held(self) -> Tensor:
-        """[sequences] bool, those of which this rank has an unmasked token; all, where their lengths are NaN."""
+        """[sequences] bool, those of which this rank has an unmasked token; all of them if lengths are NaN."""
         return self.local_lengths != 0
 
     def lengths_on_host(self) -> list[int]:
-        """`local_lengths`, which a GPU is waited for. Boundaries that were not checked before are refused here."""
-        lengths = self.local_lengths.tolist()
+        """`local_lengths`; waits for a GPU. Wrong boundaries that were not checked before are refused here."""
+        lengths: list[float] = self.local_lengths.tolist()
         if any(length != length for length in lengths):
             raise ValueError(_WRONG_BOUNDARIES.format(tokens=self.mask.numel(), got="others"))
         return [int(length) for length in lengths]
@@ -231,7 +231,8 @@ class PackedLayout(Layout):
         super().__init__(batch, crosses)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return cast(Tensor, _segment_sum(values, *self._segments)) + self._fault
+        sums: Tensor = _segment_sum(values, *self._segments)
+        return sums + self._fault
 
     def _spread(self, values: Tensor) -> Tensor:
         return cast(Tensor, _segment_spread(values, *self._segments))
@@ -255,7 +256,9 @@ def batch_shape(
         return BatchShape(token_shape, token_shape[0], device, mask, None, ranks)
     checks.tensor("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected boundaries of the packed sequences in int32 or int64; got {cu_seqlens.dtype}")
+        raise TypeError(
+            f"cu_seqlens: expected boundaries of the packed sequences in int32 or int64; got {cu_seqlens.dtype}"
+        )
     checks.same_device("cu_seqlens", cu_seqlens, device)
     if len(token_shape) != 1:
         raise ValueError(
@@ -275,7 +278,7 @@ def batch_shape(
 
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
-    """A caller's mask. Numbers are 0 or 1, which is checked where they can be read for free; elsewhere all but 0 count."""
+    """A caller's mask as bool. Numbers other than 0 and 1 are refused where they can be read for free, else they count."""
     mask = mask.detach()
     if mask.dtype == torch.bool:
         return mask
@@ -286,7 +289,9 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
         others = mask[counts & (mask != 1)]
         if others.numel():
             additive = bool((others < 0).all()) and not bool((mask == 1).any())
-            hint = f". If it is an additive attention mask, 0 where a token counts, pass {name} == 0" if additive else ""
+            hint = (
+                f". If it is an additive attention mask, 0 where a token counts, pass {name} == 0" if additive else ""
+            )
             raise ValueError(
                 f"{name}: expected True or 1 at the tokens that count, and False or 0 elsewhere; got "
                 f"{others[0].item():g} among its numbers ({mask.dtype}){hint}"
@@ -295,7 +300,8 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
 
 
 _WRONG_BOUNDARIES = (
-    "cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of tokens; got {got}"
+    "cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of tokens; "
+    "got {got}"
 )
 
 

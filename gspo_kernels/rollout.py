@@ -117,7 +117,8 @@ def rollout_weights(
         rollout_logprobs: same shape: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
             that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
-        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
+        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused as in `policy_loss`,
+            or give NaN for what is of a sequence.
         level: "token", "sequence_sum" or "sequence_mean".
         mode: "truncate" or "mask". A weight of 0 takes the policy term away and leaves the count that the loss is
             divided by; `mask & (weights > 0)` as the loss's mask takes it from both.
@@ -129,7 +130,8 @@ def rollout_weights(
             and one for the statistics.
 
     Returns:
-        `RolloutWeights(weights, stats)`: weights in the token layout, or [sequences], in the dtype of `logprobs`, and
+        `RolloutWeights(weights, stats)`: weights in the token layout, or [sequences] (for a packed batch with as many
+            tokens as sequences see `policy_loss`: `weights[None]` are per token), in the dtype of `logprobs`, and
         statistics of the weights before the bounds. NaN log-probabilities of unmasked tokens are not hidden.
 
     Raises:

@@ -244,9 +244,7 @@ def sequence_kernel(
     else:  # clamped: unchecked boundaries may not lead out of the arrays
         given_begin, given_end = tl.load(cu_seqlens + i), tl.load(cu_seqlens + i + 1)
         wrong = (
-            (given_end < given_begin)
-            | ((i == 0) & (given_begin != 0))
-            | ((i == sequences - 1) & (given_end != tokens))
+            (given_end < given_begin) | ((i == 0) & (given_begin != 0)) | ((i == sequences - 1) & (given_end != tokens))
         )
         begin = tl.minimum(tl.maximum(given_begin, 0), tokens).to(tl.int32)
         end = tl.minimum(tl.maximum(given_end, begin), tokens).to(tl.int32)

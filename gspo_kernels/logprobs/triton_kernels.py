@@ -455,7 +455,7 @@ def _write_zeros(destination, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _factor(factor, counts, counts_size):
-    """What all gradients are multiplied by: `factor[0]` / sum of `counts`; each may be absent. NaN if that is no count."""
+    """The factor of all gradients: `factor[0]` / sum of `counts`; each may be absent. NaN if that is not above 0."""
     result = tl.full((), 1.0, tl.float32)
     if factor is not None:
         result = tl.load(factor).to(tl.float32)
