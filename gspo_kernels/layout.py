@@ -227,6 +227,7 @@ class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
     def __init__(self, batch: BatchShape, cu_seqlens: Tensor, crosses: bool) -> None:
+        self._fault: Tensor  # 0, or NaN for wrong boundaries
         *self._segments, self._fault = _segments(cu_seqlens, batch.tokens[0])
         super().__init__(batch, crosses)
 
@@ -278,7 +279,7 @@ def batch_shape(
 
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
-    """A caller's mask as bool. Numbers other than 0 and 1 are refused where they can be read for free, else they count."""
+    """A caller's mask as bool. Numbers but 0 and 1 are refused where they can be read for free, else they count."""
     mask = mask.detach()
     if mask.dtype == torch.bool:
         return mask

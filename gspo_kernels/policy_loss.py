@@ -92,11 +92,11 @@ def policy_loss(
         logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
             has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
         token_ids: integers, one per row.
-        advantages: one per sequence, [B], or packed [S]; objectives with a ratio per token, and GSPO-token, also take
-            one per token, [B, T], or packed [N]. A second dimension says which it is: [S, 1] is one per sequence, [1, N]
-            one per token (`advantages[:, None]`, `advantages[None]`). A packed batch with as many tokens as sequences
-            needs it: there the plain form is refused if an objective takes both, unless all sequences have one token.
-            Where that cannot be read for free (on a GPU, under torch.compile) the plain form is one per sequence.
+        advantages: one per sequence, [B] or packed [S]; objectives with a ratio per token, and GSPO-token, also take
+            one per token, [B, T] or packed [N]. A second dimension says which: [S, 1] is one per sequence, [1, N] one
+            per token (`advantages[:, None]`, `advantages[None]`). A packed batch with as many tokens as sequences needs
+            it: the plain form is refused there if the objective takes both, unless every sequence has one token. Where
+            that cannot be read for free (on a GPU, under torch.compile) the plain form is one per sequence.
         old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
             ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
             fp16, not under torch.compile). Such a loss supports one backward pass. The CUDA kernels take one

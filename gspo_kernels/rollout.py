@@ -117,8 +117,8 @@ def rollout_weights(
         rollout_logprobs: same shape: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
             that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
-        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused as in `policy_loss`,
-            or give NaN for what is of a sequence.
+        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused, or give NaN, as in
+            `policy_loss`.
         level: "token", "sequence_sum" or "sequence_mean".
         mode: "truncate" or "mask". A weight of 0 takes the policy term away and leaves the count that the loss is
             divided by; `mask & (weights > 0)` as the loss's mask takes it from both.

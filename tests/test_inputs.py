@@ -170,7 +170,7 @@ def test_a_second_dimension_says_what_an_array_belongs_to(objective: str, entry:
 
     def found(advantages: Tensor, weights: Tensor) -> tuple[float, Tensor]:
         output, gradient = FROM[entry](objective, 3, advantages, weights=weights, cu_seqlens=boundaries, mask=mask)
-        return float(output.loss), gradient
+        return float(output.loss.detach()), gradient
 
     sequence_of = torch.tensor([0, 0, 2], device=values.device)
     for numbers, by_token in ((values[None], values[None]), (values[:, None], values[sequence_of][None])):
