@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .collectives import ranks_of, sum_over_ranks
-from .layout import Layout, batch_shape
+from .layout import BatchShape, Layout, batch_shape
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum")
 
@@ -22,25 +23,81 @@ def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | 
     - "sequence_sum":  sum over a sequence's unmasked tokens, mean over sequences.
 
     A sequence without an unmasked token is not counted. `normalizer` stands for the local count (of sequences, or of
-    tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole.
+    tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole. One that is
+    no count stands for 1 here: `spoil` and `spoiled` make NaN of the gradient and of the loss.
 
-    Returns: [sequences] float64.
+    Returns: [sequences] float64, NaN where the layout's lengths are.
     """
     count = layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.masked_fill((normalizer == 0) & (count == 0), 1)  # of a batch in which nothing counts
-    share = 1.0 / count.clamp(min=1) if normalizer is None else torch.ones_like(count) / normalizer
+    if normalizer is None:
+        share = 1.0 / count.clamp(min=1)
+    else:
+        if isinstance(normalizer, Tensor):
+            normalizer = torch.where(_counts(normalizer), normalizer, 1)
+        share = torch.where(count.isnan(), count, torch.ones_like(count) / normalizer)
     if aggregation == "sequence_mean":
         return share / layout.lengths.clamp(min=1)
     return share.expand(layout.lengths.shape)
 
 
+def spoiled(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> Tensor:
+    """The loss, or NaN if the normalizer is no count; 0 is one where nothing counts."""
+    if not isinstance(normalizer, Tensor):
+        return loss
+    is_count = _counts(normalizer) | ((normalizer == 0) & (layout.num_tokens == 0))
+    return loss + torch.where(is_count, 0.0, torch.nan)  # added, so that the gradient of the loss goes on: see `spoil`
+
+
+def spoil(values: Tensor, normalizer: float | Tensor | None) -> Tensor:
+    """`values`, but if the normalizer is no count, their gradient is NaN wherever it is not 0."""
+    return _Spoil.apply(values, _counts(normalizer)) if isinstance(normalizer, Tensor) else values
+
+
+def _counts(normalizer: Tensor) -> Tensor:
+    """0-d bool, whether it is a positive finite number."""
+    return (normalizer > 0) & (normalizer < torch.inf)
+
+
+class _Spoil(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, counts: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return torch.where(counts | (gradient == 0), gradient, torch.nan), None
+
+
 def check(aggregation: Any, normalizer: Any) -> None:
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     if isinstance(normalizer, Tensor):
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer: expected one global count, a number; got {normalizer.dtype}")
         checks.shape("normalizer", normalizer, (), "one global count")
     elif normalizer is not None:
         checks.number("normalizer", normalizer, "a global count of sequences, or of tokens for token_mean", above=0.0)
+
+
+def check_count(normalizer: Any, batch: BatchShape) -> None:
+    """The value of a tensor, where it can be read for free."""
+    if not isinstance(normalizer, Tensor) or torch.compiler.is_compiling():
+        return
+    if not all(checks.may_read(x) for x in (normalizer, batch.mask) if x is not None):
+        return
+    count = float(normalizer)
+    of_nothing = count == 0 and (not batch.tokens.numel() or (batch.mask is not None and not bool(batch.mask.any())))
+    if not (0 < count < math.inf or of_nothing):
+        raise ValueError(
+            "normalizer: expected a global count of sequences, or of tokens for token_mean, a finite number above 0 "
+            f"(0 only where no token counts); got a tensor of {count:g}"
+        )
 
 
 @torch.no_grad()
@@ -71,7 +128,8 @@ def global_count(
         averaged: for what averages gradients over `group` instead of summing them, as DDP and FSDP do: the count is
             then divided by its number of ranks.
 
-    Returns: 0-d float64, on the mask's device. 0 where nothing counts, of which losses make 0.
+    Returns: 0-d float64, on the mask's device. 0 where nothing counts, of which losses make 0. NaN for wrong boundaries
+    that could not be checked.
     """
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     checks.tensor("mask", mask, "True or 1 at the tokens that count")

@@ -100,12 +100,9 @@ def policy_loss(
     return _output(inputs, loss, scalars, logprobs, log_ratios)
 
 
-def gradient(inputs: TokenInputs, stats: RowStats, advantages_per_token: bool, weights_per_token: bool) -> Upstream:
+def gradient(inputs: TokenInputs, stats: RowStats) -> Upstream:
     """dL/d of the statistics [tokens] of a packed batch without a mask, which is part of another."""
-    arguments = _of_tokens(inputs)._replace(
-        advantages_per_token=advantages_per_token, weights_per_token=weights_per_token
-    )
-    stage = _Stage((1, inputs.batch.tokens[0]), inputs.batch.device, None, arguments)
+    stage = _Stage((1, inputs.batch.tokens[0]), inputs.batch.device, None, _of_tokens(inputs))
     stage.sequences(stats)
     bonus = None if stage.grad_entropy is None else stage.grad_entropy.view(-1)
     return Upstream(stage.grad_logprobs.view(-1), bonus, counts=stage.partials[_COUNT])

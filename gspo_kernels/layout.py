@@ -40,13 +40,45 @@ class BatchShape:
         return array
 
     def per_sequence(self, name: str, values: Any, meaning: str) -> Tensor:
-        """A caller's sequence array, checked."""
+        """A caller's sequence array, [S] or [S, 1], checked; as [S]."""
         array = self._array(name, values, meaning)
-        checks.shape(name, array, (self.sequences,), f"{meaning}, one per sequence")
-        return array
+        if array.shape != (self.sequences, 1):
+            checks.shape(name, array, (self.sequences,), f"{meaning}, one per sequence")
+        return array.reshape(self.sequences)
+
+    def per_either(self, name: str, values: Any, meaning: str) -> tuple[Tensor, bool]:
+        """A caller's array with one number per token or per sequence, checked; whether it is per token."""
+        array = self._array(name, values, meaning)
+        if self.is_per_token(array):
+            return array.reshape(self.tokens), True
+        if array.shape not in ((self.sequences,), (self.sequences, 1)):
+            packed = self.cu_seqlens is not None
+            raise ValueError(
+                f"{name}: expected shape {[self.sequences]} or {[self.sequences, 1]} ({meaning}, one per sequence), or "
+                f"{list(self.tokens)}{f' or {[1, *self.tokens]}' if packed else ''} (one per token); got "
+                f"{list(array.shape)}"
+            )
+        if array.shape == self.tokens and self._lengths_differ_from_1():
+            count = self.sequences
+            raise ValueError(
+                f"{name}: expected a second dimension that says what the numbers belong to, because this packed batch "
+                f"has {count} tokens and {count} sequences: {name}[None], of shape {[1, count]}, for one per token; "
+                f"{name}[:, None], of shape {[count, 1]}, for one per sequence; got shape {[count]}"
+            )
+        return array.reshape(self.sequences), False
 
     def is_per_token(self, values: Tensor) -> bool:
-        return values.shape == self.tokens and values.shape != (self.sequences,)
+        """By its shape. [S], [S, 1] are one per sequence, also where there are as many tokens; packed [1, N] is not."""
+        if self.cu_seqlens is not None and values.ndim == 2:
+            return values.shape == (1, *self.tokens) and values.shape != (self.sequences, 1)
+        return values.shape == self.tokens and values.shape not in ((self.sequences,), (self.sequences, 1))
+
+    def _lengths_differ_from_1(self) -> bool:
+        """Of a packed batch with as many tokens as sequences; False where the boundaries cannot be read for free."""
+        boundaries = self.cu_seqlens
+        if boundaries is None or not may_read(boundaries) or torch.compiler.is_compiling():
+            return False
+        return not torch.equal(boundaries.long(), torch.arange(self.sequences + 1, device=boundaries.device))
 
     def layout(self, *, crosses: bool = True) -> Layout:
         """The same batch with its sums, means and counts in torch; `crosses` as in `Layout`."""
@@ -68,6 +100,8 @@ class Layout:
     Under context parallelism the first `sum`, or whatever asks for lengths before that, is one collective, and each
     further `sum` is another. Its gradient crosses ranks too, unless the layout was made with `crosses=False`, for a
     loss whose gradient by a sequence's sum is known whole on every rank.
+
+    All sums and lengths are NaN if packed boundaries are wrong and could not be checked (on a GPU, unless debugging).
     """
 
     mask: Tensor  # [tokens] bool
@@ -87,6 +121,18 @@ class Layout:
         self._beside: Tensor | None = None
 
     @property
+    def held(self) -> Tensor:
+        """[sequences] bool, those of which this rank has an unmasked token; all of them if lengths are NaN."""
+        return self.local_lengths != 0
+
+    def lengths_on_host(self) -> list[int]:
+        """`local_lengths`; waits for a GPU. Wrong boundaries that were not checked before are refused here."""
+        lengths: list[float] = self.local_lengths.tolist()
+        if any(length != length for length in lengths):
+            raise ValueError(_WRONG_BOUNDARIES.format(tokens=self.mask.numel(), got="others"))
+        return [int(length) for length in lengths]
+
+    @property
     def lengths(self) -> Tensor:
         """[sequences] float64, unmasked tokens."""
         if self._lengths is None:
@@ -101,7 +147,7 @@ class Layout:
     @property
     def num_sequences(self) -> Tensor:
         """Those with an unmasked token."""
-        return (self.lengths > 0).sum(dtype=torch.float64)
+        return self.lengths.clamp(max=1).sum()  # keeps NaN
 
     def select(self, values: Tensor) -> Tensor:
         """[tokens], with 0 where masked, whatever stood there."""
@@ -126,7 +172,7 @@ class Layout:
 
     def of_sequences(self, values: Tensor) -> Tensor:
         """A sequence array in float64, 0 for a sequence of which this rank has no unmasked token."""
-        return torch.where(self.local_lengths > 0, values.double(), 0.0)
+        return torch.where(self.held, values.double(), 0.0)
 
     # ---- context parallelism
 
@@ -181,11 +227,13 @@ class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
     def __init__(self, batch: BatchShape, cu_seqlens: Tensor, crosses: bool) -> None:
-        self._segments = _segments(cu_seqlens, batch.tokens[0])
+        self._fault: Tensor  # 0, or NaN for wrong boundaries
+        *self._segments, self._fault = _segments(cu_seqlens, batch.tokens[0])
         super().__init__(batch, crosses)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return cast(Tensor, _segment_sum(values, *self._segments))
+        sums: Tensor = _segment_sum(values, *self._segments)
+        return sums + self._fault
 
     def _spread(self, values: Tensor) -> Tensor:
         return cast(Tensor, _segment_spread(values, *self._segments))
@@ -199,9 +247,7 @@ def batch_shape(
         checks.tensor("mask", mask, "True or 1 at the tokens that count")
         checks.shape("mask", mask, token_shape, "one per token")
         checks.same_device("mask", mask, device)
-        if mask.is_complex():
-            raise TypeError(f"mask: expected bool, or 0 and 1; got {mask.dtype}")
-        mask = as_bool(mask)
+        mask = as_bool("mask", mask)
     if cu_seqlens is None:
         if len(token_shape) != 2:
             raise ValueError(
@@ -210,7 +256,10 @@ def batch_shape(
             )
         return BatchShape(token_shape, token_shape[0], device, mask, None, ranks)
     checks.tensor("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
-    checks.integers("cu_seqlens", cu_seqlens, "boundaries of the packed sequences")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cu_seqlens: expected boundaries of the packed sequences in int32 or int64; got {cu_seqlens.dtype}"
+        )
     checks.same_device("cu_seqlens", cu_seqlens, device)
     if len(token_shape) != 1:
         raise ValueError(
@@ -229,36 +278,74 @@ def batch_shape(
     return BatchShape(token_shape, cu_seqlens.shape[0] - 1, device, mask, cu_seqlens.detach(), ranks)
 
 
-def as_bool(mask: Tensor) -> Tensor:
-    return mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
+def as_bool(name: str, mask: Tensor) -> Tensor:
+    """A caller's mask as bool. Numbers but 0 and 1 are refused where they can be read for free, else they count."""
+    mask = mask.detach()
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
+        raise TypeError(f"{name}: expected bool, or 0 and 1; got {mask.dtype}")
+    counts = mask != 0
+    if may_read(mask) and not torch.compiler.is_compiling():
+        others = mask[counts & (mask != 1)]
+        if others.numel():
+            additive = bool((others < 0).all()) and not bool((mask == 1).any())
+            hint = (
+                f". If it is an additive attention mask, 0 where a token counts, pass {name} == 0" if additive else ""
+            )
+            raise ValueError(
+                f"{name}: expected True or 1 at the tokens that count, and False or 0 elsewhere; got "
+                f"{others[0].item():g} among its numbers ({mask.dtype}){hint}"
+            )
+    return counts
+
+
+_WRONG_BOUNDARIES = (
+    "cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of tokens; "
+    "got {got}"
+)
 
 
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     """Reads the values: for the operators, on the CPU or where debugging asks for it."""
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(
-            f"cu_seqlens: expected boundaries that start at 0, never decrease and end at {tokens}, the number of "
-            f"tokens; got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else f'{first} ... {last}'}"
-        )
+    if bool(_are_wrong(cu_seqlens, tokens)):
+        few = cu_seqlens.numel() <= 16
+        got = cu_seqlens.tolist() if few else f"{int(cu_seqlens[0])} ... {int(cu_seqlens[-1])}"
+        raise ValueError(_WRONG_BOUNDARIES.format(tokens=tokens, got=got))
+
+
+def _are_wrong(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """0-d bool. Neighbours are compared, because their difference may overflow."""
+    boundaries = cu_seqlens.to(torch.int64)
+    return (boundaries[1:] < boundaries[:-1]).any() | (boundaries[0] != 0) | (boundaries[-1] != tokens)
 
 
 # ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
 
 
 @torch.library.custom_op("gspo_kernels::segments", mutates_args=(), device_types=("cpu", "cuda"))
-def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """(boundaries in int64, the sequence of each token [tokens])."""
+def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(boundaries in int64, the sequence of each token [tokens], 0, or NaN for wrong boundaries).
+
+    Wrong ones, which a GPU is not waited for to refuse, are replaced: the sums below trust boundaries.
+    """
     if may_read(cu_seqlens):
         check_boundaries(cu_seqlens, tokens)
-    boundaries = cu_seqlens.to(torch.int64, copy=True)
+    fault = torch.where(_are_wrong(cu_seqlens, tokens), torch.nan, torch.zeros_like(cu_seqlens[0], dtype=torch.float64))
+    boundaries = cu_seqlens.to(torch.int64).clamp(0, tokens).cummax(0).values
+    boundaries[0] = 0
+    boundaries[-1] = tokens
     sequences = torch.arange(boundaries.numel() - 1, device=boundaries.device)
-    return boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens)
+    return boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens), fault
 
 
 @_segments.register_fake
-def _(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(cu_seqlens, dtype=torch.int64), cu_seqlens.new_empty(tokens, dtype=torch.int64)
+def _(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(cu_seqlens, dtype=torch.int64),
+        cu_seqlens.new_empty(tokens, dtype=torch.int64),
+        cu_seqlens.new_empty((), dtype=torch.float64),
+    )
 
 
 @torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=(), device_types=("cpu", "cuda"))

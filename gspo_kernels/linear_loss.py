@@ -277,7 +277,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     )  # fmt: skip
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
-    lengths = inputs.batch.layout().local_lengths.long().tolist()
+    lengths = inputs.batch.layout().lengths_on_host()
     lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
     steps = plan_of(inputs, lengths, at_a_time, wanted)
     for way, meaning in _WAYS.items():

@@ -65,7 +65,8 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
             inputs.weights, inputs.batch.cu_seqlens, normalizer.detach() if isinstance(normalizer, Tensor) else None,
             numbers, name, inputs.aggregation, inputs.kl_estimator, list(inputs.batch.tokens),
-            inputs.batch.ranks.text() if inputs.batch.ranks else None,
+            inputs.batch.ranks.text() if inputs.batch.ranks else None, inputs.advantages_per_token,
+            inputs.weights_per_token,
         )  # fmt: skip
     finally:
         _OWN.reset(token)
@@ -128,6 +129,8 @@ def _linear_loss(
     kl_estimator: str,
     tokens: list[int],
     cp: str | None,
+    advantages_per_token: bool,
+    weights_per_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, scalars, logprobs, log_ratio of the stats, head work; gradients of hidden, weight, bias (or empty)"""
     arguments = HeadArguments(
@@ -143,9 +146,11 @@ def _linear_loss(
         ),
         objective=of_objective,
         advantages=advantages,
+        advantages_per_token=advantages_per_token,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         weights=weights,
+        weights_per_token=weights_per_token,
         aggregation=aggregation,
         normalizer=global_count if global_count is not None else count or None,
         beta=beta,
@@ -218,7 +223,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * (_HEAD + 15)
+        return (None,) * (_HEAD + 17)
     refuse_second_backward(ctx, _LOSS)
     with torch.no_grad():
         found = [
@@ -226,7 +231,7 @@ def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tenso
             for gradient, wanted, likeness in zip(ctx.saved_tensors, ctx.wanted, ctx.likeness, strict=True)
         ]
     found = [None if x is None else first_derivative(x, _LOSS, *ctx.edges, upstream) for x in found]
-    return (*found, *(None,) * (_HEAD + 12))
+    return (*found, *(None,) * (_HEAD + 14))
 
 
 def _given(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -77,8 +77,7 @@ def rows_of_sequences(stage: TokenStage, batch: BatchShape, asked: Asked) -> lis
         return [batch.tokens[1]] * batch.tokens[0]
     if asked.mask is not None or not may_wait(batch.device):
         return None
-    lengths: list[int] = stage.layout.local_lengths.long().tolist()
-    return lengths
+    return stage.layout.lengths_on_host()
 
 
 class Coefficients:
@@ -139,13 +138,13 @@ class Coefficients:
         def cut(values: Tensor | None, per_token: bool) -> Tensor | None:
             return None if values is None else values[tokens if per_token else sequences]
 
-        advantages = cut(inputs.advantages, self._inputs.advantages_per_token)
+        advantages = cut(inputs.advantages, inputs.advantages_per_token)
         assert advantages is not None
         part = replace(
             inputs, batch=batch, advantages=advantages, old_logprobs=cut(inputs.old_logprobs, True),
-            ref_logprobs=cut(inputs.ref_logprobs, True), weights=cut(inputs.weights, self._inputs.weights_per_token),
+            ref_logprobs=cut(inputs.ref_logprobs, True), weights=cut(inputs.weights, inputs.weights_per_token),
         )  # fmt: skip
-        return fused_stage.gradient(part, stats, self._inputs.advantages_per_token, self._inputs.weights_per_token)
+        return fused_stage.gradient(part, stats)
 
 
 def walk(head: Head, asked: Asked, stage: TokenStage, inputs: TokenInputs, fused: bool) -> RowStats:

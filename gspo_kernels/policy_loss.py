@@ -93,23 +93,34 @@ def policy_loss(
         logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
             has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
         token_ids: integers, one per row.
-        advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
+        advantages: one per sequence, [B] or packed [S]; objectives with a ratio per token, and GSPO-token, also take
+            one per token, [B, T] or packed [N]. A second dimension says which: [S, 1] is one per sequence, [1, N] one
+            per token (`advantages[:, None]`, `advantages[None]`). A packed batch with as many tokens as sequences needs
+            it: the plain form is refused there if the objective takes both, unless every sequence has one token. Where
+            that cannot be read for free (on a GPU, under torch.compile) the plain form is one per sequence.
         old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
             ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
             fp16, not under torch.compile; on a GPU, not with your own objective). Such a loss supports one backward
             pass. The CUDA kernels take one pass for GRPO and PPO off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
-        mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
-        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
+        mask: one per token, True (or 1) where it counts, False (or 0) elsewhere. What stands at masked positions, NaN
+            included, has no effect. Other numbers, such as an additive mask's, are refused on the CPU or under
+            GSPO_KERNELS_DEBUG=1; on a GPU, and under torch.compile, everything but 0 counts.
+        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N, never decreasing. Others are refused on
+            the CPU or under GSPO_KERNELS_DEBUG=1; on a GPU they give a NaN loss.
         temperature: what logits are divided by: a number, or one per token.
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
         beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
         kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
         entropy_coef: weight of the entropy bonus, whose gradient is exact.
-        weights: constant factors of the policy term, per sequence or per token (rollout correction).
+        weights: constant factors of the policy term (rollout correction), per sequence or per token: which, is said as
+            for `advantages`, whatever the objective.
         aggregation: "sequence_mean", "token_mean" or "sequence_sum"; None takes the objective's.
         normalizer: a global count in place of the local one (sequences, or tokens for "token_mean"): the shares of any
-            split over micro-batches or ranks then add up to the whole batch's loss and gradient.
+            split over micro-batches or ranks then add up to the whole batch's loss and gradient. A number above 0, or a
+            0-d tensor. 0 is right where no token counts, and gives 0. A tensor of anything else (0, negative, NaN,
+            infinite) is refused on the CPU or under GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and NaN for
+            every gradient that is not 0.
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
         tp_group: the ranks (a process group, or a mesh of one dimension) over which the vocabulary is sharded: `logits`
             are this rank's columns of it, [.., V / ranks] as Megatron has them, and everything else is the same on
@@ -371,7 +382,7 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
     if mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
-    rolled = torch.roll(mask != 0, -1, dims=1)
+    rolled = torch.roll(as_bool("mask", mask), -1, dims=1)
     rolled[:, -1:] = False
     return torch.roll(input_ids, -1, dims=1), rolled
 
@@ -442,7 +453,7 @@ def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
         return None
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
     checks.same_device("mask", mask, token_ids.device)
-    return as_bool(mask)
+    return as_bool("mask", mask)
 
 
 def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:

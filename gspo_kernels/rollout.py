@@ -117,7 +117,8 @@ def rollout_weights(
         rollout_logprobs: same shape: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
             that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
-        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
+        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused, or give NaN, as in
+            `policy_loss`.
         level: "token", "sequence_sum" or "sequence_mean".
         mode: "truncate" or "mask". A weight of 0 takes the policy term away and leaves the count that the loss is
             divided by; `mask & (weights > 0)` as the loss's mask takes it from both.
@@ -129,7 +130,8 @@ def rollout_weights(
             and one for the statistics.
 
     Returns:
-        `RolloutWeights(weights, stats)`: weights in the token layout, or [sequences], in the dtype of `logprobs`, and
+        `RolloutWeights(weights, stats)`: weights in the token layout, or [sequences] (for a packed batch with as many
+            tokens as sequences see `policy_loss`: `weights[None]` are per token), in the dtype of `logprobs`, and
         statistics of the weights before the bounds. NaN log-probabilities of unmasked tokens are not hidden.
 
     Raises:
@@ -150,7 +152,7 @@ def rollout_weights(
         counted, share = layout.mask, layout.mask.double()
     else:
         log_ratio = layout.sum(log_ratio) if level == "sequence_sum" else layout.mean(log_ratio)
-        counted, share = layout.local_lengths > 0, layout.share()
+        counted, share = layout.held, layout.share()
     log_weight, saturated = _saturate(log_ratio, max_log_ratio)
     raw = torch.where(counted, log_weight.exp(), 0.0)
 
@@ -240,7 +242,7 @@ def rollout_mismatch(
     summed = layout.sum(exact)
     lengths = layout.lengths.clamp(min=1)
     log_weight, log_s = (_saturate(x, max_log_ratio)[0] for x in (summed, summed / lengths))
-    held, share = layout.local_lengths > 0, layout.share()
+    held, share = layout.held, layout.share()
     w, ratio, s = torch.where(held, log_weight.exp(), 0.0), r.exp(), torch.where(held, log_s.exp(), 0.0)
 
     def by_token(values: Tensor) -> Tensor:

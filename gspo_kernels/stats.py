@@ -107,7 +107,7 @@ def collect(
     Under context parallelism a rank counts its tokens, and of a sequence the part it has; one collective adds them up.
     """
     log_ratio = terms.log_ratio.detach()
-    counted = layout.local_lengths > 0 if per_sequence else layout.mask
+    counted = layout.held if per_sequence else layout.mask
     count = layout.share() if per_sequence else counted.double()
     ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
     nothing = count.new_zeros(())

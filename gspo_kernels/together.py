@@ -314,7 +314,7 @@ def check_sequences_together(together: Together, inputs: TokenInputs) -> None:
     }
     together.same_everywhere(**options)
     layout = batch.layout()
-    held, counted = layout.local_lengths > 0, layout.mask
+    held, counted = layout.held, layout.mask
     arrays = {
         "advantages": (inputs.advantages, inputs.advantages_per_token),
         "old_logprobs": (inputs.old_logprobs, True),
@@ -332,9 +332,7 @@ def check_sequences_together(together: Together, inputs: TokenInputs) -> None:
 
 
 def _unit(per_token: bool) -> str:
-    if per_token:
-        return "one per token"
-    return "one per sequence (as which an array is read that has as many numbers as the rank has tokens and sequences)"
+    return "one per token" if per_token else "one per sequence"
 
 
 def _check_sequence_arrays(ranks: Ranks | None, held: Tensor, arrays: dict[str, Tensor]) -> None:

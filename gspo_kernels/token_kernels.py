@@ -240,9 +240,14 @@ def sequence_kernel(
     if cu_seqlens is None:
         begin = i * length
         end = begin + length
+        wrong = i < 0
     else:  # clamped: unchecked boundaries may not lead out of the arrays
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens).to(tl.int32)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + i + 1), begin), tokens).to(tl.int32)
+        given_begin, given_end = tl.load(cu_seqlens + i), tl.load(cu_seqlens + i + 1)
+        wrong = (
+            (given_end < given_begin) | ((i == 0) & (given_begin != 0)) | ((i == sequences - 1) & (given_end != tokens))
+        )
+        begin = tl.minimum(tl.maximum(given_begin, 0), tokens).to(tl.int32)
+        end = tl.minimum(tl.maximum(given_end, begin), tokens).to(tl.int32)
     lane = tl.arange(0, BLOCK)
 
     # First pass: how many tokens count, their log-ratios' mean, the sum of their weights.
@@ -340,8 +345,10 @@ def sequence_kernel(
 
     count = n if AGGREGATION == "token_mean" else any_token.to(tl.float32)
     if global_count is not None:
-        count = tl.where(i == 0, tl.load(global_count).to(tl.float32), 0.0)
+        count = tl.load(global_count).to(tl.float32)
+        count = tl.where(i == 0, tl.where(count < INFINITY, count, float("nan")), 0.0)
     count = tl.where(normalizer > 0.0, tl.where(i == 0, normalizer, 0.0), count)
+    count = tl.where(wrong, float("nan"), count)  # of the whole batch then
     out = partials + i
     if RATIO == "sequence":
         if logprobs is None:
@@ -490,5 +497,7 @@ def batch_kernel(
     extreme = tl.where(units > 0.0, tl.where(which == RATIO_MIN, -value, value), 0.0)
     mean = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), extreme, mean)
     tl.store(scalars + which, tl.where((which == NONEMPTY) | (which == TOKENS), value, mean), mask=which < LOSS)
-    quotients = quotient(value, tl.where(count > 0.0, count, 1.0)) + spoiled
+    # What is no count makes NaN of the loss, and of gradients in the row kernels; 0 is one where nothing counts.
+    divisor = tl.where(count > 0.0, count, tl.where((count == 0.0) & (n == 0.0), 1.0, float("nan")))
+    quotients = quotient(value, divisor) + spoiled
     tl.store(loss + tl.zeros_like(which), quotients, mask=which == LOSS)

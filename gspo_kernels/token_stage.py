@@ -31,23 +31,17 @@ class TokenInputs:
     batch: BatchShape
     objective: Objective
     advantages: Tensor  # per token where `advantages_per_token`, else [sequences]
+    advantages_per_token: bool
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
-    weights: Tensor | None
+    weights: Tensor | None  # per token where `weights_per_token`, else [sequences]
+    weights_per_token: bool
     aggregation: str
     normalizer: float | Tensor | None
     beta: float
     kl_estimator: str
     entropy_coef: float
     max_log_ratio: float
-
-    @property
-    def advantages_per_token(self) -> bool:
-        return self.batch.is_per_token(self.advantages)
-
-    @property
-    def weights_per_token(self) -> bool:
-        return self.weights is not None and self.batch.is_per_token(self.weights)
 
     def depends_on_log_ratio_alone(self) -> bool:
         """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
@@ -109,7 +103,7 @@ class TokenStage:
             log_ratio = torch.zeros(
                 self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
             )
-            loss = self._aggregate(self._terms(log_ratio), None, None)
+            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer)), None, None)
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
     def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -155,6 +149,8 @@ class TokenStage:
 
     def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
         """The loss in float64, what the objective says, log-ratios and KL per token."""
+        logprobs = aggregate.spoil(logprobs, self.normalizer)
+        entropy = None if entropy is None else aggregate.spoil(entropy, self.normalizer)
         new = within(self.layout.select(logprobs.double()), FINITE)
         old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
         log_ratio = new - old
@@ -194,7 +190,7 @@ class TokenStage:
             loss = (layout.select(sum(per_token[1:], per_token[0])) * layout.spread(shares)).sum()
         if self.objective.ratio_of == "sequence":
             loss = loss + self._of_sequences(terms.loss, shares)
-        return loss
+        return aggregate.spoiled(loss, layout, self.normalizer)
 
     def _of_sequences(self, of_each: Tensor, shares: Tensor) -> Tensor:
         """A sequence's term counts as often as it has tokens, here; its gradient, as often as it has on all ranks."""
@@ -226,6 +222,7 @@ def token_inputs(
     check_objective(objective)
     aggregation = objective.aggregation if aggregation is None else aggregation
     aggregate.check(aggregation, normalizer)
+    aggregate.check_count(normalizer, batch)
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
     checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
@@ -239,13 +236,19 @@ def token_inputs(
         old_logprobs = batch.per_token("old_logprobs", old_logprobs, "old policy's log-probabilities")
     if ref_logprobs is not None:
         ref_logprobs = batch.per_token("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
+    advantages, advantages_per_token = _advantages(batch, objective, advantages)
+    weights_per_token = False
+    if weights is not None:
+        weights, weights_per_token = batch.per_either("weights", weights, "correction weights")
     return TokenInputs(
         batch=batch,
         objective=objective,
-        advantages=_advantages(batch, objective, advantages),
+        advantages=advantages,
+        advantages_per_token=advantages_per_token,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        weights=None if weights is None else _per_either(batch, "weights", weights, "correction weights"),
+        weights=weights,
+        weights_per_token=weights_per_token,
         aggregation=aggregation,
         normalizer=normalizer,
         beta=beta,
@@ -255,26 +258,14 @@ def token_inputs(
     )
 
 
-def _per_either(batch: BatchShape, name: str, values: Any, meaning: str) -> Tensor:
-    """One number per sequence or one per token."""
-    checks.tensor(name, values, meaning)
-    if batch.is_per_token(values):
-        return batch.per_token(name, values, meaning)
-    if values.ndim != 1 or values.shape[0] != batch.sequences:
-        raise ValueError(
-            f"{name}: expected shape {[batch.sequences]} ({meaning}, one per sequence) or {list(batch.tokens)} "
-            f"(one per token); got {list(values.shape)}"
-        )
-    return batch.per_sequence(name, values, meaning)
-
-
-def _advantages(batch: BatchShape, objective: Objective, advantages: Any) -> Tensor:
+def _advantages(batch: BatchShape, objective: Objective, advantages: Any) -> tuple[Tensor, bool]:
+    """The advantages, and whether they are per token."""
     checks.tensor("advantages", advantages, "one advantage per sequence")
     if objective.advantages_per_token:
-        return _per_either(batch, "advantages", advantages, "advantages")
+        return batch.per_either("advantages", advantages, "advantages")
     if batch.is_per_token(advantages):
         raise ValueError(
             f"advantages: expected shape {[batch.sequences]}, one per sequence, as {type(objective).__name__} has one "
             f"ratio for a response; got {list(advantages.shape)}, one per token. For those, use gspo_token_loss"
         )
-    return batch.per_sequence("advantages", advantages, "advantages")
+    return batch.per_sequence("advantages", advantages, "advantages"), False

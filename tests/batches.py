@@ -293,10 +293,16 @@ def arguments(batch: Batch, layout: str) -> Arguments:
             return on_device(to_padded(values, batch.lengths, fill, batch.padding))
         return on_device(values.clone())
 
+    def either(values: Any, fill: float, by_token: bool) -> Any:
+        """Where as many tokens as sequences are packed, a second dimension says which."""
+        if isinstance(values, Tensor) and layout == "packed" and len(batch.mask) == len(batch.lengths):
+            values = values[None] if by_token else values[:, None]
+        return lay(values, fill, by_token)
+
     keywords = {
         "mask": lay(batch.mask, False),
         "ref_logprobs": lay(batch.ref_logprobs, math.nan),
-        "weights": lay(batch.weights, math.inf, batch.weights_by_token),
+        "weights": either(batch.weights, math.inf, batch.weights_by_token),
         "temperature": lay(batch.temperature, 1.0),
     }
     if layout == "packed":
@@ -304,7 +310,7 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         keywords["cu_seqlens"] = on_device(boundaries)
     rest = (
         lay(batch.token_ids, -100),
-        lay(batch.advantages, math.nan, batch.by_token),
+        either(batch.advantages, math.nan, batch.by_token),
         lay(batch.old_logprobs, math.nan),
     )
     return Arguments(lay(batch.logits, math.nan).requires_grad_(), rest, keywords)

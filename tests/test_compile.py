@@ -255,6 +255,7 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
                 "vocab_size": 15,
                 "objective": "GSPO",
                 "advantages": hot[:, 0].contiguous(),
+                **dict.fromkeys(["advantages_per_token", "weights_per_token"], False),
                 "numbers": torch.tensor([3e-4, 4e-4, 0.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
                 "tokens": [2, 3],
             },

@@ -71,7 +71,7 @@ def test_one_compilation_serves_every_batch(
 def test_as_many_sequences_as_tokens_do_not_compile_again(
     objective: str, on_policy: bool, lookups: set[tuple[str, str]]
 ) -> None:
-    """Packed numbers per token then have the shape of numbers per sequence, and are taken for those."""
+    """A second dimension says then what packed numbers belong to; kernels get them all in one dimension."""
     numbers: dict[str, Any] = {"weights": "token", "by_token": objective != "gspo"}
     step(objective, "packed", on_policy, [3, 2], **numbers)
     first = set(lookups)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import as_bool
 from ..objectives import GRPO, GSPOToken, clipped_surrogate
 from ..policy_loss import policy_loss_from_logprobs, token_logprobs
 
@@ -72,7 +73,7 @@ def policy_loss(
         found = torch.zeros(count, dtype=dtype, device=device)
         return found.index_copy(0, of_responses, torch.cat([found[:0], *values]).to(dtype))
 
-    counted = place(mask, torch.bool)
+    counted = as_bool("loss_masks", place(mask, torch.float32))
     old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
     high = args.eps_clip if args.eps_clip_high is None else args.eps_clip_high
     kind = GSPOToken if args.advantage_estimator == "gspo" else GRPO
@@ -85,8 +86,8 @@ def policy_loss(
         tp_group=tp_group, overwrite_logits=not args.recompute_loss_function,
     )  # fmt: skip
     pg_loss, stats = policy_loss_from_logprobs(
-        logprobs, advantages, place(old, torch.float32) if old else None, objective=objective, mask=counted,
-        cu_seqlens=boundaries, weights=None if by_token else place(shares(batch, counts), torch.float64),
+        logprobs, advantages[None], place(old, torch.float32) if old else None, objective=objective, mask=counted,
+        cu_seqlens=boundaries, weights=None if by_token else place(shares(batch, counts), torch.float64)[None],
         aggregation="token_mean" if by_token else "sequence_mean", normalizer=1.0, cp_group=cp_group,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..layout import as_bool
 from ..objectives import GSPO, GSPOToken, clipped_surrogate
 from ..policy_loss import policy_loss_from_logprobs, token_logprobs
 from ..stats import Stats
@@ -69,7 +70,7 @@ def policy_loss(
     """
     if config is None:
         raise ValueError("config: expected verl's ActorConfig, which has the clip range; got None")
-    mask = response_mask.bool()
+    mask = as_bool("response_mask", response_mask)
     low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
     objective = kind(low, high, config.clip_ratio_c)
     aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)

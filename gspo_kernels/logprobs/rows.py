@@ -83,12 +83,13 @@ class Upstream(NamedTuple):
         common = self.factor
         if self.counts is not None:
             total = self.counts.sum(dtype=torch.float64)
-            share = 1.0 / torch.where(total > 0, total, 1.0)
+            share = 1.0 / torch.where(total > 0, total, torch.nan)
             common = share if common is None else common * share
         arrays = self.logprobs, self.entropy, self.lse
         if common is None:
             return arrays
-        scaled = (None if g is None else (g * common).to(g.dtype) for g in arrays)
+        # Selected: a factor of NaN or infinity leaves rows without a gradient alone.
+        scaled = (None if g is None else torch.where(g != 0, g * common, 0.0).to(g.dtype) for g in arrays)
         return tuple(scaled)  # type: ignore[return-value]
 
 

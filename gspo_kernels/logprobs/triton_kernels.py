@@ -576,7 +576,7 @@ def _write_zeros(destination, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _factor(factor, counts, counts_size):
-    """What all gradients are multiplied by: `factor[0]` / sum of `counts`; each may be absent."""
+    """The factor of all gradients: `factor[0]` / sum of `counts`; each may be absent. NaN if that is not above 0."""
     result = tl.full((), 1.0, tl.float32)
     if factor is not None:
         result = tl.load(factor).to(tl.float32)
@@ -585,7 +585,7 @@ def _factor(factor, counts, counts_size):
         total = tl.zeros((), tl.float32)
         for start in range(0, counts_size, 1024):
             total += tl.sum(tl.load(counts + start + at, mask=start + at < counts_size, other=0.0), 0)
-        result = quotient(result, tl.where(total > 0.0, total, 1.0))
+        result = quotient(result, tl.where(total > 0.0, total, float("nan")))
     return result
 
 
