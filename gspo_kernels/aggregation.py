@@ -35,12 +35,17 @@ def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | 
     return share.expand(layout.lengths.shape)
 
 
-def check(aggregation: Any, normalizer: Any) -> None:
+def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Tensor | None:
+    """The normalizer, checked."""
     checks.choice("aggregation", aggregation, AGGREGATIONS)
+    meaning = "a global count of sequences, or of tokens for token_mean"
     if isinstance(normalizer, Tensor):
+        checks.tensor("normalizer", normalizer, meaning)
         checks.shape("normalizer", normalizer, (), "one global count")
-    elif normalizer is not None:
-        checks.number("normalizer", normalizer, "a global count of sequences, or of tokens for token_mean", above=0.0)
+        checks.same_device("normalizer", normalizer, device)
+        checks.numbers("normalizer", normalizer)
+        return normalizer
+    return None if normalizer is None else checks.number("normalizer", normalizer, meaning, above=0.0)
 
 
 @torch.no_grad()

@@ -20,8 +20,6 @@ from . import checks
 
 # What stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
 LOWEST = -9999.0
-# A probability of 1 may be rounded up; what is above this is no log-probability.
-HIGHEST = 1e-3
 _TOKEN = re.compile(r"token_id:(\d+)")
 
 
@@ -289,9 +287,10 @@ def _of_meta_info(where: str, output: Any, prompt: Any, given: list[int] | None)
 def _packed(responses: Iterator[_Response], missing: str, device: Any) -> Rollouts:
     checks.choice("missing", missing, ("refuse", "mask"))
     found = list(responses)
-    exact = torch.tensor([x for each in found for x in each.logprobs], dtype=torch.float64)
-    _refuse(found, exact, exact > HIGHEST, "a log-probability, at most 0", "logits, then: see vLLM's logprobs_mode")
-    mask = (exact > LOWEST) & (exact <= HIGHEST)
+    exact = torch.tensor([x for each in found for x in each.logprobs], dtype=torch.float64, device="cpu")
+    positive, hint = exact > checks.HIGHEST_LOGPROB, "logits, then: see vLLM's logprobs_mode"
+    _refuse(found, exact, positive, "a log-probability, at most 0", hint)
+    mask = (exact > LOWEST) & ~positive
     if missing == "refuse":
         hint = 'as it was sampled, it has one: see from_vllm, or leave such tokens out with missing="mask"'
         _refuse(found, exact, ~mask, "the sampled token's log-probability", hint)

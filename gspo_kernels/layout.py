@@ -45,6 +45,13 @@ class BatchShape:
         checks.shape(name, array, (self.sequences,), f"{meaning}, one per sequence")
         return array
 
+    def log_probabilities(self, name: str, values: Any, meaning: str) -> Tensor:
+        """A caller's token array of log-probabilities, checked; their values too where that is free."""
+        checks.digits(name, checks.tensor(name, values, meaning))
+        array = self.per_token(name, values, meaning)
+        checks.log_probabilities(name, array, self.mask)
+        return array
+
     def is_per_token(self, values: Tensor) -> bool:
         return values.shape == self.tokens and values.shape != (self.sequences,)
 
@@ -57,8 +64,7 @@ class BatchShape:
     def _array(self, name: str, values: Any, meaning: str) -> Tensor:
         array = checks.tensor(name, values, meaning).detach()
         checks.same_device(name, array, self.device)
-        if not array.is_floating_point():
-            checks.integers(name, array, meaning)
+        checks.numbers(name, array)
         return array
 
 

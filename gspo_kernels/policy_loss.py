@@ -269,19 +269,16 @@ def policy_loss_from_logprobs(
     """
     cp = ranks_of("cp_group", cp_group)
     with Together(logprobs, cp, name="logprobs") as together:
-        checks.tensor("logprobs", logprobs, "log-probabilities per token")
-        if logprobs.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                "logprobs: expected float32 or float64, because a clip range of 3e-4 needs the digits; got "
-                f"{logprobs.dtype}"
-            )
+        checks.digits("logprobs", checks.tensor("logprobs", logprobs, "log-probabilities per token"))
         if logprobs.ndim not in (1, 2):
             raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
         batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device, cp)
+        checks.log_probabilities("logprobs", logprobs, batch.mask)
         if entropy is not None:
-            checks.tensor("entropy", entropy, "entropy per token")
+            checks.floats("entropy", checks.tensor("entropy", entropy, "entropy per token"))
             checks.shape("entropy", entropy, logprobs.shape, "one per token")
-        elif entropy_coef != 0.0:
+            checks.same_device("entropy", entropy, logprobs.device)
+        elif checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus") != 0.0:
             raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
@@ -346,6 +343,7 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
     if mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
+    checks.same_device("mask", mask, input_ids.device)
     rolled = torch.roll(mask != 0, -1, dims=1)
     rolled[:, -1:] = False
     return torch.roll(input_ids, -1, dims=1), rolled
@@ -363,17 +361,32 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
 
 def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
-    shape = token_ids.shape
     if isinstance(temperature, Tensor):
-        checks.floating("temperature", temperature, "a number, or one temperature per token")
-        checks.same_device("temperature", temperature, token_ids.device)
-        if temperature.ndim:
-            checks.shape("temperature", temperature, shape, "one per token")
-        temperature = _as_rows(temperature.detach().float().expand(shape))
+        temperature = _as_rows(_temperatures(temperature, token_ids).float())
     else:
-        checks.number("temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6)
+        temperature = checks.number(
+            "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
+        )
         temperature = run_time(temperature, torch.device("cpu"))
     return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
+
+
+def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
+    """One per token, of one per token, one per row of a padded batch [B, 1], or one for all []."""
+    checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
+    checks.same_device("temperature", given, token_ids.device)
+    tokens = token_ids.shape
+    by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
+    if given.ndim and given.shape != tokens and not by_row:
+        remedy = (
+            f"or {[tokens[0], 1]} (one per sequence: temperature[:, None])"
+            if len(tokens) == 2
+            else "where one per sequence is temperature.repeat_interleave(cu_seqlens.diff())"
+        )
+        raise ValueError(
+            f"temperature: expected shape {list(tokens)} (one per token), {remedy}; got {list(given.shape)}"
+        )
+    return given.detach().expand(tokens)
 
 
 def _as_rows(values: Tensor) -> Tensor:
@@ -385,8 +398,8 @@ def _check_logits(
     logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None
 ) -> int:
     """The vocabulary's size."""
-    checks.tensor("logits", logits, "logits [.., vocabulary]")
-    checks.floating("logits", logits, "logits")
+    checks.operand("logits", checks.tensor("logits", logits, "logits [.., vocabulary]"), "logits")
+    checks.flag("overwrite_logits", overwrite_logits, "whether the gradient is written over the logits")
     if logits.ndim not in (2, 3):
         raise ValueError(
             "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
@@ -394,11 +407,11 @@ def _check_logits(
         )
     if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
-    if overwrite_logits and any(
-        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
-    ):
+    if overwrite_logits and checks.overlaps(logits):
         raise ValueError(
-            "overwrite_logits: expected logits with a place for each number; got an expanded view, which repeats some"
+            "overwrite_logits: expected logits of which each has memory of its own; got a view with sizes "
+            f"{list(logits.shape)} and strides {list(logits.stride())}, whose elements share memory (expanded, or "
+            "windows that overlap). Pass its clone(), or overwrite_logits=False"
         )
     check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
     return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size
