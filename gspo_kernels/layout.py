@@ -205,8 +205,6 @@ def batch_shape(
         checks.tensor("mask", mask, "True or 1 at the tokens that count")
         checks.shape("mask", mask, token_shape, "one per token")
         checks.same_device("mask", mask, device)
-        if mask.is_complex():
-            raise TypeError(f"mask: expected bool, or 0 and 1; got {mask.dtype}")
         mask = as_bool(mask)
     if cu_seqlens is None:
         if len(token_shape) != 2:
@@ -236,6 +234,8 @@ def batch_shape(
 
 
 def as_bool(mask: Tensor) -> Tensor:
+    if mask.is_complex():
+        raise TypeError(f"mask: expected bool, or 0 and 1; got {mask.dtype}")
     return mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
 
 

@@ -166,7 +166,7 @@ def _linear_loss(
             scalars = torch.stack([getattr(of_stage, name) for name in SCALARS])
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
         sizes = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
-        of_head = torch.stack([torch.full((), float(n), device=hidden.device) for n in sizes])
+        of_head = torch.stack([torch.full((), float(n), dtype=torch.float32, device=hidden.device) for n in sizes])
     return loss, scalars, logprobs, log_ratio, of_head, *gradients
 
 

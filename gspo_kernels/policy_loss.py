@@ -344,7 +344,7 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
         mask = torch.ones_like(input_ids, dtype=torch.bool)
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
     checks.same_device("mask", mask, input_ids.device)
-    rolled = torch.roll(mask != 0, -1, dims=1)
+    rolled = torch.roll(as_bool(mask), -1, dims=1)
     rolled[:, -1:] = False
     return torch.roll(input_ids, -1, dims=1), rolled
 
