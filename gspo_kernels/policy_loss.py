@@ -88,19 +88,24 @@ def policy_loss(
     `cu_seqlens` [S + 1]. The two give the same numbers. Row t of the logits predicts `token_ids[t]`: nothing is shifted
     inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
 
+    Logits may be bf16. All other numbers are float32 or float64; advantages, weights and the normalizer also integers.
+    Tensors are plain, dense and on the logits' device. Anything else is refused by name, never cast: what has been
+    rounded to bf16, as FSDP2 does by default to what passes through a module, has lost the digits that a clip range of
+    3e-4 needs (docs/inputs.md).
+
     Args:
         logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
             has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
         token_ids: integers, one per row.
         advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
-        old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
-            ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
+        old_logprobs: log-probabilities under the policy that sampled, one per token. Positive ones where the mask is
+            set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
             fp16, not under torch.compile). Such a loss supports one backward pass. The CUDA kernels take one
             pass for GRPO and PPO off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
-        temperature: what logits are divided by: a number, or one per token.
+        temperature: what logits are divided by: a number, one per token or, padded, one per sequence [B, 1].
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
         beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
         kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
@@ -124,8 +129,9 @@ def policy_loss(
             numbers a sequence (three with weights per token) and one for the stats; none in the backward. The
             token that a row predicts is often another rank's: shift first, then share out.
         overwrite_logits: donates the logits' memory: the gradient is written over them, by the backward or, in one
-            pass, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
-            refuses whatever else still needs them for its backward.
+            pass, by this call. Do not read them afterwards, and let no other argument share their memory. Their version
+            counter is bumped, so autograd refuses whatever else still needs them for its backward. A view whose
+            elements share memory (expanded, windows that overlap) is refused.
         backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:
@@ -262,8 +268,8 @@ def policy_loss_from_logprobs(
     """`policy_loss` from log-probabilities that are already there, [B, T] or packed [N]; differentiable in them.
 
     Args:
-        logprobs: current log-probabilities, fp32 or fp64: bf16 has no digits left at GSPO's clip range.
-        entropy: per token, differentiable; needed if `entropy_coef` is not 0.
+        logprobs: current log-probabilities, float32 or float64: bf16 has no digits left at GSPO's clip range.
+        entropy: per token, in these dtypes, differentiable; needed if `entropy_coef` is not 0.
 
     The other arguments, the result and the errors are those of `policy_loss`.
     """

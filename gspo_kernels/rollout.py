@@ -114,7 +114,7 @@ def rollout_weights(
     Args:
         logprobs: [B, T] or packed [N], float32 or float64: of the policy that sampled, computed by the trainer
             (`token_logprobs` before the first update), which are the loss's `old_logprobs`.
-        rollout_logprobs: same shape: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
+        rollout_logprobs: same shape and dtypes: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
             that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
@@ -208,7 +208,7 @@ def rollout_mismatch(
     Args:
         logprobs: [B, T] or packed [N], float32 or float64: the trainer's, of the policy that sampled; or the current
             ones, to see the decisions as they are taken.
-        rollout_logprobs: same shape, what the engine returned.
+        rollout_logprobs: same shape and dtypes, what the engine returned.
         advantages: one per sequence, whose sign says which edge counts; 0 has no decision. None: either edge counts.
         mask, cu_seqlens, max_log_ratio, cp_group: as in `rollout_weights`. With cp_group one collective of two numbers
             a sequence, and two for the scalars.
