@@ -156,7 +156,8 @@ def flag(name: str, value: Any, meaning: str) -> None:
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {describe(value)}")
+        shown = repr(value) if isinstance(value, str) else describe(value)
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {shown}")
 
 
 def overlaps(value: Tensor) -> bool:

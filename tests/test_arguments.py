@@ -203,7 +203,7 @@ def test_integers_are_numbers_and_float64_is_more() -> None:
     given = valid("policy_loss") | {"weights": on_device(torch.tensor([2.0, 1.0]))}
     loss = gspo_kernels.policy_loss(**given).loss
     whole = {name: given[name].long() for name in ("advantages", "weights", "normalizer")}
-    near = {"rtol": 1e-6, "atol": 0.0}
+    near: dict[str, Any] = {"rtol": 1e-6, "atol": 0.0}
     torch.testing.assert_close(gspo_kernels.policy_loss(**given | whole).loss, loss, **near)
     wide = {
         n: x.double() for n, x in given.items() if KIND_OF[n] in ("numbers", "log-probabilities", "number or tensor")
