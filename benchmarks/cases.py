@@ -184,14 +184,17 @@ def build(case: Case, rows: int = ROWS, device: str = "cpu") -> Problem:
 
     log_ratio = (torch.rand(sequences, generator=generator, dtype=torch.float64) - 0.5) * 4e-4  # inside the window
     log_ratio[clipped] = 2e-3
+    logprobs = sampled.logprobs
     noise = torch.randn(rows, generator=generator, dtype=torch.float64) * 0.02
     if work.ratio_per_token:  # one token in twelve far outside, the others far inside
         outside = torch.rand(rows, generator=generator) < 1 / 12
         noise = torch.where(outside, noise + 0.5 * noise.sign(), noise)
+        noise = torch.where(noise < logprobs.cpu(), -noise, noise)  # no old log-probability is above 0
     else:
-        noise = noise - means(noise, mask, sequence_of, sequences)[sequence_of]
-
-    logprobs = sampled.logprobs
+        uncertain = uncertainty(logprobs.cpu())
+        excess = means(noise * uncertain, mask, sequence_of, sequences)
+        excess = excess / means(uncertain, mask, sequence_of, sequences).clamp(min=1e-9)
+        noise = (noise - excess[sequence_of]) * uncertain
     noise, log_ratio, advantages, mask, sequence_of, boundaries = (
         x.to(device) for x in (noise, log_ratio, advantages, mask, sequence_of, boundaries)
     )
@@ -216,6 +219,11 @@ def build(case: Case, rows: int = ROWS, device: str = "cpu") -> Problem:
         loss=loss,
         coefficients=coefficients,
     )
+
+
+def uncertainty(logprobs: Tensor) -> Tensor:
+    """From 0 to 1, what log-ratios are multiplied by: a token that is nearly certain was hardly likelier before."""
+    return (logprobs / -0.2).clamp(max=1.0)
 
 
 @functools.lru_cache(maxsize=1)

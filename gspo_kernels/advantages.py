@@ -21,7 +21,7 @@ def group_advantages(
     """`(reward - mean of its group) / (std of its group + eps)`.
 
     Args:
-        rewards: [R], any real dtype: one reward per response.
+        rewards: [R], float32, float64 or integers: one reward per response.
         group_size: responses per prompt, if each prompt's stand together. Exactly one of this and `group_ids`.
         group_ids: [R] integers: which prompt a response answers, in any order.
         normalize: "std" divides by the sample standard deviation (n - 1, as TRL and verl do); "none" does not divide
@@ -31,10 +31,11 @@ def group_advantages(
     Returns: [R] float32. Exactly 0 throughout a group of equal rewards, and for a group of one.
     """
     rewards = checks.tensor("rewards", rewards, "one reward per response, [responses]").detach()
-    if rewards.ndim != 1 or rewards.is_complex():
-        raise ValueError(f"rewards: expected real numbers of shape [responses]; got {checks.describe(rewards)}")
+    checks.numbers("rewards", rewards)
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards: expected shape [responses]; got {list(rewards.shape)}")
     checks.choice("normalize", normalize, ("std", "none"))
-    checks.number("eps", eps, "what is added to the standard deviation", at_least=0.0)
+    eps = checks.number("eps", eps, "what is added to the standard deviation", at_least=0.0)
     groups, count = _groups(rewards, group_size, group_ids)
 
     values = rewards.double()

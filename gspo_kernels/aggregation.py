@@ -75,14 +75,17 @@ class _Spoil(torch.autograd.Function):
         return torch.where(counts | (gradient == 0), gradient, torch.nan), None
 
 
-def check(aggregation: Any, normalizer: Any) -> None:
+def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Tensor | None:
+    """The normalizer, checked."""
     checks.choice("aggregation", aggregation, AGGREGATIONS)
+    meaning = "a global count of sequences, or of tokens for token_mean"
     if isinstance(normalizer, Tensor):
-        if normalizer.is_complex() or normalizer.dtype == torch.bool:
-            raise TypeError(f"normalizer: expected one global count, a number; got {normalizer.dtype}")
+        checks.tensor("normalizer", normalizer, meaning)
         checks.shape("normalizer", normalizer, (), "one global count")
-    elif normalizer is not None:
-        checks.number("normalizer", normalizer, "a global count of sequences, or of tokens for token_mean", above=0.0)
+        checks.same_device("normalizer", normalizer, device)
+        checks.numbers("normalizer", normalizer)
+        return normalizer
+    return None if normalizer is None else checks.number("normalizer", normalizer, meaning, above=0.0)
 
 
 def check_count(normalizer: Any, batch: BatchShape) -> None:

@@ -1,12 +1,13 @@
 """What every public function checks first, and how it says what is wrong: argument, expected, got.
 
-Only what can be known without reading a tensor's values is checked here, so that no check waits for a device. Values
-(token ids, `cu_seqlens`, temperatures) are checked inside the operators, where a CPU tensor can be read for free.
+Nearly all of it is known without reading a tensor's values, so that no check waits for a device. Values (token ids,
+`cu_seqlens`, temperatures, log-probabilities) are read where that is free: on the CPU, outside of traced code.
 """
 
 from __future__ import annotations
 
 import math
+import numbers as abstract
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,23 +15,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # logits, hidden states, head and bias
+FLOATS = (torch.float32, torch.float64)  # all other real numbers
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+HIGHEST_LOGPROB = 1e-3  # a probability of 1 may be rounded up; what is above this is no log-probability
+
 
 def describe(value: Any) -> str:
     """A short account of what came, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}"
-    return f"{type(value).__name__} {value!r}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of numpy
+        return f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
-def tensor(name: str, value: Any, meaning: str) -> Tensor:
+def is_dtensor(value: Any) -> bool:
+    return type(value).__name__ == "DTensor"  # by name: the module is heavy to import
+
+
+def tensor(name: str, value: Any, meaning: str, *, sharded: bool = False) -> Tensor:
+    """A plain, dense tensor; a DTensor too where it may be `sharded`."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {meaning}, a torch.Tensor; got {describe(value)}")
+        remedy = "; torch.as_tensor makes one of it" if isinstance(value, list) or hasattr(value, "__array__") else ""
+        raise TypeError(f"{name}: expected {meaning}, a torch.Tensor; got {describe(value)}{remedy}")
+    if is_dtensor(value) and not sharded:
+        raise TypeError(
+            f"{name}: expected {meaning}, a plain tensor; got a DTensor, of which this rank holds a part. Pass its "
+            "full_tensor(), or its to_local() where that is what belongs to this rank's rows"
+        )
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        remedy = "its values() as a packed batch, with cu_seqlens" if value.is_nested else "its to_dense()"
+        raise TypeError(f"{name}: expected {meaning}, a dense tensor; got a {kind} one. Pass {remedy}")
     return value
 
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, where the logits are; got one on {value.device}")
+        raise ValueError(
+            f"{name}: expected a tensor on {device}, where the other arguments are; got one on {value.device}"
+        )
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
@@ -38,13 +64,65 @@ def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> No
         raise ValueError(f"{name}: expected shape {list(expected)} ({meaning}); got {list(value.shape)}")
 
 
-def floating(name: str, value: Tensor, meaning: str) -> None:
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected {meaning} in a floating dtype; got {value.dtype}")
+def operand(name: str, value: Tensor, meaning: str) -> None:
+    """Logits, or what they are a product of."""
+    if value.dtype not in OPERANDS:
+        remedy = ". Dequantize them first" if value.is_floating_point() else ""
+        raise TypeError(
+            f"{name}: expected {meaning} in bfloat16, float16, float32 or float64; got {value.dtype}{remedy}"
+        )
+
+
+def numbers(name: str, value: Tensor) -> None:
+    """Float32, float64 or integers."""
+    if value.dtype not in FLOATS and value.dtype not in INTEGERS:
+        cast = " Where their rounding does not matter, pass their float()." if value.is_floating_point() else ""
+        raise TypeError(f"{name}: expected float32, float64 or an integer dtype; got {_why(value)}{cast}")
+
+
+def floats(name: str, value: Tensor) -> None:
+    """Float32 or float64, where no number is whole."""
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32 or float64; got {_why(value)}")
+
+
+def digits(name: str, value: Tensor) -> None:
+    """`floats`, of what a ratio is made: log-probabilities."""
+    if value.dtype not in FLOATS:
+        reason = "because near 1 a step of bfloat16 is twenty times GSPO's clip range"
+        raise TypeError(f"{name}: expected float32 or float64, {reason}; got {_why(value)}")
+
+
+def _why(value: Tensor) -> str:
+    """Its dtype, what is wrong with that, and what to do."""
+    if value.dtype == torch.bool:
+        return f"{value.dtype}. Where 0 and 1 are meant, pass its float()"
+    if value.dtype.is_floating_point:
+        return (
+            f"{value.dtype}, whose rounding no cast takes back. Keep them in the dtype that they were computed in: "
+            "FSDP2's default cast_forward_inputs=True rounds what passes through a module; its remedy is "
+            "MixedPrecisionPolicy(cast_forward_inputs=False)."
+        )
+    return str(value.dtype)
+
+
+def log_probabilities(name: str, value: Tensor, mask: Tensor | None) -> None:
+    """Refuses positive ones where the mask is set, if values may be read; NaN and -inf pass. Shapes are the same."""
+    if not may_read(value) or watched(value):
+        return
+    bad = value.detach() > HIGHEST_LOGPROB
+    if mask is not None:
+        bad = bad & mask
+    if bool(bad.any()):
+        found = value.detach()[bad]
+        raise ValueError(
+            f"{name}: expected log-probabilities, at most 0 where the mask is set; got {found.numel()} above, the "
+            f"first {float(found[0]):g}. Got probabilities or negative log-likelihoods?"
+        )
 
 
 def integers(name: str, value: Tensor, meaning: str) -> None:
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected {meaning} in an integer dtype; got {value.dtype}")
 
 
@@ -56,22 +134,57 @@ def number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
-) -> None:
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {meaning}, a number; got {describe(value)}")
+) -> float:
+    """As Python's own number: numpy has others."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, abstract.Real):
+            raise TypeError(f"{name}: expected {meaning}, a number; got {describe(value)}")
+        value = float(value)
     if not (value > above and value >= at_least and value <= at_most and -math.inf < value < math.inf):
         bound = (
             f" above {above:g}" if above > -math.inf else f" of at least {at_least:g}" if at_least > -math.inf else ""
         )
         bound += f" and at most {at_most:g}" if at_most < math.inf else ""
         raise ValueError(f"{name}: expected {meaning}, a finite number{bound}; got {value}")
+    return value if type(value) in (int, float) else float(value)
+
+
+def flag(name: str, value: Any, meaning: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, {meaning}; got {describe(value)}")
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        shown = repr(value) if isinstance(value, str) else describe(value)
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {shown}")
+
+
+def overlaps(value: Tensor) -> bool:
+    """Whether two of its elements may share memory, by sizes and strides alone.
+
+    In the order of strides, each has to step over all that the dimensions before it span. That refuses a few views
+    that would do, of interleaved dimensions, and none that is sliced, transposed or permuted.
+    """
+    span = 0  # from the first element to the last, over the dimensions so far
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return value.numel() > 0
+            span += (size - 1) * stride
+    return False
 
 
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: that waits for a GPU, so only under GSPO_KERNELS_DEBUG=1 there."""
     return tensor.device.type == "cpu" or os.environ.get("GSPO_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def watched(tensor: Tensor) -> bool:
+    """Whether a compiler, a transform or a fake tensor watches work on it: no value may decide anything there."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )

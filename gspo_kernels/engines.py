@@ -20,8 +20,6 @@ from . import checks
 
 # What stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
 LOWEST = -9999.0
-# A probability of 1 may be rounded up; what is above this is no log-probability.
-HIGHEST = 1e-3
 _TOKEN = re.compile(r"token_id:(\d+)")
 
 
@@ -288,10 +286,12 @@ def _of_meta_info(where: str, output: Any, prompt: Any, given: list[int] | None)
 
 def _packed(responses: Iterator[_Response], missing: str, device: Any) -> Rollouts:
     checks.choice("missing", missing, ("refuse", "mask"))
+    device = _device(device)
     found = list(responses)
-    exact = torch.tensor([x for each in found for x in each.logprobs], dtype=torch.float64)
-    _refuse(found, exact, exact > HIGHEST, "a log-probability, at most 0", "logits, then: see vLLM's logprobs_mode")
-    mask = (exact > LOWEST) & (exact <= HIGHEST)
+    exact = torch.tensor([x for each in found for x in each.logprobs], dtype=torch.float64, device="cpu")
+    positive, hint = exact > checks.HIGHEST_LOGPROB, "logits, then: see vLLM's logprobs_mode"
+    _refuse(found, exact, positive, "a log-probability, at most 0", hint)
+    mask = (exact > LOWEST) & ~positive
     if missing == "refuse":
         hint = 'as it was sampled, it has one: see from_vllm, or leave such tokens out with missing="mask"'
         _refuse(found, exact, ~mask, "the sampled token's log-probability", hint)
@@ -325,6 +325,16 @@ def _refuse(found: list[_Response], values: Tensor, wrong: Tensor, expected: str
                     f"{int(wrong.sum())} such in all; {hint}"
                 )
             at -= len(each.token_ids)
+
+
+def _device(device: Any) -> torch.device:
+    """The CPU if None, whatever torch's default is."""
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"device: expected a torch.device, or None for the CPU; got {checks.describe(device)}"
+        ) from error
 
 
 def _integers(values: list[int], device: Any) -> Tensor:
@@ -362,6 +372,8 @@ def _listed(outputs: Any, marks: tuple[str, ...]) -> list[Any]:
 def _prompts(prompts: Any, count: int) -> list[list[int] | None]:
     if prompts is None:
         return [None] * count
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompt_ids: expected a sequence of prompts; got {_described(prompts)}")
     if len(prompts) != count:
         raise ValueError(f"prompt_ids: expected one prompt for each of the {count} outputs; got {len(prompts)}")
     return [_ids(f"prompt_ids[{k}]", prompt) for k, prompt in enumerate(prompts)]

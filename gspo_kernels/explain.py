@@ -22,7 +22,7 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     Returns:
         A few lines of text, the chosen backend first.
     """
-    checks.tensor("logits", logits, "logits [.., vocabulary], or hidden states and then a head")
+    checks.tensor("logits", logits, "logits [.., vocabulary], or hidden states and then a head", sharded=True)
     check_name(backend)
     head = arguments[0] if arguments else options.get("weight")
     if not (isinstance(head, Tensor) and head.is_floating_point()):

@@ -38,7 +38,6 @@ from .stats import SCALARS, Stats
 from .token_stage import LossOutput, TokenInputs
 
 _RATIOS: dict[type[Objective], str] = {GSPO: "sequence", GSPOToken: "sequence_by_token", GRPO: "token", PPO: "token"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # `elements` tokens, or sequences, at a time. With more of either some variants of the sequence kernel spill registers.
 # The batch is one program of sixteen warps, each with one of the sixteen partials.
 LAUNCH = {"sequence": Launch(num_warps=4, elements=512), "batch": Launch(num_warps=16, elements=4096)}
@@ -74,9 +73,9 @@ def backend_of(inputs: TokenInputs, logits: Tensor, backend: str | None) -> Back
 
 
 def takes(inputs: TokenInputs) -> bool:
-    """Whether it takes this loss: a named objective, numbers in float32 or narrower."""
+    """Whether it takes this loss: a named objective, numbers in float32."""
     arrays = (inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs, inputs.weights)
-    return type(inputs.objective) in _RATIOS and all(x is None or x.dtype in _DTYPES for x in arrays)
+    return type(inputs.objective) in _RATIOS and all(x is None or x.dtype == torch.float32 for x in arrays)
 
 
 def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
@@ -155,7 +154,7 @@ def _of_tokens(inputs: TokenInputs) -> TokenArguments:
         ref_logprobs=_contiguous(inputs.ref_logprobs),
         weights=_contiguous(inputs.weights),
         cu_seqlens=_contiguous(inputs.batch.cu_seqlens),
-        global_count=_count(normalizer, inputs.batch.device) if isinstance(normalizer, Tensor) else None,
+        global_count=normalizer.detach() if isinstance(normalizer, Tensor) else None,  # any dtype of numbers
         numbers=(
             objective.eps_low,
             objective.eps_high,
@@ -180,12 +179,6 @@ def _for_an_operator(arguments: TokenArguments) -> tuple[Any, ...]:
 
 def _contiguous(array: Tensor | None) -> Tensor | None:
     return None if array is None else array.contiguous()
-
-
-def _count(normalizer: Tensor, device: torch.device) -> Tensor:
-    """As the kernel reads it, which is in any dtype of a number: to convert it would be one more launch."""
-    count = normalizer.detach().to(device)
-    return count.float() if count.dtype == torch.bool else count
 
 
 # ---- two passes over the logits
@@ -424,7 +417,7 @@ class _Stage:
         assert old_logprobs is not None
         self.token_advantages = torch.empty_like(self.grad_logprobs)
         eps_low, eps_high, dual_clip, max_log_ratio = self.arguments.numbers[:4]
-        return TokenClip(old_logprobs.float(), self.token_advantages, eps_low, eps_high, dual_clip, max_log_ratio)
+        return TokenClip(old_logprobs, self.token_advantages, eps_low, eps_high, dual_clip, max_log_ratio)
 
     def sequences(self, stats: RowStats | None) -> None:
         """Fills the gradients, log-ratios and partial sums; `stats` is None before the rows have been read."""

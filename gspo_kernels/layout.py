@@ -67,6 +67,13 @@ class BatchShape:
             )
         return array.reshape(self.sequences), False
 
+    def log_probabilities(self, name: str, values: Any, meaning: str) -> Tensor:
+        """A caller's token array of log-probabilities, checked; their values too where that is free."""
+        checks.digits(name, checks.tensor(name, values, meaning))
+        array = self.per_token(name, values, meaning)
+        checks.log_probabilities(name, array, self.mask)
+        return array
+
     def is_per_token(self, values: Tensor) -> bool:
         """By its shape. [S], [S, 1] are one per sequence, also where there are as many tokens; packed [1, N] is not."""
         if self.cu_seqlens is not None and values.ndim == 2:
@@ -89,8 +96,7 @@ class BatchShape:
     def _array(self, name: str, values: Any, meaning: str) -> Tensor:
         array = checks.tensor(name, values, meaning).detach()
         checks.same_device(name, array, self.device)
-        if not array.is_floating_point():
-            checks.integers(name, array, meaning)
+        checks.numbers(name, array)
         return array
 
 

@@ -22,7 +22,7 @@ from .logprobs.backends import check_name, choose
 from .logprobs.linear import Wanted
 from .logprobs.plan import rows_per_chunk
 from .logprobs.products import keeps_gradients, usual_chunk_bytes
-from .logprobs.vocab_shard import VocabShard, is_dtensor, shard_of, tp_ranks
+from .logprobs.vocab_shard import VocabShard, shard_of, tp_ranks
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .policy_loss import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
 from .together import Together, check_rows_together, check_sequences_together
@@ -118,6 +118,7 @@ def linear_policy_loss(
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, weights=weights, aggregation=aggregation,
             normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
+        checks.flag("skip_zero_advantage", skip_zero_advantage, "whether sequences of advantage 0 are left out")
         if skip_zero_advantage and (inputs.beta != 0.0 or inputs.entropy_coef != 0.0):
             raise ValueError(
                 "skip_zero_advantage: expected a loss that such sequences have no part in; got "
@@ -329,14 +330,14 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _head_ranks(hidden: Any, weight: Any, tp_group: Any) -> Ranks | None:
     """Over which ranks the head is sharded; None where nothing says that it is, as `_of_this_rank` explains."""
-    if is_dtensor(weight) and tp_group is None and not _is_replicated(hidden, weight):
+    if checks.is_dtensor(weight) and tp_group is None and not _is_replicated(hidden, weight):
         return None
     return tp_ranks(weight, 0, tp_group)
 
 
 def _is_replicated(hidden: Any, weight: Any) -> bool:
     """On the mesh of a weight that is a DTensor."""
-    replicated = is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
+    replicated = checks.is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements)
     return replicated and bool(hidden.device_mesh == weight.device_mesh)
 
 
@@ -348,17 +349,17 @@ def _of_this_rank(
     A DTensor weight is the head's own sharding only where something says so: FSDP's, seen from outside of its module's
     forward, looks the same, but then every rank has other hidden states.
     """
-    if not is_dtensor(weight):
+    if not checks.is_dtensor(weight):
         weight, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
         return hidden, weight, bias, shard
     if tp_group is None and not _is_replicated(hidden, weight):
         return hidden, weight, bias, None  # refused below
-    if bias is not None and not (is_dtensor(bias) and bias.device_mesh == weight.device_mesh):
+    if bias is not None and not (checks.is_dtensor(bias) and bias.device_mesh == weight.device_mesh):
         raise TypeError(f"bias: expected a DTensor sharded like weight; got {checks.describe(bias)}")
     local, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
     if bias is not None:
         bias, _ = shard_of("bias", bias, 0, tp_group, vocab_start, vocab_size)
-    if is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements):
+    if checks.is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements):
         hidden = hidden.to_local(grad_placements=hidden.placements)
     return hidden, local, bias, shard
 
@@ -414,14 +415,14 @@ def _check_head(
     ):
         if name == "bias" and value is None:
             continue
-        checks.floating(name, checks.tensor(name, value, meaning), meaning)
-        if is_dtensor(value):
+        if checks.is_dtensor(value):
             raise TypeError(
                 f"{name}: expected a plain tensor; got a DTensor, of which this rank holds a part. If it is FSDP's, "
                 "call the loss where FSDP has gathered it (in the forward of the sharded module), or pass its "
                 "full_tensor(). If the head is sharded over the vocabulary, pass hidden as a replicated DTensor on its "
                 "mesh, or tp_group"
             )
+        checks.operand(name, checks.tensor(name, value, meaning), meaning)
     if hidden.ndim not in (2, 3):
         raise ValueError(
             f"hidden: expected [sequences, tokens, D] (padded) or [tokens, D] (packed); got {list(hidden.shape)}"

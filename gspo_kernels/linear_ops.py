@@ -177,7 +177,7 @@ def _linear_loss(
         if wants_hidden:
             linear_walk.spread_nan(gradients.hidden, inputs, stage, stats, scalars)
         sizes = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
-        of_head = torch.stack([torch.full((), float(n), device=hidden.device) for n in sizes])
+        of_head = torch.stack([torch.full((), float(n), dtype=torch.float32, device=hidden.device) for n in sizes])
     return loss, scalars, logprobs, log_ratio, of_head, *gradients
 
 

@@ -158,10 +158,17 @@ class _Clipped(Objective):
     dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        checks.number("eps_low", self.eps_low, "the clip range below 1", at_least=0.0)
-        checks.number("eps_high", self.eps_high, "the clip range above 1", at_least=0.0)
+        found: dict[str, float] = {
+            "eps_low": checks.number("eps_low", self.eps_low, "the clip range below 1", at_least=0.0),
+            "eps_high": checks.number("eps_high", self.eps_high, "the clip range above 1", at_least=0.0),
+        }
         if self.dual_clip is not None:
-            checks.number("dual_clip", self.dual_clip, "the largest ratio for a negative advantage", above=1.0)
+            found["dual_clip"] = checks.number(
+                "dual_clip", self.dual_clip, "the largest ratio for a negative advantage", above=1.0
+            )
+        for name, value in found.items():
+            if value is not getattr(self, name):  # a number of numpy
+                object.__setattr__(self, name, value)
 
     def _clip(self, log_ratio: Tensor, advantages: Tensor, max_log_ratio: Tensor) -> Terms:
         return clipped_surrogate(

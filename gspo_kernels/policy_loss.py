@@ -89,6 +89,11 @@ def policy_loss(
     `cu_seqlens` [S + 1]. The two give the same numbers. Row t of the logits predicts `token_ids[t]`: nothing is shifted
     inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
 
+    Logits may be bf16. All other numbers are float32 or float64; advantages, weights and the normalizer also integers.
+    Tensors are plain, dense and on the logits' device. Anything else is refused by name, never cast: what has been
+    rounded to bf16, as FSDP2 does by default to what passes through a module, has lost the digits that a clip range of
+    3e-4 needs (docs/inputs.md).
+
     Args:
         logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
             has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
@@ -98,17 +103,18 @@ def policy_loss(
             per token (`advantages[:, None]`, `advantages[None]`). A packed batch with as many tokens as sequences needs
             it: the plain form is refused there if the objective takes both, unless every sequence has one token. Where
             that cannot be read for free (on a GPU, under torch.compile) the plain form is one per sequence.
-        old_logprobs: log-probabilities under the policy that sampled, fp32, one per token. None means on-policy: every
-            ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
-            fp16, not under torch.compile; on a GPU, not with your own objective). Such a loss supports one backward
-            pass. The CUDA kernels take one pass for GRPO and PPO off-policy as well.
+        old_logprobs: log-probabilities under the policy that sampled, one per token. Positive ones where the mask is
+            set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL
+            and entropy terms the loss and its gradient take one pass over the logits (not in fp16, not under
+            torch.compile; on a GPU, not with your own objective). Such a loss supports one backward pass. The CUDA
+            kernels take one pass for GRPO and PPO off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts, False (or 0) elsewhere. What stands at masked positions, NaN
             included, has no effect. Other numbers, such as an additive mask's, are refused on the CPU or under
             GSPO_KERNELS_DEBUG=1; on a GPU, and under torch.compile, everything but 0 counts.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N, never decreasing. Others are refused on
             the CPU or under GSPO_KERNELS_DEBUG=1; on a GPU they give a NaN loss.
-        temperature: what logits are divided by: a number, or one per token.
+        temperature: what logits are divided by: a number, one per token or, padded, one per sequence [B, 1].
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
         beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
         kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
@@ -136,8 +142,9 @@ def policy_loss(
             numbers a sequence (three with weights per token) and one for the stats; none in the backward. The
             token that a row predicts is often another rank's: shift first, then share out.
         overwrite_logits: donates the logits' memory: the gradient is written over them, by the backward or, in one
-            pass, by this call. Do not read them afterwards. Their version counter is bumped, so autograd
-            refuses whatever else still needs them for its backward.
+            pass, by this call. Do not read them afterwards, and let no other argument share their memory. Their version
+            counter is bumped, so autograd refuses whatever else still needs them for its backward. A view whose
+            elements share memory (expanded, windows that overlap) is refused.
         backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:
@@ -289,8 +296,8 @@ def policy_loss_from_logprobs(
     """`policy_loss` from log-probabilities that are already there, [B, T] or packed [N]; differentiable in them.
 
     Args:
-        logprobs: current log-probabilities, fp32 or fp64: bf16 has no digits left at GSPO's clip range.
-        entropy: per token, differentiable; needed if `entropy_coef` is not 0.
+        logprobs: current log-probabilities, float32 or float64: bf16 has no digits left at GSPO's clip range.
+        entropy: per token, in these dtypes, differentiable; needed if `entropy_coef` is not 0.
 
     Second derivatives and torch.func.vmap are supported, without `cp_group`; forward-mode AD and torch.func.grad in
     padded layout, else they raise. The other arguments, the result and the errors are those of `policy_loss`.
@@ -303,19 +310,16 @@ def policy_loss_from_logprobs(
         refuse_forward_mode("policy_loss_from_logprobs", logprobs=logprobs, entropy=entropy)
     cp = ranks_of("cp_group", cp_group)
     with Together(logprobs, cp, name="logprobs") as together:
-        checks.tensor("logprobs", logprobs, "log-probabilities per token")
-        if logprobs.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                "logprobs: expected float32 or float64, because a clip range of 3e-4 needs the digits; got "
-                f"{logprobs.dtype}"
-            )
+        checks.digits("logprobs", checks.tensor("logprobs", logprobs, "log-probabilities per token"))
         if logprobs.ndim not in (1, 2):
             raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
         batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device, cp)
+        checks.log_probabilities("logprobs", logprobs, batch.mask)
         if entropy is not None:
-            checks.tensor("entropy", entropy, "entropy per token")
+            checks.floats("entropy", checks.tensor("entropy", entropy, "entropy per token"))
             checks.shape("entropy", entropy, logprobs.shape, "one per token")
-        elif entropy_coef != 0.0:
+            checks.same_device("entropy", entropy, logprobs.device)
+        elif checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus") != 0.0:
             raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
@@ -382,6 +386,7 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
     if mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
     checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
+    checks.same_device("mask", mask, input_ids.device)
     rolled = torch.roll(as_bool("mask", mask), -1, dims=1)
     rolled[:, -1:] = False
     return torch.roll(input_ids, -1, dims=1), rolled
@@ -407,17 +412,32 @@ def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, ba
 
 def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
-    shape = token_ids.shape
     if isinstance(temperature, Tensor):
-        checks.floating("temperature", temperature, "a number, or one temperature per token")
-        checks.same_device("temperature", temperature, token_ids.device)
-        if temperature.ndim:
-            checks.shape("temperature", temperature, shape, "one per token")
-        temperature = _as_rows(temperature.detach().float().expand(shape))
+        temperature = _as_rows(_temperatures(temperature, token_ids).float())
     else:
-        checks.number("temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6)
+        temperature = checks.number(
+            "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
+        )
         temperature = run_time(temperature, torch.device("cpu"))
     return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
+
+
+def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
+    """One per token, of one per token, one per row of a padded batch [B, 1], or one for all []."""
+    checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
+    checks.same_device("temperature", given, token_ids.device)
+    tokens = token_ids.shape
+    by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
+    if given.ndim and given.shape != tokens and not by_row:
+        remedy = (
+            f"or {[tokens[0], 1]} (one per sequence: temperature[:, None])"
+            if len(tokens) == 2
+            else "where one per sequence is temperature.repeat_interleave(cu_seqlens.diff())"
+        )
+        raise ValueError(
+            f"temperature: expected shape {list(tokens)} (one per token), {remedy}; got {list(given.shape)}"
+        )
+    return given.detach().expand(tokens)
 
 
 def _as_rows(values: Tensor) -> Tensor:
@@ -429,8 +449,8 @@ def _check_logits(
     logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None
 ) -> int:
     """The vocabulary's size."""
-    checks.tensor("logits", logits, "logits [.., vocabulary]")
-    checks.floating("logits", logits, "logits")
+    checks.operand("logits", checks.tensor("logits", logits, "logits [.., vocabulary]"), "logits")
+    checks.flag("overwrite_logits", overwrite_logits, "whether the gradient is written over the logits")
     if logits.ndim not in (2, 3):
         raise ValueError(
             "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
@@ -438,11 +458,11 @@ def _check_logits(
         )
     if logits.shape[-1] == 0 and shard is None:
         raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
-    if overwrite_logits and any(
-        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
-    ):
+    if overwrite_logits and checks.overlaps(logits):
         raise ValueError(
-            "overwrite_logits: expected logits with a place for each number; got an expanded view, which repeats some"
+            "overwrite_logits: expected logits of which each has memory of its own; got a view with sizes "
+            f"{list(logits.shape)} and strides {list(logits.stride())}, whose elements share memory (expanded, or "
+            "windows that overlap). Pass its clone(), or overwrite_logits=False"
         )
     check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
     return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size

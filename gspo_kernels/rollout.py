@@ -114,7 +114,7 @@ def rollout_weights(
     Args:
         logprobs: [B, T] or packed [N], float32 or float64: of the policy that sampled, computed by the trainer
             (`token_logprobs` before the first update), which are the loss's `old_logprobs`.
-        rollout_logprobs: same shape: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
+        rollout_logprobs: same shape and dtypes: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
             that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused, or give NaN, as in
@@ -139,10 +139,10 @@ def rollout_weights(
     """
     cp = ranks_of("cp_group", cp_group)
     with Together(logprobs, cp, name="logprobs") as together:
-        batch, new, rollout = _inputs(logprobs, rollout_logprobs, mask, cu_seqlens, max_log_ratio, cp)
+        batch, new, rollout, max_log_ratio = _inputs(logprobs, rollout_logprobs, mask, cu_seqlens, max_log_ratio, cp)
         checks.choice("level", level, LEVELS)
         checks.choice("mode", mode, MODES)
-        _check_bounds(lower, upper)
+        lower, upper = _bounds(lower, upper)
         if together.asks:
             bounds = {"lower": str(lower), "upper": str(upper)}
             together.same(cp, level=level, mode=mode, **bounds, **_shared(batch, max_log_ratio))
@@ -210,7 +210,7 @@ def rollout_mismatch(
     Args:
         logprobs: [B, T] or packed [N], float32 or float64: the trainer's, of the policy that sampled; or the current
             ones, to see the decisions as they are taken.
-        rollout_logprobs: same shape, what the engine returned.
+        rollout_logprobs: same shape and dtypes, what the engine returned.
         advantages: one per sequence, whose sign says which edge counts; 0 has no decision. None: either edge counts.
         mask, cu_seqlens, max_log_ratio, cp_group: as in `rollout_weights`. With cp_group one collective of two numbers
             a sequence, and two for the scalars.
@@ -225,11 +225,11 @@ def rollout_mismatch(
     """
     cp = ranks_of("cp_group", cp_group)
     with Together(logprobs, cp, name="logprobs") as together:
-        batch, new, rollout = _inputs(logprobs, rollout_logprobs, mask, cu_seqlens, max_log_ratio, cp)
-        checks.number("eps_low", eps_low, "the clip range below 1", at_least=0.0)
-        checks.number("eps_high", eps_high, "the clip range above 1", at_least=0.0)
+        batch, new, rollout, max_log_ratio = _inputs(logprobs, rollout_logprobs, mask, cu_seqlens, max_log_ratio, cp)
+        eps_low = checks.number("eps_low", eps_low, "the clip range below 1", at_least=0.0)
+        eps_high = checks.number("eps_high", eps_high, "the clip range above 1", at_least=0.0)
         if noise is not None:
-            checks.number("noise", noise, "a standard deviation in nats", at_least=0.0)
+            noise = checks.number("noise", noise, "a standard deviation in nats", at_least=0.0)
         if advantages is not None:
             checks.tensor("advantages", advantages, "one advantage per sequence, or None")
             advantages = batch.per_sequence("advantages", advantages, "advantages")
@@ -282,30 +282,25 @@ def rollout_mismatch(
 
 def _inputs(
     logprobs: Any, rollout_logprobs: Any, mask: Any, cu_seqlens: Any, max_log_ratio: Any, ranks: Any
-) -> tuple[BatchShape, Tensor, Tensor]:
-    checks.tensor("logprobs", logprobs, "the trainer's log-probabilities per token")
+) -> tuple[BatchShape, Tensor, Tensor, float]:
+    checks.digits("logprobs", checks.tensor("logprobs", logprobs, "the trainer's log-probabilities per token"))
     if logprobs.ndim not in (1, 2):
         raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
     batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device, ranks)
-    rollout = batch.per_token("rollout_logprobs", rollout_logprobs, "the engine's log-probabilities")
-    for name, values in (("logprobs", logprobs), ("rollout_logprobs", rollout)):
-        if values.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name}: expected float32 or float64, because in bfloat16 a log-probability of -1 is 4e-3 wide; got "
-                f"{values.dtype}"
-            )
+    checks.log_probabilities("logprobs", logprobs, batch.mask)
+    rollout = batch.log_probabilities("rollout_logprobs", rollout_logprobs, "the engine's log-probabilities")
     # e^80 still fits fp32, in which the weights are reported.
-    checks.number("max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0)
-    return batch, logprobs, rollout
+    bound = checks.number("max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0)
+    return batch, logprobs, rollout, bound
 
 
-def _check_bounds(lower: Any, upper: Any) -> None:
+def _bounds(lower: Any, upper: Any) -> tuple[float | None, float | None]:
+    meaning = "a bound of the weight itself, not of its distance from 1"
     if lower is not None:
-        checks.number("lower", lower, "a bound of the weight itself, not of its distance from 1", at_least=0.0)
+        lower = checks.number("lower", lower, meaning, at_least=0.0)
         if lower > 1:
             raise ValueError(f"lower: expected a bound of the weight that 1 is not below; got {lower}")
-    if upper is not None:
-        checks.number("upper", upper, "a bound of the weight itself, not of its distance from 1", at_least=1.0)
+    return lower, None if upper is None else checks.number("upper", upper, meaning, at_least=1.0)
 
 
 def _shared(batch: BatchShape, max_log_ratio: float) -> dict[str, float]:

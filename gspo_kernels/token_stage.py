@@ -221,21 +221,23 @@ def token_inputs(
     """Checks everything that has one number per token or sequence."""
     check_objective(objective)
     aggregation = objective.aggregation if aggregation is None else aggregation
-    aggregate.check(aggregation, normalizer)
+    normalizer = aggregate.check(aggregation, normalizer, batch.device)
     aggregate.check_count(normalizer, batch)
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-    checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
-    checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
+    beta = checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
+    entropy_coef = checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
     # e^80 still fits fp32, in which the ratios are reported.
-    checks.number("max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0)
+    max_log_ratio = checks.number(
+        "max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0
+    )
     if ref_logprobs is None and beta != 0.0:
         raise ValueError(
             f"ref_logprobs: expected the reference policy's log-probabilities, because beta is {beta}; got None"
         )
     if old_logprobs is not None:
-        old_logprobs = batch.per_token("old_logprobs", old_logprobs, "old policy's log-probabilities")
+        old_logprobs = batch.log_probabilities("old_logprobs", old_logprobs, "old policy's log-probabilities")
     if ref_logprobs is not None:
-        ref_logprobs = batch.per_token("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
+        ref_logprobs = batch.log_probabilities("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
     advantages, advantages_per_token = _advantages(batch, objective, advantages)
     weights_per_token = False
     if weights is not None:

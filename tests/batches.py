@@ -52,6 +52,7 @@ PLAN: list[tuple[float | str, int]] = [
 ]
 LENGTHS = sized((5, 1, 0, 7, 3, 1, 4, 2, 6, 3, 4, 2, 1), (2, 1, 0, 3, 1, 1, 2, 1, 1, 1, 1, 1))
 SHORT = sized(LENGTHS, (2, 0, 1, 3))  # for what is about anything but the loss, and calls it many times
+ROUNDED_UP = 5e-4  # how far above 0 a log-probability may be here: half of what is refused
 ALL_MASKED = 8  # this sequence of LENGTHS has rows but no unmasked one
 
 
@@ -209,13 +210,40 @@ def ragged_batch(
     if weights is not None:
         batch.weights_by_token = weights == "token"
         batch.weights = torch.rand(n if batch.weights_by_token else s, generator=generator) * 2 + 0.1
+    if not on_policy:
+        per_sequence = truth.policy is not oracle.token_ratio
+        make_possible(batch, wanted, batch.sequences if per_sequence else [range(t, t + 1) for t in range(n)])
     logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
     if not on_policy:
         batch.old_logprobs = (logprobs - wanted).to(wide)
     if ref:
-        batch.ref_logprobs = (logprobs + torch.randn(n, generator=generator, dtype=torch.float64) * 0.5).to(wide)
+        noise_of_ref = torch.randn(n, generator=generator, dtype=torch.float64) * 0.5
+        batch.ref_logprobs = (logprobs + noise_of_ref).clamp(max=0.0).to(wide)
     put_garbage(batch)
     return batch
+
+
+def make_possible(batch: Batch, wanted: Tensor, units: Sequence[range]) -> None:
+    """No old log-probability, `logprob - wanted`, may be above 0 but for rounding; the mean over a unit stays.
+
+    What is too much for one token of a unit is left to the others. Where it is too much for all, tokens that are nearly
+    certain are replaced by the least likely ones.
+    """
+    for unit in units:
+        kept = [t for t in unit if batch.mask[t]]
+        total = float(wanted[kept].sum())
+        for t in sorted(kept, key=lambda t: -batch.rows[t].logprob):
+            if total >= sum(batch.rows[u].logprob - ROUNDED_UP for u in kept):
+                break
+            batch.token_ids[t] = batch.logits[t].double().argmin()
+            row = batch.logits[t].tolist(), int(batch.token_ids[t]), batch.temperature_of(t)
+            batch.rows[t] = oracle.row_statistics(*row)
+        least = torch.tensor([batch.rows[t].logprob - ROUNDED_UP for t in kept], dtype=torch.float64)
+        found = torch.maximum(wanted[kept], least)
+        slack, excess = found - least, float(found.sum()) - total
+        if excess > 0.0:
+            found -= slack * min(excess / max(float(slack.sum()), 1e-30), 1.0)
+        wanted[kept] = found
 
 
 def edge_batch(objective: str, side: str) -> Batch:

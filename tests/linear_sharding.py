@@ -22,7 +22,7 @@ from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, 
 from torch import Tensor
 
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, linear_walk, policy_loss
-from gspo_kernels.logprobs.vocab_shard import is_dtensor
+from gspo_kernels.checks import is_dtensor
 from gspo_kernels.together import Together
 
 

@@ -37,7 +37,7 @@ def test_against_the_oracle(pairs: list[tuple[float, int]], normalize: str) -> N
     torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.float64, torch.int64], ids=str)
 def test_group_size_is_neighbours_together(dtype: torch.dtype) -> None:
     rewards = torch.tensor([1, 0, 0, 1, 5, 5, 5, 5, 0, 0, 0, 1]).to(dtype)
     by_size = group_advantages(rewards, group_size=4)

@@ -587,7 +587,7 @@ class Training:
         batch = Batch(x, ids, mask, list(LENGTHS), advantages)
         for i in (EMPTY, ALL_MASKED):
             batch.mask[batch.sequences[i].start : batch.sequences[i].stop] = False
-        batch.old_logprobs = logprobs + torch.randn(n, generator=generator) * 0.2
+        batch.old_logprobs = (logprobs + torch.randn(n, generator=generator) * 0.2).clamp(max=0.0)
         return policy, batch
 
     def loss(self, policy: nn.Module, batch: Batch, **given: Any) -> Tensor:

@@ -99,7 +99,7 @@ OF_LOSS: dict[str, Case] = {
     "normalizer zero": ({"normalizer": 0}, ValueError, "normalizer", "0"),
     "aggregation unknown": ({"aggregation": "mean"}, ValueError, "aggregation", "mean"),
     "skipping, with a KL term": (
-        {"skip_zero_advantage": True, "beta": 0.1, "ref_logprobs": torch.ones(B, T)}, ValueError,
+        {"skip_zero_advantage": True, "beta": 0.1, "ref_logprobs": -torch.ones(B, T)}, ValueError,
         "skip_zero_advantage", "beta 0.1",
     ),
     "skipping, with an entropy bonus": (

@@ -9,7 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gspo_kernels import linear_gspo_loss, linear_token_logprobs
@@ -28,7 +28,9 @@ class Policy(nn.Module):
         self.head = nn.Linear(WIDTH, VOCAB)
 
     def forward(self, x: Tensor, *rest: Tensor, **options: Any) -> Any:
-        hidden = torch.tanh(self.body(x))
+        hidden = torch.tanh(self.body(x.to(self.body.weight.dtype)))
+        if len(rest) == 1:  # token ids alone
+            return linear_token_logprobs(hidden, self.head.weight, *rest, bias=self.head.bias)
         return linear_gspo_loss(hidden, self.head.weight, *rest, bias=self.head.bias, **options)
 
 
@@ -80,7 +82,32 @@ def work(rank: int) -> dict[str, Any]:
         ranks.refused(lambda: linear_token_logprobs(hidden, weight, arrays[1])),
         ranks.refused(lambda: linear_token_logprobs(hidden, whole, arrays[1], bias=policy.head.bias)),
     ]
-    return {"loss": loss, "gradients": gradients, "refused": refused}
+    return {"loss": loss, "gradients": gradients, "refused": refused, "bf16": in_bf16(rank)}
+
+
+def in_bf16(rank: int) -> dict[str, Any]:
+    """A step on-policy with parameters in bf16, by FSDP2's own policy and by that of docs/hidden-states.md."""
+
+    def sharded(**options: Any) -> tuple[Policy, Any, dict[str, Any]]:
+        policy, batch = made()
+        fully_shard(policy, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, **options))
+        (x, ids, advantages, _), given = share(batch, rank, RANKS)
+        with torch.no_grad():
+            old = policy(x, ids).logprobs
+        return policy, (x, ids, advantages, old), given
+
+    policy, arrays, options = sharded()
+    refused = ranks.refused(lambda: policy(*arrays, **options))
+    policy, arrays, options = sharded(cast_forward_inputs=False)
+    loss, stats = policy(*arrays, **options)
+    loss.backward()
+    dist.all_reduce(loss := loss.detach())
+    policy, *_ = sharded(cast_forward_inputs=False, output_dtype=torch.bfloat16)
+    rounded, _ = policy(*arrays, **options)
+    return {
+        "refused": refused, "loss": loss, "ratios": stats.log_ratio.exp(), "dtype": arrays[3].dtype,
+        "rounded": rounded.dtype,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +138,17 @@ def test_a_shard_is_refused_and_what_to_do_is_said(found: list[dict[str, Any]]) 
             assert refused is not None and refused.type == "TypeError", refused
             assert refused.message.startswith(f"{argument}: expected a plain tensor; got a DTensor"), refused
             assert "forward" in refused.message and "full_tensor()" in refused.message, refused
+
+
+def test_what_passes_through_the_module_keeps_its_digits(found: list[dict[str, Any]]) -> None:
+    """FSDP2 casts it to bf16 unless told otherwise: ratios would be 0.998 to 1.002 where 1 is right."""
+    _, batch = made()
+    for of_rank in (each["bf16"] for each in found):
+        refused = of_rank["refused"]
+        assert refused is not None and refused.type == "TypeError", refused
+        assert refused.message.startswith("old_logprobs: expected float32 or float64"), refused
+        assert "MixedPrecisionPolicy(cast_forward_inputs=False)" in refused.message, refused
+        torch.testing.assert_close(of_rank["ratios"], torch.ones_like(of_rank["ratios"]), rtol=0.0, atol=1e-6)
+        assert of_rank["dtype"] == of_rank["loss"].dtype == torch.float32
+        assert float(of_rank["loss"]) == pytest.approx(-float(batch["advantages"].mean()), rel=1e-6)
+        assert of_rank["rounded"] == torch.bfloat16, "output_dtype rounds the loss"

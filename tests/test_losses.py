@@ -161,7 +161,8 @@ def test_a_long_sequence_keeps_six_digits() -> None:
     logits = torch.randn(n, 5, generator=generator) * 3
     ids = torch.randint(5, (n,), generator=generator)
     logprobs = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-    old = (logprobs - 2e-4 + torch.randn(n, generator=generator) * 0.5).float()
+    noise = (torch.rand(n, generator=generator) * 2 - 1) * logprobs.clamp(min=-1.0)
+    old = (logprobs - 2e-4 + noise).float()
     given = (on_device(x) for x in (logits, ids, torch.ones(1), old))
     _, stats = gspo_kernels.gspo_loss(*given, cu_seqlens=on_device(torch.tensor([0, n])))
     truth = float((logprobs - old.double()).mean())

@@ -30,9 +30,10 @@ pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, old ones, advantages of each sign and 0, and a ragged mask: much is clipped by every rule."""
     generator = torch.Generator().manual_seed(0)
-    old = -torch.rand(32, 9, generator=generator)
-    logprobs = old + 0.25 * torch.randn(32, 9, generator=generator)
-    logprobs[::2] = old[::2] + 3e-4 * torch.randn(16, 9, generator=generator)
+    highest = -torch.rand(32, 9, generator=generator)  # of the two
+    log_ratio = 0.25 * torch.randn(32, 9, generator=generator)
+    log_ratio[::2] = 3e-4 * torch.randn(16, 9, generator=generator)
+    logprobs, old = highest + log_ratio.clamp(max=0.0), highest - log_ratio.clamp(min=0.0)
     mask = (torch.arange(9) < torch.randint(1, 10, (32, 1), generator=generator)).long()
     advantages = torch.randn(32, generator=generator)
     advantages[5:9] = 0

@@ -150,7 +150,7 @@ def test_variants_without_clipping_are_the_losses_without_clipping(noise: Any, l
     group = noise.answer(learner.model, learner.tokenizer, ["4+7="], noise.replace(noise.SMOKE, samples=6))
     token_ids, mask = group.batch.targets()
     group.advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, 1.0])
-    group.old_logprobs = group.old_logprobs + 0.3 * torch.randn(mask.shape)
+    group.old_logprobs = (group.old_logprobs + 0.3 * torch.randn(mask.shape)).clamp(max=0.0)
     logits = group.batch.logits(learner.model).detach().requires_grad_()
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cases import DTYPES, SEED
+from ..cases import DTYPES, SEED, uncertainty
 from ..exact import gspo
 
 ROWS, SMOKE_ROWS = 2_048, 128
@@ -136,7 +136,10 @@ def build(case: Case, device: str = "cpu") -> Problem:
     log_ratio = -advantages.sign().double() * away  # where min() takes the ratio, whatever the bounds are
     log_ratio[clipped] *= -1.0
     noise = torch.randn(sequences, rows // sequences, generator=generator, dtype=torch.float64) * 0.02
-    of_tokens = (log_ratio[:, None] + noise - noise.mean(1, keepdim=True)).reshape(-1).to(device)
+    uncertain = uncertainty(inputs.logprobs.cpu()).view(sequences, -1)
+    share = uncertain / uncertain.mean(1, keepdim=True).clamp(min=1e-9)
+    noise = noise - (noise * share).mean(1, keepdim=True)
+    of_tokens = ((log_ratio[:, None] + noise) * share).reshape(-1).to(device)
     advantages = advantages.to(device)
     old = (inputs.logprobs - of_tokens).float()
     mask = torch.ones(rows, dtype=torch.bool, device=device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cases import DTYPES, SEED
+from ..cases import DTYPES, SEED, uncertainty
 from ..exact import EPSILONS
 
 
@@ -90,12 +90,7 @@ def build(case: Case, device: str = "cpu") -> Inputs:
     shape = (b, 1) if case.objective == "gspo" else (b, t)
     place = torch.rand(shape, generator=generator, dtype=torch.float64) * 3.0 - 1.5  # in half windows
     place = torch.where((place.abs() - 1.0).abs() < 0.07, place * 0.9, place)
-    log_ratio = torch.where(place < 0, place * low, place * high).expand(b, t)
     noise = torch.randn(b, t, generator=generator, dtype=torch.float64) * 0.02
-    noise = torch.where(mask, noise, 0.0)
-    noise = noise - noise.sum(1, keepdim=True) / lengths[:, None]
-    if case.objective != "gspo":
-        noise = torch.zeros_like(noise)
 
     inputs = Inputs(
         objective=case.objective,
@@ -106,10 +101,17 @@ def build(case: Case, device: str = "cpu") -> Inputs:
         old_logprobs=torch.zeros(b, t, device=device),
         advantages=torch.linspace(-1.5, 1.5, b)[torch.randperm(b, generator=generator)].to(device),
     )
-    exact = logprobs_of(pristine, inputs.token_ids, inputs.mask)
-    old = torch.zeros(b, t, dtype=torch.float64, device=device)
-    old[inputs.mask] = exact - (log_ratio + noise).to(device)[inputs.mask]
-    inputs.old_logprobs = old.float()
+    exact = torch.zeros(b, t, dtype=torch.float64)
+    exact[mask] = logprobs_of(pristine, inputs.token_ids, inputs.mask).cpu()
+    if case.objective == "gspo":
+        uncertain = torch.where(mask, uncertainty(exact), 0.0)
+        excess = (noise * uncertain).sum(1, keepdim=True) / uncertain.sum(1, keepdim=True).clamp(min=1e-9)
+        noise = (noise - excess) * uncertain
+    else:
+        place = torch.where(place * low < exact, place.abs(), place)  # no old log-probability is above 0
+        noise = torch.zeros_like(noise)
+    log_ratio = torch.where(place < 0, place * low, place * high)
+    inputs.old_logprobs = torch.where(mask, exact - log_ratio - noise, 0.0).float().to(device)
     return inputs
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..layout import as_bool
 from ..objectives import GRPO, GSPOToken, clipped_surrogate
 from ..policy_loss import policy_loss_from_logprobs, token_logprobs
@@ -60,13 +61,13 @@ def policy_loss(
     ):
         length, pieces = rows_of(total, response, cp_rank, cp_size)
         first = total - response - 1  # this position predicts the response's first token
-        rows += [torch.arange(row, row + end - begin) + ends[-1] for begin, end, row in pieces]
+        rows += [torch.arange(row, row + end - begin, device="cpu") + ends[-1] for begin, end, row in pieces]
         token_ids += [tokens[begin + 1 : end + 1] for begin, end, _ in pieces]
         mask += [loss_mask[begin - first : end - first] for begin, end, _ in pieces]
         counts.append(sum(end - begin for begin, end, _ in pieces))
         ends.append(ends[-1] + length)
-    boundaries = torch.tensor([*ends, count]).to(device, non_blocking=True)  # the last sequence is padding
-    of_responses = torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).to(device, non_blocking=True)
+    boundaries = torch.tensor([*ends, count], device="cpu").to(device, non_blocking=True)  # the last is padding
+    of_responses = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *rows]).to(device, non_blocking=True)
 
     def place(values: list[Tensor], dtype: torch.dtype) -> Tensor:
         """[T], from what is there for the rows of responses."""
@@ -74,10 +75,13 @@ def policy_loss(
         return found.index_copy(0, of_responses, torch.cat([found[:0], *values]).to(dtype))
 
     counted = as_bool("loss_masks", place(mask, torch.float32))
-    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
+    of_old = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
+    old = _log_probs(batch, of_old) if args.use_rollout_logprobs or batch.get(of_old) else None
     high = args.eps_clip if args.eps_clip_high is None else args.eps_clip_high
     kind = GSPOToken if args.advantage_estimator == "gspo" else GRPO
     objective = kind(args.eps_clip, high, args.eps_clip_c)
+    for values in batch["advantages"]:
+        checks.numbers('batch["advantages"]', values)
     advantages = place(batch["advantages"], torch.float32)
 
     by_token = args.calculate_per_token_loss
@@ -107,10 +111,18 @@ def policy_loss(
     if args.use_kl_loss:
         from slime.utils.ppo_utils import compute_approx_kl
 
-        new, ref = logprobs[of_responses], torch.cat(batch["ref_log_probs"])
+        new, ref = logprobs[of_responses], torch.cat(_log_probs(batch, "ref_log_probs"))
         log["kl_loss"] = sum_of_sample_mean(compute_approx_kl(new, ref, kl_loss_type=args.kl_loss_type))
         loss = loss + args.kl_loss_coef * log["kl_loss"]
     return loss, {name: x.detach().clone() for name, x in {"loss": loss, **log}.items()}
+
+
+def _log_probs(batch: Any, name: str) -> list[Tensor]:
+    """Of each sample: refused where they have been rounded, before all are brought into one dtype."""
+    found: list[Tensor] = batch[name]
+    for values in found:
+        checks.digits(f'batch["{name}"]', values)
+    return found
 
 
 def rows_of(total: int, response: int, cp_rank: int, cp_size: int) -> tuple[int, list[tuple[int, int, int]]]:
@@ -133,10 +145,11 @@ def shares(batch: Any, counts: list[int]) -> list[Tensor]:
     """For each row of a response, its length over that of its rollout, which may have several samples: slime's mean."""
     masks = batch["loss_masks"]
     sums = batch.get("rollout_mask_sums") or [mask.sum() for mask in masks]
-    return [
-        (mask.sum().double() / torch.as_tensor(whole, device=mask.device).clamp(min=1)).expand(count)
-        for mask, whole, count in zip(masks, sums, counts, strict=True)
-    ]
+
+    def share(mask: Tensor, whole: Any) -> Tensor:
+        return mask.sum() / torch.as_tensor(whole, dtype=torch.float64, device=mask.device).clamp(min=1)
+
+    return [share(mask, whole).expand(count) for mask, whole, count in zip(masks, sums, counts, strict=True)]
 
 
 def refuse(args: Any) -> None:

@@ -230,7 +230,7 @@ class GSPOTrainer(GRPOTrainer):
         """A count over all ranks and the whole generation batch -> per rank, whose gradients are averaged, and step."""
         micro_batches = self.args.steps_per_generation if self.model.training else 1
         share: float = self._accumulated / (micro_batches * self.accelerator.num_processes)
-        return count.clamp(min=1) * share
+        return count.double().clamp(min=1) * share
 
     @torch.no_grad()
     def _record(self, stats: Stats, kl: Tensor, advantages: Tensor, mask: Tensor) -> None:
@@ -241,7 +241,7 @@ class GSPOTrainer(GRPOTrainer):
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages
         low = counted & (advantages < 0) & (deviation < -self.epsilon_low)
         high = counted & (advantages > 0) & (deviation > self.epsilon_high)
-        by_row = torch.stack([-low.sum(1), high.sum(1)], dim=1) / counted.sum(1, keepdim=True)  # NaN of an empty row
+        by_row = torch.stack([-low.sum(1), high.sum(1)], dim=1).float() / counted.sum(1, keepdim=True)  # NaN: empty row
         largest = self.accelerator.gather(by_row).nan_to_num(nan=-torch.inf).amax(dim=0)
 
         count = stats.num_tokens

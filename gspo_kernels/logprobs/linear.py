@@ -324,7 +324,7 @@ class _News:
         count = active.sum()
         numbers = torch.stack([count, torch.zeros_like(count) if exponent is None else exponent])
         if active.device.type == "cuda":
-            self._numbers = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._numbers = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -351,7 +351,7 @@ def _exponent(upstream: Upstream) -> Tensor:
     arrays = Upstream(*upstream.by_statistic())
     sizes = [x.abs().nan_to_num(0.0).amax().float() for x in arrays[:3] if x is not None and x.numel()]
     if not sizes:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     largest = torch.stack(sizes).amax()
     sound = torch.isfinite(largest) & (largest > 0.0)
     return (13 - torch.floor(torch.log2(torch.where(sound, largest, 1.0)))).clamp(-60, 60).to(torch.int64)

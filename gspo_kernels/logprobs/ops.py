@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import may_read
+from ..checks import may_read, watched
 from ..derivatives import edge_of, first_derivative, refuse_second_backward
 from .backends import choose
 from .rows import Rows, RowStats, Upstream, empty_stats
@@ -158,12 +158,7 @@ def needs_operators(logits: Tensor) -> bool:
 
     Elsewhere it is called directly: the dispatcher and its wrappers in Python take 0.1 ms of the host's time.
     """
-    return (
-        torch.compiler.is_compiling()
-        or type(logits) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+    return watched(logits)
 
 
 # ---- autograd

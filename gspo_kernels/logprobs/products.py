@@ -268,10 +268,11 @@ def _mkl_gemm() -> _MklGemm | None:
         gemm = _MklGemm()
     except (OSError, AttributeError):
         return None
-    a, b = torch.arange(6).view(2, 3).bfloat16(), torch.arange(12).view(4, 3).bfloat16().t() - 5
-    both = torch.ones(2, 4)
+    on_cpu = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    a, b = (torch.arange(n, device="cpu").view(-1, 3).bfloat16() for n in (6, 12))
+    b, both = b.t() - 5, on_cpu(2, 4).fill_(1)
     gemm(a, b, both, True)
-    transposed = torch.empty(3, 3)
+    transposed = on_cpu(3, 3)
     gemm(a.t(), a, transposed, False)
     right = torch.equal(both, a.float() @ b.float() + 1) and torch.equal(transposed, a.float().t() @ a.float())
     return gemm if right else None

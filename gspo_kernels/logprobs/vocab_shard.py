@@ -55,13 +55,9 @@ class VocabShard:
         return owns, torch.where(owns, place, 0)
 
 
-def is_dtensor(values: Any) -> bool:
-    return type(values).__name__ == "DTensor"  # by name: the module is heavy to import
-
-
 def tp_ranks(values: Any, dimension: int, tp_group: Any) -> Ranks | None:
     """Whose shards these are, before anything else is looked at that could be refused: a DTensor may say it itself."""
-    if is_dtensor(values) and len(axes := _axes(values, dimension)) == 1:
+    if checks.is_dtensor(values) and len(axes := _axes(values, dimension)) == 1:
         return ranks_of("tp_group", values.device_mesh.get_group(axes[0]))
     return ranks_of("tp_group", tp_group)
 
@@ -83,7 +79,7 @@ def shard_of(
 
     `dimension`: that of the vocabulary.
     """
-    if is_dtensor(values):
+    if checks.is_dtensor(values):
         return _of_dtensor(name, values, dimension, tp_group, vocab_start, vocab_size)
     ranks = ranks_of("tp_group", tp_group)
     if ranks is None:
