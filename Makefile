@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-distributed paper test test-triton test-trainers static lint sanitize bench bench-compare bench-linear
+.PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
 .PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry clean
 
 demo: .venv/demo
@@ -33,6 +33,36 @@ test-triton: .venv/test
 # Inside the trainers themselves: those that `make bench-peers` has installed, on the CPU.
 test-trainers: .venv/test .venv/peers
 	$(BIN)/python -m pytest --numprocesses auto $(wildcard tests/test_integration_*.py) $(ARGS)
+
+# The core of the suite at both ends of what pyproject.toml promises, each in an environment of its own: torch 2.7 with
+# Python 3.10, and the newest torch before 2.16 with Python 3.13. Some 6 GB each, with the CUDA build of torch that the
+# package index has, and 10 minutes each on 2 cores. ENDS=floor or ENDS=ceiling: one of them.
+ENDS := floor ceiling
+python_at = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) python$(1))
+FLOOR_PYTHON ?= $(call python_at,3.10)
+CEILING_PYTHON ?= $(call python_at,3.13)
+FLOOR_TORCH := torch==2.7.*
+CEILING_TORCH := torch>=2.14,<2.16
+CORE := $(patsubst %,tests/test_%.py,rows losses autograd stats linear linear_compile compile errors rollout)
+CORE_INTERPRETED := tests/test_triton_rows.py
+
+test-versions: $(ENDS:%=build/venv-%/ready)
+	status=0; for end in $(ENDS); do python=build/venv-$$end/bin/python; \
+	  $$python -c "import sys, torch; print('$$end: Python', sys.version.split()[0], 'torch', torch.__version__)"; \
+	  $$python -m pytest --numprocesses auto $(CORE) $(ARGS) || status=1; \
+	  TRITON_INTERPRET=1 $$python -m pytest --numprocesses auto $(CORE_INTERPRETED) $(ARGS) || status=1; \
+	done; exit $$status
+
+build/venv-floor/ready: PYTHON_OF_END = $(FLOOR_PYTHON)
+build/venv-floor/ready: TORCH_OF_END = $(FLOOR_TORCH)
+build/venv-ceiling/ready: PYTHON_OF_END = $(CEILING_PYTHON)
+build/venv-ceiling/ready: TORCH_OF_END = $(CEILING_TORCH)
+build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(@D)/bin/python || $(PYTHON_OF_END) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "$(TORCH_OF_END)" \
+	  setuptools pybind11 ninja hypothesis numpy pytest pytest-xdist
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 static: .venv/test
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)

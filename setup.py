@@ -2,7 +2,8 @@
 
 The same kernel source is compiled once per instruction set, each file with its own flags. Where ninja is installed it
 runs the compiler, in parallel and only on what changed; otherwise a thread pool does. Where no compiler works, the
-installation goes on without the extension: `gspo_kernels` then runs on plain torch and `explain()` says why.
+installation continues without the extension: the wheel is then pure Python (py3-none-any), `gspo_kernels` runs on plain
+torch, and `explain()` says why. GSPO_KERNELS_REQUIRE_NATIVE=1 makes that an error.
 
 Where CUDA's compiler is found (nvcc on PATH, or in CUDA_HOME), its kernels become part of the extension, with CUDA's
 runtime linked into it. GSPO_KERNELS_CUDA=0 leaves them out, GSPO_KERNELS_CUDA=1 fails where they cannot be built.
@@ -23,7 +24,7 @@ from pathlib import Path
 from pybind11 import get_include
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("GSPO_KERNELS_SANITIZE")  # "address,undefined": for `make sanitize`
@@ -53,11 +54,40 @@ if SANITIZE:
 
 class BuildExtension(build_ext):
     def build_extension(self, extension: Extension) -> None:
+        try:
+            self.compile_and_link(extension)
+        except (OSError, subprocess.CalledProcessError, BaseError, CCompilerError) as error:
+            if extension.optional and not self.editable_mode:
+                self.make_pure(extension)
+            raise CompileError(
+                f"the C++ kernels could not be compiled ({error}). gspo_kernels will run on plain torch, many times "
+                "slower. Install a C++17 compiler (GCC or Clang) and reinstall to change that"
+            ) from error
+
+    def make_pure(self, extension: Extension) -> None:
+        """Nothing that was compiled is left: neither an earlier build's extension nor the wheel's platform tag."""
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None:
+            self.distribution.ext_modules = []
+            wheel.root_is_pure = True
+
+    def cxx_compiler(self) -> list[str]:
+        """The command that compiles C++, without the arguments of a file."""
+        kind = self.compiler.compiler_type  # on Windows "msvc", which takes other flags and is no command yet
+        command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
+        if kind == "msvc" or not command:
+            raise CompileError(f"GCC or Clang is needed; setuptools offers the compiler {kind!r}")
+        if shutil.which(command[0]) is None:
+            raise CompileError(f"there is no compiler: {command[0]!r} is not on PATH")
+        return list(command)
+
+    def compile_and_link(self, extension: Extension) -> None:
         # An editable installation is one of many from the same tree: there ninja finds what it has compiled before.
         folder = Path("build", "editable") if self.inplace or self.editable_mode else Path(self.build_temp)
         objects = folder / ("sanitized" if SANITIZE else "release")
+        compiler = self.cxx_compiler()
         objects.mkdir(parents=True, exist_ok=True)
-        compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
         includes = [f"-I{path}" for path in [get_include(), *self.compiler.include_dirs]]
         sources, kernels, link = SOURCES, {}, LINK
         nvcc = find_nvcc()
@@ -77,13 +107,7 @@ class BuildExtension(build_ext):
             objects / (source.replace("/", "_") + ".o"): [*compiler, *includes, *FLAGS, *flags, "-c", source]
             for source, flags in sources.items()
         }
-        try:
-            compile_all(commands, objects)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(
-                f"the C++ kernels could not be compiled ({error}). gspo_kernels will run on plain torch, many times "
-                "slower. Install a C++17 compiler and reinstall to change that"
-            ) from error
+        compile_all(commands, objects)
         self.compiler.link_shared_object(
             [str(target) for target in (*commands, *kernels)],
             self.get_ext_fullpath(extension.name),

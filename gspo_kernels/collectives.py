@@ -20,8 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import checks
 from .derivatives import first_derivative
 
-_DEVICES = ("cpu", "cuda")
-
 
 class Ranks(NamedTuple):
     """A process group as plain values; operators, which take no groups, take it as a text."""
@@ -69,7 +67,7 @@ def ranks_of(argument: str, value: Any) -> Ranks | None:
     return Ranks(argument, value.size(), value.rank(), value.group_name)
 
 
-@torch.library.custom_op("gspo_kernels::gather", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("gspo_kernels::gather", mutates_args=())
 def _gather(values: Tensor, ranks: str) -> Tensor:
     of = Ranks.read(ranks)
     found = values.new_empty(of.size, *values.shape)
@@ -90,7 +88,7 @@ def gather(values: Tensor, ranks: Ranks) -> Tensor:
     return found
 
 
-@torch.library.custom_op("gspo_kernels::sum_over_ranks", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("gspo_kernels::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(values: Tensor, ranks: str, crosses: bool) -> Tensor:
     found: Tensor = _gather(values, ranks).sum(0)  # in this order, whatever a library's all-reduce does
     return found

@@ -232,7 +232,7 @@ class _TwoPasses(torch.autograd.Function):
         return _gradient(ctx, upstream), *(None,) * 6
 
 
-@torch.library.custom_op("gspo_kernels::fused_loss", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::fused_loss", mutates_args=())
 def _fused_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -288,7 +288,7 @@ _fused_loss.register_autograd(
 # ---- the stage alone
 
 
-@torch.library.custom_op("gspo_kernels::fused_stage", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::fused_stage", mutates_args=())
 def _fused_stage(
     logprobs: Tensor,
     entropy: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .checks import may_read
 from .collectives import Ranks, sum_over_ranks
+from .devices import check_float64, sums_segments
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,7 @@ def batch_shape(
     token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device, ranks: Ranks | None = None
 ) -> BatchShape:
     """Of token arrays of `token_shape`, on `device`; checks `mask` and `cu_seqlens`."""
+    check_float64(device)
     if mask is not None:
         checks.tensor("mask", mask, "True or 1 at the tokens that count")
         checks.shape("mask", mask, token_shape, "one per token")
@@ -329,7 +331,7 @@ def _are_wrong(cu_seqlens: Tensor, tokens: int) -> Tensor:
 # ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
 
 
-@torch.library.custom_op("gspo_kernels::segments", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::segments", mutates_args=())
 def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """(boundaries in int64, the sequence of each token [tokens], 0, or NaN for wrong boundaries).
 
@@ -354,10 +356,16 @@ def _(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=())
 def _segment_sum(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
     if boundaries.numel() == 1:
         return values.new_zeros(0)
+    if sums_segments(values.device):
+        return _reduce(values, boundaries)
+    return _reduce(values.cpu(), boundaries.cpu()).to(values.device)
+
+
+def _reduce(values: Tensor, boundaries: Tensor) -> Tensor:
     return torch.segment_reduce(values.contiguous(), "sum", offsets=boundaries, initial=0.0, unsafe=True)
 
 
@@ -366,7 +374,7 @@ def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
     return values.new_empty(boundaries.shape[0] - 1)
 
 
-@torch.library.custom_op("gspo_kernels::segment_spread", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::segment_spread", mutates_args=())
 def _segment_spread(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
     return values.index_select(0, sequence_of)
 

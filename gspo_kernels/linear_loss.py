@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from . import checks
 from .collectives import Ranks, ranks_of
 from .derivatives import refuse_forward_mode, refuse_vmap
+from .devices import autocasts
 from .layout import batch_shape
 from .linear_ops import is_named, linear_loss, linear_row_stats
 from .linear_walk import HeadArguments, plan_of
@@ -322,9 +323,9 @@ def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What is multiplied: autocast's dtype, else the wider one."""
-    device, wide = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
-    if wide != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    wide = torch.promote_types(hidden.dtype, weight.dtype)
+    if wide != torch.float64 and autocasts(hidden.device):
+        return torch.get_autocast_dtype(hidden.device.type)
     return wide
 
 

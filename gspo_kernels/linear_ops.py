@@ -7,7 +7,7 @@ multiplies them by the incoming factor, once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from . import fused_stage, linear_walk
 from .collectives import Ranks
 from .derivatives import edge_of, first_derivative, refuse_second_backward
+from .devices import autocasts
 from .layout import BatchShape
 from .linear_walk import HeadArguments
 from .logprobs.backends import by_triton
@@ -93,14 +94,15 @@ def _inside_an_operator(device: torch.device) -> Iterator[None]:
     for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
         below = below.remove(getattr(torch._C.DispatchKey, key))
     guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), below)
-    with guard, torch.no_grad(), torch.autocast(device.type, enabled=False):
+    exact = torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+    with guard, torch.no_grad(), exact:
         yield
 
 
 # ---- operators
 
 
-@torch.library.custom_op("gspo_kernels::linear_loss", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::linear_loss", mutates_args=())
 def _linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -251,7 +253,7 @@ _linear_loss.register_autograd(_scaled, setup_context=_remember)
 # ---- statistics of rows alone
 
 
-@torch.library.custom_op("gspo_kernels::linear_row_stats", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::linear_row_stats", mutates_args=())
 def _linear_row_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -292,7 +294,7 @@ def _(*arguments: Any) -> Any:
     return tuple(torch.empty(token_ids.shape, dtype=d, device=token_ids.device) for d in dtypes)
 
 
-@torch.library.custom_op("gspo_kernels::linear_row_gradient", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::linear_row_gradient", mutates_args=())
 def _linear_row_gradient(
     hidden: Tensor,
     weight: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import defaultdict
@@ -15,6 +16,13 @@ import torch.distributed as dist
 from modes import INTERPRETED, ON_GPU, every_pair
 
 pytest.register_assert_rewrite("batches", "checks", "linear", "row_batches")
+
+
+with contextlib.suppress(ImportError):  # a GPU machine may have none
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")  # which may be busy
 
 
 def hasten_interpreter() -> None:

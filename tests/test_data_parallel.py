@@ -466,7 +466,7 @@ def refusing(name: str, called: list[str]) -> Callable[..., None]:
 
 def test_without_a_group_no_loss_talks_to_anybody() -> None:
     """In a world of ranks; and what is asked of `Stats.over` is a collective, which is seen here."""
-    for called, asked in ranks.run(2, without_collectives, timeout=20):
+    for called, asked in ranks.run(2, without_collectives):
         assert all(x is not None and x.message.startswith("a collective") for x in asked), asked
         assert len(called) == len(asked), called
 

@@ -42,7 +42,7 @@ def build(folder: Path, *flags: str, mutant: Mutant | None = None) -> Path:
 
 def run(program: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([str(program)], capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run([str(program)], capture_output=True, text=True, timeout=1800, env=environment)
 
 
 def test_rows(tmp_path: Path) -> None:

@@ -458,7 +458,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     save_model(tmp_path / "qwen3", "qwen3")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     print(found)

@@ -363,7 +363,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("at", "cases", "mutants"), BROKEN)
 def test_a_fault_is_found(at: HeadGrid, cases: list[Case], mutants: list[Any]) -> None:
-    found = ranks.run(at.size, linear_sharding.with_changes, at, cases, [nothing, *mutants], timeout=20.0)
+    found = ranks.run(at.size, linear_sharding.with_changes, at, cases, [nothing, *mutants])
     refuse(complaints([of_rank[0] for of_rank in found], at, cases), len(cases))
     for k, mutant in enumerate(mutants, start=1):
         assert complaints([of_rank[k] for of_rank in found], at, cases), f"{mutant.__name__} lives"

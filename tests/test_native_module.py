@@ -81,7 +81,7 @@ def test_other_python_threads_run_meanwhile() -> None:
     rows, vocab = 256, 100_000
     logits, ids = torch.zeros(rows, vocab), torch.zeros(rows, dtype=torch.int64)
     out = torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.float64)
-    begun, done = threading.Event(), False
+    begun, seen, done = threading.Event(), threading.Event(), False
 
     def work() -> None:
         nonlocal done
@@ -90,7 +90,9 @@ def test_other_python_threads_run_meanwhile() -> None:
             inner_stride=vocab, token_ids=ids.data_ptr(),
         )  # fmt: skip
         begun.set()
-        for _ in range(20):  # long enough for a busy machine to wake the other thread
+        for _ in range(2000):  # until a busy machine has woken the other thread
+            if seen.is_set():
+                return
             kernels.forward(logprobs=out[0].data_ptr(), entropy=out[1].data_ptr(), lse=out[2].data_ptr())
         done = True
 
@@ -101,6 +103,7 @@ def test_other_python_threads_run_meanwhile() -> None:
         thread.start()
         begun.wait()
         ran_meanwhile = not done
+        seen.set()
         thread.join()
     finally:
         sys.setswitchinterval(interval)

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import checks
+from ..devices import check_float64
 from . import cuda_rows, native, reference, triton_rows
 from .rows import Rows, RowStats, Upstream
 
@@ -40,9 +41,10 @@ def check_name(backend: str | None) -> None:
 
 def choose(logits: Tensor, backend: str | None) -> Backend:
     """The backend to run. Raises ValueError with every reason if the one named cannot take these logits."""
+    check_float64(logits.device)
     chosen = _pick(logits, backend)
     if backend is None and chosen is reference:
-        missing = native.missing() if logits.device.type == "cpu" else triton_rows.missing()
+        missing = _missing(logits.device.type)
         if missing:
             _warn(f"gspo_kernels runs on plain torch, many times slower: {missing}")
     if backend is None and (missing := cuda_rows.missing(logits.device)):
@@ -64,6 +66,17 @@ def _pick(logits: Tensor, backend: str | None) -> Backend:
     if reasons:
         raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}")
     return chosen
+
+
+def _missing(device: str) -> str:
+    """Why no kernel runs on a type of device; empty if one does. On meta tensors nothing runs."""
+    if device == "meta":
+        return ""
+    if device == "cpu":
+        return native.missing()
+    if device == "cuda":
+        return triton_rows.missing()
+    return f"logits are on {device}; there are kernels for CPUs, NVIDIA GPUs and AMD GPUs (which torch calls cuda)"
 
 
 @functools.cache

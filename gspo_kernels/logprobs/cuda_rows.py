@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import triton_rows
+from . import native, triton_rows
 from .rows import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
 from .triton_rows import backward, forward, scale
 
@@ -34,6 +34,8 @@ FASTER_ON: frozenset[str] = frozenset({"NVIDIA H200"})
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
     if not _built():
+        if native.missing():
+            return ["the CUDA kernels are part of the C++ extension, which is missing: see native"]
         return ["the CUDA kernels were not built; reinstall with nvcc on PATH (GSPO_KERNELS_CUDA=1 tells what fails)"]
     if not _serves(logits.device):
         return [f"logits are on {logits.device}, these kernels run on NVIDIA GPUs"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extension import why_missing
 from .rows import KERNEL_DTYPES, Rows, RowStats, Upstream, address, empty_stats
 
 try:
@@ -14,7 +15,7 @@ try:
 
     _missing = ""
 except ImportError as error:
-    _missing = f"the C++ extension was not built or does not load ({error}); reinstall with a C++17 compiler present"
+    _missing = why_missing(error)
 
 name = "native"
 

@@ -18,13 +18,12 @@ from ..derivatives import edge_of, first_derivative, refuse_second_backward
 from .backends import choose
 from .rows import Rows, RowStats, Upstream, empty_stats
 
-_DEVICES = ("cpu", "cuda")
 FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, for error messages
 
 # Row arrays are [outer, inner]. Columns of the logits from `vocab_size` on are padding: not read, gradient 0.
 
 
-@torch.library.custom_op("gspo_kernels::row_stats", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("gspo_kernels::row_stats", mutates_args=())
 def _row_stats(
     logits: Tensor,
     token_ids: Tensor,
@@ -75,9 +74,7 @@ def _write_gradient(
     choose(logits, backend).backward(rows, stats, upstream, unpadded(gradient, vocab_size))
 
 
-_row_gradient = torch.library.custom_op(
-    "gspo_kernels::row_gradient_", _write_gradient, mutates_args=("gradient",), device_types=_DEVICES
-)
+_row_gradient = torch.library.custom_op("gspo_kernels::row_gradient_", _write_gradient, mutates_args=("gradient",))
 
 
 @_row_gradient.register_fake
@@ -96,7 +93,7 @@ def row_gradient(*arguments: Any) -> None:
             torch.autograd.graph.increment_version(gradient)
 
 
-@torch.library.custom_op("gspo_kernels::row_stats_and_gradient_", mutates_args=("gradient",), device_types=_DEVICES)
+@torch.library.custom_op("gspo_kernels::row_stats_and_gradient_", mutates_args=("gradient",))
 def _row_stats_and_gradient(
     logits: Tensor,
     token_ids: Tensor,
@@ -129,7 +126,7 @@ def _(
     return empty_stats(logits)
 
 
-@torch.library.custom_op("gspo_kernels::scale_", mutates_args=("values",), device_types=_DEVICES)
+@torch.library.custom_op("gspo_kernels::scale_", mutates_args=("values",))
 def scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
     choose(values, backend).scale(values, factor)
 

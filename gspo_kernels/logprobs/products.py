@@ -28,7 +28,8 @@ _BLOCK_BYTES_ELSEWHERE = 512 << 20
 _ROWS = 16
 _ROWS_PER_THREAD = 4
 _COLUMNS = 16  # blocks of the vocabulary are multiples of it,
-_COLUMNS_PER_THREAD = 64  # and no narrower, for the same reason; a vocabulary that is narrower itself stays as it is
+_COLUMNS_PER_THREAD = 64  # and no narrower, for the same reason: a head that is narrower itself is padded with zeros
+_LEAST_COLUMNS = {torch.float64: 1024}  # below it, MKL's kernel for float64 depends on the number of columns as well
 _ALIGNMENT = 64  # bytes; where every row of an operand begins
 
 
@@ -47,12 +48,13 @@ class Products:
         self._vocab = weight.shape[0]
         self._step = max(1, block // (weight.shape[1] * self.sums.itemsize))
         self._converts = not weight.dtype == dtype == self.sums
-        self._least_rows = 1
+        self._least_rows = self._least_columns = 1
         self._in_blocks = weight.device.type == "cpu"
         if self._in_blocks:
             threads = torch.get_num_threads()
             self._least_rows = _round_up(_ROWS_PER_THREAD * threads, _ROWS)
-            self._step = max(self._step, 2 * _COLUMNS_PER_THREAD * threads)  # halved at most where blocks are even
+            self._least_columns = max(_COLUMNS_PER_THREAD * threads, _LEAST_COLUMNS.get(dtype, 1))
+            self._step = max(self._step, 2 * self._least_columns)  # halved at most where blocks are even
 
     def padded(self, rows: int) -> int:
         """How many rows are multiplied for `rows` of them."""
@@ -77,7 +79,8 @@ class Products:
         if self._in_blocks:
             operand = _aligned(operand, out.shape[0])
         for columns, weight in self._weights(self._step):
-            self._multiply(operand, weight.t(), out[:, columns], add=bias is not None)
+            multiply = self._multiply_narrow if len(weight) < self._least_columns else self._multiply
+            multiply(operand, weight.t(), out[:, columns], bias is not None)
 
     def hidden_gradient(self, gradient: Tensor, factor: float = 1.0) -> Tensor:
         """[n, V] -> [n, D] times a factor."""
@@ -89,6 +92,17 @@ class Products:
     def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         """[n, V], [n, D] -> [V, D] times a factor, added to what is there or in its place."""
         self._multiply(gradient.t(), self._operand(hidden), out, add, factor)
+
+    def _multiply_narrow(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        """`_multiply` of a head with fewer columns than every thread should have: with columns of zeros beside them."""
+        columns = b.shape[1]
+        padded = b.new_zeros(self._least_columns, b.shape[0])
+        padded[:columns].copy_(b.t())
+        product = out.new_zeros(out.shape[0], self._least_columns)
+        if add:
+            product[:, :columns].copy_(out)
+        self._multiply(a, padded.t(), product, add)
+        out.copy_(product[:, :columns])
 
     def _operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype).to(self.sums)

@@ -221,7 +221,7 @@ def row_stats(rows: Rows, shard: VocabShard, *, overwrite_logits: bool, backend:
     return RowStats(*found)
 
 
-@torch.library.custom_op("gspo_kernels::sharded_row_stats", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("gspo_kernels::sharded_row_stats", mutates_args=())
 def _sharded_row_stats(
     logits: Tensor,
     token_ids: Tensor,
