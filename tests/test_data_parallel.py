@@ -419,7 +419,7 @@ def test_counts_of_micro_batches_add_up() -> None:
 def test_a_count_of_zero_is_no_excuse_for_a_batch_with_tokens() -> None:
     args = arguments(ragged_batch("gspo", seed=33, lengths=(2, 3)), "packed")
     zero = torch.zeros((), dtype=torch.float64)
-    with pytest.raises(ValueError, match="normalizer: expected a global count .*; got a tensor of 0"):
+    with pytest.raises(ValueError, match=r"normalizer: expected a global count .*; got a tensor of 0"):
         gspo_kernels.gspo_loss(args.logits, *args.rest, **args.keywords, normalizer=zero)
 
 
