@@ -99,9 +99,10 @@ def policy_loss(
         token_ids: integers, one per row.
         advantages: one per sequence; objectives with a ratio per token, and GSPO-token, also take one per token.
         old_logprobs: log-probabilities under the policy that sampled, one per token. Positive ones where the mask is
-            set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL and entropy terms the loss and its gradient take one pass over the logits (not in
-            fp16, not under torch.compile). Such a loss supports one backward pass. The CUDA kernels take one
-            pass for GRPO and PPO off-policy as well.
+            set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL
+            and entropy terms the loss and its gradient take one pass over the logits (not in fp16, not under
+            torch.compile). Such a loss supports one backward pass. The CUDA kernels take one pass for GRPO and PPO
+            off-policy as well.
         objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
