@@ -114,8 +114,8 @@ def rollout_weights(
     Args:
         logprobs: [B, T] or packed [N], float32 or float64: of the policy that sampled, computed by the trainer
             (`token_logprobs` before the first update), which are the loss's `old_logprobs`.
-        rollout_logprobs: same shape and dtypes: what the engine returned (see `from_vllm`, `from_sglang`), at the temperature
-            that `logprobs` were taken at.
+        rollout_logprobs: same shape and dtypes: what the engine returned (see `from_vllm`, `from_sglang`), at the
+            temperature that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused, or give NaN, as in
             `policy_loss`.

@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -266,3 +267,30 @@ def test_refusals_name_the_option(option: str, value: Any) -> None:
     refused = pytest.raises(NotImplementedError, match=rf"^{option}: expected")
     with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)), refused:
         megatron.policy_loss(args(**{option: value}), whole(), torch.zeros(1, 1, VOCAB), torch.sum)
+
+
+def hook(batch: dict[str, Any]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+    """On one rank, with all terms."""
+    opt = args(recompute_loss_function=True)
+    leaf = F.pad(torch.cat(batch["logits"]), (0, 0, 0, PADDING))[None]
+    return partial(megatron.policy_loss, opt, batch, leaf, reducer(batch, 0, 1, opt, None))
+
+
+@pytest.mark.parametrize("name", ["advantages", "log_probs", "ref_log_probs"])
+def test_rounded_arrays_are_refused(name: str) -> None:
+    """The hook brings all samples into one dtype, which must not hide that the digits are gone."""
+    batch = whole()
+    batch[name] = [x.bfloat16() for x in batch[name]]
+    refused = pytest.raises(TypeError, match=rf'^batch\["{name}"\]: expected float32')
+    with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)), refused as error:
+        hook(batch)()
+    assert "cast_forward_inputs=False" in str(error.value)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    loss_of = hook(whole())
+    with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)):
+        loss, log = loss_of()
+        with torch.device("meta"):
+            other, _ = loss_of()
+    assert torch.equal(other, loss) and all(bool(x.isfinite()) for x in log.values())

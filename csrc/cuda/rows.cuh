@@ -148,14 +148,15 @@ __device__ __forceinline__ T* row_of(const RowShape& shape, const LogitsView& vi
   return reinterpret_cast<T*>(view.data) + outer * view.outer_stride + inner * view.inner_stride;
 }
 
-// What all gradients are multiplied by; in every thread.
+// What all gradients are multiplied by; in every thread. NaN where the counts' sum is none: no row counts, or a caller's
+// normalizer is no count.
 __device__ __forceinline__ double common_of(const Common& common) {
   const double factor = common.factor ? *common.factor : 1.0;
   if (!common.counts) return factor;
   double total = 0.0;
   for (int64_t i = threadIdx.x % kWarp; i < common.count_size; i += kWarp) total += common.counts[i];
   for (unsigned lanes = kWarp / 2; lanes > 0; lanes /= 2) total += of_lane_xor(total, lanes);
-  return total > 0.0 ? factor / total : factor;
+  return total > 0.0 ? factor / total : NAN;
 }
 
 // A row's arguments, for a block. One of its threads reads them during the row before.

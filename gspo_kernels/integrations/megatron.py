@@ -81,7 +81,7 @@ def policy_loss(
     kind = GSPOToken if args.advantage_estimator == "gspo" else GRPO
     objective = kind(args.eps_clip, high, args.eps_clip_c)
     for values in batch["advantages"]:
-        checks.numbers('batch["advantages"]', values)
+        checks.numbers('batch["advantages"]', values)  # before all are brought into one dtype
     advantages = place(batch["advantages"], torch.float32)
 
     by_token = args.calculate_per_token_loss
