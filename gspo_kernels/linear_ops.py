@@ -59,7 +59,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             0.0 if given or normalizer is None else normalizer,
         )  # type: ignore[arg-type]
     )
-    token = _OWN.set(objective)
+    before = _OWN.set(objective) if own else None
     try:
         loss, scalars, logprobs, log_ratio, work, *_ = _linear_loss(
             *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
@@ -68,7 +68,8 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             inputs.batch.ranks.text() if inputs.batch.ranks else None,
         )  # fmt: skip
     finally:
-        _OWN.reset(token)
+        if before is not None:
+            _OWN.reset(before)
     with torch.no_grad():
         stats = Stats(
             **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
