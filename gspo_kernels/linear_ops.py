@@ -32,9 +32,7 @@ from .token_stage import LossOutput, TokenInputs
 _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
 _HEAD = len(HeadArguments._fields)  # the operators' first arguments; then three flags, which operands want a gradient
 _NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
-_OWN: ContextVar[Objective] = ContextVar(
-    "own objective"
-)  # an operator takes no objects: set while its loss is computed
+_OWN: ContextVar[Objective] = ContextVar("own objective")  # an operator takes no objects: set during its call
 
 
 def is_named(objective: Objective) -> bool:
