@@ -33,9 +33,7 @@ from .token_stage import LossOutput, TokenInputs
 _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
 _HEAD = len(HeadArguments._fields)  # the operators' first arguments; then three flags, which operands want a gradient
 _NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
-_OWN: ContextVar[Objective] = ContextVar(
-    "own objective"
-)  # an operator takes no objects: set while its loss is computed
+_OWN: ContextVar[Objective] = ContextVar("own objective")  # an operator takes no objects: set during its call
 
 
 def is_named(objective: Objective) -> bool:
@@ -60,7 +58,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             0.0 if given or normalizer is None else normalizer,
         )  # type: ignore[arg-type]
     )
-    token = _OWN.set(objective)
+    before = _OWN.set(objective) if own else None
     try:
         loss, scalars, logprobs, log_ratio, work, *_ = _linear_loss(
             *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
@@ -70,7 +68,8 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
             inputs.weights_per_token,
         )  # fmt: skip
     finally:
-        _OWN.reset(token)
+        if before is not None:
+            _OWN.reset(before)
     with torch.no_grad():
         stats = Stats(
             **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
