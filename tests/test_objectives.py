@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from functools import partial
 from typing import Any, ClassVar
@@ -134,13 +133,14 @@ class NoClamp(TorchFunctionMode):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("objective", ["gspo", "grpo"])
 def test_on_a_bound_the_gradient_flows(objective: str, estimator: str) -> None:
-    """Log-ratios and gaps to the reference exactly on max_log_ratio, and the next numbers to either side of it."""
-    bound = 2.0
-    ratios = [f(bound) for f in (lambda x: math.nextafter(x, 0), lambda x: x, lambda x: math.nextafter(x, 9))]
+    """Log-ratios and gaps to the reference exactly on max_log_ratio, and 2^-50, one digit, to either side of it."""
+    bound, of_new = 2.0, -4.0  # all differences of log-probabilities are exact in float64
+    ratios = [bound - 2**-50, bound, bound + 2**-50]
     gaps = [*ratios, *(-x for x in ratios)]
     pairs = [(r, g) for r in (*ratios, -bound, 0.0) for g in gaps]
-    logprobs = torch.zeros(len(pairs), dtype=torch.float64)
-    old, ref = (torch.tensor(x, dtype=torch.float64) for x in ([-r for r, _ in pairs], [g for _, g in pairs]))
+    logprobs = torch.full((len(pairs),), of_new, dtype=torch.float64)
+    old = torch.tensor([of_new - r for r, _ in pairs], dtype=torch.float64)
+    ref = torch.tensor([of_new + g for _, g in pairs], dtype=torch.float64)
     advantages = torch.full((len(pairs),), -1.0)
     options: dict[str, Any] = {"beta": 0.5, "kl_estimator": estimator, "max_log_ratio": bound}
     leaf = on_device(logprobs).requires_grad_()
