@@ -349,7 +349,7 @@ def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEA
     others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
     target_far = tl.abs(target_logit * scale) >= FAR
     if others_far | target_far:
-        highest, count = _largest_and_count(pointer, vocab, target, 8 * LANES)
+        highest, count = _largest_and_count(pointer, vocab, target, 1024)
         reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
         nothing_far = (highest == -INFINITY) & (target_far == 0)
         reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
