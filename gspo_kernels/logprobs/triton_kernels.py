@@ -312,7 +312,7 @@ def _inverse_temperature(scale, scale_error):
 
 @triton.jit
 def _last_of_rounded_scale(scale):
-    """A power of two: up to this logit, 2^29 to 2^30 nats from 0, lse is of the rounded scale; beyond, of the exact one.
+    """A power of two: up to this logit, 2^29 to 2^30 nats from 0, lse is of the rounded scale; beyond, it is exact.
 
     `_write_gradient` works with the rounded scale; `_largest_logit` and vocabulary shards need an lse that is exact.
     """
@@ -349,7 +349,7 @@ def _statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEA
     others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
     target_far = tl.abs(target_logit * scale) >= FAR
     if others_far | target_far:
-        highest, count = _largest_and_count(pointer, vocab, target, 8 * LANES)
+        highest, count = _largest_and_count(pointer, vocab, target, 1024)
         reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
         nothing_far = (highest == -INFINITY) & (target_far == 0)
         reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
@@ -431,19 +431,27 @@ def _largest_logit(lse_hi, lse_lo, power, entropy, scale, scale_error):
 
 
 @triton.jit
-def _write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, entropy, at_target,
-               scale, BLOCK: tl.constexpr):  # fmt: skip
+def _no_subnormal(x):
+    return tl.where(tl.abs(x) < TINY, 0.0, x)
+
+
+@triton.jit
+def _write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, entropy, scale,
+               BLOCK: tl.constexpr):  # fmt: skip
     """Writes the gradient of such a row: every largest logit has the probability exp(-entropy), others have 0."""
     DTYPE: tl.constexpr = destination.dtype.element_ty
-    at_largest = (g_lse - g_logprob + g_entropy * 0.0) * exp(-entropy) * (scale * LN2_HI)
-    at_largest = tl.where(tl.abs(at_largest) < TINY, 0.0, at_largest)
+    p, inverse_temperature = exp(-entropy), scale * LN2_HI
+    nothing = g_entropy * 0.0  # or NaN
+    at_largest = _no_subnormal((g_lse - g_logprob + nothing) * p * inverse_temperature)
     elsewhere = tl.where(at_largest == at_largest, 0.0, at_largest)
+    target_largest = _no_subnormal((p * g_lse - g_logprob * expm1(-entropy) + nothing) * inverse_temperature)
+    target_elsewhere = _no_subnormal((g_logprob + nothing) * inverse_temperature)
     at = tl.arange(0, BLOCK)
     for start in range(0, vocab, BLOCK):
         there = start + at < vocab
-        x = tl.load(source + start + at, mask=there, other=0).to(tl.float32)
-        g = tl.where(x == largest_logit, at_largest, elsewhere)
-        g = tl.where(start + at == target, at_target, g)
+        is_largest = tl.load(source + start + at, mask=there, other=0).to(tl.float32) == largest_logit
+        of_target = tl.where(is_largest, target_largest, target_elsewhere)
+        g = tl.where(start + at == target, of_target, tl.where(is_largest, at_largest, elsewhere))
         tl.store(destination + start + at, narrow(g, DTYPE), mask=there)
 
 
@@ -669,10 +677,7 @@ def backward_kernel(
         target = tl.load(token_ids + row).to(tl.int32)
         if _is_far(hi, power):
             largest_logit = _largest_logit(hi, lo, power, h, s, error)
-            _write_far(
-                source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, h, at_target, s,
-                LANES,
-            )  # fmt: skip
+            _write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, h, s, LANES)
         else:
             _write_gradient(
                 source, destination, vocab, target, base, constant, slope, at_target, s, 0, SLOPE, REPEAT, LANES,
@@ -726,9 +731,7 @@ def forward_backward_kernel(
             base, constant, slope, at_target = _coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
             if _is_far(hi, power):
                 largest_logit = _largest_logit(hi, lo, power, h, s, error)
-                _write_far(
-                    source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, at_target, s, LANES
-                )
+                _write_far(source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, s, LANES)
             else:
                 _write_gradient(
                     source, destination, vocab, target, base, constant, slope, at_target, s, skip, False, REPEAT,
