@@ -90,9 +90,9 @@ def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Te
 
 def check_count(normalizer: Any, batch: BatchShape) -> None:
     """The value of a tensor, where it can be read for free."""
-    if not isinstance(normalizer, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(normalizer, Tensor):
         return
-    if not all(checks.may_read(x) for x in (normalizer, batch.mask) if x is not None):
+    if not all(checks.may_read(x) and not checks.watched(x) for x in (normalizer, batch.mask) if x is not None):
         return
     count = float(normalizer)
     of_nothing = count == 0 and (not batch.tokens.numel() or (batch.mask is not None and not bool(batch.mask.any())))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import may_read
+from .checks import may_read, watched
 from .collectives import Ranks, sum_over_ranks
 from .devices import check_float64, sums_segments
 
@@ -84,7 +84,7 @@ class BatchShape:
     def _lengths_differ_from_1(self) -> bool:
         """Of a packed batch with as many tokens as sequences; False where the boundaries cannot be read for free."""
         boundaries = self.cu_seqlens
-        if boundaries is None or not may_read(boundaries) or torch.compiler.is_compiling():
+        if boundaries is None or not may_read(boundaries) or watched(boundaries):
             return False
         return not torch.equal(boundaries.long(), torch.arange(self.sequences + 1, device=boundaries.device))
 
@@ -281,7 +281,7 @@ def batch_shape(
             f"cu_seqlens: expected boundaries that end at {token_shape[0]}, the number of tokens; got one entry, which "
             "is no sequence"
         )
-    if may_read(cu_seqlens) and not torch.compiler.is_compiling():  # else the operators do
+    if may_read(cu_seqlens) and not watched(cu_seqlens):  # else the operators do
         check_boundaries(cu_seqlens, token_shape[0])
     return BatchShape(token_shape, cu_seqlens.shape[0] - 1, device, mask, cu_seqlens.detach(), ranks)
 
@@ -294,7 +294,7 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
     if mask.is_complex():
         raise TypeError(f"{name}: expected bool, or 0 and 1; got {mask.dtype}")
     counts = mask != 0
-    if may_read(mask) and not torch.compiler.is_compiling():
+    if may_read(mask) and not watched(mask):
         others = mask[counts & (mask != 1)]
         if others.numel():
             additive = bool((others < 0).all()) and not bool((mask == 1).any())

@@ -200,7 +200,7 @@ class Shards:
         stats, found = self.merged(), []
         for part, owns, of_rank in zip(self.parts, self.owns, self.rows, strict=True):
             upstream = Upstream(*(torch.full_like(x, k) for x, k in zip(stats, scales, strict=True)))
-            told = vocab_shard.of_this_rank(stats, upstream, owns, part[..., 0], self.temperature)
+            told = vocab_shard.of_this_rank(stats, upstream, owns, part[..., 0], self.temperature, self.kernels)
             found.append(torch.empty_like(part))
             self.kernels.backward(of_rank, *told, found[-1])
         return torch.cat(found, -1)[0]

@@ -162,7 +162,8 @@ class Head:
             active = active & self._take(self.asked.mask)
         if self._owns is not None:
             _, _, temperature = self._take_all()
-            stats, upstream = of_this_rank(stats, upstream, self._take(self._owns), self._logits[:, 0], temperature)
+            owns, first = self._take(self._owns), self._logits[:, 0]
+            stats, upstream = of_this_rank(stats, upstream, owns, first, temperature, self.backend)
         if self._in_place:
             self._backward_in_place(active, stats, upstream)
             return

@@ -312,7 +312,7 @@ def _inverse_temperature(scale, scale_error):
 
 @triton.jit
 def _last_of_rounded_scale(scale):
-    """A power of two: up to this logit, 2^29 to 2^30 nats from 0, lse is of the rounded scale; beyond, it is exact.
+    """A power of two: up to this logit, 2^29 to 2^30 nats from 0, lse is of the rounded scale; beyond, exact.
 
     `_write_gradient` works with the rounded scale; `_largest_logit` and vocabulary shards need an lse that is exact.
     """

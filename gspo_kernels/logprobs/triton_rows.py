@@ -179,6 +179,11 @@ def _scale(temperature: float) -> tuple[float, float]:
     return rounded, (scale - rounded) / scale
 
 
+def scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits / temperature in float64, by the rounded scale that the kernels' lse is of."""
+    return logits.double() * ((_LOG2_E / temperature.double()).float().double() * math.log(2.0))
+
+
 def _addresses(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
     return stats.logprobs, stats.entropy, stats.lse.view(torch.int64)
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from .. import checks
 from ..collectives import Ranks, gather, ranks_of
 from ..derivatives import first_derivative
-from . import ops
-from .backends import choose
+from . import ops, triton_rows
+from .backends import Backend, by_triton, choose
 from .rows import Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
 
 
@@ -148,6 +148,7 @@ def _integer(name: str, value: Any, meaning: str, least: int) -> int:
 
 # ---- merging
 
+_EXACT_FROM = 2.0**29  # nats; from here on an lse by Triton is that of the exact temperature
 _ELSEWHERE = 1.0  # what no log-probability is
 
 
@@ -195,10 +196,12 @@ def _gathered(lse: Tensor, entropy: Tensor, logprobs: Tensor, ranks: Ranks) -> t
 
 
 def of_this_rank(
-    stats: RowStats, upstream: Upstream, owns: Tensor, first: Tensor, temperature: Tensor
+    stats: RowStats, upstream: Upstream, owns: Tensor, first: Tensor, temperature: Tensor, backend: Backend
 ) -> tuple[RowStats, Upstream]:
     """What this rank's kernel is told of whole rows and their gradients. `first`: each row's first logit here."""
     logits, dtype = first.double() / temperature, stats.logprobs.dtype
+    if by_triton(backend):
+        logits = torch.where(logits.abs() < _EXACT_FROM, triton_rows.scaled(first, temperature), logits)
     own = log_share(logits, stats.lse, torch.zeros_like(logits), stats.entropy.double(), dtype)
     logprobs = torch.where(owns, stats.logprobs, own.to(dtype))
     g_logprobs, g_lse = upstream.logprobs, upstream.lse
@@ -267,7 +270,9 @@ def _gradient_of_shard(
         return first_derivative(gradient, ops.FROM_LOGITS, logits), *(None,) * 8
     owns, place = ctx.shard.place(token_ids)
     upstream = Upstream(grad_logprobs, grad_entropy, grad_lse)
-    stats, local = of_this_rank(RowStats(*saved), upstream, owns, logits[..., 0], temperature)
+    stats, local = of_this_rank(
+        RowStats(*saved), upstream, owns, logits[..., 0], temperature, choose(logits, ctx.backend)
+    )
     ops.row_gradient(
         logits, place, mask, temperature, ctx.shard.columns, *stats, *local[:3], None, None, gradient, ctx.backend
     )
