@@ -43,7 +43,7 @@ SMOKE_TESTS = ("test_advantages.py",)
 # After the first run's: where the kernels' own tests, then what stands on them, can find something on a GPU.
 MORE_TESTS = (
     "test_row_independence.py", "test_linear.py", "test_linear_precision.py", "test_vocab_size.py", "test_stats.py",
-    "test_group_of_one.py",
+    "test_group_of_one.py", "test_nan.py", "test_inputs.py", "test_derivatives.py",
 )  # fmt: skip
 
 
