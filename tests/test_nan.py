@@ -27,7 +27,6 @@ from gspo_kernels import (
     policy_loss_from_logprobs,
 )
 
-
 SEQUENCES, LENGTH, VOCAB, WIDTH = 5, 4, 20, 8
 AT = torch.tensor([1, 2, 3]), torch.tensor([1, 0, 2])  # NaN, in sequences; the second has advantage 0
 MASKED = (3, 3)
