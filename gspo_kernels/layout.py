@@ -76,10 +76,13 @@ class BatchShape:
         return array
 
     def is_per_token(self, values: Tensor) -> bool:
-        """By its shape. [S], [S, 1] are one per sequence, also where there are as many tokens; packed [1, N] is not."""
+        """By its shape. Packed, [S] and [S, 1] are one per sequence, also where there are as many tokens; [1, N] is not.
+
+        Padded [B, 1] is one per token where T is 1: the same number, but ranks of a cp_group must agree what it is.
+        """
         if self.cu_seqlens is not None and values.ndim == 2:
             return values.shape == (1, *self.tokens) and values.shape != (self.sequences, 1)
-        return values.shape == self.tokens and values.shape not in ((self.sequences,), (self.sequences, 1))
+        return values.shape == self.tokens and values.shape != (self.sequences,)
 
     def _lengths_differ_from_1(self) -> bool:
         """Of a packed batch with as many tokens as sequences; False where the boundaries cannot be read for free."""

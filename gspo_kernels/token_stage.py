@@ -265,7 +265,7 @@ def _advantages(batch: BatchShape, objective: Objective, advantages: Any) -> tup
     checks.tensor("advantages", advantages, "one advantage per sequence")
     if objective.advantages_per_token:
         return batch.per_either("advantages", advantages, "advantages")
-    if batch.is_per_token(advantages):
+    if batch.is_per_token(advantages) and advantages.shape != (batch.sequences, 1):
         raise ValueError(
             f"advantages: expected shape {[batch.sequences]}, one per sequence, as {type(objective).__name__} has one "
             f"ratio for a response; got {list(advantages.shape)}, one per token. For those, use gspo_token_loss"

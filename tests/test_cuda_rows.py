@@ -131,11 +131,11 @@ def test_dtypes_and_a_factor(objective: str, dtype: torch.dtype, on_policy: bool
 
 
 def test_under_the_stage_in_torch(launches: list[bool]) -> None:
-    """Numbers in float64 are not the Triton stage's: on-policy the kernel serves the other one as well."""
+    """Numbers in float64 are not the Triton stage's, and the other one takes two passes on a GPU: of Triton's rows."""
     batch = ragged_batch("gspo", seed=43, lengths=SHORT, on_policy=True)
     batch.advantages = batch.advantages.double()
     run_and_check(batch, "padded", "gspo", backend="cuda")
-    assert launches == [False]
+    assert launches == ([] if ON_GPU else [False])
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 64, 773, 2601])
@@ -172,7 +172,7 @@ def test_a_second_backward_is_refused() -> None:
     args = arguments(ragged_batch("grpo", seed=39), "packed")
     loss = grpo_loss(args.logits, *args.rest, **args.keywords, backend="cuda").loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="supports one backward pass"):
         loss.backward()
 
 
@@ -205,16 +205,20 @@ def test_a_row_without_a_distribution_is_not_hidden(bad: str) -> None:
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
-def test_a_row_without_a_gradient_has_zeros_whatever_its_logits(on_policy: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["no advantage", "masked"])
+def test_a_nan_in_a_row_without_a_gradient(masked: bool, on_policy: bool) -> None:
+    """Masked, it has no effect. Where the row counts, the loss is NaN, and so is the row, whatever its advantage is."""
     logits = on_device(torch.randn(3, 40))
     logits[1, 5] = torch.nan
     ids, old = on_device(torch.tensor([1, 2, 3])), on_device(torch.full((3,), -3.0))
     leaf, boundaries = logits.requires_grad_(), on_device(torch.tensor([0, 1, 2, 3]))
-    advantages = on_device(torch.tensor([1.0, 0.0, -1.0]))
-    arguments = (leaf, ids, advantages, None if on_policy else old)
-    grpo_loss(*arguments, cu_seqlens=boundaries, backend="cuda", eps_low=9.0, eps_high=9.0).loss.backward()
-    assert leaf.grad is not None
-    assert bool((leaf.grad[1] == 0).all()) and bool((leaf.grad[[0, 2]].isfinite() & (leaf.grad[[0, 2]] != 0)).all())
+    arguments = (leaf, ids, on_device(torch.tensor([1.0, 0.0, -1.0])), None if on_policy else old)
+    mask = on_device(torch.tensor([True, not masked, True]))
+    out = grpo_loss(*arguments, mask=mask, cu_seqlens=boundaries, backend="cuda", eps_low=9.0, eps_high=9.0)
+    out.loss.backward()
+    assert leaf.grad is not None and bool(out.loss.isnan()) is not masked
+    assert bool((leaf.grad[1] == 0).all() if masked else leaf.grad[1].isnan().all())
+    assert bool((leaf.grad[[0, 2]].isfinite() & (leaf.grad[[0, 2]] != 0)).all())
 
 
 @pytest.mark.parametrize("objective", ["gspo", "grpo"])

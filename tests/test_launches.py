@@ -83,7 +83,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(cuda_rows, "forward_backward", one_read)
     monkeypatch.setattr(cuda_rows, "unsupported_reasons", lambda logits: [])
     monkeypatch.setattr(triton_rows, "unsupported_reasons", lambda logits: [])
-    for module in ("layout", "fused_stage", "logprobs.ops"):
+    for module in ("checks", "layout", "fused_stage", "logprobs.ops"):
         monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
     with seen:
         yield seen.names

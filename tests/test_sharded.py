@@ -97,8 +97,8 @@ def test_shares_of_all_ranks_are_the_loss_of_one(at: Grid) -> None:
 def not_the_owner_not_touched(real: Callable[..., Any]) -> Callable[..., Any]:
     """What a plain all-reduce of the target's logit does: in the backward only the rank that has the target knows."""
 
-    def wrong(stats: Any, upstream: Any, owns: Tensor, first: Tensor, temperature: Tensor) -> Any:
-        stats, upstream = real(stats, upstream, owns, first, temperature)
+    def wrong(*arguments: Any) -> Any:
+        stats, upstream = real(*arguments)
         return stats, upstream._replace(lse=None)
 
     return wrong

@@ -437,7 +437,7 @@ def test_an_unchecked_token_shows_in_the_loss(
 
 @by_objective
 @on_and_off
-def test_tokens_outside_every_sequence_have_a_nan_for_a_gradient(
+def test_boundaries_that_leave_tokens_out_make_nan_of_all(
     objective: str, on_policy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Boundaries that nobody checked: no memory that was never written may pass for a gradient."""
@@ -452,8 +452,7 @@ def test_tokens_outside_every_sequence_have_a_nan_for_a_gradient(
         cu_seqlens=on_device(torch.tensor([1, 3, 5])), eps_low=0.9, eps_high=9.0, backend="triton",
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, logits)
-    spoiled = gradient.isnan().all(-1).tolist()
-    assert spoiled == [True, False, False, False, False, True, True] and math.isfinite(float(loss.detach()))
+    assert bool(gradient.isnan().all()) and math.isnan(float(loss.detach()))
 
 
 @by_objective
