@@ -76,7 +76,7 @@ class BatchShape:
         return array
 
     def is_per_token(self, values: Tensor) -> bool:
-        """By its shape. Packed, [S] and [S, 1] are one per sequence, also where there are as many tokens; [1, N] is not.
+        """By its shape. Packed, [S] and [S, 1] are one per sequence, also where N is S; [1, N] is one per token.
 
         Padded [B, 1] is one per token where T is 1: the same number, but ranks of a cp_group must agree what it is.
         """
