@@ -60,7 +60,7 @@ build/venv-ceiling/ready: TORCH_OF_END = $(CEILING_TORCH)
 build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(@D)/bin/python || $(PYTHON_OF_END) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check "$(TORCH_OF_END)" \
-	  setuptools pybind11 ninja hypothesis numpy pytest pytest-xdist
+	  "setuptools>=77" pybind11 ninja hypothesis numpy pytest pytest-xdist
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
