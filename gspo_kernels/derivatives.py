@@ -75,7 +75,7 @@ def _transforms_of(values: Tensor) -> set[str]:
 
 
 def refuse_second_backward(ctx: Any, function: str) -> None:
-    """For a backward that scales its buffer in place. Version counters do not see it where saved-tensor hooks copy."""
+    """For a backward that writes over what it saved. Version counters do not see it under saved-tensor hooks."""
     if getattr(ctx, "backward_has_run", False):
         raise RuntimeError(
             f"{function}: supports one backward pass, which hands over its gradient buffer; a second one was tried "

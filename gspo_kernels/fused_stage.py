@@ -208,6 +208,8 @@ def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
     if upstream is None:
         return None
     logits, token_ids, mask, temperature, logprobs, entropy, lse, g_logprobs, g_entropy, partials = ctx.saved_tensors
+    if ctx.overwrite_logits:
+        refuse_second_backward(ctx, FROM_LOGITS)
     gradient = room_for_gradient(logits, ctx.overwrite_logits)
     row_gradient(
         logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse, g_logprobs,

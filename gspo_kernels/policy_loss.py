@@ -143,8 +143,8 @@ def policy_loss(
             token that a row predicts is often another rank's: shift first, then share out.
         overwrite_logits: donates the logits' memory: the gradient is written over them, by the backward or, in one
             pass, by this call. Do not read them afterwards, and let no other argument share their memory. Their version
-            counter is bumped, so autograd refuses whatever else still needs them for its backward. A view whose
-            elements share memory (expanded, windows that overlap) is refused.
+            counter is bumped, so autograd refuses whatever else still needs them for its backward. Supports one
+            backward pass. A view whose elements share memory (expanded, windows that overlap) is refused.
         backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:

@@ -334,8 +334,8 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: fl
 
 
 def _effective(count: Tensor, weights: Tensor, squares: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2); 0 of nothing."""
-    return torch.where(count > 0, weights.square() / (count.clamp(min=1) * torch.where(count > 0, squares, 1.0)), 0.0)
+    """(sum w)^2 / (n sum w^2); 0 of nothing, and NaN of a count that is."""
+    return torch.where(count == 0, 0.0, weights.square() / (count.clamp(min=1) * torch.where(count == 0, 1.0, squares)))
 
 
 def _over_ranks(

@@ -236,6 +236,29 @@ def test_a_second_backward_is_refused_under_saved_tensor_hooks(name: str, hooks:
     assert torch.equal(first, expected), "what was handed over has changed"
 
 
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("name", FROM_LOGITS)
+def test_a_second_backward_of_overwritten_logits_is_refused(name: str, hooks: str) -> None:
+    """Where the logits were, there is a gradient now, and hooks keep that from autograd."""
+    leaf = logits()
+    with HOOKS[hooks]():
+        loss = FROM_LOGITS[name](leaf * 1, overwrite_logits=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="supports one backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", FROM_LOGITS)
+def test_a_second_backward_of_overwritten_shards_is_refused(name: str, group_of_one: dist.ProcessGroup | None) -> None:
+    if group_of_one is None:
+        pytest.skip("needs torch with gloo, or with NCCL on a GPU")
+    with HOOKS["none"]():
+        loss = FROM_LOGITS[name](logits() * 1, overwrite_logits=True, tp_group=group_of_one)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="supports one backward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ONE_BACKWARD)
 def test_a_second_backward_by_1_is_refused(name: str) -> None:
     """Nothing is scaled then, but what was handed over may have been written to since."""

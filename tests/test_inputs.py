@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import GRPO, GSPO, GSPOToken, global_count, policy_loss_from_logprobs
+from gspo_kernels.checks import INTEGERS
 from gspo_kernels.layout import _segments
 
 VOCAB, WIDTH = 7, 3
@@ -125,7 +126,8 @@ def test_boundaries_that_nothing_has_read_do_no_harm(wrong: str) -> None:
         random(12), random(12), cu_seqlens=WRONG[wrong], level="sequence_mean"
     ).weights
     assert bool(of_sequences.isnan().all())
-    assert gspo_kernels.rollout_mismatch(random(12), random(12), cu_seqlens=WRONG[wrong]).sequence_ratio_mean.isnan()
+    mismatch = gspo_kernels.rollout_mismatch(random(12), random(12), cu_seqlens=WRONG[wrong])
+    assert mismatch.sequence_ratio_mean.isnan() and mismatch.sequence_effective_fraction.isnan()
 
 
 @pytest.mark.usefixtures("unread")
@@ -271,6 +273,16 @@ def test_normalizers_that_are_no_number_are_refused(dtype: torch.dtype) -> None:
     boundaries, normalizer = on_device(torch.tensor([0, 5, 12])), on_device(torch.ones((), dtype=dtype))
     with pytest.raises(TypeError, match=rf"normalizer: expected float32, float64 or an integer dtype; got {dtype}"):
         from_logprobs("gspo", 12, random(2), cu_seqlens=boundaries, normalizer=normalizer)
+
+
+@by_entry
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_a_normalizer_of_any_integers_counts(dtype: torch.dtype, entry: str) -> None:
+    boundaries, normalizer = on_device(torch.tensor([0, 5, 12])), on_device(torch.tensor(3).to(dtype))
+    found, expected = (
+        FROM[entry]("gspo", 12, random(2), cu_seqlens=boundaries, normalizer=count)[0].loss for count in (normalizer, 3)
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.usefixtures("unread")

@@ -263,6 +263,9 @@ def test_refusals_name_the_option() -> None:
         call("gspo_kernels", given, config=None)
     with pytest.raises(TypeError, match=r"logprobs: expected float32 or float64.*bfloat16"):
         call("gspo_kernels", given | {"log_prob": given["log_prob"].bfloat16()})
+    for name in ("gspo_kernels", "gspo_token_kernels"):
+        with pytest.raises(TypeError, match=r"advantages: expected .* an integer dtype; got torch.bool"):
+            call(name, given | {"advantages": given["advantages"] > 0})
     by_token = arguments(ragged_batch("gspo_token", by_token=True))
     with pytest.raises(ValueError, match=r"advantages: .*responses with several.*loss_mode=gspo_token_kernels"):
         call("gspo_kernels", by_token)

@@ -74,6 +74,7 @@ def policy_loss(
     low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
     objective = kind(low, high, config.clip_ratio_c)
     aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)
+    checks.numbers("advantages", checks.tensor("advantages", advantages, "one advantage per token"))  # `where` casts
     advantages = advantages.detach()
     least = torch.where(mask, advantages, torch.inf).amin(1)
     most = torch.where(mask, advantages, -torch.inf).amax(1)

@@ -179,6 +179,8 @@ def _gradient_of_logits(
     if grad_logprobs is None and grad_entropy is None and grad_lse is None:
         return (None,) * 7
     logits, token_ids, mask, temperature, logprobs, entropy, lse = ctx.saved_tensors
+    if ctx.overwrite_logits:
+        refuse_second_backward(ctx, FROM_LOGITS)
     gradient = room_for_gradient(logits, ctx.overwrite_logits)
     row_gradient(
         logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse,

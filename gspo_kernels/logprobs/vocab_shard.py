@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import checks
 from ..collectives import Ranks, gather, ranks_of
-from ..derivatives import first_derivative
+from ..derivatives import first_derivative, refuse_second_backward
 from . import ops, triton_rows
 from .backends import Backend, by_triton, choose
 from .rows import Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
@@ -263,6 +263,8 @@ def _gradient_of_shard(
     if grad_logprobs is None and grad_entropy is None and grad_lse is None:
         return (None,) * 9
     logits, token_ids, mask, temperature, *saved = ctx.saved_tensors
+    if ctx.overwrite_logits:
+        refuse_second_backward(ctx, ops.FROM_LOGITS)
     gradient = ops.room_for_gradient(logits, ctx.overwrite_logits)
     if ctx.shard.columns == 0:
         with torch.no_grad():
