@@ -151,7 +151,7 @@ class TokenStage:
         """The loss in float64, what the objective says, log-ratios and KL per token."""
         logprobs = aggregate.spoil(logprobs, self.normalizer)
         entropy = None if entropy is None else aggregate.spoil(entropy, self.normalizer)
-        new = within(self.layout.select(logprobs.double()), FINITE)
+        new = self._finite(self.layout.select(logprobs.double()))
         old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
         log_ratio = new - old
         if self.ref_logprobs is not None and self.beta != 0.0:  # of whatever shares a ratio the gradient is NaN, too
@@ -159,6 +159,12 @@ class TokenStage:
         terms = self._terms(log_ratio)
         kl = None if self.ref_logprobs is None else self._kl(new)
         return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
+
+    @staticmethod
+    def _finite(logprobs: Tensor) -> Tensor:
+        """Within +-FINITE; the gradient of a number beyond, which its ratio to itself may have, goes on."""
+        slope = torch.where(logprobs.isinf(), 0.0, logprobs)
+        return within(logprobs.detach(), FINITE) + (slope - slope.detach())
 
     def _terms(self, log_ratio: Tensor) -> Terms:
         if self.weights is not None and self.layout.ranks is not None:

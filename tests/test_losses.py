@@ -336,3 +336,18 @@ def test_stats_as_dict() -> None:
 
 def test_the_tolerance_table_knows_every_dtype() -> None:
     assert set(TOLERANCES) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+@by_backend
+@by_objective
+@pytest.mark.parametrize("entropy_coef", [0.0, 1e-12], ids=["one pass", "two passes"])
+def test_a_log_probability_beyond_what_a_ratio_takes(backend: str, objective: str, entropy_coef: float) -> None:
+    """On-policy its ratio is 1 however small it is, and its gradient that of any other."""
+    for far in (1e29, 1e31, 3e38):
+        logits = on_device(torch.tensor([[[0.0, far], [0.0, 0.0]]])).requires_grad_()
+        loss, _ = PUBLIC[objective](
+            logits, on_device(torch.zeros(1, 2, dtype=torch.long)), on_device(torch.ones(1)),
+            entropy_coef=entropy_coef, backend=backend,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, logits)
+        torch.testing.assert_close(gradient[0, 0].cpu(), torch.tensor([-0.5, 0.5]), rtol=1e-6, atol=0.0)
