@@ -52,7 +52,7 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "linear_policy_loss": {
         "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.GSPO(), "bias": HEAD[:, 0].clone(),
-        **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 64, "skip_zero_advantage": False,
+        **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256, "skip_zero_advantage": False,
     },
     "policy_loss_from_logprobs": {
         "logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD,
@@ -61,7 +61,7 @@ VALID: dict[str, dict[str, Any]] = {
     "token_logprobs": {"logits": LOGITS, "token_ids": IDS, "mask": MASK, **OF_ROWS, "overwrite_logits": False},
     "linear_token_logprobs": {
         "hidden": HIDDEN, "weight": HEAD, "token_ids": IDS, "bias": HEAD[:, 0].clone(), "mask": MASK, **OF_ROWS,
-        "chunk_bytes": 64,
+        "chunk_bytes": 256,
     },
     "rollout_weights": {
         "logprobs": OLD, "rollout_logprobs": REF, **OF_ROLLOUT, "level": "sequence_sum", "mode": "mask", "lower": 0.5,
@@ -253,8 +253,9 @@ def test_dtensors_are_refused_with_the_remedy(group_of_one: dist.ProcessGroup | 
 
 @NOT_INTERPRETED
 @pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs"])
-def test_positive_log_probabilities(name: str) -> None:
+def test_positive_log_probabilities(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused where they count; NaN, -inf and what is rounded up pass."""
+    monkeypatch.setenv("GSPO_KERNELS_DEBUG", "1")  # a GPU is not waited for otherwise
     cases = ["policy_loss", "policy_loss_from_logprobs", "linear_policy_loss", "rollout_weights", "rollout_mismatch"]
     for case in [c for c in cases if name in VALID[c]]:
         function, given = function_of(case), valid(case)
