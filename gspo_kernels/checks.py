@@ -154,16 +154,15 @@ def number(
 
 def whole(name: str, value: Any, meaning: str, *, at_least: float = -math.inf) -> int:
     """As Python's own int; numpy has others."""
-    if type(value) is not int:
-        try:
-            if isinstance(value, (bool, Tensor)):
-                raise TypeError
-            value = int(operator.index(value))
-        except TypeError:
-            raise TypeError(f"{name}: expected {meaning}, a whole number; got {describe(value)}") from None
-    if value < at_least:
-        raise ValueError(f"{name}: expected {meaning}, at least {at_least:g}; got {value}")
-    return value
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        found = value if type(value) is int else int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{name}: expected {meaning}, a whole number; got {describe(value)}") from None
+    if found < at_least:
+        raise ValueError(f"{name}: expected {meaning}, at least {at_least:g}; got {found}")
+    return found
 
 
 def flag(name: str, value: Any, meaning: str) -> None:
