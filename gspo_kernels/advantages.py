@@ -61,10 +61,7 @@ def _groups(rewards: Tensor, group_size: Any, group_ids: Any) -> tuple[Tensor, i
         checks.same_device("group_ids", group_ids, rewards.device)
         found, groups = torch.unique(group_ids, return_inverse=True)
         return groups, found.numel()
-    if not isinstance(group_size, int) or isinstance(group_size, bool):
-        raise TypeError(
-            f"group_size: expected a whole number of responses per prompt; got {checks.describe(group_size)}"
-        )
+    group_size = checks.whole("group_size", group_size, "how many responses each prompt has")
     if group_size < 1 or rewards.numel() % group_size:
         raise ValueError(
             f"group_size: expected a divisor of the number of rewards, {rewards.numel()}; got {group_size}"

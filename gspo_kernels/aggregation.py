@@ -88,7 +88,7 @@ def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Te
     return None if normalizer is None else checks.number("normalizer", normalizer, meaning, above=0.0)
 
 
-def check_count(normalizer: Any, batch: BatchShape) -> None:
+def check_count(normalizer: Any, batch: BatchShape, name: str = "normalizer") -> None:
     """The value of a tensor, where it can be read for free."""
     if not isinstance(normalizer, Tensor):
         return
@@ -98,7 +98,7 @@ def check_count(normalizer: Any, batch: BatchShape) -> None:
     of_nothing = count == 0 and (not batch.tokens.numel() or (batch.mask is not None and not bool(batch.mask.any())))
     if not (0 < count < math.inf or of_nothing):
         raise ValueError(
-            "normalizer: expected a global count of sequences, or of tokens for token_mean, a finite number above 0 "
+            f"{name}: expected a global count of sequences, or of tokens for token_mean, a finite number above 0 "
             f"(0 only where no token counts); got a tensor of {count:g}"
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers as abstract
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,9 @@ def describe(value: Any) -> str:
     """A short account of what came, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of numpy
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # numpy's
+        if value.shape == ():
+            return f"{type(value).__name__} {value.item()!r}"
         return f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}"
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
@@ -147,6 +150,19 @@ def number(
         bound += f" and at most {at_most:g}" if at_most < math.inf else ""
         raise ValueError(f"{name}: expected {meaning}, a finite number{bound}; got {value}")
     return value if type(value) in (int, float) else float(value)
+
+
+def whole(name: str, value: Any, meaning: str, *, at_least: float = -math.inf) -> int:
+    """As Python's own int; numpy has others."""
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        found = value if type(value) is int else int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{name}: expected {meaning}, a whole number; got {describe(value)}") from None
+    if found < at_least:
+        raise ValueError(f"{name}: expected {meaning}, at least {at_least:g}; got {found}")
+    return found
 
 
 def flag(name: str, value: Any, meaning: str) -> None:

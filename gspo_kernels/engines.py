@@ -8,6 +8,8 @@ No engine is imported: their outputs are known by their fields, as objects or as
 from __future__ import annotations
 
 import itertools
+import numbers as abstract
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from . import checks
 
 # What stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
 LOWEST = -9999.0
+_HIGHEST_ID = 2**63 - 1  # of int64
 _TOKEN = re.compile(r"token_id:(\d+)")
 
 
@@ -171,6 +174,10 @@ def _of_vllm(requests: list[Any], prompts: Any) -> Iterator[_Response]:
                     "SamplingParams(logprobs=0)"
                 )
             token_ids = _ids(f"{place}.token_ids", _get(completion, "token_ids"))
+            if not hasattr(positions, "__len__") or isinstance(positions, (str, bytes, Mapping)):
+                raise TypeError(
+                    f"{place}.logprobs: expected a list of dicts, or FlatLogprobs; got {checks.describe(positions)}"
+                )
             _same_count(f"{place}.logprobs", len(positions), len(token_ids))
             values = _sampled(place, token_ids, positions)
             yield _Response(place, token_ids, values, str(_get(completion, "finish_reason")), prompt)
@@ -179,28 +186,28 @@ def _of_vllm(requests: list[Any], prompts: Any) -> Iterator[_Response]:
 def _sampled(where: str, token_ids: list[int], positions: Any) -> list[float]:
     """Each sampled token's among those of its position: a list of {token id: Logprob}, or FlatLogprobs."""
     starts, ends = _get(positions, "start_indices"), _get(positions, "end_indices")
-    found: list[float] = []
+    found: list[Any] = []
     if starts is not None and ends is not None:  # flat; its lists may be made anew each time that one asks
         candidates, values = list(_get(positions, "token_ids")), list(_get(positions, "logprobs"))
         for token, start, end in zip(token_ids, list(starts), list(ends), strict=True):
             at = next((j for j in range(start, end) if candidates[j] == token), None)
-            found.append(_number(None if at is None else values[at]))
-        return found
+            found.append(None if at is None else values[at])
+        return _logprobs(f"{where}.logprobs", found)
     for i, (token, position) in enumerate(zip(token_ids, positions, strict=True)):
         if position is not None and not isinstance(position, Mapping):
             raise TypeError(
                 f"{where}.logprobs[{i}]: expected a dict of token id to Logprob; got {checks.describe(position)}"
             )
         entry = None if position is None else position.get(token, position.get(str(token)))  # JSON keys are strings
-        found.append(_number(_get(entry, "logprob")))
-    return found
+        found.append(_get(entry, "logprob"))
+    return _logprobs(f"{where}.logprobs", found)
 
 
 def _of_openai(where: str, response: Any, choices: Any, given: list[int] | None) -> Iterator[_Response]:
     """Choices of a completion (`token_logprobs`, `tokens`), of a chat or of a generate response (`content`)."""
     if str(_get(response, "object")).endswith("chunk"):
         raise ValueError(f"{where}.object: expected that of a whole response; got {_get(response, 'object')!r}")
-    for j, choice in enumerate(choices):
+    for j, choice in enumerate(_sequence(f"{where}.choices", choices, "choices")):
         place = f"{where}.choices[{j}]"
         reason = _get(choice, "finish_reason")
         if reason is None:
@@ -213,18 +220,21 @@ def _of_openai(where: str, response: Any, choices: Any, given: list[int] | None)
                 "with logprobs=0 (completions) or logprobs=true (chat)"
             )
         if by_token is not None:
-            values, names = list(by_token), list(_get(logprobs, "tokens") or [])
+            origin, part = f"{place}.logprobs.token_logprobs", ""
+            values, names = _sequence(origin, by_token, "log-probabilities"), list(_get(logprobs, "tokens") or [])
             if values and values[0] is None:
                 raise ValueError(
-                    f"{place}.logprobs.token_logprobs: expected those of the response alone; got None first, as of a "
+                    f"{origin}: expected those of the response alone; got None first, as of a "
                     "prompt's first token: send echo=false"
                 )
         else:
+            origin, part = f"{place}.logprobs.content", ".logprob"
+            content = _sequence(origin, content, "tokens with their log-probabilities")
             values, names = [_get(x, "logprob") for x in content], [_get(x, "token") for x in content]
         token_ids = _get(choice, "token_ids")
         if token_ids is None:
             named = [_TOKEN.fullmatch(str(name)) for name in names]
-            token_ids = [match[1] for match in named if match]
+            token_ids = [int(match[1]) for match in named if match]
             if len(token_ids) != len(values):
                 raise ValueError(
                     f"{place}.token_ids: expected the sampled tokens' ids, which their text does not tell; got none: "
@@ -234,7 +244,7 @@ def _of_openai(where: str, response: Any, choices: Any, given: list[int] | None)
         _same_count(f"{place}.logprobs", len(values), len(token_ids))
         prompt = _get(choice, "prompt_token_ids")  # of a completion; a chat has it once
         prompt = _same_prompt(place, _get(response, "prompt_token_ids") if prompt is None else prompt, given)
-        yield _Response(place, token_ids, [_number(x) for x in values], str(reason), prompt)
+        yield _Response(place, token_ids, _logprobs(origin, values, part), str(reason), prompt)
 
 
 def _of_sglang(outputs: list[Any], prompts: Any) -> Iterator[_Response]:
@@ -244,7 +254,7 @@ def _of_sglang(outputs: list[Any], prompts: Any) -> Iterator[_Response]:
         if choices is None:
             yield _of_meta_info(f"outputs[{k}]", output, None, given[k])
             continue
-        for j, choice in enumerate(choices):
+        for j, choice in enumerate(_sequence(f"outputs[{k}].choices", choices, "choices")):
             yield _of_meta_info(f"outputs[{k}].choices[{j}]", choice, _get(output, "prompt_token_ids"), given[k])
 
 
@@ -264,19 +274,25 @@ def _of_meta_info(where: str, output: Any, prompt: Any, given: list[int] | None)
         raise ValueError(
             f"{where}.meta_info.finish_reason: expected that of a whole response; got None, a part of a stream"
         )
-    token_ids, values = _ids(place, [row[1] for row in rows]), [_number(row[0]) for row in rows]
+    rows = _rows(place, rows)
+    token_ids, values = _ids(place, [row[1] for row in rows], "[1]"), _logprobs(place, [row[0] for row in rows], "[0]")
     if (count := _get(meta, "completion_tokens")) is not None:
-        _same_count(place, len(rows), int(count))
+        named = f"{where}.meta_info.completion_tokens"
+        _same_count(place, len(rows), checks.whole(named, count, "how many tokens were sampled"))
     if (output_ids := _get(output, "output_ids")) is not None:
+        output_ids = _ids(f"{where}.output_ids", output_ids)
         _same_count(place, len(rows), len(output_ids))
-        if _ids(f"{where}.output_ids", output_ids) != token_ids:
+        if output_ids != token_ids:
             raise ValueError(
                 f"{where}.output_ids: expected the token ids of meta_info.output_token_logprobs; got others"
             )
     prompt = _get(output, "prompt_token_ids") if prompt is None else prompt
     inputs = _get(meta, "input_token_logprobs")
-    if prompt is None and inputs and len(inputs) == _get(meta, "prompt_tokens"):  # else it starts later
-        prompt = [row[1] for row in inputs]
+    if prompt is None and inputs is not None:
+        place = f"{where}.meta_info.input_token_logprobs"
+        inputs = _rows(place, inputs)
+        if inputs and len(inputs) == _get(meta, "prompt_tokens"):  # else it starts later
+            prompt = _ids(place, [row[1] for row in inputs], "[1]")
     kind = str(_get(reason, "type") if isinstance(reason, Mapping) else reason)
     return _Response(where, token_ids, values, kind, _same_prompt(where, prompt, given))
 
@@ -350,14 +366,64 @@ def _get(of: Any, name: str) -> Any:
     return of.get(name) if isinstance(of, Mapping) else getattr(of, name, None)
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _logprobs(where: str, values: list[Any], part: str = "") -> list[float]:
+    """As Python's floats, NaN for None. One that is refused is named by `where`, its position and `part`."""
+    kinds = set(map(type, values))
+    if kinds <= {float}:
+        return values
+    unchecked: Iterable[int] = range(len(values))
+    if not any(issubclass(kind, Tensor) for kind in kinds):  # of other types, the first tells for all
+        unchecked = sorted(dict(zip(map(type, reversed(values)), reversed(range(len(values))), strict=True)).values())
+    for i in unchecked:
+        _check_logprob(f"{where}[{i}]{part}", values[i])
+    return [float("nan") if x is None else float(x) for x in values]
 
 
-def _ids(where: str, values: Any) -> list[int]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{where}: expected a sequence of token ids; got {_described(values)}")
-    return [int(token) for token in values]
+def _check_logprob(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        checks.shape(name, checks.tensor(name, value, "a log-probability"), (), "one log-probability")
+        checks.digits(name, value)
+    elif value is not None and (isinstance(value, bool) or not isinstance(value, abstract.Real)):
+        raise TypeError(f"{name}: expected a log-probability, a number; got {checks.describe(value)}")
+    elif getattr(getattr(value, "dtype", None), "itemsize", 8) < 4:
+        raise TypeError(
+            f"{name}: expected a log-probability in float32 or float64, because near 1 a step of 16 bits is larger "
+            f"than GSPO's clip range; got {checks.describe(value)}"
+        )
+
+
+def _ids(where: str, values: Any, part: str = "") -> list[int]:
+    """As Python's ints, from 0 to the largest int64. One that is refused is named as by `_logprobs`."""
+    if isinstance(values, Tensor) or (hasattr(values, "tolist") and hasattr(values, "dtype")):
+        values = values.tolist()
+    found: list[int] = _sequence(where, values, "token ids")
+    kinds = set(map(type, found))
+    try:
+        if any(issubclass(kind, (bool, Tensor)) for kind in kinds):
+            raise TypeError
+        found = found if kinds <= {int} else list(map(operator.index, found))
+    except TypeError:
+        found = [checks.whole(f"{where}[{i}]{part}", x, "a token id") for i, x in enumerate(found)]
+    if found and not (min(found) >= 0 and max(found) <= _HIGHEST_ID):
+        at = next(i for i, x in enumerate(found) if not 0 <= x <= _HIGHEST_ID)
+        raise ValueError(f"{where}[{at}]{part}: expected a token id, from 0 to 2**63 - 1; got {found[at]}")
+    return found
+
+
+def _rows(where: str, values: Any) -> list[Any]:
+    """SGLang's (log-probability, token id, text)."""
+    rows = _sequence(where, values, "(logprob, token id, text)")
+    of_sequences = all(issubclass(kind, (tuple, list)) for kind in set(map(type, rows)))
+    if not of_sequences or min(map(len, rows), default=2) < 2:
+        at = next(i for i, row in enumerate(rows) if not isinstance(row, (tuple, list)) or len(row) < 2)
+        raise TypeError(f"{where}[{at}]: expected (logprob, token id, text); got {checks.describe(rows[at])}")
+    return rows
+
+
+def _sequence(where: str, values: Any, meaning: str) -> list[Any]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{where}: expected a sequence of {meaning}; got {_described(values)}")
+    return list(values)
 
 
 def _listed(outputs: Any, marks: tuple[str, ...]) -> list[Any]:

@@ -112,7 +112,7 @@ def linear_policy_loss(
     tp, cp = _head_ranks(hidden, weight, tp_group), ranks_of("cp_group", cp_group)
     with Together(hidden, tp, cp, name="hidden") as together:
         hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
-        columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
+        columns, chunk_bytes = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
@@ -242,7 +242,7 @@ def linear_token_logprobs(
     refuse_vmap("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
     with Together(hidden, _head_ranks(hidden, weight, tp_group), name="hidden") as together:
         hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
-        columns = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
+        columns, chunk_bytes = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
         arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
         check_rows_together(together, *arrays, columns, shard)
         _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, backend)
@@ -407,8 +407,8 @@ def _check_head(
     chunk_bytes: Any,
     backend: Any,
     shard: VocabShard | None,
-) -> int:
-    """The vocabulary's size."""
+) -> tuple[int, int | None]:
+    """The vocabulary's size, and `chunk_bytes` as Python's own number."""
     for name, value, meaning in (
         ("hidden", hidden, "the model's last hidden states [.., D]"),
         ("weight", weight, "the LM head [V, D]"),
@@ -447,4 +447,4 @@ def _check_head(
     check_name(backend)
     itemsize = 8 if torch.float64 in (hidden.dtype, weight.dtype) else 4
     rows_per_chunk(chunk_bytes, shard.usual_columns if shard else columns, itemsize, hidden.device.type, usual=0)
-    return columns
+    return columns, None if chunk_bytes is None else int(chunk_bytes)

@@ -118,7 +118,7 @@ def rollout_weights(
             temperature that `logprobs` were taken at.
         mask: one per token, True (or 1) where it counts. What stands at masked positions, NaN included, has no effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N. Wrong ones are refused, or give NaN, as in
-            `policy_loss`.
+            `policy_loss`. Weights by token do not depend on them: where wrong ones cannot be read, they change nothing.
         level: "token", "sequence_sum" or "sequence_mean".
         mode: "truncate" or "mask". A weight of 0 takes the policy term away and leaves the count that the loss is
             divided by; `mask & (weights > 0)` as the loss's mask takes it from both.

@@ -16,6 +16,7 @@ from modes import DEFAULT_MODE, NOT_INTERPRETED, on_device, sized
 from torch import Tensor
 
 import gspo_kernels
+from gspo_kernels import checks
 
 B, T, V, D = 2, 3, 5, 4
 
@@ -152,13 +153,43 @@ def wrong(case: str, name: str, x: Any) -> Iterator[Any]:
     if kind == "number":
         yield from (math.nan, -math.inf, "1", True, 1j, torch.tensor(0.1), [0.1], np.array([0.1, 0.2]))
     if kind == "whole":
-        yield from (2.5, "2", True, 0, -1, torch.tensor(2))
+        yield from (2.5, "2", True, 0, -1, torch.tensor(2), np.float64(2), np.True_, np.array([2]))
     if kind == "choice":
         yield from ("unknown", 3, True, torch.zeros(2), [])
     if kind == "flag":
         yield from ("yes", 1, None, torch.tensor(True))
     if kind == "other":
         yield from ("text", 3.5, object())
+
+
+@pytest.mark.parametrize("case", [case for case, given in VALID.items() if set(KINDS["whole"]) & set(given)])
+@NOT_INTERPRETED
+def test_whole_numbers_of_numpy(case: str) -> None:
+    """As Python's own, in each argument that is a whole number; vocab_start goes the same way, with a group alone."""
+    given = valid(case)
+    others = {name: np.int32(given[name]) for name in KINDS["whole"] if isinstance(given.get(name), int)}
+    outcomes = [function_of(case)(**{**given, **more}) for more in ({}, others)]
+    for expected, found in zip(*map(tensors_of, outcomes), strict=True):
+        assert torch.equal(expected, found)
+
+
+def tensors_of(outcome: Any) -> list[Tensor]:
+    return [outcome] if isinstance(outcome, Tensor) else [x for x in outcome if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(np.float64(2.5), "float64 2.5"), (np.array(2.5), "ndarray 2.5"), (2.5, "float 2.5")]
+)
+def test_no_whole_number(value: Any, shown: str) -> None:
+    with pytest.raises(TypeError, match=rf"^group_size: expected how many .*, a whole number; got {shown}$"):
+        gspo_kernels.group_advantages(torch.ones(4), group_size=value)
+
+
+def test_whole_numbers_of_vocabulary_shards() -> None:
+    assert checks.whole("vocab_start", np.uint8(3), "the first column", at_least=0) == 3
+    assert type(checks.whole("vocab_start", np.uint8(3), "the first column", at_least=0)) is int
+    with pytest.raises(ValueError, match="vocab_start: expected the first column, at least 0; got -1"):
+        checks.whole("vocab_start", np.int64(-1), "the first column", at_least=0)
 
 
 @pytest.mark.parametrize("case", VALID)

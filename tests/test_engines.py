@@ -10,11 +10,13 @@ import json
 import math
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from modes import DEFAULT_MODE
@@ -541,6 +543,33 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str, str]] = {
     "sglang: OpenAI without meta_info": (
         lambda: from_sglang(vllm_json(chat_json)), ValueError, "outputs[0].choices[0].meta_info", "logprobs",
     ),
+    "a number for all log-probabilities": (
+        lambda: from_vllm(changed(request_outputs(), "0.outputs.1.logprobs", -1.0)),
+        TypeError, "outputs[0].outputs[1].logprobs", "-1.0",
+    ),
+    "server: choices": (
+        lambda: from_vllm(changed(vllm_json(completion_json), "0.choices", 3)), TypeError, "outputs[0].choices", "int",
+    ),
+    "server: a number for all log-probabilities": (
+        lambda: from_vllm(changed(vllm_json(completion_json), "0.choices.1.logprobs.token_logprobs", -1.0)),
+        TypeError, "outputs[0].choices[1].logprobs.token_logprobs", "float",
+    ),
+    "sglang: a row of one": (
+        lambda: from_sglang(changed(generated(), f"{OUTPUT_LOGPROBS}.2", (-0.5,))),
+        TypeError, "outputs[3].meta_info.output_token_logprobs[2]", "(-0.5,)",
+    ),
+    "sglang: no row": (
+        lambda: from_sglang(changed(generated(), f"{OUTPUT_LOGPROBS}.2", -0.5)),
+        TypeError, "outputs[3].meta_info.output_token_logprobs[2]", "-0.5",
+    ),
+    "sglang: a number for all rows": (
+        lambda: from_sglang(changed(generated(), OUTPUT_LOGPROBS, -0.5)),
+        TypeError, "outputs[3].meta_info.output_token_logprobs", "float",
+    ),
+    "sglang: a count as text": (
+        lambda: from_sglang(changed(generated(), "3.meta_info.completion_tokens", "x")),
+        TypeError, "outputs[3].meta_info.completion_tokens", "'x'",
+    ),
     "sglang: another engine's": (
         lambda: from_sglang(request_outputs()), ValueError, "outputs[0].meta_info", "RequestOutput",
     ),
@@ -553,6 +582,65 @@ def test_refused_by_name(case: str) -> None:
     with pytest.raises(kind) as error:
         call()
     check_message(error.value, argument, came)
+
+
+NO_TOKENS = [3.7, True, -1, 2**63, "3", None, np.float32(3), np.True_, torch.tensor(3)]
+
+
+@pytest.mark.parametrize("value", NO_TOKENS, ids=repr)
+def test_what_is_no_token_is_refused_where_it_stands(value: Any) -> None:
+    """None is cast: of responses, of prompts, given and returned."""
+    outputs = request_outputs()
+    outputs[0].outputs[0].token_ids = [3, value, 0]
+    prompted = changed(request_outputs(), "0.prompt_token_ids", [5, value, 7])
+    server = changed(vllm_json(completion_json), "0.choices.0.token_ids.1", value)
+    rows = changed(generated(), OUTPUT_LOGPROBS + ".1", (-0.5, value, None))
+    inputs = [generate_json(k, j, inputs=True) for k, j in FLAT]
+    changed(inputs, "0.meta_info.input_token_logprobs.1", (-0.5, value, None))
+    for call, name in (
+        (lambda: from_vllm(outputs), "outputs[0].outputs[0].token_ids[1]"),
+        (lambda: from_vllm(prompted), "outputs[0].prompt_token_ids[1]"),
+        (lambda: from_vllm(request_outputs(), prompt_ids=[[5, value], [8]]), "prompt_ids[0][1]"),
+        (lambda: from_vllm(server), "outputs[0].choices[0].token_ids[1]"),
+        (lambda: from_sglang(rows), "outputs[3].meta_info.output_token_logprobs[1][1]"),
+        (lambda: from_sglang(inputs), "outputs[0].meta_info.input_token_logprobs[1][1]"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert str(error.value).startswith(f"{name}: expected a token id")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(-0.5).bfloat16(), torch.tensor(-0.5).half(), np.float16(-0.5), "-0.5", True], ids=repr
+)
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ("vllm", "outputs[0].outputs[0].logprobs[1]"), ("flat", "outputs[0].outputs[0].logprobs[1]"),
+        ("server", "outputs[0].choices[0].logprobs.token_logprobs[1]"),
+        ("sglang", "outputs[0].meta_info.output_token_logprobs[1][0]"),
+    ],
+)  # fmt: skip
+def test_log_probabilities_of_other_dtypes_are_refused_where_they_stand(engine: str, name: str, value: Any) -> None:
+    convert, outputs = with_value(engine, value)
+    with pytest.raises(TypeError) as error:
+        convert(outputs)
+    assert str(error.value).startswith(f"{name}: expected ")
+
+
+@pytest.mark.parametrize("value", [np.float32(-0.5), np.float64(-0.5), torch.tensor(-0.5), -1], ids=repr)
+def test_log_probabilities_may_be_numbers_of_numpy_and_torch(value: Any) -> None:
+    convert, outputs = with_value("vllm", value)
+    assert float(convert(outputs).old_logprobs[1]) == float(value)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, lambda x: array("q", x), lambda x: [np.int32(t) for t in x]])
+def test_token_ids_may_be_arrays_of_integers(kind: Callable[[list[int]], Any]) -> None:
+    outputs = request_outputs()
+    for k, j in FLAT:
+        if RESPONSES[k][j][0]:
+            outputs[k].outputs[j].token_ids = kind(RESPONSES[k][j][0])
+    check(from_vllm(outputs))
 
 
 # --- on to the losses -------------------------------------------------------------------------------------------------

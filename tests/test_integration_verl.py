@@ -261,7 +261,7 @@ def test_refusals_name_the_option() -> None:
             call("gspo_kernels", given, loss_agg_mode=mode, config=config(global_batch_info={"dp_size": 2}))
     with pytest.raises(ValueError, match=r"config: expected verl's ActorConfig"):
         call("gspo_kernels", given, config=None)
-    with pytest.raises(TypeError, match=r"logprobs: expected float32 or float64.*bfloat16"):
+    with pytest.raises(TypeError, match=r"^log_prob: expected float32 or float64.*bfloat16"):
         call("gspo_kernels", given | {"log_prob": given["log_prob"].bfloat16()})
     for name in ("gspo_kernels", "gspo_token_kernels"):
         with pytest.raises(TypeError, match=r"advantages: expected .* an integer dtype; got torch.bool"):
@@ -269,6 +269,61 @@ def test_refusals_name_the_option() -> None:
     by_token = arguments(ragged_batch("gspo_token", by_token=True))
     with pytest.raises(ValueError, match=r"advantages: .*responses with several.*loss_mode=gspo_token_kernels"):
         call("gspo_kernels", by_token)
+
+
+TOKEN_ARRAYS = ["log_prob", "old_log_prob", "advantages", "response_mask", "rollout_is_weights"]
+
+
+@pytest.mark.parametrize("array", TOKEN_ARRAYS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_token_arrays_are_refused_by_verls_names(name: str, array: str) -> None:
+    """Nothing is broadcast: [B], [B, 1], [1, T], [B, T + 1] are as wrong as no tensor."""
+    given = arguments(ragged_batch(LOSSES[name], weights="token"), clean=True)
+    right = given[array].detach()
+    wider = torch.cat((right, right[:, :1]), 1)
+    wrong = [right.tolist(), right[:, 0], right[:, :1], right[:1], wider, right[..., None], right.to(torch.complex64)]
+    for value in wrong if array == "rollout_is_weights" else [None, *wrong]:
+        with pytest.raises((TypeError, ValueError)) as error:
+            loss_of(name)(**given | {array: value, "loss_agg_mode": "token-mean", "config": config()})
+        names = [array, "old_log_prob"] if array == "log_prob" else [array]  # log_prob's [B, T] is that of the others
+        assert any(str(error.value).startswith(f"{x}: expected ") for x in names), error.value
+
+
+def test_log_probabilities_are_refused_by_verls_names() -> None:
+    given = arguments(ragged_batch("gspo"), clean=True)
+    for array in ("log_prob", "old_log_prob"):
+        with pytest.raises(ValueError, match=f"^{array}: expected log-probabilities, at most 0"):
+            call("gspo_kernels", given | {array: given[array].detach().exp()})
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens_at_all(name: str, mode: str, shape: tuple[int, int]) -> None:
+    given = {array: torch.zeros(shape) for array in TOKEN_ARRAYS} | {"response_mask": torch.zeros(shape).bool()}
+    for info in ({}, GLOBAL):
+        loss, gradient, metrics = call(name, given, loss_agg_mode=mode, config=config(global_batch_info=dict(info)))
+        assert float(loss) == 0 and gradient.shape == shape and all(math.isfinite(x) for x in metrics.values())
+
+
+@pytest.mark.parametrize("count", [0, 0.0, -1, math.nan, torch.tensor(0), torch.ones(1)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_global_count_of_nothing_where_tokens_count(mode: str, count: Any) -> None:
+    info = {"dp_size": 2, "batch_num_tokens": count, "global_batch_size": count}
+    given = arguments(ragged_batch("gspo"))
+    if mode == "token-sum":  # divides by no count
+        call("gspo_kernels", given, loss_agg_mode=mode, config=config(global_batch_info=info))
+        return
+    name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        call("gspo_kernels", given, loss_agg_mode=mode, config=config(global_batch_info=info))
+
+
+@pytest.mark.parametrize(("name", "value"), [("dp_size", 0), ("loss_scale_factor", 0)])
+def test_other_divisors_of_nothing(name: str, value: int) -> None:
+    at = config(global_batch_info=GLOBAL | {name: value})
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        call("gspo_kernels", arguments(ragged_batch("gspo")), loss_agg_mode=MODES[-1], config=at)
 
 
 # --- against verl -----------------------------------------------------------------------------------------------------

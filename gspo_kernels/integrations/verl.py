@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..layout import as_bool
+from ..aggregation import check_count
+from ..layout import as_bool, batch_shape
 from ..objectives import GSPO, GSPOToken, clipped_surrogate
 from ..policy_loss import policy_loss_from_logprobs, token_logprobs
 from ..stats import Stats
@@ -67,17 +68,20 @@ def policy_loss(
         rollout_is_weights: constant factors of the policy term.
 
     Returns: the loss, scaled as verl scales it, and its metrics.
+
+    Raises: ValueError, TypeError: naming verl's argument, what was expected and what came.
     """
     if config is None:
         raise ValueError("config: expected verl's ActorConfig, which has the clip range; got None")
-    mask = as_bool("response_mask", response_mask)
+    mask = _check_arrays(log_prob, old_log_prob, advantages, response_mask, rollout_is_weights)
     low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
     objective = kind(low, high, config.clip_ratio_c)
     aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)
-    checks.numbers("advantages", checks.tensor("advantages", advantages, "one advantage per token"))  # `where` casts
     advantages = advantages.detach()
-    least = torch.where(mask, advantages, torch.inf).amin(1)
-    most = torch.where(mask, advantages, -torch.inf).amax(1)
+    least = most = advantages.new_zeros(mask.shape[0])
+    if mask.shape[1]:
+        least = torch.where(mask, advantages, torch.inf).amin(1)
+        most = torch.where(mask, advantages, -torch.inf).amax(1)
     loss, stats = policy_loss_from_logprobs(
         log_prob, most if kind is GSPO else advantages, old_log_prob, objective=objective, mask=mask,
         weights=rollout_is_weights, aggregation=aggregation, normalizer=normalizer,
@@ -93,10 +97,39 @@ def policy_loss(
     return loss, values
 
 
+def _check_arrays(log_prob: Any, old_log_prob: Any, advantages: Any, response_mask: Any, weights: Any) -> Tensor:
+    """The mask as bool; all are [B, T], by verl's names."""
+    checks.tensor("log_prob", log_prob, "log-probabilities [B, T]")
+    if log_prob.ndim != 2:
+        raise ValueError(f"log_prob: expected shape [responses, tokens]; got {list(log_prob.shape)}")
+    arrays: list[tuple[str, Any, str, Any]] = [
+        ("old_log_prob", old_log_prob, "log-probabilities", checks.digits),
+        ("advantages", advantages, "advantages", checks.numbers),
+        ("response_mask", response_mask, "True or 1 where a token counts", None),
+        ("rollout_is_weights", weights, "factors of the policy term", checks.numbers),
+    ]
+    checks.digits("log_prob", log_prob)
+    for name, value, meaning, check_dtype in arrays:
+        if name == "rollout_is_weights" and value is None:
+            continue
+        checks.tensor(name, value, f"{meaning} [B, T]")
+        if check_dtype is not None:
+            check_dtype(name, value)
+        checks.shape(name, value, log_prob.shape, "that of log_prob, one per token")
+        checks.same_device(name, value, log_prob.device)
+    mask = as_bool("response_mask", response_mask)
+    checks.log_probabilities("log_prob", log_prob, mask)
+    checks.log_probabilities("old_log_prob", old_log_prob, mask)
+    return mask
+
+
 def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
-    """(aggregation, normalizer) of verl's `loss_agg_mode`: a global count by `dp_size`, for gradients are averaged."""
+    """(aggregation, normalizer) of verl's `loss_agg_mode`: a global count by `dp_size`, for gradients are averaged.
+
+    A count of 0 becomes a tensor: 0 where nothing counts, otherwise refused, or NaN where the mask cannot be read.
+    """
     checks.choice("loss_agg_mode", mode, tuple(AGGREGATIONS))
-    dp_size = info.get("dp_size", 1)
+    dp_size = checks.whole("dp_size", info.get("dp_size", 1), "how many ranks average their gradients", at_least=1)
     of_tokens = AGGREGATIONS[mode] == "token_mean"
     name = "batch_num_tokens" if of_tokens else "global_batch_size"
     count = 1 if mode == "token-sum" else info.get(name)
@@ -107,11 +140,18 @@ def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
                 "got None"
             )
         count = (mask if of_tokens else mask.any(1)).sum(dtype=torch.float64)
+    elif isinstance(count, Tensor):
+        checks.shape(name, count, (), "one global count")
+    else:
+        count = checks.number(name, count, "the count of all ranks", at_least=0.0)
+        if count == 0:
+            count = torch.zeros((), dtype=torch.float64, device=mask.device)
+    check_count(count, batch_shape(mask.shape, mask, None, mask.device), name)
     if mode == "seq-mean-token-sum-norm":
         factor = info.get("loss_scale_factor")
-        count = count * (mask.shape[1] if factor is None else factor)
-    if not isinstance(count, Tensor):
-        count = max(count, 1)  # nothing counts anywhere
+        if factor is None:
+            factor = max(mask.shape[1], 1)
+        count = count * checks.number("loss_scale_factor", factor, "what sequences' sums are divided by", above=0.0)
     return AGGREGATIONS[mode], count / dp_size
 
 

@@ -85,9 +85,7 @@ def rows_per_chunk(
     a_row = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
         chunk_bytes = max(usual, a_row)
-    elif isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise TypeError(f"chunk_bytes: expected an int, the memory for logits; got {checks.describe(chunk_bytes)}")
-    elif chunk_bytes < a_row:
+    elif (chunk_bytes := checks.whole("chunk_bytes", chunk_bytes, "the memory for logits")) < a_row:
         raise ValueError(
             f"chunk_bytes: expected at least {a_row}, one row of {vocab} logits in {itemsize * 8}-bit floats; "
             f"got {chunk_bytes}"

@@ -90,7 +90,7 @@ def shard_of(
     if vocab_start is None:
         begin, total = ranks.rank * width, ranks.size * width
     else:
-        begin, total = _integer("vocab_start", vocab_start, "the first column that this rank has", 0), None
+        begin, total = checks.whole("vocab_start", vocab_start, "the first column that this rank has", at_least=0), None
         if vocab_size is None:
             raise ValueError("vocab_size: expected the size of the vocabulary, because vocab_start is given; got None")
     return values, VocabShard(ranks, begin, width, _vocabulary(vocab_size, total))
@@ -128,7 +128,7 @@ def _vocabulary(vocab_size: Any, columns: int | None) -> int:
     if vocab_size is None:
         assert columns is not None
         return columns
-    size = _integer("vocab_size", vocab_size, "how many columns of all ranks are tokens", 1)
+    size = checks.whole("vocab_size", vocab_size, "how many columns of all ranks are tokens", at_least=1)
     if columns is not None and size > columns:
         raise ValueError(
             f"vocab_size: expected from 1 to {columns}, the columns of all ranks together; got {size}. Either tp_group "
@@ -136,14 +136,6 @@ def _vocabulary(vocab_size: Any, columns: int | None) -> int:
             "vocab_start"
         )
     return size
-
-
-def _integer(name: str, value: Any, meaning: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, {meaning}; got {checks.describe(value)}")
-    if value < least:
-        raise ValueError(f"{name}: expected {meaning}, at least {least}; got {value}")
-    return value
 
 
 # ---- merging
