@@ -487,7 +487,7 @@ def check_vocab_size(vocab_size: Any, columns: int) -> int:
     """The vocabulary's size, of `columns` logits."""
     if vocab_size is None:
         return columns
-    vocab_size = checks.whole("vocab_size", vocab_size, "how many columns are tokens")
-    if not 1 <= vocab_size <= columns:
-        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {vocab_size}")
-    return vocab_size
+    size = checks.whole("vocab_size", vocab_size, "how many columns are tokens")
+    if not 1 <= size <= columns:
+        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {size}")
+    return size
