@@ -84,7 +84,8 @@ def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Te
         checks.shape("normalizer", normalizer, (), "one global count")
         checks.same_device("normalizer", normalizer, device)
         checks.numbers("normalizer", normalizer)
-        return normalizer if normalizer.is_floating_point() else normalizer.double()  # uint32 has no comparisons
+        without_comparisons = normalizer.dtype in (torch.uint16, torch.uint32)
+        return normalizer.double() if without_comparisons else normalizer  # else no launch for it
     return None if normalizer is None else checks.number("normalizer", normalizer, meaning, above=0.0)
 
 
