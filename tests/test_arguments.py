@@ -230,6 +230,7 @@ def test_rounded_log_probabilities_are_refused_with_the_reason_and_the_remedy(na
         assert "MixedPrecisionPolicy(cast_forward_inputs=False)" in str(error.value)
 
 
+@NOT_INTERPRETED
 def test_integers_are_numbers_and_float64_is_more() -> None:
     """Of whole numbers the results have the same bits; of float64, to rounding."""
     given = valid("policy_loss") | {"weights": on_device(torch.tensor([2.0, 1.0]))}
@@ -255,6 +256,7 @@ def test_numbers_of_numpy(kind: Any) -> None:
             same(function_of(case)(**given | of_numpy), function_of(case)(**given | plain))
 
 
+@NOT_INTERPRETED
 def test_a_temperature_for_each_row_of_a_padded_batch() -> None:
     by_row = on_device(torch.tensor([[0.5], [2.0]]))
     for case in ("policy_loss", "linear_policy_loss", "token_logprobs", "linear_token_logprobs"):

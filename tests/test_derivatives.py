@@ -110,6 +110,7 @@ def test_a_second_derivative_is_refused_of_overwritten_logits(name: str) -> None
     refused_twice(lambda x: FROM_LOGITS[name](x, overwrite_logits=True), logits())
 
 
+@NOT_INTERPRETED
 @pytest.mark.parametrize("name", FROM_LOGITS)
 def test_a_second_derivative_is_refused_of_shards(name: str, group_of_one: dist.ProcessGroup | None) -> None:
     if group_of_one is None:
@@ -117,6 +118,7 @@ def test_a_second_derivative_is_refused_of_shards(name: str, group_of_one: dist.
     refused_twice(lambda x: FROM_LOGITS[name](x, tp_group=group_of_one), logits())
 
 
+@NOT_INTERPRETED
 def test_a_second_derivative_by_the_head_is_refused() -> None:
     weight = HEAD.detach().requires_grad_()
     loss, _ = linear_policy_loss(hidden().detach(), weight, IDS, ADVANTAGES, OLD, **wide())
@@ -144,6 +146,7 @@ def test_second_derivatives_from_logprobs(layout: str, objective: Objective) -> 
 # --- forward mode, torch.func -----------------------------------------------------------------------------------------
 
 
+@NOT_INTERPRETED
 @pytest.mark.parametrize("name", KERNELS)
 def test_forward_mode_is_refused(name: str) -> None:
     leaf = leaf_of(name).detach()
@@ -196,6 +199,7 @@ def test_vmap_is_right_from_logits(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@NOT_INTERPRETED
 @pytest.mark.parametrize("name", FROM_HIDDEN)
 def test_vmap_is_refused_from_hidden_states(name: str) -> None:
     """Its operator does not see that a batched tensor wants a gradient."""
@@ -248,6 +252,7 @@ def test_a_second_backward_of_overwritten_logits_is_refused(name: str, hooks: st
         loss.backward()
 
 
+@NOT_INTERPRETED
 @pytest.mark.parametrize("name", FROM_LOGITS)
 def test_a_second_backward_of_overwritten_shards_is_refused(name: str, group_of_one: dist.ProcessGroup | None) -> None:
     if group_of_one is None:
