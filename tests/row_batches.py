@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from batches import Batch
 from checks import check_close, check_gradient, check_no_subnormals, check_rows
-from modes import on_device
+from modes import on_device, sized
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def check_far(
 
 def check_far_rows(dtype: torch.dtype, temperature: float, backend: str, vocab: int) -> None:
     logits = far(dtype, temperature, vocab)
-    for target in FAR:
+    for target in sized(FAR, FAR[1:3]):
         leaf, ids = on_device(logits.clone()).requires_grad_(), on_device(torch.full((len(logits),), target))
         out = token_logprobs(leaf, ids, temperature=temperature, backend=backend)
 

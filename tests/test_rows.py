@@ -214,7 +214,7 @@ def test_the_largest_logits_of_shards(
 ) -> None:
     """What two or three ranks send tells ties of the same number from each other."""
     logits = far(dtype, temperature, 300)
-    for ends, target in [([0, 4, 300], 0), ([0, 4, 300], 5), ([0, 6, 7, 300], 5), ([0, 6, 7, 300], 6)]:
+    for ends, target in [([0, 6, 7, 300], 6), ([0, 4, 300], 0), *sized([([0, 4, 300], 5), ([0, 6, 7, 300], 5)], [])]:
         shards = Shards(logits, ends, target, temperature, backend)
         monkeypatch.setattr(vocab_shard, "_gathered", shards.gathered)
         check_far(logits, target, temperature, [x[0] for x in shards.merged()], shards.gradient_of)
