@@ -1,4 +1,4 @@
-"""What is asked of a device that no kernel here was written for, where plain torch runs."""
+"""Devices that no kernel here was written for, where plain torch runs: what they lack."""
 
 from __future__ import annotations
 
