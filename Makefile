@@ -32,7 +32,7 @@ test-triton: .venv/test
 
 # Inside the trainers themselves: those that `make bench-peers` has installed, on the CPU.
 test-trainers: .venv/test .venv/peers
-	$(BIN)/python -m pytest --numprocesses auto $(wildcard tests/test_integration_*.py) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(wildcard tests/integrations/test_integration_*.py) $(ARGS)
 
 # The core of the suite at both ends of what pyproject.toml promises, each in an environment of its own: torch 2.7 with
 # Python 3.10, and the newest torch before 2.16 with Python 3.13. Some 6 GB each, with the CUDA build of torch that the
@@ -43,8 +43,8 @@ FLOOR_PYTHON ?= $(call python_at,3.10)
 CEILING_PYTHON ?= $(call python_at,3.13)
 FLOOR_TORCH := torch==2.7.*
 CEILING_TORCH := torch>=2.14,<2.16
-CORE := $(patsubst %,tests/test_%.py,rows losses autograd stats linear linear_compile compile errors rollout)
-CORE_INTERPRETED := tests/test_triton_rows.py
+CORE := $(foreach each,rows losses autograd stats linear linear_compile compile errors rollout,$(wildcard tests/*/test_$(each).py))
+CORE_INTERPRETED := tests/rows/test_triton_rows.py
 
 test-versions: $(ENDS:%=build/venv-%/ready)
 	status=0; for end in $(ENDS); do python=build/venv-$$end/bin/python; \
@@ -90,7 +90,7 @@ lint: .venv/test
 
 # The kernel tests on an extension built with address and undefined-behaviour sanitizers.
 sanitize: .venv/test
-	PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize.sh
+	PYTHON=$(CURDIR)/$(BIN)/python tests/support/sanitize.sh
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 import gspo_kernels
-from gspo_kernels import token_kernels
-from gspo_kernels.logprobs import triton_kernels, triton_rows
+from gspo_kernels.losses import triton_stage_kernels
+from gspo_kernels.rows import triton_kernels, triton_rows
 
 GOAL = 0.25  # milliseconds, forward and backward off-policy
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -49,13 +49,13 @@ def without_launches() -> Iterator[None]:
     """CPU tensors take the way of a GPU's: Triton's launches, which do nothing, and no look at any value."""
     kernels: list[Any] = [
         mock.patch.object(module, name, NoKernel())
-        for module in (triton_kernels, token_kernels)
+        for module in (triton_kernels, triton_stage_kernels)
         for name in vars(module)
         if name.endswith("_kernel") and not name.startswith("_")
     ]
     unread: list[Any] = [
         mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False)
-        for module in ("layout", "fused_stage", "logprobs.ops")
+        for module in ("layout", "losses.triton_stage", "rows.operators")
     ]
     able: Any = mock.patch.object(triton_rows, "INTERPRETED", True)
     with ExitStack() as patched:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gspo_kernels.logprobs import cuda_rows
+from gspo_kernels.rows import cuda_rows
 
 from .gpu import __main__ as program
 from .gpu import carried, faster, goals, page, parts, worker

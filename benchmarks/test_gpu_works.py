@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo_kernels.logprobs import cuda_rows
-from gspo_kernels.logprobs.triton_rows import LAUNCH, Launch
+from gspo_kernels.rows import cuda_rows
+from gspo_kernels.rows.triton_rows import LAUNCH, Launch
 
 from .contestants import BY_NAME as AT_HOME
 from .gpu import contestants, counters, linear, memcheck, meter, profile, speed, variants, works

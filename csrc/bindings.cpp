@@ -1,5 +1,5 @@
 // The one extension module: addresses, sizes and a thread count in, nothing of torch's ABI, so that one build serves
-// any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (logprobs/ops.py).
+// any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (rows/operators.py).
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>

@@ -1,10 +1,6 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
-from .advantages import group_advantages
-from .aggregation import global_count
-from .engines import PromptedRollouts, Rollouts, from_sglang, from_vllm
-from .explain import explain
-from .linear_loss import (
+from .linear.from_hidden import (
     linear_grpo_loss,
     linear_gspo_loss,
     linear_gspo_token_loss,
@@ -12,8 +8,7 @@ from .linear_loss import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
-from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective, Terms, clipped_surrogate
-from .policy_loss import (
+from .losses.from_logits import (
     TokenLogprobs,
     grpo_loss,
     gspo_loss,
@@ -24,9 +19,14 @@ from .policy_loss import (
     ppo_loss,
     token_logprobs,
 )
-from .rollout import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
-from .stats import HeadWork, Stats
-from .token_stage import LossOutput
+from .losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective, Terms, clipped_surrogate
+from .losses.reduction import global_count
+from .losses.stats import HeadWork, Stats
+from .losses.token_stage import LossOutput
+from .report import explain
+from .rollout.advantages import group_advantages
+from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
+from .rollout.engines import PromptedRollouts, Rollouts, from_sglang, from_vllm
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks
-from .derivatives import first_derivative
+from .autograd import first_derivative
 
 
 class Ranks(NamedTuple):

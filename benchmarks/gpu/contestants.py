@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gspo_kernels.logprobs import cuda_rows
+from gspo_kernels.rows import cuda_rows
 
 from ..cases import Problem
 from ..contestants import BY_NAME as AT_HOME

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import gspo_kernels
-from gspo_kernels.logprobs import cuda_rows
+from gspo_kernels.rows import cuda_rows
 
 from .context import Absent, Context
 from .parts import REPOSITORY

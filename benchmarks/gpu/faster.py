@@ -1,6 +1,6 @@
 """On which GPUs CUDA C++ shall run unasked: where it is ahead of Triton, both ways, in every case of `one_read`.
 
-`FASTER_ON` in gspo_kernels/logprobs/cuda_rows.py names them; tests/test_faster_on.py holds the two together.
+`FASTER_ON` in gspo_kernels/rows/cuda_rows.py names them; tests/rows/test_faster_on.py holds the two together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def lines(content: dict[str, Any]) -> list[str]:
     compared = {name: ratio for name, ratio in found.items() if ratio}
     if not compared:
         return ["CUDA C++ against Triton: not measured"]
-    from gspo_kernels.logprobs.cuda_rows import FASTER_ON
+    from gspo_kernels.rows.cuda_rows import FASTER_ON
 
     said = [f"CUDA C++ against Triton, {len(compared)} of {len(found)} cases of one read compared, the nearer way:"]
     said += [f"  {name:<36} {ratio:.3f}x{'' if ratio > 1.0 else '  behind'}" for name, ratio in compared.items()]
@@ -48,4 +48,4 @@ def lines(content: dict[str, Any]) -> list[str]:
     names = sorted(FASTER_ON ^ {gpu})
     value = "frozenset({" + ", ".join(f'"{name}"' for name in names) + "})" if names else "frozenset()"
     why = "no longer ahead in every case" if named else "ahead in every case"
-    return [*said, f"{why}; gspo_kernels/logprobs/cuda_rows.py:", f"FASTER_ON: frozenset[str] = {value}"]
+    return [*said, f"{why}; gspo_kernels/rows/cuda_rows.py:", f"FASTER_ON: frozenset[str] = {value}"]

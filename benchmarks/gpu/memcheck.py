@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import gspo_kernels
-from gspo_kernels.logprobs import cuda_rows
+from gspo_kernels.rows import cuda_rows
 
 from .parts import ABSENT
 

@@ -1,7 +1,7 @@
 """CUDA C++ beside Triton and a copy, in the cases that one read of the logits is enough for, and its launches' layout.
 
 Those at a model's size carry goals; the others ask whether it is ahead everywhere, on rows that lie badly as well: then
-it shall run unasked (`FASTER_ON` in gspo_kernels/logprobs/cuda_rows.py).
+it shall run unasked (`FASTER_ON` in gspo_kernels/rows/cuda_rows.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import torch
 
 import gspo_kernels
-from gspo_kernels.logprobs import cuda_rows
+from gspo_kernels.rows import cuda_rows
 
 from ..cases import Problem
 from .contestants import ONE_READ

@@ -36,7 +36,7 @@ def run(context: Context) -> bool:
     environment = dict(os.environ)
     if not context.smoke:
         environment["GSPO_KERNELS_TEST_DEVICE"] = context.device
-    files = [str(REPOSITORY / "tests" / name) for name in context.arguments]
+    files = [str(next((REPOSITORY / "tests").rglob(name))) for name in context.arguments]
     count = SMOKE_PROCESSES if context.smoke else PROCESSES
     with tempfile.TemporaryDirectory(prefix="gspo-tests-") as folder:
         suite = Suite(context, Path(folder), files, environment, count)

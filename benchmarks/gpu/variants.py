@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gspo_kernels.logprobs import cuda_rows, triton_rows
-from gspo_kernels.logprobs.triton_rows import LAUNCH, Launch
+from gspo_kernels.rows import cuda_rows, triton_rows
+from gspo_kernels.rows.triton_rows import LAUNCH, Launch
 
 from ..cases import Problem
 from ..contestants import Run

@@ -65,12 +65,12 @@ def pretend(capability: int) -> None:
     """Triton compiles for such a GPU from now on, and takes tensors of the CPU for its own."""
     from triton.runtime.driver import driver
 
-    from gspo_kernels.logprobs import native, triton_rows
+    from gspo_kernels.rows import cpu_rows, triton_rows
 
     driver.set_active(NoDriver(capability))
     reasons: Callable[[Any], list[str]] = triton_rows.unsupported_reasons
     triton_rows.unsupported_reasons = lambda logits: [r for r in reasons(logits) if "on the CPU" not in r]
-    native.unsupported_reasons = lambda logits: ["Triton's kernels are compiled now"]
+    cpu_rows.unsupported_reasons = lambda logits: ["Triton's kernels are compiled now"]
 
 
 def pytest_configure(config: Any) -> None:
@@ -110,12 +110,16 @@ def main(arguments: list[str]) -> int:
     capability = int(arguments[0]) if arguments else 90
     with tempfile.TemporaryDirectory(prefix="gspo-warm-") as folder:
         os.environ |= {"TRITON_CACHE_DIR": folder, CAPABILITY: str(capability)}
-        tests = [str(REPOSITORY / "tests" / name) for name in TESTS]
+        tests = [str(next((REPOSITORY / "tests").rglob(name))) for name in TESTS]
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.warm", "-p", "no:cacheprovider", "--tb=no"]
         running = subprocess.Popen(
             [*command, "-k", "not reference", *tests],
             cwd=REPOSITORY,
-            env={**os.environ, "GSPO_KERNELS_TEST_DEVICE": "cuda", "PYTHONPATH": str(REPOSITORY / "tests")},
+            env={
+                **os.environ,
+                "GSPO_KERNELS_TEST_DEVICE": "cuda",
+                "PYTHONPATH": os.pathsep.join(str(REPOSITORY / at) for at in ("tests", "tests/support")),
+            },
             stdout=subprocess.DEVNULL,
         )
         pretend(capability)

@@ -149,12 +149,12 @@ def jobs(only: str = "") -> list[Job]:
 
 def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compiler's options and the constants that a kernel is launched with."""
-    from gspo_kernels import fused_stage
-    from gspo_kernels.logprobs import triton_rows
+    from gspo_kernels.losses import triton_stage
+    from gspo_kernels.rows import triton_rows
 
     kernel, nvidia = job.variant.kernel, job.target in NVIDIA
-    if kernel in fused_stage.LAUNCH:
-        of_stage = fused_stage.LAUNCH[kernel]
+    if kernel in triton_stage.LAUNCH:
+        of_stage = triton_stage.LAUNCH[kernel]
         options = {"num_warps": of_stage.num_warps, "enable_fp_fusion": True}
         return options, {"BLOCK": of_stage.elements, **_TOKENS, **job.variant.constants}
     layout = triton_rows.LAUNCH[kernel]
@@ -169,11 +169,11 @@ def compile_kernel(job: Job) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gspo_kernels import token_kernels
-    from gspo_kernels.logprobs import triton_kernels, triton_rows
+    from gspo_kernels.losses import triton_stage_kernels
+    from gspo_kernels.rows import triton_kernels, triton_rows
 
     rows = job.variant.kernel in triton_rows.LAUNCH
-    function = getattr(triton_kernels if rows else token_kernels, f"{job.variant.kernel}_kernel")
+    function = getattr(triton_kernels if rows else triton_stage_kernels, f"{job.variant.kernel}_kernel")
     options, constants = launch(job)
     types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}

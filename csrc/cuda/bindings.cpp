@@ -1,4 +1,4 @@
-// The CUDA kernels as Python sees them: addresses of the device, sizes and a stream. logprobs/cuda_rows.py calls them.
+// The CUDA kernels as Python sees them: addresses of the device, sizes and a stream. rows/cuda_rows.py calls them.
 #include "bindings.h"
 
 #include <pybind11/stl.h>

@@ -144,7 +144,7 @@ def losses(logits: Tensor, group: Rollout) -> tuple[dict[str, Tensor], dict[str,
         if level is not None:
             weights = rollout_weights(new, group.old_logprobs, mask=mask, level=level, upper=None).weights
         # Without old log-probabilities the ratio is 1, and `weights` are the only weights.
-        found[name] = grpo_loss(logits, token_ids, group.advantages, mask=mask, weights=weights).loss
+        found[name] = grpo_loss(logits, token_ids, group.advantages, mask=mask, importance_weights=weights).loss
     for name, policy_loss in CLIPPED.items():
         found[name], stats = policy_loss(logits, token_ids, group.advantages, group.old_logprobs, mask=mask)
         clip_fractions[name] = stats.clip_fraction.item()

@@ -32,14 +32,7 @@ from noise import LogWeights, by_length, plain_lengths, ranged, stacked
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gspo_kernels import (
-    GRPO,
-    GSPO,
-    clipped_surrogate,
-    group_advantages,
-    rollout_mismatch,
-    token_logprobs,
-)
+from gspo_kernels import GRPO, GSPO, clipped_surrogate, group_advantages, rollout_mismatch, token_logprobs
 
 LONG = Settings(
     warmup_steps=300, warmup_batch=64, warmup_worked=1.0, steps=4, digits=6, max_response=80, held_out=0

@@ -31,7 +31,7 @@ from .. import (
     linear_token_logprobs,
     policy_loss_from_logprobs,
 )
-from ..objectives import at_most, within
+from ..losses.objectives import at_most, within
 
 __all__ = ["GSPOConfig", "GSPOTrainer"]
 
@@ -198,7 +198,7 @@ class GSPOTrainer(GRPOTrainer):
         old, ref = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
         aggregation, normalizer = _LOSS_TYPES[self.loss_type]
         mean: dict[str, Any] = {"aggregation": aggregation, "normalizer": normalizer(self, inputs, mask), "mask": mask}
-        policy: dict[str, Any] = {"objective": self._objective, "weights": _weights(inputs), **mean}
+        policy: dict[str, Any] = {"objective": self._objective, "importance_weights": _weights(inputs), **mean}
         if self.beta == 0.0 or not self.args.use_bias_correction_kl:
             loss, stats = linear_policy_loss(
                 hidden, head.weight, tokens, advantages, old, bias=head.bias, temperature=self.temperature,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..aggregation import check_count
 from ..layout import as_bool, batch_shape
-from ..objectives import GSPO, GSPOToken, clipped_surrogate
-from ..policy_loss import policy_loss_from_logprobs, token_logprobs
-from ..stats import Stats
+from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
+from ..losses.objectives import GSPO, GSPOToken, clipped_surrogate
+from ..losses.reduction import check_count
+from ..losses.stats import Stats
 
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # what VERL_ENGINE_VENDOR has to be for the engines below
@@ -84,7 +84,7 @@ def policy_loss(
         most = torch.where(mask, advantages, -torch.inf).amax(1)
     loss, stats = policy_loss_from_logprobs(
         log_prob, most if kind is GSPO else advantages, old_log_prob, objective=objective, mask=mask,
-        weights=rollout_is_weights, aggregation=aggregation, normalizer=normalizer,
+        importance_weights=rollout_is_weights, aggregation=aggregation, normalizer=normalizer,
     )  # fmt: skip
     found = metrics(objective, stats, advantages, old_log_prob, log_prob, mask)
     found["differing"] = (least < most).sum()

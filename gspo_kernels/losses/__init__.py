@@ -1,0 +1,1 @@
+"""Policy losses: objectives, the token stage, reduction, and the public functions from logits and log-probabilities."""

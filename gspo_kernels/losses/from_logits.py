@@ -1,0 +1,494 @@
+"""The public losses: rows -> objective -> scalar and stats."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import checks
+from ..agreement import Together, check_rows_together, check_sequences_together
+from ..autograd import refuse_forward_mode
+from ..collectives import ranks_of
+from ..layout import as_bool, batch_shape
+from ..rows import vocab_shard
+from ..rows.dispatch import Backend, check_name, choose
+from ..rows.operators import needs_operators, row_stats, row_stats_and_gradient, with_gradient
+from ..rows.types import Rows, RowStats, Upstream, stats_dtype
+from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
+from ..scalars import run_time
+from . import triton_stage
+from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .token_stage import LossOutput, TokenInputs, token_inputs
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token, in the token layout; differentiable; 0 where masked."""
+
+    logprobs: Tensor  # log p(token), float32 (float64 for float64 logits)
+    entropy: Tensor  # of the whole distribution, same dtype
+    lse: Tensor  # logsumexp of logits / temperature, float64
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments that every loss takes; `policy_loss` explains them."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    temperature: float | Tensor
+    ref_logprobs: Tensor | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    importance_weights: Tensor | None
+    aggregation: str | None
+    normalizer: float | Tensor | None
+    max_log_ratio: float
+    tp_group: Any
+    vocab_start: int | None
+    vocab_size: int | None
+    cp_group: Any
+    backend: str | None
+
+
+class LossOptions(CommonOptions, total=False):
+    """Those from logits."""
+
+    overwrite_logits: bool
+
+
+def policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    objective: Objective = GSPO(),
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    max_log_ratio: float = 20.0,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    cp_group: Any = None,
+    overwrite_logits: bool = False,
+    backend: str | None = None,
+) -> LossOutput:
+    """Policy loss of any objective, from vocabulary-sized logits.
+
+    Padded batches have logits [B, T, V] and token arrays [B, T]; packed ones logits [N, V], token arrays [N] and
+    `cu_seqlens` [S + 1]. The two give the same numbers. Row t of the logits predicts `token_ids[t]`: nothing is shifted
+    inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
+
+    Logits may be bf16. All other numbers are float32 or float64; advantages, importance weights and the normalizer
+    also integers. Tensors are plain, dense and on the logits' device. Anything else is refused by name, never cast: what
+    has been rounded to bf16, as FSDP2 does by default to what passes through a module, has lost the digits that a clip range of
+    3e-4 needs (docs/inputs.md).
+
+    Args:
+        logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
+            has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
+        token_ids: integers, one per row.
+        advantages: one per sequence, [B] or packed [S]; objectives with a ratio per token, and GSPO-token, also take
+            one per token, [B, T] or packed [N]. A second dimension says which: [S, 1] is one per sequence, [1, N] one
+            per token (`advantages[:, None]`, `advantages[None]`). A packed batch with as many tokens as sequences needs
+            it: the plain form is refused there if the objective takes both, unless every sequence has one token. Where
+            that cannot be read for free (on a GPU, under torch.compile) the plain form is one per sequence.
+        old_logprobs: log-probabilities under the policy that sampled, one per token. Positive ones where the mask is
+            set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL
+            and entropy terms the loss and its gradient take one pass over the logits (not in fp16, not under
+            torch.compile; on a GPU, not with your own objective). Such a loss supports one backward pass. The CUDA
+            kernels take one pass for GRPO and PPO off-policy as well.
+        objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
+        mask: one per token, True (or 1) where it counts, False (or 0) elsewhere. What stands at masked positions, NaN
+            included, has no effect. Other numbers, such as an additive mask's, are refused on the CPU or under
+            GSPO_KERNELS_DEBUG=1; on a GPU, and under torch.compile, everything but 0 counts.
+        cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N, never decreasing. Others are refused on
+            the CPU or under GSPO_KERNELS_DEBUG=1; on a GPU they give a NaN loss.
+        temperature: what logits are divided by: a number, one per token or, padded, one per sequence [B, 1].
+        ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
+        beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
+        kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
+        entropy_coef: weight of the entropy bonus, whose gradient is exact.
+        importance_weights: constant factors of the policy term (rollout correction), per sequence or per token:
+            which, is said as for `advantages`, whatever the objective.
+        aggregation: "sequence_mean", "token_mean" or "sequence_sum"; None takes the objective's.
+        normalizer: a global count in place of the local one (sequences, or tokens for "token_mean"): the shares of any
+            split over micro-batches or ranks then add up to the whole batch's loss and gradient. A number above 0, or a
+            0-d tensor. 0 is right where no token counts, and gives 0. A tensor of anything else (0, negative, NaN,
+            infinite) is refused on the CPU or under GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and NaN for
+            every gradient that is not 0.
+        max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
+        tp_group: the ranks (a process group, or a mesh of one dimension) over which the vocabulary is sharded: `logits`
+            are this rank's columns of it, [.., V / ranks] as Megatron has them, and everything else is the same on
+            every rank of the group, as is the result. One collective of 16 bytes a row, none in the backward. A
+            DTensor with Shard(-1) is taken as it is and needs none.
+        vocab_start: the first column that this rank has, for shards of unequal width. None: of equal width.
+        vocab_size: where the logits have more columns than the vocabulary has tokens (padded to a round number, as
+            Megatron does), its size: the columns beyond are not read and have a gradient of zero. None: all count.
+        cp_group: the ranks over which the tokens of each sequence are shared out (context parallelism): every rank
+            passes its own tokens, padded or packed, in any order, and the same sequences; those of which it has no
+            token have none here. Sequence arrays, and the scalars of the stats, are those of all ranks. A rank's loss
+            is its share, and shares add up to the loss; its gradient is that of the whole loss. One collective of two
+            numbers a sequence (three with importance weights per token) and one for the stats; none in the backward.
+            The token that a row predicts is often another rank's: shift first, then share out.
+        overwrite_logits: donates the logits' memory: the gradient is written over them, by the backward or, in one
+            pass, by this call. Do not read them afterwards, and let no other argument share their memory. Their version
+            counter is bumped, so autograd refuses whatever else still needs them for its backward. Supports one
+            backward pass. A view whose elements share memory (expanded, windows that overlap) is refused.
+        backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).
+
+    Returns:
+        `LossOutput(loss, stats)`. No host sync takes place.
+
+    NaN in a logit, an old log-probability or, with `beta`, a reference one, where the mask is set, makes the loss NaN,
+    and the gradient of that token's row; with GSPO and GSPO-token, of all rows of its sequence. All other rows have the
+    gradient that they would have without it.
+
+    Second derivatives, forward-mode AD and torch.func.grad raise RuntimeError.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; nothing has been written then. On
+            the CPU, or under GSPO_KERNELS_DEBUG=1, what one rank refuses is refused by all ranks of its groups.
+    """
+    refuse_forward_mode("policy_loss", logits=logits)
+    refuse_forward_mode(
+        "policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
+    )  # fmt: skip
+    tp, cp = tp_ranks(logits, -1, tp_group), ranks_of("cp_group", cp_group)
+    with Together(logits, tp, cp) as together:
+        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
+        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
+        batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device, cp)
+        inputs = token_inputs(
+            batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
+            kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
+            aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
+        )  # fmt: skip
+        rows = _rows(logits, token_ids, batch.mask, temperature, backend)
+        if together.asks:
+            choose(logits, backend)  # the operators do, too late for other ranks
+        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        check_sequences_together(together, inputs)
+    fused = triton_stage.backend_of(inputs, logits, backend) if cp is None else None
+    if shard is not None:
+        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
+        return _loss(inputs, found) if fused is None else triton_stage.loss_of_rows(inputs, found)
+    one_pass = (
+        _gradient_is_known(inputs, logits, fused)
+        and logits.requires_grad
+        and torch.is_grad_enabled()
+        and not needs_operators(logits)
+        and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
+    )
+    if fused is not None:
+        return triton_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, fused)
+    if one_pass:
+        stage = inputs.stage()
+        upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
+        found, gradient = row_stats_and_gradient(
+            rows, upstream, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend
+        )
+        with torch.no_grad():
+            statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
+            value, stats = stage.loss(*statistics)
+            if bool(stats.approx_kl.isnan()):  # the same on every rank; read on a CPU alone
+                spoilt = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
+                gradient[..., :columns][spoilt] = torch.nan
+        return LossOutput(with_gradient(value, logits, gradient, backend), stats)
+    found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
+    return _loss(inputs, found)
+
+
+def gspo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GSPO.eps_low,
+    eps_high: float = GSPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GSPO (arXiv 2507.18071): one ratio, one clip and one advantage per response. See `GSPO` and `policy_loss`."""
+    objective = GSPO(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def gspo_token_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GSPOToken.eps_low,
+    eps_high: float = GSPOToken.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GSPO-token (arXiv 2507.18071): GSPO with advantages per token. See `GSPOToken` and `policy_loss`."""
+    objective = GSPOToken(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def grpo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = GRPO.eps_low,
+    eps_high: float = GRPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GRPO (arXiv 2402.03300): one ratio and one clip per token. See `GRPO` and `policy_loss`."""
+    objective = GRPO(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def ppo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    eps_low: float = PPO.eps_low,
+    eps_high: float = PPO.eps_high,
+    dual_clip: float | None = None,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """PPO, clipped (arXiv 1707.06347): token ratios, mean over all tokens. See `PPO` and `policy_loss`."""
+    objective = PPO(eps_low, eps_high, dual_clip)
+    return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
+
+
+def policy_loss_from_logprobs(
+    logprobs: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    objective: Objective = GSPO(),
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    max_log_ratio: float = 20.0,
+    cp_group: Any = None,
+) -> LossOutput:
+    """`policy_loss` from log-probabilities that are already there, [B, T] or packed [N]; differentiable in them.
+
+    Args:
+        logprobs: current log-probabilities, float32 or float64: bf16 has no digits left at GSPO's clip range.
+        entropy: per token, in these dtypes, differentiable; needed if `entropy_coef` is not 0.
+
+    Second derivatives and torch.func.vmap are supported, without `cp_group`; forward-mode AD and torch.func.grad in
+    padded layout, else they raise. The other arguments, the result and the errors are those of `policy_loss`.
+    """
+    refuse_forward_mode(
+        "policy_loss_from_logprobs", False, advantages=advantages, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, importance_weights=importance_weights, normalizer=normalizer,
+    )  # fmt: skip
+    if cu_seqlens is not None or cp_group is not None:  # sums over segments and over ranks are operators
+        refuse_forward_mode("policy_loss_from_logprobs", logprobs=logprobs, entropy=entropy)
+    cp = ranks_of("cp_group", cp_group)
+    with Together(logprobs, cp, name="logprobs") as together:
+        checks.digits("logprobs", checks.tensor("logprobs", logprobs, "log-probabilities per token"))
+        if logprobs.ndim not in (1, 2):
+            raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
+        batch = batch_shape(logprobs.shape, mask, cu_seqlens, logprobs.device, cp)
+        checks.log_probabilities("logprobs", logprobs, batch.mask)
+        if entropy is not None:
+            checks.floats("entropy", checks.tensor("entropy", entropy, "entropy per token"))
+            checks.shape("entropy", entropy, logprobs.shape, "one per token")
+            checks.same_device("entropy", entropy, logprobs.device)
+        elif checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus") != 0.0:
+            raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
+        inputs = token_inputs(
+            batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
+            kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
+            aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
+        )  # fmt: skip
+        check_sequences_together(together, inputs)
+    stage = inputs.stage()
+    return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    overwrite_logits: bool = False,
+    backend: str | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each token, entropy and logsumexp of its row, in one read of the logits; differentiable.
+
+    The same kernel as the losses use: take old and reference log-probabilities from here (under `torch.no_grad()`), so
+    that they carry no difference of their own into a clip range of 3e-4.
+
+    Args:
+        logits: [B, T, V] or [N, V], as in `policy_loss`.
+        token_ids: integers [B, T] or [N].
+        mask: rows that are False are not read and give 0.
+
+    The other arguments and the errors are those of `policy_loss`.
+    """
+    refuse_forward_mode("token_logprobs", logits=logits)
+    refuse_forward_mode("token_logprobs", False, temperature=temperature)
+    with Together(logits, tp_ranks(logits, -1, tp_group)) as together:
+        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
+        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
+        rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
+        if together.asks:
+            choose(logits, backend)  # the operators do, too late for other ranks
+        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+    if shard is not None:
+        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
+    else:
+        found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
+    return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
+
+
+def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Targets for a causal model's own logits, unsliced: row t of `model(input_ids).logits` predicts token t + 1.
+
+    Args:
+        input_ids: [B, T].
+        mask: [B, T], True (or 1) at the tokens that count, such as a response's; None: all.
+
+    Returns: `(token_ids, mask)`, both rolled left by one; the last position, which predicts nothing here, is False.
+    """
+    checks.integers("input_ids", checks.tensor("input_ids", input_ids, "token ids [B, T]"), "token ids")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected shape [sequences, tokens]; got {list(input_ids.shape)}")
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
+    checks.same_device("mask", mask, input_ids.device)
+    rolled = torch.roll(as_bool("mask", mask), -1, dims=1)
+    rolled[:, -1:] = False
+    return torch.roll(input_ids, -1, dims=1), rolled
+
+
+def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
+    return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
+
+
+def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | None) -> bool:
+    """Whether a row's gradient can be written while the row is read for the first time."""
+    if fused is not None:
+        return inputs.depends_on_log_ratio_alone() or triton_stage.clips_row_by_row(inputs, fused)
+    # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
+    return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
+
+
+def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
+    """[outer, inner, vocab] view of the logits, and arrays to match."""
+    check_name(backend)
+    return Rows(logits if logits.ndim == 3 else logits[None], *row_arrays(token_ids, mask, temperature))
+
+
+def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
+    if isinstance(temperature, Tensor):
+        temperature = _as_rows(_temperatures(temperature, token_ids).float())
+    else:
+        temperature = checks.number(
+            "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
+        )
+        temperature = run_time(temperature, torch.device("cpu"))
+    return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
+
+
+def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
+    """One per token, of one per token, one per row of a padded batch [B, 1], or one for all []."""
+    checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
+    checks.same_device("temperature", given, token_ids.device)
+    tokens = token_ids.shape
+    by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
+    if given.ndim and given.shape != tokens and not by_row:
+        remedy = (
+            f"or {[tokens[0], 1]} (one per sequence: temperature[:, None])"
+            if len(tokens) == 2
+            else "where one per sequence is temperature.repeat_interleave(cu_seqlens.diff())"
+        )
+        raise ValueError(
+            f"temperature: expected shape {list(tokens)} (one per token), {remedy}; got {list(given.shape)}"
+        )
+    return given.detach().expand(tokens)
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """[B, T], or [N] as [1, N]."""
+    return (values if values.ndim == 2 else values[None]).contiguous()
+
+
+def _check_logits(
+    logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None
+) -> int:
+    """The vocabulary's size."""
+    checks.operand("logits", checks.tensor("logits", logits, "logits [.., vocabulary]"), "logits")
+    checks.flag("overwrite_logits", overwrite_logits, "whether the gradient is written over the logits")
+    if logits.ndim not in (2, 3):
+        raise ValueError(
+            "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
+            f"{list(logits.shape)}"
+        )
+    if logits.shape[-1] == 0 and shard is None:
+        raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
+    if overwrite_logits and checks.overlaps(logits):
+        raise ValueError(
+            "overwrite_logits: expected logits of which each has memory of its own; got a view with sizes "
+            f"{list(logits.shape)} and strides {list(logits.stride())}, whose elements share memory (expanded, or "
+            "windows that overlap). Pass its clone(), or overwrite_logits=False"
+        )
+    check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
+    return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size
+
+
+def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
+    checks.same_device("mask", mask, token_ids.device)
+    return as_bool("mask", mask)
+
+
+def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:
+    checks.tensor("token_ids", token_ids, "the token each row predicts")
+    checks.integers("token_ids", token_ids, "the token each row predicts")
+    checks.shape("token_ids", token_ids, shape, f"one per {of_what}; nothing is shifted inside")
+    checks.same_device("token_ids", token_ids, device)
+
+
+def check_vocab_size(vocab_size: Any, columns: int) -> int:
+    """The vocabulary's size, of `columns` logits."""
+    if vocab_size is None:
+        return columns
+    size = checks.whole("vocab_size", vocab_size, "how many columns are tokens")
+    if not 1 <= size <= columns:
+        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {size}")
+    return size

@@ -1,0 +1,149 @@
+"""What a training loop logs, as tensors on the device: reading one is the caller's choice, and the only host sync."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..collectives import gather, ranks_of
+from ..layout import Layout
+from .objectives import Terms
+
+
+class HeadWork(NamedTuple):
+    """How many rows a loss from hidden states multiplied by the head, which tells the plan that it followed.
+
+    One row costs 2DV operations each time: once in `forward_rows` and `recomputed_rows`, and in `backward_rows` for the
+    hidden states and for the head if those want a gradient. `explain` says why.
+    """
+
+    forward_rows: Tensor  # masked rows, prompt and padding, are never among them
+    recomputed_rows: Tensor  # in a second phase: of sequences longer than a chunk
+    backward_rows: Tensor  # with a coefficient: not clipped, not of advantage 0
+    chunks: Tensor  # of logits that were held, one after the other
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Detached fp32 tensors. A unit is what has a ratio: a sequence for GSPO, a token for GSPO-token, GRPO and PPO.
+
+    Units, tokens and sequences that are masked or empty are not counted; the mean of nothing is 0.
+    """
+
+    clip_fraction: Tensor  # share of units held at a bound (no gradient)
+    clip_fraction_low: Tensor  # ... at 1 - eps_low, where the advantage is negative
+    clip_fraction_high: Tensor  # ... at 1 + eps_high where it is positive, or at dual_clip where it is negative
+    ratio_mean: Tensor  # of the units' ratios, saturated ones at exp(max_log_ratio)
+    ratio_min: Tensor
+    ratio_max: Tensor
+    saturated_fraction: Tensor  # share of units whose log-ratio exceeds max_log_ratio
+    approx_kl: (
+        Tensor  # mean over tokens of exp(r) - 1 - r, r = logprob - old_logprob: KL(old || new), from old's samples
+    )
+    ref_kl: Tensor  # mean over tokens of the chosen estimator of KL(new || reference); 0 without ref_logprobs
+    entropy: Tensor  # mean over tokens
+    num_sequences: Tensor  # with at least one unmasked token
+    num_tokens: Tensor  # unmasked
+    logprobs: Tensor  # token layout, 0 where masked
+    log_ratio: Tensor  # [sequences] or token layout, 0 where masked
+    ratio_of: str = "token"  # what a unit is: "sequence" or "token"
+    head: HeadWork | None = None  # of a loss from hidden states
+
+    def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The scalars by name, ready for a logger; the two arrays are left out."""
+        scalars = {name: getattr(self, name) for name in SCALARS}
+        if self.head is not None:
+            scalars |= {f"head_{name}": value for name, value in self.head._asdict().items()}
+        return {prefix + name: value for name, value in scalars.items()}
+
+    def over(self, group: Any) -> Stats:
+        """The scalars of the batch that the ranks of `group` share, as one process would have them.
+
+        One collective, which every rank of the group has to join, also one with an empty batch. For data-parallel
+        ranks: those of a context-parallel group have the same scalars already. The arrays and `head` stay this rank's.
+
+        Args:
+            group: a process group of torch.distributed, or a mesh of one dimension.
+        """
+        ranks = ranks_of("group", group)
+        if ranks is None:
+            raise TypeError("group: expected a process group, or a mesh of one dimension; got None")
+        mine = torch.stack([getattr(self, name) for name in SCALARS])
+        found = dict(zip(SCALARS, gather(mine, ranks).double().unbind(1), strict=True))  # [ranks] each
+        units = found["num_sequences" if self.ratio_of == "sequence" else "num_tokens"]
+        by_token = ("approx_kl", "ref_kl", "entropy")
+
+        def mean(values: Tensor, count: Tensor) -> Tensor:
+            return torch.where(count > 0, values * count, 0.0).sum() / count.sum().clamp(min=1)
+
+        together = {name: mean(x, found["num_tokens"] if name in by_token else units) for name, x in found.items()}
+        some = units.sum() > 0
+        together["ratio_min"] = torch.where(some, torch.where(units > 0, found["ratio_min"], torch.inf).amin(), 0.0)
+        together["ratio_max"] = torch.where(some, torch.where(units > 0, found["ratio_max"], -torch.inf).amax(), 0.0)
+        together |= {name: found[name].sum() for name in ("num_sequences", "num_tokens")}
+        scalars: dict[str, Any] = {name: x.float() for name, x in together.items()}
+        return replace(self, **scalars)
+
+
+SCALARS = tuple(field.name for field in fields(Stats))[:12]
+
+
+@torch.no_grad()
+def collect(
+    layout: Layout,
+    terms: Terms,
+    per_sequence: bool,
+    token_log_ratio: Tensor,
+    ref_kl: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    max_log_ratio: Tensor,
+) -> Stats:
+    """`terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens].
+
+    Under context parallelism a rank counts its tokens, and of a sequence the part it has; one collective adds them up.
+    """
+    log_ratio = terms.log_ratio.detach()
+    counted = layout.held if per_sequence else layout.mask
+    count = layout.share() if per_sequence else counted.double()
+    ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
+    nothing = count.new_zeros(())
+
+    def units(values: Tensor | None) -> Tensor:
+        return nothing if values is None else torch.where(counted, values * count, 0.0).sum()
+
+    def tokens(values: Tensor | None) -> Tensor:
+        return nothing if values is None else layout.select(values.detach().double()).sum()
+
+    def extreme(fill: float) -> Tensor:
+        if ratio.numel() == 0:
+            return nothing + fill
+        found = torch.where(counted, ratio, fill)
+        return found.amin() if fill > 0 else found.amax()
+
+    low, high = units(terms.clipped_low), units(terms.clipped_high)
+    r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
+    sums = torch.stack(  # in the order of SCALARS
+        [
+            *(low + high, low, high, units(ratio), extreme(torch.inf), extreme(-torch.inf)),
+            *(units(log_ratio > max_log_ratio), tokens(torch.expm1(r) - r), tokens(ref_kl), tokens(entropy)),
+            *(layout.share().sum(), layout.local_lengths.sum()),
+        ]
+    )
+    if layout.ranks is not None:
+        of_ranks = gather(sums, layout.ranks)
+        sums = of_ranks.sum(0)
+        sums[4], sums[5] = of_ranks[:, 4].amin(), of_ranks[:, 5].amax()
+    n = sums[10 if per_sequence else 11]
+    per_unit, per_token = n.clamp(min=1), sums[11].clamp(min=1)
+    scalars = [sums[:4] / per_unit, torch.where(n > 0, sums[4:6], 0.0), sums[6:7] / per_unit, sums[7:10] / per_token]
+    of_batch: dict[str, Any] = dict(zip(SCALARS, torch.cat([*scalars, sums[10:]]).float().unbind(), strict=True))
+    return Stats(
+        **of_batch,
+        logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
+        log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
+        ratio_of="sequence" if per_sequence else "token",
+    )

@@ -1,0 +1,281 @@
+"""All that happens to numbers per token, between the vocabulary-sized work and the scalar loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..layout import BatchShape, Layout
+from ..scalars import run_time
+from . import reduction as aggregate
+from .objectives import Objective, Terms, check_objective, check_terms, within
+from .stats import Stats, collect
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
+
+
+class LossOutput(NamedTuple):
+    loss: Tensor  # 0-d, differentiable; float32 (float64 for float64 inputs)
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """All that has one number per token or sequence, but for the log-probabilities: checked, and as it came."""
+
+    batch: BatchShape
+    objective: Objective
+    advantages: Tensor  # per token where `advantages_per_token`, else [sequences]
+    advantages_per_token: bool
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None  # per token where `importance_weights_per_token`, else [sequences]
+    importance_weights_per_token: bool
+    aggregation: str
+    normalizer: float | Tensor | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    max_log_ratio: float
+
+    def depends_on_log_ratio_alone(self) -> bool:
+        """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
+        return self.old_logprobs is None and self.beta == 0.0 and self.entropy_coef == 0.0
+
+    def stage(self) -> TokenStage:
+        """In torch, for any objective."""
+        layout = self.batch.layout(crosses=not self.objective.by_sequence_alone)
+
+        def numbers(values: Tensor | None, per_token: bool) -> Tensor | None:
+            if values is None:
+                return None
+            return layout.of_tokens(values) if per_token else layout.of_sequences(values)
+
+        advantages = numbers(self.advantages, self.advantages_per_token)
+        importance_weights = numbers(self.importance_weights, self.importance_weights_per_token)
+        assert advantages is not None
+        if self.objective.advantages_per_token and not self.advantages_per_token:
+            advantages = layout.spread(advantages)
+        if importance_weights is not None and not self.importance_weights_per_token:
+            importance_weights = layout.spread(importance_weights)
+        return TokenStage(
+            layout=layout,
+            objective=self.objective,
+            advantages=advantages,
+            old_logprobs=numbers(self.old_logprobs, True),
+            ref_logprobs=numbers(self.ref_logprobs, True),
+            importance_weights=importance_weights,
+            aggregation=self.aggregation,
+            normalizer=self.normalizer,
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+            max_log_ratio=run_time(self.max_log_ratio, self.batch.device),
+        )
+
+
+@dataclass(frozen=True)
+class TokenStage:
+    """The stage in torch, for any objective. Arrays are [tokens] in float64, 0 where masked."""
+
+    layout: Layout
+    objective: Objective
+    advantages: Tensor  # [tokens] or [sequences], as the objective asks
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    aggregation: str
+    normalizer: float | Tensor | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    max_log_ratio: Tensor
+    shares: Tensor | None = None  # [sequences] of the batch that this is a part of; None: it is the whole
+
+    def gradient_on_policy(self) -> Tensor:
+        """dL/dlogprob per token where the policy is the old policy: no logit needed."""
+        with torch.enable_grad():
+            log_ratio = torch.zeros(
+                self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
+            )
+            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer)), None, None)
+            return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
+
+    def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dL/dlogprob and, with an entropy bonus, dL/dentropy per token."""
+        with torch.enable_grad():
+            inputs = [logprobs.detach().requires_grad_()]
+            if self.entropy_coef != 0.0:
+                inputs.append(entropy.detach().requires_grad_())
+            loss, *_ = self._value(inputs[0], entropy if len(inputs) == 1 else inputs[1])
+            if not loss.requires_grad:
+                return torch.zeros_like(logprobs), None
+            found = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        return found[0], found[1] if len(found) > 1 else None
+
+    def part(self, batch: BatchShape, tokens: Tensor | slice, sequences: slice) -> TokenStage:
+        """The stage of some of the tokens; what each counts for in the loss stays what it is in the whole."""
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[tokens]
+
+        return replace(
+            self,
+            layout=batch.layout(crosses=not self.objective.by_sequence_alone),
+            advantages=self.advantages[tokens if self.objective.advantages_per_token else sequences],
+            old_logprobs=of(self.old_logprobs),
+            ref_logprobs=of(self.ref_logprobs),
+            importance_weights=of(self.importance_weights),
+            shares=self.token_shares()[sequences],
+        )
+
+    def token_shares(self) -> Tensor:
+        """[sequences], what the number of each of its tokens counts for in the loss."""
+        if self.shares is not None:
+            return self.shares
+        return aggregate.token_shares(self.layout, self.aggregation, self.normalizer)
+
+    def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
+        """logprobs, entropy: [tokens] as the kernels return them."""
+        loss, terms, log_ratio, kl = self._value(logprobs, entropy)
+        per_sequence = self.objective.ratio_of == "sequence"
+        stats = collect(self.layout, terms, per_sequence, log_ratio, kl, logprobs, entropy, self.max_log_ratio)
+        return LossOutput(loss.to(logprobs.dtype), stats)
+
+    def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
+        """The loss in float64, what the objective says, log-ratios and KL per token."""
+        logprobs = aggregate.spoil(logprobs, self.normalizer)
+        entropy = None if entropy is None else aggregate.spoil(entropy, self.normalizer)
+        new = self._finite(self.layout.select(logprobs.double()))
+        old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
+        log_ratio = new - old
+        if self.ref_logprobs is not None and self.beta != 0.0:  # of whatever shares a ratio the gradient is NaN, too
+            log_ratio = log_ratio + torch.where(self.ref_logprobs.isnan(), torch.nan, 0.0)
+        terms = self._terms(log_ratio)
+        kl = None if self.ref_logprobs is None else self._kl(new)
+        return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
+
+    @staticmethod
+    def _finite(logprobs: Tensor) -> Tensor:
+        """Within +-FINITE; the gradient of a number beyond, which its ratio to itself may have, goes on."""
+        slope = torch.where(logprobs.isinf(), 0.0, logprobs)
+        return within(logprobs.detach(), FINITE) + (slope - slope.detach())
+
+    def _terms(self, log_ratio: Tensor) -> Terms:
+        if self.importance_weights is not None and self.layout.ranks is not None:
+            self.layout.sum_beside(self.importance_weights)
+        terms = self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)
+        check_terms(self.objective, terms, tokens=log_ratio.shape[0], sequences=self.layout.sequences)
+        return terms
+
+    def _kl(self, logprobs: Tensor) -> Tensor:
+        """KL(pi || ref) per token, estimated from the sampled token (http://joschu.net/blog/kl-approx.html)."""
+        assert self.ref_logprobs is not None
+        d = within(within(self.ref_logprobs, FINITE) - logprobs, self.max_log_ratio)
+        if self.kl_estimator == "k1":
+            return -d
+        return d.square() / 2 if self.kl_estimator == "k2" else torch.expm1(d) - d
+
+    def _aggregate(self, terms: Terms, kl: Tensor | None, entropy: Tensor | None) -> Tensor:
+        layout, shares = self.layout, self.token_shares()
+        per_token: list[Tensor] = []
+        if self.objective.ratio_of == "token":
+            per_token.append(terms.loss if self.importance_weights is None else terms.loss * self.importance_weights)
+        if kl is not None and self.beta != 0.0:
+            per_token.append(self.beta * kl)
+        if entropy is not None and self.entropy_coef != 0.0:
+            # Not `-self.entropy_coef`: of a number's negative torch 2.11 compiles every value.
+            per_token.append(-(entropy.double() * self.entropy_coef))
+        loss = shares.new_zeros(())
+        if per_token:
+            loss = (layout.select(sum(per_token[1:], per_token[0])) * layout.spread(shares)).sum()
+        if self.objective.ratio_of == "sequence":
+            loss = loss + self._of_sequences(terms.loss, shares)
+        return aggregate.spoiled(loss, layout, self.normalizer)
+
+    def _of_sequences(self, of_each: Tensor, shares: Tensor) -> Tensor:
+        """A sequence's term counts as often as it has tokens, here; its gradient, as often as it has on all ranks."""
+        layout = self.layout
+        local = layout.local_lengths if self.importance_weights is None else layout.local_sum(self.importance_weights)
+        if layout.ranks is None or not self.objective.by_sequence_alone:
+            return (of_each * shares * local).sum()
+        everywhere = layout.lengths if self.importance_weights is None else layout.beside
+        value, slope = of_each.detach(), of_each - of_each.detach()
+        return (value * shares * local).sum() + (slope * shares * everywhere).sum()
+
+
+def token_inputs(
+    batch: BatchShape,
+    objective: Objective,
+    advantages: Any,
+    old_logprobs: Any,
+    *,
+    ref_logprobs: Any,
+    beta: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    importance_weights: Any,
+    aggregation: str | None,
+    normalizer: float | Tensor | None,
+    max_log_ratio: float,
+) -> TokenInputs:
+    """Checks everything that has one number per token or sequence."""
+    check_objective(objective)
+    aggregation = objective.aggregation if aggregation is None else aggregation
+    normalizer = aggregate.check(aggregation, normalizer, batch.device)
+    aggregate.check_count(normalizer, batch)
+    checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    beta = checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
+    entropy_coef = checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
+    # e^80 still fits fp32, in which the ratios are reported.
+    max_log_ratio = checks.number(
+        "max_log_ratio", max_log_ratio, "where a log-ratio saturates", above=0.0, at_most=80.0
+    )
+    if ref_logprobs is None and beta != 0.0:
+        raise ValueError(
+            f"ref_logprobs: expected the reference policy's log-probabilities, because beta is {beta}; got None"
+        )
+    if old_logprobs is not None:
+        old_logprobs = batch.log_probabilities("old_logprobs", old_logprobs, "old policy's log-probabilities")
+    if ref_logprobs is not None:
+        ref_logprobs = batch.log_probabilities("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
+    advantages, advantages_per_token = _advantages(batch, objective, advantages)
+    importance_weights_per_token = False
+    if importance_weights is not None:
+        importance_weights, importance_weights_per_token = batch.per_either(
+            "importance_weights", importance_weights, "correction weights"
+        )
+    return TokenInputs(
+        batch=batch,
+        objective=objective,
+        advantages=advantages,
+        advantages_per_token=advantages_per_token,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        importance_weights_per_token=importance_weights_per_token,
+        aggregation=aggregation,
+        normalizer=normalizer,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        max_log_ratio=max_log_ratio,
+    )
+
+
+def _advantages(batch: BatchShape, objective: Objective, advantages: Any) -> tuple[Tensor, bool]:
+    """The advantages, and whether they are per token."""
+    checks.tensor("advantages", advantages, "one advantage per sequence")
+    if objective.advantages_per_token:
+        return batch.per_either("advantages", advantages, "advantages")
+    if batch.is_per_token(advantages) and advantages.shape != (batch.sequences, 1):
+        raise ValueError(
+            f"advantages: expected shape {[batch.sequences]}, one per sequence, as {type(objective).__name__} has one "
+            f"ratio for a response; got {list(advantages.shape)}, one per token. For those, use gspo_token_loss"
+        )
+    return batch.per_sequence("advantages", advantages, "advantages"), False

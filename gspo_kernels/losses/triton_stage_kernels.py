@@ -1,0 +1,503 @@
+"""The token stage of the four named losses in Triton: one program a sequence, then one for the batch.
+
+The same formulas as objectives.py, aggregation.py and stats.py, in float32 with compensated sums in a fixed order; the
+oracle of the tests holds both to account. Everything is selected, nothing multiplied away: a masked token's numbers and
+a clipped ratio's gradient never reach an arithmetic that could make a NaN of them.
+"""
+
+# mypy: ignore-errors
+# The bodies below are Triton's language, which is typed by Triton's compiler.
+
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+
+from ..rows.triton_math import INFINITY, exp, expm1, quotient, two_sum
+
+SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 10,000 of them would not fit float32
+FINITE = tl.constexpr(1e30)  # stands for an infinite log-probability, so that no inf - inf can arise
+
+# What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each; the first twelve as in `Stats`.
+CLIPPED, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, REF_KL, ENTROPY, NONEMPTY, TOKENS = (
+    tl.constexpr(i) for i in range(12)
+)
+LOSS, UNITS, COUNT, ZERO = (tl.constexpr(i) for i in range(12, 16))  # a row kernel may count from the zero
+PARTIALS = tl.constexpr(16)
+
+_VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_token", "eps_low", "eps_high",
+           "dual_clip", "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
+_ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "entropies", "advantages", "weights", "mask", "cu_seqlens",
+                "global_count", "g_logprobs", "g_entropies", "token_advantages", "log_ratios", "partials", "loss",
+                "scalars"]  # fmt: skip
+_kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
+
+
+@triton.jit
+def _finite(x):
+    """Infinities as +-1e30; NaN stays."""
+    return tl.where(x > FINITE, FINITE, tl.where(x < -FINITE, -FINITE, x))
+
+
+@triton.jit
+def _load(array, at, there):
+    return tl.load(array + at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _counted(mask, at, there):
+    """Which of these tokens count."""
+    if mask is None:
+        return there
+    else:
+        return there & (tl.load(mask + at, mask=there, other=0) != 0)
+
+
+@triton.jit
+def _log_ratio(logprobs, old_logprobs, at, counts):
+    """logprob - old as a pair; 0 where nothing counts, and on-policy wherever the log-probability is a number."""
+    zero = tl.zeros_like(at).to(tl.float32)
+    if logprobs is None:
+        return zero, zero
+    else:
+        new = _finite(_load(logprobs, at, counts))
+        if old_logprobs is None:
+            return new - new, zero
+        else:
+            return two_sum(new, -_finite(_load(old_logprobs, at, counts)))
+
+
+@triton.jit
+def _add(total, rest, x):
+    """total + rest + x, with what the addition lost kept in rest."""
+    total, lost = two_sum(total, x)
+    return total, rest + lost
+
+
+@triton.jit
+def _leading(total, largest, LANES: tl.constexpr):
+    """The leading digits of `total`: those of all lanes add up without any rounding, whatever cancels among them.
+
+    `largest` of the lanes' magnitudes.
+    """
+    bits = (largest * LANES).to(tl.int32, bitcast=True)
+    anchor = ((((bits >> 23) + 1) << 23) | 0x400000).to(tl.float32, bitcast=True)  # 1.5 times a power of two above all
+    return (total + anchor) - anchor
+
+
+@triton.jit
+def _in_two(total, rest, largest):
+    """Two numbers a lane whose plain sums over all lanes add up to the sum of total + rest."""
+    leading = _leading(total, largest, total.shape[0])
+    return leading, (total - leading) + rest
+
+
+# Warps exchange what they have found through shared memory, at a fixed price: reductions are therefore stacked.
+
+
+@triton.jit
+def _stack4(a, b, c, d):
+    """[.., 2, 2], in the registers where they are."""
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _scalars4(stack):
+    """Of a stack of scalars, in their order."""
+    ab, cd = tl.split(stack)
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
+def _maxima4(a, b, c, d):
+    return _scalars4(tl.max(_stack4(a, b, c, d), 0))
+
+
+@triton.jit
+def _sums4(a, b, c, d):
+    return _scalars4(tl.sum(_stack4(a, b, c, d), 0))
+
+
+@triton.jit
+def _maxima8(a, b, c, d, e, f, g, h):
+    first, last = tl.split(tl.max(tl.join(_stack4(a, b, c, d), _stack4(e, f, g, h)), 0))
+    return _scalars4(first) + _scalars4(last)
+
+
+@triton.jit
+def _sums8(a, b, c, d, e, f, g, h):
+    first, last = tl.split(tl.sum(tl.join(_stack4(a, b, c, d), _stack4(e, f, g, h)), 0))
+    return _scalars4(first) + _scalars4(last)
+
+
+@triton.jit
+def _sums_and_extremes(
+    loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high, saturated,
+    ratio_max, negative_min,
+):  # fmt: skip
+    """Over all lanes, in the same order: the first ten are five sums in two numbers each, the last two maxima."""
+    zeros = tl.zeros_like(loss)
+    top_loss, top_ratios, top_approx, top_ref, top_h, ratio_max, negative_min, _ = _maxima8(
+        tl.abs(loss), tl.abs(ratios), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h), ratio_max, negative_min, zeros
+    )
+    loss, loss_rest = _in_two(loss, loss_rest, top_loss)
+    ratios, ratios_rest = _in_two(ratios, ratios_rest, top_ratios)
+    approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
+    ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
+    h, h_rest = _in_two(h, h_rest, top_h)
+    first, last = tl.split(tl.sum(tl.join(
+        tl.join(_stack4(loss, ratios, approx_kl, ref_kl), _stack4(loss_rest, ratios_rest, approx_rest, ref_rest)),
+        tl.join(_stack4(h, h_rest, low, high), _stack4(saturated, zeros, zeros, zeros)),
+    ), 0))  # fmt: skip
+    leading, rests = tl.split(first)
+    entropies_and_clipped, others = tl.split(last)
+    loss, ratios, approx_kl, ref_kl = _scalars4(leading)
+    loss_rest, ratios_rest, approx_rest, ref_rest = _scalars4(rests)
+    h, h_rest, low, high = _scalars4(entropies_and_clipped)
+    saturated, _, _, _ = _scalars4(others)
+    return (loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
+            saturated, ratio_max, negative_min)  # fmt: skip
+
+
+@triton.jit
+def _clipped(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
+    """(The ratio that the loss has, whether it is held there, clipped low, clipped high, the ratio itself)."""
+    saturated = log_ratio > max_log_ratio
+    bounded = tl.where(saturated, max_log_ratio, log_ratio)
+    deviation, ratio = expm1(bounded), exp(bounded)
+    low = (advantage < 0.0) & (deviation < -eps_low)
+    high = (advantage > 0.0) & (deviation > eps_high)
+    dual = (advantage < 0.0) & (deviation > dual_clip - 1.0)
+    held = tl.where(high, 1.0 + eps_high, tl.where(low, 1.0 - eps_low, tl.where(dual, dual_clip, ratio)))
+    return held, low | high | dual | saturated, low, high | dual, ratio
+
+
+@triton.jit
+def _surrogate(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
+    """`clipped_surrogate` of objectives.py: (loss, its slope by the log-ratio, clipped low, clipped high, ratio)."""
+    held, stopped, low, high, ratio = _clipped(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio)
+    return -held * advantage, tl.where(stopped, 0.0, -ratio * advantage), low, high, ratio
+
+
+@triton.jit
+def _exp_excess(x):
+    """e^x - 1 - x."""
+    p = x * 2.7557319e-6 + 2.4801588e-5
+    p = p * x + 0.00019841270
+    p = p * x + 0.0013888889
+    p = p * x + 0.0083333338
+    p = p * x + 0.041666668
+    p = p * x + 0.16666667
+    p = p * x + 0.5
+    return tl.where(tl.abs(x) < 0.5, p * x * x, expm1(x) - x)
+
+
+@triton.jit
+def _between(x, bound):
+    """x within +-bound; NaN stays."""
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
+def _kl(logprob, ref_logprob, max_log_ratio, ESTIMATOR: tl.constexpr):
+    """(KL(pi || ref) at each token, its derivative by the log-probability)."""
+    gap = _finite(ref_logprob) - _finite(logprob)
+    d = _between(gap, max_log_ratio)
+    if ESTIMATOR == "k1":
+        value, slope = -d, tl.zeros_like(d) + 1.0
+    elif ESTIMATOR == "k2":
+        value, slope = d * d * 0.5, -d
+    else:
+        value, slope = _exp_excess(d), -expm1(d)
+    return value, tl.where(tl.abs(gap) > max_log_ratio, 0.0, slope)
+
+
+@_kernel()
+def sequence_kernel(
+    logprobs, old_logprobs, ref_logprobs, entropies, advantages, weights, mask, cu_seqlens, global_count,
+    tokens, length, sequences, advantage_per_token, weight_per_token,
+    eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, normalizer,
+    g_logprobs, g_entropies, token_advantages, log_ratios, partials,
+    RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A sequence's share of the loss, its gradient by each log-probability and entropy, and its share of the stats.
+
+    The sequence is a row of `length` tokens or, with `cu_seqlens`, tokens cu_seqlens[i] to cu_seqlens[i + 1]. Gradients
+    lack one factor, 1 / (sum of the counts): the row kernels bring it in. Absent: `old_logprobs` on-policy, `logprobs`
+    before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an entropy
+    bonus; `token_advantages`, each token's advantage, unless a row kernel asks for it (of a ratio per token).
+
+    Advantages (GSPO's never) and weights may be per token. That is no compile-time choice: with as many sequences as
+    tokens, numbers per token are taken for numbers per sequence, and lengths shall not compile a kernel.
+
+    RATIO: "sequence" for GSPO, "sequence_by_token" for GSPO-token, "token" for GRPO and PPO.
+    """
+    i = tl.program_id(0)
+    if cu_seqlens is None:
+        begin = i * length
+        end = begin + length
+        wrong = i < 0
+    else:  # clamped: unchecked boundaries may not lead out of the arrays
+        given_begin, given_end = tl.load(cu_seqlens + i), tl.load(cu_seqlens + i + 1)
+        wrong = (
+            (given_end < given_begin) | ((i == 0) & (given_begin != 0)) | ((i == sequences - 1) & (given_end != tokens))
+        )
+        begin = tl.minimum(tl.maximum(given_begin, 0), tokens).to(tl.int32)
+        end = tl.minimum(tl.maximum(given_end, begin), tokens).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
+
+    # First pass: how many tokens count, their log-ratios' mean, the sum of their weights.
+    n = tl.zeros([BLOCK], tl.float32)
+    r, r_rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    w, w_rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + lane
+        counts = _counted(mask, at, at < end)
+        n += counts.to(tl.float32)
+        if RATIO != "token":
+            hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+            if ref_logprobs is not None and logprobs is not None and beta != 0.0:
+                ref = _finite(_load(ref_logprobs, at, counts))
+                lo += ref - ref  # a NaN spoils the whole sequence
+            r, r_rest = _add(r, r_rest + lo, hi)
+        if RATIO == "sequence" and weights is not None:
+            w, w_rest = _add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))
+    zeros = tl.zeros([BLOCK], tl.float32)
+    if RATIO == "token" or (logprobs is None and (RATIO != "sequence" or weights is None)):  # n alone
+        n = tl.sum(n, 0)
+        r, w = 0.0 * n, n
+    else:
+        largest_r, largest_w, _, _ = _maxima4(tl.abs(r), tl.abs(w), zeros, zeros)
+        r, r_rest = _in_two(r, r_rest, largest_r)
+        w, w_rest = _in_two(w, w_rest, largest_w)
+        n, r, r_rest, w, w_rest, _, _, _ = _sums8(n, r, r_rest, w, w_rest, zeros, zeros, zeros)
+        r, w = r + r_rest, w + w_rest
+    any_token = n > 0.0
+    each = tl.where(any_token, quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0)), 0.0)  # 1 / n
+    mean = quotient(r, tl.maximum(n, 1.0))
+    share = each if AGGREGATION == "sequence_mean" else 1.0 + 0.0 * n
+
+    loss, loss_rest, low, high, saturated = zeros, zeros, zeros, zeros, zeros
+    ratios, ratios_rest, ratio_min, ratio_max = zeros, zeros, zeros + INFINITY, zeros - INFINITY
+    approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = zeros, zeros, zeros, zeros, zeros, zeros
+    slope_of_sequence = 0.0 * n
+    if RATIO == "sequence":
+        advantage = _load(advantages, i, any_token)
+        term, its_slope, is_low, is_high, ratio = _surrogate(
+            mean, advantage, eps_low, eps_high, dual_clip, max_log_ratio
+        )
+        all_weights = n if weights is None else w
+        slope_of_sequence = all_weights * share * its_slope * each
+        its_loss = tl.where(any_token, all_weights * share * term, 0.0)
+        loss = tl.where(lane == 0, its_loss, 0.0)
+        tl.store(log_ratios + i, tl.where(any_token, mean, 0.0))
+
+    # Second pass. Tokens that no sequence claims (boundaries that a GPU does not check) get a NaN, not stale memory.
+    first = tl.where(i == 0, 0, begin)
+    last = tl.where(i == sequences - 1, tokens, end)
+    for start in range(first, last, BLOCK):
+        at = start + lane
+        inside = (at >= begin) & (at < end)
+        counts = _counted(mask, at, inside)
+        hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+        token_ratio = hi + lo
+        if RATIO == "sequence":
+            slope = zeros + slope_of_sequence
+        else:
+            log_ratio = token_ratio if RATIO == "token" else zeros + mean
+            a = _load(advantages, tl.where(advantage_per_token != 0, at, i), counts)
+            k = zeros + 1.0
+            if weights is not None:
+                k = _load(weights, tl.where(weight_per_token != 0, at, i), counts)
+            if token_advantages is not None:
+                tl.store(token_advantages + at, a, mask=at < last)
+            term, slope, is_low, is_high, ratio = _surrogate(log_ratio, a, eps_low, eps_high, dual_clip, max_log_ratio)
+            slope = slope * k * share
+            loss, loss_rest = _add(loss, loss_rest, tl.where(counts, term * k * share, 0.0))
+            ratios, ratios_rest = _add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
+            ratio_min = tl.minimum(ratio_min, tl.where(counts, ratio, INFINITY))
+            ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
+            low += (counts & is_low).to(tl.float32)
+            high += (counts & is_high).to(tl.float32)
+            saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
+            tl.store(log_ratios + at, tl.where(counts, log_ratio, 0.0), mask=at < last)
+        excess = _exp_excess(_between(token_ratio, max_log_ratio))
+        approx_kl, approx_rest = _add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
+        if ref_logprobs is not None and logprobs is not None:
+            kl, kl_slope = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
+            ref_kl, ref_rest = _add(ref_kl, ref_rest, tl.where(counts, kl * SHRINK, 0.0))
+            if beta != 0.0:
+                loss, loss_rest = _add(loss, loss_rest, tl.where(counts, beta * share * kl, 0.0))
+                slope += beta * share * kl_slope
+        if entropies is not None:
+            entropy = _load(entropies, at, counts)
+            h, h_rest = _add(h, h_rest, entropy)
+        if g_entropies is not None:
+            loss, loss_rest = _add(loss, loss_rest, -entropy_coef * share * entropy)
+            bonus = tl.where(counts, -entropy_coef * share, 0.0)
+            tl.store(g_entropies + at, tl.where(inside, bonus, float("nan")), mask=at < last)
+        slope = tl.where(inside, tl.where(counts, slope, 0.0), float("nan"))
+        tl.store(g_logprobs + at, slope, mask=at < last)
+
+    count = n if AGGREGATION == "token_mean" else any_token.to(tl.float32)
+    if global_count is not None:
+        count = tl.load(global_count).to(tl.float32)
+        count = tl.where(i == 0, tl.where(count < INFINITY, count, float("nan")), 0.0)
+    count = tl.where(normalizer > 0.0, tl.where(i == 0, normalizer, 0.0), count)
+    count = tl.where(wrong, float("nan"), count)  # of the whole batch then
+    out = partials + i
+    if RATIO == "sequence":
+        if logprobs is None:
+            loss, approx_kl, ref_kl, h = its_loss, 0.0, 0.0, 0.0
+            loss_rest, approx_rest, ref_rest, h_rest = 0.0, 0.0, 0.0, 0.0
+        else:
+            top_loss, top_approx, top_ref, top_h = _maxima4(tl.abs(loss), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h))
+            loss, loss_rest = _in_two(loss, loss_rest, top_loss)
+            approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
+            ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
+            h, h_rest = _in_two(h, h_rest, top_h)
+            loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = _sums8(
+                loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest
+            )
+        units = any_token.to(tl.float32)
+        low, high = tl.where(any_token & is_low, 1.0, 0.0), tl.where(any_token & is_high, 1.0, 0.0)
+        saturated = tl.where(any_token & (mean > max_log_ratio), 1.0, 0.0)
+        ratios, ratios_rest = tl.where(any_token, ratio * SHRINK, 0.0), 0.0
+        ratio_max = tl.where(any_token, ratio, -INFINITY)
+        negative_min = tl.where(any_token, -ratio, -INFINITY)
+    else:
+        (loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
+         saturated, ratio_max, negative_min) = _sums_and_extremes(
+            loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
+            saturated, ratio_max, -ratio_min,
+        )  # fmt: skip
+        units = n
+    tl.store(out + CLIPPED * sequences, low + high)
+    tl.store(out + LOW * sequences, low)
+    tl.store(out + HIGH * sequences, high)
+    tl.store(out + RATIO_SUM * sequences, ratios + ratios_rest)
+    tl.store(out + RATIO_MIN * sequences, negative_min)
+    tl.store(out + RATIO_MAX * sequences, ratio_max)
+    tl.store(out + SATURATED * sequences, saturated)
+    tl.store(out + APPROX_KL * sequences, approx_kl + approx_rest)
+    tl.store(out + REF_KL * sequences, ref_kl + ref_rest)
+    tl.store(out + ENTROPY * sequences, h + h_rest)
+    tl.store(out + NONEMPTY * sequences, any_token.to(tl.float32))
+    tl.store(out + TOKENS * sequences, n)
+    tl.store(out + LOSS * sequences, loss + loss_rest)
+    tl.store(out + UNITS * sequences, units)
+    tl.store(out + COUNT * sequences, count)
+    tl.store(out + ZERO * sequences, 0.0)
+
+
+@_kernel()
+def batch_kernel(
+    partials, sequences, logprobs, old_logprobs, ref_logprobs, entropies, mask, token_advantages, g_logprobs, tokens,
+    eps_low, eps_high, dual_clip, max_log_ratio, log_ratios, loss, scalars,
+    ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss and the stats' scalars, in the order of `Stats`, from what the sequences left.
+
+    With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
+    makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that
+    depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1.
+
+    One warp has one of the 16 partials, so that it needs no other; BLOCK partials, and then tokens, at a time; fewer
+    tokens off-policy, where more sums take registers.
+    """
+    TOKENS_AT_ONCE: tl.constexpr = BLOCK if old_logprobs is None else BLOCK // 2
+    LANES: tl.constexpr = min(32, BLOCK // 32)
+    COLUMNS: tl.constexpr = BLOCK // PARTIALS
+    which = tl.arange(0, PARTIALS)
+    row, lane = which[:, None], tl.arange(0, LANES)[None, :]
+    is_extreme = (row == RATIO_MIN) | (row == RATIO_MAX)
+    rest = tl.zeros([PARTIALS, LANES], tl.float32)
+    nothing = tl.where(is_extreme, -INFINITY, rest)
+    total = nothing
+    for start in range(0, sequences, COLUMNS):
+        for step in tl.static_range(COLUMNS // LANES):
+            at = start + step * LANES + lane
+            x = tl.load(partials + (row * sequences + at), mask=at < sequences, other=nothing)
+            added, lost = two_sum(total, x)
+            total = tl.where(is_extreme, tl.maximum(total, x), added)
+            rest += tl.where(is_extreme, 0.0, lost)
+    largest = tl.max(tl.where(is_extreme, total, tl.abs(total)), 1)
+    leading = _leading(total, largest[:, None], LANES)
+    sums = tl.sum(leading, 1) + tl.sum((total - leading) + rest, 1)
+    value = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), largest, sums)
+
+    spoiled = 0.0
+    if entropies is not None:
+        zeros = tl.zeros([TOKENS_AT_ONCE], tl.float32)
+        h, h_rest, kl_sum, kl_rest = zeros, zeros, zeros, zeros
+        if old_logprobs is not None:
+            losses, losses_rest, approx_kl, approx_rest = zeros, zeros, zeros, zeros
+            low, high, saturated = zeros, zeros, zeros
+            ratios, ratios_rest, negative_min, ratio_max = zeros, zeros, zeros - INFINITY, zeros - INFINITY
+        for start in range(0, tokens, TOKENS_AT_ONCE):
+            at = start + tl.arange(0, TOKENS_AT_ONCE)
+            counts = _counted(mask, at, at < tokens)
+            h, h_rest = _add(h, h_rest, _load(entropies, at, counts))
+            if ref_logprobs is not None:
+                kl, _ = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
+                kl_sum, kl_rest = _add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
+            if old_logprobs is not None:
+                hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+                log_ratio = hi + lo
+                tl.store(log_ratios + at, log_ratio, mask=at < tokens)
+                held, _, is_low, is_high, ratio = _clipped(
+                    log_ratio, _load(token_advantages, at, counts), eps_low, eps_high, dual_clip, max_log_ratio
+                )
+                losses, losses_rest = _add(losses, losses_rest, held * _load(g_logprobs, at, counts))
+                ratios, ratios_rest = _add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
+                negative_min = tl.maximum(negative_min, tl.where(counts, -ratio, -INFINITY))
+                ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
+                low += (counts & is_low).to(tl.float32)
+                high += (counts & is_high).to(tl.float32)
+                saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
+                excess = _exp_excess(_between(log_ratio, max_log_ratio))
+                approx_kl, approx_rest = _add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
+        if old_logprobs is None:
+            top_h, top_kl, _, _ = _maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
+            h, h_rest = _in_two(h, h_rest, top_h)
+            kl_sum, kl_rest = _in_two(kl_sum, kl_rest, top_kl)
+            h, h_rest, kl_sum, kl_rest = _sums4(h, h_rest, kl_sum, kl_rest)
+        else:
+            (losses, losses_rest, ratios, ratios_rest, approx_kl, approx_rest, kl_sum, kl_rest, h, h_rest, low, high,
+             saturated, ratio_max, negative_min) = _sums_and_extremes(
+                losses, losses_rest, ratios, ratios_rest, approx_kl, approx_rest, kl_sum, kl_rest, h, h_rest, low,
+                high, saturated, ratio_max, negative_min,
+            )  # fmt: skip
+            value = tl.where(which == LOSS, losses + losses_rest, value)
+            value = tl.where(which == CLIPPED, low + high, value)
+            value = tl.where(which == LOW, low, value)
+            value = tl.where(which == HIGH, high, value)
+            value = tl.where(which == SATURATED, saturated, value)
+            value = tl.where(which == RATIO_SUM, ratios + ratios_rest, value)
+            value = tl.where(which == RATIO_MIN, negative_min, value)
+            value = tl.where(which == RATIO_MAX, ratio_max, value)
+            value = tl.where(which == APPROX_KL, approx_kl + approx_rest, value)
+        value = tl.where(which == ENTROPY, h + h_rest, tl.where(which == REF_KL, kl_sum + kl_rest, value))
+        spoiled = h - h  # a NaN logit must not hide behind coefficients that needed no logit
+
+    units, n, count, _ = _sums4(
+        tl.where(which == UNITS, value, 0.0), tl.where(which == TOKENS, value, 0.0),
+        tl.where(which == COUNT, value, 0.0), tl.zeros([PARTIALS], tl.float32),
+    )  # fmt: skip
+    each = quotient(1.0 + 0.0 * units, tl.maximum(units, 1.0))
+    each_token = quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0))
+    per_token = (which == APPROX_KL) | (which == REF_KL) | (which == ENTROPY)
+    mean = value * tl.where(per_token, each_token, each)
+    shrunk = (which == RATIO_SUM) | (which == APPROX_KL) | (which == REF_KL)
+    mean = tl.where(shrunk, mean / SHRINK, mean)
+    extreme = tl.where(units > 0.0, tl.where(which == RATIO_MIN, -value, value), 0.0)
+    mean = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), extreme, mean)
+    tl.store(scalars + which, tl.where((which == NONEMPTY) | (which == TOKENS), value, mean), mask=which < LOSS)
+    # What is no count makes NaN of the loss, and of gradients in the row kernels; 0 is one where nothing counts.
+    divisor = tl.where(count > 0.0, count, tl.where((count == 0.0) & (n == 0.0), 1.0, float("nan")))
+    quotients = quotient(value, divisor) + spoiled
+    tl.store(loss + tl.zeros_like(which), quotients, mask=which == LOSS)

@@ -1,0 +1,33 @@
+"""What would run for these arguments, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .linear.from_hidden import explain_plan
+from .rows.dispatch import check_name, compare
+
+
+def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
+    """Which backend runs for these inputs, and why not the others; from hidden states, which plan.
+
+    Args: those of a loss, in its order. From logits only `logits` and `backend` have a say; the others may be left out.
+        From hidden states (`hidden, weight, ...`) the plan depends on the others too, and `objective` is GSPO unless
+        given; mask and boundaries are read.
+
+    Returns:
+        A few lines of text, the chosen backend first.
+    """
+    checks.tensor("logits", logits, "logits [.., vocabulary], or hidden states and then a head", sharded=True)
+    check_name(backend)
+    head = arguments[0] if arguments else options.get("weight")
+    if not (isinstance(head, Tensor) and head.is_floating_point()):
+        return compare(logits, backend)
+    options.pop("weight", None)
+    wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
+    chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)
+    return compare(chunk, backend) + "\n" + explain_plan(logits, head, *arguments[1:], **options)

@@ -1,0 +1,1 @@
+"""What rollout engines return, correction weights, mismatch diagnostics and group advantages."""

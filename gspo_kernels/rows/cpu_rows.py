@@ -1,0 +1,127 @@
+"""The C++ row kernels (csrc/): fp32, bf16 and fp16 logits on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .extension import why_missing
+from .types import KERNEL_DTYPES, Rows, RowStats, Upstream, address, empty_stats
+
+try:
+    import gspo_kernels._native as _native
+
+    _missing = ""
+except ImportError as error:
+    _missing = why_missing(error)
+
+name = "native"
+
+
+def unsupported_reasons(logits: Tensor) -> list[str]:
+    reasons = []
+    if _missing:
+        reasons.append(_missing)
+    if logits.device.type != "cpu":
+        reasons.append(f"logits are on {logits.device}, these kernels run on the CPU")
+    if logits.dtype not in KERNEL_DTYPES:
+        reasons.append(f"logits are {logits.dtype}, these kernels take float32, bfloat16 and float16")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        reasons.append(f"the vocabulary dimension has stride {logits.stride(-1)}, these kernels need 1")
+    return reasons
+
+
+def about() -> str:
+    return "C++, not installed" if _missing else f"C++, {_native.instruction_set()}"
+
+
+def missing() -> str:
+    """Why the extension is not there; empty if it is."""
+    return _missing
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has units for products of bf16 matrices."""
+    return not _missing and bool(_native.multiplies_bfloat16())
+
+
+def forward(rows: Rows) -> RowStats:
+    stats = empty_stats(rows.logits)
+    _bind(rows).forward(**_stats(stats))
+    return stats
+
+
+def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
+    if gradient.dtype not in (rows.logits.dtype, torch.bfloat16):
+        raise ValueError(f"gradient: expected {rows.logits.dtype} or bfloat16; got {gradient.dtype}")
+    if gradient.data_ptr() != rows.logits.data_ptr():
+        _fresh(gradient)
+    grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
+    grad_lse = None if grad_lse is None else grad_lse.double()
+    _bind(rows).backward(
+        **_stats(stats),
+        grad_logprobs=address(grad_logprobs),
+        grad_entropy=address(grad_entropy),
+        grad_lse=address(grad_lse),
+        gradient=gradient.data_ptr(),
+        outer_stride=gradient.stride(0),
+        inner_stride=gradient.stride(1),
+        gradient_is_bfloat16=gradient.dtype == torch.bfloat16,
+    )
+
+
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+    stats = empty_stats(rows.logits)
+    _fresh(gradient)
+    grad_logprobs, _, _ = upstream.by_statistic()
+    _bind(rows).forward_backward(
+        **_stats(stats),
+        grad_logprobs=address(grad_logprobs),
+        gradient=gradient.data_ptr(),
+        outer_stride=gradient.stride(0),
+        inner_stride=gradient.stride(1),
+    )
+    return stats
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    _native.Rows(**_place(values)).scale(float(factor))  # a CPU tensor: reading it waits for nothing
+
+
+def _bind(rows: Rows) -> _native.Rows:
+    per_row = rows.temperature.ndim > 0
+    place = _place(rows.logits)
+    place["outer"], place["inner"] = rows.token_ids.shape
+    return _native.Rows(
+        token_ids=rows.token_ids.data_ptr(),
+        mask=address(rows.mask),
+        temperature=1.0 if per_row else float(rows.temperature),
+        row_temperature=address(rows.temperature if per_row else None),
+        places=address(rows.places),
+        **place,
+    )
+
+
+def _place(logits: Tensor) -> dict[str, Any]:
+    """Where [outer, inner, vocab] numbers lie, and on how many threads to visit them."""
+    return {
+        "dtype": KERNEL_DTYPES[logits.dtype],
+        "logits": logits.data_ptr(),
+        "outer": logits.shape[0],
+        "inner": logits.shape[1],
+        "vocab": logits.shape[2],
+        "outer_stride": logits.stride(0),
+        "inner_stride": logits.stride(1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _stats(stats: RowStats) -> dict[str, int]:
+    return {name: array.data_ptr() for name, array in stats._asdict().items()}
+
+
+def _fresh(gradient: Tensor) -> None:
+    storage = gradient.untyped_storage()
+    _native.ask_for_huge_pages(storage.data_ptr(), storage.nbytes())

@@ -1,0 +1,162 @@
+"""The row mathematics in plain torch, for any device, dtype and strides: the fallback, and what kernels are held to.
+
+Follows csrc/row_math.h: the target stays out of the sums, sums are taken in float64, and `log p = -softplus(d)` with
+`d = logsumexp(others) - z_target`, so a confident row keeps its relative accuracy. The gradient finds the
+row's maximum again and is relative to it, so logits may be as large as their dtype allows. Works through blocks of
+rows, so the extra memory is one block whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .types import Rows, RowStats, Upstream, empty_stats, log_share
+
+name = "reference"
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def unsupported_reasons(logits: Tensor) -> list[str]:
+    return []
+
+
+def about() -> str:
+    return "plain torch"
+
+
+def forward(rows: Rows) -> RowStats:
+    stats = empty_stats(rows.logits)
+    for block in _blocks(rows):
+        active, target = block.active(), block.target_logits()
+        logprob, entropy, lse = _statistics(block.others(), target, block.temperatures())
+        block.put(stats.logprobs, torch.where(active, logprob, 0.0))
+        block.put(stats.lse, torch.where(active, lse, 0.0))
+        block.put(stats.entropy, torch.where(active, entropy, 0.0))
+    return stats
+
+
+def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
+    arrays = upstream.by_statistic()
+    for block in _blocks(rows):
+        g_l, g_h, g_lse = (block.get(g) for g in arrays)
+        active = block.active() & ((g_l != 0) | (g_h != 0) | (g_lse != 0))
+        temperature, row_lse, row_entropy = block.temperatures(), block.get(stats.lse), block.get(stats.entropy)
+
+        base = block.logits.amax(-1)
+        log_p = _below(block.logits, base, temperature)  # but for `lost`
+        p = log_p.exp()
+        lost = p.sum(-1, dtype=torch.float64).log() - block.log_share(row_lse, row_entropy)
+        lost = torch.where((base == -torch.inf) & (row_lse > -torch.inf), 0.0, lost)  # a shard without logits
+        constant = (g_lse - g_l - g_h * (row_entropy - lost)) * torch.exp(-lost) / temperature
+        slope = -g_h * torch.exp(-lost) / temperature
+        through_entropy = torch.where(p > 0, p * log_p, p) * slope[:, None].to(p.dtype)
+        result = p * constant[:, None].to(p.dtype) + through_entropy
+
+        log_p_target = block.get(stats.logprobs)
+        p_target = log_p_target.exp()
+        through_p = torch.where(p_target > 0, p_target * (g_lse - g_h * (log_p_target + row_entropy)), p_target)
+        at_target = (through_p - g_l * torch.expm1(log_p_target)) / temperature
+        result.scatter_(1, block.token_ids[:, None], at_target[:, None].to(result.dtype))
+
+        result = torch.where(active[:, None], result, 0.0)
+        block.put(gradient, _flush(result))
+
+
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+    stats = forward(rows)
+    backward(rows, stats, upstream, gradient)
+    return stats
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    for part in values:
+        part.copy_(_flush((part if part.dtype == torch.float64 else part.float()) * factor))
+
+
+def _flush(gradient: Tensor) -> Tensor:
+    """Subnormals as zero: they are worth nothing, and slow every later matrix product by an order of magnitude."""
+    return torch.where(gradient.abs() < torch.finfo(torch.float32).tiny, 0.0, gradient)
+
+
+def _statistics(others: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """others: [rows, vocab] logits with -inf in the target's place; target, temperature: [rows] float64."""
+    base = others.amax(-1)
+    t = _below(others, base, temperature)
+    base = torch.where(base == -torch.inf, 0.0, base).double()
+    weights = t.exp()
+    total = weights.sum(-1, dtype=torch.float64)
+    rest = base / temperature + total.log()
+    target = torch.where(target == torch.inf, torch.nan, target)  # a caller's bug, and not a certainty
+    d = (base - target) / temperature + total.log()
+    logprob = -_softplus(d)
+    lse = torch.logaddexp(rest, target / temperature)  # -inf for a row of -inf, where d is NaN
+    log_rest = -_softplus(-d)  # log of the probability that is not the target's
+    weighted = torch.where(weights > 0, weights * t, weights).sum(-1, dtype=torch.float64)
+    entropy_of_rest = torch.where(total > 0, total.log() - weighted / total, total)
+    p, p_rest = logprob.exp(), log_rest.exp()
+    entropy = torch.where(p > 0, -p * logprob, p) + torch.where(
+        p_rest > 0, p_rest * (entropy_of_rest - log_rest), p_rest
+    )
+    return logprob, entropy, lse
+
+
+def _below(logits: Tensor, base: Tensor, temperature: Tensor) -> Tensor:
+    """(logits - base) / temperature, in the logits' dtype; -inf where all of a row are."""
+    base = torch.where(base == -torch.inf, 0.0, base)
+    return (logits - base[:, None]) / temperature[:, None].to(logits.dtype)
+
+
+def _softplus(d: Tensor) -> Tensor:
+    """log(1 + exp d) without torch's shortcut to d above a threshold, and 0 at -inf."""
+    return d.clamp(min=0.0) + torch.log1p(torch.exp(-d.abs()))
+
+
+class _Block:
+    """A run of rows, flattened to [rows, vocab] in the precision the arithmetic runs in."""
+
+    def __init__(self, rows: Rows, outer: int, begin: int, end: int) -> None:
+        self.rows, self.outer, self.span = rows, outer, slice(begin, end)
+        logits = rows.logits[outer, self.span] if rows.places is None else rows.logits[0, rows.places[self.span]]
+        self.logits = logits if logits.dtype == torch.float64 else logits.float()
+        token_ids = rows.token_ids[outer, self.span]
+        self.token_ids = torch.where(self.active(), token_ids, 0)  # a masked row's id may be anything
+
+    def active(self) -> Tensor:
+        if self.rows.mask is None:
+            return torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
+        return self.rows.mask[self.outer, self.span]
+
+    def temperatures(self) -> Tensor:
+        if self.rows.temperature.ndim == 0:
+            return self.logits.new_full((self.logits.shape[0],), float(self.rows.temperature), dtype=torch.float64)
+        return self.rows.temperature[self.outer, self.span].double()
+
+    def target_logits(self) -> Tensor:
+        return self.logits.gather(1, self.token_ids[:, None])[:, 0].double()
+
+    def others(self) -> Tensor:
+        return self.logits.scatter(1, self.token_ids[:, None], -torch.inf)
+
+    def log_share(self, row_lse: Tensor, row_entropy: Tensor) -> Tensor:
+        """Of these columns in the whole row, of which the logits are perhaps a shard: 0 where they are all of it."""
+        _, entropy, lse = _statistics(self.others(), self.target_logits(), self.temperatures())
+        return log_share(lse, row_lse, entropy, row_entropy, self.logits.dtype)
+
+    def get(self, array: Tensor | None) -> Tensor:
+        if array is None:
+            return self.logits.new_zeros(self.logits.shape[0], dtype=torch.float64)
+        return array[self.outer, self.span].double()
+
+    def put(self, array: Tensor, values: Tensor) -> None:
+        array[self.outer, self.span] = values.to(array.dtype)
+
+
+def _blocks(rows: Rows) -> Iterator[_Block]:
+    (outer, inner), vocab = rows.token_ids.shape, rows.logits.shape[2]
+    step = max(1, _BLOCK_ELEMENTS // max(vocab, 1))
+    for i in range(outer):
+        for begin in range(0, inner, step):
+            yield _Block(rows, i, begin, min(begin + step, inner))

@@ -1,0 +1,277 @@
+"""Rows whose vocabulary lies on several ranks: each rank's kernels see its own columns, a few numbers a row are merged.
+
+Rank r finds lse_r, H_r of its columns and the log-probability l_r of one of them: the target, if it has it, else its
+first. All ranks gather these, and know the row:
+
+    lse = logsumexp_r lse_r,    H = sum_r q_r (H_r - log q_r),    log q_r = lse_r - lse
+    log p_y = -softplus(d),     d = logsumexp of the others - z_y
+
+where the others are those on the target's rank, log(exp(-l) - 1) above z_y, and all that the other ranks have. No
+near-equal numbers are subtracted, so a confident row keeps its digits. Where logits are so large that
+lse has no digits beside the largest one, `log_share` has them from the entropies.
+
+The gradient needs no other rank. In the formula of csrc/row_math.h a rank without the target has the upstream
+(0, g_H, g_lse - g_l), by which all of its columns are alike: its kernel writes the first one as a target's, the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..autograd import first_derivative, refuse_second_backward
+from ..collectives import Ranks, gather, ranks_of
+from . import operators, triton_rows
+from .dispatch import Backend, by_triton, choose
+from .types import Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns this rank has: `begin` to `begin + width`, of which the first `columns` are tokens."""
+
+    ranks: Ranks
+    begin: int
+    width: int
+    vocab_size: int  # of all ranks, without padding
+
+    @property
+    def columns(self) -> int:
+        return min(max(self.vocab_size - self.begin, 0), self.width)
+
+    @property
+    def usual_columns(self) -> int:
+        """The same number on every rank, near to how many columns each has."""
+        return -(-self.vocab_size // self.ranks.size)
+
+    def place(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether this rank has the token, the column that stands for it here)."""
+        place = token_ids - self.begin
+        owns = (place >= 0) & (place < self.columns)
+        return owns, torch.where(owns, place, 0)
+
+
+def tp_ranks(values: Any, dimension: int, tp_group: Any) -> Ranks | None:
+    """Whose shards these are, before anything else is looked at that could be refused: a DTensor may say it itself."""
+    if checks.is_dtensor(values) and len(axes := _axes(values, dimension)) == 1:
+        return ranks_of("tp_group", values.device_mesh.get_group(axes[0]))
+    return ranks_of("tp_group", tp_group)
+
+
+def _axes(values: Any, dimension: int) -> list[int]:
+    """Over which dimensions of its mesh a DTensor is sharded in this one."""
+    from torch.distributed.tensor import Shard
+
+    return [
+        i for i, p in enumerate(values.placements)
+        if type(p) is Shard and p.dim % values.ndim == dimension % values.ndim
+    ]  # fmt: skip
+
+
+def shard_of(
+    name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
+) -> tuple[Any, VocabShard | None]:
+    """This rank's part of logits or of a head as a plain tensor, and which columns it is; None: all of them.
+
+    `dimension`: that of the vocabulary.
+    """
+    if checks.is_dtensor(values):
+        return _of_dtensor(name, values, dimension, tp_group, vocab_start, vocab_size)
+    ranks = ranks_of("tp_group", tp_group)
+    if ranks is None:
+        if vocab_start is not None:
+            raise ValueError(f"vocab_start: expected None without a tp_group; got {vocab_start!r}")
+        return values, None
+    width = checks.tensor(name, values, "this rank's part of the vocabulary").shape[dimension]
+    if vocab_start is None:
+        begin, total = ranks.rank * width, ranks.size * width
+    else:
+        begin, total = checks.whole("vocab_start", vocab_start, "the first column that this rank has", at_least=0), None
+        if vocab_size is None:
+            raise ValueError("vocab_size: expected the size of the vocabulary, because vocab_start is given; got None")
+    return values, VocabShard(ranks, begin, width, _vocabulary(vocab_size, total))
+
+
+def _of_dtensor(
+    name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
+) -> tuple[Any, VocabShard | None]:
+    if vocab_start is not None:
+        raise ValueError(f"vocab_start: expected None with {name} that are a DTensor, which says itself where it lies")
+    sharded = _axes(values, dimension)
+    others = [p for i, p in enumerate(values.placements) if i not in sharded and not p.is_replicate()]
+    if others or len(sharded) > 1:
+        raise ValueError(
+            f"{name}: expected a DTensor that is sharded over the vocabulary, Shard({dimension}), in one dimension of "
+            f"its mesh, and replicated in all others; got {values.placements}. Redistribute it first"
+        )
+    if not sharded:
+        return values.to_local(), None
+    mesh, (axis,) = values.device_mesh, sharded
+    ranks = ranks_of("tp_group", mesh.get_group(axis))
+    assert ranks is not None
+    given = ranks_of("tp_group", tp_group)
+    if given is not None and given.name != ranks.name:
+        raise ValueError(
+            f"tp_group: expected None, or the group over which {name} are sharded as a DTensor; got another group"
+        )
+    columns = values.shape[dimension]
+    begin = min(ranks.rank * -(-columns // ranks.size), columns)  # as DTensor cuts: the last may be shorter, or empty
+    local = values.to_local()
+    return local, VocabShard(ranks, begin, local.shape[dimension], _vocabulary(vocab_size, columns))
+
+
+def _vocabulary(vocab_size: Any, columns: int | None) -> int:
+    if vocab_size is None:
+        assert columns is not None
+        return columns
+    size = checks.whole("vocab_size", vocab_size, "how many columns of all ranks are tokens", at_least=1)
+    if columns is not None and size > columns:
+        raise ValueError(
+            f"vocab_size: expected from 1 to {columns}, the columns of all ranks together; got {size}. Either tp_group "
+            "is not the group over which the vocabulary is sharded, or shards are of unequal width: then pass "
+            "vocab_start"
+        )
+    return size
+
+
+# ---- merging
+
+_EXACT_FROM = 2.0**29  # nats; from here on an lse by Triton is that of the exact temperature
+_ELSEWHERE = 1.0  # what no log-probability is
+
+
+def merged(
+    local: RowStats | None, owns: Tensor, mask: Tensor | None, shard: VocabShard, dtype: torch.dtype
+) -> RowStats:
+    """Statistics of whole rows, in `dtype`, from those of this rank's columns; the same on every rank. One collective.
+
+    `local` is None where this rank has nothing but padding.
+    """
+    if local is None:
+        nothing = torch.zeros(owns.shape, dtype=dtype, device=owns.device)
+        local = RowStats(nothing, nothing, torch.full_like(nothing, -torch.inf, dtype=torch.float64))
+    of_owner = torch.where(owns, local.logprobs, _ELSEWHERE)
+    lses, entropies, logprobs = _gathered(local.lse, local.entropy, of_owner, shard.ranks)
+    most, of_most = lses.max(0)
+    relative = log_share(lses, most, entropies, entropies.gather(0, of_most[None])[0], dtype)  # to the largest lse
+    relative = torch.where(lses == -torch.inf, -torch.inf, relative)
+    log_sum = torch.logsumexp(relative, 0)
+    lse, log_shares = most + log_sum, relative - log_sum
+    share = log_shares.exp()
+    entropy = torch.where(share == 0, 0.0, share * (entropies - log_shares)).sum(0)
+
+    owner = logprobs != _ELSEWHERE
+    of_target = torch.where(owner, relative + logprobs, -torch.inf).amax(0)
+    of_target = torch.where((owner & (lses == -torch.inf)).any(0), -torch.inf, of_target)
+    beside = torch.where(logprobs == 0, -torch.inf, torch.log(-torch.expm1(logprobs)) - logprobs)
+    d = torch.logsumexp(torch.where(owner, beside, relative - of_target), 0)
+    d = torch.where((of_target == -torch.inf) & (lse > -torch.inf), torch.inf, d)
+    d = torch.where(owner.any(0), d, torch.nan)  # a token that is none, where nothing checks
+    logprob = -(d.clamp(min=0.0) + torch.log1p(torch.exp(-d.abs())))
+    if mask is not None:
+        logprob, entropy, lse = (torch.where(mask, x, 0.0) for x in (logprob, entropy, lse))
+    return RowStats(logprob.to(dtype), entropy.to(dtype), lse)
+
+
+def _gathered(lse: Tensor, entropy: Tensor, logprobs: Tensor, ranks: Ranks) -> tuple[Tensor, ...]:
+    """[ranks, ...] each in float64, by one collective: 16 bytes a row, where statistics are float32."""
+    if entropy.dtype == torch.float64:
+        return gather(torch.stack([lse, entropy, logprobs]), ranks).unbind(1)
+    two = torch.stack([entropy, logprobs], -1).view(torch.float64)  # their bits, in the place of one float64
+    lses, pairs = gather(torch.stack([lse, two.squeeze(-1)]), ranks).unbind(1)
+    entropies, of_targets = pairs.unsqueeze(-1).contiguous().view(torch.float32).double().unbind(-1)
+    return lses, entropies, of_targets
+
+
+def of_this_rank(
+    stats: RowStats, upstream: Upstream, owns: Tensor, first: Tensor, temperature: Tensor, backend: Backend
+) -> tuple[RowStats, Upstream]:
+    """What this rank's kernel is told of whole rows and their gradients. `first`: each row's first logit here."""
+    logits, dtype = first.double() / temperature, stats.logprobs.dtype
+    if by_triton(backend):
+        logits = torch.where(logits.abs() < _EXACT_FROM, triton_rows.scaled(first, temperature), logits)
+    own = log_share(logits, stats.lse, torch.zeros_like(logits), stats.entropy.double(), dtype)
+    logprobs = torch.where(owns, stats.logprobs, own.to(dtype))
+    g_logprobs, g_lse = upstream.logprobs, upstream.lse
+    if g_logprobs is not None:
+        elsewhere = torch.where(owns, 0.0, -g_logprobs)
+        g_lse = elsewhere if g_lse is None else (g_lse + elsewhere).to(g_lse.dtype)
+        g_logprobs = torch.where(owns, g_logprobs, 0.0)
+    return stats._replace(logprobs=logprobs), upstream._replace(logprobs=g_logprobs, lse=g_lse)
+
+
+# ---- from logits
+
+
+def row_stats(rows: Rows, shard: VocabShard, *, overwrite_logits: bool, backend: str | None) -> RowStats:
+    """Statistics of whole rows from this rank's logits, differentiable; one collective, and none in the backward."""
+    found = _sharded_row_stats(
+        rows.logits, rows.token_ids, rows.mask, rows.temperature, shard.begin, shard.vocab_size, shard.ranks.text(),
+        overwrite_logits, backend,
+    )  # fmt: skip
+    return RowStats(*found)
+
+
+@torch.library.custom_op("gspo_kernels::sharded_row_stats", mutates_args=())
+def _sharded_row_stats(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    begin: int,
+    vocab_size: int,
+    ranks: str,
+    overwrite_logits: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operators.check_ids_and_temperatures(token_ids, mask, temperature, vocab_size)
+    shard = VocabShard(Ranks.read(ranks), begin, logits.shape[-1], vocab_size)
+    owns, place = shard.place(token_ids)
+    local = None
+    if shard.columns:
+        local = choose(logits, backend).forward(Rows(logits[..., : shard.columns], place, mask, temperature))
+    return merged(local, owns, mask, shard, stats_dtype(logits))
+
+
+@_sharded_row_stats.register_fake
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_stats(logits)
+
+
+def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, token_ids, mask, temperature, begin, vocab_size, ranks, ctx.overwrite_logits, ctx.backend = inputs
+    ctx.shard = VocabShard(Ranks.read(ranks), begin, logits.shape[-1], vocab_size)
+    ctx.save_for_backward(logits, token_ids, mask, temperature, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient_of_shard(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_logprobs is None and grad_entropy is None and grad_lse is None:
+        return (None,) * 9
+    logits, token_ids, mask, temperature, *saved = ctx.saved_tensors
+    if ctx.overwrite_logits:
+        refuse_second_backward(ctx, operators.FROM_LOGITS)
+    gradient = operators.room_for_gradient(logits, ctx.overwrite_logits)
+    if ctx.shard.columns == 0:
+        with torch.no_grad():
+            gradient.zero_()
+        return first_derivative(gradient, operators.FROM_LOGITS, logits), *(None,) * 8
+    owns, place = ctx.shard.place(token_ids)
+    upstream = Upstream(grad_logprobs, grad_entropy, grad_lse)
+    stats, local = of_this_rank(
+        RowStats(*saved), upstream, owns, logits[..., 0], temperature, choose(logits, ctx.backend)
+    )
+    operators.row_gradient(
+        logits, place, mask, temperature, ctx.shard.columns, *stats, *local[:3], None, None, gradient, ctx.backend
+    )
+    gradient = first_derivative(gradient, operators.FROM_LOGITS, logits, grad_logprobs, grad_entropy, grad_lse)
+    return gradient, *(None,) * 8
+
+
+_sharded_row_stats.register_autograd(_gradient_of_shard, setup_context=_save_for_gradient)

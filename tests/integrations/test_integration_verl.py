@@ -1,0 +1,831 @@
+"""The losses that verl's trainers call, against the oracle; and, where verl is installed, against verl's own functions.
+
+    pip install --no-deps verl==0.9.1 && pip install ray tensordict omegaconf codetiming orjson transformers
+    pip install datasets peft accelerate hydra-core torchdata pillow            # its `ppo_loss` and its engines
+
+Without verl, a stand-in has the one function of it that the losses need, and a config the fields they read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import oracle
+import pytest
+import ranks
+import torch
+from batches import Batch, edge_batch, ragged_batch, to_padded
+from checks import check_close, check_number
+from modes import DEFAULT_MODE
+from torch import Tensor
+
+from gspo_kernels import token_logprobs
+
+pytestmark = DEFAULT_MODE
+
+VERL = importlib.util.find_spec("verl") is not None
+needs_verl = pytest.mark.skipif(not VERL, reason="verl is not installed (pip install --no-deps verl==0.9.1, and so on)")
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    """A module of verl that asks for more than its losses do."""
+    found = None
+    if VERL:
+        with suppress(ImportError):
+            found = importlib.import_module(module)
+    return pytest.mark.skipif(found is None, reason=f"{module} cannot be imported")
+
+
+needs_worker = needs("verl.workers.utils.losses")
+needs_engine = needs("verl.workers.engine")
+
+
+# --- verl, or what stands in for it -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def integration() -> Any:
+    if VERL:
+        return importlib.import_module("gspo_kernels.integrations.verl")
+    names = ["verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"]
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    modules["verl"].__version__ = "0.9.1"
+    registry: dict[str, Any] = {}
+
+    def register_policy_loss(name: str) -> Callable[[Any], Any]:
+        return lambda function: registry.setdefault(name, function)
+
+    modules[names[-1]].register_policy_loss = register_policy_loss
+    modules[names[-1]].POLICY_LOSS_REGISTRY = registry
+    with mock.patch.dict(sys.modules, modules):
+        found = importlib.import_module("gspo_kernels.integrations.verl")
+    found.registry = registry  # type: ignore[attr-defined]
+    return found
+
+
+def loss_of(name: str) -> Callable[..., Any]:
+    """The loss by its name in verl's registry."""
+    if VERL:
+        integration()
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+        return get_policy_loss_fn(name)  # type: ignore[no-any-return]
+    return integration().registry[name]  # type: ignore[no-any-return]
+
+
+def config(**changes: Any) -> Any:
+    fields = {"clip_ratio": 0.2, "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4, "clip_ratio_c": 3.0}
+    fields |= {"global_batch_info": {}} | changes
+    if not VERL:
+        return SimpleNamespace(**fields)
+    from verl.workers.config import ActorConfig
+
+    return ActorConfig(strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=8, **fields)
+
+
+# --- batches as verl has them: token arrays [B, T] --------------------------------------------------------------------
+
+LOSSES = {"gspo_kernels": "gspo", "gspo_token_kernels": "gspo_token"}
+MODES = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+GLOBAL = {"dp_size": 4, "batch_num_tokens": 96, "global_batch_size": 40, "loss_scale_factor": None}
+
+
+def arguments(batch: Batch, *, dtype: torch.dtype = torch.float64, clean: bool = False) -> dict[str, Any]:
+    """By keyword, as verl's `ppo_loss` passes them; `clean`: with zeros where the mask is False."""
+    spread = torch.tensor(batch.lengths)
+    fill = 0.0 if clean else math.nan
+
+    def lay(values: Tensor, by_token: bool = True) -> Tensor:
+        found = values.to(dtype) if by_token else values.to(dtype).repeat_interleave(spread)
+        if clean:
+            found = found.masked_fill(~batch.mask, 0.0)
+        return to_padded(found, batch.lengths, fill)
+
+    assert batch.old_logprobs is not None
+    logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=dtype).masked_fill(~batch.mask, fill)
+    return {
+        "old_log_prob": lay(batch.old_logprobs),
+        "log_prob": lay(logprobs).requires_grad_(),
+        "advantages": lay(batch.advantages, batch.by_token),
+        "response_mask": to_padded(batch.mask, batch.lengths, False),
+        "rollout_is_weights": None if batch.weights is None else lay(batch.weights, batch.weights_by_token),
+    }
+
+
+def call(name: str, given: dict[str, Any], **more: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """(loss, its gradient by log_prob, metrics)."""
+    given = given | {"log_prob": given["log_prob"].detach().clone().requires_grad_()}
+    loss, metrics = loss_of(name)(**given, **{"loss_agg_mode": "seq-mean-token-mean", "config": config(), **more})
+    loss.backward()
+    return loss.detach(), given["log_prob"].grad, metrics
+
+
+def options_of(mode: str, info: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """Of the oracle: what verl divides by, in plain words; gradients are averaged over dp_size ranks afterwards."""
+    kept = [sum(bool(batch.mask[t]) for t in rows) for rows in batch.sequences]
+    tokens, sequences = info.get("batch_num_tokens", sum(kept)), info.get("global_batch_size", sum(map(bool, kept)))
+    factor = info.get("loss_scale_factor") or max(batch.lengths) + 1
+    counts = {"token-mean": tokens, "token-sum": 1, "seq-mean-token-sum-norm": sequences * factor}
+    over_tokens = "token_mean" if mode.startswith("token") else "sequence_sum"
+    return {
+        "aggregation": "sequence_mean" if mode == "seq-mean-token-mean" else over_tokens,
+        "normalizer": counts.get(mode, sequences) / info.get("dp_size", 1),
+    }
+
+
+# --- against the oracle -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, "sequence", "token"])
+@pytest.mark.parametrize("info", [{}, GLOBAL, GLOBAL | {"loss_scale_factor": 7}], ids=["local", "global", "factor"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_aggregation_against_the_oracle(name: str, mode: str, info: Any, weights: str | None) -> None:
+    """Value and gradient in float64, with NaN in the padding, and the metrics."""
+    objective = LOSSES[name]
+    batch = ragged_batch(objective, weights=weights, by_token=objective == "gspo_token", seed=8)  # all bounds are met
+    given = arguments(batch)
+    loss, gradient, metrics = call(name, given, loss_agg_mode=mode, config=config(global_batch_info=dict(info)))
+    expected = batch.expected(objective, dual_clip=3.0, **options_of(mode, info, batch))
+    check_number("loss", float(loss), expected.loss, 1e-12 * expected.loss_size)
+    wanted = to_padded(torch.tensor(expected.d_logprobs, dtype=torch.float64), batch.lengths, 0.0)
+    size = to_padded(torch.tensor(expected.d_logprobs_size, dtype=torch.float64), batch.lengths, 0.0)
+    check_close("gradient", gradient, wanted, 1e-12 * size)
+    check_metrics(metrics, batch, expected, objective)
+
+
+def check_metrics(metrics: dict[str, float], batch: Batch, expected: oracle.Result, objective: str) -> None:
+    assert all(type(x) is float and math.isfinite(x) for x in metrics.values()), metrics
+    advantages = batch.spread(batch.advantages, batch.by_token)
+    assert batch.old_logprobs is not None
+    clipped, held, kl, count = 0, 0, 0.0, 0
+    for i, rows in enumerate(batch.sequences):
+        for j, t in enumerate(rows):
+            if not batch.mask[t]:
+                continue
+            ratio = math.exp(expected.log_ratio[i]) if objective == "gspo" else sequence_ratio(batch, rows)
+            clipped += advantages[i][j] > 0 and ratio > 1 + 4e-4
+            clipped += advantages[i][j] < 0 and ratio < 1 - 3e-4
+            held += advantages[i][j] < 0 and ratio > 3
+            kl += float(batch.old_logprobs[t]) - batch.rows[t].logprob
+            count += 1
+    assert clipped and held, "both bounds and the dual clip are there to be counted"
+    check_number("pg_clipfrac", metrics["actor/pg_clipfrac"], clipped / count, 1e-6)
+    check_number("pg_clipfrac_lower", metrics["actor/pg_clipfrac_lower"], held / count, 1e-6)
+    check_number("ppo_kl", metrics["actor/ppo_kl"], kl / count, 1e-9)
+    ours = {name.removeprefix("actor/gspo_kernels/"): x for name, x in metrics.items() if "gspo_kernels/" in name}
+    assert set(ours) == set(expected.stats) - {"entropy", "ref_kl"}
+    for name, x in ours.items():
+        check_number(name, x, expected.stats[name], 1e-5 * abs(expected.stats[name]) + 1e-12)
+
+
+def sequence_ratio(batch: Batch, rows: range) -> float:
+    assert batch.old_logprobs is not None
+    kept = [batch.rows[t].logprob - float(batch.old_logprobs[t]) for t in rows if batch.mask[t]]
+    return math.exp(sum(kept) / len(kept))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_shares_of_ranks_and_micro_batches_are_the_whole(name: str, mode: str) -> None:
+    """verl sums micro-batches, and averages ranks: what they return makes the loss of one process (verl #5798)."""
+    objective = LOSSES[name]
+    batch = ragged_batch(objective)
+    whole = arguments(batch)
+    mask = whole["response_mask"]
+    info = {"batch_num_tokens": int(mask.sum()), "global_batch_size": int(mask.any(1).sum()), "loss_scale_factor": 9}
+    loss, gradient, _ = call(name, whole, loss_agg_mode=mode, config=config(global_batch_info=info | {"dp_size": 1}))
+    of_ranks = torch.tensor_split(torch.arange(len(mask)), 2)
+    shares, gradients = [], []
+    for rows in of_ranks:
+        for micro in torch.tensor_split(rows, 3):
+            part = {k: x if x is None else x[micro] for k, x in whole.items()}
+            at = config(global_batch_info=info | {"dp_size": 2})
+            share, g, _ = call(name, part, loss_agg_mode=mode, config=at)
+            shares.append(share / 2)
+            gradients.append(g / 2)
+    check_number("loss", float(sum(shares)), float(loss), 1e-12 * float(torch.stack(shares).abs().sum()))
+    check_close("gradient", torch.cat(gradients), gradient, 1e-12 * gradient.abs())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_in_which_nothing_counts(name: str, mode: str) -> None:
+    """verl rejects whole responses by their mask: locally it divides 0 by 0 then."""
+    given = arguments(ragged_batch(LOSSES[name])) | {"response_mask": torch.zeros(13, 8, dtype=torch.bool)}
+    for info in ({}, {"dp_size": 2, "batch_num_tokens": 0, "global_batch_size": 0}):
+        loss, gradient, metrics = call(name, given, loss_agg_mode=mode, config=config(global_batch_info=info))
+        assert float(loss) == 0 and bool((gradient == 0).all())
+        assert all(x == 0 for x in metrics.values()), metrics
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_the_edge_of_the_clip_range(name: str, side: str) -> None:
+    """Ratios 3e-8 from the edge, float32 log-probabilities: what clips is what clips in the oracle."""
+    batch = edge_batch(LOSSES[name], side)
+    given = arguments(batch, dtype=torch.float32)
+    kept = given["response_mask"]
+    logprobs = given["log_prob"].detach().double()[kept].tolist()
+    active = torch.tensor([g != 0 for g in batch.expected(LOSSES[name], logprobs=logprobs).d_logprobs])
+    assert torch.equal(call(name, given)[1][kept] != 0, active)
+
+
+def test_clip_ratio_stands_in_for_what_is_none() -> None:
+    given = arguments(ragged_batch("gspo"))
+    one = config(clip_ratio=5e-4, clip_ratio_low=None, clip_ratio_high=None)
+    both = config(clip_ratio_low=5e-4, clip_ratio_high=5e-4)
+    assert torch.equal(call("gspo_kernels", given, config=one)[1], call("gspo_kernels", given, config=both)[1])
+    other = config(clip_ratio_low=5e-4, clip_ratio_high=5e-4, clip_ratio_c=None)
+    assert not torch.equal(call("gspo_kernels", given, config=one)[1], call("gspo_kernels", given, config=other)[1])
+
+
+def test_refusals_name_the_option() -> None:
+    given = arguments(ragged_batch("gspo"))
+    with pytest.raises(ValueError, match=r"loss_agg_mode: expected one of 'token-mean'.*got 'seq-mean'"):
+        call("gspo_kernels", given, loss_agg_mode="seq-mean")
+    for mode, count in (("token-mean", "batch_num_tokens"), ("seq-mean-token-mean", "global_batch_size")):
+        with pytest.raises(ValueError, match=rf"{count}: .*dp_size is 2; got None"):
+            call("gspo_kernels", given, loss_agg_mode=mode, config=config(global_batch_info={"dp_size": 2}))
+    with pytest.raises(ValueError, match=r"config: expected verl's ActorConfig"):
+        call("gspo_kernels", given, config=None)
+    with pytest.raises(TypeError, match=r"^log_prob: expected float32 or float64.*bfloat16"):
+        call("gspo_kernels", given | {"log_prob": given["log_prob"].bfloat16()})
+    for name in ("gspo_kernels", "gspo_token_kernels"):
+        with pytest.raises(TypeError, match=r"advantages: expected .* an integer dtype; got torch.bool"):
+            call(name, given | {"advantages": given["advantages"] > 0})
+    by_token = arguments(ragged_batch("gspo_token", by_token=True))
+    with pytest.raises(ValueError, match=r"advantages: .*responses with several.*loss_mode=gspo_token_kernels"):
+        call("gspo_kernels", by_token)
+
+
+TOKEN_ARRAYS = ["log_prob", "old_log_prob", "advantages", "response_mask", "rollout_is_weights"]
+
+
+@pytest.mark.parametrize("array", TOKEN_ARRAYS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_token_arrays_are_refused_by_verls_names(name: str, array: str) -> None:
+    """Nothing is broadcast: [B], [B, 1], [1, T], [B, T + 1] are as wrong as no tensor."""
+    given = arguments(ragged_batch(LOSSES[name], weights="token"), clean=True)
+    right = given[array].detach()
+    wider = torch.cat((right, right[:, :1]), 1)
+    wrong = [right.tolist(), right[:, 0], right[:, :1], right[:1], wider, right[..., None], right.to(torch.complex64)]
+    for value in wrong if array == "rollout_is_weights" else [None, *wrong]:
+        with pytest.raises((TypeError, ValueError)) as error:
+            loss_of(name)(**given | {array: value, "loss_agg_mode": "token-mean", "config": config()})
+        names = [array, "old_log_prob"] if array == "log_prob" else [array]  # log_prob's [B, T] is that of the others
+        assert any(str(error.value).startswith(f"{x}: expected ") for x in names), error.value
+
+
+def test_log_probabilities_are_refused_by_verls_names() -> None:
+    given = arguments(ragged_batch("gspo"), clean=True)
+    for array in ("log_prob", "old_log_prob"):
+        with pytest.raises(ValueError, match=f"^{array}: expected log-probabilities, at most 0"):
+            call("gspo_kernels", given | {array: given[array].detach().exp()})
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens_at_all(name: str, mode: str, shape: tuple[int, int]) -> None:
+    given = {array: torch.zeros(shape) for array in TOKEN_ARRAYS} | {"response_mask": torch.zeros(shape).bool()}
+    for info in ({}, GLOBAL):
+        loss, gradient, metrics = call(name, given, loss_agg_mode=mode, config=config(global_batch_info=dict(info)))
+        assert float(loss) == 0 and gradient.shape == shape and all(math.isfinite(x) for x in metrics.values())
+
+
+@pytest.mark.parametrize("count", [0, 0.0, -1, math.nan, torch.tensor(0), torch.ones(1)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_global_count_of_nothing_where_tokens_count(mode: str, count: Any) -> None:
+    info = {"dp_size": 2, "batch_num_tokens": count, "global_batch_size": count}
+    given = arguments(ragged_batch("gspo"))
+    if mode == "token-sum":  # divides by no count
+        call("gspo_kernels", given, loss_agg_mode=mode, config=config(global_batch_info=info))
+        return
+    name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        call("gspo_kernels", given, loss_agg_mode=mode, config=config(global_batch_info=info))
+
+
+@pytest.mark.parametrize(("name", "value"), [("dp_size", 0), ("loss_scale_factor", 0)])
+def test_other_divisors_of_nothing(name: str, value: int) -> None:
+    at = config(global_batch_info=GLOBAL | {name: value})
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        call("gspo_kernels", arguments(ragged_batch("gspo")), loss_agg_mode=MODES[-1], config=at)
+
+
+# --- against verl -----------------------------------------------------------------------------------------------------
+
+
+@needs_verl
+@pytest.mark.parametrize("weights", [None, "sequence", "token"])
+@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_equals_verls_gspo(name: str, dtype: torch.dtype, mode: str, info: Any, weights: str | None) -> None:
+    """Without a dual clip, which verl's GSPO leaves out whatever clip_ratio_c is, and with a clean padding."""
+    by_token = name == "gspo_token_kernels"
+    if weights == "token" and not by_token:
+        weights = "sequence"  # see test_weights_per_token_in_gspo
+    batch = ragged_batch(LOSSES[name], weights=weights, by_token=by_token)
+    given = arguments(batch, dtype=dtype, clean=True)
+    more = {"loss_agg_mode": mode, "config": config(clip_ratio_c=None, global_batch_info=dict(info))}
+    loss, gradient, metrics = call(name, given, **more)
+    theirs, their_gradient, their_metrics = call("gspo", given, **more)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    size = batch.expected(LOSSES[name], **options_of(mode, info, batch)).loss_size
+    check_number("loss", float(loss), float(theirs), tolerance * size)
+    check_close("gradient", gradient, their_gradient, tolerance * their_gradient.abs())
+    assert float(their_gradient.abs().max()) > 0
+    assert set(their_metrics) <= set(metrics)
+    for key, x in their_metrics.items():
+        check_number(key, metrics[key], x, 1e-6 * (1 + abs(x)))
+
+
+@needs_verl
+def test_clip_ratio_c_of_verl_is_never_read() -> None:
+    """verl's scripts set clip_ratio_c for GSPO, "dual-clip guard": its loss has the same bits without. Ours has it."""
+    given = arguments(ragged_batch("gspo"), clean=True)
+    theirs = [call("gspo", given, config=config(clip_ratio_c=c))[0] for c in (1.5, 10.0)]
+    assert torch.equal(*theirs)
+    ours = [call("gspo_kernels", given, config=config(clip_ratio_c=c))[0] for c in (1.5, 10.0)]
+    assert ours[0] < ours[1]
+
+
+@needs_verl
+def test_garbage_in_the_padding() -> None:
+    """One NaN of an old log-probability where the mask is False: verl's loss is NaN in every mode that has means."""
+    batch = ragged_batch("gspo")
+    given = arguments(batch, clean=True)
+    outside = torch.nonzero(~given["response_mask"] & given["response_mask"].any(1, keepdim=True))[0]
+    given["old_log_prob"][tuple(outside)] = math.nan
+    assert math.isnan(call("gspo", given)[0])
+    loss, gradient, metrics = call("gspo_kernels", given)
+    assert all(map(math.isfinite, [loss, *metrics.values()])) and bool(gradient.isfinite().all())
+
+
+@needs_verl
+def test_a_stale_response() -> None:
+    """Log-ratio 11, A < 0: verl's clamp at 10 leaves no gradient. Ours has the paper's, up to clip_ratio_c."""
+    batch = ragged_batch("gspo")
+    given = arguments(batch, clean=True)
+    i = next(i for i in range(13) if given["advantages"][i].min() < 0)
+    given["old_log_prob"][i] = given["log_prob"][i].detach() - 11
+    none = config(clip_ratio_c=None)
+    assert bool((call("gspo", given, config=none)[1][i] == 0).all())
+    kept = given["response_mask"][i]
+    wanted = -given["advantages"][i] * math.exp(11) / (kept.sum() * given["response_mask"].any(1).sum())
+    check_close("gradient", call("gspo_kernels", given, config=none)[1][i], wanted, 1e-9 * wanted.abs())
+    assert bool((call("gspo_kernels", given)[1][i] == 0).all()), "held at clip_ratio_c"
+
+
+@needs_verl
+def test_weights_per_token_in_gspo() -> None:
+    """GSPO's ratio is the response's: weights of its tokens add up. verl's form weighs each token's gradient alone."""
+    given = arguments(ragged_batch("gspo", weights="token"), clean=True)
+    none = {"config": config(clip_ratio_c=None)}
+    ours, theirs = call("gspo_kernels", given, **none), call("gspo", given, **none)
+    check_number("loss", float(ours[0]), float(theirs[0]), 1e-7 * abs(float(theirs[0])))
+    total = theirs[1].sum(1)
+    check_close("a response's gradient", ours[1].sum(1), total, 1e-7 * theirs[1].abs().sum(1))
+    assert not torch.allclose(ours[1], theirs[1])
+    same = call("gspo_token_kernels", given, **none)
+    check_close("gradient", same[1], theirs[1], 1e-7 * theirs[1].abs())
+
+
+@needs_verl
+def test_rejected_responses_count_where_verl_counts_them() -> None:
+    """A response without an unmasked token: left out of verl's local count, but not of global_batch_size."""
+    given = arguments(ragged_batch("gspo"), clean=True)
+    given["response_mask"][0, 0] = False  # masked first, and a response all the same
+    responses = len(given["response_mask"])
+    empty = responses - int(given["response_mask"].any(1).sum())
+    assert empty == 2
+    for info, count in (({}, responses - empty), ({"global_batch_size": responses}, responses)):
+        at = {"config": config(clip_ratio_c=None, global_batch_info=info)}
+        ours, theirs = call("gspo_kernels", given, **at)[0], call("gspo", given, **at)[0]
+        check_number("loss", float(ours), float(theirs), 1e-7 * abs(float(theirs)))
+        whole = call("gspo_kernels", given, loss_agg_mode="seq-mean-token-mean", config=config(clip_ratio_c=None))[0]
+        check_number("count", float(ours) * count, float(whole) * (responses - empty), 1e-9)
+
+
+# --- through verl's `ppo_loss` ----------------------------------------------------------------------------------------
+
+
+def model_batch(batch: Batch, prompt: int = 3) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(what verl's trainer passes, the padded arguments, nested token arrays of the model)."""
+    from tensordict import NonTensorData, TensorDict
+
+    given = arguments(batch, dtype=torch.float32, clean=True)
+    rows, width = given["response_mask"].shape
+    lengths = [length + prompt for length in batch.lengths]
+    attention = torch.zeros(rows, prompt + width, dtype=torch.int64)
+    for i, length in enumerate(batch.lengths):
+        attention[i, : prompt + length] = 1
+
+    def nested(values: Tensor) -> Tensor:
+        """Of a model: row t predicts token t + 1, so a response's first value stands at its prompt's last token."""
+        parts = []
+        for i, length in enumerate(lengths):
+            of_tokens = values.new_zeros(length)
+            of_tokens[prompt - 1 : length - 1] = values[i, : batch.lengths[i]]
+            parts.append(of_tokens)
+        return torch.nested.nested_tensor_from_jagged(torch.cat(parts), torch.tensor([0, *lengths]).cumsum(0))
+
+    data = TensorDict(
+        {
+            "prompts": torch.zeros(rows, prompt, dtype=torch.int64),
+            "responses": torch.zeros(rows, width, dtype=torch.int64),
+            "attention_mask": attention,
+            "response_mask": given["response_mask"].long(),
+            "old_log_probs": given["old_log_prob"],
+            "advantages": given["advantages"],
+            "ref_log_prob": given["old_log_prob"] + 0.3,
+            **({} if batch.weights is None else {"rollout_is_weights": given["rollout_is_weights"]}),
+        },
+        batch_size=[rows],
+    )
+    info = {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 30}
+    for key, value in info.items():
+        data[key] = NonTensorData(value)
+    return data, given, {"nested": nested}
+
+
+@needs_worker
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("mode", MODES)
+def test_through_verls_ppo_loss(name: str, mode: str) -> None:
+    """As a worker calls it: nested log-probabilities, verl's own entropy and KL terms added in place."""
+    from verl.workers.config import PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    loss_of(name)
+    batch = ragged_batch(LOSSES[name], weights="sequence")
+    found = {}
+    for loss_mode in (name, "gspo"):
+        data, given, tools = model_batch(batch)
+        leaf = tools["nested"](given["log_prob"].detach()).values().clone().requires_grad_()
+        offsets = tools["nested"](given["log_prob"].detach()).offsets()
+        output = {"log_probs": torch.nested.nested_tensor_from_jagged(leaf, offsets)}
+        output["entropy"] = torch.nested.nested_tensor_from_jagged(leaf.detach() ** 2, offsets)
+        at = config(
+            clip_ratio_c=None, loss_agg_mode=mode, use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01,
+            policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        )  # fmt: skip
+        loss, metrics = ppo_loss(at, output, data)
+        loss.backward()
+        found[loss_mode] = (
+            loss.detach(),
+            leaf.grad,
+            {k: getattr(x, "aggregate", lambda x=x: x)() for k, x in metrics.items()},
+        )
+    (ours, gradient, metrics), (theirs, their_gradient, their_metrics) = found[name], found["gspo"]
+    size = sum(abs(x) for x in their_metrics.values())
+    check_number("loss", float(ours), float(theirs), 1e-6 * size)
+    assert gradient is not None and their_gradient is not None
+    check_close("gradient", gradient, their_gradient, 1e-6 * (their_gradient.abs() + their_gradient.abs().max() / 10))
+    assert set(their_metrics) <= set(metrics)
+    for key, x in their_metrics.items():
+        check_number(key, metrics[key], x, 1e-6 * (1 + abs(x)))
+
+
+# --- log-probabilities and entropies ----------------------------------------------------------------------------------
+
+
+def peaky(shape: tuple[int, ...], vocab: int = 97, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, vocab, generator=generator) * 4
+    return logits, torch.randint(vocab, shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+def test_provider_is_token_logprobs(shape: tuple[int, ...]) -> None:
+    """With a temperature per row, of which padding has 0: finite there, as verl's clamp makes it."""
+    logits, labels = peaky(shape)
+    temperature = torch.rand(shape) + 0.5
+    temperature[0] = 0.0
+    leaf = logits.clone().requires_grad_()
+    found = integration().log_probs_and_entropy(leaf, labels, temperature)
+    wanted = token_logprobs(logits, labels, temperature=temperature.clamp(min=1e-6))
+    assert torch.equal(found[0], wanted.logprobs) and torch.equal(found[1], wanted.entropy)
+    (found[0].sum() + found[1].sum()).backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_provider_writes_over_the_logits_if_asked(inplace: bool) -> None:
+    logits, labels = peaky((7,))
+    leaf = logits.clone().requires_grad_()
+    given = leaf * 1
+    integration().log_probs_and_entropy(given, labels, inplace_backward=inplace)[0].sum().backward()
+    assert torch.equal(given.detach(), leaf.grad if inplace else logits)
+
+
+@needs_verl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_provider_against_verls_functions(dtype: torch.dtype) -> None:
+    """In float32 the same numbers; in bf16 the same as verl's on the float32 values, which verl's own are not."""
+    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+    logits, labels = peaky((64,))
+    logits = logits.to(dtype)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    log_probs, entropy = integration().log_probs_and_entropy(ours, labels)
+    wide = theirs.float()
+    their_log_probs, their_entropy = logprobs_from_logits(wide, labels), entropy_from_logits(wide)
+    check_close("log_probs", log_probs, their_log_probs, 2e-6 * (1 + their_log_probs.abs()))
+    check_close("entropy", entropy, their_entropy, 4e-6 * (1 + their_entropy.abs()))
+    (log_probs.sum() + 0.1 * entropy.sum()).backward()
+    (their_log_probs.sum() + 0.1 * their_entropy.sum()).backward()
+    assert ours.grad is not None and theirs.grad is not None
+    step = 2.0**-7 if dtype is torch.bfloat16 else 1e-5  # one rounds up where the other rounds down
+    check_close("gradient", ours.grad, theirs.grad, step * theirs.grad.abs() + 2e-6)
+    if dtype is torch.bfloat16:
+        own = logprobs_from_logits(logits, labels)
+        assert own.dtype is torch.bfloat16 and log_probs.dtype is torch.float32
+        assert float((own.float() - their_log_probs).abs().max()) > 1e-2, "a hundred times GSPO's clip range"
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def registered_engines() -> Any:
+    from verl.workers.engine import EngineRegistry
+
+    integration().register_engines()
+    return EngineRegistry
+
+
+@needs_engine
+def test_engines_are_chosen_by_vendor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = registered_engines()
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    own = registry.get_engine_cls("language_model", "fsdp")
+    assert own.__module__.startswith("verl.")
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "gspo_kernels")
+    for backend in ("fsdp", "fsdp2"):
+        ours = registry.get_engine_cls("language_model", backend)
+        assert issubclass(ours, own) and issubclass(ours, integration().LogProbsOfFSDP)
+    assert registry.get_engine_cls("value_model", "fsdp").__module__.startswith("verl."), "a critic's stays verl's"
+
+
+def micro_batch(remove_padding: bool, per_sample: bool) -> tuple[Any, dict[str, Any], Tensor]:
+    """(micro batch, output_args, logits) as verl's `prepare_model_inputs` and a model would have them."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    lengths = torch.tensor([5, 1, 7, 3])
+    offsets = torch.tensor([0, 5, 6, 13, 16])
+    temperature = torch.tensor([0.7, 1.0, 1.3, 2.0]) if per_sample else torch.ones(4)
+    _, ids = peaky((16,))
+    micro = TensorDict({"input_ids": torch.nested.nested_tensor_from_jagged(ids, offsets)}, batch_size=[4])
+    tu.assign_non_tensor(micro, use_remove_padding=remove_padding, calculate_entropy=True)
+    args: dict[str, Any] = {"input_ids_rmpad_rolled": torch.roll(ids, -1), "temperature_is_one": not per_sample}
+    if not remove_padding:
+        logits, _ = peaky((4, 7))
+        return micro, args | {"temperature": temperature}, logits
+    logits, _ = peaky((1, 18))
+    args["input_ids_rmpad_rolled"] = torch.cat([args["input_ids_rmpad_rolled"], torch.zeros(2, dtype=torch.int64)])
+    args["temperature_rmpad"] = torch.cat([temperature.repeat_interleave(lengths), torch.ones(2)])
+    return micro, args | {"pad_size": 2}, logits
+
+
+def bare(cls: type) -> Any:
+    """An engine without a model: what turns logits into log-probabilities asks for no more."""
+    engine = cls.__new__(cls)
+    engine.use_ulysses_sp = False
+    engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+    from verl.utils.torch_functional import entropy_from_logits
+
+    engine.compute_entropy_from_logits = entropy_from_logits
+    return engine
+
+
+@needs_engine
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("remove_padding", [False, True])
+def test_fsdp_engine_against_verls(remove_padding: bool, per_sample: bool, autocast: bool) -> None:
+    """Packed and padded logits, one temperature and one a sample, within the autocast that verl's engine opens."""
+    registry = registered_engines()
+    engines = registry._engines["language_model"]["fsdp"]
+    found = []
+    for cls in (engines["cuda", "gspo_kernels"], engines["cuda"]):
+        micro, args, logits = micro_batch(remove_padding, per_sample)
+        leaf = logits.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = bare(cls).prepare_model_outputs(SimpleNamespace(logits=leaf * 1), args, micro, None)
+        log_probs, entropy = (output[name].values() for name in ("log_probs", "entropy"))
+        assert torch.equal(output["log_probs"].offsets(), micro["input_ids"].offsets())
+        weights = torch.linspace(-1, 1, 16)
+        (log_probs @ weights + 0.1 * entropy.sum()).backward()
+        found.append((log_probs.detach(), entropy.detach(), leaf.grad))
+    (log_probs, entropy, gradient), (theirs, their_entropy, their_gradient) = found
+    check_close("log_probs", log_probs, theirs, 2e-6 * (1 + theirs.abs()))
+    check_close("entropy", entropy, their_entropy, 4e-6 * (1 + their_entropy.abs()))
+    assert gradient is not None and their_gradient is not None
+    check_close("gradient", gradient, their_gradient, 1e-5 * their_gradient.abs() + 2e-6)
+
+
+@needs_engine
+def test_fsdp_engine_does_not_read_padding() -> None:
+    registry = registered_engines()
+    micro, args, logits = micro_batch(False, True)
+    logits[1, 1:] = math.nan
+    leaf = logits.requires_grad_()
+    engine = bare(registry._engines["language_model"]["fsdp"]["cuda", "gspo_kernels"])
+    output = engine.prepare_model_outputs(SimpleNamespace(logits=leaf * 1), args, micro, None)
+    (output["log_probs"].values().sum() + output["entropy"].values().sum()).backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and bool((leaf.grad[1, 1:] == 0).all())
+
+
+@needs_engine
+@pytest.mark.parametrize("option", ["use_fused_kernels", "calculate_sum_pi_squared", "distillation_use_topk"])
+def test_fsdp_engine_refuses_by_name(option: str) -> None:
+    from verl.utils import tensordict_utils as tu
+
+    registered_engines()
+    micro, args, logits = micro_batch(True, False)
+    tu.assign_non_tensor(micro, **{option: True})
+    engine = bare(registered_engines()._engines["language_model"]["fsdp"]["cuda", "gspo_kernels"])
+    with pytest.raises(NotImplementedError, match=rf"{option}: expected it off with VERL_ENGINE_VENDOR=gspo_kernels"):
+        engine.prepare_model_outputs(SimpleNamespace(logits=logits), args, micro, None)
+
+
+# --- vocabulary-parallel ----------------------------------------------------------------------------------------------
+
+
+class Megatron:
+    """Of verl's engine what our part of it asks for."""
+
+    engine_config = SimpleNamespace(use_fused_kernels=False)
+
+    def forward_step(self) -> str:
+        return "verl's"
+
+
+def processed(rank: int) -> dict[str, Tensor]:
+    """In a rank: our logits processor on its columns, with Megatron's group."""
+    state: Any = ModuleType("megatron.core.parallel_state")
+    state.get_tensor_model_parallel_group = lambda: torch.distributed.group.WORLD
+    core: Any = ModuleType("megatron.core")
+    core.parallel_state = state
+    engine = type("Engine", (integration().LogProbsOfMegatron, Megatron), {})()
+    logits, labels = peaky((2, 9), vocab=96)
+    leaf = logits.chunk(2, -1)[rank].clone().requires_grad_()
+    temperature = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) + 0.5
+    with mock.patch.dict(sys.modules, {"megatron": ModuleType("megatron"), "megatron.core": core}):
+        found = engine._lm_head_logits_processor(
+            leaf * 1, labels, temperature, calculate_entropy=True, calculate_sum_pi_squared=False,
+            distillation_use_topk=False, distillation_only=False, logits_processor_func=None, batch=None,
+            data_format="thd",
+        )  # fmt: skip
+        with pytest.raises(NotImplementedError, match=r"calculate_sum_pi_squared: expected it off"):
+            engine._lm_head_logits_processor(leaf, labels, 1.0, calculate_entropy=True, calculate_sum_pi_squared=True)
+    (found["log_probs"].sum() + 0.1 * found["entropy"].sum()).backward()
+    assert leaf.grad is not None
+    return found | {"gradient": leaf.grad}
+
+
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=ranks.mark)])
+def test_megatron_logits_over_two_ranks(mark: int) -> None:
+    """The logits processor over gloo, against the whole vocabulary in one process."""
+    found = ranks.run(2, processed)
+    logits, labels = peaky((2, 9), vocab=96)
+    temperature = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) + 0.5
+    leaf = logits.clone().requires_grad_()
+    wanted = token_logprobs(leaf, labels, temperature=temperature)
+    (wanted.logprobs.sum() + 0.1 * wanted.entropy.sum()).backward()
+    for one in found:
+        check_close("log_probs", one["log_probs"], wanted.logprobs, 1e-6 * (1 + wanted.logprobs.abs()))
+        check_close("entropy", one["entropy"], wanted.entropy, 1e-6 * (1 + wanted.entropy))
+    gradient = torch.cat([one["gradient"] for one in found], -1)
+    assert leaf.grad is not None
+    check_close("gradient", gradient, leaf.grad, 2e-6 * leaf.grad.abs() + 1e-7)
+
+
+def beside_verls(rank: int) -> list[dict[str, Tensor]]:
+    """In a rank: ours, and what verl has for Megatron's logits: its own entropy, and Megatron's cross entropy."""
+    from megatron.core import parallel_state
+    from verl.utils.megatron import tensor_parallel
+
+    group = torch.distributed.group.WORLD
+    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = group
+    logits, labels = peaky((2, 9), vocab=96)
+    found = []
+    for ours in (True, False):
+        leaf = logits.chunk(2, -1)[rank].clone().requires_grad_()
+        if ours:
+            log_probs, entropy = integration().log_probs_and_entropy(leaf, labels, tp_group=group)
+        else:
+            entropy = tensor_parallel.vocab_parallel_entropy((leaf * 1).clone())
+            log_probs = tensor_parallel.vocab_parallel_log_probs_from_logits(leaf * 1, labels)
+        (log_probs.sum() + 0.1 * entropy.sum()).backward()
+        assert leaf.grad is not None
+        found.append({"log_probs": log_probs, "entropy": entropy, "gradient": leaf.grad})
+    return found
+
+
+@needs_verl
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=ranks.mark)])
+def test_against_verls_vocabulary_parallel_functions(mark: int) -> None:
+    for ours, theirs in ranks.run(2, beside_verls, plain_memory=True):
+        for name, bound in (("log_probs", 2e-6), ("entropy", 1e-5), ("gradient", 1e-6)):  # theirs: float32, lse of 15
+            check_close(name, ours[name], theirs[name], bound * (1 + theirs[name].abs()))
+
+
+def on_a_dtensor(rank: int) -> list[dict[str, Tensor]]:
+    """In a rank: both engines on logits that are a DTensor, which verl's own gathers and ours does not."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    engines = registered_engines()._engines["language_model"]["fsdp"]
+    found = []
+    for cls in (engines["cuda", "gspo_kernels"], engines["cuda"]):
+        micro, args, logits = micro_batch(True, True)
+        leaf = logits[..., :96].chunk(2, -1)[rank].clone().requires_grad_()
+        args["input_ids_rmpad_rolled"] %= 96
+        given = SimpleNamespace(logits=DTensor.from_local(leaf * 1, mesh, [Shard(-1)], run_check=False))
+        with mock.patch.object(DTensor, "full_tensor", autospec=True, side_effect=DTensor.full_tensor) as gather:
+            output = bare(cls).prepare_model_outputs(given, args, micro, None)
+        assert gather.called == (cls is engines["cuda"])
+        log_probs, entropy = (output[name].values() for name in ("log_probs", "entropy"))
+        (log_probs.sum() + 0.1 * entropy.sum()).backward()
+        assert leaf.grad is not None
+        found.append({"log_probs": log_probs, "entropy": entropy, "gradient": leaf.grad})
+    return found
+
+
+@needs_engine
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=ranks.mark)])
+def test_fsdp_engine_does_not_gather_a_sharded_vocabulary(mark: int) -> None:
+    for ours, theirs in ranks.run(2, on_a_dtensor, plain_memory=True):
+        for name, bound in (("log_probs", 2e-6), ("entropy", 4e-6), ("gradient", 1e-6)):
+            check_close(name, ours[name], theirs[name], bound * (1 + theirs[name].abs()))
+
+
+def test_megatron_engine_refuses_its_fused_head() -> None:
+    engine = type("Engine", (integration().LogProbsOfMegatron, Megatron), {})()
+    assert engine.forward_step() == "verl's"
+    engine.engine_config = SimpleNamespace(use_fused_kernels=True)
+    with pytest.raises(NotImplementedError, match=r"use_fused_kernels: expected it off"):
+        engine.forward_step()
+
+
+# --- how verl loads it ------------------------------------------------------------------------------------------------
+
+
+def load(**environment: str) -> subprocess.CompletedProcess[str]:
+    """A process that imports verl, and prints the names of its losses."""
+    code = "import verl; import verl.trainer.ppo.core_algos as c; print('losses:', *c.POLICY_LOSS_REGISTRY)"
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True,
+        text=True, check=False, timeout=1800, cwd=Path(__file__).parent,
+    )  # fmt: skip
+
+
+@needs_verl
+def test_loaded_as_an_external_module() -> None:
+    found = load(VERL_USE_EXTERNAL_MODULES="gspo_kernels.integrations.verl", VERL_USE_EXTERNAL_PLUGINS="none")
+    assert "gspo_kernels gspo_token_kernels" in found.stdout, found.stderr
+    assert "registered the policy losses gspo_kernels and gspo_token_kernels with verl 0.9.1" in found.stderr
+
+
+@needs_verl
+@pytest.mark.parametrize("broken", [False, True])
+def test_loaded_as_a_plugin(tmp_path: Path, broken: bool) -> None:
+    """By an entry point as pyproject.toml has it. verl swallows what a plugin raises; the log does not."""
+    root = Path(__file__).parents[2]
+    text = (root / "pyproject.toml").read_text()
+    assert '[project.entry-points."verl.plugins"]\ngspo_kernels = "gspo_kernels.integrations.verl"\n' in text
+    folder = tmp_path / "gspo_kernels_plugin-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: gspo-kernels-plugin\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text("[verl.plugins]\ngspo_kernels = gspo_kernels.integrations.verl\n")
+    if broken:  # a verl that has moved its registry
+        code = "import sys; sys.modules['verl.trainer.ppo.core_algos'] = None\n"
+        (tmp_path / "sitecustomize.py").write_text(code)
+    found = load(PYTHONPATH=os.pathsep.join([str(tmp_path), str(root)]))
+    if broken:
+        assert "gspo_kernels is NOT available in verl 0.9.1: its registration failed" in found.stderr
+        assert "Traceback" in found.stderr
+        return
+    assert "gspo_kernels gspo_token_kernels" in found.stdout, found.stderr
+    assert found.stderr.count("registered the policy losses") == 1

@@ -1,0 +1,338 @@
+"""The three products by themselves: odd shapes, transposed operands, added or not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from batches import OBJECTIVES
+from checks import check_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear import chunk_of, from_hidden, problem
+from modes import DEFAULT_MODE, DEVICE, NOT_INTERPRETED
+from torch import Tensor
+
+import gspo_kernels
+from gspo_kernels.linear import products
+from gspo_kernels.linear.products import (
+    CudaProducts,
+    CudaProductsThenSum,
+    MklProducts,
+    Products,
+    _cuda_products,
+    _even_blocks,
+    _mkl_gemm,
+)
+from gspo_kernels.rows import cpu_rows
+
+pytestmark = NOT_INTERPRETED  # no Triton kernel
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL's bf16 product, also on a processor without units for it: slow there, but right."""
+    if DEVICE.type != "cpu":
+        pytest.skip("MKL multiplies on a CPU")
+    monkeypatch.setattr(cpu_rows, "multiplies_bfloat16", lambda: True)
+    gemm = _mkl_gemm.__wrapped__()
+    if gemm is None:
+        pytest.skip("this torch has no MKL in it, or MKL has no bf16 product for this processor")
+    monkeypatch.setattr(products, "_mkl_gemm", lambda: gemm)
+
+
+PATHS = {
+    "MKL, bf16": torch.bfloat16,
+    "converted, bf16": torch.bfloat16,
+    "converted, fp16": torch.float16,
+    "plain, fp32": torch.float32,
+    "plain, fp64": torch.float64,
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of operands that are multiplied in this way whatever the processor."""
+    if request.param == "MKL, bf16":
+        request.getfixturevalue("with_mkl")
+    else:
+        monkeypatch.setattr(products, "_mkl_gemm", lambda: None)
+    return PATHS[request.param]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# rows, width, vocabulary: one of each; odd ones; a power of two; more rows than columns; a long inner dimension.
+SHAPES = [(1, 1, 1), (1, 7, 13), (3, 1, 5), (5, 33, 61), (64, 32, 128), (130, 5, 9), (7, 515, 11)]
+
+
+def made(dtype: torch.dtype, rows: int, width: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight, gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, width), (vocab, width), (rows, vocab)
+    found = (torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes)
+    return tuple(found)  # type: ignore[return-value]
+
+
+def check_product(name: str, found: Tensor, a: Tensor, b: Tensor, before: Tensor | None = None) -> None:
+    """a b against float64, relative to the absolute parts; fp32 whatever the operands are."""
+    a, b = a.double(), b.double()
+    exact, size = a @ b, a.abs() @ b.abs()
+    if before is not None:
+        exact, size = exact + before.double(), size + before.double().abs()
+    assert found.dtype == (torch.float64 if found.dtype == torch.float64 else torch.float32)
+    step = 2**-53 if found.dtype == torch.float64 else 2**-24
+    check_close(name, found, exact, 4 * a.shape[1] ** 0.5 * step * size)
+
+
+def check_all(of: Products, hidden: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    stride = vocab + 3  # of a row of logits, which begins on a boundary
+    room = torch.full((of.padded(rows), stride), 7.0, dtype=of.sums, device=DEVICE)
+    padded, out = room[:, :vocab], room[:rows, :vocab]
+    of.logits(hidden, None, padded)
+    check_product("logits", out, hidden, weight.t())
+    assert bool((room[:, vocab:] == 7.0).all()), "beyond a row's end"
+    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(3)).to(hidden.dtype).to(DEVICE)
+    of.logits(hidden, bias, padded)
+    check_product("logits with a bias", out, hidden, weight.t(), bias.expand(rows, vocab))
+    narrow = gradient.to(of.gradient)
+    wide = torch.zeros(rows, stride, dtype=of.gradient, device=DEVICE)
+    wide[:, :vocab] = narrow
+    check_product("hidden_gradient", of.hidden_gradient(wide[:, :vocab]), narrow, weight)
+    before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)).to(of.sums).to(DEVICE)
+    found = torch.empty_like(before)
+    of.weight_gradient(wide[:, :vocab], hidden, found, add=False)
+    check_product("weight_gradient", found, narrow.t(), hidden)
+    found = before.clone()
+    of.weight_gradient(wide[:, :vocab], hidden, found, add=True)
+    check_product("weight_gradient, added", found, narrow.t(), hidden, before)
+    found = before.clone()
+    of.weight_gradient(wide[:, :vocab], hidden, found, True, 0.25)
+    check_product("weight_gradient with a factor", found, 0.25 * narrow.double().t(), hidden, before)
+    check_product(
+        "hidden_gradient with a factor", of.hidden_gradient(wide[:, :vocab], 4.0), 4.0 * narrow.double(), weight
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed weight"])
+def test_against_float64(dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool) -> None:
+    hidden, weight, gradient = made(dtype, *shape)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    check_all(products.products(weight, dtype), hidden, weight, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=str)
+def test_in_blocks_of_the_vocabulary(dtype: torch.dtype, wide: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """61 columns in blocks of 16, one of them short; operands of another dtype than is multiplied are rounded first."""
+    hidden, weight, gradient = made(dtype, 5, 33, 61)
+    hidden, weight = hidden.to(wide), weight.to(wide)
+    of = products.products(weight, dtype)
+    monkeypatch.setattr(of, "_step", 16)
+    check_all(of, hidden.to(dtype), weight.to(dtype), gradient)
+    out = torch.empty(of.padded(5), 61, dtype=of.sums, device=DEVICE)
+    of.logits(hidden, None, out)
+    check_product("logits", out[:5], hidden.to(dtype), weight.to(dtype).t())
+
+
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 70, 2), (17, 5, 33), (70, 31, 64), (16, 64, 70)])
+@pytest.mark.parametrize("lies", list(itertools.product([False, True], repeat=3)))
+def test_mkl_takes_any_shape(m: int, k: int, n: int, lies: tuple[bool, bool, bool], with_mkl: None) -> None:
+    """Either operand may lie transposed or inside a wider matrix, and the result inside one."""
+    a_lies, b_lies, add = lies
+    gemm = products._mkl_gemm()
+    assert gemm is not None
+    generator = torch.Generator().manual_seed(m * 4900 + k * 70 + n)
+
+    def operand(rows: int, columns: int, transposed: bool) -> Tensor:
+        if transposed:
+            return torch.randn(columns, rows + 2, generator=generator).bfloat16()[:, :rows].t()
+        return torch.randn(rows, columns + 3, generator=generator).bfloat16()[:, :columns]
+
+    a, b = operand(m, k, a_lies), operand(k, n, b_lies)
+    room = torch.randn(m, n + 5, generator=generator)
+    before = room.clone()
+    gemm(a, b, room[:, :n], add)
+    check_product("product", room[:, :n], a, b, before[:, :n] if add else None)
+    assert torch.equal(room[:, n:], before[:, n:]), "beyond a row's end"
+
+
+def test_bf16_operands_have_their_own_units(with_mkl: None) -> None:
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16)
+    assert type(products.products(weight, torch.bfloat16)) is MklProducts
+    assert type(products.products(weight.float(), torch.bfloat16)) is MklProducts, "under autocast"
+    assert type(products.products(weight, torch.float32)) is Products
+
+
+# --- a row's bits -----------------------------------------------------------------------------------------------------
+
+
+def logits_of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    of = products.products(weight, hidden.dtype)
+    out = torch.empty(of.padded(len(hidden)), len(weight), dtype=of.sums)
+    of.logits(hidden, bias, out)
+    return out[: len(hidden)]
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize(("width", "vocab"), [(33, 1003), (64, 1003), (33, 4001), (64, 4001), (64, 17), (257, 61)])
+def test_logits_of_a_row_do_not_depend_on_other_rows_or_threads(
+    width: int, vocab: int, path: torch.dtype, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: alone, among few or many, at the beginning and at the end, by any number of threads.
+
+    1,003 columns are one block, 4,001 are several (1,408 are as narrow as a block gets at 11 threads), and 17 and 61
+    are fewer than a block must have.
+    """
+    if vocab > 1408:
+        monkeypatch.setitem(products._BLOCK_BYTES, "cpu", width * 4 * 1408)
+    hidden, weight, _ = made(path, 100, width, vocab)
+    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(3)).to(path)
+    torch.set_num_threads(1)
+    expected = logits_of_rows(hidden, weight, bias)
+    for count in (1, 2, 3, 5, 7, 11):
+        torch.set_num_threads(count)
+        for rows in (1, 2, 3, 4, 7, 8, 15, 16, 17, 32, 48, 99):
+            for start in (0, 1, 100 - rows):
+                found = logits_of_rows(hidden[start : start + rows], weight, bias)
+                assert torch.equal(found, expected[start : start + rows]), (count, rows, start)
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize("objective", ["gspo", "grpo"])
+def test_statistics_of_a_row_do_not_depend_on_chunk_batch_or_threads(
+    objective: str, path: torch.dtype, threads: None
+) -> None:
+    lengths = (5, 3, 0, 7, 4, 6, 1, 9)
+    p = problem(objective, seed=98, width=64, vocab=301, lengths=lengths, bias=True, dtype=path)
+    torch.set_num_threads(1)
+    expected = from_hidden(p, "packed", objective).stats.logprobs
+    weights = ("hidden", "weight", "bias")
+    for count, rows, wants in ((1, 1, ()), (1, 7, weights), (2, 2, weights), (2, 10, ()), (3, 6, weights), (5, 20, ())):
+        torch.set_num_threads(count)
+        found = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+        assert torch.equal(found.stats.logprobs, expected), (count, rows)
+    p.hidden[p.batch.mask.logical_not()] = 0.0
+    chunk_bytes = chunk_of(3, 301)
+    for start, stop in ((0, 1), (2, 5), (1, len(p.hidden))):
+        some = p.hidden[start:stop], p.weight, p.batch.token_ids[start:stop].clamp(min=0)
+        alone = gspo_kernels.linear_token_logprobs(*some, bias=p.bias, chunk_bytes=chunk_bytes).logprobs
+        live = p.batch.mask[start:stop]
+        same = torch.equal(alone.to(expected.dtype)[live], expected[start:stop][live])  # of float64, stats have float32
+        assert same, "of a part of the batch"
+
+
+@DEFAULT_MODE
+def test_few_rows_fill_up_a_block(path: torch.dtype, threads: None) -> None:
+    """Fewer than 16 more, unless threads outnumber the rows; and the buffer for logits grows by no more."""
+    for count in (1, 2, 4, 7):
+        torch.set_num_threads(count)
+        of = products.products(torch.zeros(5, 3, dtype=path), path)
+        for rows in range(1, 70):
+            padding = of.padded(rows) - rows
+            assert 0 <= padding <= of.most_padding and of.padded(rows) % 16 == 0
+            assert of.padded(rows) >= 4 * count and (padding < 16 or of.padded(rows) < 4 * count + 16)
+        assert of.padded(0) == 0
+
+
+@DEFAULT_MODE
+def test_whole_blocks_are_not_copied() -> None:
+    hidden = torch.randn(64, 32)
+    assert products._aligned(hidden, 64).data_ptr() == hidden.data_ptr()
+    for other, rows in ((hidden[:60], 64), (hidden[:, 1:], 64), (hidden.t(), 32)):
+        copy = products._aligned(other, rows)
+        assert copy.data_ptr() % 64 == 0 and copy.stride(0) * 4 % 64 == 0 and copy.stride(1) == 1
+        assert torch.equal(copy[: len(other)], other) and bool((copy[len(other) :] == 0).all())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(1, 500))
+def test_blocks_of_the_vocabulary_are_even(columns: int, most: int) -> None:
+    blocks = _even_blocks(columns, most)
+    assert [i for block in blocks for i in range(columns)[block]] == list(range(columns))
+    sizes = [block.stop - block.start for block in blocks]
+    assert max(sizes) <= max(most, 16) and min(sizes) > max(sizes) - 32
+    assert all(block.start % 16 == 0 for block in blocks)
+
+
+# --- what releases of torch offer on a GPU ----------------------------------------------------------------------------
+
+
+def refuse_other_self(self: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, **rest: Any) -> Tensor:
+    """`torch.addmm` on a GPU in torch 2.8 and 2.9."""
+    if self.dtype != b.dtype:
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+    raise AssertionError("no product here adds to a matrix in its operands' dtype")
+
+
+def without_out_dtype(self: Tensor, *operands: Tensor, out: Tensor, **named: Any) -> Tensor:
+    """`torch.addmm` and `torch.mm` before 2.8."""
+    raise TypeError("got an unexpected keyword argument 'out_dtype'")
+
+
+def wide_addmm(self: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any, beta: float, alpha: float, out: Tensor) -> Tensor:
+    """`torch.addmm` on a GPU from 2.10 on."""
+    product = alpha * (a.float() @ b.float())
+    return out.copy_(product + beta * self if beta else product)
+
+
+def wide_mm(a: Tensor, b: Tensor, *, out_dtype: Any, out: Tensor | None = None) -> Tensor:
+    """`torch.mm` on a GPU from 2.8 on."""
+    product = a.float() @ b.float()
+    return product if out is None else out.copy_(product)
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("addmm", "mm", "kind"),
+    [
+        (wide_addmm, wide_mm, CudaProducts),
+        (refuse_other_self, wide_mm, CudaProductsThenSum),
+        (without_out_dtype, without_out_dtype, Products),
+    ],
+    ids=["2.10", "2.8", "2.7"],
+)
+def test_the_products_that_a_release_accepts(
+    dtype: torch.dtype, addmm: Any, mm: Any, kind: type[Products], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are chosen by a product that runs, and give the same results."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "addmm", addmm)
+        patch.setattr(torch, "mm", mm)
+        chosen = _cuda_products.__wrapped__(torch.device("cpu"), dtype)
+        assert chosen is kind
+        if chosen is not Products:
+            patch.setattr(products, "_BLOCK_BYTES_ELSEWHERE", 4 * 61 * 3)  # so that a sum takes several blocks
+            hidden, weight, gradient = made(dtype, 5, 33, 61)
+            check_all(chosen(weight, dtype), hidden, weight, gradient)
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_bf16_units(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another processor, or another torch: products of the same numbers in fp32; the same loss."""
+    p = problem(objective, seed=100, bias=True, dtype=torch.bfloat16)
+    usual = from_hidden(p, "packed", objective, rows=3)
+    monkeypatch.setattr(products, "_mkl_gemm", lambda: None)
+    assert type(products.products(p.weight, torch.bfloat16)) is Products
+    other = from_hidden(p, "packed", objective, rows=3)
+    assert float(other.loss) == pytest.approx(float(usual.loss), rel=3e-6)
+    for name in ("hidden", "weight", "bias"):
+        x, y = getattr(other, name), getattr(usual, name)
+        size = y.double().abs().amax(-1, keepdim=True)
+        check_close(name, x, y, 2**-6 * size.expand_as(y))

@@ -1,0 +1,202 @@
+"""An objective of one's own: what it may say, what is refused by name, and threads that share one."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any, ClassVar
+
+import oracle
+import pytest
+import torch
+from linear import from_hidden, problem
+from modes import NOT_INTERPRETED, on_device
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import gspo_kernels
+from gspo_kernels import GRPO, GSPO, Objective, Terms, linear_policy_loss, policy_loss, policy_loss_from_logprobs
+from gspo_kernels.linear import operators
+
+pytestmark = NOT_INTERPRETED  # an objective of one's own is computed by torch
+
+
+class OfToken(Objective):
+    together: ClassVar[str] = "token"
+
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> Terms:
+        return Terms(-log_ratio.exp() * advantages, log_ratio)
+
+
+class OfSequence(Objective):
+    ratio_of: ClassVar[str] = "sequence"
+    advantages_per_token: ClassVar[bool] = False
+    together: ClassVar[str] = "sequence"
+
+    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> Terms:
+        mean = layout.mean(log_ratio)
+        return Terms(-mean.exp() * advantages, mean)
+
+
+LOGITS = on_device(torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)))
+IDS, ADVANTAGES = on_device(torch.tensor([[1, 2, 3], [4, 5, 6]])), on_device(torch.tensor([1.0, -1.0]))
+OLD = on_device(torch.full((2, 3), -2.0))
+CALLS = {
+    "logits": lambda objective: policy_loss(LOGITS, IDS, ADVANTAGES, OLD, objective=objective),
+    "hidden": lambda objective: linear_policy_loss(
+        LOGITS, on_device(torch.eye(7)), IDS, ADVANTAGES, OLD, objective=objective
+    ),
+    "log-probabilities": lambda objective: policy_loss_from_logprobs(OLD, ADVANTAGES, OLD, objective=objective),
+}
+by_call = pytest.mark.parametrize("call", CALLS)
+
+
+@by_call
+@pytest.mark.parametrize(
+    ("attribute", "value", "kind"),
+    [
+        ("ratio_of", "sequences", ValueError),
+        ("ratio_of", None, ValueError),
+        ("together", "tokens", ValueError),
+        ("aggregation", "mean", ValueError),
+        ("advantages_per_token", "no", TypeError),
+        ("by_sequence_alone", 1, TypeError),
+        ("by_sequence_alone", True, ValueError),  # with a ratio per token
+    ],
+)
+@pytest.mark.parametrize("of_instance", [False, True], ids=["class", "instance"])
+def test_a_misspelt_attribute_is_refused_by_name(
+    call: str, attribute: str, value: Any, kind: type[Exception], of_instance: bool
+) -> None:
+    objective = OfToken() if of_instance else type("Misspelt", (OfToken,), {attribute: value})()
+    if of_instance:
+        setattr(objective, attribute, value)
+    with pytest.raises(kind, match=rf"{type(objective).__name__}\.{attribute}: expected .*; got "):
+        CALLS[call](objective)
+
+
+@by_call
+def test_a_class_is_refused_as_one(call: str) -> None:
+    with pytest.raises(TypeError, match=r"objective: expected an Objective .* got the class GSPO"):
+        CALLS[call](GSPO)
+
+
+WRONG: dict[str, Any] = {
+    "loss: expected shape": lambda x, n: Terms(x.sum(), x),
+    "loss: expected torch.float64": lambda x, n: Terms(x.float(), x),
+    "loss: expected one per": lambda x, n: Terms(1.0, x),  # type: ignore[arg-type]
+    "log_ratio: expected shape": lambda x, n: Terms(x, x.new_zeros(n + 1)),
+    "log_ratio: expected torch.float64": lambda x, n: Terms(x, x > 0),
+    "clipped_low: expected torch.bool": lambda x, n: Terms(x, x, x),
+    "clipped_high: expected shape": lambda x, n: Terms(x, x, None, x[:1] > 0),
+    "expected it to return Terms": lambda x, n: (x, x),
+}
+
+
+@by_call
+@pytest.mark.parametrize("message", WRONG)
+@pytest.mark.parametrize("base", [OfToken, OfSequence])
+def test_terms_that_do_not_fit_are_refused(call: str, message: str, base: type[Objective]) -> None:
+    class Wrong(base):  # type: ignore[misc, valid-type]
+        def terms(self, *arguments: Any) -> Any:
+            right = super().terms(*arguments).loss
+            return WRONG[message](right, right.shape[0])
+
+    with pytest.raises((TypeError, ValueError), match=rf"Wrong\.terms: {message}"):
+        CALLS[call](Wrong())
+
+
+def test_the_default_is_the_safe_one() -> None:
+    assert Objective.together == "batch"
+
+
+# --- on the bounds ----------------------------------------------------------------------------------------------------
+
+
+class NoClamp(TorchFunctionMode):
+    """Refuses to differentiate torch.clamp, whose gradient on the bound is half of it since torch 2.14."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "").startswith(("clamp", "clip")):
+            assert not any(isinstance(x, Tensor) and x.requires_grad for x in args), "clamp is differentiated"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("objective", ["gspo", "grpo"])
+def test_on_a_bound_the_gradient_flows(objective: str, estimator: str) -> None:
+    """Log-ratios and gaps to the reference exactly on max_log_ratio, and 2^-50, one digit, to either side of it."""
+    bound, of_new = 2.0, -4.0  # all differences of log-probabilities are exact in float64
+    ratios = [bound - 2**-50, bound, bound + 2**-50]
+    gaps = [*ratios, *(-x for x in ratios)]
+    pairs = [(r, g) for r in (*ratios, -bound, 0.0) for g in gaps]
+    logprobs = torch.full((len(pairs),), of_new, dtype=torch.float64)
+    old = torch.tensor([of_new - r for r, _ in pairs], dtype=torch.float64)
+    ref = torch.tensor([of_new + g for _, g in pairs], dtype=torch.float64)
+    advantages = torch.full((len(pairs),), -1.0)
+    options: dict[str, Any] = {"beta": 0.5, "kl_estimator": estimator, "max_log_ratio": bound}
+    leaf = on_device(logprobs).requires_grad_()
+    classes = {"gspo": GSPO(), "grpo": GRPO()}
+    with NoClamp():
+        loss, _ = policy_loss_from_logprobs(
+            leaf, on_device(advantages), on_device(old), objective=classes[objective], ref_logprobs=on_device(ref),
+            cu_seqlens=on_device(torch.arange(len(pairs) + 1)), **options,
+        )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    expected = oracle.evaluate(
+        objective, [range(i, i + 1) for i in range(len(pairs))], [True] * len(pairs), logprobs.tolist(),
+        [[-1.0]] * len(pairs), oracle.OBJECTIVES[objective].options(**options), old_logprobs=old.tolist(),
+        ref_logprobs=ref.tolist(), weights=None, entropy=[0.0] * len(pairs),
+    )  # fmt: skip
+    torch.testing.assert_close(
+        gradient.cpu(), torch.tensor(expected.d_logprobs, dtype=torch.float64), rtol=1e-12, atol=0.0
+    )
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has ended its loss, and the objective of another call has been set, before the other comes to its own."""
+    p, objective = problem("grpo", seed=5, lengths=(2, 3)), OfToken()
+    function = partial(linear_policy_loss, objective=objective)
+    alone = from_hidden(p, "packed", "grpo", function=function)
+    arrived, may_go = threading.Event(), threading.Event()
+    operator = operators._linear_loss
+
+    def held(*arguments: Any) -> Any:
+        if threading.current_thread() is late:
+            arrived.set()
+            assert may_go.wait(60)
+        return operator(*arguments)
+
+    monkeypatch.setattr(operators, "_linear_loss", held)
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(from_hidden(p, "packed", "grpo", function=function))
+        except BaseException as error:
+            found.append(error)
+
+    late = threading.Thread(target=work)
+    late.start()
+    assert arrived.wait(60)
+    early = from_hidden(p, "packed", "grpo", function=function)
+    from_hidden(p, "packed", "gspo", function=partial(linear_policy_loss, objective=OfSequence()))
+    may_go.set()
+    late.join()
+    for outcome in (early, *found):
+        assert not isinstance(outcome, BaseException), repr(outcome)
+        assert torch.equal(outcome.loss, alone.loss) and torch.equal(outcome.weight, alone.weight)
+
+
+def test_an_objective_that_computes_another_loss_gets_its_own_back() -> None:
+    class Nested(OfToken):
+        def terms(self, *arguments: Any) -> Terms:
+            with torch.no_grad():
+                CALLS["hidden"](OfSequence())
+            return super().terms(*arguments)
+
+    assert torch.equal(CALLS["hidden"](Nested())[0], CALLS["hidden"](OfToken())[0])
+    assert gspo_kernels.linear.operators._OWN.get(None) is None, "nothing is kept"

@@ -1,0 +1,102 @@
+"""The paper's experiments: docs/paper.md shows what the records in docs/paper hold, and clipping is counted right."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from modes import DEFAULT_MODE
+from torch import Tensor
+
+from gspo_kernels import GRPO, GSPO, policy_loss_from_logprobs
+
+DEMO = ("transformers", "tokenizers", "matplotlib", "tqdm")
+if any(find_spec(name) is None for name in DEMO):
+    pytest.skip("needs the demo's packages: make demo", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "paper")]
+
+import page  # noqa: E402
+import stability  # noqa: E402
+import weights  # noqa: E402
+
+pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, old ones, advantages of each sign and 0, and a ragged mask: much is clipped by every rule."""
+    generator = torch.Generator().manual_seed(0)
+    highest = -torch.rand(32, 9, generator=generator)  # of the two
+    log_ratio = 0.25 * torch.randn(32, 9, generator=generator)
+    log_ratio[::2] = 3e-4 * torch.randn(16, 9, generator=generator)
+    logprobs, old = highest + log_ratio.clamp(max=0.0), highest - log_ratio.clamp(min=0.0)
+    mask = (torch.arange(9) < torch.randint(1, 10, (32, 1), generator=generator)).long()
+    advantages = torch.randn(32, generator=generator)
+    advantages[5:9] = 0
+    return logprobs, old, advantages, mask
+
+
+def test_the_page_shows_the_records() -> None:
+    text = page.DOCS.joinpath("paper.md").read_text()
+    assert page.fill(text, page.DOCS / "paper") == text, "run examples/paper/page.py"
+
+
+def test_every_record_is_shown() -> None:
+    text = page.DOCS.joinpath("paper.md").read_text()
+    missing = [path.name for path in (page.DOCS / "paper").glob("*.png") if f"(paper/{path.name})" not in text]
+    assert not missing
+
+
+def test_a_block_without_a_record_stays(tmp_path: Path) -> None:
+    text = "before\n<!-- weights -->\nas it was\n<!-- end -->\nafter"
+    assert page.fill(text, tmp_path) == text
+
+
+def test_weights_are_ratios_where_they_are_not_clipped() -> None:
+    logprobs, old, advantages, mask = batch()
+    log_ratio = ((logprobs - old) * mask).double()
+    of_sequence = (log_ratio.sum(1) / mask.sum(1)).exp()[:, None].expand_as(log_ratio)
+    for objective, ratio in ((GRPO(), log_ratio.exp()), (GSPO(), of_sequence)):
+        above = (advantages[:, None] > 0) & (ratio > 1 + objective.eps_high)
+        below = (advantages[:, None] < 0) & (ratio < 1 - objective.eps_low)
+        expected = torch.where(above | below, 0.0, ratio)
+        expected = torch.where((mask == 1) & (advantages[:, None] != 0), expected, torch.nan)
+        found = weights.token_weights(objective, logprobs, old, advantages, mask)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0, equal_nan=True)
+        assert (found == 0).any()
+        assert (found > 0).any()
+
+
+@pytest.mark.parametrize("rule", stability.RULES)
+def test_the_meter_counts_as_the_losses_do(rule: str) -> None:
+    logprobs, old, advantages, mask = batch()
+    meter = stability.Meter(steps=1)
+    meter.add(1, 0, logprobs, old, advantages, mask)
+    _, stats = policy_loss_from_logprobs(logprobs, advantages, old, objective=stability.RULES[rule], mask=mask)
+    found = meter.shares()["all"][rule]["sequences" if stats.ratio_of == "sequence" else "tokens"]
+    assert found == pytest.approx([stats.clip_fraction.item()], rel=1e-6)
+    assert found[0] > 0.05
+
+
+def test_the_meter_sorts_by_length_and_depth() -> None:
+    logprobs, old, advantages, mask = batch()
+    meter = stability.Meter(steps=20)
+    for depth in range(2):
+        meter.add(20, depth, old if depth == 0 else logprobs, old, advantages, mask)
+    shares = meter.shares()
+    length = mask.sum(1)
+    assert shares["length"]["responses"] == [2 * int((length <= 5).sum()), 2 * int((length > 5).sum()), 0, 0, 0, 0]
+    assert shares["length"]["gspo"]["tokens"][2] is None
+    assert shares["depth"]["grpo"]["tokens"][0] == 0
+    assert shares["depth"]["grpo"]["tokens"][1] > 0.05
+    assert shares["stage"]["responses"] == [64]
+    assert shares["all"]["learns"] == [28 / 32]
+
+
+def test_the_largest_fall_is_from_the_best_before_it() -> None:
+    assert stability.largest_fall([0.5, 0.7, 0.6, 0.9, 0.65, 0.8]) == pytest.approx(0.25)
+    assert stability.largest_fall([0.1, 0.2]) == 0

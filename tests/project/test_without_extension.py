@@ -1,0 +1,155 @@
+"""No compiler, no extension: installation goes on and says so, and the same losses run on plain torch.
+
+What is said is what is the case: where the extension was looked for, and which copy of the package has it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+from modes import needs
+
+from gspo_kernels.rows.extension import why_missing
+
+pytestmark = needs("native")
+
+ROOT = Path(__file__).resolve().parents[2]
+SUFFIX = EXTENSION_SUFFIXES[0]
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "GSPO_KERNELS_CUDA": "0"}
+
+
+def environment(**more: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("GSPO_KERNELS_REQUIRE_NATIVE", "PYTHONPATH")}
+    return {**inherited, **more}
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("compiler", ["absent", "of Windows"])
+def test_a_build_without_a_compiler(tmp_path: Path, required: bool, compiler: str) -> None:
+    """It continues with one warning that says why. The compiler of Windows is no command, and takes other flags."""
+    done = subprocess.run(
+        [
+            sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp",
+            *(["--compiler=msvc"] if compiler == "of Windows" else []),
+        ],
+        cwd=ROOT,
+        env=environment(**NO_COMPILER, **({"GSPO_KERNELS_REQUIRE_NATIVE": "1"} if required else {})),
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert (done.returncode != 0) is required, said
+    assert "the C++ kernels could not be compiled" in said
+    why = "'msvc'" if compiler == "of Windows" else "'/nonexistent/c++' is not on PATH"
+    assert said.count(why) == 1, said
+    assert "Install a C++17 compiler (GCC or Clang) and reinstall" in said
+    assert required or "Traceback" not in said
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_wheel_without_the_extension_is_pure(tmp_path: Path) -> None:
+    """It fits every Python and platform, and an earlier build's extension is not in it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "gspo_kernels", tmp_path / "gspo_kernels", ignore=shutil.ignore_patterns("*.so", "__py*"))
+    script = f"""
+        import sys
+        from pathlib import Path
+        from setuptools import build_meta
+        from setuptools.dist import Distribution
+        build = Distribution().get_command_obj("build")
+        build.ensure_finalized()
+        stale = Path(build.build_platlib, "gspo_kernels", "_native{SUFFIX}")
+        stale.parent.mkdir(parents=True)
+        stale.write_text("of an earlier build")
+        build_meta.build_wheel("wheels")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment(**NO_COMPILER),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/WHEEL"))
+        said = packed.read(metadata).decode()
+    assert "gspo_kernels/__init__.py" in names and not [name for name in names if "_native" in name], names
+    assert "Root-Is-Purelib: true" in said and "Tag: py3-none-any" in said
+
+
+def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
+    """Imported from a source tree that has no extension, while an installed copy has one."""
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "gspo_kernels", tree / "gspo_kernels", ignore=ignored)
+    (tree / "setup.py").touch()
+    (site / "gspo_kernels").mkdir(parents=True)
+    (site / "gspo_kernels" / f"_native{SUFFIX}").touch()
+    script = """
+        import sys, warnings
+        editable = [found for found in sys.meta_path if getattr(found, "__name__", "") == "_EditableFinder"]
+        sys.meta_path[:] = [each for each in sys.meta_path if each not in editable]  # it would find another tree's
+        import torch, gspo_kernels
+
+        logits, ids = torch.randn(2, 3, 11, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)
+        told = gspo_kernels.explain(logits, ids)
+        assert told.startswith("reference (plain torch): runs"), told
+        assert told.count("the C++ extension is not in") == 1, told
+        assert "the copy installed in" in told and "run Python from another directory" in told, told
+        assert "compiler" not in told, told
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                gspo_kernels.gspo_loss(logits, ids, torch.ones(2)).loss.backward()
+        ours = [w for w in caught if "plain torch, many times slower" in str(w.message)]
+        assert len(ours) == 1, caught
+        assert (logits.grad != 0).all()
+        try:
+            gspo_kernels.gspo_loss(logits, ids, torch.ones(2), backend="native")
+        except ValueError as error:
+            assert "backend: expected one that takes these logits; got 'native', but the C++ extension" in str(error)
+        else:
+            raise AssertionError("the missing backend was accepted")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tree,
+        env=environment(PYTHONPATH=str(site)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "reinstall with a C++17 compiler (GCC or Clang) present"),
+        (["setup.py"], "a source tree; compile it there: pip install --editable"),
+        (["gspo_kernels/_native.cpython-37m-x86_64-linux-gnu.so"], "which has _native.cpython-37m-x86_64-linux-gnu.so"),
+        ([f"gspo_kernels/_native{SUFFIX}"], "does not load (GLIBCXX_3.4.99 not found); reinstall gspo_kernels"),
+    ],
+    ids=["installed without", "source tree", "of another Python", "does not load"],
+)
+def test_what_is_said_is_the_case(
+    tmp_path: Path, files: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "gspo_kernels").mkdir()
+    for name in files:
+        (tmp_path / name).touch()
+    said = why_missing(ImportError("GLIBCXX_3.4.99 not found"), tmp_path / "gspo_kernels")
+    assert expected in said and str(tmp_path / "gspo_kernels") in said

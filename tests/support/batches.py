@@ -1,0 +1,384 @@
+"""A ragged batch, its two layouts, what the oracle says of it and what the package says of it.
+
+Inputs are made so that the answer matters: a few large logits a row, lengths from 0 to 7, log-ratios a few per cent of
+the clip window to either side of its edges for both signs of the advantage, and garbage wherever the mask is False.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import oracle
+import torch
+from modes import on_device, sized
+from torch import Tensor
+
+import gspo_kernels
+
+PUBLIC: dict[str, Callable[..., Any]] = {
+    "gspo": gspo_kernels.gspo_loss,
+    "gspo_token": gspo_kernels.gspo_token_loss,
+    "grpo": gspo_kernels.grpo_loss,
+    "ppo": gspo_kernels.ppo_loss,
+}
+LINEAR: dict[str, Callable[..., Any]] = {  # the same from hidden states
+    "gspo": gspo_kernels.linear_gspo_loss,
+    "gspo_token": gspo_kernels.linear_gspo_token_loss,
+    "grpo": gspo_kernels.linear_grpo_loss,
+    "ppo": gspo_kernels.linear_ppo_loss,
+}
+OBJECTIVES = list(PUBLIC)
+LAYOUTS = ["padded", "packed"]
+
+# One entry a sequence, cycled: (multiple of the log clip edge, or "far", and the sign of the advantage).
+PLAN: list[tuple[float | str, int]] = [
+    (+1.05, +1),  # just above the window, A > 0: clipped
+    (-1.05, -1),  # just below the window, A < 0: clipped
+    (+0.95, +1),  # just inside
+    (+1.05, -1),  # outside on the side that A does not penalise: not clipped
+    (-0.95, -1),
+    ("far", -1),  # exp 2 = 7.4: dual clip, saturation
+    (-1.05, +1),
+    (0.0, +1),
+    ("far", +1),
+    (+1.05, 0),  # outside, but no advantage: nothing clips and nothing flows
+    (0.3, -1),
+]
+LENGTHS = sized((5, 1, 0, 7, 3, 1, 4, 2, 6, 3, 4, 2, 1), (2, 1, 0, 3, 1, 1, 2, 1, 1, 1, 1, 1))
+SHORT = sized(LENGTHS, (2, 0, 1, 3))  # for what is about anything but the loss, and calls it many times
+ROUNDED_UP = 5e-4  # how far above 0 a log-probability may be here: half of what is refused
+ALL_MASKED = 8  # this sequence of LENGTHS has rows but no unmasked one
+
+
+@dataclass
+class Batch:
+    logits: Tensor  # [N, V]
+    token_ids: Tensor  # [N]
+    mask: Tensor  # [N]
+    lengths: list[int]  # [S], rows a sequence, masked ones included
+    advantages: Tensor  # [S], or [N] where by_token
+    old_logprobs: Tensor | None = None  # [N]
+    ref_logprobs: Tensor | None = None  # [N]
+    weights: Tensor | None = None  # [S], or [N] where weights_by_token
+    temperature: float | Tensor = 1.0  # or [N]
+    by_token: bool = False
+    weights_by_token: bool = False
+    padding: int = 1  # columns beyond the longest sequence, in the padded layout
+
+    @property
+    def sequences(self) -> list[range]:
+        ends = list(itertools.accumulate(self.lengths, initial=0))
+        return [range(a, b) for a, b in itertools.pairwise(ends)]
+
+    def temperature_of(self, row: int) -> float:
+        return float(self.temperature[row]) if isinstance(self.temperature, Tensor) else self.temperature
+
+    @functools.cached_property
+    def rows(self) -> list[oracle.Row]:
+        """The oracle's statistics; zeros where masked."""
+        return [
+            oracle.row_statistics(self.logits[t].tolist(), int(self.token_ids[t]), self.temperature_of(t))
+            if self.mask[t]
+            else oracle.Row(0.0, 0.0, 0.0)
+            for t in range(len(self.mask))
+        ]
+
+    def spread(self, values: Tensor, by_token: bool) -> list[list[float]]:
+        """values by sequence or by token, as one number for every row of every sequence."""
+        if by_token:
+            return [[float(values[t]) for t in rows] for rows in self.sequences]
+        return [[float(values[i])] * len(rows) for i, rows in enumerate(self.sequences)]
+
+    def expected(self, objective: str, logprobs: Sequence[float] | None = None, **options: Any) -> oracle.Result:
+        opt = oracle.OBJECTIVES[objective].options(**options)
+        return oracle.evaluate(
+            objective,
+            self.sequences,
+            self.mask.tolist(),
+            [row.logprob for row in self.rows] if logprobs is None else logprobs,
+            self.spread(self.advantages, self.by_token),
+            opt,
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs.tolist(),
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs.tolist(),
+            weights=None if self.weights is None else self.spread(self.weights, self.weights_by_token),
+            entropy=[row.entropy for row in self.rows],
+        )
+
+    def split(self, at: int) -> tuple[Batch, Batch]:
+        """Two batches: the sequences before and from `at`."""
+        row = sum(self.lengths[:at])
+
+        def part(s: slice, t: slice) -> Batch:
+            def cut(x: Tensor | None, by_token: bool = True) -> Tensor | None:
+                return None if x is None else x[t] if by_token else x[s]
+
+            advantages = cut(self.advantages, self.by_token)
+            assert advantages is not None
+            return Batch(
+                self.logits[t],
+                self.token_ids[t],
+                self.mask[t],
+                self.lengths[s],
+                advantages,
+                cut(self.old_logprobs),
+                cut(self.ref_logprobs),
+                cut(self.weights, self.weights_by_token),
+                self.temperature[t] if isinstance(self.temperature, Tensor) else self.temperature,
+                self.by_token,
+                self.weights_by_token,
+                self.padding,
+            )
+
+        return part(slice(at), slice(row)), part(slice(at, None), slice(row, None))
+
+
+def ragged_batch(
+    objective: str = "gspo",
+    *,
+    seed: int = 0,
+    vocab: int = 61,
+    dtype: torch.dtype = torch.float32,
+    lengths: Sequence[int] = LENGTHS,
+    on_policy: bool = False,
+    by_token: bool = False,
+    ref: bool = False,
+    weights: str | None = None,
+    temperature: float | str = 1.0,
+    eps_low: float | None = None,
+    eps_high: float | None = None,
+    logits: Tensor | None = None,
+) -> Batch:
+    """`logits` [N, V]: these instead of random ones, with random tokens."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    n, s = sum(lengths), len(lengths)
+    truth = oracle.OBJECTIVES[objective]
+    edge_low = math.log1p(-(truth.eps_low if eps_low is None else eps_low))
+    edge_high = math.log1p(truth.eps_high if eps_high is None else eps_high)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    given = logits is not None
+    if logits is None:
+        logits = torch.randn(n, vocab, generator=generator) * 1.5
+    vocab = logits.shape[-1]
+    token_ids = torch.randint(vocab, (n,), generator=generator)
+    for t in range(0 if given else n):
+        peaks = rng.sample(range(vocab), min(3, vocab))
+        for v in peaks:
+            logits[t, v] += rng.uniform(3, 8)
+        if rng.random() < 0.6:
+            token_ids[t] = peaks[0]
+    mask = torch.tensor([rng.random() < 0.8 for _ in range(n)], dtype=torch.bool)
+    ends = list(itertools.accumulate(lengths, initial=0))
+    for i, length in enumerate(lengths):
+        if length and s == len(LENGTHS):
+            mask[ends[i]] = True  # no accidental empty sequence: they are placed on purpose
+            if i == ALL_MASKED:
+                mask[ends[i] : ends[i + 1]] = False
+
+    def log_ratio(k: float | str) -> float:
+        return 2.0 if k == "far" else float(k) * (edge_high if float(k) > 0 else -edge_low)
+
+    wanted = torch.zeros(n, dtype=torch.float64)  # [N] log-ratios
+    signs = []
+    for i in range(s):
+        k, sign = PLAN[i % len(PLAN)]
+        signs.append(sign)
+        kept = [t for t in range(ends[i], ends[i + 1]) if mask[t]]
+        noise = [rng.gauss(0, 0.3) for _ in kept]
+        for j, t in enumerate(kept):
+            if truth.policy is oracle.token_ratio:  # each token its own place about the window
+                wanted[t] = log_ratio(PLAN[(i + j) % len(PLAN)][0])
+            else:  # the mean over the sequence lands on its place
+                wanted[t] = log_ratio(k) + noise[j] - sum(noise) / len(noise)
+
+    sign_of = torch.tensor(signs, dtype=wide)
+    if by_token:
+        sign_of = torch.tensor([rng.choice([-1.0, 0.0, 1.0, 1.0, -1.0]) for _ in range(n)], dtype=wide)
+    magnitude = torch.rand(len(sign_of), generator=generator) * 1.5 + 0.5
+    batch = Batch(logits.to(dtype), token_ids, mask, list(lengths), sign_of * magnitude.to(wide), by_token=by_token)
+    if temperature == "token":
+        batch.temperature = torch.rand(n, generator=generator) * 1.5 + 0.5
+    else:
+        batch.temperature = float(temperature)
+    if weights is not None:
+        batch.weights_by_token = weights == "token"
+        batch.weights = torch.rand(n if batch.weights_by_token else s, generator=generator) * 2 + 0.1
+    if not on_policy:
+        per_sequence = truth.policy is not oracle.token_ratio
+        make_possible(batch, wanted, batch.sequences if per_sequence else [range(t, t + 1) for t in range(n)])
+    logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
+    if not on_policy:
+        batch.old_logprobs = (logprobs - wanted).to(wide)
+    if ref:
+        noise_of_ref = torch.randn(n, generator=generator, dtype=torch.float64) * 0.5
+        batch.ref_logprobs = (logprobs + noise_of_ref).clamp(max=0.0).to(wide)
+    put_garbage(batch)
+    return batch
+
+
+def make_possible(batch: Batch, wanted: Tensor, units: Sequence[range]) -> None:
+    """No old log-probability, `logprob - wanted`, may be above 0 but for rounding; the mean over a unit stays.
+
+    What is too much for one token of a unit is left to the others. Where it is too much for all, tokens that are nearly
+    certain are replaced by the least likely ones.
+    """
+    for unit in units:
+        kept = [t for t in unit if batch.mask[t]]
+        total = float(wanted[kept].sum())
+        for t in sorted(kept, key=lambda t: -batch.rows[t].logprob):
+            if total >= sum(batch.rows[u].logprob - ROUNDED_UP for u in kept):
+                break
+            batch.token_ids[t] = batch.logits[t].double().argmin()
+            row = batch.logits[t].tolist(), int(batch.token_ids[t]), batch.temperature_of(t)
+            batch.rows[t] = oracle.row_statistics(*row)
+        least = torch.tensor([batch.rows[t].logprob - ROUNDED_UP for t in kept], dtype=torch.float64)
+        found = torch.maximum(wanted[kept], least)
+        slack, excess = found - least, float(found.sum()) - total
+        if excess > 0.0:
+            found -= slack * min(excess / max(float(slack.sum()), 1e-30), 1.0)
+        wanted[kept] = found
+
+
+def edge_batch(objective: str, side: str) -> Batch:
+    """Four sequences with ratios 1e-4 and 3e-4 of the window inside and outside its edge: as little as 3e-8 from it.
+
+    The tokens are nearly certain, so their log-probs have digits to spare: what is tried is the ratio and its clip.
+    """
+    steps = torch.tensor([-3e-4, -1e-4, 1e-4, 3e-4], dtype=torch.float64).repeat_interleave(2)
+    sign = 1.0 if side == "high" else -1.0
+    edge = math.log1p(4e-4) if side == "high" else math.log1p(-3e-4)
+    logits = torch.zeros(8, 33)
+    logits[:, 7] = 14.0 + torch.arange(8) / 8
+    mask = torch.ones(8, dtype=torch.bool)
+    batch = Batch(logits, torch.full((8,), 7), mask, [2] * 4, torch.full((4,), sign))
+    logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
+    batch.old_logprobs = (logprobs - edge * (1 + steps)).float()
+    active = [g != 0 for g in batch.expected(objective).d_logprobs]
+    assert active == [True] * 4 + [False] * 4, "two sequences in and two out"
+    return batch
+
+
+def put_garbage(batch: Batch) -> None:
+    """What a trainer leaves at masked positions, and worse."""
+    out = ~batch.mask
+    junk = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -300.0])
+    vocab = batch.logits.shape[-1]
+    batch.logits[out] = junk.to(batch.logits.dtype).repeat(vocab // 5 + 1)[:vocab]
+    batch.token_ids[out] = -100
+    for values, by_token in (
+        (batch.advantages, batch.by_token),
+        (batch.old_logprobs, True),
+        (batch.ref_logprobs, True),
+        (batch.weights, batch.weights_by_token),
+    ):
+        if values is not None and by_token:
+            values[out] = junk.to(values.dtype).repeat(len(out) // 5 + 1)[: int(out.sum())]
+
+
+# --- the two layouts ----------------------------------------------------------------------------------------------
+
+
+def to_padded(values: Tensor, lengths: Sequence[int], fill: float, padding: int = 1) -> Tensor:
+    """[N, ...] -> [B, T, ...]; T is `padding` more than the longest sequence."""
+    width = max(lengths, default=0) + padding
+    padded = torch.full((len(lengths), width, *values.shape[1:]), fill, dtype=values.dtype)
+    start = 0
+    for i, length in enumerate(lengths):
+        padded[i, :length] = values[start : start + length]
+        start += length
+    return padded
+
+
+def from_padded(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """[B, T, ...] -> ([N, ...], the padding [*, ...])."""
+    inside = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
+    for i, length in enumerate(lengths):
+        inside[i, :length] = True
+    return values[inside], values[~inside]
+
+
+@dataclass
+class Arguments:
+    """One call's arguments, on the device; `logits` is a leaf that wants its gradient."""
+
+    logits: Tensor
+    rest: tuple[Any, ...]  # token_ids, advantages, old_logprobs
+    keywords: dict[str, Any]
+
+
+def arguments(batch: Batch, layout: str) -> Arguments:
+    def lay(values: Any, fill: float, by_token: bool = True) -> Any:
+        if not isinstance(values, Tensor):
+            return values
+        if layout == "padded" and by_token:
+            return on_device(to_padded(values, batch.lengths, fill, batch.padding))
+        return on_device(values.clone())
+
+    def either(values: Any, fill: float, by_token: bool) -> Any:
+        """Where as many tokens as sequences are packed, a second dimension says which."""
+        if isinstance(values, Tensor) and layout == "packed" and len(batch.mask) == len(batch.lengths):
+            values = values[None] if by_token else values[:, None]
+        return lay(values, fill, by_token)
+
+    keywords = {
+        "mask": lay(batch.mask, False),
+        "ref_logprobs": lay(batch.ref_logprobs, math.nan),
+        "importance_weights": either(batch.weights, math.inf, batch.weights_by_token),
+        "temperature": lay(batch.temperature, 1.0),
+    }
+    if layout == "packed":
+        boundaries = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32)
+        keywords["cu_seqlens"] = on_device(boundaries)
+    rest = (
+        lay(batch.token_ids, -100),
+        either(batch.advantages, math.nan, batch.by_token),
+        lay(batch.old_logprobs, math.nan),
+    )
+    return Arguments(lay(batch.logits, math.nan).requires_grad_(), rest, keywords)
+
+
+@dataclass
+class Outcome:
+    """What came back, on the CPU; only `stats` is as it was given."""
+
+    loss: Tensor
+    stats: Any
+    gradient: Tensor  # [N, V], in the dtype of the logits
+    padding_gradient: Tensor  # [*, V], empty when packed
+    logprobs: Tensor  # [N]
+    log_ratio: Tensor  # [S] or [N]
+
+
+def flat(values: Tensor, batch: Batch, layout: str) -> Tensor:
+    return from_padded(values, batch.lengths)[0] if layout == "padded" else values
+
+
+def run(
+    batch: Batch,
+    layout: str,
+    objective: str,
+    *,
+    function: Callable[..., Any] | None = None,
+    upstream: float = 1.0,
+    **options: Any,
+) -> Outcome:
+    """The public loss function and its backward, with everything brought back to flat rows."""
+    args = arguments(batch, layout)
+    loss, stats = (function or PUBLIC[objective])(args.logits, *args.rest, **args.keywords, **options)
+    (loss * upstream).backward()
+    assert args.logits.grad is not None
+    gradient = args.logits.grad.cpu()
+    padding = gradient.flatten(0, -2)[:0]
+    if layout == "padded":
+        gradient, padding = from_padded(gradient, batch.lengths)
+    by_sequence = oracle.OBJECTIVES[objective].per_sequence
+    log_ratio = stats.log_ratio.cpu() if by_sequence else flat(stats.log_ratio.cpu(), batch, layout)
+    logprobs = flat(stats.logprobs.cpu(), batch, layout)
+    return Outcome(loss.detach().cpu(), stats, gradient, padding, logprobs, log_ratio)
