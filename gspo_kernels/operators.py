@@ -9,8 +9,8 @@ backward see it. A new field is one line where it is declared.
 Floats are run-time values: all floats of an operator travel as one float64 tensor on the CPU, so that annealing one
 recompiles nothing. Fakes, `save` and `backward` see NaN in their place: what they need to know is a field of its own.
 
-A class that is no dataclass says how it travels: `packed()` returns a string, a number or a value, and the static method
-`unpacked` rebuilds the object from it.
+A class that is no dataclass says how it travels: `packed()` returns a string, a number or a value, and the static
+method `unpacked` rebuilds the object from it.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def _is_named_tuple(kind: Any) -> bool:
 
 
 def _steps(spec: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(attributes from a value to a field of it, how that is handed over): plain strings, which torch.compile follows."""
+    """(attributes from a value to its field, how that is handed over): plain strings, which torch.compile follows."""
     if isinstance(spec, _Leaf):
         yield path, "floats" if spec.type == _PARAMETERS else "size" if spec.type is torch.Size else "as it is"
     elif isinstance(spec, _Float):
