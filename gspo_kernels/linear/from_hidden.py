@@ -13,16 +13,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
-from ..agreement import Together, check_rows_together, check_sequences_together
+from ..agreement import Agreement
 from ..autograd import refuse_forward_mode, refuse_vmap
 from ..collectives import Ranks, ranks_of
 from ..devices import autocasts
 from ..layout import batch_shape
-from ..losses.from_logits import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
+from ..losses.arguments import agree_on_sequences
+from ..losses.from_logits import CommonOptions, TokenLogprobs
 from ..losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
+from ..rows.arguments import agree_on_rows, check_mask, check_token_ids, check_vocab_size, row_arrays
 from ..rows.dispatch import check_name, choose
-from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
+from ..rows.vocab_shard import VocabShard, VocabularyShard, shard_of, tp_ranks, vocabulary_of
 from .head import Wanted
 from .operators import is_named, linear_loss, linear_row_stats
 from .products import keeps_gradients, usual_chunk_bytes
@@ -109,10 +111,13 @@ def linear_policy_loss(
         importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
     )  # fmt: skip
     refuse_vmap("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
-    tp, cp = _head_ranks(hidden, weight, tp_group), ranks_of("cp_group", cp_group)
-    with Together(hidden, tp, cp, name="hidden") as together:
-        hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
-        columns, chunk_bytes = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
+    vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
+    tp, cp = _head_ranks(hidden, weight, vocabulary), ranks_of("cp_group", cp_group)
+    with Agreement("hidden", hidden, tp, cp) as agreement:
+        hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, vocabulary)
+        columns, chunk_bytes = _check_head(
+            hidden, weight, bias, token_ids, vocabulary.size, chunk_bytes, backend, shard
+        )
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
@@ -126,9 +131,9 @@ def linear_policy_loss(
                 f"beta {beta} and entropy_coef {entropy_coef}, whose terms have nothing to do with advantages"
             )
         arrays = row_arrays(token_ids, batch.mask, temperature)
-        check_rows_together(together, *arrays, columns, shard)
-        check_sequences_together(together, inputs)
-        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, backend, skip_zero_advantage)
+        agree_on_rows(agreement, *arrays, columns, shard)
+        agree_on_sequences(agreement, inputs)
+        _agree_on_work(agreement, hidden, weight, bias, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
         arrays = row_arrays(token_ids, inputs.batch.mask, temperature)
@@ -240,12 +245,15 @@ def linear_token_logprobs(
     refuse_forward_mode("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode("linear_token_logprobs", False, temperature=temperature)
     refuse_vmap("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
-    with Together(hidden, _head_ranks(hidden, weight, tp_group), name="hidden") as together:
-        hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, tp_group, vocab_start, vocab_size)
-        columns, chunk_bytes = _check_head(hidden, weight, bias, token_ids, vocab_size, chunk_bytes, backend, shard)
+    vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
+    with Agreement("hidden", hidden, _head_ranks(hidden, weight, vocabulary)) as agreement:
+        hidden, weight, bias, shard = _of_this_rank(hidden, weight, bias, vocabulary)
+        columns, chunk_bytes = _check_head(
+            hidden, weight, bias, token_ids, vocabulary.size, chunk_bytes, backend, shard
+        )
         arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
-        check_rows_together(together, *arrays, columns, shard)
-        _check_work_together(together, hidden, weight, bias, columns, chunk_bytes, backend)
+        agree_on_rows(agreement, *arrays, columns, shard)
+        _agree_on_work(agreement, hidden, weight, bias, columns, chunk_bytes, backend)
     arguments = HeadArguments(
         hidden, weight, bias, *arrays, columns, _dtype(hidden, weight), chunk_bytes, backend,
         shard.begin if shard else 0, shard.ranks.text() if shard else None,
@@ -258,10 +266,9 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     names = ("token_ids", "advantages", "old_logprobs")
     given: dict[str, Any] = {"objective": GSPO(), **dict(zip(names, arguments, strict=False)), **options}
     dtype = _dtype(hidden, weight)
-    _, _, _, shard = _of_this_rank(
-        hidden, weight, None, *(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size"))
-    )
-    columns = shard.usual_columns if shard else check_vocab_size(given.get("vocab_size"), weight.shape[0])
+    vocabulary = vocabulary_of(*(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size")))
+    _, _, _, shard = _of_this_rank(hidden, weight, None, vocabulary)
+    columns = shard.usual_columns if shard else check_vocab_size(vocabulary.size, weight.shape[0])
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     operands = (hidden, weight, given.get("bias"))
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
@@ -329,11 +336,11 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return wide
 
 
-def _head_ranks(hidden: Any, weight: Any, tp_group: Any) -> Ranks | None:
+def _head_ranks(hidden: Any, weight: Any, vocabulary: VocabularyShard) -> Ranks | None:
     """Over which ranks the head is sharded; None where nothing says that it is, as `_of_this_rank` explains."""
-    if checks.is_dtensor(weight) and tp_group is None and not _is_replicated(hidden, weight):
+    if checks.is_dtensor(weight) and vocabulary.group is None and not _is_replicated(hidden, weight):
         return None
-    return tp_ranks(weight, 0, tp_group)
+    return tp_ranks(weight, 0, vocabulary)
 
 
 def _is_replicated(hidden: Any, weight: Any) -> bool:
@@ -343,7 +350,7 @@ def _is_replicated(hidden: Any, weight: Any) -> bool:
 
 
 def _of_this_rank(
-    hidden: Any, weight: Any, bias: Any, tp_group: Any, vocab_start: Any, vocab_size: Any
+    hidden: Any, weight: Any, bias: Any, vocabulary: VocabularyShard
 ) -> tuple[Any, Any, Any, VocabShard | None]:
     """Plain tensors, and which rows of the head this rank has.
 
@@ -351,22 +358,22 @@ def _of_this_rank(
     forward, looks the same, but then every rank has other hidden states.
     """
     if not checks.is_dtensor(weight):
-        weight, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
+        weight, shard = shard_of("weight", weight, 0, vocabulary)
         return hidden, weight, bias, shard
-    if tp_group is None and not _is_replicated(hidden, weight):
+    if vocabulary.group is None and not _is_replicated(hidden, weight):
         return hidden, weight, bias, None  # refused below
     if bias is not None and not (checks.is_dtensor(bias) and bias.device_mesh == weight.device_mesh):
         raise TypeError(f"bias: expected a DTensor sharded like weight; got {checks.describe(bias)}")
-    local, shard = shard_of("weight", weight, 0, tp_group, vocab_start, vocab_size)
+    local, shard = shard_of("weight", weight, 0, vocabulary)
     if bias is not None:
-        bias, _ = shard_of("bias", bias, 0, tp_group, vocab_start, vocab_size)
+        bias, _ = shard_of("bias", bias, 0, vocabulary)
     if checks.is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements):
         hidden = hidden.to_local(grad_placements=hidden.placements)
     return hidden, local, bias, shard
 
 
-def _check_work_together(
-    together: Together,
+def _agree_on_work(
+    agreement: Agreement,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -375,27 +382,22 @@ def _check_work_together(
     backend: str | None,
     skip_zero_advantage: bool = False,
 ) -> None:
-    """Ranks go through chunks in step: what decides how many there are, and of which rows, is the same on all."""
-    if not together.asks:
+    """Ranks take chunks in step: the arguments that decide how many there are, and of which rows, are the same."""
+    if not agreement.active:
         return
     dtype = _dtype(hidden, weight)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     choose(hidden.new_empty((1, 1, 1), dtype=sums), backend)  # the operators do, too late for other ranks
-    wants = sum(
-        2**i
-        for i, x in enumerate((hidden, weight, bias))
-        if x is not None and x.requires_grad and torch.is_grad_enabled()
-    )
-    work: dict[str, Any] = {
+    gradients = [bool(x is not None and x.requires_grad and torch.is_grad_enabled()) for x in (hidden, weight, bias)]
+    work = {
         "hidden (how wide)": hidden.shape[-1],
         "dtype that hidden and weight are multiplied in": str(dtype),
-        "chunk_bytes": str(chunk_bytes),
-        "skip_zero_advantage (1: yes)": int(skip_zero_advantage),
-        "requires_grad of hidden (1), weight (2) and bias (4), added up": wants,
+        "chunk_bytes": chunk_bytes,
+        "skip_zero_advantage": skip_zero_advantage,
+        "requires_grad of hidden, weight and bias": ", ".join(map(str, gradients)),
     }
-    together.same_everywhere(**work)
-    for ranks in together.ranks_of("cp_group"):  # of a tensor-parallel group it is known to be
-        together.same(ranks, vocab_size=columns)
+    agreement.same(work)
+    agreement.same({"vocab_size": columns}, over="cp_group")  # a tensor-parallel group has compared it
 
 
 def _check_head(

@@ -9,17 +9,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
-from ..agreement import Together, check_rows_together, check_sequences_together
+from ..agreement import Agreement
 from ..autograd import refuse_forward_mode
 from ..collectives import ranks_of
 from ..layout import as_bool, batch_shape
 from ..rows import vocab_shard
-from ..rows.dispatch import Backend, check_name, choose
+from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
+from ..rows.dispatch import Backend, choose
 from ..rows.operators import needs_operators, row_stats, row_stats_and_gradient, with_gradient
-from ..rows.types import Rows, RowStats, Upstream, stats_dtype
-from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
-from ..scalars import run_time
+from ..rows.types import RowStats, Upstream, stats_dtype
+from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
 from . import triton_stage
+from .arguments import agree_on_sequences
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
@@ -166,21 +167,22 @@ def policy_loss(
         "policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
     )  # fmt: skip
-    tp, cp = tp_ranks(logits, -1, tp_group), ranks_of("cp_group", cp_group)
-    with Together(logits, tp, cp) as together:
-        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
-        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
+    vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
+    tp, cp = tp_ranks(logits, -1, vocabulary), ranks_of("cp_group", cp_group)
+    with Agreement("logits", logits, tp, cp) as agreement:
+        logits, shard = shard_of("logits", logits, -1, vocabulary)
+        columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        rows = _rows(logits, token_ids, batch.mask, temperature, backend)
-        if together.asks:
+        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, backend)
+        if agreement.active:
             choose(logits, backend)  # the operators do, too late for other ranks
-        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
-        check_sequences_together(together, inputs)
+        agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        agree_on_sequences(agreement, inputs)
     fused = triton_stage.backend_of(inputs, logits, backend) if cp is None else None
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
@@ -310,7 +312,7 @@ def policy_loss_from_logprobs(
     if cu_seqlens is not None or cp_group is not None:  # sums over segments and over ranks are operators
         refuse_forward_mode("policy_loss_from_logprobs", logprobs=logprobs, entropy=entropy)
     cp = ranks_of("cp_group", cp_group)
-    with Together(logprobs, cp, name="logprobs") as together:
+    with Agreement("logprobs", logprobs, cp=cp) as agreement:
         checks.digits("logprobs", checks.tensor("logprobs", logprobs, "log-probabilities per token"))
         if logprobs.ndim not in (1, 2):
             raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
@@ -327,7 +329,7 @@ def policy_loss_from_logprobs(
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        check_sequences_together(together, inputs)
+        agree_on_sequences(agreement, inputs)
     stage = inputs.stage()
     return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
@@ -358,13 +360,14 @@ def token_logprobs(
     """
     refuse_forward_mode("token_logprobs", logits=logits)
     refuse_forward_mode("token_logprobs", False, temperature=temperature)
-    with Together(logits, tp_ranks(logits, -1, tp_group)) as together:
-        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
-        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
-        rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
-        if together.asks:
+    vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
+    with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
+        logits, shard = shard_of("logits", logits, -1, vocabulary)
+        columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
+        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
+        if agreement.active:
             choose(logits, backend)  # the operators do, too late for other ranks
-        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
     else:
@@ -403,92 +406,3 @@ def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | Non
         return inputs.depends_on_log_ratio_alone() or triton_stage.clips_row_by_row(inputs, fused)
     # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
     return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
-
-
-def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
-    """[outer, inner, vocab] view of the logits, and arrays to match."""
-    check_name(backend)
-    return Rows(logits if logits.ndim == 3 else logits[None], *row_arrays(token_ids, mask, temperature))
-
-
-def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
-    if isinstance(temperature, Tensor):
-        temperature = _as_rows(_temperatures(temperature, token_ids).float())
-    else:
-        temperature = checks.number(
-            "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
-        )
-        temperature = run_time(temperature, torch.device("cpu"))
-    return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
-
-
-def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
-    """One per token, of one per token, one per row of a padded batch [B, 1], or one for all []."""
-    checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
-    checks.same_device("temperature", given, token_ids.device)
-    tokens = token_ids.shape
-    by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
-    if given.ndim and given.shape != tokens and not by_row:
-        remedy = (
-            f"or {[tokens[0], 1]} (one per sequence: temperature[:, None])"
-            if len(tokens) == 2
-            else "where one per sequence is temperature.repeat_interleave(cu_seqlens.diff())"
-        )
-        raise ValueError(
-            f"temperature: expected shape {list(tokens)} (one per token), {remedy}; got {list(given.shape)}"
-        )
-    return given.detach().expand(tokens)
-
-
-def _as_rows(values: Tensor) -> Tensor:
-    """[B, T], or [N] as [1, N]."""
-    return (values if values.ndim == 2 else values[None]).contiguous()
-
-
-def _check_logits(
-    logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None
-) -> int:
-    """The vocabulary's size."""
-    checks.operand("logits", checks.tensor("logits", logits, "logits [.., vocabulary]"), "logits")
-    checks.flag("overwrite_logits", overwrite_logits, "whether the gradient is written over the logits")
-    if logits.ndim not in (2, 3):
-        raise ValueError(
-            "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
-            f"{list(logits.shape)}"
-        )
-    if logits.shape[-1] == 0 and shard is None:
-        raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
-    if overwrite_logits and checks.overlaps(logits):
-        raise ValueError(
-            "overwrite_logits: expected logits of which each has memory of its own; got a view with sizes "
-            f"{list(logits.shape)} and strides {list(logits.stride())}, whose elements share memory (expanded, or "
-            "windows that overlap). Pass its clone(), or overwrite_logits=False"
-        )
-    check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
-    return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size
-
-
-def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
-    checks.same_device("mask", mask, token_ids.device)
-    return as_bool("mask", mask)
-
-
-def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:
-    checks.tensor("token_ids", token_ids, "the token each row predicts")
-    checks.integers("token_ids", token_ids, "the token each row predicts")
-    checks.shape("token_ids", token_ids, shape, f"one per {of_what}; nothing is shifted inside")
-    checks.same_device("token_ids", token_ids, device)
-
-
-def check_vocab_size(vocab_size: Any, columns: int) -> int:
-    """The vocabulary's size, of `columns` logits."""
-    if vocab_size is None:
-        return columns
-    size = checks.whole("vocab_size", vocab_size, "how many columns are tokens")
-    if not 1 <= size <= columns:
-        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {size}")
-    return size
