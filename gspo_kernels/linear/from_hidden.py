@@ -19,14 +19,15 @@ from ..collectives import ranks_of
 from ..documentation import with_arguments_of
 from ..layout import batch_shape
 from ..losses.arguments import agree_on_sequences
+from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CLIP_RANGE, CommonOptions, TokenLogprobs, policy_loss
-from ..losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
 from ..rows.arguments import agree_on_rows, check_mask, check_vocab_size, row_arrays
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import agree_on_chunks, check_head, head_ranks, product_dtype, shard_of_head
 from .head import Wanted
-from .operators import is_named, linear_loss, linear_row_stats
+from .operators import linear_loss, linear_row_stats
 from .products import keeps_gradients, usual_chunk_bytes
 from .schedule import rows_per_chunk
 from .walk import HeadArguments, plan_of
@@ -145,7 +146,7 @@ def linear_policy_loss(
         hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend,
         shard.begin if shard else 0, shard.ranks.text() if shard else None,
     )  # fmt: skip
-    if torch.compiler.is_compiling() and not is_named(objective):  # an operator takes no objects
+    if torch.compiler.is_compiling() and objective.packed().is_own:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
     return linear_loss(arguments, inputs)

@@ -22,7 +22,8 @@ from ..rows.types import RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
 from . import triton_stage
 from .arguments import agree_on_sequences
-from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .clipped import GRPO, GSPO, PPO, GSPOToken
+from .objectives import Objective
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
 

@@ -17,7 +17,7 @@ from .. import checks
 from ..agreement import Agreement
 from ..collectives import gather, ranks_of
 from ..layout import BatchShape, Layout, batch_shape
-from ..losses.objectives import GSPO, clipped_surrogate
+from ..losses.clipped import GSPO, clipped_surrogate
 from ..scalars import FINITE, run_time
 
 LEVELS = ("token", "sequence_sum", "sequence_mean")
