@@ -537,7 +537,7 @@ def test_provider_takes_whole_temperatures(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found[0], wanted.logprobs) and torch.equal(found[1], wanted.entropy)
-    with pytest.raises(TypeError, match=r"^temperature: expected float32, float64 or an integer dtype; got torch\.bool"):
+    with pytest.raises(TypeError, match=r"^temperature: expected .* an integer dtype; got torch\.bool"):
         integration().log_probs_and_entropy(logits, labels, temperature.bool())
 
 
