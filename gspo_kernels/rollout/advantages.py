@@ -22,7 +22,7 @@ def group_advantages(
 
     Args:
         rewards: [R], float32, float64 or integers: one reward per response.
-        group_size: responses per prompt, where the responses to a prompt are adjacent. Exactly one of this and `group_ids`.
+        group_size: responses per prompt, adjacent in `rewards`. Give either this or `group_ids`.
         group_ids: [R] integers: the prompt of each response, in any order.
         normalize: "std" divides by the sample standard deviation (n - 1, as TRL and verl do); "none" does not divide
             (Dr. GRPO, arXiv 2503.20783).
