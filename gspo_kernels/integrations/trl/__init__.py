@@ -2,8 +2,8 @@
 
     from gspo_kernels.integrations.trl import GSPOConfig, GSPOTrainer       # in place of GRPOConfig, GRPOTrainer
 
-The model's LM head computes them instead of logits, within the model's own forward. There its weight is whole, also under
-DDP, FSDP2 and PEFT. docs/trl.md lists the differences from TRL's numbers.
+The model's LM head computes them instead of logits, within the model's own forward. There its weight is whole, under
+DDP, FSDP2 and PEFT alike. docs/trl.md lists the differences from TRL's numbers.
 """
 
 import trl
