@@ -10,9 +10,9 @@ runtime linked into it. GSPO_KERNELS_CUDA=0 leaves them out, GSPO_KERNELS_CUDA=1
 GSPO_CUDA_VARIANTS=1 adds the variant of csrc/cuda/rows.cu that is compiled only for measurements, for sm_90 alone.
 
 Why not scikit-build-core and CMake: a sketch with the same behaviour has 90 lines of CMake and 20 of TOML, which is
-shorter, but not simpler. Where nvcc refuses the kernels, the C++ kernels must stay, and scikit-build-core can only retry
-the whole build without CMake; so the sketch runs nvcc by hand at configure time, without incremental builds. And every
-installation from source would need cmake and ninja.
+shorter, but not simpler. Where nvcc refuses the kernels, the C++ kernels must stay, and scikit-build-core can only
+retry the whole build without CMake; so the sketch runs nvcc by hand at configure time, without incremental builds. And
+every installation from source would need cmake and ninja.
 """
 
 from __future__ import annotations
