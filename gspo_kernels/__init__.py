@@ -28,7 +28,9 @@ from .losses.token_stage import LossOutput
 from .report import explain
 from .rollout.advantages import group_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
-from .rollout.engines import PromptedRollouts, Rollouts, from_sglang, from_vllm
+from .rollout.rollouts import PromptedRollouts, Rollouts
+from .rollout.sglang import from_sglang
+from .rollout.vllm import from_vllm
 from .rows.vocab_shard import VocabularyShard
 
 __version__ = "0.1.0"
