@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..collectives import add_up_
+from ..collectives import all_reduce_
 from ..rows.dispatch import Backend, by_triton, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
@@ -234,19 +234,19 @@ class Head:
         """All there is; nothing may be asked afterwards. With a shard, a collective."""
         self.finish_products()
         if self.shard is not None and self.wanted.hidden:
-            self._add_up_hidden(self.shard)
+            self._all_reduce_hidden(self.shard)
         if self.wanted.weight:
             (self._weight[self.vocab :] if self._weight_is_written else self._weight).zero_()
         return Gradients(self._hidden, self._weight, self._bias_gradient)
 
-    def _add_up_hidden(self, shard: VocabShard) -> None:
+    def _all_reduce_hidden(self, shard: VocabShard) -> None:
         """The gradients of hidden states over the ranks, of the rows that have one: no bytes for the others."""
         live = self.asked.live
         if live is None:
-            add_up_(self._hidden, shard.ranks)
+            all_reduce_(self._hidden, shard.ranks)
             return
         rows = self._hidden.index_select(0, live)
-        add_up_(rows, shard.ranks)
+        all_reduce_(rows, shard.ranks)
         self._hidden.index_copy_(0, live, rows)
 
     # ---- rows
