@@ -8,6 +8,7 @@ from .linear.from_hidden import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
+from .losses.clipped import GRPO, GSPO, PPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
     TokenLogprobs,
     grpo_loss,
@@ -19,7 +20,7 @@ from .losses.from_logits import (
     ppo_loss,
     token_logprobs,
 )
-from .losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective, Terms, clipped_surrogate
+from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
@@ -45,6 +46,7 @@ __all__ = [
     "Rollouts",
     "Stats",
     "Terms",
+    "TokenBatch",
     "TokenLogprobs",
     "clipped_surrogate",
     "explain",

@@ -23,6 +23,6 @@ def run_time(value: float | Tensor, device: torch.device) -> Tensor:
 
 def run_time_list(values: Sequence[float]) -> Tensor:
     """Several of them, [n] float64 on the CPU."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and values:
         return torch.stack([run_time(value, torch.device("cpu")) for value in values])
     return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device is

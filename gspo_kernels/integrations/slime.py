@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import as_bool
+from ..losses.clipped import GRPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
-from ..losses.objectives import GRPO, GSPOToken, clipped_surrogate
 
 REFUSED = (
     "allgather_cp",

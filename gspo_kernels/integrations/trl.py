@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from .. import (
     Objective,
     Stats,
     Terms,
+    TokenBatch,
     TokenLogprobs,
     global_count,
     linear_policy_loss,
@@ -305,11 +306,12 @@ class _WeightedKL(Objective):
     policy: Objective
     ref_minus_old: Tensor  # [B, C]
 
-    together: ClassVar[str] = "sequence"
+    depends_on: ClassVar[str] = "sequence"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> Terms:
-        advantages = advantages if self.policy.advantages_per_token else layout.mean(advantages)
-        log_weight = self.policy.terms(log_ratio, advantages, layout, max_log_ratio).log_ratio
+    def terms(self, tokens: TokenBatch) -> Terms:
+        log_ratio, layout, max_log_ratio = tokens.log_ratio, tokens.layout, tokens.max_log_ratio
+        advantages = tokens.advantages if self.policy.advantages_per_token else layout.mean(tokens.advantages)
+        log_weight = self.policy.terms(replace(tokens, advantages=advantages)).log_ratio
         log_weight = layout.spread(log_weight) if self.policy.ratio_of == "sequence" else log_weight
         d = within(layout.of_tokens(self.ref_minus_old) - log_ratio, max_log_ratio)
         return Terms(torch.exp(at_most(log_weight, max_log_ratio)) * (torch.expm1(d) - d), log_ratio)

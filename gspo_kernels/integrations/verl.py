@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import as_bool, batch_shape
+from ..losses.clipped import GSPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
-from ..losses.objectives import GSPO, GSPOToken, clipped_surrogate
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
 

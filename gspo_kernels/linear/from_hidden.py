@@ -18,13 +18,14 @@ from ..autograd import refuse_forward_mode, refuse_vmap
 from ..collectives import Ranks, ranks_of
 from ..devices import autocasts
 from ..layout import batch_shape
+from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CommonOptions, TokenLogprobs, check_mask, check_token_ids, check_vocab_size, row_arrays
-from ..losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
 from ..rows.dispatch import check_name, choose
 from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
 from .head import Wanted
-from .operators import is_named, linear_loss, linear_row_stats
+from .operators import linear_loss, linear_row_stats
 from .products import keeps_gradients, usual_chunk_bytes
 from .schedule import rows_per_chunk
 from .walk import HeadArguments, plan_of
@@ -136,7 +137,7 @@ def linear_policy_loss(
         hidden, weight, bias, *arrays, columns, _dtype(hidden, weight), chunk_bytes, backend,
         shard.begin if shard else 0, shard.ranks.text() if shard else None,
     )  # fmt: skip
-    if torch.compiler.is_compiling() and not is_named(objective):  # an operator takes no objects
+    if torch.compiler.is_compiling() and objective.packed().is_own:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
     return linear_loss(arguments, inputs)

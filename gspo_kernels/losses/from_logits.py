@@ -20,7 +20,8 @@ from ..rows.types import Rows, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
 from ..scalars import run_time
 from . import triton_stage
-from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .clipped import GRPO, GSPO, PPO, GSPOToken
+from .objectives import Objective
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
 

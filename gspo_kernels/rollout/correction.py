@@ -17,7 +17,7 @@ from .. import checks
 from ..agreement import Together
 from ..collectives import gather, ranks_of
 from ..layout import BatchShape, Layout, batch_shape
-from ..losses.objectives import GSPO, clipped_surrogate
+from ..losses.clipped import GSPO, clipped_surrogate
 from ..losses.token_stage import FINITE
 from ..scalars import run_time
 

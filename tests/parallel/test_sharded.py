@@ -275,12 +275,13 @@ class Variance(gspo_kernels.Objective):
 
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
-    together: ClassVar[str] = "sequence"
+    depends_on: ClassVar[str] = "sequence"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        log_ratio, layout = tokens.log_ratio, tokens.layout
         mean = layout.mean(log_ratio)
         variance = layout.mean((log_ratio - layout.spread(mean)).square())
-        return gspo_kernels.Terms(loss=variance - torch.exp(mean) * advantages, log_ratio=mean)
+        return gspo_kernels.Terms(loss=variance - torch.exp(mean) * tokens.advantages, log_ratio=mean)
 
 
 OWN = {"grpo": OverMean(), "gspo": Variance()}  # by what their units are like
