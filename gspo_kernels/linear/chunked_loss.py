@@ -85,10 +85,8 @@ def statistics(head: Head) -> RowStats:
 def backward_recomputed(head: Head, first: int, stats: RowStats, upstream: Upstream) -> None:
     """Gradients of the rows from `first` on that `upstream` is about: the logits of active rows are computed again."""
     active = upstream.some()
-    if can_synchronize(active.device):
-        rows = active.nonzero()[:, 0]
-    else:
-        rows = torch.arange(len(active), device=active.device)
+    all_rows = torch.arange(len(active), device=active.device)
+    rows = all_rows[active] if can_synchronize(active.device) else all_rows
     for start, stop in even_parts(0, rows.shape[0], head.chunk_size.default_rows):
         chosen: RowRange = rows[start:stop] + first
         head.load(chosen, recompute=True)

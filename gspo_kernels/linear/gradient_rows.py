@@ -23,7 +23,7 @@ class PendingProducts(NamedTuple):
     gradient: Tensor  # [n, V], active rows first
     hidden_indices: Tensor  # [n], which rows of the hidden states they belong to
     active: Tensor | None  # [n] bool, which rows have a gradient; None: all
-    count: ActiveCount | None  # None: all rows are active, and nothing was scaled
+    active_count: ActiveCount | None  # None: all rows are active, and nothing was scaled
 
 
 class ActiveCount:

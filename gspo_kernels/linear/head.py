@@ -127,7 +127,7 @@ class Head:
         if order.numel():
             gradient = self._view(self._gradient_buffer, 0, order.numel())
             self._write(gradient, order, stats, upstream, count.exponent)
-            indices = self._hidden_indices(self._range).index_select(0, order)
+            indices = self._active_indices(order)
             self._pending = PendingProducts(gradient, indices, active.index_select(0, order), count)
 
     def _backward_in_place(self, active: Tensor, stats: RowStats, upstream: Upstream) -> None:
@@ -140,7 +140,7 @@ class Head:
         gradient = self._view(self._gradient_buffer, 0, pending_rows + count)
         for start, stop in doubling_ranges(count) if half_width else [(0, count)]:
             self._write(gradient[pending_rows + start : pending_rows + stop], order[start:stop], stats, upstream)
-        indices = self._hidden_indices(self._range).index_select(0, order)
+        indices = self._active_indices(order)
         if self._pending is not None:
             indices = torch.cat([self._pending.hidden_indices, indices])
         self._pending = PendingProducts(gradient, indices, None, None)
@@ -161,7 +161,9 @@ class Head:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        count, exponent = (pending.hidden_indices.shape[0], 0) if pending.count is None else pending.count.wait()
+        count, exponent = pending.hidden_indices.shape[0], 0
+        if pending.active_count is not None:
+            count, exponent = pending.active_count.wait()
         if count == 0:
             return
         self.work.backward_rows += count
@@ -231,6 +233,10 @@ class Head:
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=self.rows.hidden.device)
         return rows if self.rows.row_indices is None else self.rows.row_indices.index_select(0, rows)
+
+    def _active_indices(self, order: Tensor) -> Tensor:
+        """Which rows of the hidden states the loaded rows `order` are."""
+        return self._hidden_indices(self._range).index_select(0, order)
 
     def _hidden_states(self, rows: RowRange) -> Tensor:
         if self.rows.row_indices is None and isinstance(rows, slice):

@@ -210,7 +210,8 @@ _SAVED = ("hidden", "weight", "bias", "token_ids", "mask", "temperature")  # the
 
 def _save_linear_row_stats(ctx: Any, output: RowStats, arguments: HeadArguments, needs_grad: NeedsGrad) -> None:
     ctx.save_for_backward(*(getattr(arguments, name) for name in _SAVED), *output)
-    ctx.arguments, ctx.needs_grad = replace(arguments, **dict.fromkeys(_SAVED)), needs_grad
+    without_tensors: dict[str, Any] = dict.fromkeys(_SAVED)
+    ctx.arguments, ctx.needs_grad = replace(arguments, **without_tensors), needs_grad
 
 
 def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:

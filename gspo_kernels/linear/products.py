@@ -179,7 +179,9 @@ def products(weight: Tensor, dtype: torch.dtype) -> Products:
     """The fastest products for this device and dtype."""
     if weight.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return _cuda_products(weight.device, dtype)(weight, dtype)
-    return MklProducts(weight, dtype) if gradients_are_half_width(weight.device.type, dtype) else Products(weight, dtype)
+    if gradients_are_half_width(weight.device.type, dtype):
+        return MklProducts(weight, dtype)
+    return Products(weight, dtype)
 
 
 def gradients_are_half_width(device: str, dtype: torch.dtype) -> bool:
