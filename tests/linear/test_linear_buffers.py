@@ -88,8 +88,8 @@ class NarrowProducts(HalfProducts):
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 9), st.lists(st.booleans(), max_size=40))
 def test_half_as_wide_in_place(kept: int, active: list[bool]) -> None:
-    """Behind `kept` rows of gradients, in ranges whose rows may be written in any order: none overwrites logits that are
-    still to be read, except its own from their beginning on."""
+    """Behind `kept` rows of gradients, in ranges whose rows may be written in any order: none overwrites logits that
+    are still to be read, except its own from their beginning on."""
     first = -(-kept // 2)
     order = [i for i, some in enumerate(active) if some]
     unread, written = set(order), 0
