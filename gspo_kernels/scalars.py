@@ -1,4 +1,4 @@
-"""Hyper-parameters as run-time values: annealing one must not compile anything again."""
+"""Hyper-parameters as run-time values: annealing one triggers no recompilation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
 
 
 def run_time(value: float | Tensor, device: torch.device) -> Tensor:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..agreement import Together
+from ..agreement import Agreement
 from ..collectives import gather, ranks_of
 from ..layout import BatchShape, Layout, batch_shape
 from ..losses.clipped import GSPO, clipped_surrogate
-from ..losses.token_stage import FINITE
-from ..scalars import run_time
+from ..scalars import FINITE, run_time
 
 LEVELS = ("token", "sequence_sum", "sequence_mean")
 MODES = ("truncate", "mask")
@@ -140,14 +139,14 @@ def rollout_weights(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     cp = ranks_of("cp_group", cp_group)
-    with Together(logprobs, cp, name="logprobs") as together:
+    with Agreement("logprobs", logprobs, cp=cp) as agreement:
         batch, new, rollout, max_log_ratio = _inputs(logprobs, rollout_logprobs, mask, cu_seqlens, max_log_ratio, cp)
         checks.choice("level", level, LEVELS)
         checks.choice("mode", mode, MODES)
         lower, upper = _bounds(lower, upper)
-        if together.asks:
-            bounds = {"lower": str(lower), "upper": str(upper)}
-            together.same(cp, level=level, mode=mode, **bounds, **_shared(batch, max_log_ratio))
+        if agreement.active:
+            options = {"level": level, "mode": mode, "lower": lower, "upper": upper}
+            agreement.same(options | _shared(batch, max_log_ratio))
     layout = batch.layout()
     log_ratio = _difference(layout, new, rollout)
     if level == "token":
@@ -226,7 +225,7 @@ def rollout_mismatch(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     cp = ranks_of("cp_group", cp_group)
-    with Together(logprobs, cp, name="logprobs") as together:
+    with Agreement("logprobs", logprobs, cp=cp) as agreement:
         batch, new, rollout, max_log_ratio = _inputs(logprobs, rollout_logprobs, mask, cu_seqlens, max_log_ratio, cp)
         eps_low = checks.number("eps_low", eps_low, "the clip range below 1", at_least=0.0)
         eps_high = checks.number("eps_high", eps_high, "the clip range above 1", at_least=0.0)
@@ -235,9 +234,10 @@ def rollout_mismatch(
         if advantages is not None:
             checks.tensor("advantages", advantages, "one advantage per sequence, or None")
             advantages = batch.per_sequence("advantages", advantages, "advantages")
-        if together.asks:
-            given = {"advantages (0: None, 1: given)": int(advantages is not None), **_shared(batch, max_log_ratio)}
-            together.same(cp, eps_low=eps_low, eps_high=eps_high, noise=str(noise), **given)
+        if agreement.active:
+            given = "None" if advantages is None else "given"
+            options = {"eps_low": eps_low, "eps_high": eps_high, "noise": noise, "advantages": given}
+            agreement.same(options | _shared(batch, max_log_ratio))
     layout = batch.layout()
     exact = _difference(layout, new, rollout)
     r, token_saturated = _saturate(exact, max_log_ratio)
@@ -305,8 +305,8 @@ def _bounds(lower: Any, upper: Any) -> tuple[float | None, float | None]:
     return lower, None if upper is None else checks.number("upper", upper, meaning, at_least=1.0)
 
 
-def _shared(batch: BatchShape, max_log_ratio: float) -> dict[str, float]:
-    """What all ranks of a context-parallel group have alike, whatever the function."""
+def _shared(batch: BatchShape, max_log_ratio: float) -> dict[str, Any]:
+    """Options of both functions that all ranks of a context-parallel group share."""
     return {
         "cu_seqlens (how many sequences, or rows of a padded batch)": batch.sequences,
         "max_log_ratio": max_log_ratio,
