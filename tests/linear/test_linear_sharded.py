@@ -32,14 +32,14 @@ from torch import Tensor
 
 from gspo_kernels import token_logprobs
 from gspo_kernels.layout import Layout
-from gspo_kernels.linear import head, walk
+from gspo_kernels.linear import chunked_loss, head
 from gspo_kernels.linear.head import Head
 from gspo_kernels.rows.vocab_shard import VocabShard
 
 pytestmark = ranks.mark
 
 ALL = ("hidden", "weight", "bias")
-EVERY_WAY = {"at_once", "two_phases", "unscaled", "statistics"}
+EVERY_MODE = {"single_pass", "recompute", "deferred_scale", "statistics"}
 
 # build, options, rows of a chunk, which operands want a gradient. Sequences have up to 7 rows, here and there masked.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None, tuple[str, ...]]] = {
@@ -120,7 +120,7 @@ def test_parts_of_all_ranks_are_the_loss_of_one(turn: int) -> None:
         cases = [case for k, case in enumerate(cases) if (k + k // len(SETTINGS) + turn) % 3 == 0]
     found = ranks.run(at.size, linear_sharding.from_hidden, at, cases)
     refuse(complaints(found, at, cases), len(cases))
-    assert ways(found) | {"statistics"} == EVERY_WAY and (at not in WITH_ALL or "statistics" in ways(found))
+    assert ways(found) | {"statistics"} == EVERY_MODE and (at not in WITH_ALL or "statistics" in ways(found))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_as_on_a_gpu(at: HeadGrid, change: Any) -> None:
     cases = cases_of(1)[::2]
     found = ranks.run(at.size, linear_sharding.from_hidden, at, cases, change)
     refuse(complaints(found, at, cases), len(cases))
-    assert ways(found) == EVERY_WAY
+    assert ways(found) == EVERY_MODE
 
 
 OWN: list[Case] = [
@@ -171,7 +171,7 @@ def test_objectives_of_ones_own(at: HeadGrid) -> None:
     """Of a sequence and of the batch: gradients by sums over ranks cross them, once a chunk."""
     found = ranks.run(at.size, linear_sharding.from_hidden, at, OWN)
     refuse(complaints(found, at, OWN), len(OWN))
-    assert ways(found) == EVERY_WAY
+    assert ways(found) == EVERY_MODE
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------
@@ -308,13 +308,13 @@ def padding_multiplied(patch: Patch) -> None:
 
 def chunks_of_this_rank(patch: Patch) -> None:
     """Coefficients of a sequence from the tokens of it that are here."""
-    init = walk.Coefficients.__init__
+    init = chunked_loss.Coefficients.__init__
 
     def alone(self: Any, *given: Any) -> None:
         init(self, *given)
-        self._by_steps_together = False
+        self._step_crosses_ranks = False
 
-    patch.setattr(walk.Coefficients, "__init__", alone)
+    patch.setattr(chunked_loss.Coefficients, "__init__", alone)
 
 
 def gradients_that_stay(patch: Patch) -> None:
@@ -336,9 +336,9 @@ def count_of_this_rank(patch: Patch) -> None:
 
 def plan_of_this_rank(patch: Patch) -> None:
     patch.setattr(
-        walk,
-        "_steps",
-        lambda inputs, count, lengths, head, device: walk.plan_of(inputs, lengths, head.at_a_time, head.wanted),
+        chunked_loss,
+        "plan_steps",
+        lambda inputs, lengths, head: chunked_loss.plan_for(inputs, lengths, head.chunk_size, head.needs_grad),
     )
 
 

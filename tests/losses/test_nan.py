@@ -17,7 +17,7 @@ from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, on_device
 from torch import Tensor
 
 from gspo_kernels import GRPO, GSPO, GSPOToken, Objective, linear_policy_loss, policy_loss, policy_loss_from_logprobs
-from gspo_kernels.linear import walk
+from gspo_kernels.linear import operators
 
 SEQUENCES, LENGTH, VOCAB, WIDTH = 5, 4, 20, 8
 AT = torch.tensor([1, 2, 3]), torch.tensor([1, 0, 2])  # NaN, in sequences; the second has advantage 0
@@ -97,7 +97,7 @@ def from_hidden(rows: int | None, frozen: bool = False) -> Path:
 
 def from_separate(given: Given, objective: Objective) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "Head", Separate)
+        patch.setattr(operators, "Head", Separate)
         return from_hidden(4)(given, objective)
 
 

@@ -20,6 +20,7 @@ from modes import DEVICE, on_device
 from tolerances import TOLERANCES
 from torch import Tensor
 
+from gspo_kernels.linear import chunked_loss, types
 from gspo_kernels.linear.head import Head
 from gspo_kernels.linear.schedule import row_stride
 
@@ -245,8 +246,14 @@ def rows_of_work(stats: Any) -> tuple[int, int, int, int]:
     return forward, again, backward, chunks
 
 
+def without_synchronization(patch: pytest.MonkeyPatch) -> None:
+    """As while a CUDA graph is captured: the host waits for nothing."""
+    for module in (types, chunked_loss):
+        patch.setattr(module, "can_synchronize", lambda device: False)
+
+
 class Separate(Head):
-    """A head that writes gradients beside the logits, as on a GPU, where a row is walked by many threads."""
+    """A head that writes gradients beside the logits, as on a GPU, where many threads compute one row."""
 
     @property
     def _in_place(self) -> bool:

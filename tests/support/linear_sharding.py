@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import LINEAR, PUBLIC, Batch, arguments, flat, to_padded
-from linear import Gradients, Problem, Separate, check_same, chunk_of
+from linear import Gradients, Problem, Separate, check_same, chunk_of, without_synchronization
 from linear import from_logits as one_process
 from ranks import grid, refused
 from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, part, shard_of
@@ -24,7 +24,7 @@ from torch import Tensor
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, policy_loss
 from gspo_kernels.agreement import Agreement
 from gspo_kernels.checks import is_dtensor
-from gspo_kernels.linear import walk
+from gspo_kernels.linear import chunked_loss, operators
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def nothing(patch: Patch) -> None:
 
 def gradients_beside_logits(patch: Patch) -> None:
     """As on a GPU."""
-    patch.setattr(walk, "Head", Separate)
+    patch.setattr(operators, "Head", Separate)
 
 
 def as_in_a_cuda_graph(patch: Patch) -> None:
-    """Where nothing is read: masked rows are taken too, and the plan is the same for any batch."""
-    patch.setattr(walk, "may_wait", lambda device: False)
+    """The host reads nothing: masked rows are selected too, and the plan is the same for any batch."""
+    without_synchronization(patch)
 
 
 def from_hidden(rank: int, at: HeadGrid, cases: Sequence[Case], change: Change = nothing) -> list[Found]:
@@ -168,16 +168,16 @@ def hidden_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
 
 
 def recorded_steps(patch: Patch) -> list[tuple[str, int, int]]:
-    """(way, first, last sequence) of what the next loss does."""
+    """(mode, first, last sequence) of each step of the next loss."""
     steps: list[tuple[str, int, int]] = []
-    original = walk._steps
+    original = chunked_loss.plan_steps
 
     def record(*given: Any) -> Any:
         found = original(*given)
-        steps.extend((step.way, step.first, step.last) for step in found)
+        steps.extend((step.mode, step.first, step.last) for step in found)
         return found
 
-    patch.setattr(walk, "_steps", record)
+    patch.setattr(chunked_loss, "plan_steps", record)
     return steps
 
 
