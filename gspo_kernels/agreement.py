@@ -145,8 +145,9 @@ class Agreement:
         return None
 
     def _explained_on(self, others: list[int]) -> Exception:
+        near = next((argument for argument, members in self._members.items() if set(members) & set(others)), "cp_group")
         return ValueError(
-            f"{', '.join(self._members)}: expected arguments that every rank accepts; refused by, and explained on, "
+            f"{near}: expected arguments that every rank accepts; refused by, and explained on, "
             f"{_listed(sorted(others))}. Nothing was computed"
         )
 

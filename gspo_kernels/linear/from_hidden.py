@@ -5,6 +5,7 @@ Arguments, stats and numbers are those of the losses from logits.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -281,10 +282,11 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     lines = [f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}"]
     if "token_ids" not in given or "advantages" not in given:
         return lines[0]
+    parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
     inputs = token_inputs(
         batch, given["objective"], given["advantages"], given.get("old_logprobs"),
-        **{name: given.get(name, usual) for name, usual in _OF_TOKENS.items()},
+        **{name: given.get(name, parameters[name].default) for name in _TOKEN_OPTIONS},
     )  # fmt: skip
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
@@ -301,10 +303,10 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     return "\n".join(lines)
 
 
-_OF_TOKENS: dict[str, Any] = {
-    "ref_logprobs": None, "beta": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "importance_weights": None,
-    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0,
-}  # fmt: skip
+_TOKEN_OPTIONS = (
+    "ref_logprobs", "beta", "kl_estimator", "entropy_coef", "importance_weights", "aggregation", "normalizer",
+    "max_log_ratio",
+)  # fmt: skip
 _MODES = {
     "statistics": "no operand needs a gradient; one product",
     "single_pass": "coefficients are known while the logits exist; gradient products of the active rows",
