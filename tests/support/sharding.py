@@ -86,7 +86,7 @@ class Case:
     build: dict[str, Any] = field(default_factory=dict)  # of ragged_batch, or of problem
     options: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None  # of a chunk, from hidden states
-    wants: tuple[str, ...] = ("hidden", "weight", "bias")
+    needs_grad: tuple[str, ...] = ("hidden", "weight", "bias")
     upstream: float = 1.0
 
     def batch(self) -> Batch:
@@ -137,7 +137,7 @@ def logits_case(rank: int, at: Grid, case: Case, groups: Any, function: Callable
     if at.vocab == "dtensor":
         given = dtensor(leaf, groups[0], vocab, leaf.ndim - 1)
     if keywords.get("overwrite_logits"):
-        given = given * 1  # a leaf that wants its gradient cannot be overwritten
+        given = given * 1  # a leaf that needs its gradient cannot be overwritten
     loss, stats = (function or PUBLIC[case.objective])(given, *args.rest, **keywords)
     (loss * case.upstream).backward()
     assert leaf.grad is not None
