@@ -36,13 +36,6 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
     if coefficients is not None and inputs.depends_on_log_ratio_alone():
         on_policy = coefficients.on_policy(head.sum_dtype)
 
-    def forward(start: int, stop: int) -> RowStats:
-        head.load(slice(start, stop))
-        found = head.statistics()
-        for all_rows, of_chunk in zip(stats, found, strict=True):
-            all_rows[start:stop] = of_chunk
-        return found
-
     def upstream(step: Step) -> Upstream:
         if on_policy is not None:
             found = stats.logprobs[step.start : step.stop]
@@ -53,13 +46,13 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
     for step in plan_steps(inputs, lengths, head):
         parts = even_parts(step.start, step.stop, head.chunk_size.default_rows)
         if step.mode == "statistics":
-            forward(step.start, step.stop)
+            _forward(head, stats, step.start, step.stop)
         elif step.mode == "single_pass":
-            found = forward(step.start, step.stop)
+            found = _forward(head, stats, step.start, step.stop)
             head.backward(found, upstream(step))
         elif step.mode == "deferred_scale":
             for start, stop in parts:
-                found = forward(start, stop)
+                found = _forward(head, stats, start, stop)
                 head.backward(found, Upstream(torch.ones_like(found.logprobs)))
             head.finish_products()
             g_logprobs, _, _ = upstream(step).by_statistic()
@@ -67,7 +60,7 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
             head.scale_hidden(slice(step.start, step.stop), g_logprobs)
         else:
             for start, stop in parts:
-                forward(start, stop)
+                _forward(head, stats, start, stop)
             backward_recomputed(head, step.start, stats, upstream(step))
     return stats
 
@@ -76,10 +69,17 @@ def statistics(head: Head) -> RowStats:
     """Statistics of the selected rows, without gradients."""
     stats = _empty_stats(head)
     for start, stop in even_parts(0, head.rows.count, head.chunk_size.default_rows):
-        head.load(slice(start, stop))
-        for all_rows, of_chunk in zip(stats, head.statistics(), strict=True):
-            all_rows[start:stop] = of_chunk
+        _forward(head, stats, start, stop)
     return stats
+
+
+def _forward(head: Head, stats: RowStats, start: int, stop: int) -> RowStats:
+    """Loads rows [start, stop) and writes their statistics into `stats`; returns those of these rows."""
+    head.load(slice(start, stop))
+    found = head.statistics()
+    for all_rows, of_chunk in zip(stats, found, strict=True):
+        all_rows[start:stop] = of_chunk
+    return found
 
 
 def backward_recomputed(head: Head, first: int, stats: RowStats, upstream: Upstream) -> None:

@@ -21,7 +21,7 @@ from ..losses import triton_stage
 from ..losses.objectives import carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
-from ..operators import Operator
+from ..operators import Operator, save_values, saved_values
 from ..rows.dispatch import by_triton
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
@@ -205,24 +205,18 @@ def _fake_linear_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> R
     return RowStats(*(torch.empty(ids.shape, dtype=d, device=ids.device) for d in (dtype, dtype, torch.float64)))
 
 
-_SAVED = ("hidden", "weight", "bias", "token_ids", "mask", "temperature")  # the tensors of HeadArguments
-
-
 def _save_linear_row_stats(ctx: Any, output: RowStats, arguments: HeadArguments, needs_grad: NeedsGrad) -> None:
-    ctx.save_for_backward(*(getattr(arguments, name) for name in _SAVED), *output)
-    without_tensors: dict[str, Any] = dict.fromkeys(_SAVED)
-    ctx.arguments, ctx.needs_grad = replace(arguments, **without_tensors), needs_grad
+    save_values(ctx, arguments=arguments, needs_grad=needs_grad, stats=output)
 
 
 def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
-    *tensors, logprobs, entropy, lse = ctx.saved_tensors
-    arguments = replace(ctx.arguments, **dict(zip(_SAVED, tensors, strict=True)))
+    saved = saved_values(ctx)
+    arguments, needs_grad = saved["arguments"], saved["needs_grad"]
     operands = (arguments.hidden, arguments.weight, arguments.bias)
     found: dict[str, Tensor | None] = {}
     with torch.no_grad():
-        stats = RowStats(logprobs, entropy, lse)
-        gradients = LINEAR_ROW_GRADIENT(arguments, ctx.needs_grad, stats, Upstream(*upstream))
-    for name, needed, gradient, operand in zip(NeedsGrad._fields, ctx.needs_grad, gradients, operands, strict=True):
+        gradients = LINEAR_ROW_GRADIENT(arguments, needs_grad, saved["stats"], Upstream(*upstream))
+    for name, needed, gradient, operand in zip(NeedsGrad._fields, needs_grad, gradients, operands, strict=True):
         if needed:
             with torch.no_grad():
                 of_operand = gradient.to(operand.dtype).reshape(operand.shape)

@@ -34,7 +34,9 @@ from gspo_kernels.linear.products import HalfProducts
 pytestmark = DEFAULT_MODE
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-frozen_or_not = pytest.mark.parametrize("wants", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
+frozen_or_not = pytest.mark.parametrize(
+    "needs_grad", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"]
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -58,18 +60,18 @@ def test_the_order_in_place(active: list[bool]) -> None:
 @frozen_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_gradient_buffer_of_its_own(
-    objective: str, dtype: torch.dtype, wants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    objective: str, dtype: torch.dtype, needs_grad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Active rows first, and the products of a chunk queued behind the logits of the next."""
     p = problem(objective, seed=101, bias=True, dtype=dtype)
     for rows in (1, 3, None):
-        in_place = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+        in_place = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad)
         with monkeypatch.context() as patch:
             patch.setattr(operators, "Head", Separate)
-            separate = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+            separate = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad)
         assert torch.equal(in_place.loss, separate.loss)
         assert [int(x) for x in in_place.stats.head] == [int(x) for x in separate.stats.head]
-        for name in wants:
+        for name in needs_grad:
             x, y = getattr(separate, name), getattr(in_place, name)
             step = 2 * TOLERANCES[dtype].store  # one number may be rounded to either of two neighbours
             check_close(name, x, y, (step + 1e-6) * y.double().abs() + 1e-6 * float(y.double().abs().max()))
@@ -109,7 +111,7 @@ def test_half_as_wide_in_place(kept: int, active: list[bool]) -> None:
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("rows", [1, 2, 6, 8, 50])
 def test_gradients_kept_beside_logits(
-    objective: str, rows: int, backend: str, wants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    objective: str, rows: int, backend: str, needs_grad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bf16 gradients over fp32 logits stay there until more chunks have been computed, for any order of active rows."""
     dtype = torch.bfloat16
@@ -126,7 +128,7 @@ def test_gradients_kept_beside_logits(
         return original(self, gradient, factor)
 
     monkeypatch.setattr(NarrowProducts, "hidden_gradient", counted)
-    found = from_hidden(p, "packed", objective, rows=rows, wants=wants, backend=backend)
+    found = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad, backend=backend)
     check_same(found, truth, p, number=2 * TOLERANCES[dtype].store)
     _, _, backward, chunks = rows_of_work(found.stats)
     assert sum(products) == backward
@@ -138,7 +140,7 @@ def test_gradients_kept_beside_logits(
 @frozen_or_not
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e6])
 def test_gradients_of_logits_in_fp16(
-    objective: str, wants: tuple[str, ...], size: float, monkeypatch: pytest.MonkeyPatch
+    objective: str, needs_grad: tuple[str, ...], size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are scaled by a power of two while they are multiplied: with advantages of any size nothing underflows to 0
     or overflows. Operands are in fp16; gradients are returned in fp32, under autocast."""
@@ -153,7 +155,7 @@ def test_gradients_of_logits_in_fp16(
     monkeypatch.setattr(head, "products", NarrowProducts)
     for rows in (3, None):
         with torch.autocast("cpu", dtype=dtype):
-            found = from_hidden(p, "packed", objective, rows=rows, wants=wants, backend="reference")
+            found = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad, backend="reference")
         # of a row's columns the smallest may be a thousandth of the largest, and a subnormal
         check_same(found, truth, p, number=2 * TOLERANCES[dtype].store, stats=False)
 
@@ -162,7 +164,7 @@ def test_gradients_of_logits_in_fp16(
 @frozen_or_not
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_where_the_host_may_not_wait(
-    objective: str, wants: tuple[str, ...], layout: str, monkeypatch: pytest.MonkeyPatch
+    objective: str, needs_grad: tuple[str, ...], layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a CUDA graph no count can be read: masked and inactive rows are multiplied too, and change nothing.
 
@@ -174,5 +176,5 @@ def test_where_the_host_may_not_wait(
     without_synchronization(monkeypatch)
     monkeypatch.setattr(ActiveCount, "wait", lambda self: (self._rows, 0))
     for rows in (3, None):
-        found: Any = from_hidden(p, layout, objective, rows=rows, wants=wants)
+        found: Any = from_hidden(p, layout, objective, rows=rows, needs_grad=needs_grad)
         check_same(found, truth, p)

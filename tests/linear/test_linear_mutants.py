@@ -38,8 +38,8 @@ def check(frozen: bool = False, rows: int = 3, **setting: Any) -> None:
         p.batch.advantages[0] = p.batch.advantages[4] = 0.0
     truth = from_logits(p, "packed", "gspo", **setting)
     given = {**setting, "skip_zero_advantage": True} if skip else setting
-    wants = ["hidden"] if frozen else ["hidden", "weight", "bias"]
-    found = from_hidden(p, "packed", "gspo", rows=rows, wants=wants, **given)
+    needs_grad = ["hidden"] if frozen else ["hidden", "weight", "bias"]
+    found = from_hidden(p, "packed", "gspo", rows=rows, needs_grad=needs_grad, **given)
     check_same(found, truth, p, number=1.5e-5 if setting.get("entropy_coef") else 3e-6, stats=not skip)
     if not skip:
         work = tuple(int(x) for x in found.stats.head)

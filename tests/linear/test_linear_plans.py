@@ -164,15 +164,15 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_the_head_meets_the_rows_it_has_to(objective: str, option: str, frozen: bool) -> None:
-    """Exactly: live rows forward, rows with a coefficient backward, and again only those of a sequence that is longer
-    than a chunk, if the head is trained or the coefficient is not one number."""
+def test_rows_are_multiplied_as_often_as_needed(objective: str, option: str, frozen: bool) -> None:
+    """Exactly: unmasked rows forward, active rows backward. Recomputed are only active rows of a sequence longer than a
+    chunk, if the head is trained or there is an entropy bonus."""
     build, options = OPTIONS[option]
     p = problem(objective, seed=60, **build)
-    wants = ["hidden"] if frozen else ["hidden", "weight"]
+    needs_grad = ["hidden"] if frozen else ["hidden", "weight"]
     for rows in (1, 3, 6, 100):
         for layout in LAYOUTS:
-            found = rows_of_work(from_hidden(p, layout, objective, rows=rows, wants=wants, **options).stats)
+            found = rows_of_work(from_hidden(p, layout, objective, rows=rows, needs_grad=needs_grad, **options).stats)
             expected = expected_work(p, objective, rows, frozen, **options)
             if ON_GPU:  # gradient rows come in multiples there
                 found, expected = (found[0], found[2] >= 1, found[3]), (expected[0], True, expected[3])  # type: ignore[assignment]
@@ -185,7 +185,7 @@ def test_without_a_gradient_there_is_one_product(objective: str) -> None:
     p = problem(objective, seed=61)
     live = int(p.batch.mask.sum())
     for rows, chunks in ((1, live), (live, 1), (100, 1)):
-        found = from_hidden(p, "packed", objective, rows=rows, wants=())
+        found = from_hidden(p, "packed", objective, rows=rows, needs_grad=())
         assert rows_of_work(found.stats) == (live, 0, 0, chunks)
 
 
@@ -264,7 +264,7 @@ def test_an_objective_of_ones_own(objective: gspo_kernels.Objective, frozen: boo
     for rows in (1, 3, live - 1, live):
         found = from_hidden(
             p, layout, "grpo", rows=rows, function=partial(linear_policy_loss, objective=objective),
-            wants=["hidden"] if frozen else ["hidden", "weight"],
+            needs_grad=["hidden"] if frozen else ["hidden", "weight"],
         )  # fmt: skip
         check_same(found, truth, p)
         _, again, _, chunks = rows_of_work(found.stats)

@@ -222,9 +222,16 @@ def test_statistics_of_a_row_do_not_depend_on_chunk_batch_or_threads(
     torch.set_num_threads(1)
     expected = from_hidden(p, "packed", objective).stats.logprobs
     weights = ("hidden", "weight", "bias")
-    for count, rows, wants in ((1, 1, ()), (1, 7, weights), (2, 2, weights), (2, 10, ()), (3, 6, weights), (5, 20, ())):
+    for count, rows, needs_grad in (
+        (1, 1, ()),
+        (1, 7, weights),
+        (2, 2, weights),
+        (2, 10, ()),
+        (3, 6, weights),
+        (5, 20, ()),
+    ):
         torch.set_num_threads(count)
-        found = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+        found = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad)
         assert torch.equal(found.stats.logprobs, expected), (count, rows)
     p.hidden[p.batch.mask.logical_not()] = 0.0
     chunk_bytes = chunk_of(3, 301)

@@ -124,8 +124,8 @@ def from_logprobs(layout: str) -> Path:
 PATHS: dict[str, Path] = {
     **{backend: from_logits(backend) for backend in BACKENDS},
     **{f"{backend}, overwriting": from_logits(backend, overwrite_logits=True) for backend in BACKENDS},
-    "hidden, at once": from_hidden(None),
-    "hidden, two phases": from_hidden(2),
+    "hidden, single pass": from_hidden(None),
+    "hidden, recompute": from_hidden(2),
     "hidden, frozen head": from_hidden(None, frozen=True),
     "hidden, frozen head, chunks": from_hidden(2, frozen=True),
     "hidden, beside the logits": from_separate,
@@ -133,7 +133,9 @@ PATHS: dict[str, Path] = {
     "log-probabilities, packed": from_logprobs("packed"),
 }
 if INTERPRETED:  # others have no kernel that these have not
-    PATHS = {name: PATHS[name] for name in ("triton", "triton, overwriting", "hidden, at once", "hidden, two phases")}
+    PATHS = {
+        name: PATHS[name] for name in ("triton", "triton, overwriting", "hidden, single pass", "hidden, recompute")
+    }
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -151,7 +151,7 @@ def from_hidden(
     *,
     rows: int | None = None,
     function: Callable[..., Any] | None = None,
-    wants: Sequence[str] = ("hidden", "weight", "bias"),
+    needs_grad: Sequence[str] = ("hidden", "weight", "bias"),
     upstream: float = 1.0,
     change: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
@@ -164,7 +164,7 @@ def from_hidden(
     weight, bias = on_device(p.weight).detach(), None if p.bias is None else on_device(p.bias).detach()
     for name, x in (("hidden", leaf), ("weight", weight), ("bias", bias)):
         if x is not None:
-            x.requires_grad_(name in wants)
+            x.requires_grad_(name in needs_grad)
     dtype = torch.promote_types(leaf.dtype, weight.dtype)
     if rows is not None:
         options["chunk_bytes"] = chunk_of(rows, options.get("vocab_size", weight.shape[0]), dtype)

@@ -85,7 +85,7 @@ class Case:
     build: dict[str, Any] = field(default_factory=dict)  # of ragged_batch, or of problem
     options: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None  # of a chunk, from hidden states
-    wants: tuple[str, ...] = ("hidden", "weight", "bias")
+    needs_grad: tuple[str, ...] = ("hidden", "weight", "bias")
     upstream: float = 1.0
 
     def batch(self) -> Batch:
