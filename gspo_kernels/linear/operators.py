@@ -144,6 +144,7 @@ def _linear_loss(
         beta=beta,
         kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,
+        entropy_bonus=entropy_coef != 0.0,
         max_log_ratio=max_log_ratio,
     )
     with _inside_an_operator(hidden.device):

@@ -19,7 +19,7 @@ from ..rows.operators import needs_operators, row_stats, row_stats_and_gradient,
 from ..rows.types import Rows, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
 from ..scalars import run_time
-from . import triton_stage
+from . import fused_loss
 from .clipped import GRPO, GSPO, PPO, GSPOToken
 from .objectives import Objective
 from .token_stage import LossOutput, TokenInputs, token_inputs
@@ -182,10 +182,12 @@ def policy_loss(
             choose(logits, backend)  # the operators do, too late for other ranks
         check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
         check_sequences_together(together, inputs)
-    fused = triton_stage.backend_of(inputs, logits, backend) if cp is None else None
+    fused = fused_loss.backend_of(inputs, logits, backend) if cp is None else None
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
-        return _loss(inputs, found) if fused is None else triton_stage.loss_of_rows(inputs, found)
+        if fused is None:
+            return _loss(inputs, found)
+        return fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
     one_pass = (
         _gradient_is_known(inputs, logits, fused)
         and logits.requires_grad
@@ -194,7 +196,7 @@ def policy_loss(
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
     if fused is not None:
-        return triton_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, fused)
+        return fused_loss.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, fused)
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
@@ -329,6 +331,8 @@ def policy_loss_from_logprobs(
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
         check_sequences_together(together, inputs)
+    if fused_loss.takes_logprobs(inputs, logprobs):
+        return fused_loss.loss_of_rows(inputs, logprobs, None if entropy is None else entropy.float())
     stage = inputs.stage()
     return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
@@ -401,7 +405,7 @@ def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
 def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | None) -> bool:
     """Whether a row's gradient can be written while the row is read for the first time."""
     if fused is not None:
-        return inputs.depends_on_log_ratio_alone() or triton_stage.clips_row_by_row(inputs, fused)
+        return inputs.depends_on_log_ratio_alone() or fused_loss.clips_row_by_row(inputs, fused)
     # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
     return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
 

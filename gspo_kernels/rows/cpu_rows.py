@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .extension import why_missing
-from .types import KERNEL_DTYPES, Rows, RowStats, Upstream, address, empty_stats
+from .types import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
 
 try:
     import gspo_kernels._native as _native
@@ -18,6 +18,8 @@ except ImportError as error:
     _missing = why_missing(error)
 
 name = "native"
+runs_stage_in_triton = False
+clips_rows = False
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
@@ -72,7 +74,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     )
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+    assert clip is None
     stats = empty_stats(rows.logits)
     _fresh(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()

@@ -18,7 +18,10 @@ from . import cpu_rows, triton_rows
 from .triton_rows import backward, forward, scale
 from .types import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
 
-__all__ = ["about", "backward", "forward", "forward_backward", "missing", "name", "scale", "unsupported_reasons"]
+__all__ = [
+    "about", "backward", "clips_rows", "forward", "forward_backward", "missing", "name", "runs_stage_in_triton", "scale",
+    "unsupported_reasons",
+]  # fmt: skip
 
 try:
     _native: ModuleType | None = importlib.import_module("gspo_kernels._native")
@@ -26,6 +29,8 @@ except ImportError:
     _native = None
 
 name = "cuda"
+runs_stage_in_triton = True
+clips_rows = True
 
 # GPUs on which `make gpu` found it ahead of Triton in every one-read case: there it runs unasked. The results are in
 # benchmarks/results/, and a test holds the two together.

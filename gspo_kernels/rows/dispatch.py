@@ -14,19 +14,23 @@ from torch import Tensor
 from .. import checks
 from ..devices import check_float64
 from . import cpu_rows, cuda_rows, torch_rows, triton_rows
-from .types import Rows, RowStats, Upstream
+from .types import Rows, RowStats, TokenClip, Upstream
 
 
 class Backend(Protocol):
     """One implementation of the row work; a module with these names."""
 
     name: str
+    runs_stage_in_triton: bool  # whether Triton runs beside it, and with it the token stage
+    clips_rows: bool  # whether `forward_backward` supports `clip`
 
     def about(self) -> str: ...
     def unsupported_reasons(self, logits: Tensor) -> list[str]: ...
     def forward(self, rows: Rows) -> RowStats: ...
     def backward(self, rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None: ...
-    def forward_backward(self, rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats: ...
+    def forward_backward(
+        self, rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None
+    ) -> RowStats: ...
     def scale(self, values: Tensor, factor: Tensor) -> None: ...
 
 

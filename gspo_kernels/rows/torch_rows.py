@@ -13,9 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, Upstream, empty_stats, log_share
+from .types import Rows, RowStats, TokenClip, Upstream, empty_stats, log_share
 
 name = "reference"
+runs_stage_in_triton = False
+clips_rows = False
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -65,7 +67,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         block.put(gradient, _flush(result))
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+    assert clip is None
     stats = forward(rows)
     backward(rows, stats, upstream, gradient)
     return stats

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, Upstream, empty_stats
+from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
 
 name = "triton"
+runs_stage_in_triton = True
+clips_rows = False
 _LOG2_E = 1.0 / math.log(2.0)
 _OLDEST = (3, 3)
 _NOTHING = contextlib.nullcontext()
@@ -130,7 +132,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     )  # fmt: skip
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+    assert clip is None
     stats, counts = empty_stats(rows.logits), upstream.counts
     _launch(
         "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
