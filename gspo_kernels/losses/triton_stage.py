@@ -19,18 +19,17 @@ from torch import Tensor
 from ..autograd import edge_of, first_derivative, refuse_second_backward
 from ..checks import may_read
 from ..layout import check_boundaries
-from ..rows import cuda_rows, triton_rows
-from ..rows.dispatch import Backend, by_triton, choose
+from ..rows import triton_rows
+from ..rows.dispatch import Backend, backend_for
 from ..rows.operators import (
     FROM_LOGITS,
     check_values,
+    gradient_buffer,
     needs_operators,
-    room_for_gradient,
     row_gradient,
-    rows_of,
-    unpadded,
+    zero_padding,
 )
-from ..rows.triton_rows import Launch, Spoiled
+from ..rows.triton_rows import Launch, NanSource
 from ..rows.types import Rows, RowStats, TokenClip, Upstream, empty_stats
 from ..scalars import run_time_list
 from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
@@ -66,10 +65,10 @@ class TokenArguments(NamedTuple):
         return outer if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
-def backend_of(inputs: TokenInputs, logits: Tensor, backend: str | None) -> Backend | None:
-    """The backend of the logits if this module takes the loss on it: for that, Triton has to run."""
-    chosen = choose(logits, backend) if takes(inputs) else None
-    return chosen if chosen is not None and by_triton(chosen) else None
+def backend_of(inputs: TokenInputs, rows: Rows, backend: str | None) -> Backend | None:
+    """The backend of the rows if this module takes the loss on it: for that, Triton has to run."""
+    chosen = backend_for(rows, backend) if takes(inputs) else None
+    return chosen if chosen is not None and chosen.runs_stage_in_triton else None
 
 
 def takes(inputs: TokenInputs) -> bool:
@@ -81,14 +80,14 @@ def takes(inputs: TokenInputs) -> bool:
 def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
     """Whether the gradient of a loss that it takes can be had in one pass although the ratios are not 1."""
     per_token = _RATIOS[type(inputs.objective)] == "token" and inputs.beta == 0.0 and inputs.entropy_coef == 0.0
-    return per_token and backend is cuda_rows
+    return per_token and backend.clips_rows
 
 
 def policy_loss(
-    rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool, one_pass: bool, backend: Backend
+    rows: Rows, inputs: TokenInputs, overwrite_logits: bool, one_pass: bool, backend: Backend
 ) -> LossOutput:
     """By `backend`, which is Triton's or leaves to it what is not its own."""
-    row_arguments = rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits
+    row_arguments = rows.logits, rows.token_ids, rows.mask, rows.temperature, rows.vocab_size, overwrite_logits
     arguments = _of_tokens(inputs)
     if one_pass:
         loss, scalars, log_ratios, logprobs = _OnePass.apply(*row_arguments, arguments, backend)
@@ -210,11 +209,14 @@ def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
     logits, token_ids, mask, temperature, logprobs, entropy, lse, g_logprobs, g_entropy, partials = ctx.saved_tensors
     if ctx.overwrite_logits:
         refuse_second_backward(ctx, FROM_LOGITS)
-    gradient = room_for_gradient(logits, ctx.overwrite_logits)
+    gradient = gradient_buffer(logits, ctx.overwrite_logits)
     row_gradient(
-        logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse, g_logprobs,
-        g_entropy if ctx.entropy_bonus else None, None, upstream, partials[_COUNT], gradient, triton_rows.name,
-    )  # fmt: skip
+        Rows(logits, token_ids, mask, temperature, ctx.vocab_size),
+        RowStats(logprobs, entropy, lse),
+        Upstream(g_logprobs, g_entropy if ctx.entropy_bonus else None, factor=upstream, counts=partials[_COUNT]),
+        gradient,
+        triton_rows.name,
+    )
     return first_derivative(gradient, FROM_LOGITS, logits, upstream)
 
 
@@ -224,7 +226,7 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *row_arguments, of_tokens = arguments
-        output = _two_passes(rows_of(*row_arguments[:5]), of_tokens)
+        output = _two_passes(Rows(*row_arguments[:5]), of_tokens)
         _remember(ctx, tuple(row_arguments), of_tokens.entropy_bonus, output)
         ctx.mark_non_differentiable(*output[1:4])
         return output[:4]
@@ -260,7 +262,7 @@ def _fused_loss(
         advantages, old_logprobs, ref_logprobs, importance_weights, cu_seqlens, global_count, numbers.tolist(), ratio,
         aggregation, kl_estimator, advantages_per_token, importance_weights_per_token, entropy_bonus,
     )  # fmt: skip
-    return _two_passes(rows_of(logits, token_ids, mask, temperature, vocab_size), arguments)
+    return _two_passes(Rows(logits, token_ids, mask, temperature, vocab_size), arguments)
 
 
 @_fused_loss.register_fake
@@ -357,18 +359,15 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         logits, token_ids, mask, temperature, vocab_size, overwrite_logits, of_tokens, backend = arguments
-        rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
+        rows = Rows(logits, token_ids, mask, temperature, vocab_size)
         stage = _Stage(token_ids.shape, logits.device, mask, of_tokens)
         check_values(rows)
         clip = None if of_tokens.old_logprobs is None else stage.clip()
         stage.sequences(None)
-        gradient = room_for_gradient(logits, overwrite_logits)
+        gradient = gradient_buffer(logits, overwrite_logits)
+        zero_padding(gradient, vocab_size)
         upstream = Upstream(stage.grad_logprobs, counts=stage.partials[_COUNT], tickets=stage.partials[_ZERO])
-        room = unpadded(gradient, vocab_size)
-        if clip is None:
-            stats = backend.forward_backward(rows, upstream, room)
-        else:
-            stats = cuda_rows.forward_backward(rows, upstream, room, clip)
+        stats = backend.forward_backward(rows, upstream, gradient, clip)
         loss, scalars = stage.batch(stats)
         if overwrite_logits:
             torch.autograd.graph.increment_version(logits)
@@ -452,11 +451,11 @@ class _Stage:
         )  # fmt: skip
         return loss, scalars
 
-    def spoiled(self, loss: Tensor, stats: RowStats) -> Spoiled:
+    def spoiled(self, loss: Tensor, stats: RowStats) -> NanSource:
         """What a gradient needs that was written before all rows were known. Not saved: a user may change the loss."""
         of = self.arguments
         numbers = stats.entropy if of.old_logprobs is None else self.log_ratios.detach()
-        return Spoiled(loss.detach(), numbers, self.mask, of.cu_seqlens, of.ratio != "token")
+        return NanSource(loss.detach(), numbers, self.mask, of.cu_seqlens, of.ratio != "token")
 
     def _launch(self, kernel: str, programs: int, *arguments: Any, **choices: Any) -> None:
         layout = (_INTERPRETED_LAUNCH if triton_rows.INTERPRETED else LAUNCH)[kernel]
