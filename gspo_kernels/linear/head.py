@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import add_up_
-from ..rows.dispatch import Backend, by_triton, choose
+from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
 from .products import keeps_gradients, products, usual_chunk_bytes
@@ -97,7 +97,7 @@ class Head:
         self._owns: Tensor | None = None
         self._token_ids = asked.token_ids
         if shard is not None:
-            self._owns, self._token_ids = shard.place(asked.token_ids)
+            self._owns, self._token_ids = shard.local_ids(asked.token_ids)
         self._bias = None if bias is None else bias[:vocab_size]
         self._products = products(weight[:vocab_size], dtype)
         self.sums = sums = self._products.sums  # the dtype of log-probabilities, and of gradients until the end
@@ -110,7 +110,7 @@ class Head:
         self._room = torch.empty((rows + self._products.most_padding) * self._stride, dtype=sums, device=device)
         self.backend: Backend = choose(self._chunk(self._room, 0, rows)[None], backend)
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
-        self._in_place = device.type == "cpu" and not by_triton(self.backend)
+        self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
         self._gradient_room = self._room.view(self._products.gradient)
         if wanted.any() and not self._in_place:
             self._gradient_room = torch.empty(rows * self._stride, dtype=self._products.gradient, device=device)
@@ -161,9 +161,8 @@ class Head:
         if self.asked.mask is not None:
             active = active & self._take(self.asked.mask)
         if self._owns is not None:
-            _, _, temperature = self._take_all()
-            owns, first = self._take(self._owns), self._logits[:, 0]
-            stats, upstream = of_this_rank(stats, upstream, owns, first, temperature, self.backend)
+            local = self._rows(self._logits, self._take_all())
+            stats, upstream = of_this_rank(stats, upstream, self._take(self._owns), local, self.backend)
         if self._in_place:
             self._backward_in_place(active, stats, upstream)
             return
@@ -265,7 +264,7 @@ class Head:
     def _rows(self, logits: Tensor, arrays: tuple[Tensor, Tensor | None, Tensor], places: Tensor | None = None) -> Rows:
         token_ids, mask, temperature = (x if x is None or not x.ndim else x[None].contiguous() for x in arrays)
         assert token_ids is not None and temperature is not None
-        return Rows(logits[None], token_ids, mask, temperature, places)
+        return Rows(logits[None], token_ids, mask, temperature, self.vocab, row_indices=places)
 
     def _places(self, span: Span) -> Tensor:
         """Which rows of the hidden states these are."""

@@ -21,7 +21,6 @@ from ..losses import triton_stage
 from ..losses.objectives import Objective, ObjectiveKey, carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
-from ..rows.dispatch import by_triton
 from ..rows.operators import needs_operators, scale
 from ..rows.types import RowStats, Upstream
 from ..scalars import run_time_list
@@ -150,7 +149,7 @@ def _linear_loss(
     with _inside_an_operator(hidden.device):
         stage, asked = inputs.stage(), walk.rows_asked(arguments, of_tokens)
         head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
-        fused = cp is None and by_triton(head.backend) and triton_stage.takes(inputs)
+        fused = cp is None and head.backend.runs_stage_in_triton and triton_stage.takes(inputs)
         found = walk.walk(head, asked, stage, inputs, fused)
         gradients, work = head.gradients(), head.work
         stats = RowStats(*(walk.to_all_rows(x, asked, tokens) for x in found))

@@ -14,9 +14,9 @@ from ..autograd import refuse_forward_mode
 from ..collectives import ranks_of
 from ..layout import as_bool, batch_shape
 from ..rows import vocab_shard
-from ..rows.dispatch import Backend, check_name, choose
+from ..rows.dispatch import Backend, backend_for, check_name
 from ..rows.operators import needs_operators, row_stats, row_stats_and_gradient, with_gradient
-from ..rows.types import Rows, RowStats, Upstream, stats_dtype
+from ..rows.types import RowOptions, Rows, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
 from ..scalars import run_time
 from . import fused_loss
@@ -177,14 +177,15 @@ def policy_loss(
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        rows = _rows(logits, token_ids, batch.mask, temperature, backend)
+        rows = _rows(logits, token_ids, batch.mask, temperature, columns, backend)
         if together.asks:
-            choose(logits, backend)  # the operators do, too late for other ranks
+            backend_for(rows, backend)  # the operators do, too late for other ranks
         check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
         check_sequences_together(together, inputs)
-    fused = fused_loss.backend_of(inputs, logits, backend) if cp is None else None
+    options = RowOptions(overwrite_logits, backend)
+    fused = fused_loss.backend_of(inputs, rows, backend)
     if shard is not None:
-        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
+        found = vocab_shard.row_stats(rows, shard, options)
         if fused is None:
             return _loss(inputs, found)
         return fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
@@ -196,13 +197,11 @@ def policy_loss(
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
     if fused is not None:
-        return fused_loss.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, fused)
+        return fused_loss.policy_loss(rows, inputs, options, one_pass, fused)
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
-        found, gradient = row_stats_and_gradient(
-            rows, upstream, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend
-        )
+        found, gradient = row_stats_and_gradient(rows, upstream, options)
         with torch.no_grad():
             statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
             value, stats = stage.loss(*statistics)
@@ -210,8 +209,7 @@ def policy_loss(
                 spoilt = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
                 gradient[..., :columns][spoilt] = torch.nan
         return LossOutput(with_gradient(value, logits, gradient, backend), stats)
-    found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
-    return _loss(inputs, found)
+    return _loss(inputs, row_stats(rows, options))
 
 
 def gspo_loss(
@@ -366,14 +364,12 @@ def token_logprobs(
     with Together(logits, tp_ranks(logits, -1, tp_group)) as together:
         logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
         columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
-        rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
+        rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, columns, backend)
         if together.asks:
-            choose(logits, backend)  # the operators do, too late for other ranks
+            backend_for(rows, backend)  # the operators do, too late for other ranks
         check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
-    if shard is not None:
-        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
-    else:
-        found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
+    options = RowOptions(overwrite_logits, backend)
+    found = row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
 
@@ -410,10 +406,13 @@ def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | Non
     return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
 
 
-def _rows(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
+def _rows(
+    logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int, backend: str | None
+) -> Rows:
     """[outer, inner, vocab] view of the logits, and arrays to match."""
     check_name(backend)
-    return Rows(logits if logits.ndim == 3 else logits[None], *row_arrays(token_ids, mask, temperature))
+    token_ids, mask, temperature = row_arrays(token_ids, mask, temperature)
+    return Rows(logits if logits.ndim == 3 else logits[None], token_ids, mask, temperature, vocab_size)
 
 
 def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:

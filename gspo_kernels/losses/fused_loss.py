@@ -20,22 +20,22 @@ from torch import Tensor
 from ..autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
 from ..operators import Operator, save_values, saved_values
 from ..rows import triton_rows
-from ..rows.dispatch import Backend, choose
-from ..rows.operators import FROM_LOGITS, check_values, room_for_gradient, row_gradient, rows_of, unpadded
-from ..rows.types import Rows, RowStats, Upstream, empty_stats
+from ..rows.dispatch import Backend, backend_for
+from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gradient, zero_padding
+from ..rows.types import RowOptions, Rows, RowStats, Upstream, empty_stats
 from .stats import SCALARS, Stats
 from .token_stage import LossOutput, TokenInputs
 from .triton_stage import PARTIALS, TritonStage, takes, unsupported_reason
 
 
-def backend_of(inputs: TokenInputs, logits: Tensor, backend: str | None) -> Backend | None:
-    """The backend of the logits if the stage in Triton runs beside it for this loss."""
-    chosen = choose(logits, backend)
+def backend_of(inputs: TokenInputs, rows: Rows, backend: str | None) -> Backend | None:
+    """The backend of the rows if the stage in Triton runs beside it for this loss."""
+    chosen = backend_for(rows, backend)
     if not chosen.runs_stage_in_triton:
         return None
     if takes(inputs):
         return chosen
-    if logits.is_cuda and inputs.batch.ranks is None and not torch.compiler.is_compiling():
+    if rows.logits.is_cuda and inputs.batch.ranks is None and not torch.compiler.is_compiling():
         _warn(unsupported_reason(inputs.objective, False))
     return None
 
@@ -60,16 +60,12 @@ def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
     return alone and of_float32 and backend.clips_rows and inputs.objective.row_clip() is not None
 
 
-def policy_loss(
-    rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool, one_pass: bool, backend: Backend
-) -> LossOutput:
+def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool, backend: Backend) -> LossOutput:
     """By `backend`, beside which the stage in Triton runs."""
     if one_pass:
-        loss, scalars, log_ratios, logprobs = _OnePass.apply(
-            rows.logits, rows, inputs, vocab_size, overwrite_logits, backend
-        )
+        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options, backend)
     else:
-        found = fused_loss(rows, inputs, vocab_size, overwrite_logits)
+        found = fused_loss(rows, inputs, options)
         loss, scalars, log_ratios, logprobs = found.loss, found.scalars, found.log_ratios, found.logprobs
     return _output(inputs, loss, scalars, logprobs, log_ratios)
 
@@ -194,20 +190,17 @@ class FusedLoss(NamedTuple):
     lse: Tensor
 
 
-def _fused_loss(rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool) -> FusedLoss:
+def _fused_loss(rows: Rows, inputs: TokenInputs, options: RowOptions) -> FusedLoss:
     stage = TritonStage(rows.token_ids.shape, inputs)
-    rows = rows_of(rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size)
     check_values(rows)
     stats = triton_rows.forward(rows)
     stage.sequences(stats.logprobs, stats.entropy)
     return FusedLoss(*_results(stage), *stats)
 
 
-def _save_loss(
-    ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, vocab_size: int, overwrite_logits: bool
-) -> None:
+def _save_loss(ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, options: RowOptions) -> None:
     save_values(ctx, rows=rows, stats=RowStats(found.logprobs, found.entropy, found.lse), found=FusedStage(*found[:6]))
-    ctx.entropy_bonus, ctx.vocab_size, ctx.overwrite_logits = inputs.entropy_bonus, vocab_size, overwrite_logits
+    ctx.entropy_bonus, ctx.overwrite_logits = inputs.entropy_bonus, options.overwrite_logits
 
 
 def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
@@ -215,18 +208,15 @@ def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
     rows, stats, upstream = saved["rows"], saved["stats"], _upstream(saved["found"], ctx.entropy_bonus, factor)
     if ctx.overwrite_logits:
         refuse_second_backward(ctx, FROM_LOGITS)
-    gradient = room_for_gradient(rows.logits, ctx.overwrite_logits)
-    row_gradient(
-        rows.logits, rows.token_ids, rows.mask, rows.temperature, ctx.vocab_size, *stats, upstream.logprobs,
-        upstream.entropy, None, factor, upstream.counts, gradient, triton_rows.name,
-    )  # fmt: skip
+    gradient = gradient_buffer(rows.logits, ctx.overwrite_logits)
+    row_gradient(rows, stats, upstream, gradient, triton_rows.name)
     return {"logits": first_derivative(gradient, FROM_LOGITS, rows.logits, factor)}
 
 
 fused_loss = Operator(
     "fused_loss",
     _fused_loss,
-    fake=lambda rows, inputs, vocab_size, overwrite_logits: FusedLoss(
+    fake=lambda rows, inputs, options: FusedLoss(
         *_empty_results(rows.token_ids.shape, inputs), *empty_stats(rows.logits)
     ),
     save=_save_loss,
@@ -249,29 +239,24 @@ class _OnePass(torch.autograd.Function):
         logits: Tensor,
         rows: Rows,
         inputs: TokenInputs,
-        vocab_size: int,
-        overwrite_logits: bool,
+        options: RowOptions,
         backend: Backend,
     ) -> Any:
         stage = TritonStage(rows.token_ids.shape, inputs)
-        columns = rows_of(logits, rows.token_ids, rows.mask, rows.temperature, vocab_size)
-        check_values(columns)
+        check_values(rows)
         clip = None if inputs.old_logprobs is None else stage.clip()
         stage.sequences(None, None)
-        gradient = room_for_gradient(logits, overwrite_logits)
+        gradient = gradient_buffer(logits, options.overwrite_logits)
+        zero_padding(gradient, rows.vocab_size)
         upstream = Upstream(stage.grad_logprobs, counts=stage.counts, tickets=stage.zero)
-        of_columns = unpadded(gradient, vocab_size)
-        if clip is None:
-            stats = backend.forward_backward(columns, upstream, of_columns)
-        else:
-            stats = backend.forward_backward(columns, upstream, of_columns, clip)
+        stats = backend.forward_backward(rows, upstream, gradient, clip)
         loss, scalars = stage.batch(stats)
-        if overwrite_logits:
+        if options.overwrite_logits:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient)
         ctx.edge = edge_of(logits)
-        ctx.vocab_size = vocab_size
-        ctx.spoiled = stage.spoiled(loss, stats)
+        ctx.vocab_size = rows.vocab_size
+        ctx.nan_source = stage.nan_source(loss, stats)
         ctx.mark_non_differentiable(scalars, stage.log_ratios, stats.logprobs)
         ctx.set_materialize_grads(False)
         return loss, scalars, stage.log_ratios, stats.logprobs
@@ -279,11 +264,11 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor | None, *_: Tensor | None) -> Any:
         if factor is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None
         refuse_second_backward(ctx, FROM_LOGITS)
         (gradient,) = ctx.saved_tensors
         with torch.no_grad():
             # Returns at once where the factor is 1 and the loss no NaN.
-            triton_rows.scale(gradient[..., : ctx.vocab_size], factor, ctx.spoiled)
+            triton_rows.scale(gradient[..., : ctx.vocab_size], factor, ctx.nan_source)
             torch.autograd.graph.increment_version(gradient)
-        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None, None, None
+        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None, None

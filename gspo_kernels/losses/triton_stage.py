@@ -17,7 +17,7 @@ from ..checks import may_read
 from ..layout import check_boundaries
 from ..rows import triton_rows
 from ..rows.dispatch import Backend
-from ..rows.triton_rows import Launch, Spoiled
+from ..rows.triton_rows import Launch, NanSource
 from ..rows.types import RowStats, TokenClip, Upstream
 from .objectives import Objective
 from .stats import SCALARS
@@ -192,10 +192,10 @@ class TritonStage:
         )
         return loss, scalars
 
-    def spoiled(self, loss: Tensor, stats: RowStats) -> Spoiled:
-        """What a gradient needs that was written before all rows were known. Not saved: a user may change the loss."""
+    def nan_source(self, loss: Tensor, stats: RowStats) -> NanSource:
+        """For a gradient that was written before all rows were known. Not saved: a user may change the loss."""
         numbers = stats.entropy if self.old_logprobs is None else self.log_ratios.detach()
-        return Spoiled(loss.detach(), numbers, self.mask, self.cu_seqlens, self.ratio != "token")
+        return NanSource(loss.detach(), numbers, self.mask, self.cu_seqlens, self.ratio != "token")
 
     def _term(self) -> Any:
         term = self.inputs.objective.triton_term
