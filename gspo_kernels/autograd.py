@@ -48,6 +48,13 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
             )
 
 
+def transforms_active() -> bool:
+    """Whether torch.func transforms or forward-mode AD may be watching; under torch.compile neither is supported."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 def refuse_vmap(function: str, **arguments: Any) -> None:
     """For operators that compute gradients of tensors with requires_grad, which a batched tensor does not show."""
     if torch.compiler.is_compiling() or not transforms_are_active():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import all_reduce_
-from ..rows.dispatch import Backend, by_triton, choose
+from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
 from .gradient_rows import ActiveCount, PendingProducts, doubling_ranges, fp16_exponent, order_in_place
@@ -49,7 +49,7 @@ class Head:
         self._owns: Tensor | None = None  # [rows], whether this rank has the row's token
         self._token_ids = rows.token_ids
         if shard is not None:
-            self._owns, self._token_ids = shard.place(rows.token_ids)
+            self._owns, self._token_ids = shard.local_ids(rows.token_ids)
         self._bias = None if bias is None else bias[:vocab]
         self._products = products(weight[:vocab], dtype)
         self.sum_dtype = self._products.sum_dtype  # of log-probabilities, and of gradients until they are returned
@@ -61,7 +61,7 @@ class Head:
         self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
         self.backend: Backend = choose(self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend)
         # Where one thread computes a whole row, it writes the gradient over the logits that it has read.
-        self._in_place = device.type == "cpu" and not by_triton(self.backend)
+        self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
         self._gradient_buffer = self._logits_buffer.view(self._products.gradient_dtype)
         if needs_grad.any() and not self._in_place:
             self._gradient_buffer = torch.empty(
@@ -116,9 +116,8 @@ class Head:
         if self.rows.mask is not None:
             active = active & self._of_chunk(self.rows.mask)
         if self._owns is not None:
-            _, _, temperature = self._row_arrays()
-            owns, first = self._of_chunk(self._owns), self._logits[:, 0]
-            stats, upstream = of_this_rank(stats, upstream, owns, first, temperature, self.backend)
+            local = self._as_rows(self._row_arrays())
+            stats, upstream = of_this_rank(stats, upstream, self._of_chunk(self._owns), local, self.backend)
         if self._in_place:
             self._backward_in_place(active, stats, upstream)
             return
@@ -226,7 +225,7 @@ class Head:
     def _as_rows(self, arrays: tuple[Tensor, Tensor | None, Tensor], row_indices: Tensor | None = None) -> Rows:
         token_ids, mask, temperature = (x if x is None or not x.ndim else x[None].contiguous() for x in arrays)
         assert token_ids is not None and temperature is not None
-        return Rows(self._logits[None], token_ids, mask, temperature, row_indices)
+        return Rows(self._logits[None], token_ids, mask, temperature, self.vocab, row_indices)
 
     def _hidden_indices(self, rows: RowRange) -> Tensor:
         """Which rows of the hidden states these are."""

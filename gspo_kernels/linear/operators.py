@@ -22,7 +22,6 @@ from ..losses.objectives import carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
 from ..operators import Operator, save_values, saved_values
-from ..rows.dispatch import by_triton
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
 from ..torch_internals import autograd_inside_an_operator
@@ -95,7 +94,7 @@ def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenI
     with _inside_an_operator(device):
         stage, rows = inputs.stage(), select_rows(arguments)
         head = Head(arguments, rows, needs_grad)
-        fused = inputs.batch.ranks is None and by_triton(head.backend) and triton_stage.takes(inputs)
+        fused = head.backend.runs_stage_in_triton and triton_stage.takes(inputs)
         selected = chunked_loss.run_chunks(head, stage, inputs, fused)
         gradients, work = head.gradients(), head.work
         stats = RowStats(*(to_all_rows(x, rows, tokens) for x in selected))

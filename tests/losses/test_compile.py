@@ -182,6 +182,8 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "entropy": torch.zeros_like(hot),
         "lse": logits.logsumexp(-1).double(),
         **dict.fromkeys(["grad_logprobs", "grad_entropy", "grad_lse"], torch.ones_like(hot)),
+        **dict.fromkeys(["upstream_logprobs", "upstream_entropy", "upstream_lse"], torch.ones_like(hot)),
+        **dict.fromkeys(["row_indices", "tickets"]),
         "factor": on_device(torch.tensor(0.5)),
         "counts": on_device(torch.tensor([2, 3])),
         "gradient": torch.zeros_like(logits),
@@ -198,10 +200,14 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
         "begin": 0,
         "ranks": Ranks("tp_group", 1, 0, "" if group is None else group.group_name).text(),
+        **Ranks("tp_group", 1, 0, "" if group is None else group.group_name)._asdict(),
+        "width": 17,
+        "shard_vocab_size": 17,
         "crosses": True,
     }
     by_token = on_device(torch.randn(6, generator=generator)).double()
-    none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse"])
+    none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse", "upstream_entropy", "upstream_lse"])
+    no_entropy = dict.fromkeys(["entropy", "lse"])
     changes: dict[str, list[dict[str, Any]]] = {
         "row_stats": [
             {"logits": logits.clone().requires_grad_(), "temperature": one, "mask": None},
@@ -209,7 +215,10 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
             {"logits": logits.bfloat16(), "temperature": one * 0.7, "backend": BACKENDS[0]},
         ],
         "row_gradient_": [{}, {**none, "temperature": one * 0.7, "backend": BACKENDS[-1], "vocab_size": 15}],
-        "row_stats_and_gradient_": [{}, {**none, "temperature": one, "vocab_size": 15}],
+        "row_stats_and_gradient_": [
+            {"logprobs": hot, **no_entropy},
+            {**none, **no_entropy, "logprobs": hot, "temperature": one, "vocab_size": 15},
+        ],
         "scale_": [{"values": logits.clone(), "factor": on_device(torch.tensor(0.5))}],
         "fused_loss": [
             {"logits": logits.clone().requires_grad_(), "cu_seqlens": None},
@@ -241,7 +250,13 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         ],
         "sharded_row_stats": [
             {"logits": logits.clone().requires_grad_()},
-            {"logits": logits.clone().requires_grad_(), "mask": None, "temperature": one, "vocab_size": 15},
+            {
+                "logits": logits.clone().requires_grad_(),
+                "mask": None,
+                "temperature": one,
+                "vocab_size": 15,
+                "shard_vocab_size": 15,
+            },
         ],
         "gather": [{"values": by_token.detach()}],
         "sum_over_ranks": [{"values": by_token.clone().requires_grad_()}],
