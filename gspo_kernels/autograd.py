@@ -52,7 +52,7 @@ def transforms_active() -> bool:
     """Whether torch.func transforms or forward-mode AD may be watching; under torch.compile neither is supported."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return transforms_are_active() or forward_mode_is_on()
 
 
 def refuse_vmap(function: str, **arguments: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,10 +50,9 @@ def clipped_surrogate(
 
 
 @TritonTerm
-def clipped_term(
-    log_ratio: Any, advantage: Any, max_log_ratio: Any, logprob: Any, old_logprob: Any,
-    eps_low: Any, eps_high: Any, dual_clip: Any, unused: Any,
-) -> Any:  # fmt: skip
+def clipped_term(  # type: ignore[no-untyped-def]
+    log_ratio, advantage, max_log_ratio, logprob, old_logprob, eps_low, eps_high, dual_clip, unused
+):
     """`clipped_surrogate` in Triton."""
     saturated = log_ratio > max_log_ratio
     bounded = tl.where(saturated, max_log_ratio, log_ratio)

@@ -89,6 +89,9 @@ class Stats:
 
 
 SCALARS = tuple(field.name for field in fields(Stats))[:12]
+# The Triton stage's arrays [sequences]: the sums (extremes) of which the scalars are means (extremes), and those of
+# which the loss is made. A row kernel may count from the zero.
+PARTIALS = (*SCALARS, "loss", "units", "count", "zero")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch
 from checks import check_close
-from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, KERNELS, by_backend, on_device, sized
+from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, by_backend, on_device, sized
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -194,7 +194,6 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         **dict.fromkeys(["advantages", "old_logprobs", "ref_logprobs", "importance_weights"], hot - 1.0),
         "global_count": on_device(torch.tensor(4.0)),
         "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.1, 0.01, 0.0], dtype=torch.float64),  # on the CPU too
-        "ratio": "token",
         "aggregation": "sequence_mean",
         "kl_estimator": "k3",
         **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
@@ -220,34 +219,6 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
             {**none, **no_entropy, "logprobs": hot, "temperature": one, "vocab_size": 15},
         ],
         "scale_": [{"values": logits.clone(), "factor": on_device(torch.tensor(0.5))}],
-        "fused_loss": [
-            {"logits": logits.clone().requires_grad_(), "cu_seqlens": None},
-            {
-                **dict.fromkeys(
-                    ["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "importance_weights", "global_count"]
-                ),
-                "logits": logits.clone().requires_grad_(),
-                "temperature": one,
-                "vocab_size": 15,
-                "ratio": "sequence",
-                "advantages": hot[:, 0].contiguous(),
-                **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], False),
-                "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
-            },
-        ],
-        "losses.triton_stage": [
-            {"logprobs": (-hot).requires_grad_(), "entropy": hot.clone().requires_grad_(), "cu_seqlens": None},
-            {
-                **dict.fromkeys(
-                    ["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "importance_weights", "global_count"]
-                ),
-                "logprobs": (-hot).requires_grad_(),
-                "ratio": "sequence",
-                "advantages": hot[:, 0].contiguous(),
-                **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], False),
-                "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
-            },
-        ],
         "sharded_row_stats": [
             {"logits": logits.clone().requires_grad_()},
             {
@@ -268,17 +239,16 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
 
 
 def operators() -> list[str]:
-    """Of rows and losses; those of the hidden-state path are in tests/linear/test_linear_operators.py."""
+    """Of rows; the others are in test_fused_operators.py and in tests/linear/test_linear_operators.py."""
     names = torch._C._dispatch_get_all_op_names()
     found = [name.removeprefix("gspo_kernels::") for name in names if name.startswith("gspo_kernels::")]
-    return sorted(name for name in found if not name.startswith("linear_"))
+    elsewhere = ("linear_", "fused_")
+    return sorted(name for name in found if not name.startswith(elsewhere))
 
 
 @pytest.mark.parametrize("name", operators())
 def test_operators_keep_their_contract(name: str, group_of_one: dist.ProcessGroup | None) -> None:
     """Schema (nothing aliased or mutated unsaid), fake tensors, autograd, and dynamic shapes under AOT dispatch."""
-    if name in ("fused_loss", "losses.triton_stage") and KERNELS != "triton":
-        pytest.skip("Triton kernels alone: TRITON_INTERPRET=1, or a GPU")
     if name in ("gather", "sum_over_ranks", "sharded_row_stats") and group_of_one is None:
         pytest.skip("needs torch with gloo, or with NCCL on a GPU")
     operator = getattr(torch.ops.gspo_kernels, name).default
