@@ -7,7 +7,7 @@
     pytest benchmarks --save-results benchmarks/results/cpu-<name>.json
     python -m benchmarks.goals [results.json]               the project's goals, measured
     python -m benchmarks.plot [results.json] [plot.png]     the README's plot, and the table of docs/cpu.md
-    python -m benchmarks.gpu                                the same questions to a GPU, and more: see gpu/__init__.py
+    python -m benchmarks.gpu                                the same on a GPU, and more: see gpu.py
     python -m benchmarks.compare <commit>                   this tree against another commit; fails beyond the noise
 
 `make bench ARGS=...` and `make bench-compare BASE=<commit>` do the same in an environment of their own.

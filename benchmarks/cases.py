@@ -1,6 +1,6 @@
 """The one list of benchmark cases, and the inputs of each: seeded, off-policy, with sequences that clip.
 
-A batch has eight sequences (on a GPU more, see `gpu/works.py`). Padded: [8, rows / 8], all full. Packed: ragged, by
+A batch has eight sequences (on a GPU more, see `gpu_speed.py`). Padded: [8, rows / 8], all full. Packed: ragged, by
 `LENGTHS`. Logits are normal with one likelier column a row, the token that was sampled. Which rows have a coefficient:
 
 - `forward`, `forward_backward`, `on_policy`: every row;

@@ -19,7 +19,7 @@ Runs = list[tuple[Contestant, Run]]
 
 
 class Meter(Protocol):
-    """How time and memory are taken: on the host, or by a GPU's own clock (`gpu/meter.py`)."""
+    """How time and memory are taken: on the host, or by a GPU's own clock (`gpu_meter.py`)."""
 
     def timed(self, run: Callable[[], object]) -> float: ...
     def peak_extra_bytes(self, run: Callable[[], T]) -> tuple[T, int | None]: ...

@@ -12,5 +12,5 @@
 the first line. Like in the other benchmarks only ratios within one run mean something.
 
 `cases.py` is the one list of cases, `contestants.py` and `peers.py` who runs them, `truth.py` what they must return,
-`turns.py` how they share the time. The GPU asks the same questions: `../gpu/linear.py`.
+`turns.py` how they share the time. `../gpu_linear.py` measures the same on a GPU.
 """

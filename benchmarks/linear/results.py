@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..gpu.report import rounded
+from ..gpu_parts import rounded
 from ..results import FOLDER, machine
 from .cases import Case, Problem, build
 from .peers import versions

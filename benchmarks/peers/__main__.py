@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..gpu.meter import meter_of
+from ..gpu_meter import meter_of
 from ..memory import keep_freed_memory
 from ..race import Meter, Outcome, Rounds, note, take_turns
 from .contestants import Contestant, Run, Unfit, starting_from

@@ -1,9 +1,4 @@
-"""The losses from hidden states on a GPU: every work of `../linear/cases.py` at a model's size, checked, in turn.
-
-Items are names of works, and three more. `products`: how fast cuBLAS is, and what fp32 logits cost it. `rows`: the row
-kernels on fp32 logits. `chunks_<work>`: a work with chunks of several sizes. `<work>:ours` times this package and the
-bare products alone, for when somebody else broke the process.
-"""
+"""The losses from hidden states on a GPU: each work of the linear benchmarks at a model's size, checked, then timed."""
 
 from __future__ import annotations
 
@@ -19,15 +14,15 @@ from torch import Tensor
 
 import gspo_kernels
 
-from ..linear.cases import DENSE, SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, WORKS, Case, Problem, Work, build
-from ..linear.contestants import CONTESTANTS, PEERS, Contestant, ours
-from ..linear.results import case_result
-from ..linear.truth import check
-from ..linear.turns import admit, words
-from ..race import Meter, Rounds, take_turns
-from ..truth import WrongAnswer
-from .context import Context
-from .meter import finish, meter_of
+from .gpu_meter import finish, meter_of
+from .gpu_parts import Context
+from .linear.cases import DENSE, SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, WORKS, Case, Problem, Work, build
+from .linear.contestants import CONTESTANTS, PEERS, Contestant, ours
+from .linear.results import case_result
+from .linear.truth import check
+from .linear.turns import admit, words
+from .race import Meter, Rounds, take_turns
+from .truth import WrongAnswer
 
 BY_NAME = {work.name: work for work in WORKS}
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
@@ -46,7 +41,12 @@ def case_of(work: Work, smoke: bool = False) -> Case:
 
 
 def run(context: Context) -> bool:
-    """Arguments: the items."""
+    """Arguments: the items, which are names of works and three more.
+
+    `products` times cuBLAS, and what float32 logits cost it. `rows` times the row kernels on float32 logits.
+    `chunks_<work>` times a work with chunks of several sizes. `<work>:ours` times this package and the bare products
+    alone, after somebody else broke the process.
+    """
     good = True
     for item in context.arguments:
         name, _, only_ours = item.partition(":")
@@ -69,7 +69,7 @@ def run(context: Context) -> bool:
 
 
 def taking_part(device: str) -> list[Contestant]:
-    """Without those that compile for long; on a GPU cut-cross-entropy has kernels of its own."""
+    """Without those that take long to compile; on a GPU cut-cross-entropy has kernels of its own."""
     return [c for c in CONTESTANTS if not c.compiles or (c.name == "cce" and device == "cuda")]
 
 
@@ -124,7 +124,7 @@ def _products(context: Context, problem: Problem) -> None:
 
 
 def _rows(context: Context, problem: Problem) -> None:
-    """The row kernels of a usual chunk: its logits in fp32; and the same rows in bf16, for half the bytes."""
+    """The row kernels on a usual chunk: float32 logits, and the same rows in bf16, half the bytes."""
     count = 16 if context.smoke else 2_048
     hidden, token_ids = problem.inputs.hidden[:count], problem.inputs.token_ids[:count]
     rounded = torch.mm(hidden, problem.inputs.weight.T)
