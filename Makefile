@@ -77,11 +77,11 @@ gpu-more:
 
 # For a GPU machine without a network: the peers as wheels for Python 3.12, into carried/.
 gpu-wheels:
-	$(PYTHON) -m benchmarks.gpu.carried wheels
+	$(PYTHON) -m benchmarks.gpu_carried wheels
 
 # The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
 gpu-carry:
-	$(PYTHON) -m benchmarks.gpu.carried build
+	$(PYTHON) -m benchmarks.gpu_carried build
 
 lint: .venv/test
 	$(BIN)/ruff check .

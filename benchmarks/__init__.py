@@ -1,7 +1,7 @@
 """Speed, memory and precision of the losses on a CPU; every answer is checked before it is timed.
 
     pytest benchmarks                             from logits, every case, 2,048 rows: about 20 minutes, 9 GB
-    pytest benchmarks --smoke                     64 rows, five cases that cover every option, and the tests of this folder
+    pytest benchmarks --smoke                     64 rows, five cases that cover every option; and this folder's tests
     pytest benchmarks -k "bf16 and on_policy"     some cases, all contestants
     pytest benchmarks --save-results benchmarks/results/cpu-<name>.json
     python -m benchmarks.linear                   from hidden states: 20 minutes, 10 GB
@@ -10,14 +10,14 @@
     python -m benchmarks.compare <commit>         this tree against another commit; fails beyond the noise
     python -m benchmarks.host                     the host's own time before a GPU has anything to do
     python -m benchmarks.plot                     the README's plot and the table of docs/cpu.md, from committed results
-    python -m benchmarks.gpu                      the GPU's part: see gpu/__init__.py
+    python -m benchmarks.gpu                      the same on a GPU, and more: see gpu.py
 
 `make bench`, `bench-linear`, `bench-precision` and `bench-compare BASE=<commit>` run these in an environment of their
 own; `make bench-peers` installs the other libraries, pinned. One that is missing is recorded as absent.
 
 `cases.py` lists the cases and builds their inputs, `truth.py` says what the answer must be (by tests/oracle.py),
-`contestants.py` and `libraries.py` give it, `race.py` measures them in turn (A B C D, A B C D, ...), because a machine's
-speed drifts: only ratios within one run mean something. Run on an otherwise idle machine.
+`contestants.py` and `libraries.py` give it, `race.py` measures them in turn (A B C D, A B C D, ...): the speed of a
+machine drifts, so that only ratios within one run mean something. Run on an otherwise idle machine.
 """
 
 import sys

@@ -87,7 +87,7 @@ class Case:
         return float(self.rows) * self.width * self.vocab
 
 
-# --- from logits: test_speed.py, compare.py, plot.py --------------------------------------------------------------------
+# ---- from logits: test_speed.py, compare.py, plot.py
 
 WORKS = (
     Work("forward", "loss alone", gradient=False),
@@ -123,7 +123,7 @@ SMOKE = tuple(
     )
 )
 
-# --- from hidden states: linear.py, gpu/linear.py -----------------------------------------------------------------------
+# ---- from hidden states: linear.py, gpu_linear.py
 # A library that rounds its logits to bf16 has a ratio that is off by more than the clip range. `far` makes all of them
 # compute the same gradient; linear_precision.py measures who decides rightly near the bounds.
 
@@ -159,7 +159,7 @@ LINEAR_SMOKE = tuple(
     for work in works
 )
 
-# --- side by side: peers.py -----------------------------------------------------------------------------------------------
+# ---- side by side: peers.py
 
 GSPO = Work("gspo", "GSPO, a third of the responses outside the clip range", spread=1.5)
 GRPO = Work("grpo", "GRPO, a third of the tokens outside the clip range", objective="grpo", spread=1.5, outside=0.0)
@@ -174,7 +174,7 @@ PEER_SMOKE = (_SMALL(GSPO, "bf16", 1_000), _SMALL(GRPO, "fp32", 1_000), _SMALL(G
 HARD_CASES = {"logits": _SMALL(GSPO, "fp32", 1_000), "hidden": _SMALL(GSPO, "fp32", 1_000, width=32)}
 
 
-# --- inputs -------------------------------------------------------------------------------------------------------------
+# ---- inputs
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,9 @@ class Problem:
 
     case: Case
     sampled: Sampled
-    leaves: tuple[Tensor, ...]  # over `sampled.working`: logits [sequences, T, vocab] or [rows, vocab]; hidden and weight
+    leaves: tuple[
+        Tensor, ...
+    ]  # over `sampled.working`: logits [sequences, T, vocab] or [rows, vocab]; hidden and weight
     token_ids: Tensor  # [sequences, T] or [rows], like every token array
     mask: Tensor
     old_logprobs: Tensor | None
@@ -302,7 +304,9 @@ def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
     logprobs = sampled.logprobs.cpu()
     old = None
     if not work.on_policy:
-        old = (logprobs - _log_ratios(work, logprobs, mask, sequence_of, advantages.double(), clipped, generator)).float()
+        old = (
+            logprobs - _log_ratios(work, logprobs, mask, sequence_of, advantages.double(), clipped, generator)
+        ).float()
 
     shape = (rows,) if packed else (sequences, tokens)
     if case.from_logits:
@@ -340,7 +344,7 @@ def _log_ratios(
     clipped: list[int],
     generator: torch.Generator,
 ) -> Tensor:
-    """[rows] in float64. Drawn in clip ranges: 1 is at the upper bound, -1 at the lower one; no sequence is within 3% of them."""
+    """[rows] in float64. Drawn in clip ranges: no sequence is within 3% of a bound, which is 1 or -1."""
 
     def uniform(size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""This tree against another commit: both are built and run in alternation; fails if this tree is slower beyond the noise.
+"""This tree against another commit: both are built and run in turn. Fails if this tree is slower beyond the noise.
 
     python -m benchmarks.compare <commit>
 

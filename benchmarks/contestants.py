@@ -1,7 +1,7 @@
 """Who runs a case: this package, torch, and what bounds both: a memory copy, or the bare matrix products.
 
-`libraries.py` has the functions of other libraries. test_speed.py takes `CONTESTANTS`; linear.py and peers.py have lists
-of their own.
+`libraries.py` has the functions of other libraries. test_speed.py takes `CONTESTANTS`; linear.py and peers.py have
+lists of their own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def answer(
     return forward_backward if problem.case.work.gradient else forward
 
 
-# --- this package -------------------------------------------------------------------------------------------------------
+# ---- this package
 
 
 def ours(
@@ -101,7 +101,7 @@ def ours(
     return answer(problem, loss, None if from_logits else logprobs)
 
 
-# --- torch --------------------------------------------------------------------------------------------------------------
+# ---- torch
 
 
 def torch_logprobs(operands: tuple[Tensor, ...], token_ids: Tensor) -> Tensor:
@@ -145,9 +145,7 @@ def torch_loss(problem: Problem, logprobs: Tensor) -> Tensor:
     )
 
 
-def on_logprobs(
-    find: Callable[[], Callable[[Problem], Tensor]], loss: Loss = torch_loss
-) -> Callable[[Problem], Run]:
+def on_logprobs(find: Callable[[], Callable[[Problem], Tensor]], loss: Loss = torch_loss) -> Callable[[Problem], Run]:
     """A contestant from log-probabilities, which `find` imports, and a loss on top of them."""
 
     def prepare(problem: Problem) -> Run:
@@ -186,7 +184,7 @@ def _compiled(problem: Problem) -> Run:
     )
 
 
-# --- what bounds them ---------------------------------------------------------------------------------------------------
+# ---- what bounds them
 
 
 def _copy(problem: Problem) -> Run:

@@ -1,7 +1,7 @@
 """Log-probabilities and losses of other libraries, each by its own functions, set to GSPO or GRPO as in the papers.
 
 A library is imported when its function is needed. It gets the settings that its own trainer gives it or that suit it
-best. The trainer is left out; where a loss is a trainer's method (TRL), the method runs on a stand-in with what it reads.
+best. The trainer is left out; where a loss is a trainer's method (TRL), the method runs on a stand-in for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cases import EPSILONS, Problem
-from .contestants import Answer, Run, Unfit, answer, torch_logprobs
+from .contestants import Run, Unfit, answer, torch_logprobs
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [B, T, D], weight [V, D], token_ids [B, T] -> [B, T]
 PACKAGES = ("liger-kernel", "trl", "transformers", "cut-cross-entropy", "verl", "triton")
@@ -25,7 +25,7 @@ _TORCH_ROWS = 512  # about as much memory as this package takes for logits
 _TRL_COLUMNS = 32_768  # of a tile: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, whose module needs many packages
 
 
-# --- log-probabilities from hidden states -------------------------------------------------------------------------------
+# ---- log-probabilities from hidden states
 
 
 def materialised() -> Logprobs:
@@ -92,7 +92,7 @@ def liger() -> Logprobs:
     return logprobs
 
 
-# --- log-probabilities of a batch with a mask, as the trainers compute them -----------------------------------------------
+# ---- log-probabilities of a batch with a mask, as the trainers compute them
 
 
 def trl_batch(problem: Problem) -> Tensor:
@@ -127,7 +127,7 @@ def verl_batch(problem: Problem) -> Tensor:
     return found
 
 
-# --- losses -------------------------------------------------------------------------------------------------------------
+# ---- losses
 
 
 def trl_loss(problem: Problem, logprobs: Tensor) -> Tensor:

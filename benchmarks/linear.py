@@ -6,7 +6,7 @@
     python -m benchmarks.linear --markdown [results.json]   the table of all cases, from results
 
 A wrong answer is timed all the same, and marked. `make bench-peers` installs the libraries; one that is not there is
-recorded as absent. `gpu/linear.py` measures the same cases on a GPU.
+recorded as absent. `gpu_linear.py` measures the same cases on a GPU.
 """
 
 from __future__ import annotations
@@ -197,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names have all these words")
     parser.add_argument("--save", type=Path, metavar="FILE", help="a whole run's: results/linear-cpu-<name>.json")
-    parser.add_argument("--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist")
+    parser.add_argument(
+        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
+    )
     options = parser.parse_args(arguments)
     if options.markdown is not None:
         print(markdown(load(options.markdown if options.markdown.name else newest(KIND))["cases"]))

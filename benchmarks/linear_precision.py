@@ -136,7 +136,10 @@ def measure(smoke: bool) -> dict[str, Any]:
             "truly_clipped": int(clipped(moved.log_ratio, moved.advantages).sum()),
             "contestants": found,
         }
-    about, sizes = machine(libraries.PACKAGES), {"sequences": SEQUENCES, "width": width, "vocab": vocab, "dtype": "bf16"}
+    about, sizes = (
+        machine(libraries.PACKAGES),
+        {"sequences": SEQUENCES, "width": width, "vocab": vocab, "dtype": "bf16"},
+    )
     return {"machine": about, "meanings": MEANINGS, **sizes, "lengths": lengths, "absent": absent, "errors": errors}
 
 
@@ -159,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_precision")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--save", type=Path, metavar="FILE", help=f"default: results/{KIND}-<name>.json")
-    parser.add_argument("--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist")
+    parser.add_argument(
+        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
+    )
     options = parser.parse_args(arguments)
     if options.markdown is not None:
         path = options.markdown if options.markdown.name else newest(KIND)

@@ -33,8 +33,9 @@ def peak_extra_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside it, memory that this process frees stays with it and serves its next calls, as allocators made for training
-    keep it. With glibc alone: elsewhere nothing changes.
+    """Memory that this process frees stays with it and serves its next calls, as with allocators made for training.
+
+    With glibc alone: elsewhere nothing changes.
 
     Otherwise a call waits for pages: a virtual machine's host takes back what is free, and to get a gigabyte again can
     cost more than what is to be measured.

@@ -1,6 +1,6 @@
 """The same inputs through this package, TRL, verl, Liger and torch, in one process, on whatever device there is.
 
-    make bench-peers                                 installs the libraries; those that are missing are left out, and named
+    make bench-peers                                 installs the libraries; a missing one is left out, and named
     python -m benchmarks.peers                       tables on the terminal: six minutes, 10 GB
     python -m benchmarks.peers --write cpu-<name>    and benchmarks/results/peers-cpu-<name>.json, and docs/peers.md
     python -m benchmarks.peers --smoke               tiny sizes: does it run at all?
@@ -28,7 +28,7 @@ from torch import Tensor
 from . import libraries
 from .cases import HARD_CASES, PEER_CASES, PEER_SMOKE, Case, Problem, build, exact_logprobs, sample
 from .contestants import COMPILED, EAGER, OVERWRITES, Contestant, Run, Unfit, on_logprobs, ours
-from .gpu.meter import meter_of
+from .gpu_meter import meter_of
 from .race import Rounds, race, words
 from .results import FOLDER, REPOSITORY, load, machine, newest, save, times
 from .truth import distance, exact_gradients
@@ -98,7 +98,7 @@ def start_of(case: Case) -> str:
     return "logits" if case.from_logits else "hidden"
 
 
-# --- hard cases ---------------------------------------------------------------------------------------------------------
+# ---- hard cases
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def in_words(problem: Problem, loss: Tensor, gradients: tuple[Tensor, ...], loss
     return f"gradient off by {worst:.0%}" if worst < 100 else "gradient off by more than 100 times"
 
 
-# --- tables: for the terminal, and between the markers of docs/peers.md ---------------------------------------------------
+# ---- tables: for the terminal, and between the markers of docs/peers.md
 
 
 def blocks(found: dict[str, Any]) -> dict[str, str]:
@@ -257,7 +257,8 @@ def fill(page: str, found: dict[str, Any]) -> str:
 def _machine(about: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version or 'absent'}" for name, version in about["packages"].items())
     where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
-    return f"{where}, {about['backend']} backend, torch {about['torch']}, commit {about['commit']}, {about['date']}; {versions}."
+    commit = f"commit {about['commit']}, {about['date']}"
+    return f"{where}, {about['backend']} backend, torch {about['torch']}, {commit}; {versions}."
 
 
 def _case(case: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Draws the README's plot from committed results and prints the table of docs/cpu.md; it measures nothing itself.
 
-    python -m benchmarks.plot [results.json] [plot.png]
+python -m benchmarks.plot [results.json] [plot.png]
 """
 
 from __future__ import annotations

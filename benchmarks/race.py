@@ -22,7 +22,7 @@ Runs = list[tuple[Contestant, Run]]
 
 
 class Meter(Protocol):
-    """How time and memory are measured: on the host, or by a GPU's own clock (`gpu/meter.py`)."""
+    """How time and memory are measured: on the host, or by a GPU's own clock (`gpu_meter.py`)."""
 
     def timed(self, run: Callable[[], object]) -> float: ...
     def peak_extra_bytes(self, run: Callable[[], T]) -> tuple[T, int | None]: ...
@@ -82,7 +82,7 @@ def race(
     heap_kept: bool = False,
     **options: Any,
 ) -> dict[str, Outcome]:
-    """`heap_kept`: memory that a call frees serves the next ones. Not before the answers: it would hide their memory."""
+    """`heap_kept`: memory that a call frees serves the next ones. Not before the answers: that hides their memory."""
     outcomes, runs = admit(problem, contestants, meter, **options)
     with freed_memory_kept() if heap_kept else contextlib.nullcontext():
         for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():

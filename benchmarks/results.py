@@ -18,6 +18,7 @@ import torch
 
 import gspo_kernels
 
+from .gpu_parts import rounded
 from .race import Outcome
 
 FOLDER = Path(__file__).parent / "results"
@@ -108,17 +109,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
-
-
-def rounded(value: Any) -> Any:
-    """Six significant digits: the file is read by people too. Infinities become text, which JSON does not have."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return value
 
 
 def _version(package: str) -> str | None:

@@ -1,10 +1,10 @@
 """What a contestant must return: gradients in float64, each part compared relative to its own size.
 
-At V = 151,936 a tolerance over all of a gradient is blind: one without its whole softmax term passes. So from logits the
-target column (of every row) and the tail (of a sample of rows) are compared apart. From hidden states it is rows of the
-hidden gradient and of the weight gradient, of sampled tokens and of others, whose gradient is softmax alone. A row may be
-off by rounding, and rounding has no direction: by how much all rows together are too long or short has a finer bound,
-which a wrong count exceeds. Rows without a coefficient must be exactly zero.
+At V = 151,936 one tolerance for a whole gradient is blind: one without its softmax term passes. So from logits the
+target column (of every row) and the tail (of a sample of rows) are compared apart. From hidden states rows of both
+gradients are compared, those of sampled tokens and of others, whose gradient is softmax alone. A row
+may be off by rounding, which has no direction; the mean length of all rows has a finer bound, which a wrong count
+exceeds. Rows without a coefficient must be exactly zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WrongAnswer(Exception):
     """A contestant's loss or gradient is not what float64 says."""
 
 
-# --- exact gradients ----------------------------------------------------------------------------------------------------
+# ---- exact gradients
 
 
 def exact_of_logits(problem: Problem, rows: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def exact_gradients(problem: Problem) -> tuple[Tensor, ...]:
     return exact_of_hidden(problem, rows), exact_of_weight(problem, tokens)
 
 
-# --- right or wrong -----------------------------------------------------------------------------------------------------
+# ---- right or wrong
 
 LOSS_TOLERANCE = 1e-5  # relative to the mean size of an advantage
 # Relative, by element; fp32 leaves room for torch's own log_softmax, bf16 is one unit in the last digit that is stored.
@@ -80,8 +80,8 @@ _ROUNDING = 2e-6  # what fp32 may lose of 1 - p at the target: two units in the 
 
 @dataclass(frozen=True)
 class LinearTolerance:
-    """Relative, by row. In fp32 it leaves room for torch's own log_softmax, whose sum over 150,000 columns may be off by
-    7e-4: ten times that, where the probability of the token is 0.9 and its gradient is that of the other tenth.
+    """Relative, by row. In fp32 it leaves room for torch's own log_softmax, whose sum over 150,000 columns may be off
+    by 7e-4: ten times that, where the probability of the token is 0.9 and its gradient is that of the other tenth.
 
     In bf16 it is what rounded logits cost: up to 1/32 for one between 8 and 16, which is a share of its probability.
     """
@@ -197,7 +197,7 @@ def _judge(name: str, error: Tensor, tolerance: float) -> None:
         raise WrongAnswer(f"{name}: {count} off by up to {worst:.2g} of its size; {tolerance:.2g} is allowed")
 
 
-# --- how far ------------------------------------------------------------------------------------------------------------
+# ---- how far
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .figures import ITEM_BYTES, Figures, Hot, examine
-from .sass import EXCHANGES, NVIDIA, Loop, disassemble, find_loops, resources, spills
+from .static_sass import (
+    EXCHANGES,
+    ITEM_BYTES,
+    NVIDIA,
+    Figures,
+    Hot,
+    Loop,
+    disassemble,
+    examine,
+    find_loops,
+    resources,
+    spills,
+)  # fmt: skip
 
 AMD = ("gfx942",)
-CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"
+CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
 
 # Instructions a column, by what a hot loop does: "read" sums up a row, "write" writes a gradient. No budget have
 # "shifted", which sums up a row that does not start on a 16-byte boundary, and "scale".

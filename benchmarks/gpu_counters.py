@@ -1,8 +1,8 @@
 """What Nsight Compute counts in one launch of each row kernel: why a slow one is slow.
 
 Items are `forward`, `backward`, `forward_backward` (gradient over the logits, and as `forward_backward_fresh` a fresh
-one) and `one_read` (CUDA C++). One child process (`python -m benchmarks.gpu.counters <items>`) runs them all under ncu,
-each twice: ncu watches the second time. Clocks are not fixed and caches not flushed, both as in training. Between its
+one) and `one_read` (CUDA C++). One child process (`python -m benchmarks.gpu_counters <items>`) runs them all under ncu,
+each twice: ncu counts the second call. Clocks are not fixed and caches not flushed, both as in training. Between its
 passes ncu restores what the kernel wrote, which may leave a cache full of dirty lines: up to 8% of the logits here.
 
 The hit rate of reads in the L2 cache, in place against fresh, says whether the second read of a row comes from memory.
@@ -25,10 +25,8 @@ import torch
 import gspo_kernels
 from gspo_kernels.rows import cuda_rows
 
-from .context import Absent, Context
-from .parts import REPOSITORY
+from .gpu_parts import REPOSITORY, Absent, Context
 
-ITEMS = ("forward", "backward", "forward_backward", "one_read")
 KERNELS = "regex:^(forward|backward|forward_backward)_kernel|one_read"
 ROWS, SEQUENCES, VOCAB = 2_112, 16, 151_936  # 16 rows for each of 132 multiprocessors
 SMOKE_ROWS, SMOKE_VOCAB = 32, 100
@@ -139,12 +137,12 @@ def command(tool: str, items: Sequence[str], metrics: Sequence[str]) -> list[str
         tool, "--csv", "--print-units", "base", "--clock-control", "none", "--cache-control", "none",
         "--target-processes", "application-only", "--profile-from-start", "off", "--kernel-name-base", "function",
         "--kernel-name", KERNELS, "--metrics", ",".join(metrics),
-        sys.executable, "-m", "benchmarks.gpu.counters", *items,
+        sys.executable, "-m", "benchmarks.gpu_counters", *items,
     ]  # fmt: skip
 
 
 def known(metrics: Sequence[str], output: str) -> tuple[str, ...]:
-    """Without those that ncu's errors name; if they name none, the sure ones."""
+    """The metrics that ncu's errors do not name; if they name none, the `SURE` ones."""
     errors = "\n".join(line for line in output.splitlines() if line.startswith("==ERROR=="))
     fewer = tuple(name for name in metrics if not re.search(rf"\b{name.partition('.')[0]}\b", errors))
     return fewer if len(fewer) < len(metrics) else METRICS[:SURE]
@@ -153,7 +151,7 @@ def known(metrics: Sequence[str], output: str) -> tuple[str, ...]:
 def parse(lines: Iterable[str]) -> list[tuple[str, dict[str, float]]]:
     """Kernels in the order of their launches, each with its metrics.
 
-    ncu's CSV has one line a metric, after a header, among lines of its own and of the process.
+    ncu's CSV has a header and one line a metric, among other lines of ncu and of the process.
     """
     rows = [line for line in lines if line.startswith('"')]
     headers = [i for i, line in enumerate(rows) if '"Metric Name"' in line]
@@ -185,7 +183,7 @@ _SCALE = {
 
 
 def derived(found: dict[str, float]) -> dict[str, Any]:
-    """And what follows: in sizes of the logits and in bytes per second."""
+    """The metrics, and from them traffic in sizes of the logits, bytes per second and hits in L2."""
     result: dict[str, Any] = {"metrics": found, "rows": ROWS}
     logits_bytes = ROWS * VOCAB * 2
     for way in ("read", "write"):
@@ -224,7 +222,7 @@ def _line(item: str, found: dict[str, Any]) -> str:
 
 
 def _canned() -> list[str]:
-    """As ncu writes it."""
+    """Output as of ncu, for a smoke run."""
     names = ("forward_kernel", "backward_kernel", "forward_backward_kernel", "forward_backward_kernel", "one_read")
     lines = ["==PROF== Connected to process 1", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
     return lines + [f'"{i}","{kernel}","{name}","","1,000.5"' for i, kernel in enumerate(names) for name in METRICS]

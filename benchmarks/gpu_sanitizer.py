@@ -1,14 +1,20 @@
-"""A few small calls of every kernel on badly aligned rows: what compute-sanitizer watches. Answers are not checked.
+"""compute-sanitizer, where it is installed, over small calls of every kernel on badly aligned rows.
 
-With --cuda those in CUDA C++ alone, and of them those that share memory; with --smoke on a CPU. The sanitizer slows
-kernels by ten to fifty times and Triton compiles each kernel for a dtype: there is one call for each way through each
-kernel and each kind of address, not one for every combination.
+memcheck watches every kernel; racecheck those in CUDA C++, whose blocks read each other's memory. The sanitizer slows
+kernels by ten to fifty times and Triton compiles each kernel for a dtype. So there is one call for each path through
+each kernel and each kind of address, not one for every combination.
+
+    python -m benchmarks.gpu_sanitizer [--cuda] [--smoke]    the calls: all, of CUDA C++ alone, on a CPU
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +22,54 @@ from torch import Tensor
 import gspo_kernels
 from gspo_kernels.rows import cuda_rows
 
-from .parts import ABSENT
+from .gpu_parts import ABSENT, REPOSITORY, Absent, Context
+
+_FOUND = 99
+
+
+def run(context: Context) -> bool:
+    """Argument: memcheck or racecheck."""
+    (check,) = context.arguments
+    script = _script("--cuda") if check == "racecheck" else _script()
+    if context.smoke:
+        return subprocess.run([*script, "--smoke"], cwd=REPOSITORY).returncode in (0, ABSENT)
+    tool = _tool()
+    if tool is None:
+        raise Absent("compute-sanitizer is neither on PATH nor under CUDA_HOME")
+    command = [tool, "--tool", check, "--error-exitcode", str(_FOUND), "--print-limit", "20", *script]
+    # Each tensor in an allocation of its own: an access beyond it must not land in another tensor.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=context.left() - 5).returncode
+    except subprocess.TimeoutExpired:
+        context.put("sanitizer", check, value={"tool": tool, "outcome": "not finished in its time"})
+        return False
+    if code == ABSENT:
+        raise Absent(f"{check}: no CUDA C++ kernels run here")
+    outcome = {0: "no errors", _FOUND: "errors: see the log"}.get(code, f"exit code {code}")
+    context.put("sanitizer", check, value={"tool": tool, "outcome": outcome})
+    context.say(f"{check}: {outcome}")
+    return code == 0
+
+
+def _script(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_sanitizer", *arguments]
+
+
+def _tool() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    found = shutil.which("compute-sanitizer")
+    if found:
+        return found
+    for home in (CUDA_HOME, os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        for place in ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"):
+            if home and (Path(home) / place).exists():
+                return str(Path(home) / place)
+    return None
+
+
+# ---- the calls that it watches; their answers are not checked
 
 Loss = Callable[..., gspo_kernels.LossOutput]
 VOCABS = (7, 4_099)  # a part of a block, and more than one; odd, so that rows start at every address
@@ -40,10 +93,10 @@ _GROUP = 16  # bytes that the kernels read at once
 
 
 def logits_of(layout: str, tokens: int, vocab: int, dtype: torch.dtype, device: str) -> Tensor:
-    """A leaf that ends where its allocation ends ("whole"), or begins one element behind its beginning ("unaligned").
+    """A leaf that ends where its allocation ends ("whole"), or begins one element into its allocation ("unaligned").
 
-    Allocations are rounded up to 16 bytes. The kernels read whole groups of 16, up to 12 bytes beyond the last column:
-    harmless, for a GPU allocates no less, but the sanitizer counts in bytes.
+    Allocations are rounded up to 16 bytes: the kernels read whole groups of 16, up to 12 bytes beyond the last column.
+    A GPU's allocations are at least as large, but the sanitizer checks single bytes.
     """
     generator = torch.Generator(device).manual_seed(0)
     begin = 1 if layout == "unaligned" else 0
@@ -79,7 +132,7 @@ def call(
 
 
 def in_triton(device: str) -> int:
-    """On a CPU: whatever runs there."""
+    """Returns the number of calls. On a CPU it uses the default backend."""
     calls = 0
     backend = "triton" if device == "cuda" else None
     for dtype in DTYPES:
@@ -92,7 +145,7 @@ def in_triton(device: str) -> int:
 
 
 def in_cuda(device: str, sizes: list[tuple[int, int]]) -> int:
-    """Where one pass does; `sizes`: tokens and columns. Large rows once for each dtype, small ones in every layout."""
+    """Losses of one read; `sizes`: tokens and columns. Large rows once for each dtype, small ones in every layout."""
     calls = 0
     for dtype in DTYPES:
         for tokens, vocab in sizes:

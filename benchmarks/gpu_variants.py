@@ -1,9 +1,9 @@
-"""Launch variants of each row kernel, timed: which entry belongs into `LAUNCH`, and which prebuilt CUDA kernel wins.
+"""Launch variants of each row kernel, timed: the best entry of `LAUNCH`, and the best prebuilt CUDA kernel.
 
-Items are kernels. Every time is of a whole call in which that kernel alone varies, the others stay as the package has
-them. Child processes compile and check every variant beforehand, on few rows and several at a time: one that crashes,
-hangs or answers wrongly is recorded and not timed. Each variant is recorded once it is timed, what the package has
-first, and that once more at the end: the difference of the two is noise.
+Every time is of a whole call in which one kernel varies and the others stay as the package has them. Child processes
+compile and check every variant beforehand, on few rows and several at a time: one that crashes, hangs or returns a
+wrong answer is recorded and not timed. Each variant is recorded once it is timed: the package's own first, and once
+more at the end. The difference of those two is noise.
 """
 
 from __future__ import annotations
@@ -25,16 +25,10 @@ from typing import Any
 from gspo_kernels.rows import cuda_rows, triton_rows
 from gspo_kernels.rows.triton_rows import LAUNCH, Launch
 
-from ..cases import Problem
-from ..contestants import Run
-from ..truth import check
-from .contestants import BY_NAME as CONTESTANTS
-from .contestants import absent
-from .context import Context
-from .meter import finish, meter_of
-from .parts import REPOSITORY
-from .speed import words
-from .works import BY_NAME, build_on
+from .gpu_meter import finish, meter_of
+from .gpu_parts import REPOSITORY, Context
+from .gpu_speed import BY_NAME, Problem, Run, absent, build_on, words
+from .truth import check
 
 # What shows a kernel: works and contestants. The first decides which variant is the best.
 SHOWN_BY = {
@@ -43,8 +37,7 @@ SHOWN_BY = {
     "forward_backward": (("gspo_on_policy", "ours"), ("gspo_on_policy", "ours_fresh")),
     "one_read": (("gspo_on_policy", "ours_cuda"), ("gspo_on_policy", "ours_cuda_fresh"), ("grpo", "ours_cuda")),
 }
-KERNELS = tuple(SHOWN_BY)
-# Changes of the table's entries that came close on an H200, or that may suit another GPU.
+# Changes of the package's launch sizes that were close on an H200, or that may suit another GPU.
 CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
     "forward": ({"num_warps": 2, "elements": 2_048}, {"num_warps": 8, "elements": 8_192}, {"max_registers": None}),
     "backward": (
@@ -69,7 +62,7 @@ Use = Callable[[], None]  # makes the package launch a variant
 
 
 def run(context: Context) -> bool:
-    """Arguments: the items."""
+    """Arguments: the items, which are kernels."""
     tried = _tried_by_children(context, context.arguments)
     for kernel in context.arguments:
         missing = _missing(context.device, kernel)
@@ -89,7 +82,7 @@ def variants_of(kernel: str, most: int = MOST) -> dict[str, Use]:
 
 
 def launches_of(kernel: str) -> list[Launch]:
-    """The table's entry, then changes of it. Each compiles differently."""
+    """The package's own launch, then changes of it. Each compiles differently."""
     current = LAUNCH[kernel]
     found: dict[str, Launch] = {}
     for changes in ({}, *CHANGES[kernel]):
@@ -99,7 +92,7 @@ def launches_of(kernel: str) -> list[Launch]:
 
 
 def _compiled(kernel: str, launch: Launch) -> str:
-    """What Triton is told: the same for launches that differ in what a kernel does not use."""
+    """What Triton compiles: the same for launches that differ in a field that the kernel does not use."""
     return repr((triton_rows.sizes(kernel, launch, 2, 32), triton_rows.compiler_options(launch, 2, True)))
 
 
@@ -149,8 +142,8 @@ def _missing(device: str, kernel: str) -> str:
         return triton_rows.missing() if device == "cuda" else ""
     if not _cuda_variants():
         return "the extension has no prebuilt variants"
-    problem = build_on(device, BY_NAME["grpo"], COMPILED_ROWS if device == "cuda" else SMOKE_ROWS)
-    return absent(CONTESTANTS["ours_cuda"], problem)
+    problem = build_on(device, "grpo", COMPILED_ROWS if device == "cuda" else SMOKE_ROWS)
+    return absent(BY_NAME["ours_cuda"], problem)
 
 
 def _measure_all(context: Context, kernel: str, tried: dict[str, str]) -> None:
@@ -158,9 +151,9 @@ def _measure_all(context: Context, kernel: str, tried: dict[str, str]) -> None:
     variants = variants_of(kernel, most)
     current = next(iter(variants))
     context.at(f"{kernel}: building its inputs")
-    problems = {work: build_on(context.device, BY_NAME[work], rows) for work, _ in SHOWN_BY[kernel]}
+    problems = {work: build_on(context.device, work, rows) for work, _ in SHOWN_BY[kernel]}
     runs = {
-        f"{work}, {contestant}": (problems[work], CONTESTANTS[contestant].prepare(problems[work]))
+        f"{work}, {contestant}": (problems[work], BY_NAME[contestant].prepare(problems[work]))
         for work, contestant in SHOWN_BY[kernel]
     }
     context.put("variants", kernel, value={"in_package": current, "rows": rows, "tried": {}})
@@ -215,7 +208,7 @@ def _tried_by_children(context: Context, kernels: list[str]) -> dict[str, str]:
     count = 1 if context.smoke else max(1, min(8, (os.cpu_count() or 2) // 2, len(jobs)))
     with tempfile.TemporaryDirectory(prefix="gspo-variants-") as folder:
         paths = [Path(folder) / str(i) for i in range(count)]
-        command = [sys.executable, "-m", "benchmarks.gpu.variants", *(["--smoke"] if context.smoke else [])]
+        command = [sys.executable, "-m", "benchmarks.gpu_variants", *(["--smoke"] if context.smoke else [])]
         children = []
         for i, path in enumerate(paths):
             if jobs[i::count]:
@@ -235,7 +228,7 @@ def _tried_by_children(context: Context, kernels: list[str]) -> dict[str, str]:
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """Whole lines alone: the last one of a process that was ended may be a part."""
+    """The complete lines: the last line of a process that was ended may be incomplete."""
     if not path.exists():
         return []
     *lines, _ = path.read_text(errors="replace").split("\n")
@@ -243,7 +236,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Of <kernel>:<variant>: a line of JSON each, when it has run."""
+    """Arguments: <kernel>:<variant>, ... Prints a line of JSON for each when it has run."""
     smoke = "--smoke" in arguments
     device, rows = ("cpu", SMOKE_ROWS) if smoke else ("cuda", COMPILED_ROWS)
     for job in arguments:
@@ -256,12 +249,12 @@ def main(arguments: list[str]) -> None:
             with _restored(variants):
                 variants[name]()
                 for work, contestant in SHOWN_BY[kernel]:
-                    problem = build_on(device, BY_NAME[work], rows)
-                    missing = absent(CONTESTANTS[contestant], problem)
+                    problem = build_on(device, work, rows)
+                    missing = absent(BY_NAME[contestant], problem)
                     if missing:
                         raise RuntimeError(missing)
                     try:
-                        _check(problem, CONTESTANTS[contestant].prepare(problem))
+                        _check(problem, BY_NAME[contestant].prepare(problem))
                         finish()
                     finally:
                         problem.restore()

@@ -17,10 +17,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .figures import ITEM_BYTES, Figures, Hot, examine
-from .sass import ACCESS, EXCHANGES, LOADS, LOCAL, NVIDIA, STORES, Loop, disassemble, find_loops, parse, resources
+from .static_sass import (
+    ACCESS,
+    EXCHANGES,
+    ITEM_BYTES,
+    LOADS,
+    LOCAL,
+    NVIDIA,
+    STORES,
+    Figures,
+    Hot,
+    Loop,
+    disassemble,
+    examine,
+    find_loops,
+    parse,
+    resources,
+)  # fmt: skip
 
-SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "rows.cu"
+SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "rows.cu"
 NVCC_FLAGS = tuple((SOURCE.parent / "nvcc.options").read_text().split())
 
 BUDGETS = {"read": 6.0, "write": 6.0}  # instructions a column, of any dtype; "copy" has none

@@ -1,9 +1,7 @@
-"""One CUPTI profile a work: each kernel's time, the bytes it must move and its share of the measured copy; the gaps.
+"""A CUPTI profile of each work: each kernel's time, the bytes it must move, its share of the measured copy; the gaps.
 
-Items are names of works: this package in Triton with the gradient over the logits. `<work>_fresh` has a fresh gradient,
-`<work>_cuda` and `<work>_cuda_fresh` run CUDA C++. Each call runs on a swept cache with the host ahead (`meter.py`),
-between two waits that show in the profile: what restores the logits is no part of it. Where CUPTI fails, the time of
-the whole work and the error are recorded.
+Each call runs on a swept cache with the host ahead (`gpu_meter.py`), between two waits that show in the profile, so
+that what restores the logits is not counted. Where CUPTI fails, the time of the whole work and the error are recorded.
 """
 
 from __future__ import annotations
@@ -17,23 +15,14 @@ from typing import Any
 
 import torch
 
-from ..cases import Problem
-from ..contestants import Run
-from ..truth import WrongAnswer, check
-from .contestants import BY_NAME as CONTESTANTS
-from .contestants import absent, units
-from .context import Context
-from .meter import CudaMeter, finish, idle_seconds, meter_of, on_device
-from .speed import words
-from .works import BY_NAME, build_on
+from .gpu_meter import CudaMeter, finish, idle_seconds, meter_of, on_device
+from .gpu_parts import Context
+from .gpu_speed import BY_NAME, Problem, Run, absent, build_on, units, words
+from .truth import WrongAnswer, check
 
-ITEMS = (
-    "forward", "gspo", "gspo_on_policy", "gspo_on_policy_fresh", "gspo_on_policy_cuda", "grpo", "grpo_cuda", "ppo_cuda",
-    "gspo_inactive", "gspo_fresh",
-)  # fmt: skip
 CALLS, SMOKE_CALLS = 5, 2
 _WAIT = "spin_kernel"  # of torch.cuda._sleep
-# Bytes a row of the kernels between the rows' ones: statistics, old log-probabilities and mask in, gradients out.
+# Bytes a row of the sequence and batch kernels: statistics, old log-probabilities and mask in, gradients out.
 _STAGE_BYTES = 24
 
 
@@ -47,14 +36,18 @@ class Event:
 
 
 def run(context: Context) -> bool:
-    """Arguments: rows, bytes per second of a copy (0: measured here), then the items."""
+    """Arguments: rows, bytes per second of a copy (0: measured here), then the items.
+
+    An item is a work: this package in Triton with the gradient over the logits. `<work>_fresh` has a fresh gradient;
+    `<work>_cuda` and `<work>_cuda_fresh` run CUDA C++.
+    """
     rows, bandwidth = int(context.arguments[0]), float(context.arguments[1])
     good = True
     for item in context.arguments[2:]:
         context.at(f"{item}, building its inputs")
         work, contestant = contestant_of(item)
-        problem = build_on(context.device, BY_NAME[work], rows)
-        missing = absent(CONTESTANTS[contestant], problem)
+        problem = build_on(context.device, work, rows)
+        missing = absent(BY_NAME[contestant], problem)
         if missing:
             context.put("profile", item, value={"absent": missing})
         else:
@@ -78,7 +71,7 @@ def contestant_of(item: str) -> tuple[str, str]:
 
 def _profile(context: Context, problem: Problem, item: str, contestant: str, bandwidth: float) -> dict[str, Any]:
     meter = meter_of(context.device)
-    run_once = CONTESTANTS[contestant].prepare(problem)
+    run_once = BY_NAME[contestant].prepare(problem)
     calls = SMOKE_CALLS if context.smoke else CALLS
     context.at(f"{item}, first call")
     found: dict[str, Any] = {"contestant": contestant, "rows": problem.rows, "copy": bandwidth, "wrong": ""}
@@ -105,9 +98,9 @@ def _profile(context: Context, problem: Problem, item: str, contestant: str, ban
     context.at(f"{item}, under the profiler")
     try:
         trace = _on_the_cpu if context.smoke else _on_the_gpu
-        passes = units(CONTESTANTS[contestant], problem)
+        passes = units(BY_NAME[contestant], problem)
         found |= summary(trace(run_once, problem, calls), problem, passes, bandwidth)
-    except Exception as error:  # whatever a profiler says: the whole call's time is known
+    except Exception as error:  # the time of the whole call is known without a profile
         found["error"] = words(error)
     finish()
     return found
@@ -131,7 +124,7 @@ def _on_the_gpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]
 
 
 def between_waits(events: list[Event]) -> list[list[Event]]:
-    """What lies between the first and the second wait, the third and the fourth, and so on."""
+    """The events between the first and the second wait, the third and the fourth, and so on."""
     waits = [i for i, event in enumerate(events) if _WAIT in event.name]
     if len(waits) < 4 or len(waits) % 2:
         raise RuntimeError(f"the profile shows {len(waits)} waits among {len(events)} events: expected two a call")
@@ -139,7 +132,7 @@ def between_waits(events: list[Event]) -> list[list[Event]]:
 
 
 def _on_the_cpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]]:
-    """Operators in the place of kernels: what a smoke run has."""
+    """Operators instead of kernels, for a smoke run."""
     traces = []
     for _ in range(calls):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -151,9 +144,9 @@ def _on_the_cpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]
 
 
 def summary(traces: list[list[Event]], problem: Problem, passes: float, bandwidth: float) -> dict[str, Any]:
-    """Medians over the calls: of each kernel, by its name, in the order of the first call; and of them together.
+    """Medians over the calls: of each kernel, by its name, in the order of the first call; and of all kernels.
 
-    `passes`: over the logits, by all kernels together. A share of the copy is of bytes per second.
+    `passes`: over the logits, of all kernels. A share of the copy is one of bytes per second.
     """
     names = list(dict.fromkeys(event.name for event in traces[0]))
     if not names:
@@ -180,9 +173,9 @@ def summary(traces: list[list[Event]], problem: Problem, passes: float, bandwidt
 
 
 def bytes_of(name: str, problem: Problem) -> float | None:
-    """What one launch of a kernel has to read and write; None for kernels that are not this package's.
+    """What one launch of a kernel must read and write; None for kernels that are not this package's.
 
-    A kernel that reads a row twice is held to one read: the second is to come from a cache.
+    A second read of a row does not count: it should come from a cache.
     """
     if "at::native" in name or name.startswith(("Memcpy", "Memset")):
         return None
@@ -200,14 +193,14 @@ def bytes_of(name: str, problem: Problem) -> float | None:
 
 
 def short(name: str) -> str:
-    """Without template arguments, which fill a page; of torch's element-wise kernels what they compute."""
+    """A kernel's name without template arguments, and with the functor of torch's element-wise kernels."""
     plain = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     functor = re.search(r"\w*Functor\w*", plain.partition("<")[2])
     return " ".join([plain.partition("<")[0].partition("(")[0].strip(), *([functor[0]] if functor else [])])[:80]
 
 
 def _copy_speed(context: Context, problem: Problem) -> float:
-    meter, copy = meter_of(context.device), CONTESTANTS["copy"].prepare(problem)
+    meter, copy = meter_of(context.device), BY_NAME["copy"].prepare(problem)
     copy()
     return 2 * problem.logits_bytes / statistics.median(meter.timed(copy) for _ in range(3))
 

@@ -1,31 +1,56 @@
-"""Fills the measured tables of docs/gpu.md, and the README's sentences, from results: python -m benchmarks.gpu.page
+"""Fills the measured tables of docs/gpu.md and README.md from results: python -m benchmarks.gpu_page [results.json]
 
-A page has a block between two marks; the rest of it is written by hand. Without arguments the committed results are
-taken, of which there is one file a GPU. A test holds the pages to them.
+A page has a block between two marks; the rest of it is written by hand. Without arguments the script takes the
+committed results, one file for each GPU. A test compares the pages with them. `faster_lines` says on which GPUs CUDA
+C++ should be the default.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .goals import FOLDER, GOALS, Content, of_linear, of_one_read, of_work, share_of_copy
-from .parts import REPOSITORY
-from .runs import ROWS
+from .gpu import FOLDER, ONE_READ, ROWS
+from .gpu_parts import REPOSITORY
 
-BEGIN, END = "<!-- measured: begin, by python -m benchmarks.gpu.page -->", "<!-- measured: end -->"
+Content = dict[str, Any]  # of a results file
+MARKED = re.compile(r"(<!-- measured: begin\b[^\n]*\n).*?(\n<!-- measured: end -->)", re.DOTALL)
 PASS = 8_192 * 151_936 * 2  # bytes of the logits
 STAGES = 24 * 8_192 / PASS  # of statistics, old log-probabilities and mask in, gradients out: 24 bytes a row
 UNMEASURED = "unmeasured"
 
 
+# ---- where a measurement is in a results file
+
+
+def of_work(work: str) -> Callable[[Content], Content]:
+    return lambda content: content["cases"][f"{work}-{ROWS}"]
+
+
+def of_one_read(work: str) -> Callable[[Content], Content]:
+    return lambda content: content["one_read"]["cases"][f"{work}-bf16-151936-{ROWS}"]
+
+
+def of_linear(work: str) -> Callable[[Content], Content]:
+    return lambda content: content["linear"]["cases"][work]
+
+
+def share_of_copy(content: Content, case: Content, seconds: float, units: float) -> float:
+    """The copy is the case's own, timed in turn with the others; where there is none that of the bandwidth part."""
+    moved: float = case["logits_bytes"]
+    copy = case["contestants"].get("copy")
+    rate: float = 2 * moved / copy["median"] if copy else content["bandwidth"]["copy"]["bytes_per_second"]
+    return units * moved / seconds / rate
+
+
 @dataclass(frozen=True)
 class Row:
-    """A work or a kernel: what it has to move, what a model of it predicts, and where its measurement is."""
+    """A work or a kernel: what it must move, what a model of it predicts, and where its measurement is."""
 
     name: str
     passes: float
@@ -51,7 +76,7 @@ def _time_alone(case_of: Callable[[Content], Content]) -> Any:
 
 
 def _of_kernel(item: str, word: str, *others: str) -> Any:
-    """Of a profile's kernels the one with `word` in its name, and none of the others."""
+    """A profile's kernel that has `word` in its name, and none of `others`."""
 
     def measured(content: Content) -> tuple[float, float | None]:
         for kernel in content["profile"][item]["kernels"]:
@@ -103,13 +128,13 @@ COMPARED = (  # in the README: a work, the passes that Triton takes, whether CUD
 
 
 def tables(contents: Sequence[Content]) -> str:
-    """For docs/gpu.md: works, kernels, and which goals are met."""
+    """For docs/gpu.md: works, kernels, and losses from hidden states."""
     lines = [_about(content) for content in contents]
     if not contents:
         lines.append("**No GPU time is known yet**: no results are committed. The predictions are of models.")
     lines += ["", *_table("work", WORKS, contents), "", *_table("kernel", KERNELS, contents)]
     for content in contents:
-        lines += ["", *_from_hidden_states(content), "", *_goals(content)]
+        lines += ["", *_from_hidden_states(content)]
     return "\n".join(lines)
 
 
@@ -137,7 +162,7 @@ def summary(contents: Sequence[Content]) -> str:
 
 
 def _own(content: Content, work: str, units: float, one_read: bool) -> list[str]:
-    """The two backends of this package, each with its share of a copy."""
+    """Times of this package's two backends, each with its share of a copy."""
     cells = []
     for case_of, name, passes in ((of_work(work), "ours", units), (of_one_read(work), "ours_cuda", 2)):
         found = _measured(Row("", 0, ("", ""), ("", ""), _of_case(case_of, passes, name)), content)
@@ -151,13 +176,7 @@ PAGES: dict[str, Callable[[Sequence[Content]], str]] = {"docs/gpu.md": tables, "
 
 def filled(page: str, block: str) -> str:
     """A page with its block replaced; a page without marks as it is."""
-    if BEGIN not in page:
-        return page
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{BEGIN}: expected {END} after it")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    return MARKED.sub(lambda marks: f"{marks[1]}{block}{marks[2]}", page, count=1)
 
 
 def committed() -> list[Content]:
@@ -181,7 +200,7 @@ def _table(head: str, rows: Sequence[Row], contents: Sequence[Content]) -> list[
 
 
 def _from_hidden_states(content: Content) -> list[str]:
-    """Times and peak memory, everybody's; then this package's by the size of a chunk."""
+    """Times and peak memory of all contestants; then this package's for several chunk sizes."""
     linear = content.get("linear", {})
     named = {
         "ours": "gspo-kernels", "products": "bare products", "trl": "TRL", "eager": "torch",
@@ -218,18 +237,6 @@ def _measured(row: Row, content: Content) -> tuple[float | None, float | None]:
         return None, None
 
 
-def _goals(content: Content) -> list[str]:
-    lines = [f"| goal, {_gpu(content)} | | measured | |", "|---|---|---|---|"]
-    for goal in GOALS:
-        try:
-            met, text = goal.judge(content)
-        except (KeyError, TypeError, ZeroDivisionError):
-            met, text = None, UNMEASURED
-        word = {True: "met", False: "missed", None: ""}[met]
-        lines.append(f"| {goal.text} | {goal.bound} | {text} | {word} |")
-    return lines
-
-
 def _about(content: Content) -> str:
     about = content.get("machine") or {}
     copy = content.get("bandwidth", {}).get("copy", {}).get("bytes_per_second")
@@ -243,6 +250,52 @@ def _about(content: Content) -> str:
 
 def _gpu(content: Content) -> str:
     return str((content.get("machine") or {}).get("gpu")).removeprefix("NVIDIA ")
+
+
+# ---- where CUDA C++ should be the default
+
+PAIRS = (("ours", "ours_cuda"), ("ours_fresh", "ours_cuda_fresh"))
+
+
+def ratios(content: dict[str, Any]) -> dict[str, float]:
+    """Triton's time / that of C++ in each case: the smaller ratio of in place and fresh; 0 where a time is missing."""
+    found = {}
+    for name, case in content.get("one_read", {}).get("cases", {}).items():
+        times = {contestant: measured["median"] for contestant, measured in case["contestants"].items()}
+        complete = all(name in times for pair in PAIRS for name in pair)
+        found[name] = min(times[triton] / times[cuda] for triton, cuda in PAIRS) if complete else 0.0
+    return found
+
+
+def everywhere(content: dict[str, Any]) -> bool:
+    """Whether CUDA C++ is ahead in all cases, and both runs' parts have finished."""
+    parts = [part for name, part in content.get("parts", {}).items() if name.partition("-")[0] == "one_read"]
+    finished = bool(parts) and all(part["status"] == "ok" for part in parts)
+    found = ratios(content)
+    return finished and set(ONE_READ) <= found.keys() and min(found.values()) > 1.0
+
+
+def faster_lines(content: dict[str, Any]) -> list[str]:
+    gpu, found = str((content.get("machine") or {}).get("gpu")), ratios(content)
+    compared = {name: ratio for name, ratio in found.items() if ratio}
+    if not compared:
+        return ["CUDA C++ against Triton: not measured"]
+    from gspo_kernels.rows.cuda_rows import FASTER_ON
+
+    said = [f"CUDA C++ against Triton, {len(compared)} of {len(found)} cases of one read compared, the smaller ratio:"]
+    said += [f"  {name:<36} {ratio:.3f}x{'' if ratio > 1.0 else '  behind'}" for name, ratio in compared.items()]
+    named = gpu in FASTER_ON
+    if everywhere(content) == named:
+        return [
+            *said,
+            f"FASTER_ON names {gpu}, correctly"
+            if named
+            else f"not ahead in every case: FASTER_ON does not name {gpu}, correctly",
+        ]
+    names = sorted(FASTER_ON ^ {gpu})
+    value = "frozenset({" + ", ".join(f'"{name}"' for name in names) + "})" if names else "frozenset()"
+    why = "no longer ahead in every case" if named else "ahead in every case"
+    return [*said, f"{why}; gspo_kernels/rows/cuda_rows.py:", f"FASTER_ON: frozenset[str] = {value}"]
 
 
 def main(arguments: Sequence[str]) -> int:

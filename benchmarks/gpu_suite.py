@@ -1,7 +1,8 @@
-"""Files of the package's own test suite on the device, in several processes that take a few tests at a time.
+"""Files of the package's own tests on the device, in several processes that take a few tests at a time.
 
-A process that dies, hangs or has lost its CUDA context costs the tests that it had taken: a fresh one goes on with the
-rest. pytest is all that it needs. What a file lacks on this machine is reported, and is no failure.
+A process that dies, hangs or has lost its CUDA context loses the tests that it had taken; a fresh process goes on with
+the rest. Of packages it needs pytest alone. A file that needs a package this machine lacks is reported, and does not
+count as failed.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .context import Absent, Context
-from .parts import REPOSITORY, end_group
+from .gpu_parts import REPOSITORY, Absent, Context, die_with_parent, end_group, follow
+
+if TYPE_CHECKING:
+    import pytest
 
 PROCESSES, SMOKE_PROCESSES = 8, 1
-HANGS_AFTER = 40.0  # seconds in one test; the first of a process compile
-MOST_FAILURES = 40  # in all; more say nothing new
+HANGS_AFTER = 40.0  # seconds without a test's end: a process's first tests compile
+MOST_FAILURES = 40  # in all; then the suite ends
 MOST_STARTS = 24  # of processes
 BROKEN = 70  # exit code of a process whose CUDA context a test has broken
 _END = 4.0  # seconds before the part's end at which the processes are ended
@@ -73,7 +78,7 @@ class _Process:
 
 
 class Suite:
-    """Starts processes (`shard.py`), reads what they find, and puts it into the results, a file an entry."""
+    """Starts the processes, reads what they write, and puts it into the results, one entry for each test file."""
 
     def __init__(
         self, context: Context, folder: Path, files: list[str], environment: dict[str, str], count: int
@@ -114,11 +119,11 @@ class Suite:
         self._starts += 1
         records = self._folder / f"records-{self._starts}"
         records.touch()
-        command = [sys.executable, "-m", "benchmarks.gpu.shard", str(records), str(self._folder), *self._files]
+        command = [sys.executable, "-m", "benchmarks.gpu_suite", str(records), str(self._folder), *self._files]
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        self._running.append(_Process(process, _lines(records), time.monotonic()))
+        self._running.append(_Process(process, follow(records), time.monotonic()))
 
     def _listen(self, process: _Process, now: float) -> None:
         code = process.process.poll()  # before its last records are read
@@ -142,7 +147,7 @@ class Suite:
         test = process.test or f"{next(iter(self.found))}::its start"
         self._fail(test, reason)
         if process.test:
-            self._again()  # one that does not get as far as a test would not the next time
+            self._again()  # a process that did not reach a test would not reach one the next time
 
     def _again(self) -> None:
         if self._starts < MOST_STARTS and self._context.left() > 3 * _END:
@@ -207,12 +212,97 @@ class Suite:
         return f"{name}: {file.needs or ', '.join(counts) or 'no tests'}"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """What has been written so far, an object a line; an empty one where there is no more for now."""
-    rest = b""
-    with path.open("rb") as file:
-        while True:
-            *lines, rest = (rest + file.read()).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
-            yield {}
+# ---- one of the processes
+
+TAKEN = 8  # tests at a time
+
+
+class Shard:
+    """A pytest plugin: one of the processes. On a GPU the tests of the torch reference are left out.
+
+    All processes collect the same tests. A process takes the next few by creating a file with their number in `folder`.
+    Neighbours in the list compile the same kernels.
+    """
+
+    def __init__(self, records: Path, folder: Path, on_gpu: bool) -> None:
+        self._records, self._folder, self._on_gpu = records.open("a"), folder, on_gpu
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if self._on_gpu:
+            left = [item for item in items if "reference" in item.name.partition("[")[2]]
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if item not in left]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._write("collected", files=Counter(item.nodeid.partition("::")[0] for item in session.items))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            reason = _last_line(report.longrepr)
+            missing = "ModuleNotFoundError" in reason
+            self._write("needs" if missing else "failed", test=report.nodeid or "tests", reason=reason)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for first in range(0, len(session.items), TAKEN):
+            if not self._take(first):
+                continue
+            items: list[Any] = [*session.items[first : first + TAKEN], None]
+            for item, following in pairwise(items):
+                self._write("starts", test=item.nodeid)
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                self._write("ended")
+        return True
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self._write("failed", test=report.nodeid, reason=_last_line(report.longrepr))
+            if self._on_gpu and _context_is_broken():
+                self._write("ended")
+                sys.stdout.flush()
+                os._exit(BROKEN)
+        elif report.when == "call" or report.skipped:
+            self._write("outcome", test=report.nodeid, outcome=report.outcome, seconds=report.duration)
+
+    def _take(self, number: int) -> bool:
+        try:
+            os.close(os.open(self._folder / f"taken-{number}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def _write(self, kind: str, **record: Any) -> None:
+        self._records.write(json.dumps({"kind": kind, **record}) + "\n")
+        self._records.flush()
+
+
+def _context_is_broken() -> bool:
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def _last_line(longrepr: Any) -> str:
+    lines = [line for line in str(longrepr).splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("E ")]
+    return (errors or lines or [""])[-1][:300]
+
+
+def main(arguments: list[str]) -> int:
+    import pytest
+
+    die_with_parent()
+    records, folder, *files = arguments
+    on_gpu = os.environ.get("GSPO_KERNELS_TEST_DEVICE", "") == "cuda"
+    options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+    options += ["--continue-on-collection-errors", "-o", f"faulthandler_timeout={HANGS_AFTER - 5:.0f}"]
+    code = pytest.main([*files, *options], plugins=[Shard(Path(records), Path(folder), on_gpu)])
+    # Failed tests are recorded; an error of pytest itself is the process's own.
+    return 0 if code in (0, 1, 2, 5) else int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
