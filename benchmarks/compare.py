@@ -93,7 +93,7 @@ def alternate(ours: Path, theirs: Path, rounds: int, only: str) -> dict[str, lis
 def report(ratios: dict[str, list[float]], base: str) -> int:
     """Prints a line per case; 1 if any is slower beyond the noise."""
     if not ratios:
-        print("no case was selected")
+        print("no case has that word in its name")
         return 2
     print(f"time of this tree / time of {base[:12]}, {ROWS} rows\n")
     print(f"{'case':<48} {'median':>7} {'spread':>15} {'limit':>7}")
