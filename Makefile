@@ -104,7 +104,7 @@ bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
 
 bench-precision: .venv/bench
-	$(BIN)/python -m benchmarks.linear.precision $(ARGS)
+	$(BIN)/python -m benchmarks.linear_precision $(ARGS)
 
 # Into .venv, as pinned: torch stays the build that it is. Without dependencies where a peer asks for what its functions
 # here do not need, or for versions that another refuses.

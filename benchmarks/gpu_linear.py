@@ -6,7 +6,6 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,30 +13,26 @@ from torch import Tensor
 
 import gspo_kernels
 
+from .cases import DENSE, LINEAR_WORKS, Case, Problem, Work, build, linear_case, linear_smoke
+from .contestants import Contestant, ours
 from .gpu_meter import finish, meter_of
 from .gpu_parts import Context
-from .linear.cases import DENSE, SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, WORKS, Case, Problem, Work, build
-from .linear.contestants import CONTESTANTS, PEERS, Contestant, ours
-from .linear.results import case_result
-from .linear.truth import check
-from .linear.turns import admit, words
-from .race import Meter, Rounds, take_turns
-from .truth import WrongAnswer
+from .linear import CONTESTANTS, PEERS, case_result
+from .race import Meter, Rounds, admit, take_turns, words
+from .truth import WrongAnswer, check
 
-BY_NAME = {work.name: work for work in WORKS}
+BY_NAME = {work.name: work for work in LINEAR_WORKS}
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
 CHUNK_BYTES = {  # a row has 594 KiB; usual_chunk_bytes of gspo_kernels/linear/products.py decides
     "dense": (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20),
     "frozen_head": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
     "forward": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
 }
-SMOKE_CHUNK_BYTES = (16 * SMOKE_VOCAB * 4, 64 * SMOKE_VOCAB * 4)
+SMOKE_CHUNK_BYTES = tuple(rows * linear_smoke(DENSE, "bf16").vocab * 4 for rows in (16, 64))
 
 
 def case_of(work: Work, smoke: bool = False) -> Case:
-    if smoke:
-        return Case(work, "bf16", SMOKE_VOCAB, SMOKE_ROWS, SMOKE_WIDTH)
-    return Case(work, "bf16", 151_936, rows=8_192, width=4_096)
+    return linear_smoke(work, "bf16") if smoke else linear_case(work, "bf16", 151_936, rows=8_192, width=4_096)
 
 
 def run(context: Context) -> bool:
@@ -53,7 +48,7 @@ def run(context: Context) -> bool:
         context.at(f"{name}, building its inputs")
         chunked = name.startswith("chunks_")
         work = BY_NAME.get(name.removeprefix("chunks_"), DENSE)
-        problem = build(case_of(work, context.smoke), context.device)
+        problem = build(case_of(work, context.smoke), device=context.device)
         if name == "products":
             _products(context, problem)
         elif name == "rows":
@@ -78,17 +73,15 @@ def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
 
     def why_not(contestant: Contestant) -> str:
         context.at(f"{work.name}, first calls of {contestant.name}")
-        if contestant.loss_alone and not work.gradient:
-            return "returns no log-probabilities"
         return "this package alone was measured here" if only_ours and contestant.name in PEERS else ""
 
-    outcomes, runs = admit(problem, taking_part(context.device), meter, why_not)
+    outcomes, runs = admit(problem, taking_part(context.device), meter, why_not, keep_wrong=True)
     context.at(f"{work.name}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
     rounds = SMOKE_ROUNDS if context.smoke else ROUNDS
     for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
         outcomes[name].seconds = seconds
     finish()
-    found = asdict(case_result(problem, outcomes))
+    found = case_result(problem, outcomes)
     context.put("linear", "cases", work.name, value=found)
     context.say(_line(work.name, found))
     return "ours" in found["contestants"] and not found["contestants"]["ours"]["wrong"]
@@ -96,7 +89,7 @@ def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
 
 def _products(context: Context, problem: Problem) -> None:
     """Each product alone, bf16 to bf16 and to fp32; and logits rounded to bf16 under this package's row kernels."""
-    hidden, weight, token_ids = problem.inputs.hidden, problem.inputs.weight, problem.inputs.token_ids
+    (hidden, weight), token_ids = problem.sampled.pristine, problem.sampled.token_ids
     meter = meter_of(context.device)
     gradient = torch.zeros(len(hidden), len(weight), dtype=torch.bfloat16, device=hidden.device)
     pairs = {
@@ -126,8 +119,8 @@ def _products(context: Context, problem: Problem) -> None:
 def _rows(context: Context, problem: Problem) -> None:
     """The row kernels on a usual chunk: float32 logits, and the same rows in bf16, half the bytes."""
     count = 16 if context.smoke else 2_048
-    hidden, token_ids = problem.inputs.hidden[:count], problem.inputs.token_ids[:count]
-    rounded = torch.mm(hidden, problem.inputs.weight.T)
+    (hidden, weight), token_ids = problem.sampled.pristine, problem.sampled.token_ids[:count]
+    rounded = torch.mm(hidden[:count], weight.T)
     advantages = torch.ones(1, device=hidden.device)
     root = torch.ones((), device=hidden.device)
     meter = meter_of(context.device)
@@ -158,13 +151,13 @@ def _chunks(context: Context, problem: Problem) -> bool:
     meter, good, work = meter_of(context.device), True, problem.case.work.name
     for chunk_bytes in SMOKE_CHUNK_BYTES if context.smoke else CHUNK_BYTES[work]:
         name = str(chunk_bytes)
-        run = ours(problem, chunk_bytes)
+        run = ours(problem, chunk_bytes=chunk_bytes)
         context.at(f"chunks of {chunk_bytes} bytes")
         wrong = ""
         try:
             answer, extra = meter.peak_extra_bytes(run)
             if answer is not None:
-                check(problem, answer)
+                check(problem, *answer)
             del answer
         except WrongAnswer as error:
             wrong, good = str(error), False

@@ -20,13 +20,13 @@ from torch import Tensor
 import gspo_kernels
 from gspo_kernels.rows import cuda_rows
 
-from .cases import Case, Problem, Work, build
+from .cases import EPSILONS, Case, Problem, Work, build
 from .contestants import BY_NAME as AT_HOME
 from .contestants import Contestant, Run, answer, ours, torch_loss_of_logprobs
-from .exact import EPSILONS
 from .gpu_meter import finish, idle_seconds, launches, meter_of
 from .gpu_parts import Context
-from .race import Outcome, Rounds, Runs, admit, take_turns
+from .race import Outcome, Rounds, Runs, admit, take_turns, words
+from .results import times
 
 # ---- what is timed
 
@@ -77,7 +77,7 @@ def _in_cuda(problem: Problem, overwrite_logits: bool) -> Run:
 def _liger(problem: Problem) -> Run:
     triton_grpo_loss = _find(*LIGER)
     case = problem.case
-    whole = problem.sampled.working.view(case.sequences, -1, case.vocab).detach().requires_grad_()
+    whole = problem.sampled.working[0].view(case.sequences, -1, case.vocab).detach().requires_grad_()
     low, high = EPSILONS[case.work.objective]
     level = "sequence" if case.work.objective == "gspo" else "token"
     # A mean over all tokens, or over a sequence's and then over sequences.
@@ -120,7 +120,7 @@ def _trl(problem: Problem) -> Run:
 def _copy(problem: Problem) -> Run:
     """As many bytes as the logits have, read and written: two units."""
     elements = problem.logits.numel()
-    source, target = (x.view(-1)[:elements] for x in (problem.sampled.pristine, problem.sampled.working))
+    source, target = (x.view(-1)[:elements] for x in (problem.sampled.pristine[0], problem.sampled.working[0]))
 
     def copy() -> None:
         with torch.no_grad():
@@ -286,14 +286,12 @@ def _record(
         bandwidth = 2 * problem.logits_bytes / statistics.median(copies)
 
     def measured(name: str, outcome: Outcome) -> dict[str, Any]:
-        median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
+        seconds, extra = times(outcome), outcome.extra_bytes
+        median = seconds["median"]
         moved = units(BY_NAME[name], problem) * problem.logits_bytes
         return {
             "units": moved / problem.logits_bytes,
-            "median": median,
-            "min": min(outcome.seconds),
-            "max": max(outcome.seconds),
-            "rounds": len(outcome.seconds),
+            **seconds,
             "times_floor": median * bandwidth / moved if bandwidth else None,
             "bytes_per_second": moved / median,
             "idle_median": statistics.median(idle[name]) if idle.get(name) else None,
@@ -316,14 +314,8 @@ def _record(
         "floor_seconds": problem.units * problem.logits_bytes / bandwidth if bandwidth else None,
         "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
         "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
-        "absent": missing,
+        "absent": missing | {name: o.absent for name, o in outcomes.items() if o.absent},
     }
-
-
-def words(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _line(key: str, found: dict[str, Any]) -> str:

@@ -24,13 +24,11 @@ from . import gpu_profile as profile
 from . import gpu_sanitizer as sanitizer
 from . import gpu_speed as speed
 from . import gpu_variants as variants
+from . import libraries
+from .cases import DENSE, build, linear_smoke
 from .contestants import BY_NAME as AT_HOME
 from .gpu_parts import Absent, Context
-from .linear import peers
-from .linear.cases import SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, WORKS
-from .linear.cases import Case as LinearCase
-from .linear.cases import build as build_linear
-from .linear.contestants import BY_NAME as LINEAR
+from .linear import BY_NAME as LINEAR
 
 
 class Counting(TorchDispatchMode):
@@ -48,7 +46,7 @@ class Counting(TorchDispatchMode):
 def prepared(name: str) -> tuple[Callable[[], object], Tensor]:
     """A contestant that is ready to run, and a leaf."""
     if name.startswith("linear_"):
-        of_hidden = build_linear(LinearCase(WORKS[0], "fp32", SMOKE_VOCAB, SMOKE_ROWS, SMOKE_WIDTH))
+        of_hidden = build(linear_smoke(DENSE, "fp32"))
         return LINEAR[name.removeprefix("linear_")].prepare(of_hidden), of_hidden.hidden
     problem = speed.build_on("cpu", "gspo", 16)
     return AT_HOME[name].prepare(problem), problem.logits
@@ -417,7 +415,7 @@ def test_cut_cross_entropy_runs_its_own_kernel_on_a_gpu(
         used.append((reduction, impl))
         return torch.ones(2)
 
-    monkeypatch.setattr(peers, "_find", lambda module, name: function)
+    monkeypatch.setattr(libraries, "_find", lambda module, name: function)
     hidden: Any = type("Hidden", (), {"is_cuda": is_cuda})()
-    assert peers.cut_cross_entropy()(hidden, None, None).tolist() == [-1.0, -1.0]  # type: ignore[arg-type]
+    assert libraries.cut_cross_entropy()(hidden, None, None).tolist() == [-1.0, -1.0]  # type: ignore[arg-type]
     assert used == [("none", impl)]

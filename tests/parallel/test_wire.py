@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import wire
-from benchmarks.wire import Layout, Model, Step
+import wire  # docs/scripts/wire.py
+from wire import Layout, Model, Step
 
 # Small enough for the head: 2 responses a GPU of 4 rows each, so 8 rows.
 SMALL = Step(Model("small", hidden=3, vocabulary=10), Layout(tensor=2, context=4, data=3), responses=6, tokens=16)
@@ -69,4 +69,4 @@ def test_three_digits(count: float, words: str) -> None:
 def test_the_page_has_the_tables() -> None:
     page = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text()
     for table in wire.markdown():
-        assert table in page, "python -m benchmarks.wire prints the tables of docs/parallel.md"
+        assert table in page, "python docs/scripts/wire.py prints the tables of docs/parallel.md"

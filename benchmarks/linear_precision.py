@@ -1,8 +1,8 @@
 """Who decides rightly which sequences are clipped, from bf16 hidden states and a bf16 head.
 
-    python -m benchmarks.linear.precision                             a minute; writes linear-precision-cpu-<name>.json
-    python -m benchmarks.linear.precision --smoke                     tiny sizes
-    python -m benchmarks.linear.precision --markdown [results.json]   the README's table, from results
+    python -m benchmarks.linear_precision                             a minute; writes linear-precision-cpu-<name>.json
+    python -m benchmarks.linear_precision --smoke                     tiny sizes
+    python -m benchmarks.linear_precision --markdown [results.json]   the table of docs/hidden-states.md, from results
 
 GSPO clips at a ratio 0.0003 below or 0.0004 above 1. The ratio comes from a mean over tokens of new less old
 log-probabilities, both of which a trainer takes from the same function; so does this: each contestant's own, of hidden
@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,12 @@ from torch import Tensor
 
 import gspo_kernels
 
-from ..cases import SEED
-from ..exact import EPSILONS
-from . import peers
-from .cases import exact_logprobs, likely_hidden
-from .results import about, default_path, newest, write
-from .table import title
-from .turns import words
+from . import libraries
+from .cases import EPSILONS, SEED, exact_logprobs, likely_hidden
+from .race import words
+from .results import default_path, machine, newest, save, title
 
-KIND = "linear-precision"
+KIND = "linear-precision-cpu"
 SEQUENCES = 64
 MOVES = {32: 2.1e-3, 128: 4.0e-3, 512: 8.0e-3}  # by length: deviation of what is added to each hidden state
 WIDTH, VOCAB = 512, 8_192
@@ -50,26 +47,23 @@ MEANINGS = {
 }
 
 
-def ours() -> peers.Logprobs:
-    def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        return gspo_kernels.linear_token_logprobs(hidden, weight, token_ids).logprobs
-
-    return logprobs
+def ours() -> libraries.Logprobs:
+    return lambda hidden, weight, token_ids: gspo_kernels.linear_token_logprobs(hidden, weight, token_ids).logprobs
 
 
-CONTESTANTS: dict[str, tuple[str, Callable[[], peers.Logprobs]]] = {
+CONTESTANTS: dict[str, tuple[str, Callable[[], libraries.Logprobs]]] = {
     "ours": ("gspo-kernels", ours),
-    "eager": ("torch eager: bf16 logits, fp32 softmax", lambda: peers.materialised),
-    "cce": ("cut-cross-entropy, torch_compile", peers.cut_cross_entropy),
-    "liger": ("Liger, inside of its fused linear GRPO", peers.liger),
-    "trl": ("TRL, chunked log-probabilities", peers.trl),
-    "verl": ("verl, FusedLinearForPPO", peers.verl),
-    "torch": ("torch linear_cross_entropy, chunked", peers.torch_chunked),
+    "eager": ("torch eager: bf16 logits, fp32 softmax", libraries.materialised),
+    "cce": ("cut-cross-entropy, torch_compile", libraries.cut_cross_entropy),
+    "liger": ("Liger, inside of its fused linear GRPO", libraries.liger),
+    "trl": ("TRL, chunked log-probabilities", libraries.trl),
+    "verl": ("verl, FusedLinearForPPO", libraries.verl),
+    "torch": ("torch linear_cross_entropy, chunked", libraries.torch_chunked),
 }
 
 
 @dataclass(frozen=True)
-class Problem:
+class Moved:
     old: Tensor  # [sequences, T, width] bf16
     new: Tensor
     weight: Tensor  # [vocab, width] bf16
@@ -79,14 +73,7 @@ class Problem:
     log_ratio: Tensor  # [sequences] float64: true ones
 
 
-@dataclass(frozen=True)
-class Found:
-    rms: float
-    log_ratio_error: float
-    wrong: int
-
-
-def build(length: int, move: float, width: int, vocab: int) -> Problem:
+def build(length: int, move: float, width: int, vocab: int) -> Moved:
     generator = torch.Generator().manual_seed(SEED)
     rows = SEQUENCES * length
     weight = torch.randn(vocab, width, generator=generator).mul_(2.0 / math.sqrt(width))
@@ -95,7 +82,7 @@ def build(length: int, move: float, width: int, vocab: int) -> Problem:
     weight, old = weight.bfloat16(), hidden.bfloat16()
     new = (old.float() + move * torch.randn(rows, width, generator=generator)).bfloat16()
     before, after = (exact_logprobs(x, weight, token_ids)[0].view(SEQUENCES, length) for x in (old, new))
-    return Problem(
+    return Moved(
         old=old.view(SEQUENCES, length, width),
         new=new.view(SEQUENCES, length, width),
         weight=weight,
@@ -112,16 +99,16 @@ def clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:
     return torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - low)
 
 
-def judge(problem: Problem, logprobs: peers.Logprobs) -> Found:
+def judge(moved: Moved, logprobs: libraries.Logprobs) -> dict[str, Any]:
     with torch.no_grad():
-        old, new = (logprobs(x, problem.weight, problem.token_ids).double() for x in (problem.old, problem.new))
+        old, new = (logprobs(x, moved.weight, moved.token_ids).double() for x in (moved.old, moved.new))
     log_ratio = (new - old).mean(1)
-    wrong = clipped(log_ratio, problem.advantages) != clipped(problem.log_ratio, problem.advantages)
-    return Found(
-        rms=float((new - problem.logprobs).square().mean().sqrt()),
-        log_ratio_error=float((log_ratio - problem.log_ratio).abs().mean()),
-        wrong=int(wrong.sum()),
-    )
+    wrong = clipped(log_ratio, moved.advantages) != clipped(moved.log_ratio, moved.advantages)
+    return {
+        "rms": float((new - moved.logprobs).square().mean().sqrt()),
+        "log_ratio_error": float((log_ratio - moved.log_ratio).abs().mean()),
+        "wrong": int(wrong.sum()),
+    }
 
 
 def measure(smoke: bool) -> dict[str, Any]:
@@ -130,76 +117,69 @@ def measure(smoke: bool) -> dict[str, Any]:
     lengths: dict[str, Any] = {}
     absent: dict[str, str] = {}
     errors: dict[str, str] = {}
-    functions: dict[str, peers.Logprobs] = {}
+    functions: dict[str, libraries.Logprobs] = {}
     for name, (_, find) in CONTESTANTS.items():
         try:
             functions[name] = find()
-        except Exception as error:  # a peer may fail in any way on versions that it does not know
+        except Exception as error:
             absent[name] = words(error)
     for length, move in moves.items():
         torch.compiler.reset()
-        problem = build(length, move, width, vocab)
-        found = {}
+        moved, found = build(length, move, width, vocab), {}
         for name, function in functions.items():
             try:
-                found[name] = asdict(judge(problem, function))
+                found[name] = judge(moved, function)
             except Exception as error:
                 errors[name] = words(error)
         lengths[str(length)] = {
-            "true_log_ratio": float(problem.log_ratio.abs().mean()),
-            "truly_clipped": int(clipped(problem.log_ratio, problem.advantages).sum()),
+            "true_log_ratio": float(moved.log_ratio.abs().mean()),
+            "truly_clipped": int(clipped(moved.log_ratio, moved.advantages).sum()),
             "contestants": found,
         }
-    sizes = {"sequences": SEQUENCES, "width": width, "vocab": vocab, "dtype": "bf16"}
-    return {"machine": about(), "meanings": MEANINGS, **sizes, "lengths": lengths, "absent": absent, "errors": errors}
-
-
-def markdown(content: dict[str, Any]) -> str:
-    lengths = content["lengths"]
-    tokens = ", ".join(lengths)
-    heads = ["error of a log-probability (rms)", f"of log s, mean, at {tokens} tokens", f"wrong clips of {SEQUENCES}"]
-    return "\n".join(
-        [
-            f"| D = {content['width']:,}, V = {content['vocab']:,} | " + " | ".join(heads) + " |",
-            "|---|--:|--:|--:|",
-            *_rows(content),
-        ]
+    about, sizes = (
+        machine(libraries.PACKAGES),
+        {"sequences": SEQUENCES, "width": width, "vocab": vocab, "dtype": "bf16"},
     )
+    return {"machine": about, "meanings": MEANINGS, **sizes, "lengths": lengths, "absent": absent, "errors": errors}
 
 
-def _rows(content: dict[str, Any]) -> Iterator[str]:
-    by_length = content["lengths"].values()
+def markdown(content: dict[str, Any]) -> Iterator[str]:
+    of_lengths = content["lengths"].values()
+    heads = "error of a log-probability (rms)", f"of log s, mean, at {', '.join(content['lengths'])} tokens"
+    yield f"| D = {content['width']:,}, V = {content['vocab']:,} | {' | '.join(heads)} | wrong clips of {SEQUENCES} |"
+    yield "|---|--:|--:|--:|"
     for name, (label, _) in CONTESTANTS.items():
-        found = [of_length["contestants"].get(name) for of_length in by_length]
+        found = [of_length["contestants"].get(name) for of_length in of_lengths]
         if all(found):
-            rms = max(x["rms"] for x in found)
             errors = ", ".join(f"{x['log_ratio_error']:.1e}" for x in found)
-            yield f"| {label} | {rms:.1e} | {errors} | {', '.join(str(x['wrong']) for x in found)} |"
-    truth = ", ".join(f"{x['true_log_ratio']:.1e}" for x in by_length)
-    yield f"| (the true log s, and clips) | | {truth} | {', '.join(str(x['truly_clipped']) for x in by_length)} |"
+            wrong = ", ".join(str(x["wrong"]) for x in found)
+            yield f"| {label} | {max(x['rms'] for x in found):.1e} | {errors} | {wrong} |"
+    truth = ", ".join(f"{x['true_log_ratio']:.1e}" for x in of_lengths)
+    yield f"| (the true log s, and clips) | | {truth} | {', '.join(str(x['truly_clipped']) for x in of_lengths)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear.precision")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_precision")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--save", type=Path, metavar="FILE", help=f"default: results/{KIND}-cpu-<name>.json")
+    parser.add_argument("--save", type=Path, metavar="FILE", help=f"default: results/{KIND}-<name>.json")
     parser.add_argument(
-        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print the table of results that exist"
+        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
     )
     options = parser.parse_args(arguments)
     if options.markdown is not None:
-        print(markdown(json.loads((options.markdown if options.markdown.name else newest(KIND)).read_text())))
+        path = options.markdown if options.markdown.name else newest(KIND)
+        print(*markdown(json.loads(path.read_text())), sep="\n")
         return 0
     content = measure(options.smoke)
-    print(title(content["machine"]), "", markdown(content), sep="\n")
+    print(title(content["machine"]), "", *markdown(content), sep="\n")
     for kind in ("absent", "errors"):
         for name, reason in content[kind].items():
             print(f"{kind}: {CONTESTANTS[name][0]}: {reason.splitlines()[0][:150]}")
     path = options.save or (None if options.smoke else default_path(KIND))
     if path:
-        write(path, content)
+        save(path, content)
         print(f"\nresults: {path}")
-    return 1 if {"ours"} & (content["absent"].keys() | content["errors"].keys()) else 0
+    return 1 if "ours" in content["absent"] | content["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Bytes on the wire of a sharded loss, by arithmetic: nothing is run. Prints the tables of docs/parallel.md.
 
-    python -m benchmarks.wire
+    python docs/scripts/wire.py
 
-Counted is what one GPU receives in one step, for the loss alone: neither the model's own collectives nor the all-reduce
-of the gradients over data-parallel ranks, which are the same whoever computes the loss. Others' backward is left out.
+What one GPU receives in one step, for the loss alone. The model's own collectives and the all-reduce of the gradients
+over data-parallel ranks are left out, which are the same whoever computes the loss; and so is the backward of others.
 """
 
 from __future__ import annotations
