@@ -17,7 +17,7 @@ import torch
 
 from .gpu_meter import CudaMeter, finish, idle_seconds, meter_of, on_device
 from .gpu_parts import Context
-from .gpu_speed import BY_NAME, Problem, Run, absent, build_on, units, words
+from .gpu_speed import BY_NAME, Problem, Run, Unfit, build_on, units, words
 from .truth import WrongAnswer, check
 
 CALLS, SMOKE_CALLS = 5, 2
@@ -47,15 +47,14 @@ def run(context: Context) -> bool:
         context.at(f"{item}, building its inputs")
         work, contestant = contestant_of(item)
         problem = build_on(context.device, work, rows)
-        missing = absent(BY_NAME[contestant], problem)
-        if missing:
-            context.put("profile", item, value={"absent": missing})
-        else:
-            bandwidth = bandwidth or _copy_speed(context, problem)
+        bandwidth = bandwidth or _copy_speed(context, problem)
+        try:
             found = _profile(context, problem, item, contestant, bandwidth)
             good &= not found["wrong"]
             context.put("profile", item, value=found)
             context.say(_line(item, found))
+        except Unfit as reason:
+            context.put("profile", item, value={"absent": str(reason)})
         context.finished(item)
         del problem
         gc.collect()

@@ -1,30 +1,29 @@
 """Whole losses from logits on a GPU: what is timed, who is timed, and how; each answer is checked first.
 
-This package runs in Triton and in CUDA C++, beside torch, a copy, and two peers that start from logits. A peer is
-imported when it is prepared, and is given the layout that it takes: Liger the whole buffer [B, T + 1, V], contiguous,
-with its gradient over it; TRL the view without the last position.
+This package runs in Triton and in CUDA C++, beside torch, a copy, and two peers that start from logits. A peer gets
+the layout that it takes: Liger the whole buffer [B, T + 1, V], contiguous, with its gradient over it; TRL the view
+without the last position.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import importlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels.rows import cuda_rows
 
-from .cases import EPSILONS, Case, Problem, Work, build
+from .cases import Case, Problem, Work, build
 from .contestants import BY_NAME as AT_HOME
-from .contestants import Contestant, Run, answer, ours, torch_loss_of_logprobs
+from .contestants import Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import finish, idle_seconds, launches, meter_of
 from .gpu_parts import Context
+from .libraries import liger_from_logits, trl_from_logits
 from .race import Outcome, Rounds, Runs, admit, take_turns, words
 from .results import times
 
@@ -61,9 +60,6 @@ def build_on(device: str, work: str, rows: int) -> Problem:
 
 # ---- who is timed
 
-LIGER = ("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
-TRL = ("trl.kernels", "selective_log_softmax_and_entropy")
-
 
 def _in_triton(problem: Problem, overwrite_logits: bool) -> Run:
     """On a GPU by name, because CUDA C++ is the default on some; on a CPU by the default backend."""
@@ -71,50 +67,12 @@ def _in_triton(problem: Problem, overwrite_logits: bool) -> Run:
 
 
 def _in_cuda(problem: Problem, overwrite_logits: bool) -> Run:
+    if not problem.case.work.one_read:
+        raise Unfit("left to Triton: a row's coefficient depends on other rows")
+    reasons = cuda_rows.unsupported_reasons(problem.logits)
+    if reasons:
+        raise Unfit("; ".join(reasons))
     return ours(problem, overwrite_logits, "cuda")
-
-
-def _liger(problem: Problem) -> Run:
-    triton_grpo_loss = _find(*LIGER)
-    case = problem.case
-    whole = problem.sampled.working[0].view(case.sequences, -1, case.vocab).detach().requires_grad_()
-    low, high = EPSILONS[case.work.objective]
-    level = "sequence" if case.work.objective == "gspo" else "token"
-    # A mean over all tokens, or over a sequence's and then over sequences.
-    loss_type = "bnpo" if case.work.objective == "ppo" else "grpo"
-
-    def loss() -> Tensor:
-        value, _ = triton_grpo_loss(
-            whole,
-            problem.old_logprobs,
-            None,
-            problem.token_ids,
-            problem.advantages,
-            completion_mask=problem.mask,
-            temperature=1.0,
-            beta=0.0,
-            eps_low=low,
-            eps_high=high,
-            inplace=True,
-            loss_type=loss_type,
-            importance_sampling_level=level,
-            reduce=True,
-        )
-        found: Tensor = value
-        return found
-
-    return answer(problem, loss, leaf=whole)
-
-
-def _trl(problem: Problem) -> Run:
-    fused = _find(*TRL)
-    inputs = problem.advantages, problem.old_logprobs, problem.mask, None, problem.case.work.objective
-
-    def loss() -> Tensor:
-        logprobs, _ = fused(problem.logits, problem.token_ids, temperature=1.0)
-        return torch_loss_of_logprobs(logprobs, *inputs)
-
-    return answer(problem, loss)
 
 
 def _copy(problem: Problem) -> Run:
@@ -129,11 +87,6 @@ def _copy(problem: Problem) -> Run:
     return copy
 
 
-def _find(module: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    found: Callable[..., tuple[Tensor, Tensor]] = getattr(importlib.import_module(module), name)
-    return found
-
-
 def _both_ways(name: str, label: str, prepare: Callable[..., Run]) -> tuple[Contestant, Contestant]:
     over, fresh = (functools.partial(prepare, overwrite_logits=overwrite) for overwrite in (True, False))
     return (
@@ -146,30 +99,16 @@ _TRITON = _both_ways("ours", "gspo-kernels", _in_triton)
 _CUDA = _both_ways("ours_cuda", "gspo-kernels in CUDA C++", _in_cuda)
 _TORCH = (AT_HOME["eager"], AT_HOME["compile"])
 _THEIRS = (
-    Contestant("liger", "Liger's triton_grpo_loss, gradient over the logits", _liger, overwrites=True, compiles=True),
-    Contestant("trl", "TRL's fused log-probabilities, torch on top", _trl, compiles=True),
-)
+    Contestant("liger", "Liger's triton_grpo_loss, gradient over the logits",
+               functools.partial(liger_from_logits, inplace=True), overwrites=True, compiles=True),
+    Contestant("trl", "TRL's fused log-probabilities, torch on top", on_logprobs(trl_from_logits), compiles=True),
+)  # fmt: skip
 _FLOOR = Contestant("copy", "memory copy", _copy, overwrites=True)
 
 CONTESTANTS = (*_TRITON, *_TORCH, *_THEIRS, _FLOOR)  # of `speed`
 ONE_READ = (*_TRITON, *_CUDA, _FLOOR)  # of `one_read`
 BY_NAME = {contestant.name: contestant for contestant in (*CONTESTANTS, *_CUDA)}
 OURS = tuple(contestant.name for contestant in (*_TRITON, *_CUDA))
-_PEERS = {"liger": LIGER, "trl": TRL}
-
-
-def absent(contestant: Contestant, problem: Problem) -> str:
-    """Why a contestant cannot take part here; empty if it can."""
-    if contestant in _CUDA:
-        if not problem.case.work.one_read:
-            return "left to Triton: a row's coefficient depends on other rows"
-        return "; ".join(cuda_rows.unsupported_reasons(problem.logits))
-    try:
-        if contestant.name in _PEERS:
-            _find(*_PEERS[contestant.name])
-    except Exception as error:  # on a torch or Triton that it does not know a peer may fail in any way
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def units(contestant: Contestant, problem: Problem) -> float:
@@ -223,20 +162,13 @@ def measure(
 ) -> bool:
     """Writes one case into the results at `at`, whose last word is its name; False if this package failed in it."""
     key, meter = at[-1], meter_of(context.device)
-    missing: dict[str, str] = {}
+    chosen = [c for c in contestants if problem.case.work.gradient or not c.gradient_only]
 
-    def entrants() -> Iterator[Contestant]:
-        for contestant in contestants:
-            if contestant.gradient_only and not problem.case.work.gradient:
-                continue
-            reason = why_not(contestant) or absent(contestant, problem)
-            if reason:
-                missing[contestant.name] = reason
-            else:
-                context.at(f"{key}, first calls of {contestant.name}")
-                yield contestant
+    def about_to_call(contestant: Contestant) -> str:
+        context.at(f"{key}, first calls of {contestant.name}")
+        return why_not(contestant)
 
-    outcomes, runs = admit(problem, entrants(), meter)
+    outcomes, runs = admit(problem, chosen, meter, about_to_call)
     rounds, idle_rounds = (SMOKE_ROUNDS, SMOKE_ROUNDS) if context.smoke else (ROUNDS, IDLE_ROUNDS)
     context.at(f"{key}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
     for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
@@ -244,7 +176,7 @@ def measure(
     idle = take_turns(problem, runs, idle_rounds, outcomes, meter, idle_seconds)
     finish()
 
-    found = _record(problem, outcomes, idle, missing, bandwidth)
+    found = _record(problem, outcomes, idle, bandwidth)
     context.put(*at, value=found)
     context.say(_line(key, found))
     if context.device == "cuda" and problem.rows == COUNTED_ROWS:
@@ -275,11 +207,7 @@ def _count_launches(context: Context, problem: Problem, runs: Runs, at: tuple[st
 
 
 def _record(
-    problem: Problem,
-    outcomes: dict[str, Outcome],
-    idle: dict[str, list[float]],
-    missing: dict[str, str],
-    bandwidth: float,
+    problem: Problem, outcomes: dict[str, Outcome], idle: dict[str, list[float]], bandwidth: float
 ) -> dict[str, Any]:
     copies = outcomes["copy"].seconds if "copy" in outcomes else []
     if not bandwidth and copies:
@@ -314,7 +242,7 @@ def _record(
         "floor_seconds": problem.units * problem.logits_bytes / bandwidth if bandwidth else None,
         "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
         "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
-        "absent": missing | {name: o.absent for name, o in outcomes.items() if o.absent},
+        "absent": {name: o.absent for name, o in outcomes.items() if o.absent},
     }
 
 

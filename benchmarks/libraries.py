@@ -207,13 +207,26 @@ def liger_from_hidden(problem: Problem) -> Run:
     return answer(problem, lambda: module(*inputs, old_per_token_logps=problem.old_logprobs)[0])
 
 
-def liger_from_logits(problem: Problem) -> Run:
-    """It needs a row after each response, [B, T + 1, V], which stands for the last token's prediction."""
+def trl_from_logits() -> Callable[[Problem], Tensor]:
+    """Its fused kernel, without a mask."""
+    function = _find("trl.kernels", "selective_log_softmax_and_entropy")
+    return lambda problem: function(problem.logits, problem.token_ids, temperature=1.0)[0]
+
+
+def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
+    """It needs a row after each response, [B, T + 1, V], which stands for the last token's prediction.
+
+    `inplace`: the gradient replaces the logits, whose buffer has that row (`Case.spare`).
+    """
+    function = _find("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     if not problem.logits.is_cuda:
         raise Unfit("its kernel needs a GPU")
-    function = _find("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
-    low, high = EPSILONS[problem.case.work.objective]
-    whole = torch.nn.functional.pad(problem.logits.detach(), (0, 0, 0, 1)).requires_grad_()
+    case = problem.case
+    low, high = EPSILONS[case.work.objective]
+    if inplace:
+        whole = problem.sampled.working[0].view(case.sequences, -1, case.vocab).detach().requires_grad_()
+    else:
+        whole = torch.nn.functional.pad(problem.logits.detach(), (0, 0, 0, 1)).requires_grad_()
 
     def loss() -> Tensor:
         found: Tensor = function(
@@ -227,8 +240,10 @@ def liger_from_logits(problem: Problem) -> Run:
             beta=0.0,
             eps_low=low,
             eps_high=high,
-            inplace=False,
-            loss_type="grpo",
+            inplace=inplace,
+            loss_type="bnpo"
+            if case.work.objective == "ppo"
+            else "grpo",  # a mean over all tokens; over each sequence's
             importance_sampling_level=_level(problem),
             reduce=True,
         )[0]
@@ -238,7 +253,7 @@ def liger_from_logits(problem: Problem) -> Run:
 
 
 def _level(problem: Problem) -> str:
-    return "token" if problem.case.work.objective == "grpo" else "sequence"
+    return "token" if problem.case.work.objective in ("grpo", "ppo") else "sequence"
 
 
 def _find(module: str, name: str) -> Any:

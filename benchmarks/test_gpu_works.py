@@ -47,7 +47,7 @@ def prepared(name: str) -> tuple[Callable[[], object], Tensor]:
     """A contestant that is ready to run, and a leaf."""
     if name.startswith("linear_"):
         of_hidden = build(linear_smoke(DENSE, "fp32"))
-        return LINEAR[name.removeprefix("linear_")].prepare(of_hidden), of_hidden.hidden
+        return LINEAR[name.removeprefix("linear_")].prepare(of_hidden), of_hidden.leaves[0]
     problem = speed.build_on("cpu", "gspo", 16)
     return AT_HOME[name].prepare(problem), problem.logits
 
