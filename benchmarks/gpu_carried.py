@@ -311,8 +311,9 @@ def pytest_configure(config: Any) -> None:
 def compile_works() -> int:
     """Calls the works of the profile, then every launch variant; returns the number of the former."""
     from . import gpu_variants as variants
+    from .contestants import ours
     from .gpu import KERNELS
-    from .gpu_speed import WORKS, build_named, ours
+    from .gpu_speed import WORKS, build_named
 
     def call(name: str, dtype: str, overwrite_logits: bool) -> None:
         ours(build_named("cpu", f"{name}-{dtype}-1000-16"), overwrite_logits, "triton")()

@@ -72,7 +72,7 @@ def run(context: Context) -> bool:
     context.at(", ".join(items))
     if context.smoke:
         work(items, "cpu")
-        found, reason = {item: {} for item in items}, ""
+        found, reason = {item: dict[str, float]() for item in items}, ""
     else:
         tool = find_ncu()
         if tool is None:

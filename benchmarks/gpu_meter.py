@@ -12,10 +12,7 @@ Dirty lines, of the copy that restored the logits or of a sweep that writes, wou
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
-import importlib.metadata
-import platform
 import shutil
 import statistics
 import subprocess
@@ -29,7 +26,7 @@ import gspo_kernels
 
 from .gpu_parts import Absent, Context
 from .race import HostMeter, Meter, T
-from .results import commit, machine
+from .results import machine
 
 _BUSY_CYCLES = 4_000_000  # two milliseconds at 2 GHz
 _SWEPT_BYTES = 256 << 20  # at least; four times the L2 cache where that is more
@@ -131,11 +128,9 @@ QUERY = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit", 
 
 def environment(context: Context) -> bool:
     """The GPU and its limits, driver, versions, commit, and which backend runs."""
-    about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "commit": commit()}
-    about |= {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
-    about["packages"] = {name: _version(name) for name in PACKAGES}
+    about = {**machine(PACKAGES), "cuda": torch.version.cuda}
     if context.smoke:
-        context.put("machine", value={"gpu": "smoke", **machine(), **about})
+        context.put("machine", value={"gpu": "smoke", **about})
         return True
     if not torch.cuda.is_available():
         raise Absent(f"torch {torch.__version__} sees no CUDA device")
@@ -148,7 +143,6 @@ def environment(context: Context) -> bool:
         "memory_bytes": properties.total_memory,
         "free_bytes": torch.cuda.mem_get_info()[0],
         "nvidia_smi": _nvidia_smi(),
-        "gspo_kernels": gspo_kernels.__version__,
     }
     context.put("machine", value=about)  # before anything runs on the device
     text = gspo_kernels.explain(torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=context.device))
@@ -156,12 +150,6 @@ def environment(context: Context) -> bool:
     context.say(f"{properties.name}, torch {torch.__version__}, triton {about['packages']['triton']}")
     context.say(text.splitlines()[0])
     return True
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 def _nvidia_smi() -> dict[str, str] | None:

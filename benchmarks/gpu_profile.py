@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from .cases import Problem
+from .contestants import Run, Unfit
 from .gpu_meter import CudaMeter, finish, idle_seconds, meter_of, on_device
 from .gpu_parts import Context
-from .gpu_speed import BY_NAME, Problem, Run, Unfit, build_on, units, words
+from .gpu_speed import BY_NAME, build_on, units
+from .race import words
 from .truth import WrongAnswer, check
 
 CALLS, SMOKE_CALLS = 5, 2

@@ -25,9 +25,12 @@ from typing import Any
 from gspo_kernels.rows import cuda_rows, triton_rows
 from gspo_kernels.rows.triton_rows import LAUNCH, Launch
 
+from .cases import Problem
+from .contestants import Run, Unfit
 from .gpu_meter import finish, meter_of
 from .gpu_parts import REPOSITORY, Context
-from .gpu_speed import BY_NAME, Problem, Run, Unfit, build_on, words
+from .gpu_speed import BY_NAME, build_on
+from .race import words
 from .truth import check
 
 # What shows a kernel: works and contestants. The first decides which variant is the best.

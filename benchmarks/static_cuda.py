@@ -187,7 +187,7 @@ def read_kernel(listing: str, usage: dict[str, int], row: Kernel, dtype: str) ->
 
 
 def read_cubin(listing: str, usages: dict[str, dict[str, int]], target: str) -> dict[str, Figures]:
-    """By the kernel's name: those that are launched here, those the table does not know, and those it asks in vain."""
+    """By name: the kernels launched on this target, those that `KERNELS` lacks, and those that the cubin lacks."""
     figures, seen = {}, set()
     for symbol, text in split(listing).items():
         instance = Instance.of(symbol, target)

@@ -118,7 +118,7 @@ def test_l2_is_swept_by_reads_before_the_timed_call(l2: int, swept: int, monkeyp
 
 
 def test_out_of_memory_costs_one_contestant(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As eager torch is at 32,768 rows: its error is recorded, whoever comes after it is measured."""
+    """As of eager torch at 32,768 rows: its error is recorded, and the contestants after it are measured."""
 
     def fail(problem: Any) -> Any:
         def run() -> Any:
