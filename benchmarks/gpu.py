@@ -32,7 +32,7 @@ from . import gpu_carried
 from .gpu_parts import REPOSITORY, Part, Report, Starter, run
 
 NO_DEVICE, FAILED, KILLED = 2, 1, 143  # exit codes
-AT_THE_END = 6.0  # seconds of a run for what comes after its parts: the tables, which import torch
+AT_THE_END = 6.0  # seconds of a run for what comes after its parts: a saved cache, the tables
 FOLDER = REPOSITORY / "benchmarks" / "results"
 
 # ---- the table of both runs
@@ -216,7 +216,7 @@ def _run(
     if not options.smoke:
         from . import gpu_page
 
-        print(gpu_page.tables([report.content]), *gpu_page.faster_lines(report.content), sep="\n")
+        print(gpu_page.tables([report.content]), gpu_page.ahead(report.content), sep="\n")
     return FAILED if {"failed", "timed out"} & set(statuses.values()) else 0
 
 

@@ -1,8 +1,8 @@
 """Fills the measured tables of docs/gpu.md and README.md from results: python -m benchmarks.gpu_page [results.json]
 
 A page has a block between two marks; the rest of it is written by hand. Without arguments the script takes the
-committed results, one file for each GPU. A test compares the pages with them. `faster_lines` says on which GPUs CUDA
-C++ should be the default.
+committed results, one file for each GPU. A test compares the pages with them. `everywhere` says whether CUDA
+C++ should be the default on a GPU.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _gpu(content: Content) -> str:
 PAIRS = (("ours", "ours_cuda"), ("ours_fresh", "ours_cuda_fresh"))
 
 
-def ratios(content: dict[str, Any]) -> dict[str, float]:
+def ratios(content: Content) -> dict[str, float]:
     """Triton's time / that of C++ in each case: the smaller ratio of in place and fresh; 0 where a time is missing."""
     found = {}
     for name, case in content.get("one_read", {}).get("cases", {}).items():
@@ -267,7 +267,7 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def everywhere(content: dict[str, Any]) -> bool:
+def everywhere(content: Content) -> bool:
     """Whether CUDA C++ is ahead in all cases, and both runs' parts have finished."""
     parts = [part for name, part in content.get("parts", {}).items() if name.partition("-")[0] == "one_read"]
     finished = bool(parts) and all(part["status"] == "ok" for part in parts)
@@ -275,27 +275,15 @@ def everywhere(content: dict[str, Any]) -> bool:
     return finished and set(ONE_READ) <= found.keys() and min(found.values()) > 1.0
 
 
-def faster_lines(content: dict[str, Any]) -> list[str]:
-    gpu, found = str((content.get("machine") or {}).get("gpu")), ratios(content)
-    compared = {name: ratio for name, ratio in found.items() if ratio}
-    if not compared:
-        return ["CUDA C++ against Triton: not measured"]
-    from gspo_kernels.rows.cuda_rows import FASTER_ON
-
-    said = [f"CUDA C++ against Triton, {len(compared)} of {len(found)} cases of one read compared, the smaller ratio:"]
-    said += [f"  {name:<36} {ratio:.3f}x{'' if ratio > 1.0 else '  behind'}" for name, ratio in compared.items()]
-    named = gpu in FASTER_ON
-    if everywhere(content) == named:
-        return [
-            *said,
-            f"FASTER_ON names {gpu}, correctly"
-            if named
-            else f"not ahead in every case: FASTER_ON does not name {gpu}, correctly",
-        ]
-    names = sorted(FASTER_ON ^ {gpu})
-    value = "frozenset({" + ", ".join(f'"{name}"' for name in names) + "})" if names else "frozenset()"
-    why = "no longer ahead in every case" if named else "ahead in every case"
-    return [*said, f"{why}; gspo_kernels/rows/cuda_rows.py:", f"FASTER_ON: frozenset[str] = {value}"]
+def ahead(content: Content) -> str:
+    """For the end of a run. tests/rows/test_faster_on.py compares the package's `FASTER_ON` with committed results."""
+    found = [ratio for ratio in ratios(content).values() if ratio]
+    if not found:
+        return "CUDA C++ against Triton: not measured"
+    count = f"{sum(ratio > 1.0 for ratio in found)} of {len(found)} cases"
+    return (
+        f"CUDA C++ is ahead of Triton in {count}; Triton's time is {min(found):.3f} to {max(found):.3f} times its time"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

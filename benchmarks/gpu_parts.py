@@ -213,7 +213,7 @@ def _run_once(
         path.touch()
         begin_of_log = starter.log.stat().st_size
         process = starter.start(part, items, path, end - time.monotonic())
-        records, ended = follow(path), None
+        records, ended = Records(path), None
         heard = time.monotonic()
         try:
             while process.poll() is None and not ended:
@@ -231,21 +231,30 @@ def _run_once(
         return ended or _judge(process.returncode, starter.log, begin_of_log)
 
 
-def follow(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file that another process writes, a JSON object a line; {} where there is no more for now."""
-    rest = b""
-    with path.open("rb") as file:
-        while True:
-            *lines, rest = (rest + file.read()).split(b"\n")
-            for line in lines:
+@dataclass
+class Records:
+    """A file of JSON lines that another process writes. An iteration yields the complete lines that are new.
+
+    A line counts as read once its record has been handled, so that a signal's exception loses none.
+    """
+
+    path: Path
+    offset: int = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
                 yield json.loads(line)
-            yield {}
+                self.offset += len(line)
 
 
-def _read(records: Iterator[dict[str, Any]], part: Part, finished: set[str], report: Report) -> bool:
+def _read(records: Records, part: Part, finished: set[str], report: Report) -> bool:
     """Copies what a worker has written into the report; whether there was anything."""
-    found = list(iter(records.__next__, {}))
-    for record in found:
+    before = records.offset
+    for record in records:
         if "finished" in record:
             finished.add(record["finished"])
         if "progress" in record:
@@ -253,9 +262,9 @@ def _read(records: Iterator[dict[str, Any]], part: Part, finished: set[str], rep
         if "at" in record:
             at = ["parts", part.name, *record["at"][1:]] if record["at"][0] == "part" else record["at"]
             report.put(at, record["value"])
-    if found:
+    if records.offset > before:
         report.save()
-    return bool(found)
+    return records.offset > before
 
 
 def _judge(code: int, log: Path, begin: int) -> tuple[str, str]:

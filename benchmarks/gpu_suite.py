@@ -14,14 +14,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .gpu_parts import REPOSITORY, Absent, Context, die_with_parent, end_group, follow
+from .gpu_parts import REPOSITORY, Absent, Context, Records, die_with_parent, end_group
 
 if TYPE_CHECKING:
     import pytest
@@ -72,7 +71,7 @@ class _File:
 @dataclass
 class _Process:
     process: subprocess.Popen[bytes]
-    records: Iterator[dict[str, Any]]
+    records: Records
     heard: float
     test: str = ""  # which runs
 
@@ -123,13 +122,11 @@ class Suite:
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        self._running.append(_Process(process, follow(records), time.monotonic()))
+        self._running.append(_Process(process, Records(records), time.monotonic()))
 
     def _listen(self, process: _Process, now: float) -> None:
         code = process.process.poll()  # before its last records are read
         for record in process.records:
-            if not record:
-                break
             process.heard = now
             self._take(process, record)
         if code is None and now - process.heard > HANGS_AFTER:
