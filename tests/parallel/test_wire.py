@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 import wire  # docs/scripts/wire.py
 from wire import Layout, Model, Step
 
