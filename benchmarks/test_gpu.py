@@ -1,4 +1,4 @@
-"""The machinery of `benchmarks.gpu`, without a GPU: what breaks is recorded, and takes nothing else along."""
+"""The machinery of `benchmarks.gpu`, without a GPU: what breaks is recorded, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from . import gpu as program
 from . import gpu_carried as carried
 from . import gpu_page as page
 from . import gpu_parts as parts
+from . import gpu_profile, gpu_speed
 from .gpu import ONE_READ, runs
 from .gpu_parts import REPOSITORY, Context, Part, Report, Starter, run
 from .gpu_suite import Suite
@@ -100,15 +101,16 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
 
 
-EVERY = [(run.name, part) for run in RUNS.values() for part in run.parts]
-by_part = pytest.mark.parametrize("part", [part for _, part in EVERY], ids=[f"{run}-{p.name}" for run, p in EVERY])
 GOOD = Part("good", command=(sys.executable, "-c", WORKER, "good"), items=("a",))
+# Of the parts of both runs one of each kind, by what decides how a fault is handled.
+EVERY = [part for run in RUNS.values() for part in run.parts]
+KINDS = {(bool(p.items), p.together, p.fallback, p.patience >= p.limit): p for p in EVERY}
 
 
-@by_part
-@pytest.mark.parametrize("fault", ["crash", "hang"])
-def test_a_fault_costs_one_item(bench: Bench, part: Part, fault: str) -> None:
-    """Of the part's own; a part that runs all items together loses what came behind, and no other part does."""
+@pytest.mark.parametrize("part", KINDS.values(), ids=[part.name for part in KINDS.values()])
+@pytest.mark.parametrize("fault", ["crash", "raise", "hang"])
+def test_a_fault_loses_one_item(bench: Bench, part: Part, fault: str) -> None:
+    """A part that runs all items at once loses those that follow; no other part loses anything."""
     part = fake(part)
     culprit = part.items[0] if part.items else ""
     status = bench.part(part, f"{part.name}:{fault}:{culprit}", jump=part.patience + 1)
@@ -119,16 +121,18 @@ def test_a_fault_costs_one_item(bench: Bench, part: Part, fault: str) -> None:
         expected |= {culprit + part.fallback: "done"} if part.fallback else {}
         expected |= {item: "done" for item in part.items[1:]}
     assert bench.cases(part) == expected
-    words = {"crash": "died by SIGABRT", "hang": "its time was over" if hung else "nothing heard for"}
+    words = {
+        "crash": "died by SIGABRT",
+        "raise": "exit code 1: ValueError: no such luck",
+        "hang": "its time was over" if hung else "nothing heard for",
+    }
     assert f"at the middle of {culprit}: {words[fault]}" in bench.reason(part)
     assert bench.part(GOOD) == "ok"
 
 
-@by_part
-def test_what_is_missing_is_said(bench: Bench, part: Part) -> None:
-    part = fake(part)
-    culprit = part.items[0] if part.items else ""
-    assert bench.part(part, f"{part.name}:absent:{culprit}") == "absent"
+def test_an_absent_part_has_its_reason(bench: Bench) -> None:
+    part = fake(Part("peers", items=("a", "b")))
+    assert bench.part(part, "peers:absent:a") == "absent"
     assert bench.reason(part) == "ImportError: no such peer"
     assert bench.part(GOOD) == "ok"
 
@@ -139,6 +143,8 @@ def test_the_table_of_parts(name: str) -> None:
     names = [part.name for part in chosen.parts]
     assert names[:2] == ["environment", "extension"] and len(set(names)) == len(names)
     for part in chosen.parts:
+        for file in part.items if part.worker == "gpu_suite.run" else ():
+            assert len(list((REPOSITORY / "tests").rglob(file))) == 1, file
         module, _, function = part.worker.partition(".")
         assert callable(getattr(importlib.import_module(f"benchmarks.{module}"), function))
         assert part.least <= part.takes <= part.limit or part.name == "extension"
@@ -148,10 +154,13 @@ def test_the_table_of_parts(name: str) -> None:
     assert [part.name for part in runs(smoke=True)[name].parts] == names
 
 
-def test_the_runs_share_the_one_read_cases() -> None:
-    found = [item for run in RUNS.values() for part in run.parts if part.worker == "gpu_speed.one_read"
-             for item in part.items]  # fmt: skip
+def test_items_are_known() -> None:
+    """The runs share out the cases of `one_read`; items of profiles name works and contestants."""
+    found = [item for part in EVERY if part.worker == "gpu_speed.one_read" for item in part.items]
     assert sorted(found) == sorted(ONE_READ)
+    for item in program.PROFILED:
+        work, contestant = gpu_profile.contestant_of(item)
+        assert work in gpu_speed.WORKS and contestant in gpu_speed.OURS
 
 
 def test_a_part_and_its_items_are_chosen() -> None:
@@ -165,13 +174,6 @@ def test_a_part_and_its_items_are_chosen() -> None:
     _, speed, one_read = program.selected(chosen, ["one_read:grpo-bf16-151936-4096", "speed:gspo,grpo"], [])
     assert speed.items == ("gspo:ours", "grpo:ours")
     assert one_read.items == ("grpo-bf16-151936-4096",)
-
-
-def test_a_raised_error_is_quoted(bench: Bench) -> None:
-    part = fake(Part("works", items=("a", "b", "c")))
-    assert bench.part(part, "works:raise:b") == "failed"
-    assert bench.cases(part) == {"a": "done", "b": "begun", "c": "done"}
-    assert "at the middle of b: exit code 1: ValueError: no such luck" in bench.reason(part)
 
 
 def test_limit_is_kept(bench: Bench) -> None:
