@@ -14,63 +14,47 @@ from dataclasses import dataclass
 BF16, FP32, FP64 = 2, 4, 8  # bytes a number
 ROW_STATISTICS = FP64 + 2 * FP32  # bytes: logsumexp, entropy part, log-probability of the token where it is
 SEQUENCE_SUMS = 2  # 3 with weights
-CONTEXT_STATS = 12
-DATA_STATS = 12
+CONTEXT_STATS = DATA_STATS = 12
 SLIME_COLLECTIVES = 2  # a response: new and old log-probabilities
 MEGATRON_SUMS = 2  # predicted logit and sum of exponentials, in one all-reduce where Megatron fuses them
 
 
 @dataclass(frozen=True)
-class Model:
-    name: str
-    hidden: int
-    vocabulary: int
+class Step:
+    """One optimizer step over `responses` of `tokens` each, one response a micro-batch; prompts are not counted.
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Ranks that share the vocabulary, the tokens of a response, and the responses of a step."""
+    Ranks share the vocabulary (tensor), the tokens of a response (context), and the responses of a step (data). The
+    model is Qwen3-30B-A3B, whose head is not tied to the embedding.
+    """
 
     tensor: int
     context: int
     data: int
+    responses: int = 512  # 64 prompts x 8
+    tokens: int = 32_768
+    hidden: int = 2_048
+    vocabulary: int = 151_936
 
     @property
     def gpus(self) -> int:
         return self.tensor * self.context * self.data
 
-    def __str__(self) -> str:
-        return f"{self.tensor} x {self.context} x {self.data}"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step over `responses` of `tokens` each, one response a micro-batch; prompts are not counted."""
-
-    model: Model
-    layout: Layout
-    responses: int
-    tokens: int
-
     @property
     def micro_batches(self) -> int:
         """Responses that a GPU has a part of."""
-        return self.responses // self.layout.data
+        return self.responses // self.data
 
     @property
     def rows_of_response(self) -> int:
-        return self.tokens // self.layout.context
+        return self.tokens // self.context
 
     @property
     def rows(self) -> int:
         return self.micro_batches * self.rows_of_response
 
 
-# Its head is not tied to the embedding. 4 heads of keys and values: tensor parallelism of 4 cuts none of them.
-MODEL = Model("Qwen3-30B-A3B", hidden=2048, vocabulary=151_936)
-LAYOUTS = [Layout(4, 2, 1), *(Layout(4, 4, data) for data in (1, 2, 4, 8, 16, 32))]
-RESPONSES, TOKENS = 512, 32_768  # 64 prompts x 8
-STEPS = [Step(MODEL, layout, RESPONSES, TOKENS) for layout in LAYOUTS]
+# 4 heads of keys and values: tensor parallelism of 4 cuts none of them.
+STEPS = [Step(4, 2, 1), *(Step(4, 4, data) for data in (1, 2, 4, 8, 16, 32))]
 
 
 def all_gather(bytes_a_rank: float, ranks: int) -> float:
@@ -82,114 +66,105 @@ def all_reduce(bytes_a_rank: float, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * bytes_a_rank
 
 
-# Over the vocabulary. Others' ways first, then ours.
+# ---- over the vocabulary: other implementations first, then this package
 
 
 def gathered_logits(step: Step) -> float:
-    ranks = step.layout.tensor
-    return all_gather(step.rows * step.model.vocabulary * BF16 / ranks, ranks)
+    return all_gather(step.rows * step.vocabulary * BF16 / step.tensor, step.tensor)
 
 
 def megatron_cross_entropy(step: Step) -> float:
-    ranks = step.layout.tensor
-    return all_reduce(step.rows * FP32, ranks) + all_reduce(step.rows * MEGATRON_SUMS * FP32, ranks)
+    return all_reduce(step.rows * FP32, step.tensor) + all_reduce(step.rows * MEGATRON_SUMS * FP32, step.tensor)
 
 
 def our_rows(step: Step) -> float:
-    return all_gather(step.rows * ROW_STATISTICS, step.layout.tensor)
+    return all_gather(step.rows * ROW_STATISTICS, step.tensor)
 
 
-def hidden_gradient(step: Step, bytes_a_number: int = FP32) -> float:
+def hidden_gradient(step: Step) -> float:
     """What a loss from hidden states adds to `our_rows`: each rank has its slice's part of the hidden gradient."""
-    return all_reduce(step.rows * step.model.hidden * bytes_a_number, step.layout.tensor)
+    return all_reduce(step.rows * step.hidden * FP32, step.tensor)
 
 
-# Over context.
+# ---- over context
 
 
 def slime_log_probs(step: Step) -> float:
     """Each rank's log-probabilities, zeros around them, summed over the ranks."""
-    return SLIME_COLLECTIVES * step.micro_batches * all_reduce(step.tokens * FP32, step.layout.context)
+    return SLIME_COLLECTIVES * step.micro_batches * all_reduce(step.tokens * FP32, step.context)
 
 
 def gathered_log_probs(step: Step) -> float:
     """Of the new policy alone."""
-    return all_gather(step.rows * FP32, step.layout.context)
+    return all_gather(step.rows * FP32, step.context)
 
 
 def our_sequences(step: Step) -> float:
     """A call is a micro-batch, which is one response: its sums, and the stats."""
-    return step.micro_batches * all_gather((SEQUENCE_SUMS + CONTEXT_STATS) * FP64, step.layout.context)
+    return step.micro_batches * all_gather((SEQUENCE_SUMS + CONTEXT_STATS) * FP64, step.context)
 
 
-# Over data.
+# ---- over data
 
 
 def our_count(step: Step) -> float:
     """The global count, and the stats of the step."""
-    ranks = step.layout.data
-    return all_gather(FP64 + DATA_STATS * FP32, ranks)
+    return all_gather(FP64 + DATA_STATS * FP32, step.data)
+
+
+# ---- memory, and the tables
 
 
 def logits_of_response(step: Step, tensor: int = 1) -> float:
     """Memory that a response's logits in bf16 take on one GPU: whole, or a slice of 1 / tensor of the vocabulary."""
-    return step.rows_of_response * step.model.vocabulary * BF16 / tensor
+    return step.rows_of_response * step.vocabulary * BF16 / tensor
 
 
 def readable(count: float) -> str:
     """Three digits, in powers of 1000, as network speeds are given."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{_three_digits(count)} {unit}"
-        count /= 1000
-    return f"{_three_digits(count)} TB"
-
-
-def _three_digits(count: float) -> str:
-    return f"{count:.0f}" if count == int(count) else f"{count:#.3g}".rstrip(".")
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    digits = f"{count:.0f}" if count == int(count) else f"{count:#.3g}".rstrip(".")
+    return f"{digits} {units[0]}"
 
 
 def markdown() -> list[str]:
     """The tables of docs/parallel.md: over the vocabulary, over context and data, memory."""
-    return [
-        _wire_table(
-            {
-                "logits gathered": lambda step: readable(gathered_logits(step)),
-                "Megatron's cross entropy": lambda step: readable(megatron_cross_entropy(step)),
-                "ours, from logits": lambda step: readable(our_rows(step)),
-                "ours, from hidden states": lambda step: f"the same + {readable(hidden_gradient(step))}",
-            }
-        ),
-        _wire_table(
-            {
-                "slime, cp": lambda step: readable(slime_log_probs(step)),
-                "log-probs gathered, cp": lambda step: readable(gathered_log_probs(step)),
-                "ours, cp": lambda step: readable(our_sequences(step)),
-                "ours, dp": lambda step: readable(our_count(step)),
-            }
-        ),
-        _memory_table(),
-    ]
+
+    def bytes_of(count: Callable[[Step], float]) -> Callable[[Step], str]:
+        return lambda step: readable(count(step))
+
+    layout: dict[str, Callable[[Step], str]] = {
+        "GPUs": lambda step: f"{step.gpus}",
+        "tp x cp x dp": lambda step: f"{step.tensor} x {step.context} x {step.data}",
+    }
+    over_vocabulary = layout | {
+        "logits gathered": bytes_of(gathered_logits),
+        "Megatron's cross entropy": bytes_of(megatron_cross_entropy),
+        "ours, from logits": bytes_of(our_rows),
+        "ours, from hidden states": lambda step: f"the same + {readable(hidden_gradient(step))}",
+    }
+    over_context_and_data = layout | {
+        "slime, cp": bytes_of(slime_log_probs),
+        "log-probs gathered, cp": bytes_of(gathered_log_probs),
+        "ours, cp": bytes_of(our_sequences),
+        "ours, dp": bytes_of(our_count),
+    }
+    memory: dict[str, Callable[[Step], str]] = {
+        "cp": lambda step: f"{step.context}",
+        "rows a GPU": lambda step: f"{step.rows_of_response:,}",
+        "gathered": bytes_of(logits_of_response),
+        "with their gradient": lambda step: readable(2 * logits_of_response(step)),
+        f"a slice of 1/{STEPS[0].tensor}": lambda step: readable(logits_of_response(step, step.tensor)),
+    }
+    return [_table(over_vocabulary, STEPS), _table(over_context_and_data, STEPS), _table(memory, STEPS[:2])]
 
 
-def _wire_table(columns: dict[str, Callable[[Step], str]]) -> str:
-    rows = [[f"{step.layout.gpus}", f"{step.layout}", *(cell(step) for cell in columns.values())] for step in STEPS]
-    return _table(["GPUs", "tp x cp x dp", *columns], rows)
-
-
-def _memory_table() -> str:
-    of_context = {step.layout.context: step for step in STEPS}
-    head = ["cp", "rows a GPU", "gathered", "with their gradient", f"a slice of 1/{LAYOUTS[0].tensor}"]
-    rows = []
-    for context, step in of_context.items():
-        whole, part = logits_of_response(step), logits_of_response(step, step.layout.tensor)
-        rows.append([f"{context}", f"{step.rows_of_response:,}", readable(whole), readable(2 * whole), readable(part)])
-    return _table(head, rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
-    lines.insert(1, "|" + "--:|" * len(head))
+def _table(columns: dict[str, Callable[[Step], str]], steps: list[Step]) -> str:
+    rows = [list(columns), *([cell(step) for cell in columns.values()] for step in steps)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines.insert(1, "|" + "--:|" * len(columns))
     return "\n".join(lines)
 
 
