@@ -309,6 +309,7 @@ def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
         ).float()
 
     shape = (rows,) if packed else (sequences, tokens)
+    leaves: tuple[Tensor, ...]
     if case.from_logits:
         logits = sampled.working[0].view(*((rows,) if packed else (sequences, tokens + case.spare)), case.vocab)
         leaves = ((logits[:, :tokens] if case.spare else logits).detach().requires_grad_(),)
