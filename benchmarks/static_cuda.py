@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels: csrc/cuda/rows.cu by nvcc, and what the machine code of each template instance says.
+"""The CUDA C++ kernels, compiled by nvcc from csrc/cuda/rows.cu, and figures of each template instance's code.
 
-A hot loop walks whole vectors of 16 bytes: "copy" brings them to shared memory, "read" sums up a row, "write" writes a
-gradient. A kernel may compute in float64 behind its hot loops, as these do once a row, but has no local memory at all.
+A hot loop processes whole vectors of 16 bytes: "copy" copies them to shared memory, "read" sums up a row, "write"
+writes a gradient. A kernel may compute in float64 outside its hot loops, once a row, but must not use local memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Kernel:
     name: str
     word: str
     loops: tuple[str, ...]  # the hot loops they must have
-    load: str  # how "read" and "write" come by a row
+    load: str  # the instruction by which "read" and "write" read a row
     targets: tuple[str, ...] = NVIDIA  # where they are launched
 
 
@@ -76,7 +76,7 @@ _TOKEN = re.compile(r"L[a-z](?P<value>\d+)E|S[0-9A-Z]*_|(?P<length>\d+)|(?P<lett
 
 
 def demangle(symbol: str) -> tuple[str, tuple[str, ...]]:
-    """A function's name and the arguments of its template. Namespaces are left out, and a type that came before."""
+    """A function's name and the arguments of its template, without namespaces and repeated types."""
     if not symbol.startswith("_Z"):
         return symbol, ()
     path: list[str] = []
@@ -144,7 +144,7 @@ def columns_of(loop: Loop, kind: str, dtype: str) -> int:
 
 
 def hot_loop(loops: Iterable[Loop], kind: str, dtype: str, load: str) -> tuple[Hot | None, list[str]]:
-    """The loop of this kind; of several, the shortest for a column. And what is wrong with it."""
+    """The loop of this kind, of several the one with the fewest instructions a column; and what is wrong with it."""
     found = [(len(loop.body) / n, loop, n) for loop in loops if (n := columns_of(loop, kind, dtype))]
     if not found:
         return None, [f"no {kind} loop over whole vectors"]
@@ -206,14 +206,14 @@ def read_cubin(listing: str, usages: dict[str, dict[str, int]], target: str) -> 
 
 
 def in_order(of_targets: Iterable[dict[str, Figures]]) -> dict[str, Figures]:
-    """Those of several targets, an instance's next to each other."""
+    """The figures of several targets, with an instance's targets next to each other."""
     every = {name: figures for of_target in of_targets for name, figures in of_target.items()}
 
-    def place(name: str) -> tuple[list[str], int]:
+    def order(name: str) -> tuple[list[str], int]:
         *words, target = name.split(", ")
         return words, NVIDIA.index(target)
 
-    return {name: every[name] for name in sorted(every, key=place)}
+    return {name: every[name] for name in sorted(every, key=order)}
 
 
 # ---- nvcc

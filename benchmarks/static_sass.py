@@ -15,7 +15,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 ACCESS = 16  # bytes of the widest load and store
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-# LD and ST find out at run time which memory an address is of.
+# LD and ST determine at run time which memory an address belongs to.
 LOADS, STORES, LOCAL = ("LDG", "LDGSTS", "LDS", "LD"), ("STG", "STS", "ST"), ("LDL", "STL")
 EXCHANGES = (
     "SHFL", "BAR", "REDUX", "CREDUX", "LDSM", "ATOM", "ATOMG", "ATOMS", "RED", "REDG", "MEMBAR", "SYNCS", "UCGABAR_ARV",
@@ -65,7 +65,7 @@ class Loop:
         return sum(i.base in bases for i in self.body)
 
     def accesses(self, *bases: str) -> list[Instruction]:
-        """Those that can happen: ptxas puts some under "@!PT", which is never, to gain time."""
+        """The accesses that are executed: ptxas adds some under "@!PT", which is never true."""
         return [i for i in self.body if i.base in bases and i.guard != "@!PT"]
 
     def moved(self, bases: Sequence[str]) -> int:
@@ -136,7 +136,7 @@ def spills(listing: str) -> tuple[int, int]:
 
 
 def _branches(instructions: list[Instruction], labels: dict[str, int]) -> dict[int, int]:
-    """Where each branch leads, by its own place."""
+    """The target of each branch, by the branch's index."""
     targets = {}
     for at, instruction in enumerate(instructions):
         if instruction.base == "BRA" and (match := _DESTINATION.search(instruction.operands)) and match[0] in labels:
@@ -151,7 +151,7 @@ def _ranges(targets: dict[int, int]) -> list[tuple[int, int]]:
 
 
 def _main_path(instructions: list[Instruction], targets: dict[int, int], first: int, last: int) -> list[Instruction]:
-    """From `first` to `last`: of all paths those that move the most bytes, of these the one with the fewest steps."""
+    """The path from `first` to `last` that moves the most bytes; of several, the one with the fewest steps."""
     best: dict[int, tuple[int, int, int]] = {first: (0, 0, -1)}  # index -> (bytes, -steps before it, predecessor)
     for at in range(first, last):
         if at not in best:

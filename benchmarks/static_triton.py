@@ -1,6 +1,6 @@
-"""The Triton kernels: the ways they are called, compiled for GPUs of NVIDIA and AMD, and what their machine code says.
+"""The Triton kernels, compiled for GPUs of NVIDIA and AMD in every way they are called, and figures of their code.
 
-Every kernel: no float64 in the PTX, no spills to local memory (but `SPILLS`).
+No kernel may have float64 in its PTX or spills to local memory, except for `SPILLS`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ BUDGETS = {"read": 8.0, "write": 7.0}
 # fp16 has no number low enough to stand for -inf at any temperature: one more instruction keeps 0 times -inf away.
 BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
 
-# What spills once a row, outside of all loops, is no time beside the 600 KB that the row moves: on sm_100 a kernel that
-# keeps blocks of a row in registers has none to spare. Accesses a thread, bytes of its stack.
+# Spills outside of all loops happen once a row, which moves 600 KB: they cost no time. On sm_100 a kernel that keeps
+# blocks of a row in registers has them. Accesses a thread, bytes of its stack.
 SPILLS = {"forward": (2, 8), "forward_backward": (48, 128)}
 
 TABLE = {  # a row's words: (kernel and variant, its loop)
@@ -59,7 +59,7 @@ def budget(kind: str, dtype: str) -> float:
 
 @cache
 def prepare() -> str:
-    """An environment in which Triton compiles what a user's Triton would; returns its version."""
+    """Sets the environment so that Triton compiles as it does for a user; returns its version."""
     for name in ("TRITON_INTERPRET", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_DEFAULT_FP_FUSION"):
         os.environ.pop(name, None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
@@ -70,8 +70,8 @@ def prepare() -> str:
 
 # ---- what is compiled
 
-# Types of the arguments as the launcher sees them; *T has the dtype of the logits. Neither integers nor the alignment
-# of addresses are specialised on. An argument that is missing here is a constant.
+# Types of the arguments as the launcher passes them; *T has the dtype of the logits. Nothing is specialised on the
+# values of integers or the alignment of addresses. An argument that is missing here is a constant.
 ROW_TYPES = {
     "logits": "*T", "outer_stride": "i64", "inner_stride": "i64", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
     "mask": "*u8", "temperature": "*fp32", "places": "*i64", "scale": "fp32", "scale_error": "fp32",
@@ -92,7 +92,7 @@ TOKEN_TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way a kernel is called: what is absent of its optional arguments, what differs from the usual types."""
+    """One way a kernel is called: which optional arguments are absent, which types differ from the usual ones."""
 
     kernel: str
     name: str
@@ -215,9 +215,9 @@ def kind_of(loop: Loop) -> str:
 def hot_loop(
     loops: Iterable[Loop], kind: str, dtype: str, per_thread: int, read_bytes: int | None = None
 ) -> tuple[Hot | None, list[str]]:
-    """The loop over whole blocks: of this kind, without a mask; the shortest of several. And what is wrong with it.
+    """The loop of this kind over whole blocks, without a mask, the shortest of several; and what is wrong with it.
 
-    `read_bytes`: of a number that is read, where that is of another dtype.
+    `read_bytes`: the size of a number that is read, where its dtype is another one.
     """
     item = ITEM_BYTES[dtype]
     read = item if read_bytes is None else read_bytes
@@ -250,7 +250,7 @@ def read_sass(
     read_bytes: int | None = None,
     allowed: int = 0,
 ) -> tuple[dict[str, Hot], list[str]]:
-    """The hot loops, and what no kernel may have; `allowed`: accesses to local memory outside of loops."""
+    """The hot loops, and what is wrong with the kernel; `allowed`: accesses to local memory outside of loops."""
     loops, problems, hot = find_loops(listing), [], {}
     for kind in kinds:
         found, wrong = hot_loop(loops, kind, dtype, per_thread, read_bytes)
