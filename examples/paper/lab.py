@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from arithmetic import (
     Settings,
     build_model,
     build_tokenizer,
+    count,
+    settings_of,
     update,
     warm_up,
 )
@@ -42,12 +44,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gspo_kernels
-from gspo_kernels import Stats, grpo_loss, gspo_loss, gspo_token_loss, ppo_loss
+from gspo_kernels import Stats
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
 NAMES = {"gspo": "GSPO", "gspo_token": "GSPO-token", "grpo": "GRPO", "ppo": "PPO-clip"}
 COLORS = {
     "gspo": "#0072B2",
@@ -122,32 +123,19 @@ def parse(
 ) -> tuple[argparse.Namespace, Settings]:
     """Adds the options of every experiment to those of `parser`, and parses the command line."""
     parser = parser or argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--seeds", type=_count, help=f"how many, from 0 on (default: {seeds})")
-    parser.add_argument("--steps", type=_count, help=f"of reinforcement learning (default: {settings.steps})")
-    parser.add_argument("--groups", type=_count, help=f"problems per step (default: {settings.groups})")
-    parser.add_argument("--samples", type=_count, help=f"responses per problem (default: {settings.samples})")
+    parser.add_argument("--seeds", type=count, help=f"how many, from 0 on (default: {seeds})")
+    parser.add_argument("--steps", type=count, help=f"of reinforcement learning (default: {settings.steps})")
+    parser.add_argument("--groups", type=count, help=f"problems per step (default: {settings.groups})")
+    parser.add_argument("--samples", type=count, help=f"responses per problem (default: {settings.samples})")
     parser.add_argument("--device", default="cpu", help="where torch runs: cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--workers", type=_count, default=_cores(), help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=count, default=_cores(), help="processes (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
     parser.add_argument("--redraw", action="store_true", help=f"only the figure, from the folder's {name}.json")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or (1 if arguments.quick else seeds)
     arguments.name = name
-    given = {key: value for key in ("steps", "groups", "samples") if (value := getattr(arguments, key)) is not None}
-    settings = replace(quick if arguments.quick else settings, **given)
-    if settings.samples < 2:
-        parser.error("--samples must be at least 2: an advantage compares the responses to one problem")
-    if settings.groups % settings.mini_batches:
-        parser.error(f"--groups must be a multiple of {settings.mini_batches}, the updates per step")
-    return arguments, settings
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
+    return arguments, settings_of(parser, arguments, quick if arguments.quick else settings)
 
 
 def _cores() -> int:

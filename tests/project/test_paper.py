@@ -61,7 +61,7 @@ RECORDS = {"stability": ("stability", "clipping")} | {
     name: (name,) for name in ("experts", "noise", "precision", "weights", "width")
 }
 # Where a record's numbers come from.
-ORIGIN = set("experiment seeds seed device machine seconds versions settings long".split())
+ORIGIN = {*("experiment", "seeds", "seed", "device", "machine", "seconds", "versions", "settings", "long")}
 
 
 class Watched(dict[str, Any]):
