@@ -252,8 +252,8 @@ def _model(record: dict[str, Any]) -> Iterator[str]:
 def _changes(record: dict[str, Any]) -> Iterator[str]:
     last = record["settings"]["mini_batches"]
     yield (
-        "Choices that the new policy makes for a rollout's tokens and the old one did not. A token is rerouted if it "
-        "has one or more such choices, in any layer:\n"
+        "Share of the new policy's choices for a rollout's tokens that the old policy did not make. A token is "
+        "rerouted if it has such a choice in any layer:\n"
     )
     yield (
         "| learning rate | training | changed after 1 update | by layer "
@@ -270,8 +270,9 @@ def _changes(record: dict[str, Any]) -> Iterator[str]:
 
 def _spreads(record: dict[str, Any]) -> Iterator[str]:
     yield (
-        "Root mean square of log ratios in GRPO's training, and in brackets the share of ratios outside of its clip "
-        "range, 0.8 to 1.27. Replayed: the same weights, the old choices forced:\n"
+        "Root mean square of log ratios in GRPO's training, and in brackets the share of ratios outside its clip "
+        f"range, {1 - GRPO.eps_low:g} to {1 + GRPO.eps_high:g}. Replayed: with the same weights and "
+        "the old choices forced:\n"
     )
     yield (
         "| learning rate | updates | tokens | replayed | rerouted tokens | replayed | other tokens | replayed "
@@ -287,7 +288,7 @@ def _spreads(record: dict[str, Any]) -> Iterator[str]:
 
 def _learning(record: dict[str, Any]) -> Iterator[str]:
     quarter = max(1, record["settings"]["steps"] // 4)
-    yield "The mean over seeds, in brackets from the least to the largest:\n"
+    yield "Mean over seeds, with the smallest and the largest in brackets:\n"
     yield (
         f"| learning rate | training | reward, last {quarter} steps | held-out accuracy at the end "
         "| clipped | gradient's norm |\n|---|---|--:|--:|--:|--:|"

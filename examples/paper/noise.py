@@ -320,7 +320,7 @@ def section(record: dict[str, Any]) -> str:
         + " and ".join(f"{mean(each):.0f}" for each in ends)
         + " tokens on average.",
         "",
-        "| updates | weights | clipped | variance of a group's gradient, to that of weight 1 | made by weights"
+        "| updates | weights | clipped | variance of a group's gradient, relative to weight 1 | part due to weights"
         " | groups until signal equals noise, by seed |",
         "|--:|---|--:|--:|--:|--:|",
     ]
@@ -337,9 +337,9 @@ def section(record: dict[str, Any]) -> str:
             lines.append(f"| {depth} | {LABELS[name]} | {clipped} | {variance} | {share} | {by_seed} |")
     lines += [
         "",
-        "Variance: the trace of the covariance. Made by weights: the mean square of what they change in a group's "
-        "gradient, to the mean square of the gradient of weight 1. Signal and noise are estimated from "
-        f"{record['resampled']} groups: numbers beyond that are uncertain, a question mark is a signal that was not "
+        "Variance: the trace of the covariance. Part due to weights: the mean square of what they change in a group's "
+        "gradient, relative to the mean square of the gradient of weight 1. Signal and noise are estimated from "
+        f"{record['resampled']} groups: numbers beyond that are uncertain. A question mark means that no signal was "
         "found.",
     ]
     return "\n".join(lines)

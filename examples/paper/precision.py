@@ -19,7 +19,7 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import QUICK, Settings, build_optimizer, greedy_accuracy
+from arithmetic import LOSSES, QUICK, Settings, build_optimizer, greedy_accuracy
 from engines import PRECISIONS, copy_of, roll_out
 from estimators import LogWeights, by_length, stacked
 from lab import mean, ranged
@@ -142,7 +142,7 @@ def train(learner: lab.Learner, seed: int, loss: str, precision: str, old: str, 
         noise.append(rollout_mismatch(recomputed, rollout.old_logprobs, mask=mask).noise.item())
         used = rollout if old == "direct" else replace(rollout, old_logprobs=recomputed)
         both = zip(rollout.chunk(settings.mini_batches), recomputed.chunk(settings.mini_batches), strict=True)
-        updates = lab.learn(policy, optimizer, used, settings, settings.learning_rate_at(step), lab.LOSSES[loss])
+        updates = lab.learn(policy, optimizer, used, settings, settings.learning_rate_at(step), LOSSES[loss])
         for depth, ((part, again), (_, stats, _)) in enumerate(zip(both, updates, strict=True)):
             _, mask = part.batch.targets()
             direct, exact = (decisions(stats.logprobs - o, mask, part.advantages) for o in (part.old_logprobs, again))
@@ -234,8 +234,8 @@ def differing(counts: dict[str, list[int]]) -> list[float]:
 def section(record: dict[str, Any]) -> str:
     lines = [
         "| before any update | tokens in the response | standard deviation of log w_t | of log s_i"
-        " | mean of log s_i | tokens outside of GRPO's range | responses outside of GSPO's | flip fraction"
-        " | KL (k3), nats a token | effective sample size of responses |",
+        " | mean of log s_i | tokens outside GRPO's range | responses outside GSPO's | flip fraction"
+        " | KL (k3), nats per token | effective sample size of responses |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for precision in PRECISIONS:
@@ -250,8 +250,8 @@ def section(record: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| clipped by | updates | bf16: direct | recomputed | decided otherwise | int8: direct | recomputed"
-        " | decided otherwise |",
+        "| clipped by | updates | bf16: direct | recomputed | decisions that differ | int8: direct | recomputed"
+        " | decisions that differ |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for loss in OBJECTIVES:

@@ -20,7 +20,7 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
+from arithmetic import LOSSES, QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
 from lab import COLORS, NAMES, Learner, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -114,9 +114,7 @@ def train(learner: Learner, seed: int, loss: str, settings: Settings, device: st
     for step in range(1, settings.steps + 1):
         rollout = roll_out(model, tokenizer, problems, settings)
         rate = settings.learning_rate_at(step)
-        for depth, (part, stats, _) in enumerate(
-            lab.learn(model, optimizer, rollout, settings, rate, lab.LOSSES[loss])
-        ):
+        for depth, (part, stats, _) in enumerate(lab.learn(model, optimizer, rollout, settings, rate, LOSSES[loss])):
             meter.add(step, depth, stats.logprobs, part.old_logprobs, part.advantages, part.batch.targets()[1])
         reward.append(rollout.rewards.mean().item())
         tokens += int(rollout.batch.response_mask.sum())
@@ -146,7 +144,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         (learners[seed], seed, loss, replace(settings, mini_batches=updates, learning_rate=rate), device)
         for updates, rate in ARMS
         for seed in seeds
-        for loss in lab.LOSSES
+        for loss in LOSSES
     ]
     runs = lab.side_by_side(train, trainings, len(trainings) * settings.steps, workers, "trainings")
     return lab.save(arguments, settings, began, {"arms": ARMS, "lengths": LENGTHS, "runs": runs})
@@ -177,7 +175,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     figure, axes = lab.panels(columns, f"One task, model and budget: mean and range of {record['seeds']} seeds", rows=2)
     for column, (updates, rate) in enumerate(record["arms"]):
         upper, lower = axes[column], axes[columns + column]
-        for loss in lab.LOSSES:
+        for loss in LOSSES:
             runs = chosen(record, [updates, rate], loss)
             style = {"color": COLORS[loss], "label": NAMES[loss], "linestyle": "--" if loss == "gspo_token" else "-"}
             rewards = [lab.smooth(each["reward"], max(1, steps // 16)) for each in runs]
@@ -202,7 +200,7 @@ def section(record: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for arm in record["arms"]:
-        for loss in lab.LOSSES:
+        for loss in LOSSES:
             runs = chosen(record, arm, loss)
             accuracy = [each["held_out_accuracy"] for each in runs]
             tenth = max(1, record["settings"]["steps"] // 10)

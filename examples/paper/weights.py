@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO, Objective, policy_loss_from_logprobs
+from gspo_kernels import GRPO, GSPO, Objective, grpo_loss, policy_loss_from_logprobs
 
 SETTINGS = Settings(steps=10, groups=64)
 SMOKE = replace(QUICK, steps=2)
@@ -57,7 +57,7 @@ def measure(settings: Settings, device: str) -> list[dict[str, Any]]:
     optimizer = build_optimizer(learner.model)
     for _ in range(settings.steps):
         rollout = roll_out(learner.model, learner.tokenizer, learner.problems, settings)
-        *_, last = lab.learn(learner.model, optimizer, rollout, settings, settings.learning_rate, lab.LOSSES["grpo"])
+        *_, last = lab.learn(learner.model, optimizer, rollout, settings, settings.learning_rate, grpo_loss)
         lab.tick()
     part, stats, _ = last  # the stats are from before the update
     token_ids, mask = part.batch.targets()
@@ -145,7 +145,8 @@ def sequence_ratio(response: dict[str, Any]) -> float:
 
 def section(record: dict[str, Any]) -> str:
     lines = [
-        "| loss | advantage | responses | tokens | clipped | least weight | largest | at most apart in one response |",
+        "| loss | advantage | responses | tokens | clipped | smallest weight | largest "
+        "| largest quotient in one response |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for loss in LOSSES:
@@ -157,7 +158,7 @@ def section(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {NAMES[loss]} | {'above' if sign > 0 else 'below'} 0 | {len(responses)} | {tokens} "
                 f"| {1 - len(weights) / tokens:.1%} | {min(weights):.4f} | {max(weights):.4f} "
-                f"| {max(apart):.3g} times |"
+                f"| {max(apart):.3g} |"
             )
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from arithmetic import Settings, build_optimizer, greedy_accuracy, roll_out
 from lab import COLORS, Learner, mean, ranged
 from matplotlib.ticker import PercentFormatter
 
-from gspo_kernels import GRPO, GSPO
+from gspo_kernels import GRPO, GSPO, grpo_loss, gspo_loss
 
 WIDTHS = (1, 3, 10, 30, 100, 300)  # times the paper's range
 GRPO_ITSELF = 0  # stands for GRPO with its own range
@@ -34,7 +34,7 @@ def train(learner: Learner, seed: int, width: int, settings: Settings, device: s
     torch.manual_seed(seed)
     model, tokenizer, problems = learner.model.to(device), learner.tokenizer, learner.problems
     optimizer = build_optimizer(model)
-    loss = lab.LOSSES["gspo" if width else "grpo"]
+    loss = gspo_loss if width else grpo_loss
     clip = {"eps_low": width * GSPO.eps_low, "eps_high": width * GSPO.eps_high} if width else {}
     reward, clipped = [], []
     accuracy = [greedy_accuracy(model, tokenizer, problems.held_out)]
