@@ -40,6 +40,8 @@ LEARNING_RATES = (2e-4, 8e-4)  # experts change more at the second
 RAMP = 5  # steps in which the learning rate rises, because Adam's first steps are the largest
 LOOKS = 10  # steps of a training at which the whole rollout is measured after each update
 DISTRIBUTIONS = {"rerouted": COLORS["grpo"], "rerouted_replayed": GREEN, "kept": GREY, "sequences": COLORS["gspo"]}
+SEQUENCES = ("sequences", "sequences_replayed")
+BEYOND = int(torch.searchsorted(SIZES, GSPO.eps_low))  # the first size outside GSPO's clip range
 METHODS = {"gspo": "GSPO", "grpo": "GRPO", "replay": "GRPO with routing replay"}
 LINES = {"gspo": COLORS["gspo"], "grpo": COLORS["grpo"], "replay": GREEN}
 
@@ -143,12 +145,11 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
 
 
 def larger(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The share of log ratios above each size after one update, over all seeds."""
+    """The share of log ratios above each of the sizes after one update, over all seeds."""
     first = [run["by_depth"][0] for run in runs]
     above = torch.tensor([sums["larger"] for sums in first]).sum(0).view(len(GROUPS), -1)
     count = torch.tensor([sums["count"] for sums in first]).sum(0)
-    found = dict(zip(GROUPS, (above / count.clamp(min=1)[:, None]).tolist(), strict=True))
-    return {group: found[group] for group in DISTRIBUTIONS}
+    return dict(zip(GROUPS, (above / count.clamp(min=1)[:, None]).tolist(), strict=True))
 
 
 def shares(sums: dict[str, list[float]]) -> dict[str, Any]:
@@ -284,6 +285,11 @@ def _spreads(record: dict[str, Any]) -> Iterator[str]:
             rms, outside = (methods["grpo"][name][updates - 1] for name in ("rms", "outside"))
             cells = (f"{rms[group]:.3f} ({outside[group]:.1%})" for group in GROUPS)
             yield f"| {rate} | {updates} | {' | '.join(cells)} |"
+    own, replayed = (record["gspo_larger"][group] for group in SEQUENCES)
+    yield (
+        f"\nIn GSPO's training at {next(iter(record['trainings']))}, log ratios of {own:.0%} of the sequences are "
+        f"larger than {record['sizes'][BEYOND]:.1e} after one update, {replayed:.0%} with the old choices forced."
+    )
 
 
 def _learning(record: dict[str, Any]) -> Iterator[str]:
@@ -313,6 +319,7 @@ def main() -> None:
         jobs = [(seed, settings, arguments.device) for seed in range(arguments.seeds)]
         total = len(jobs) * len(LEARNING_RATES) * len(METHODS) * settings.steps
         runs = lab.side_by_side(run, jobs, total, arguments.workers, "experts")
+        gspo, grpo = (larger([found[LEARNING_RATES[0], method] for found in runs]) for method in ("gspo", "grpo"))
         layers = [of_layer for found in runs for of_layer in found["load"]]
         many = [
             sum(total < 0.9 for total in accumulate(of_layer)) + 1 for of_layer in layers
@@ -322,7 +329,8 @@ def main() -> None:
             "load": {"busiest": mean([of_layer[0] for of_layer in layers]), "fewest": min(many), "most": max(many)},
             "looks": sorted(looks(settings)),
             "sizes": SIZES.tolist(),
-            "larger": larger([found[LEARNING_RATES[0], "grpo"] for found in runs]),
+            "larger": {group: grpo[group] for group in DISTRIBUTIONS},
+            "gspo_larger": {group: gspo[group][BEYOND] for group in SEQUENCES},
             "trainings": {
                 f"{rate:g}": {method: summary([found[rate, method] for found in runs], method) for method in METHODS}
                 for rate in LEARNING_RATES
