@@ -116,6 +116,15 @@ def test_decisions_are_those_of_the_losses(precision: Any) -> None:
     assert len(precision.decisions(new - old, mask, advantages)["gspo"]) == 32, "no advantage, no decision"
 
 
+def test_distance_of_log_ratios_of_both_signs(precision: Any) -> None:
+    log_ratio = 0.1 * torch.randn(50, 8)
+    mask = torch.ones(50, 8)
+    found = precision.apart(log_ratio, mask)
+    assert found["drift"] == pytest.approx(log_ratio.mean().item(), rel=1e-5)
+    assert found["token"] == pytest.approx(log_ratio.double().var().item(), rel=1e-5)
+    assert found["kl_k3"] == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
+
+
 # --- estimators -------------------------------------------------------------------------------------------------------
 
 
