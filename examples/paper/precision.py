@@ -75,11 +75,10 @@ def measure(seed: int, settings: Settings, device: str) -> dict[str, Any]:
 
 
 def apart(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far log-probabilities are apart, both [B, T]."""
-    mismatch, weights = (
-        rollout_mismatch(log_ratio, torch.zeros_like(log_ratio), mask=mask),
-        LogWeights.of(log_ratio, mask),
-    )
+    """How far log-probabilities are apart; both [B, T]."""
+    weights = LogWeights.of(log_ratio, mask)
+    new, old = log_ratio.clamp(max=0.0), (-log_ratio).clamp(max=0.0)  # log-probabilities with these log ratios
+    mismatch = rollout_mismatch(new, old, mask=mask)
     ratios = torch.expm1(log_ratio[mask.bool()])
     return {
         **{name: getattr(weights, name) for name in (*WEIGHTS, "drift")},
