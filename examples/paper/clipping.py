@@ -3,7 +3,7 @@
 Figure 2 of the GSPO paper, from the record of `stability.py`. Where the folder has no record with these settings, its
 trainings run first. GSPO-token is left out, because it clips as GSPO does.
 
-    python examples/paper/clipping.py                    # at once after stability.py, else as long as it
+    python examples/paper/clipping.py                    # seconds after stability.py, otherwise as long as it
 """
 
 from __future__ import annotations

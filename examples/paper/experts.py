@@ -321,9 +321,7 @@ def main() -> None:
         runs = lab.side_by_side(run, jobs, total, arguments.workers, "experts")
         gspo, grpo = (larger([found[LEARNING_RATES[0], method] for found in runs]) for method in ("gspo", "grpo"))
         layers = [of_layer for found in runs for of_layer in found["load"]]
-        many = [
-            sum(total < 0.9 for total in accumulate(of_layer)) + 1 for of_layer in layers
-        ]  # have 90% of the choices
+        many = [sum(total < 0.9 for total in accumulate(of_layer)) + 1 for of_layer in layers]  # have 90% of them
         content = {
             "model": {"layers": LAYERS, "experts": EXPERTS, "chosen": CHOSEN, "parameters": runs[0]["parameters"]},
             "load": {"busiest": mean([of_layer[0] for of_layer in layers]), "fewest": min(many), "most": max(many)},
