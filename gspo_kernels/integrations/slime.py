@@ -3,7 +3,7 @@
     --loss-type custom_loss --custom-loss-function-path gspo_kernels.integrations.slime.policy_loss
 
 In the place of slime's own policy loss, with its arguments. Where that gathers every response over the context-parallel
-ranks, twice, this sends two or three numbers a response. See docs/megatron.md.
+ranks, twice, this sends two or three numbers a response. See docs/slime.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from .. import checks
 from ..layout import as_bool
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import GRPO, GSPOToken, clipped_surrogate
+
+__all__ = ["policy_loss"]
 
 REFUSED = (
     "allgather_cp",

@@ -21,6 +21,8 @@ from ..losses.objectives import GSPO, GSPOToken, clipped_surrogate
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
 
+__all__ = ["gspo", "gspo_token", "log_probs_and_entropy", "register"]
+
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # what VERL_ENGINE_VENDOR has to be for the engines below
 
