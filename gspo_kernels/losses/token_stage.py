@@ -20,6 +20,8 @@ FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf ca
 
 
 class LossOutput(NamedTuple):
+    """What every loss returns; it unpacks as `loss, stats = ...`."""
+
     loss: Tensor  # 0-d, differentiable; float32 (float64 for float64 inputs)
     stats: Stats
 

@@ -48,6 +48,8 @@ class RolloutWeightStats:
 
 
 class RolloutWeights(NamedTuple):
+    """Correction weights, and what they were before their bounds; it unpacks as `weights, stats = ...`."""
+
     weights: (
         Tensor  # token layout, or [sequences]: what the losses take as `importance_weights`; 0 where masked or empty
     )
