@@ -1,7 +1,7 @@
 """Hooks of the documentation's build: the repository's own pages join the site, and every public name must be in it.
 
-A name is public if it is in `gspo_kernels.__all__`, or in `__all__` of a module of `gspo_kernels.integrations`. The check
-reads the source and the built pages: neither torch nor a trainer needs to be installed.
+A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. The check only
+reads the source and the built pages, so neither torch nor a trainer needs to be installed.
 """
 
 from __future__ import annotations

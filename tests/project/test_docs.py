@@ -100,6 +100,17 @@ def test_a_public_name_is_described(name: str) -> None:
     assert text and not text.startswith(f"{name}("), "a dataclass's generated docstring says nothing"
 
 
+@pytest.mark.parametrize("name", [name for name in gspo_kernels.__all__ if name.islower()])
+def test_a_function_has_the_arguments_that_its_docstring_describes(name: str) -> None:
+    function = getattr(gspo_kernels, name)
+    _, _, text = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    section = re.split(r"^\S", text, maxsplit=1, flags=re.MULTILINE)[0]
+    described = [
+        each for found in re.findall(r"^ {4}(\w[\w, ]*):", section, flags=re.MULTILINE) for each in found.split(", ")
+    ]
+    assert set(described) <= set(inspect.signature(function).parameters)
+
+
 def test_a_name_without_a_page_fails_the_build() -> None:
     module = hooks()
     module.documented.update(module.public_names())
