@@ -15,9 +15,9 @@ from .rows.dispatch import check_name, compare
 def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
     """Which backend runs for these inputs, and why not the others; from hidden states, which plan.
 
-    Args: those of a loss, in its order. From logits only `logits` and `backend` have a say; the others may be left out.
-        From hidden states (`hidden, weight, ...`) the plan depends on the others too, and `objective` is GSPO unless
-        given; mask and boundaries are read.
+    The arguments are those of a loss, in its order. From logits only `logits` and `backend` matter, and the others may
+    be left out. From hidden states (`hidden, weight, ...`) the plan depends on the others too: `objective` is GSPO
+    unless given, and mask and boundaries are read.
 
     Returns:
         A few lines of text, the chosen backend first.

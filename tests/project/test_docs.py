@@ -103,7 +103,9 @@ def test_a_public_name_is_described(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in gspo_kernels.__all__ if name.islower()])
 def test_a_function_has_the_arguments_that_its_docstring_describes(name: str) -> None:
     function = getattr(gspo_kernels, name)
-    _, _, text = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    text = inspect.getdoc(function) or ""
+    assert not re.search(r"^Args: \S", text, flags=re.MULTILINE), "the reference has no list of arguments then"
+    _, _, text = text.partition("\nArgs:\n")
     section = re.split(r"^\S", text, maxsplit=1, flags=re.MULTILINE)[0]
     described = [
         each for found in re.findall(r"^ {4}(\w[\w, ]*):", section, flags=re.MULTILINE) for each in found.split(", ")

@@ -1,8 +1,13 @@
-"""A field's comment, as in `loss: Tensor  # 0-d`, is its text in the reference unless it has a docstring."""
+"""How the package's docstrings are read for the reference.
+
+- A field's comment, as in `loss: Tensor  # 0-d`, is its text unless it has a docstring.
+- `Returns: some text` and `Raises: some text` may begin on the same line; Google's style has the text below.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 import tokenize
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,12 @@ from typing import Any
 import griffe
 
 
-class FieldComments(griffe.Extension):
+class Docstrings(griffe.Extension):
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            text = re.sub(r"^Raises: (?=\S)", "**Raises:** ", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(r"^Returns: (?=\S)", "Returns:\n    ", text, flags=re.MULTILINE)
+
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         if attr.docstring is None and attr.lineno is not None and isinstance(attr.filepath, Path):
             lines = range(attr.lineno, (attr.endlineno or attr.lineno) + 1)
