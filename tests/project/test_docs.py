@@ -103,14 +103,10 @@ def test_a_public_name_is_described(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in gspo_kernels.__all__ if name.islower()])
 def test_a_function_has_the_arguments_that_its_docstring_describes(name: str) -> None:
     function = getattr(gspo_kernels, name)
-    text = inspect.getdoc(function) or ""
-    assert not re.search(r"^Args: \S", text, flags=re.MULTILINE), "the reference has no list of arguments then"
-    _, _, text = text.partition("\nArgs:\n")
-    section = re.split(r"^\S", text, maxsplit=1, flags=re.MULTILINE)[0]
-    described = [
-        each for found in re.findall(r"^ {4}(\w[\w, ]*):", section, flags=re.MULTILINE) for each in found.split(", ")
-    ]
-    assert set(described) <= set(inspect.signature(function).parameters)
+    sections = re.findall(r"^Args:(.*)\n((?: {4}.*\n?|\n)*)", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    assert all(re.fullmatch(r"( [\w ]+)?", title) for title, _ in sections), "the reference drops it"
+    lists = [names for _, text in sections for names in re.findall(r"^ {4}(\w[\w, ]*):", text, flags=re.MULTILINE)]
+    assert {name for names in lists for name in names.split(", ")} <= set(inspect.signature(function).parameters)
 
 
 def test_a_name_without_a_page_fails_the_build() -> None:
