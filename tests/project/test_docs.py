@@ -66,6 +66,13 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """In backticks, such as `csrc/row_math.h`; in a log of changes too."""
+    names = re.findall(r"`((?:gspo_kernels|csrc|tests|benchmarks|examples|docs)/[\w/.-]+)`", page.read_text())
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 
