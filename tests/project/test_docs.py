@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
 import importlib.util
 import inspect
 import re
@@ -23,14 +23,14 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 pytestmark = DEFAULT_MODE
 
 
-def blocks_of(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_the_examples_of_a_page_run_in_order(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In one namespace: the first block needs nothing, and each later one may use what came before it."""
-    blocks = blocks_of(page)
+    blocks = blocks_of(ROOT / page)
     assert blocks
     names: dict[str, Any] = {"__name__": "example"}
     with torch.random.fork_rng():
@@ -39,6 +39,12 @@ def test_the_examples_of_a_page_run_in_order(page: str, capsys: pytest.CaptureFi
     if page == "README.md":
         losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
         assert len(losses) == 3 and losses[-1] < losses[0], "the first example is three steps of training"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+def test_every_python_block_is_python(page: Path) -> None:
+    for block in blocks_of(page):
+        ast.parse(block)
 
 
 def test_the_readme_is_short_and_begins_with_what_it_is_speed_and_memory() -> None:
