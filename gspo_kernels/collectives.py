@@ -10,6 +10,7 @@ Collectives are called in one order on every rank of a group, also by a rank tha
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks
 from .autograd import first_derivative
+from .torch_internals import process_group
 
 
 class Ranks(NamedTuple):
@@ -38,8 +40,7 @@ class Ranks(NamedTuple):
         return cls(argument, int(size), int(rank), name)
 
     def group(self) -> dist.ProcessGroup:
-        found: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore
-        return found
+        return process_group(self.name)
 
 
 def ranks_of(argument: str, value: Any) -> Ranks | None:
@@ -86,6 +87,15 @@ def gather(values: Tensor, ranks: Ranks) -> Tensor:
     """[ranks, ...], in the order of the ranks. Not differentiable."""
     found: Tensor = _gather(values.detach(), ranks.text())
     return found
+
+
+def gather_objects(value: Any, ranks: Ranks, device: torch.device) -> list[Any]:
+    """Small Python objects, in the order of the ranks; waits for the device. torch's own needs numpy."""
+    data = pickle.dumps(value)
+    sizes = gather(torch.tensor([len(data)], device=device), ranks).flatten().tolist()
+    padded = torch.tensor(list(data.ljust(max(sizes))), dtype=torch.uint8, device=device)
+    rows = gather(padded, ranks).tolist()
+    return [pickle.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 @torch.library.custom_op("gspo_kernels::sum_over_ranks", mutates_args=())

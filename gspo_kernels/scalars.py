@@ -1,4 +1,4 @@
-"""Hyper-parameters as run-time values: annealing one must not compile anything again."""
+"""Hyper-parameters as run-time values: annealing one triggers no recompilation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
 
 
 def run_time(value: float | Tensor, device: torch.device) -> Tensor:
@@ -23,6 +25,6 @@ def run_time(value: float | Tensor, device: torch.device) -> Tensor:
 
 def run_time_list(values: Sequence[float]) -> Tensor:
     """Several of them, [n] float64 on the CPU."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and values:
         return torch.stack([run_time(value, torch.device("cpu")) for value in values])
     return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device is

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ from ..collectives import Ranks
 from ..devices import autocasts
 from ..layout import BatchShape
 from ..losses import triton_stage
-from ..losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from ..losses.objectives import Objective, ObjectiveKey, carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
 from ..rows.dispatch import by_triton
 from ..rows.operators import needs_operators, scale
 from ..rows.types import RowStats, Upstream
 from ..scalars import run_time_list
+from ..torch_internals import autograd_inside_an_operator
 from . import walk
 from .head import Wanted
 from .schedule import Step, pieces
@@ -33,45 +33,30 @@ from .walk import HeadArguments
 
 _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
 _HEAD = len(HeadArguments._fields)  # the operators' first arguments; then three flags, which operands want a gradient
-_NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
-_OWN: ContextVar[Objective] = ContextVar("own objective")  # an operator takes no objects: set during its call
-
-
-def is_named(objective: Objective) -> bool:
-    return _NAMED.get(type(objective).__name__) is type(objective)
 
 
 def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
-    objective: Any = inputs.objective
-    own = not is_named(objective)
-    name = "own" if own else type(objective).__name__
+    objective = inputs.objective
+    key = objective.packed()
     normalizer = inputs.normalizer
     given = isinstance(normalizer, Tensor)
-    dual_clip = None if own else objective.dual_clip
     numbers = run_time_list(
         (
-            0.0 if own else objective.eps_low,
-            0.0 if own else objective.eps_high,
-            0.0 if dual_clip is None else dual_clip,
             inputs.max_log_ratio,
             inputs.beta,
             inputs.entropy_coef,
             0.0 if given or normalizer is None else normalizer,
         )  # type: ignore[arg-type]
     )
-    before = _OWN.set(objective) if own else None
-    try:
+    with carried(objective):
         loss, scalars, logprobs, log_ratio, work, *_ = _linear_loss(
             *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
             inputs.importance_weights, inputs.batch.cu_seqlens,
             normalizer.detach() if isinstance(normalizer, Tensor) else None,
-            numbers, name, inputs.aggregation, inputs.kl_estimator, list(inputs.batch.tokens),
-            inputs.batch.ranks.text() if inputs.batch.ranks else None, inputs.advantages_per_token,
-            inputs.importance_weights_per_token,
+            numbers, key.name, run_time_list(key.parameters), inputs.aggregation, inputs.kl_estimator,
+            list(inputs.batch.tokens), inputs.batch.ranks.text() if inputs.batch.ranks else None,
+            inputs.advantages_per_token, inputs.importance_weights_per_token,
         )  # fmt: skip
-    finally:
-        if before is not None:
-            _OWN.reset(before)
     with torch.no_grad():
         stats = Stats(
             **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
@@ -90,13 +75,9 @@ def linear_row_stats(arguments: HeadArguments) -> RowStats:
 
 @contextmanager
 def _inside_an_operator(device: torch.device) -> Iterator[None]:
-    """Operators run below autograd, which the token stage needs, and not below autocast, which would round products."""
-    below = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        below = below.remove(getattr(torch._C.DispatchKey, key))
-    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), below)
+    """Switches autograd on, which the token stage needs, and autocast off, which would round products."""
     exact = torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
-    with guard, torch.no_grad(), exact:
+    with autograd_inside_an_operator(), torch.no_grad(), exact:
         yield
 
 
@@ -128,6 +109,7 @@ def _linear_loss(
     global_count: Tensor | None,
     numbers: Tensor,
     objective: str,
+    parameters: Tensor,
     aggregation: str,
     kl_estimator: str,
     tokens: list[int],
@@ -139,8 +121,8 @@ def _linear_loss(
     arguments = HeadArguments(
         hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
     )
-    eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, count = numbers.tolist()  # a CPU tensor
-    of_objective = _OWN.get() if objective == "own" else _NAMED[objective](eps_low, eps_high, dual_clip or None)
+    max_log_ratio, beta, entropy_coef, count = numbers.tolist()  # a CPU tensor
+    of_objective = Objective.unpacked(ObjectiveKey(objective, tuple(parameters.tolist())))
     sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     of_tokens = None if mask is None else mask.reshape(tokens)
     inputs = TokenInputs(
@@ -200,9 +182,9 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants: t
 @_linear_loss.register_fake
 def _(*arguments: Any) -> Any:
     hidden, weight, dtype, wants = arguments[0], arguments[1], arguments[7], arguments[_HEAD : _HEAD + 3]
-    cu_seqlens, objective, tokens = arguments[_HEAD + 7], arguments[_HEAD + 10], arguments[_HEAD + 13]
+    cu_seqlens, objective, tokens = arguments[_HEAD + 7], arguments[_HEAD + 10], arguments[_HEAD + 14]
     sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    by_sequence = (_OWN.get() if objective == "own" else _NAMED[objective]).ratio_of == "sequence"
+    by_sequence = Objective.unpacked(ObjectiveKey(objective, ())).ratio_of == "sequence"
 
     def room(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -226,7 +208,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * (_HEAD + 17)
+        return (None,) * (_HEAD + 18)
     refuse_second_backward(ctx, _LOSS)
     with torch.no_grad():
         found = [
@@ -234,7 +216,7 @@ def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tenso
             for gradient, wanted, likeness in zip(ctx.saved_tensors, ctx.wanted, ctx.likeness, strict=True)
         ]
     found = [None if x is None else first_derivative(x, _LOSS, *ctx.edges, upstream) for x in found]
-    return (*found, *(None,) * (_HEAD + 14))
+    return (*found, *(None,) * (_HEAD + 15))
 
 
 def _given(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -200,7 +200,7 @@ def spread_nan(gradient: Tensor, inputs: TokenInputs, stage: TokenStage, stats: 
     On-policy, coefficients are known before any row has been seen. A CPU looks whether there is a NaN at all; so does
     each of the ranks that share out sequences, and finds the same.
     """
-    if not inputs.depends_on_log_ratio_alone() or inputs.objective.together == "token":
+    if not inputs.depends_on_log_ratio_alone() or inputs.objective.depends_on == "token":
         return
     if gradient.device.type == "cpu" and not bool(scalars[SCALARS.index("approx_kl")].isnan()):
         return
@@ -221,7 +221,7 @@ def second_phase(head: Head, step: Step, stats: RowStats, upstream: Upstream) ->
 
 def together(inputs: TokenInputs) -> str:
     """What must have been seen before a coefficient is known."""
-    return "token" if inputs.depends_on_log_ratio_alone() else inputs.objective.together
+    return "token" if inputs.depends_on_log_ratio_alone() else inputs.objective.depends_on
 
 
 def plan_of(inputs: TokenInputs, lengths: list[int], rows: ChunkRows, wanted: Wanted) -> list[Step]:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import BatchShape, Layout
-from ..scalars import run_time
+from ..scalars import FINITE, run_time
 from . import reduction as aggregate
-from .objectives import Objective, Terms, check_objective, check_terms, within
+from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
 from .stats import Stats, collect
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
 
 
 class LossOutput(NamedTuple):
@@ -47,7 +46,8 @@ class TokenInputs:
 
     def depends_on_log_ratio_alone(self) -> bool:
         """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
-        return self.old_logprobs is None and self.beta == 0.0 and self.entropy_coef == 0.0
+        plain = self.beta == 0.0 and self.entropy_coef == 0.0
+        return self.old_logprobs is None and plain and not self.objective.uses_logprobs
 
     def stage(self) -> TokenStage:
         """In torch, for any objective."""
@@ -105,7 +105,7 @@ class TokenStage:
             log_ratio = torch.zeros(
                 self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
             )
-            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer)), None, None)
+            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer), None), None, None)
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
     def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +158,7 @@ class TokenStage:
         log_ratio = new - old
         if self.ref_logprobs is not None and self.beta != 0.0:  # of whatever shares a ratio the gradient is NaN, too
             log_ratio = log_ratio + torch.where(self.ref_logprobs.isnan(), torch.nan, 0.0)
-        terms = self._terms(log_ratio)
+        terms = self._terms(log_ratio, self._token_values(new, entropy))
         kl = None if self.ref_logprobs is None else self._kl(new)
         return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
 
@@ -168,10 +168,18 @@ class TokenStage:
         slope = torch.where(logprobs.isinf(), 0.0, logprobs)
         return within(logprobs.detach(), FINITE) + (slope - slope.detach())
 
-    def _terms(self, log_ratio: Tensor) -> Terms:
+    def _token_values(self, new: Tensor, entropy: Tensor | None) -> TokenValues | None:
+        """For objectives that declare it."""
+        if not self.objective.uses_logprobs:
+            return None
+        old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
+        return TokenValues(new, old, None if entropy is None else self.layout.select(entropy.detach().double()))
+
+    def _terms(self, log_ratio: Tensor, values: TokenValues | None) -> Terms:
         if self.importance_weights is not None and self.layout.ranks is not None:
             self.layout.sum_beside(self.importance_weights)
-        terms = self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)
+        tokens = TokenBatch(log_ratio, self.advantages, self.layout, self.max_log_ratio, values)
+        terms = self.objective.terms(tokens)
         check_terms(self.objective, terms, tokens=log_ratio.shape[0], sequences=self.layout.sequences)
         return terms
 

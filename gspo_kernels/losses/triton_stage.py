@@ -33,7 +33,8 @@ from ..rows.operators import (
 from ..rows.triton_rows import Launch, Spoiled
 from ..rows.types import Rows, RowStats, TokenClip, Upstream, empty_stats
 from ..scalars import run_time_list
-from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from .clipped import GRPO, GSPO, PPO, GSPOToken
+from .objectives import Objective
 from .stats import SCALARS, Stats
 from .token_stage import LossOutput, TokenInputs
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import Problem, check_same, chunk_of, from_hidden, from_logits, problem, rows_of_work
 from modes import DEFAULT_MODE, NOT_INTERPRETED, ON_GPU, on_device
-from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import linear_policy_loss, policy_loss
@@ -228,20 +227,24 @@ def test_explain_tells_the_plan(way: str) -> None:
 class OverMean(gspo_kernels.Objective):
     """Ratios over their mean in the batch, which is what an objective is taken for that does not say what it needs."""
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
-        ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        layout = tokens.layout
+        ratio = torch.exp(tokens.log_ratio.clamp(max=tokens.max_log_ratio))
         mean = layout.sum(ratio).sum() / layout.num_tokens.clamp(min=1)
-        return gspo_kernels.Terms(loss=-ratio / mean * advantages, log_ratio=log_ratio)
+        return gspo_kernels.Terms(loss=-ratio / mean * tokens.advantages, log_ratio=tokens.log_ratio)
 
 
 class OfSequence(gspo_kernels.Objective):
     """Advantages against the sequence's own mean ratio: whole sequences."""
 
-    together: ClassVar[str] = "sequence"
+    depends_on: ClassVar[str] = "sequence"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
-        ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
-        return gspo_kernels.Terms(loss=-(ratio - layout.spread(layout.mean(ratio))) * advantages, log_ratio=log_ratio)
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        layout = tokens.layout
+        ratio = torch.exp(tokens.log_ratio.clamp(max=tokens.max_log_ratio))
+        return gspo_kernels.Terms(
+            loss=-(ratio - layout.spread(layout.mean(ratio))) * tokens.advantages, log_ratio=tokens.log_ratio
+        )
 
 
 @NOT_INTERPRETED
@@ -262,5 +265,5 @@ def test_an_objective_of_ones_own(objective: gspo_kernels.Objective, frozen: boo
         _, again, _, chunks = rows_of_work(found.stats)
         if rows == live:
             assert (again, chunks) == (0, 1)
-        elif objective.together == "batch":
+        elif objective.depends_on == "batch":
             assert (again > 0) == (not frozen)

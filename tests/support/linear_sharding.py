@@ -22,7 +22,7 @@ from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, 
 from torch import Tensor
 
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, policy_loss
-from gspo_kernels.agreement import Together
+from gspo_kernels.agreement import Agreement
 from gspo_kernels.checks import is_dtensor
 from gspo_kernels.linear import walk
 
@@ -239,7 +239,7 @@ def odd_one_out(rank: int, at: HeadGrid, case: Case) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collective:
-    when: str  # "checks", which are asked on a CPU alone, "loss" or "backward"
+    when: str  # "checks", which run on a CPU alone, "loss" or "backward"
     kind: str  # "gather" or "reduce"
     group: str  # "tp" or "cp"
     numbers: int  # of one rank
@@ -286,7 +286,7 @@ def recorded_collectives(patch: Patch, groups: Any) -> list[Collective]:
     counting("all_reduce", "reduce")
     for name in ("all_gather", "broadcast", "reduce", "all_to_all_single"):
         patch.delattr(dist, name)
-    patch.setattr(Together, "__exit__", during("checks", Together.__exit__))
+    patch.setattr(Agreement, "__exit__", during("checks", Agreement.__exit__))
     patch.setattr(Tensor, "backward", during("backward", Tensor.backward))
     return taken
 
