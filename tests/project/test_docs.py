@@ -15,6 +15,7 @@ import torch
 from modes import DEFAULT_MODE
 
 import gspo_kernels
+from gspo_kernels.rows.dispatch import Backend
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md")
@@ -136,6 +137,23 @@ def test_an_integration_says_which_of_its_names_are_public(tmp_path: Path) -> No
     source.write_text("def policy_loss(): ...\n")
     with pytest.raises(ValueError, match="expected __all__"):
         hooks().exported(source)
+
+
+def in_tables(page: str, *headings: str) -> set[str]:
+    """The names that begin the rows of the tables under these headings."""
+    sections = re.split(r"^#+ ", (ROOT / page).read_text(), flags=re.MULTILINE)
+    text = "\n".join(section for section in sections if section.split("\n", 1)[0] in headings)
+    return set(
+        re.findall(r"`(?:tokens\.)?(\w+)(?:\(.*?\))?`", "\n".join(re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)))
+    )
+
+
+def test_the_tables_of_what_to_implement_are_complete() -> None:
+    public = {name for name in vars(Backend) if not name.startswith("_")} | set(inspect.get_annotations(Backend))
+    assert in_tables("docs/extending.md", "A kernel") == public
+    assert in_tables("docs/extending.md", "What a class declares") == set(
+        inspect.get_annotations(gspo_kernels.Objective)
+    )
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------
