@@ -81,7 +81,10 @@ class Agreement:
     ) -> None:
         if not self.active or (error is not None and not isinstance(error, Exception)):  # an interrupt
             return
-        mine = error or self._no_grid()
+        mine: Exception | None = error
+        both = sorted(set.intersection(*map(set, self._members.values())))
+        if mine is None and len(self._groups) > 1 and len(both) > 1:
+            mine = ValueError(f"cp_group: expected no rank but this one in tp_group too; got {_listed(both)} in both")
         reports: dict[int, _Report] = {}
         lost = set()  # groups whose exchange has failed
         # Two exchanges make a whole grid known. The third serves ranks whose neighbours were given other groups.
@@ -106,23 +109,14 @@ class Agreement:
         if verdict is not None:
             raise verdict
 
-    def _no_grid(self) -> Exception | None:
-        """Tensor- and context-parallel ranks make a grid: two groups share one rank."""
-        both = sorted(set.intersection(*map(set, self._members.values())))
-        if len(self._groups) == 1 or len(both) == 1:
-            return None
-        return ValueError(
-            f"cp_group: expected ranks of which this one alone is in tp_group too; got {_listed(both)} in both"
-        )
-
     def _difference(self, reports: dict[int, _Report]) -> Exception | None:
         """What differs in a group of this rank or, told in short, in another group of the grid."""
         for argument, mine in self._members.items():
             groups = {tuple(report.members.get(argument, ())) for report in reports.values()}
-            known = [members for members in groups if members and reports.keys() >= set(members)]
             errors = {
                 members: self._compared(argument, {rank: reports[rank].values[argument] for rank in members})
-                for members in known
+                for members in groups
+                if members and reports.keys() >= set(members)
             }
             if own := errors.get(tuple(mine)):
                 return own
@@ -143,22 +137,19 @@ class Agreement:
                 if name in self._checks:
                     self._checks[name](argument, values)
                 elif len(set(values.values())) > 1:
-                    shown = ", ".join(f"{_shown(value)} on rank {rank}" for rank, value in values.items())
-                    return ValueError(f"{name}: expected the same on every rank of {argument}; got {shown}")
+                    texts = (f"{x:.10g}" if isinstance(x, float) else str(x) for x in values.values())
+                    listed = ", ".join(f"{text} on rank {rank}" for rank, text in zip(values, texts, strict=True))
+                    return ValueError(f"{name}: expected the same on every rank of {argument}; got {listed}")
         except ValueError as error:
             return error
         return None
 
     def _explained_on(self, others: list[int]) -> Exception:
-        near = [argument for argument, members in self._members.items() if set(members) & set(others)]
+        near = next((argument for argument, members in self._members.items() if set(members) & set(others)), "cp_group")
         return ValueError(
-            f"{(near or list(self._members))[0]}: expected arguments that every rank accepts; refused by, and "
-            f"explained on, {_listed(sorted(others))}. Nothing was computed"
+            f"{near}: expected arguments that every rank accepts; refused by, and explained on, "
+            f"{_listed(sorted(others))}. Nothing was computed"
         )
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _listed(ranks: list[int]) -> str:

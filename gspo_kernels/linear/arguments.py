@@ -14,7 +14,9 @@ from ..devices import autocasts
 from ..rows.arguments import check_token_ids, check_vocab_size
 from ..rows.dispatch import check_name, choose
 from ..rows.vocab_shard import VocabShard, VocabularyShard, shard_of, tp_ranks
-from .schedule import rows_per_chunk
+from .products import sum_dtype
+from .schedule import chunk_size
+from .types import needs_grad
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -75,15 +77,13 @@ def agree_on_chunks(
     if not agreement.active:
         return
     dtype = product_dtype(hidden, weight)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    choose(hidden.new_empty((1, 1, 1), dtype=sums), backend)  # refuses here, before other ranks go on
-    gradients = [bool(x is not None and x.requires_grad and torch.is_grad_enabled()) for x in (hidden, weight, bias)]
+    choose(hidden.new_empty((1, 1, 1), dtype=sum_dtype(dtype)), backend)  # refuses here, before other ranks go on
     work = {
         "hidden (how wide)": hidden.shape[-1],
         "dtype that hidden and weight are multiplied in": str(dtype),
         "chunk_bytes": chunk_bytes,
         "skip_zero_advantage": skip_zero_advantage,
-        "requires_grad of hidden, weight and bias": ", ".join(map(str, gradients)),
+        "requires_grad of hidden, weight and bias": ", ".join(map(str, needs_grad(hidden, weight, bias))),
     }
     agreement.same(work)
     agreement.same({"vocab_size": columns}, over="cp_group")  # a tensor-parallel group has compared it
@@ -136,6 +136,6 @@ def check_head(
     check_token_ids(token_ids, hidden.shape[:-1], hidden.device, "row of hidden")
     columns = check_vocab_size(vocab_size, weight.shape[0]) if shard is None else shard.vocab_size
     check_name(backend)
-    itemsize = 8 if torch.float64 in (hidden.dtype, weight.dtype) else 4
-    rows_per_chunk(chunk_bytes, shard.usual_columns if shard else columns, itemsize, hidden.device.type, usual=0)
+    dtype = product_dtype(hidden, weight)
+    chunk_size(chunk_bytes, shard.usual_columns if shard else columns, dtype, hidden.device.type, gradient=False)
     return columns, None if chunk_bytes is None else int(chunk_bytes)

@@ -5,6 +5,7 @@ Arguments, stats and numbers are those of the losses from logits.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +27,11 @@ from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
 from ..rows.arguments import agree_on_rows, check_mask, check_vocab_size, row_arrays
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import agree_on_chunks, check_head, head_ranks, product_dtype, shard_of_head
-from .head import Wanted
+from .chunked_loss import plan_for
 from .operators import linear_loss, linear_row_stats
-from .products import keeps_gradients, usual_chunk_bytes
-from .schedule import rows_per_chunk
-from .walk import HeadArguments, plan_of
+from .products import sum_dtype
+from .schedule import chunk_size
+from .types import HeadArguments, needs_grad
 
 
 class LinearLossOptions(CommonOptions, total=False):
@@ -143,9 +144,8 @@ def linear_policy_loss(
         inputs = _without_zero_advantage(inputs)
         arrays = row_arrays(token_ids, inputs.batch.mask, temperature)
     arguments = HeadArguments(
-        hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend,
-        shard.begin if shard else 0, shard.ranks.text() if shard else None,
-    )  # fmt: skip
+        hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
+    )
     if torch.compiler.is_compiling() and objective.packed().is_own:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
@@ -262,9 +262,8 @@ def linear_token_logprobs(
         agree_on_rows(agreement, *arrays, columns, shard)
         agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend)
     arguments = HeadArguments(
-        hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend,
-        shard.begin if shard else 0, shard.ranks.text() if shard else None,
-    )  # fmt: skip
+        hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
+    )
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 
 
@@ -276,45 +275,43 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     vocabulary = vocabulary_of(*(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size")))
     _, _, _, shard = shard_of_head(hidden, weight, None, vocabulary)
     columns = shard.usual_columns if shard else check_vocab_size(vocabulary.size, weight.shape[0])
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    operands = (hidden, weight, given.get("bias"))
-    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
-    usual = usual_chunk_bytes(hidden.device.type, dtype, wanted.any())
-    keeps = wanted.any() and keeps_gradients(hidden.device.type, dtype)
-    at_a_time = rows_per_chunk(given.get("chunk_bytes"), columns, sums.itemsize, hidden.device.type, usual, keeps)
+    needed = needs_grad(hidden, weight, given.get("bias"))
+    chunk = chunk_size(given.get("chunk_bytes"), columns, dtype, hidden.device.type, needed.any())
     rows = hidden.numel() // hidden.shape[-1]
-    lines = [f"chunks of up to {at_a_time.most} rows of {columns} logits in {str(sums).removeprefix('torch.')}"]
+    of_logits = str(sum_dtype(dtype)).removeprefix("torch.")
+    lines = [f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}"]
     if "token_ids" not in given or "advantages" not in given:
         return lines[0]
+    parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
     inputs = token_inputs(
         batch, given["objective"], given["advantages"], given.get("old_logprobs"),
-        **{name: given.get(name, usual) for name, usual in _OF_TOKENS.items()},
+        **{name: given.get(name, parameters[name].default) for name in _TOKEN_OPTIONS},
     )  # fmt: skip
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
     lengths = inputs.batch.layout().lengths_on_host()
     lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
-    steps = plan_of(inputs, lengths, at_a_time, wanted)
-    for way, meaning in _WAYS.items():
-        found = [step for step in steps if step.way == way]
+    steps = plan_for(inputs, lengths, chunk, needed)
+    for mode, meaning in _MODES.items():
+        found = [step for step in steps if step.mode == mode]
         if found:
             taken = sum(step.stop - step.start for step in found)
-            lines.append(f"{way}: {taken} rows in {len(found)} step{'s' * (len(found) > 1)}: {meaning}")
+            lines.append(f"{mode}: {taken} rows in {len(found)} step{'s' * (len(found) > 1)}: {meaning}")
     if given.get("cp_group") is not None:
         lines.append("of this rank's rows; over cp_group a sequence is as long as the longest part of it")
     return "\n".join(lines)
 
 
-_OF_TOKENS: dict[str, Any] = {
-    "ref_logprobs": None, "beta": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "importance_weights": None,
-    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0,
-}  # fmt: skip
-_WAYS = {
+_TOKEN_OPTIONS = (
+    "ref_logprobs", "beta", "kl_estimator", "entropy_coef", "importance_weights", "aggregation", "normalizer",
+    "max_log_ratio",
+)  # fmt: skip
+_MODES = {
     "statistics": "no operand needs a gradient; one product",
-    "at_once": "coefficients are known while the logits exist; gradient products of the active rows",
-    "unscaled": "the head needs no gradient; that of the hidden states is scaled by coefficients afterwards",
-    "two_phases": "longer than a chunk; logits of the active rows are computed again for the gradient",
+    "single_pass": "coefficients are known while the logits exist; gradient products of the active rows",
+    "deferred_scale": "the head needs no gradient; hidden-state gradients are multiplied by coefficients afterwards",
+    "recompute": "longer than a chunk; logits of the active rows are computed again for the gradient",
 }
 
 

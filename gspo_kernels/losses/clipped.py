@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..scalars import run_time
-from .objectives import Objective, Terms, TokenBatch, at_most
+from .objectives import Objective, RowClip, Terms, TokenBatch, at_most
+from .triton_term import TritonTerm
+
+if TYPE_CHECKING:  # what the term calls
+    import triton.language as tl  # type: ignore
+
+    from ..rows.triton_math import exp, expm1
 
 
 def clipped_surrogate(
@@ -40,6 +47,23 @@ def clipped_surrogate(
         above = (advantages < 0) & (deviation > bound)
         held, high = torch.where(above, bound, held), high | above
     return Terms(-(1.0 + held) * advantages, log_ratio, low, high)
+
+
+@TritonTerm
+def clipped_term(
+    log_ratio: Any, advantage: Any, max_log_ratio: Any, logprob: Any, old_logprob: Any,
+    eps_low: Any, eps_high: Any, dual_clip: Any, unused: Any,
+) -> Any:  # fmt: skip
+    """`clipped_surrogate` in Triton."""
+    saturated = log_ratio > max_log_ratio
+    bounded = tl.where(saturated, max_log_ratio, log_ratio)
+    deviation, ratio = expm1(bounded), exp(bounded)
+    low = (advantage < 0.0) & (deviation < -eps_low)
+    high = (advantage > 0.0) & (deviation > eps_high)
+    dual = (advantage < 0.0) & (deviation > dual_clip - 1.0)
+    held = tl.where(high, 1.0 + eps_high, tl.where(low, 1.0 - eps_low, tl.where(dual, dual_clip, ratio)))
+    slope = tl.where(low | high | dual | saturated, 0.0, -ratio * advantage)
+    return -held * advantage, slope, low, high | dual
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,7 @@ class GSPO(_Clipped):
     advantages_per_token: ClassVar[bool] = False
     depends_on: ClassVar[str] = "sequence"
     by_sequence_alone: ClassVar[bool] = True
+    triton_term = clipped_term
 
     def terms(self, tokens: TokenBatch) -> Terms:
         return self._clip(tokens.layout.mean(tokens.log_ratio), tokens)
@@ -107,6 +132,8 @@ class GSPOToken(_Clipped):
     eps_high: float = 4e-4
 
     depends_on: ClassVar[str] = "sequence"
+    triton_term = clipped_term
+    sequence_value: ClassVar[bool] = True
 
     def terms(self, tokens: TokenBatch) -> Terms:
         r, layout = tokens.log_ratio, tokens.layout
@@ -128,9 +155,13 @@ class GRPO(_Clipped):
     eps_high: float = 0.27
 
     depends_on: ClassVar[str] = "token"
+    triton_term = clipped_term
 
     def terms(self, tokens: TokenBatch) -> Terms:
         return self._clip(tokens.log_ratio, tokens)
+
+    def row_clip(self) -> RowClip:
+        return RowClip(self.eps_low, self.eps_high, math.inf if self.dual_clip is None else self.dual_clip)
 
 
 @dataclass(frozen=True)

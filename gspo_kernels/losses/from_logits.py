@@ -16,11 +16,11 @@ from ..documentation import with_arguments_of
 from ..layout import as_bool, batch_shape
 from ..rows import vocab_shard
 from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
-from ..rows.dispatch import Backend, choose
+from ..rows.dispatch import Backend, backend_for
 from ..rows.operators import needs_operators, row_stats, row_stats_and_gradient, with_gradient
-from ..rows.types import RowStats, Upstream, stats_dtype
+from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
-from . import triton_stage
+from . import fused_loss
 from .arguments import agree_on_sequences
 from .clipped import GRPO, GSPO, PPO, GSPOToken
 from .objectives import Objective
@@ -196,15 +196,18 @@ def policy_loss(
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, backend)
+        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, columns, backend)
         if agreement.active:
-            choose(logits, backend)  # refuses here, before other ranks go on
+            backend_for(rows, backend)  # refuses here, before other ranks go on
         agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
         agree_on_sequences(agreement, inputs)
-    fused = triton_stage.backend_of(inputs, logits, backend) if cp is None else None
+    options = RowOptions(overwrite_logits, backend)
+    fused = fused_loss.backend_of(inputs, rows, backend)
     if shard is not None:
-        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
-        return _loss(inputs, found) if fused is None else triton_stage.loss_of_rows(inputs, found)
+        found = vocab_shard.row_stats(rows, shard, options)
+        if fused is None:
+            return _loss(inputs, found)
+        return fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
     one_pass = (
         _gradient_is_known(inputs, logits, fused)
         and logits.requires_grad
@@ -213,13 +216,11 @@ def policy_loss(
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
     if fused is not None:
-        return triton_stage.policy_loss(rows, inputs, columns, overwrite_logits, one_pass, fused)
+        return fused_loss.policy_loss(rows, inputs, options, one_pass, fused)
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
-        found, gradient = row_stats_and_gradient(
-            rows, upstream, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend
-        )
+        found, gradient = row_stats_and_gradient(rows, upstream, options)
         with torch.no_grad():
             statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
             value, stats = stage.loss(*statistics)
@@ -227,8 +228,7 @@ def policy_loss(
                 has_nan = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
                 gradient[..., :columns][has_nan] = torch.nan
         return LossOutput(with_gradient(value, logits, gradient, backend), stats)
-    found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
-    return _loss(inputs, found)
+    return _loss(inputs, row_stats(rows, options))
 
 
 @with_arguments_of(policy_loss, CLIP_RANGE)
@@ -355,6 +355,8 @@ def policy_loss_from_logprobs(
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
         agree_on_sequences(agreement, inputs)
+    if fused_loss.takes_logprobs(inputs, logprobs):
+        return fused_loss.loss_of_rows(inputs, logprobs, None if entropy is None else entropy.float())
     stage = inputs.stage()
     return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
@@ -390,14 +392,12 @@ def token_logprobs(
     with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
         logits, shard = shard_of("logits", logits, -1, vocabulary)
         columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
-        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, backend)
+        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, columns, backend)
         if agreement.active:
-            choose(logits, backend)  # refuses here, before other ranks go on
+            backend_for(rows, backend)  # refuses here, before other ranks go on
         agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
-    if shard is not None:
-        found = vocab_shard.row_stats(rows, shard, overwrite_logits=overwrite_logits, backend=backend)
-    else:
-        found = row_stats(rows, vocab_size=columns, overwrite_logits=overwrite_logits, backend=backend)
+    options = RowOptions(overwrite_logits, backend)
+    found = row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
 
@@ -429,6 +429,6 @@ def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
 def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | None) -> bool:
     """Whether a row's gradient can be written while the row is read for the first time."""
     if fused is not None:
-        return inputs.depends_on_log_ratio_alone() or triton_stage.clips_row_by_row(inputs, fused)
+        return inputs.depends_on_log_ratio_alone() or fused_loss.clips_row_by_row(inputs, fused)
     # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
     return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"

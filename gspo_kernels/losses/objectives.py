@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import checks
 from ..layout import Layout
 from .reduction import AGGREGATIONS
+from .triton_term import TritonTerm
 
 
 class TokenValues(NamedTuple):
@@ -82,6 +83,14 @@ class Terms:
     clipped_high: Tensor | None = None  # bool per unit: held at an upper bound, no gradient
 
 
+class RowClip(NamedTuple):
+    """The range of the ratio in which a token has a gradient."""
+
+    eps_low: float  # down to 1 - eps_low for a negative advantage
+    eps_high: float  # up to 1 + eps_high for a positive one
+    dual_clip: float  # up to this for a negative one; infinity for none
+
+
 class ObjectiveKey(NamedTuple):
     """How an objective travels through an operator, which takes strings and floats but no objects."""
 
@@ -114,6 +123,11 @@ class Objective:
             reads the log-ratio alone has a gradient that is known on-policy before any logit is read.
         by_sequence_alone: whether `terms` come from sums over each sequence and nothing else, and `ratio_of` is
             "sequence". Under context parallelism the gradient through a sum then crosses no ranks.
+        triton_term: `terms` in Triton's language (see `TritonTerm`), which a GPU runs in one kernel with everything
+            else that has one number per token. None: `terms` runs there, in torch. A class that overrides `terms` or
+            says otherwise what a ratio is inherits no term; it states its own.
+        sequence_value: for `triton_term` with a ratio per token: whether its value is the sequence's mean log-ratio,
+            and only its gradient the token's (GSPO-token).
     """
 
     ratio_of: ClassVar[str] = "token"
@@ -122,10 +136,28 @@ class Objective:
     depends_on: ClassVar[str] = "batch"
     uses_logprobs: ClassVar[bool] = False
     by_sequence_alone: ClassVar[bool] = False
+    triton_term: ClassVar[TritonTerm | None] = None
+    sequence_value: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        stated = vars(cls)
+        if not stated.keys().isdisjoint(("terms", "ratio_of", "sequence_value", "uses_logprobs")):
+            if "triton_term" not in stated:
+                cls.triton_term = None
+            if "row_clip" not in stated:
+                cls.row_clip = Objective.row_clip  # type: ignore[method-assign]
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""
         raise NotImplementedError
+
+    def row_clip(self) -> RowClip | None:
+        """For a loss that is proportional to the token's advantage and clips the token's ratio: its bounds.
+
+        A kernel then computes its gradient from that at ratio 1 while it reads the row: no gradient where clipped,
+        else multiplied by the ratio. `triton_term` computes the loss for advantages of 1 and -1.
+        """
+        return None
 
     def packed(self) -> ObjectiveKey:
         fields = _float_fields(type(self))
@@ -215,7 +247,7 @@ _CHOICES = {
     "depends_on": ("token", "sequence", "batch"),
     "aggregation": AGGREGATIONS,
 }  # fmt: skip
-_FLAGS = ("advantages_per_token", "uses_logprobs", "by_sequence_alone")
+_FLAGS = ("advantages_per_token", "uses_logprobs", "by_sequence_alone", "sequence_value")
 _FIELDS = (
     ("loss", torch.float64), ("log_ratio", torch.float64), ("clipped_low", torch.bool), ("clipped_high", torch.bool)
 )  # fmt: skip

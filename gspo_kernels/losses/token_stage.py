@@ -42,11 +42,21 @@ class TokenInputs:
     beta: float
     kl_estimator: str
     entropy_coef: float
+    entropy_bonus: bool  # whether the coefficient is not 0; known where run-time numbers are not
     max_log_ratio: float
+
+    def versions(self) -> list[int]:
+        """Of the arrays; they change when one is written to."""
+        batch = self.batch
+        arrays = (
+            batch.mask, batch.cu_seqlens, self.advantages, self.old_logprobs, self.ref_logprobs,
+            self.importance_weights, self.normalizer,
+        )  # fmt: skip
+        return [x._version for x in arrays if isinstance(x, Tensor) and not x.is_inference()]
 
     def depends_on_log_ratio_alone(self) -> bool:
         """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
-        plain = self.beta == 0.0 and self.entropy_coef == 0.0
+        plain = self.beta == 0.0 and not self.entropy_bonus
         return self.old_logprobs is None and plain and not self.objective.uses_logprobs
 
     def stage(self) -> TokenStage:
@@ -119,6 +129,21 @@ class TokenStage:
                 return torch.zeros_like(logprobs), None
             found = torch.autograd.grad(loss, inputs, materialize_grads=True)
         return found[0], found[1] if len(found) > 1 else None
+
+    def differentiable_gradient(
+        self, logprobs: Tensor, entropy: Tensor | None, factor: Tensor
+    ) -> dict[str, Tensor | None]:
+        """The gradient of factor times the loss, in the layout of the arguments, to be differentiated again."""
+        with torch.enable_grad():
+            operands = {"logprobs": logprobs}
+            if entropy is not None and self.entropy_coef != 0.0:
+                operands["entropy"] = entropy
+            operands = {name: x for name, x in operands.items() if x.requires_grad}
+            loss, *_ = self._value(logprobs.reshape(-1), None if entropy is None else entropy.reshape(-1))
+            found = torch.autograd.grad(
+                loss, list(operands.values()), factor.double(), create_graph=True, materialize_grads=True
+            )
+        return dict(zip(operands, found, strict=True))
 
     def part(self, batch: BatchShape, tokens: Tensor | slice, sequences: slice) -> TokenStage:
         """The stage of some of the tokens; what each counts for in the loss stays what it is in the whole."""
@@ -274,6 +299,7 @@ def token_inputs(
         beta=beta,
         kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,
+        entropy_bonus=entropy_coef != 0.0,
         max_log_ratio=max_log_ratio,
     )
 

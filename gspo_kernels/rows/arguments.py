@@ -17,10 +17,13 @@ from .types import Rows
 from .vocab_shard import VocabShard
 
 
-def rows_of_caller(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, backend: str | None) -> Rows:
-    """Logits as [outer, inner, vocab], packed ones as [1, N, V], and arrays to match."""
+def rows_of_caller(
+    logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int, backend: str | None
+) -> Rows:
+    """Logits as [outer, inner, columns], packed ones as [1, N, columns], and arrays to match."""
     check_name(backend)
-    return Rows(logits if logits.ndim == 3 else logits[None], *row_arrays(token_ids, mask, temperature))
+    token_ids, mask, temperature = row_arrays(token_ids, mask, temperature)
+    return Rows(logits if logits.ndim == 3 else logits[None], token_ids, mask, temperature, vocab_size)
 
 
 def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:

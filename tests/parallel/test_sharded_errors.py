@@ -230,10 +230,10 @@ def rows_as(convert: Callable[[Tensor], Any]) -> Callable[[At, Given], Given]:
     return change
 
 
-def another(name: str, place: int, value: float) -> Callable[[At, Given], Given]:
+def another(name: str, index: int, value: float) -> Callable[[At, Given], Given]:
     def change(at: At, found: Given) -> Given:
         values: Tensor = found[name].clone()
-        values[place] = value
+        values[index] = value
         return {name: values}
 
     return change
@@ -704,9 +704,9 @@ def test_fingerprints_differ_where_arrays_do() -> None:
         for x in ([1.0, 2.0], [2.0, 1.0], [-1.0, 2.0], [1.0, 4.0], [1.0], [1.0, 2.0, 0.0], [math.nan, 2.0])
     ]
     ids = torch.randint(150_000, (512,), generator=generator)
-    for place in range(0, 512, 37):
+    for index in range(0, 512, 37):
         changed = ids.clone()
-        changed[place] += 1
+        changed[index] += 1
         arrays.append(changed)
     arrays += [ids, ids.flip(0), ids + 1, torch.zeros(512).long(), torch.ones(512).long()]
     assert len({fingerprint(x) for x in arrays}) == len(arrays)
