@@ -77,11 +77,11 @@ gpu-more:
 
 # For a GPU machine without a network: the peers as wheels for Python 3.12, into carried/.
 gpu-wheels:
-	$(PYTHON) -m benchmarks.gpu.carried wheels
+	$(PYTHON) -m benchmarks.gpu_carried wheels
 
 # The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
 gpu-carry:
-	$(PYTHON) -m benchmarks.gpu.carried build
+	$(PYTHON) -m benchmarks.gpu_carried build
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -108,7 +108,7 @@ bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
 
 bench-precision: .venv/bench
-	$(BIN)/python -m benchmarks.linear.precision $(ARGS)
+	$(BIN)/python -m benchmarks.linear_precision $(ARGS)
 
 # Into .venv, as pinned: torch stays the build that it is. Without dependencies where a peer asks for what its functions
 # here do not need, or for versions that another refuses.
