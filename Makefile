@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
-.PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry clean
+.PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -92,6 +92,10 @@ lint: .venv/test
 sanitize: .venv/test
 	PYTHON=$(CURDIR)/$(BIN)/python tests/support/sanitize.sh
 
+# The documentation site, into build/site. A broken link, or a public name without a page, fails the build.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
@@ -122,7 +126,7 @@ bench-peers: .venv/peers
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-.venv/test .venv/bench .venv/demo: .venv/%: .venv/base
+.venv/test .venv/bench .venv/demo .venv/docs: .venv/%: .venv/base
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 

@@ -20,6 +20,8 @@ from ..layout import as_bool
 from ..losses.clipped import GRPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 
+__all__ = ["policy_loss"]
+
 REFUSED = (
     "allgather_cp",
     "custom_pg_loss_reducer_function_path",

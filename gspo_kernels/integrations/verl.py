@@ -22,6 +22,8 @@ from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
 
+__all__ = ["gspo", "gspo_token", "log_probs_and_entropy", "register"]
+
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # VERL_ENGINE_VENDOR with this value selects the engines below
 

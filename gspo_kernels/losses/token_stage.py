@@ -19,6 +19,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 class LossOutput(NamedTuple):
+    """What every loss returns; it unpacks as `loss, stats = ...`."""
+
     loss: Tensor  # 0-d, differentiable; float32 (float64 for float64 inputs)
     stats: Stats
 

@@ -49,6 +49,8 @@ class RolloutWeightStats(_Scalars):
 
 
 class RolloutWeights(NamedTuple):
+    """Correction weights, and what they were before their bounds; it unpacks as `weights, stats = ...`."""
+
     weights: Tensor  # per token or [sequences], for the losses' `importance_weights`; 0 where masked or empty
     stats: RolloutWeightStats
 
