@@ -1,5 +1,6 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
+from .layout import Layout
 from .linear.from_hidden import (
     linear_grpo_loss,
     linear_gspo_loss,
@@ -27,7 +28,10 @@ from .losses.token_stage import LossOutput
 from .report import explain
 from .rollout.advantages import group_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
-from .rollout.engines import PromptedRollouts, Rollouts, from_sglang, from_vllm
+from .rollout.rollouts import PromptedRollouts, Rollouts
+from .rollout.sglang import from_sglang
+from .rollout.vllm import from_vllm
+from .rows.vocab_shard import VocabularyShard
 
 __version__ = "0.1.0"
 
@@ -37,6 +41,7 @@ __all__ = [
     "PPO",
     "GSPOToken",
     "HeadWork",
+    "Layout",
     "LossOutput",
     "Objective",
     "PromptedRollouts",
@@ -48,6 +53,7 @@ __all__ = [
     "Terms",
     "TokenBatch",
     "TokenLogprobs",
+    "VocabularyShard",
     "clipped_surrogate",
     "explain",
     "from_sglang",

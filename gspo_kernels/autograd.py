@@ -1,7 +1,7 @@
-"""What autograd cannot do with these functions is refused: second derivatives, forward mode, a second backward.
+"""Refusals of what autograd cannot do with these functions: second derivatives, forward mode, a second backward.
 
-The first derivative is written by kernels, which autograd cannot see through. Each function here raises where a
-derivative would otherwise be dropped without a word.
+Kernels write the first derivative, and autograd cannot see into them. Each function here raises where a derivative
+would otherwise be dropped silently.
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .torch_internals import forward_mode_is_on, transforms_are_active, transforms_of
+
 _PLAIN = "policy_loss_from_logprobs, of log-probabilities made by torch's own operators, supports it"
 
 
 def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -> None:
     """Raises if an argument carries a tangent or, with `reverse`, is being differentiated by `torch.func.grad`.
 
-    That needs autograd functions of another form than the operators of this package have.
+    torch.func.grad needs autograd functions of another form than the operators of this package have.
     """
     if torch.compiler.is_compiling():
-        if forward_ad._current_level >= 0:  # a compiler sees no tangents
+        if forward_mode_is_on():  # a compiler sees no tangents
             raise RuntimeError(
                 f"{function}: forward-mode AD is not supported under torch.compile. Call it outside of dual_level, or "
                 "use reverse mode"
             )
         return
-    transforms = torch._C._are_functorch_transforms_active()
-    if not transforms and forward_ad._current_level < 0:
+    transforms = transforms_are_active()
+    if not transforms and not forward_mode_is_on():
         return
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             continue
-        found = _transforms_of(value) if transforms else set()
+        found = transforms_of(value) if transforms else set()
         if "Grad" in found and reverse:
             raise RuntimeError(
                 f"{function}: torch.func.grad is not supported; {name} is being differentiated by it (or by vjp, "
                 f"jacrev, hessian). Use backward() or torch.autograd.grad. {_PLAIN}"
             )
-        if "Jvp" in found or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
+        if "Jvp" in found or (forward_mode_is_on() and forward_ad.unpack_dual(value).tangent is not None):
             raise RuntimeError(
                 f"{function}: forward-mode AD is not supported, and {name} has a tangent, which would be lost. Use "
                 f"reverse mode (backward, torch.autograd.grad), or detach {name}. {_PLAIN} in padded layout"
@@ -50,39 +52,23 @@ def transforms_active() -> bool:
     """Whether torch.func transforms or forward-mode AD may be watching; under torch.compile neither is supported."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return transforms_are_active() or forward_mode_is_on()
 
 
 def refuse_vmap(function: str, **arguments: Any) -> None:
-    """For functions whose operator computes gradients where it sees that they are wanted: a batched tensor hides it."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    """For operators that compute gradients of tensors with requires_grad, which a batched tensor does not show."""
+    if torch.compiler.is_compiling() or not transforms_are_active():
         return
     for name, value in arguments.items():
-        if isinstance(value, Tensor) and "Vmap" in _transforms_of(value):
+        if isinstance(value, Tensor) and "Vmap" in transforms_of(value):
             raise RuntimeError(
                 f"{function}: torch.func.vmap is not supported, and {name} is batched by it: its gradient would be "
                 "lost. Add the batched dimension to the sequences, or loop over it"
             )
 
 
-def _transforms_of(values: Tensor) -> set[str]:
-    """By which transforms of torch.func these numbers are differentiated or batched: "Grad", "Jvp", "Vmap"."""
-    functorch = torch._C._functorch
-    names = {each.level(): each.key().name for each in functorch.get_interpreter_stack() or []}
-    found = set()
-    while functorch.is_functorch_wrapped_tensor(values):
-        name, inside = names.get(functorch.maybe_get_level(values), ""), functorch.get_unwrapped(values)
-        constant = (name == "Grad" and not values.requires_grad) or (
-            name == "Jvp" and forward_ad.unpack_dual(inside, level=0).tangent is None
-        )
-        if not constant:
-            found.add(name)
-        values = inside
-    return found
-
-
 def refuse_second_backward(ctx: Any, function: str) -> None:
-    """For a backward that writes over what it saved. Version counters do not see it under saved-tensor hooks."""
+    """For a backward that overwrites its saved tensors. Under saved-tensor hooks version counters do not catch that."""
     if getattr(ctx, "backward_has_run", False):
         raise RuntimeError(
             f"{function}: supports one backward pass, which hands over its gradient buffer; a second one was tried "
@@ -92,14 +78,14 @@ def refuse_second_backward(ctx: Any, function: str) -> None:
 
 
 def edge_of(operand: Tensor) -> Tensor:
-    """A number without a value, by which `first_derivative` finds the operand's graph. Keeps no memory of it alive."""
+    """An empty scalar that connects `first_derivative` to the operand's graph, without keeping its memory alive."""
     with torch.enable_grad():
         edge: Tensor = _Edge.apply(operand)
     return edge
 
 
 def first_derivative(gradient: Tensor, function: str, *connected: Tensor | None) -> Tensor:
-    """`gradient`; to differentiate it again raises, if autograd gets there by way of the `connected` tensors."""
+    """`gradient`, which raises when differentiated again with respect to the `connected` tensors."""
     if not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in connected):
         return gradient
     found: Tensor = _FirstDerivative.apply([gradient], function, *connected)
@@ -120,7 +106,7 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: list[Tensor], function: str, *connected: Tensor | None) -> Tensor:
         ctx.function = function
-        return gradient[0]  # in a list it is no input, of which the output would have to be a view
+        return gradient[0]  # in a list it is no input, so the output need not be a view
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:

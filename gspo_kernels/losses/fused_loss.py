@@ -23,9 +23,9 @@ from ..rows import triton_rows
 from ..rows.dispatch import Backend, backend_for
 from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gradient, zero_padding
 from ..rows.types import RowOptions, Rows, RowStats, Upstream, empty_stats
-from .stats import SCALARS, Stats
+from .stats import PARTIALS, SCALARS, Stats
 from .token_stage import LossOutput, TokenInputs
-from .triton_stage import PARTIALS, TritonStage, takes, unsupported_reason
+from .triton_stage import TritonStage, takes, unsupported_reason
 
 
 def backend_of(inputs: TokenInputs, rows: Rows, backend: str | None) -> Backend | None:

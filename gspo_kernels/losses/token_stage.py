@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import BatchShape, Layout
-from ..scalars import run_time
+from ..scalars import FINITE, run_time
 from . import reduction as aggregate
 from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
 from .stats import Stats, collect
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
 
 
 class LossOutput(NamedTuple):

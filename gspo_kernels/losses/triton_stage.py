@@ -20,13 +20,10 @@ from ..rows.dispatch import Backend
 from ..rows.triton_rows import Launch, NanSource
 from ..rows.types import RowStats, TokenClip, Upstream
 from .objectives import Objective
-from .stats import SCALARS
+from .stats import PARTIALS, SCALARS
 from .token_stage import TokenInputs
 from .triton_term import MOST_PARAMETERS
 
-# What the sequence kernel leaves for the batch kernel, one array [sequences] each: sums (extremes) of what the stats'
-# scalars are means (extremes) of, and of what the loss is computed from. A row kernel may count from the zero.
-PARTIALS = (*SCALARS, "loss", "units", "count", "zero")
 _COUNT, _ZERO = PARTIALS.index("count"), PARTIALS.index("zero")
 # `elements` tokens, or sequences, at a time. With more of either some variants of the sequence kernel spill registers.
 # The batch is one program of sixteen warps, each with one of the sixteen partials.

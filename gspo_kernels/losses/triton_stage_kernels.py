@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 
 from ..rows.triton_math import INFINITY, exp, expm1, quotient, two_sum
-from . import token_stage
-from .triton_stage import PARTIALS as _PARTIALS
+from ..scalars import FINITE as _FINITE
+from .stats import PARTIALS as _PARTIALS
 from .triton_sums import add, in_two, leading_digits, maxima4, sums4, sums8, sums_and_extremes
 
 SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 10,000 of them would not fit float32
-FINITE = tl.constexpr(token_stage.FINITE)
+FINITE = tl.constexpr(_FINITE)
 
 # What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each.
 PARTIALS = tl.constexpr(len(_PARTIALS))

@@ -197,8 +197,6 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "aggregation": "sequence_mean",
         "kl_estimator": "k3",
         **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
-        "vocab_start": 0,
-        **dict.fromkeys(["tp", "cp"]),
         "begin": 0,
         "ranks": Ranks("tp_group", 1, 0, "" if group is None else group.group_name).text(),
         **Ranks("tp_group", 1, 0, "" if group is None else group.group_name)._asdict(),
@@ -206,15 +204,6 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "shard_vocab_size": 17,
         "crosses": True,
     }
-    head: dict[str, Any] = {
-        "hidden": on_device(torch.randn(2, 3, 5, generator=generator)).requires_grad_(),
-        "weight": on_device(torch.randn(17, 5, generator=generator)).requires_grad_(),
-        "bias": on_device(torch.randn(17, generator=generator)).requires_grad_(),
-        "dtype": torch.float32,
-        "chunk_bytes": 4 * 17 * 4,
-        **dict.fromkeys(["wants_hidden", "wants_weight", "wants_bias"], True),
-    }
-    alone = {**head, "weight": head["weight"].detach(), "bias": None, "wants_weight": False, "wants_bias": False}
     by_token = on_device(torch.randn(6, generator=generator)).double()
     none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse", "upstream_entropy", "upstream_lse"])
     no_entropy = dict.fromkeys(["entropy", "lse"])
@@ -230,27 +219,6 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
             {**none, **no_entropy, "logprobs": hot, "temperature": one, "vocab_size": 15},
         ],
         "scale_": [{"values": logits.clone(), "factor": on_device(torch.tensor(0.5))}],
-        "linear_loss": [
-            {**head, "objective": "GRPO", "tokens": [2, 3], "cu_seqlens": None},
-            {
-                **alone,
-                **dict.fromkeys(
-                    ["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "importance_weights", "global_count"]
-                ),
-                "temperature": one,
-                "vocab_size": 15,
-                "objective": "GSPO",
-                "advantages": hot[:, 0].contiguous(),
-                **dict.fromkeys(["advantages_per_token", "weights_per_token"], False),
-                "numbers": torch.tensor([3e-4, 4e-4, 0.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
-                "tokens": [2, 3],
-            },
-        ],
-        "linear_row_stats": [{**head}, {**alone, "mask": None, "temperature": one, "vocab_size": 15}],
-        "linear_row_gradient": [
-            {**{name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in head.items()}},
-            {**none, **alone, "hidden": head["hidden"].detach(), "temperature": one, "vocab_size": 15},
-        ],
         "sharded_row_stats": [
             {"logits": logits.clone().requires_grad_()},
             {
@@ -271,9 +239,11 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
 
 
 def operators() -> list[str]:
+    """Of rows; the others are in test_fused_operators.py and in tests/linear/test_linear_operators.py."""
     names = torch._C._dispatch_get_all_op_names()
     found = [name.removeprefix("gspo_kernels::") for name in names if name.startswith("gspo_kernels::")]
-    return sorted(name for name in found if not name.startswith("fused_"))  # test_fused_operators.py
+    elsewhere = ("linear_", "fused_")
+    return sorted(name for name in found if not name.startswith(elsewhere))
 
 
 @pytest.mark.parametrize("name", operators())
@@ -283,8 +253,6 @@ def test_operators_keep_their_contract(name: str, group_of_one: dist.ProcessGrou
         pytest.skip("needs torch with gloo, or with NCCL on a GPU")
     operator = getattr(torch.ops.gspo_kernels, name).default
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name == "linear_loss":
-        tests.pop()  # it compares all that the operator returned, of which the backward has given the gradients away
     for given in samples(name, group_of_one):
         arguments = tuple(given[argument.name] for argument in operator._schema.arguments)
         torch.library.opcheck(operator, arguments, test_utils=tests)

@@ -292,7 +292,7 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
     function = partial(linear_policy_loss, objective=objective)
     alone = from_hidden(p, "packed", "grpo", function=function)
     arrived, may_go = threading.Event(), threading.Event()
-    operator = operators._linear_loss
+    operator = operators.LINEAR_LOSS
 
     def held(*arguments: Any) -> Any:
         if threading.current_thread() is late:
@@ -300,7 +300,7 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
             assert may_go.wait(60)
         return operator(*arguments)
 
-    monkeypatch.setattr(operators, "_linear_loss", held)
+    monkeypatch.setattr(operators, "LINEAR_LOSS", held)
     found: list[Any] = []
 
     def work() -> None:
