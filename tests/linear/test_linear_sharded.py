@@ -1,7 +1,6 @@
-"""Losses from hidden states whose head, or whose tokens, lie on several ranks, against one process in float64.
+"""Losses from hidden states whose head or tokens are sharded over ranks, against one process in float64.
 
-Real processes over gloo. A world is started once a test and goes through many cases; what its ranks found is put
-together and checked here.
+Real processes over gloo. Each test starts its ranks once and runs many cases; the results of all ranks are checked here.
 """
 
 from __future__ import annotations
@@ -377,7 +376,7 @@ def sizes(collectives: Sequence[Collective], when: str, kind: str, group: str) -
     return [c.numbers for c in collectives if (c.when, c.kind, c.group) == (when, kind, group)]
 
 
-def live(case: Case) -> int:
+def selected(case: Case) -> int:
     return int(linear_sharding.problem_of(case).batch.mask.sum())
 
 
@@ -436,10 +435,12 @@ def test_collectives_of_token_logprobs() -> None:
     at = HeadGrid(tp=2)
     for of_rank in ranks.run(at.size, linear_sharding.counted, at, LOGPROBS, True):
         for case, (_, collectives) in zip(LOGPROBS, of_rank, strict=True):
-            assert sum(sizes(collectives, "loss", "gather", "tp")) == A_ROW * live(case), collectives
+            assert sum(sizes(collectives, "loss", "gather", "tp")) == A_ROW * selected(case), collectives
             assert not sizes(collectives, "loss", "reduce", "tp")
             reduced = (
-                [live(case) * linear_sharding.problem_of(case).hidden.shape[1]] if "hidden" in case.needs_grad else []
+                [selected(case) * linear_sharding.problem_of(case).hidden.shape[1]]
+                if "hidden" in case.needs_grad
+                else []
             )
             assert sizes(collectives, "backward", "reduce", "tp") == reduced
             assert not sizes(collectives, "backward", "gather", "tp")
