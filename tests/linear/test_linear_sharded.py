@@ -1,6 +1,6 @@
 """Losses from hidden states whose head or tokens are sharded over ranks, against one process in float64.
 
-Real processes over gloo. Each test starts its ranks once and runs many cases; the results of all ranks are checked here.
+Real processes over gloo. Each test starts its ranks once and runs many cases; results are checked here.
 """
 
 from __future__ import annotations
