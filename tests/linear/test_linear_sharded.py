@@ -280,17 +280,17 @@ def test_another_plan_on_one_rank_is_refused(at: HeadGrid) -> None:
 
 
 def hidden_gradient_of_this_rank(patch: Patch) -> None:
-    patch.setattr(Head, "_add_up_hidden", lambda self, shard: None)
+    patch.setattr(Head, "_sum_hidden_gradient", lambda self, shard: None)
 
 
-def hidden_gradient_added_up_twice(patch: Patch) -> None:
-    once = Head._add_up_hidden
+def hidden_gradient_summed_twice(patch: Patch) -> None:
+    once = Head._sum_hidden_gradient
 
-    def add_up(self: Head, shard: Any) -> None:
+    def sum_twice(self: Head, shard: Any) -> None:
         once(self, shard)
         once(self, shard)
 
-    patch.setattr(Head, "_add_up_hidden", add_up)
+    patch.setattr(Head, "_sum_hidden_gradient", sum_twice)
 
 
 def rank_not_told_of_other_columns(patch: Patch) -> None:
@@ -342,7 +342,7 @@ def plan_of_this_rank(patch: Patch) -> None:
 
 
 TP_MUTANTS = [
-    hidden_gradient_of_this_rank, hidden_gradient_added_up_twice, rank_not_told_of_other_columns,
+    hidden_gradient_of_this_rank, hidden_gradient_summed_twice, rank_not_told_of_other_columns,
     statistics_of_this_rank, padding_multiplied,
 ]  # fmt: skip
 CP_MUTANTS = [chunks_of_this_rank, gradients_that_stay, gradients_that_cross_twice, count_of_this_rank]
