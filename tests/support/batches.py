@@ -32,8 +32,11 @@ CLASSES: dict[str, Any] = {  # by the oracle's names: GSPOToken is gspo_token
 }
 
 
+FIELDS = {each.name for kind in CLASSES.values() for each in fields(kind)}  # eps_low, dual_clip, ...
+
+
 def public_loss(objective: str, linear: bool) -> Callable[..., Any]:
-    """The loss with the objective's name or, where none has it, `policy_loss` with the objective's fields as options."""
+    """The objective's named loss. Without one: `policy_loss`, with what options are fields of the objective."""
     prefix, kind = "linear_" if linear else "", CLASSES[objective]
     named = getattr(gspo_kernels, f"{prefix}{objective}_loss", None)
     if named is not None:
@@ -42,7 +45,8 @@ def public_loss(objective: str, linear: bool) -> Callable[..., Any]:
     names = {each.name for each in fields(kind)}
 
     def loss(*arguments: Any, **options: Any) -> Any:
-        own = {name: options.pop(name) for name in names & options.keys()}
+        given = {name: options.pop(name) for name in FIELDS & options.keys()}
+        own = {name: value for name, value in given.items() if name in names}
         return general(*arguments, objective=kind(**own), **options)
 
     return loss
