@@ -69,7 +69,7 @@ def row_gradient(
     return gradient
 
 
-# --- what the four objectives do with one sequence ----------------------------------------------------------------
+# --- what an objective does with one sequence: log-ratios, log-probabilities, advantages, shares of the loss ------
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def surrogate(log_ratio: float, advantage: float, opt: Options) -> tuple[float, 
     return value, slope, Unit(log_ratio, ratio, low, high, saturated)
 
 
-def gspo(r: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
+def gspo(r: Floats, logprobs: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
     """One ratio s = exp(mean r) and one advantage a sequence; dR/dl_t = 1/|y| for every token."""
     n = len(r)
     value, slope, unit = surrogate(sum(r) / n, advantages[0], opt)
@@ -132,7 +132,7 @@ def gspo(r: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
     return Policy([value] * n, [total_share * slope / n] * n, [unit], [unit.log_ratio] * n)
 
 
-def gspo_token(r: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
+def gspo_token(r: Floats, logprobs: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
     """s_t = sg[s] pi/sg[pi]: the value of s, but the slope of a token's own ratio."""
     mean = sum(r) / len(r)
     outcome = [surrogate(mean, a, opt) for a in advantages]
@@ -140,7 +140,7 @@ def gspo_token(r: Floats, advantages: Floats, share: Floats, opt: Options) -> Po
     return Policy([o[0] for o in outcome], gradient, [o[2] for o in outcome], [mean] * len(r))
 
 
-def token_ratio(r: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
+def token_ratio(r: Floats, logprobs: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
     """GRPO and PPO: every token has its own ratio exp r_t."""
     outcome = [surrogate(x, a, opt) for x, a in zip(r, advantages, strict=True)]
     gradient = [k * slope for k, (_, slope, _) in zip(share, outcome, strict=True)]
@@ -149,11 +149,12 @@ def token_ratio(r: Floats, advantages: Floats, share: Floats, opt: Options) -> P
 
 @dataclass(frozen=True)
 class Objective:
-    policy: Callable[[Floats, Floats, Floats, Options], Policy]
+    policy: Callable[[Floats, Floats, Floats, Floats, Options], Policy]
     eps_low: float
     eps_high: float
     aggregation: str
     per_sequence: bool  # the unit is the sequence
+    of_tokens: bool = False  # each token has a ratio of its own
 
     def options(self, **changes: object) -> Options:
         defaults = {"eps_low": self.eps_low, "eps_high": self.eps_high, "aggregation": self.aggregation}
@@ -163,8 +164,8 @@ class Objective:
 OBJECTIVES = {
     "gspo": Objective(gspo, 3e-4, 4e-4, "sequence_mean", True),
     "gspo_token": Objective(gspo_token, 3e-4, 4e-4, "sequence_mean", False),
-    "grpo": Objective(token_ratio, 0.2, 0.27, "sequence_mean", False),
-    "ppo": Objective(token_ratio, 0.2, 0.2, "token_mean", False),
+    "grpo": Objective(token_ratio, 0.2, 0.27, "sequence_mean", False, of_tokens=True),
+    "ppo": Objective(token_ratio, 0.2, 0.2, "token_mean", False, of_tokens=True),
 }
 
 
@@ -239,7 +240,8 @@ def evaluate(
             exact = [logprobs[t] - old_logprobs[t] for _, t in rows]
             r = [x if math.isnan(x) else max(-LARGEST_LOG_RATIO, min(LARGEST_LOG_RATIO, x)) for x in exact]
         weighted = [share * (1.0 if weights is None else weights[i][j]) for j, _ in rows]
-        policy = OBJECTIVES[objective].policy(r, [advantages[i][j] for j, _ in rows], weighted, opt)
+        of_sequence = [advantages[i][j] for j, _ in rows]
+        policy = OBJECTIVES[objective].policy(r, [logprobs[t] for _, t in rows], of_sequence, weighted, opt)
         units += policy.units
         sequence_log_ratio[i] = policy.units[0].log_ratio
         for (_, t), k, term, slope, x in zip(rows, weighted, policy.terms, policy.gradient, r, strict=True):

@@ -118,7 +118,9 @@ def _between(x, bound):
 def _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR: tl.constexpr):
     """(KL(pi || ref) at each token, its derivative by the log-probability)."""
     ref, ref_rest = _load_pair(ref_logprobs, at, counts)
-    gap = (ref - _finite(_load(logprobs, at, counts))) + ref_rest
+    gap = ref - _finite(_load(logprobs, at, counts))
+    if ref_logprobs.dtype.element_ty == tl.float64:
+        gap += ref_rest
     d = _between(gap, max_log_ratio)
     if ESTIMATOR == "k1":
         value, slope = -d, tl.zeros_like(d) + 1.0

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import LAYOUTS, LINEAR, OBJECTIVES, SHORT, Batch, arguments
+from batches import CLASSES, LAYOUTS, LINEAR, OBJECTIVES, SHORT, Batch, arguments
 from linear import Problem, check_same, from_hidden, from_logits, logits_of, problem
 from modes import DEVICE, by_backend, on_device, sized
-from test_autograd import CLASSES
 from torch import Tensor
 
 import gspo_kernels

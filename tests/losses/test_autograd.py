@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import oracle
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch, run, to_padded
+from batches import CLASSES, LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch, run, to_padded
 from checks import check_close, check_gradient, check_number, slack_by_row
 from modes import BACKENDS, DEFAULT_MODE, DEVICE, INTERPRETED, ON_GPU, by_backend, on_device
 from tolerances import TOLERANCES
@@ -353,14 +353,7 @@ def test_many_threads_at_once(backend: str) -> None:
             assert all(torch.equal(x, y) for x, y in zip(together, by_itself, strict=True))
 
 
-# --- the other doors: log-probs that are already there, objectives of one's own --------------------------------------
-
-CLASSES = {
-    "gspo": gspo_kernels.GSPO,
-    "gspo_token": gspo_kernels.GSPOToken,
-    "grpo": gspo_kernels.GRPO,
-    "ppo": gspo_kernels.PPO,
-}
+# --- log-probabilities that are given, objectives of one's own --------------------------------------------------------
 
 
 @by_objective

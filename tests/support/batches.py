@@ -10,8 +10,9 @@ import functools
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import oracle
@@ -21,19 +22,38 @@ from torch import Tensor
 
 import gspo_kernels
 
-PUBLIC: dict[str, Callable[..., Any]] = {
-    "gspo": gspo_kernels.gspo_loss,
-    "gspo_token": gspo_kernels.gspo_token_loss,
-    "grpo": gspo_kernels.grpo_loss,
-    "ppo": gspo_kernels.ppo_loss,
+OBJECTIVES = list(oracle.OBJECTIVES)
+CLASSES: dict[str, Any] = {  # by the oracle's names: GSPOToken is gspo_token
+    re.sub("(?<!^)(?=[A-Z][a-z])", "_", name).lower(): getattr(gspo_kernels, name)
+    for name in gspo_kernels.__all__
+    if isinstance(getattr(gspo_kernels, name), type)
+    and issubclass(getattr(gspo_kernels, name), gspo_kernels.Objective)
+    and name != "Objective"
 }
-LINEAR: dict[str, Callable[..., Any]] = {  # the same from hidden states
-    "gspo": gspo_kernels.linear_gspo_loss,
-    "gspo_token": gspo_kernels.linear_gspo_token_loss,
-    "grpo": gspo_kernels.linear_grpo_loss,
-    "ppo": gspo_kernels.linear_ppo_loss,
-}
-OBJECTIVES = list(PUBLIC)
+
+
+FIELDS = {each.name for kind in CLASSES.values() for each in fields(kind)}  # eps_low, dual_clip, ...
+
+
+def public_loss(objective: str, linear: bool) -> Callable[..., Any]:
+    """The objective's named loss. Without one: `policy_loss`, with what options are fields of the objective."""
+    prefix, kind = "linear_" if linear else "", CLASSES[objective]
+    named = getattr(gspo_kernels, f"{prefix}{objective}_loss", None)
+    if named is not None:
+        return named  # type: ignore[no-any-return]
+    general = getattr(gspo_kernels, f"{prefix}policy_loss")
+    names = {each.name for each in fields(kind)}
+
+    def loss(*arguments: Any, **options: Any) -> Any:
+        given = {name: options.pop(name) for name in FIELDS & options.keys()}
+        own = {name: value for name, value in given.items() if name in names}
+        return general(*arguments, objective=kind(**own), **options)
+
+    return loss
+
+
+PUBLIC = {objective: public_loss(objective, False) for objective in OBJECTIVES}
+LINEAR = {objective: public_loss(objective, True) for objective in OBJECTIVES}  # the same from hidden states
 LAYOUTS = ["padded", "packed"]
 
 # One entry a sequence, cycled: (multiple of the log clip edge, or "far", and the sign of the advantage).
@@ -193,7 +213,7 @@ def ragged_batch(
         kept = [t for t in range(ends[i], ends[i + 1]) if mask[t]]
         noise = [rng.gauss(0, 0.3) for _ in kept]
         for j, t in enumerate(kept):
-            if truth.policy is oracle.token_ratio:  # each token its own place about the window
+            if truth.of_tokens:  # each token its own place about the window
                 wanted[t] = log_ratio(PLAN[(i + j) % len(PLAN)][0])
             else:  # the mean over the sequence lands on its place
                 wanted[t] = log_ratio(k) + noise[j] - sum(noise) / len(noise)
@@ -211,7 +231,7 @@ def ragged_batch(
         batch.weights_by_token = weights == "token"
         batch.weights = torch.rand(n if batch.weights_by_token else s, generator=generator) * 2 + 0.1
     if not on_policy:
-        per_sequence = truth.policy is not oracle.token_ratio
+        per_sequence = not truth.of_tokens
         make_possible(batch, wanted, batch.sequences if per_sequence else [range(t, t + 1) for t in range(n)])
     logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
     if not on_policy:
