@@ -44,9 +44,9 @@ class Work:
     no_advantage: float = 0.0  # share of sequences whose advantage is zero
     clipped: float = 0.0  # share of the other sequences that are clipped
     inactive: float = 0.0  # masks take tails until this share of rows has a coefficient of zero
-    spread: float = 0.6  # log-ratios are uniform within +-spread clip ranges
+    far: bool = False  # log-ratios are 100 to 200 clip ranges: rounding cannot change which sequences are clipped
+    spread: float = 0.6  # otherwise they are uniform within +-spread clip ranges
     outside: float = 1 / 12  # share of tokens far outside, where the ratio is per token
-    far: bool = False  # sequences are 100 to 200 clip ranges away, so that rounding clips no other ones
 
     @property
     def ratio_per_token(self) -> bool:
@@ -245,7 +245,7 @@ class Problem:
         return self.case.work.products(self.active) * self.case.unit
 
     def exact_logits(self, rows: Tensor) -> Tensor:
-        """[rows] -> [rows, vocab], in float64, of logits that are given."""
+        """[rows] -> [rows, vocab], in float64."""
         case = self.case
         spare = rows // (case.rows // case.sequences) * case.spare if case.spare else 0
         return self.sampled.pristine[0][rows + spare].double()
@@ -309,6 +309,7 @@ def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
         ).float()
 
     shape = (rows,) if packed else (sequences, tokens)
+    leaves: tuple[Tensor, ...]
     if case.from_logits:
         logits = sampled.working[0].view(*((rows,) if packed else (sequences, tokens + case.spare)), case.vocab)
         leaves = ((logits[:, :tokens] if case.spare else logits).detach().requires_grad_(),)
@@ -344,7 +345,7 @@ def _log_ratios(
     clipped: list[int],
     generator: torch.Generator,
 ) -> Tensor:
-    """[rows] in float64. Drawn in clip ranges: no sequence is within 3% of a bound, which is 1 or -1."""
+    """[rows] in float64, drawn in units of the clip range: 1 and -1 are its bounds; no sequence is within 3% of one."""
 
     def uniform(size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64)
@@ -360,13 +361,15 @@ def _log_ratios(
         found = of_ranges(ranges)
         return torch.where(found < logprobs, of_ranges(ranges.abs()), found)  # no old log-probability is above 0
     if work.far:
-        ranges = -advantages.sign() * 100.0 * (1.0 + uniform(len(advantages)))  # where min() takes the ratio
+        ranges = (
+            -advantages.sign() * 100.0 * (1.0 + uniform(len(advantages)))
+        )  # on the side where min() takes the ratio
     ranges[clipped] = advantages[clipped].sign() * (150.0 if work.far else 5.0)
 
-    # A sequence's mean is its own; single tokens are off by noise, and nearly certain ones were hardly likelier before.
-    certain = (logprobs / -0.2).clamp(max=1.0)
-    share = certain / means(certain, mask, sequence_of, len(advantages)).clamp(min=1e-9)[sequence_of]
-    noise = torch.randn(len(mask), generator=generator, dtype=torch.float64) * 0.02 * certain
+    # The mean of a sequence is exact, its tokens have noise. A token of probability near 1 has a log-ratio near 0.
+    uncertain = (logprobs / -0.2).clamp(max=1.0)
+    share = uncertain / means(uncertain, mask, sequence_of, len(advantages)).clamp(min=1e-9)[sequence_of]
+    noise = torch.randn(len(mask), generator=generator, dtype=torch.float64) * 0.02 * uncertain
     noise = noise - means(noise, mask, sequence_of, len(advantages))[sequence_of] * share
     return of_ranges(ranges)[sequence_of] * share + noise
 

@@ -149,7 +149,7 @@ def _build(source: Path, target: Path) -> None:
     if built.returncode:
         raise SystemExit(f"the build of {source.name} failed:\n{built.stdout}{built.stderr}")
     shutil.copytree(REPOSITORY / "benchmarks", target / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
-    (target / "tests").mkdir()
+    (target / "tests").mkdir(exist_ok=True)
     shutil.copy2(REPOSITORY / "tests" / "oracle.py", target / "tests")
 
 

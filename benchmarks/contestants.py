@@ -52,7 +52,7 @@ def answer(
     logprobs: Callable[[], Tensor] | None = None,
     leaf: Tensor | None = None,
 ) -> Run:
-    """Loss and gradients; or, if the work has no gradient, `logprobs` or the loss alone, under `no_grad`.
+    """Loss and gradients. If the work has no gradient: the loss, from hidden states `logprobs`, under `no_grad`.
 
     `leaf`: what the loss starts from where that is not the logits but a buffer that they are the beginning of. The
     gradient of the loss by itself is made here, once: `autograd.grad` without one fills a tensor in every call, a
@@ -60,17 +60,18 @@ def answer(
     """
     root = torch.ones((), device=problem.token_ids.device)
     leaves = [x for x in problem.leaves if x.requires_grad] if leaf is None else [leaf]
+    value = loss if logprobs is None or problem.case.from_logits else logprobs
 
     def forward() -> Answer:
         with torch.no_grad():
-            return Answer((logprobs or loss)())
+            return Answer(value())
 
     def forward_backward() -> Answer:
-        value = loss()
-        gradients = torch.autograd.grad(value, leaves, root)
+        found = loss()
+        gradients = torch.autograd.grad(found, leaves, root)
         if leaf is not None:
             gradients = (gradients[0][:, : problem.logits.shape[1]],)
-        return Answer(value.detach(), gradients)
+        return Answer(found.detach(), gradients)
 
     return forward_backward if problem.case.work.gradient else forward
 
@@ -98,7 +99,7 @@ def ours(
         found: Tensor = function(*inputs, problem.advantages, problem.old_logprobs, **options).loss
         return found
 
-    return answer(problem, loss, None if from_logits else logprobs)
+    return answer(problem, loss, logprobs)
 
 
 # ---- torch
@@ -145,28 +146,24 @@ def torch_loss(problem: Problem, logprobs: Tensor) -> Tensor:
     )
 
 
-def on_logprobs(find: Callable[[], Callable[[Problem], Tensor]], loss: Loss = torch_loss) -> Callable[[Problem], Run]:
-    """A contestant from log-probabilities, which `find` imports, and a loss on top of them."""
+def on_logprobs(logprobs: Callable[[Problem], Tensor], loss: Loss = torch_loss) -> Callable[[Problem], Run]:
+    """What prepares a contestant that has its own log-probabilities, and a loss on top of them."""
 
     def prepare(problem: Problem) -> Run:
-        function = find()
-        _refuse_advantages_by_token(problem, loss)
-        return answer(problem, lambda: loss(problem, function(problem)), _logprobs_of(problem, function))
+        if loss is torch_loss:
+            _refuse_advantages_by_token(problem)
+        return answer(problem, lambda: loss(problem, logprobs(problem)), lambda: logprobs(problem))
 
     return prepare
 
 
-def _logprobs_of(problem: Problem, function: Callable[[Problem], Tensor]) -> Callable[[], Tensor] | None:
-    return None if problem.case.from_logits else lambda: function(problem)
-
-
-def _refuse_advantages_by_token(problem: Problem, loss: Loss) -> None:
-    if loss is torch_loss and problem.case.work.objective == "gspo_token":
+def _refuse_advantages_by_token(problem: Problem) -> None:
+    if problem.advantages.ndim == 2:
         raise Unfit("one advantage a response")
 
 
 def _compiled(problem: Problem) -> Run:
-    _refuse_advantages_by_token(problem, torch_loss)
+    _refuse_advantages_by_token(problem)
     torch.compiler.reset()  # one shape at a time: the next case compiles afresh instead of generalising this one
     sequence_of = None if problem.cu_seqlens is None else problem.sequence_of
     objective = problem.case.work.objective
@@ -177,11 +174,7 @@ def _compiled(problem: Problem) -> Run:
     options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
     loss, logprobs = torch.compile(whole, **options), torch.compile(torch_logprobs, **options)
     operands, inputs = (problem.leaves, problem.token_ids), (problem.advantages, problem.old_logprobs, problem.mask)
-    return answer(
-        problem,
-        lambda: loss(*operands, *inputs, sequence_of),
-        _logprobs_of(problem, lambda problem: logprobs(*operands)),
-    )
+    return answer(problem, lambda: loss(*operands, *inputs, sequence_of), lambda: logprobs(*operands))
 
 
 # ---- what bounds them
@@ -215,7 +208,7 @@ def _products(problem: Problem) -> Run:
 
 OVERWRITES = functools.partial(ours, overwrite_logits=True)
 EAGER = Contestant(
-    "eager", "torch eager", on_logprobs(lambda: lambda problem: torch_logprobs(problem.leaves, problem.token_ids))
+    "eager", "torch eager", on_logprobs(lambda problem: torch_logprobs(problem.leaves, problem.token_ids))
 )
 COMPILED = Contestant("compile", "torch.compile", _compiled, compiles=True)
 PRODUCTS = Contestant("products", "bare matrix products", _products)

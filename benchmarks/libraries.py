@@ -33,15 +33,17 @@ def materialised() -> Logprobs:
 
 
 def trl() -> Logprobs:
-    function = _find("trl.kernels", "ChunkedLogProbFunction")
-
     def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        found: Tensor = function.apply(
-            hidden.flatten(0, 1), weight, None, token_ids.flatten(), 1.0, _TRL_COLUMNS, None, 1.0, ()
-        )[0]
-        return found.view(token_ids.shape)
+        return _trl_chunked(hidden.flatten(0, 1), weight, token_ids.flatten()).view(token_ids.shape)
 
     return logprobs
+
+
+def _trl_chunked(hidden: Tensor, weight: Tensor, token_ids: Tensor, *outputs: str) -> Tensor:
+    """[N, D], [V, D], [N] -> [N]; `outputs`: what is computed besides."""
+    function = _find("trl.kernels", "ChunkedLogProbFunction")
+    found: Tensor = function.apply(hidden, weight, None, token_ids, 1.0, _TRL_COLUMNS, None, 1.0, outputs)[0]
+    return found
 
 
 def torch_chunked() -> Logprobs:
@@ -103,26 +105,18 @@ def trl_batch(problem: Problem) -> Tensor:
             problem.logits, problem.token_ids, entropy_requires_grad=False, row_mask=problem.mask
         )[0]
         return logprobs
-    (hidden, weight), mask, compact = problem.leaves, problem.mask, problem.mask.is_cuda
-    found: Tensor = _find("trl.kernels", "ChunkedLogProbFunction").apply(
-        hidden[mask] if compact else hidden.flatten(0, 1),
-        weight,
-        None,
-        problem.token_ids[mask] if compact else problem.token_ids.flatten(),
-        1.0,
-        _TRL_COLUMNS,
-        None,
-        1.0,
-        ("entropy",),
-    )[0]
-    if compact:
+    (hidden, weight), token_ids, mask = problem.leaves, problem.token_ids, problem.mask
+    if mask.is_cuda:
+        found = _trl_chunked(hidden[mask], weight, token_ids[mask], "entropy")
         return found.new_zeros(mask.shape).masked_scatter(mask, found)
+    found = _trl_chunked(hidden.flatten(0, 1), weight, token_ids.flatten(), "entropy")
     return found.view(mask.shape).masked_fill(~mask, 0)
 
 
 def verl_batch(problem: Problem) -> Tensor:
     if not problem.case.from_logits:
-        return verl()(*problem.leaves, problem.token_ids)
+        hidden, weight = problem.leaves
+        return verl()(hidden, weight, problem.token_ids)
     found: Tensor = _find("verl.utils.torch_functional", "logprobs_from_logits")(problem.logits, problem.token_ids)
     return found
 

@@ -22,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import libraries
 from .cases import (
     DENSE,
@@ -57,11 +59,11 @@ MEANINGS = {
 def _gspo_on(name: str, label: str, find: Callable[[], libraries.Logprobs], compiles: bool = False) -> Contestant:
     """A library's log-probabilities, and GSPO in torch on top."""
 
-    def of_problem() -> Callable[[Problem], Any]:
-        function = find()
-        return lambda problem: function(*problem.leaves, problem.token_ids)
+    def logprobs(problem: Problem) -> Tensor:
+        hidden, weight = problem.leaves
+        return find()(hidden, weight, problem.token_ids)
 
-    return Contestant(name, label, on_logprobs(of_problem), compiles=compiles)
+    return Contestant(name, label, on_logprobs(logprobs), compiles=compiles)
 
 
 OURS = Contestant("ours", "gspo-kernels", ours)

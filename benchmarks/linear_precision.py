@@ -28,6 +28,7 @@ import gspo_kernels
 
 from . import libraries
 from .cases import EPSILONS, SEED, exact_logprobs, likely_hidden
+from .contestants import Unfit
 from .race import words
 from .results import default_path, machine, newest, save, title
 
@@ -117,18 +118,14 @@ def measure(smoke: bool) -> dict[str, Any]:
     lengths: dict[str, Any] = {}
     absent: dict[str, str] = {}
     errors: dict[str, str] = {}
-    functions: dict[str, libraries.Logprobs] = {}
-    for name, (_, find) in CONTESTANTS.items():
-        try:
-            functions[name] = find()
-        except Exception as error:
-            absent[name] = words(error)
     for length, move in moves.items():
         torch.compiler.reset()
         moved, found = build(length, move, width, vocab), {}
-        for name, function in functions.items():
+        for name, (_, find) in CONTESTANTS.items():
             try:
-                found[name] = judge(moved, function)
+                found[name] = judge(moved, find())
+            except Unfit as error:
+                absent[name] = words(error)
             except Exception as error:
                 errors[name] = words(error)
         lengths[str(length)] = {

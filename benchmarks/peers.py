@@ -41,8 +41,8 @@ PAGE = REPOSITORY / "docs" / "peers.md"
 def _contestants(ours: Contestant, liger: Callable[[Problem], Run]) -> tuple[Contestant, ...]:
     return (
         ours,
-        Contestant("trl", "TRL", on_logprobs(lambda: libraries.trl_batch, libraries.trl_loss)),
-        Contestant("verl", "verl", on_logprobs(lambda: libraries.verl_batch, libraries.verl_loss)),
+        Contestant("trl", "TRL", on_logprobs(libraries.trl_batch, libraries.trl_loss)),
+        Contestant("verl", "verl", on_logprobs(libraries.verl_batch, libraries.verl_loss)),
         Contestant("liger", "Liger", liger),
         EAGER,
         COMPILED,
@@ -90,7 +90,9 @@ def measured(case: Case, device: str, smoke: bool) -> dict[str, Any]:
         "rows": case.rows,
         "unmasked": int(problem.mask.sum()),
         "contestants": found,
-        "absent": {name: o.absent or words(o.error) for name, o in outcomes.items() if o.absent or o.error},
+        "absent": {
+            name: words(o.error) if o.error else o.absent for name, o in outcomes.items() if o.error or o.absent
+        },
     }
 
 

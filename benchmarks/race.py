@@ -112,6 +112,7 @@ def admit(
         outcome = outcomes[contestant.name] = Outcome(absent=why_not(contestant))
         if outcome.absent:
             continue
+        answer = None
         try:
             run = contestant.prepare(problem)
             if contestant.compiles or warm_up:
@@ -128,13 +129,13 @@ def admit(
                     if not keep_wrong:
                         raise
                     outcome.wrong = str(error)
-            del answer
             runs.append((contestant, run))
         except (Unfit, ImportError) as error:
             outcome.absent = words(error)
         except Exception as error:  # whatever is wrong with one says nothing of the others
             note(error, outcome, meter)
         finally:
+            answer = None  # the next contestant's memory does not have this one's gradient in it
             problem.restore()
     return outcomes, runs
 
