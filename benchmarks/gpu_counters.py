@@ -67,7 +67,7 @@ def run(context: Context) -> bool:
     items = list(context.arguments)
     if "one_read" in items and not context.smoke and not hasattr(cuda_rows._native, "cuda_one_read"):
         items.remove("one_read")
-        context.put("counters", "one_read", value={"absent": cuda_rows.about()})
+        context.put("counters", "one_read", value={"absent": cuda_rows.describe()})
         context.finished("one_read")
     context.at(", ".join(items))
     if context.smoke:

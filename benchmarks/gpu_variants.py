@@ -142,7 +142,7 @@ def _restored(variants: dict[str, Use]) -> Iterator[None]:
 
 def _missing(device: str, kernel: str) -> str:
     if kernel != "one_read":
-        return triton_rows.missing() if device == "cuda" else ""
+        return triton_rows.unavailable_reason() if device == "cuda" else ""
     if not _cuda_variants():
         return "the extension has no prebuilt variants"
     try:

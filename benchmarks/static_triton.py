@@ -74,7 +74,7 @@ def prepare() -> str:
 # values of integers or the alignment of addresses. An argument that is missing here is a constant.
 ROW_TYPES = {
     "logits": "*T", "outer_stride": "i64", "inner_stride": "i64", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
-    "mask": "*u8", "temperature": "*fp32", "places": "*i64", "scale": "fp32", "scale_error": "fp32",
+    "mask": "*u8", "temperature": "*fp32", "row_indices": "*i64", "scale": "fp32", "scale_error": "fp32",
     "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
     "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
@@ -83,8 +83,8 @@ ROW_TYPES = {
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
     "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
-    "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "eps_low": "fp32", "eps_high": "fp32",
-    "dual_clip": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
+    "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "p0": "fp32", "p1": "fp32",
+    "p2": "fp32", "p3": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
     "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "token_advantages": "*fp32", "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
 }  # fmt: skip
@@ -104,7 +104,7 @@ class Variant:
 
 
 _ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
-_PLACED, _GRADIENTS = (*_ROWS, "places"), ("g_entropies", "g_lses", "factor")
+_PLACED, _GRADIENTS = (*_ROWS, "row_indices"), ("g_entropies", "g_lses", "factor")
 _FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
 _TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3"}
 _OPTIONAL = (
@@ -125,7 +125,7 @@ VARIANTS = (
     Variant("backward", "plain", (*_PLACED, "g_entropies", "g_lses", "factor", "counts"), loops=("write",)),
     Variant("backward", "entropy", (*_PLACED, "g_lses", "factor", "counts"), loops=("write",)),
     Variant("backward", "loss", (*_PLACED, "g_entropies", "g_lses"), loops=("write",)),
-    Variant("backward", "everything", ("places",), _BF16, loops=("write",)),
+    Variant("backward", "everything", ("row_indices",), _BF16, loops=("write",)),
     Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
     Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
@@ -160,14 +160,15 @@ def jobs(only: str = "") -> list[Job]:
 
 def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compiler's options and the constants that a kernel is launched with."""
-    from gspo_kernels.losses import triton_stage
+    from gspo_kernels.losses import clipped, triton_stage
     from gspo_kernels.rows import triton_rows
 
     kernel, nvidia = job.variant.kernel, job.target in NVIDIA
     if kernel in triton_stage.LAUNCH:
         of_stage = triton_stage.LAUNCH[kernel]
         options = {"num_warps": of_stage.num_warps, "enable_fp_fusion": True}
-        return options, {"BLOCK": of_stage.elements, **_TOKENS, **job.variant.constants}
+        term = clipped.clipped_term.compiled if "log_ratios" not in job.variant.absent else None
+        return options, {"BLOCK": of_stage.elements, "TERM": term, **_TOKENS, **job.variant.constants}
     layout = triton_rows.LAUNCH[kernel]
     element_size = ITEM_BYTES[job.dtype]
     sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)
@@ -181,10 +182,11 @@ def compile_kernel(job: Job) -> Any:
     from triton.compiler import ASTSource
 
     from gspo_kernels.losses import triton_stage_kernels
-    from gspo_kernels.rows import triton_kernels, triton_rows
+    from gspo_kernels.rows import triton_rows
 
     rows = job.variant.kernel in triton_rows.LAUNCH
-    function = getattr(triton_kernels if rows else triton_stage_kernels, f"{job.variant.kernel}_kernel")
+    kernel = job.variant.kernel
+    function = triton_rows.kernels()[kernel] if rows else getattr(triton_stage_kernels, f"{kernel}_kernel")
     options, constants = launch(job)
     types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}

@@ -1,5 +1,5 @@
-// The one extension module: addresses, sizes and a thread count in, nothing of torch's ABI, so that one build serves
-// any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (rows/operators.py).
+// The only extension module. It takes addresses, sizes and a thread count, and nothing of torch's ABI: one build works
+// with any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (rows/operators.py).
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -62,11 +62,11 @@ const InstructionSet& instruction_set() {
         &kAvx512, &kAvx2,
 #endif
         &kBaseline};
-    const char* wanted = std::getenv("GSPO_KERNELS_ISA");
+    const char* requested = std::getenv("GSPO_KERNELS_ISA");
     for (const InstructionSet* isa : all)
-      if (supported(isa->name) && (!wanted || !*wanted || std::string(wanted) == isa->name)) return *isa;
+      if (supported(isa->name) && (!requested || !*requested || std::string(requested) == isa->name)) return *isa;
     throw std::invalid_argument(std::string("GSPO_KERNELS_ISA: expected avx512, avx2 or baseline, as far as this "
-                                            "processor has them, got '") + wanted + "'");
+                                            "processor has them, got '") + requested + "'");
   }();
   return chosen;
 }
@@ -84,7 +84,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// One call's rows: the logits, what each row is asked about, and on how many threads.
+// One call's rows: the logits, the inputs of each row, and the number of threads.
 struct Rows {
   RowShape shape;
   RowInputs inputs;
@@ -93,11 +93,11 @@ struct Rows {
 
   Rows(const std::string& dtype, uintptr_t logits, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
        int64_t inner_stride, uintptr_t token_ids, uintptr_t mask, double temperature, uintptr_t row_temperature,
-       uintptr_t places, int threads)
+       uintptr_t row_indices, int threads)
       : shape{outer * inner, inner, vocab},
         inputs{{pointer<char>(logits), outer_stride, inner_stride}, pointer<const int64_t>(token_ids),
                pointer<const bool>(mask), pointer<const float>(row_temperature), temperature,
-               pointer<const int64_t>(places)},
+               pointer<const int64_t>(row_indices)},
         kernels(&::kernels(dtype)),
         threads(threads) {
     if (outer < 0 || inner < 0 || vocab < 1) throw std::invalid_argument("rows: sizes out of range");
@@ -147,8 +147,8 @@ struct Rows {
   }
 };
 
-// Page faults on a fresh gradient cost more than the arithmetic: ask for 2 MiB pages before anything touches it.
-void ask_for_huge_pages(uintptr_t address, size_t bytes) {
+// Page faults on a newly allocated gradient cost more than the arithmetic: request 2 MiB pages before the first write.
+void request_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
@@ -168,7 +168,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
   m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
-  m.def("ask_for_huge_pages", &ask_for_huge_pages, py::arg("address"), py::arg("bytes"));
+  m.def("request_huge_pages", &request_huge_pages, py::arg("address"), py::arg("bytes"));
 
   using released = py::call_guard<py::gil_scoped_release>;
   py::class_<Rows>(m, "Rows")
@@ -176,7 +176,8 @@ PYBIND11_MODULE(_native, m) {
                     double, uintptr_t, uintptr_t, int>(),
            py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
-           py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("places") = 0, py::arg("threads") = 1)
+           py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("row_indices") = 0,
+           py::arg("threads") = 1)
       .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"))
       .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),

@@ -1,4 +1,4 @@
-// What the row kernels take and give: addresses, sizes and strides. Shared by processors and the bindings.
+// Inputs and outputs of the row kernels: addresses, sizes and strides. Shared by the CPU, the GPU and the bindings.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,10 @@ struct RowShape {
 struct RowInputs {
   LogitsView logits;
   const int64_t* token_ids;
-  const bool* mask;              // absent: every row counts
+  const bool* mask;              // absent: every row is active
   const float* row_temperature;  // absent: `temperature` for every row
   double temperature;
-  const int64_t* places;  // for the gradient alone: row i is row places[i] of the logits; absent: row i
+  const int64_t* row_indices;  // of `backward` alone: row i is row row_indices[i] of the logits; absent: row i
 };
 
 struct RowOutputs {

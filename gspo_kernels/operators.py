@@ -11,6 +11,8 @@ recompiles nothing. Fakes, `save` and `backward` see NaN in their place: what th
 
 A class that is no dataclass says how it travels: `packed()` returns a string, a number or a value, and the static
 method `unpacked` rebuilds the object from it.
+
+`save_values` keeps values for a backward, and `saved_values` returns them there.
 """
 
 from __future__ import annotations
@@ -105,6 +107,12 @@ class Operator(Generic[Output]):
         leaves = [leaf for spec in self._specs for leaf in _leaves(spec)]
         self._names = tuple(leaf.name for leaf in leaves)
         self._has_numbers = any(_has_float(spec) for spec in self._specs)
+        # What a direct call needs: the first tensor, the operands, what is written to.
+        first = next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)
+        self._direct_names = list(dict.fromkeys((first, *operands, *mutates)))
+        names = iter(self._names)
+        step_of = {next(names): step for step in self._steps if step[2] != "float"}
+        self._direct_steps = tuple(step_of[name] for name in self._direct_names)
         arguments = [_declared(leaf, leaf.name in mutates) for leaf in leaves]
         arguments += ["Tensor numbers"] if self._has_numbers else []
         count = 0 if result in (None, type(None)) else len(self._tuple._fields) if self._tuple is not None else 1
@@ -117,9 +125,11 @@ class Operator(Generic[Output]):
             self.operator.register_autograd(self._derivative, setup_context=self._remember)
 
     def __call__(self, *values: Any) -> Output:
+        if self._direct:
+            tensors, _ = _flatten(self._direct_steps, values)
+            if not watched(tensors[0]):
+                return self._called(values, tensors)
         given, numbers = _flatten(self._steps, values)
-        if self._direct and not watched(next(x for x in given if isinstance(x, Tensor))):
-            return self._called(values, given)
         if self._has_numbers:
             given.append(run_time_list(numbers))
         found = self.operator(*given)
@@ -127,8 +137,8 @@ class Operator(Generic[Output]):
 
     # ---- as a plain function
 
-    def _called(self, values: Sequence[Any], given: Sequence[Any]) -> Output:
-        named = dict(zip(self._names, given, strict=True))
+    def _called(self, values: Sequence[Any], tensors: Sequence[Any]) -> Output:
+        named = dict(zip(self._direct_names, tensors, strict=True))
         if self._backward is None or not torch.is_grad_enabled():
             with torch.no_grad():
                 found = self.body(*values)
@@ -189,6 +199,55 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         return None, None, *ctx.operator.gradients(ctx, upstream)
+
+
+# ---- values between a forward and its backward
+
+
+def save_values(ctx: Any, **values: Any) -> None:
+    """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`."""
+    tensors: list[Tensor] = []
+    ctx.values = {name: _without_tensors(value, tensors) for name, value in values.items()}
+    ctx.save_for_backward(*tensors)
+
+
+def saved_values(ctx: Any) -> dict[str, Any]:
+    """What `save_values` kept, by name."""
+    tensors = ctx.saved_tensors
+    return {name: _with_tensors(value, tensors) for name, value in ctx.values.items()}
+
+
+class _Saved(NamedTuple):
+    """Stands for a saved tensor."""
+
+    position: int
+
+
+class _Parts(NamedTuple):
+    """Stands for a dataclass or a named tuple."""
+
+    type: Any
+    fields: dict[str, Any]
+
+
+def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Saved(len(tensors) - 1)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _Parts(type(value), {n: _without_tensors(x, tensors) for n, x in zip(value._fields, value, strict=True)})
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return _Parts(type(value), {f.name: _without_tensors(getattr(value, f.name), tensors) for f in fields})
+    return value
+
+
+def _with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(value, _Saved):
+        return tensors[value.position]
+    if isinstance(value, _Parts):
+        return value.type(**{name: _with_tensors(part, tensors) for name, part in value.fields.items()})
+    return value
 
 
 # ---- how types are declared

@@ -25,7 +25,7 @@ struct View {  // [outer, inner, vocab] numbers
 }  // namespace
 
 void bind(py::module_& m) {
-  m.def("cuda_missing", &missing, py::arg("device"));
+  m.def("cuda_unavailable_reason", &unavailable_reason, py::arg("device"));
   m.def("cuda_release", &release);
   m.def("cuda_variants", &variants);
   m.def("cuda_use_variant", &use_variant, py::arg("name"));

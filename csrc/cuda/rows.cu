@@ -176,7 +176,7 @@ std::string release() {
   return words(built);
 }
 
-std::string missing(int device) {
+std::string unavailable_reason(int device) {
   int driver = 0, built = 0;
   check(cudaRuntimeGetVersion(&built), "cudaRuntimeGetVersion");
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";

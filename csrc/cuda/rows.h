@@ -1,4 +1,4 @@
-// The GPU's row kernels as the bindings see them: nothing of CUDA's headers.
+// The interface of the GPU's row kernels, without CUDA's headers.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct TokenClip {
   double eps_low, eps_high, dual_clip, max_log_ratio;  // dual_clip: infinity for none
 };
 
-// Statistics of each row and its gradient, for a coefficient that depends on the row alone. Addresses are of the device.
+// Statistics of each row and its gradient, where the gradient depends on this row alone. Addresses are of the device.
 struct OneRead {
   RowShape shape;
   RowInputs in;
@@ -38,7 +38,7 @@ struct Layout {
 };
 
 // Why no kernel can run on this device; empty if they can.
-std::string missing(int device);
+std::string unavailable_reason(int device);
 
 // The CUDA release that the kernels were built with, such as "13.0".
 std::string release();

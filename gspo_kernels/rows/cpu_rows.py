@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 
 from .extension import why_missing
-from .types import KERNEL_DTYPES, Rows, RowStats, Upstream, address, empty_stats
+from .types import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
+from .types import scaled_logits as scaled_logits
 
 try:
     import gspo_kernels._native as _native
 
-    _missing = ""
+    _unavailable_reason = ""
 except ImportError as error:
-    _missing = why_missing(error)
+    _unavailable_reason = why_missing(error)
 
 name = "native"
+honours: frozenset[str] = frozenset({"row_indices"})
+has_kernels = True
+runs_stage_in_triton = False
+clips_rows = False
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
     reasons = []
-    if _missing:
-        reasons.append(_missing)
+    if _unavailable_reason:
+        reasons.append(_unavailable_reason)
     if logits.device.type != "cpu":
         reasons.append(f"logits are on {logits.device}, these kernels run on the CPU")
     if logits.dtype not in KERNEL_DTYPES:
@@ -33,18 +38,22 @@ def unsupported_reasons(logits: Tensor) -> list[str]:
     return reasons
 
 
-def about() -> str:
-    return "C++, not installed" if _missing else f"C++, {_native.instruction_set()}"
+def reason_not_default(logits: Tensor) -> str:
+    return ""
 
 
-def missing() -> str:
-    """Why the extension is not there; empty if it is."""
-    return _missing
+def describe() -> str:
+    return "C++, not installed" if _unavailable_reason else f"C++, {_native.instruction_set()}"
+
+
+def unavailable_reason() -> str:
+    """Why the extension cannot be used on any logits; empty if it can."""
+    return _unavailable_reason
 
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has units for products of bf16 matrices."""
-    return not _missing and bool(_native.multiplies_bfloat16())
+    return not _unavailable_reason and bool(_native.multiplies_bfloat16())
 
 
 def forward(rows: Rows) -> RowStats:
@@ -57,7 +66,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     if gradient.dtype not in (rows.logits.dtype, torch.bfloat16):
         raise ValueError(f"gradient: expected {rows.logits.dtype} or bfloat16; got {gradient.dtype}")
     if gradient.data_ptr() != rows.logits.data_ptr():
-        _fresh(gradient)
+        _request_huge_pages(gradient)
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(
@@ -72,9 +81,10 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     )
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+    assert clip is None
     stats = empty_stats(rows.logits)
-    _fresh(gradient)
+    _request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(
         **_stats(stats),
@@ -87,31 +97,33 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowSta
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    _native.Rows(**_place(values)).scale(float(factor))  # a CPU tensor: reading it waits for nothing
+    outer, inner, columns = values.shape
+    view = _view(values, outer, inner, columns)
+    _native.Rows(**view).scale(float(factor))  # a CPU tensor: reading it waits for nothing
 
 
 def _bind(rows: Rows) -> _native.Rows:
+    """The rows as the kernels take them."""
     per_row = rows.temperature.ndim > 0
-    place = _place(rows.logits)
-    place["outer"], place["inner"] = rows.token_ids.shape
+    outer, inner = rows.token_ids.shape
     return _native.Rows(
+        **_view(rows.logits, outer, inner, rows.vocab_size),
         token_ids=rows.token_ids.data_ptr(),
         mask=address(rows.mask),
         temperature=1.0 if per_row else float(rows.temperature),
         row_temperature=address(rows.temperature if per_row else None),
-        places=address(rows.places),
-        **place,
+        row_indices=address(rows.row_indices),
     )
 
 
-def _place(logits: Tensor) -> dict[str, Any]:
-    """Where [outer, inner, vocab] numbers lie, and on how many threads to visit them."""
+def _view(logits: Tensor, outer: int, inner: int, vocab: int) -> dict[str, Any]:
+    """Address, sizes and strides of [outer, inner, vocab] numbers, and on how many threads to visit them."""
     return {
         "dtype": KERNEL_DTYPES[logits.dtype],
         "logits": logits.data_ptr(),
-        "outer": logits.shape[0],
-        "inner": logits.shape[1],
-        "vocab": logits.shape[2],
+        "outer": outer,
+        "inner": inner,
+        "vocab": vocab,
         "outer_stride": logits.stride(0),
         "inner_stride": logits.stride(1),
         "threads": torch.get_num_threads(),
@@ -122,6 +134,7 @@ def _stats(stats: RowStats) -> dict[str, int]:
     return {name: array.data_ptr() for name, array in stats._asdict().items()}
 
 
-def _fresh(gradient: Tensor) -> None:
+def _request_huge_pages(gradient: Tensor) -> None:
+    """Page faults on a newly allocated gradient cost more than the arithmetic."""
     storage = gradient.untyped_storage()
-    _native.ask_for_huge_pages(storage.data_ptr(), storage.nbytes())
+    _native.request_huge_pages(storage.data_ptr(), storage.nbytes())

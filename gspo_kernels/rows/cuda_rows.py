@@ -1,7 +1,7 @@
 """The CUDA C++ row kernel (csrc/cuda/): statistics and gradient in one read of the logits, on NVIDIA GPUs.
 
-It serves where a row's coefficient depends on no other row: on-policy losses, and losses with a ratio per token (GRPO,
-PPO). All else is Triton's, which is bound by memory there as well.
+It runs where the gradient of a row depends on no other row: for on-policy losses, and for losses with a ratio per token
+(GRPO, PPO). For everything else this backend calls the Triton kernels, which are bound by memory there as well.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from . import cpu_rows, triton_rows
-from .triton_rows import backward, forward, scale
+from .triton_rows import backward as backward
+from .triton_rows import forward as forward
+from .triton_rows import scale as scale
+from .triton_rows import scaled_logits as scaled_logits
 from .types import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
-
-__all__ = ["about", "backward", "forward", "forward_backward", "missing", "name", "scale", "unsupported_reasons"]
 
 try:
     _native: ModuleType | None = importlib.import_module("gspo_kernels._native")
@@ -26,41 +27,45 @@ except ImportError:
     _native = None
 
 name = "cuda"
+honours: frozenset[str] = frozenset({"row_indices"})  # `backward` is Triton's
+has_kernels = True
+runs_stage_in_triton = True
+clips_rows = True
 
-# GPUs on which `make gpu` found it ahead of Triton in every one-read case: there it runs unasked. The results are in
-# benchmarks/results/, and a test holds the two together.
+# GPUs on which `make gpu` measured it to be faster than Triton in every one-read case: there it is the default. The
+# results are in benchmarks/results/; a test checks that this set agrees with them.
 FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"})
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
     if not _built():
-        if cpu_rows.missing():
+        if cpu_rows.unavailable_reason():
             return ["the CUDA kernels are part of the C++ extension, which is missing: see native"]
         return ["the CUDA kernels were not built; reinstall with nvcc on PATH (GSPO_KERNELS_CUDA=1 tells what fails)"]
     if not _serves(logits.device):
         return [f"logits are on {logits.device}, these kernels run on NVIDIA GPUs"]
     reasons = triton_rows.unsupported_reasons(logits)
-    return [missing(logits.device), *reasons] if missing(logits.device) else reasons
+    unavailable = unavailable_reason(logits.device)
+    return [unavailable, *reasons] if unavailable else reasons
 
 
-def about() -> str:
+def describe() -> str:
     return f"CUDA C++, {_native.cuda_release()}" if _native is not None and _built() else "CUDA C++, not built"
 
 
 @torch.compiler.assume_constant_result
-def missing(device: torch.device) -> str:
+def unavailable_reason(device: torch.device) -> str:
     """Why kernels that were built cannot run on a GPU; empty if they can."""
-    return _missing(device.index or 0) if _built() and _serves(device) else ""
+    return _unavailable_reason(device.index or 0) if _built() and _serves(device) else ""
 
 
-def not_preferred(logits: Tensor) -> str:
-    """Why it does not run unless it is named; empty if it does."""
+def reason_not_default(logits: Tensor) -> str:
     unmeasured: str = _unmeasured(logits.device)
     if unmeasured or torch.compiler.is_compiling() or _aligned(logits):  # compiled losses do not take one pass
         return unmeasured
     return (
-        "could run; not all rows begin on 16-byte boundaries, where alone a row has the same bits in every batch; by "
-        "Triton it always has (backend='cuda' runs it)"
+        "could run; not all rows begin on 16-byte boundaries. There a row's bits would depend on its position in the "
+        "batch; with Triton they never do (backend='cuda' runs it)"
     )
 
 
@@ -71,7 +76,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     stats, counts = empty_stats(rows.logits), upstream.counts
     assert _native is not None and upstream.logprobs is not None
     tickets = upstream.tickets
-    if tickets is None or tickets.numel() == 0:  # a batch of no sequences has none to spare
+    if tickets is None or tickets.numel() == 0:  # empty in a batch without sequences
         tickets = torch.zeros(1, dtype=torch.int32, device=rows.logits.device)
     per_row = rows.temperature.ndim > 0
     with triton_rows.on_device(rows.logits):
@@ -80,7 +85,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
             logits=_view(rows.logits),
             outer=rows.token_ids.shape[0],
             inner=rows.token_ids.shape[1],
-            vocab=rows.logits.shape[2],
+            vocab=rows.vocab_size,
             token_ids=rows.token_ids.data_ptr(),
             mask=address(rows.mask),
             temperature=1.0 if per_row else float(rows.temperature),
@@ -133,22 +138,21 @@ def _unmeasured(device: torch.device) -> str:
 
 
 def _aligned(logits: Tensor) -> bool:
-    """Whether rows begin on 16-byte boundaries, whatever their number: a batch of one row is like all others."""
-    places = (logits.storage_offset(), *logits.stride()[:-1])
-    return all(place * logits.element_size() % 16 == 0 for place in places)
+    """Whether rows begin on 16-byte boundaries, for any number of rows: the answer is the same for a batch of one."""
+    elements = (logits.storage_offset(), *logits.stride()[:-1])
+    return all(count * logits.element_size() % 16 == 0 for count in elements)
 
 
 def _serves(device: torch.device) -> bool:
-    """GPUs; this machine, where tests have the kernels run as threads of it (tests/support/gpu_on_host)."""
+    """NVIDIA GPUs; the CPU where tests run the kernels as threads of it (tests/support/gpu_on_host)."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia or hasattr(_native, "latest_launch")
 
 
 @functools.cache
-def _missing(device: int) -> str:
+def _unavailable_reason(device: int) -> str:
     assert _native is not None
-    with (
-        torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
-    ):  # asking makes it current
-        found: str = _native.cuda_missing(device)
+    restored = torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
+    with restored:  # the query makes the device the current one
+        found: str = _native.cuda_unavailable_reason(device)
     return found

@@ -1,12 +1,10 @@
-"""Which implementation runs: the one the caller names, or the first of the list that takes the logits.
-
-The CUDA kernels are asked only on GPUs where they were measured to be faster.
-"""
+"""Which backend runs: the one that the caller names, or the first of the list that supports the rows."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Collection
 from typing import Protocol
 
 from torch import Tensor
@@ -14,23 +12,46 @@ from torch import Tensor
 from .. import checks
 from ..devices import check_float64
 from . import cpu_rows, cuda_rows, torch_rows, triton_rows
-from .types import Rows, RowStats, Upstream
+from .types import Rows, RowStats, TokenClip, Upstream
 
 
 class Backend(Protocol):
     """One implementation of the row work; a module with these names."""
 
     name: str
+    honours: frozenset[str]  # the optional fields of `Rows` that it computes with
+    has_kernels: bool  # False: plain torch, many times slower
+    runs_stage_in_triton: bool  # whether Triton runs beside it, and with it the token stage of the named losses
+    clips_rows: bool  # whether `forward_backward` supports `clip`
 
-    def about(self) -> str: ...
-    def unsupported_reasons(self, logits: Tensor) -> list[str]: ...
-    def forward(self, rows: Rows) -> RowStats: ...
-    def backward(self, rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None: ...
-    def forward_backward(self, rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats: ...
-    def scale(self, values: Tensor, factor: Tensor) -> None: ...
+    def describe(self) -> str:
+        """What it is made of, and its version."""
+
+    def unsupported_reasons(self, logits: Tensor) -> list[str]:
+        """Why it cannot take these logits; empty if it can."""
+
+    def reason_not_default(self, logits: Tensor) -> str:
+        """Why it runs only if the caller names it, although it could take these logits; empty if it is a default."""
+
+    def forward(self, rows: Rows) -> RowStats:
+        """Statistics of each row."""
+
+    def backward(self, rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
+        """Writes the gradient of the logits, columns of the padding left out. `stats`: what `forward` returned."""
+
+    def forward_backward(
+        self, rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None
+    ) -> RowStats:
+        """Both at once, for an upstream gradient that is known beforehand: that of the log-probabilities alone."""
+
+    def scale(self, values: Tensor, factor: Tensor) -> None:
+        """Multiplies [outer, inner, columns] values in place by a 0-d tensor."""
+
+    def scaled_logits(self, rows: Rows, logits: Tensor) -> Tensor:
+        """One logit of each row, divided by the temperature as in this backend's lse; float64."""
 
 
-BACKENDS: tuple[Backend, ...] = (cuda_rows, triton_rows, cpu_rows, torch_rows)  # the last takes everything
+BACKENDS: tuple[Backend, ...] = (cuda_rows, triton_rows, cpu_rows, torch_rows)  # the last supports everything
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 
@@ -39,43 +60,59 @@ def check_name(backend: str | None) -> None:
         checks.choice("backend", backend, NAMES)
 
 
-def choose(logits: Tensor, backend: str | None) -> Backend:
-    """The backend to run. Raises ValueError with every reason if the one named cannot take these logits."""
+def backend_for(rows: Rows, backend: str | None) -> Backend:
+    return choose(rows.logits, backend, rows.fields_set())
+
+
+def choose(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> Backend:
+    """The backend to run. Raises ValueError with every reason if the named one does not support these rows.
+
+    Args:
+        fields: optional fields of `Rows` that the backend must honour.
+    """
     check_float64(logits.device)
-    chosen = _pick(logits, backend)
-    if backend is None and chosen is torch_rows:
-        missing = _missing(logits.device.type)
-        if missing:
-            _warn(f"gspo_kernels runs on plain torch, many times slower: {missing}")
-    if backend is None and (missing := cuda_rows.missing(logits.device)):
-        _warn(f"gspo_kernels does without its CUDA kernels: {missing}")
+    chosen = _pick(logits, backend, fields)
+    if backend is None:
+        if not chosen.has_kernels and (reason := _no_kernels_reason(logits, fields)):
+            _warn(f"gspo_kernels runs on plain torch, many times slower: {reason}")
+        if reason := cuda_rows.unavailable_reason(logits.device):
+            _warn(f"gspo_kernels does without its CUDA kernels: {reason}")
     return chosen
 
 
-def by_triton(backend: Backend) -> bool:
-    """Whether what is not its own it leaves to Triton."""
-    return backend in (triton_rows, cuda_rows)
-
-
-def _pick(logits: Tensor, backend: str | None) -> Backend:
+def _pick(logits: Tensor, backend: str | None, fields: Collection[str]) -> Backend:
     if backend is None:
-        able = (candidate for candidate in BACKENDS if not candidate.unsupported_reasons(logits))
-        return next(each for each in able if each is not cuda_rows or not cuda_rows.not_preferred(logits))
+        able = (candidate for candidate in BACKENDS if not _unsupported_reasons(candidate, logits, fields))
+        return next(candidate for candidate in able if not candidate.reason_not_default(logits))
     chosen = BACKENDS[NAMES.index(backend)]
-    reasons = chosen.unsupported_reasons(logits)
+    reasons = _unsupported_reasons(chosen, logits, fields)
     if reasons:
         raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}")
     return chosen
 
 
-def _missing(device: str) -> str:
-    """Why no kernel runs on a type of device; empty if one does. On meta tensors nothing runs."""
+def _unsupported_reasons(backend: Backend, logits: Tensor, fields: Collection[str]) -> list[str]:
+    reasons = backend.unsupported_reasons(logits)
+    for field in fields:
+        if field not in backend.honours:
+            able = [repr(other.name) for other in BACKENDS if field in other.honours]
+            reasons = [*reasons, f"it does not support {field}; {' and '.join(able) or 'no backend'} does"]
+    return reasons
+
+
+def _no_kernels_reason(logits: Tensor, fields: Collection[str]) -> str:
+    """Why no kernel runs on a type of device, or with these fields; empty if one does. On meta tensors nothing runs."""
+    device = logits.device.type
+    for backend in BACKENDS:
+        missing = [field for field in fields if field not in backend.honours]
+        if missing and backend.has_kernels and not backend.unsupported_reasons(logits):
+            return f"{backend.name!r} does not support {', '.join(missing)}"
     if device == "meta":
         return ""
     if device == "cpu":
-        return cpu_rows.missing()
+        return cpu_rows.unavailable_reason()
     if device == "cuda":
-        return triton_rows.missing()
+        return triton_rows.unavailable_reason()
     return f"logits are on {device}; there are kernels for CPUs, NVIDIA GPUs and AMD GPUs (which torch calls cuda)"
 
 
@@ -84,17 +121,14 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def compare(logits: Tensor, backend: str | None) -> str:
-    """Which backend runs for these logits, and why not the others."""
-    chosen = _pick(logits, backend)
-    why = "as asked" if backend is not None else "the first that takes these logits"
-    lines = [f"{chosen.name} ({chosen.about()}): runs, {why}"]
+def compare(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> str:
+    """Which backend runs for these logits, and why the others do not."""
+    chosen = _pick(logits, backend, fields)
+    why = "as requested" if backend is not None else "the first that takes these logits"
+    lines = [f"{chosen.name} ({chosen.describe()}): runs, {why}"]
     for other in BACKENDS:
-        if other is chosen:
-            continue
-        reasons = other.unsupported_reasons(logits)
-        if not reasons:
-            unmeasured = cuda_rows.not_preferred(logits) if other is cuda_rows else ""
-            reasons = [unmeasured or "could run, not chosen"]
-        lines.append(f"{other.name} ({other.about()}): {'; '.join(reasons)}")
+        if other is not chosen:
+            reasons = _unsupported_reasons(other, logits, fields)
+            reasons = reasons or [other.reason_not_default(logits) or "could run, not chosen"]
+            lines.append(f"{other.name} ({other.describe()}): {'; '.join(reasons)}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """The vocabulary-sized work as torch operators: log-probability, entropy and logsumexp of each row, differentiable.
 
-Everything above calls `row_stats` or, where the gradient is known before a logit is read, `row_stats_and_gradient`.
+The layers above call `row_stats` or, where the gradient is known before a logit is read, `row_stats_and_gradient`.
 Both run operators of `torch.library`, so torch's dispatcher, `torch.compile` and CUDA graphs see them; the operators
-pick a backend. Values that only a read can check (token ids, temperatures) are checked here: always on the CPU, on a
-GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
+choose a backend. Values that have to be read to be checked (token ids, temperatures) are checked here: always on the
+CPU, on a GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
 """
 
 from __future__ import annotations
@@ -15,187 +15,119 @@ from torch import Tensor
 
 from ..autograd import edge_of, first_derivative, refuse_second_backward
 from ..checks import may_read, watched
-from .dispatch import choose
-from .types import Rows, RowStats, Upstream, empty_stats
+from ..operators import Operator, save_values, saved_values
+from .dispatch import backend_for, choose
+from .types import RowOptions, Rows, RowStats, Upstream, empty_stats
 
 FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, for error messages
 
-# Row arrays are [outer, inner]. Columns of the logits from `vocab_size` on are padding: not read, gradient 0.
+needs_operators = watched  # whether a compiler, a transform or a fake tensor has to see these logits in an operator
 
 
-@torch.library.custom_op("gspo_kernels::row_stats", mutates_args=())
-def _row_stats(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    overwrite_logits: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
+# ---- statistics
+
+
+def _row_stats(rows: Rows, options: RowOptions) -> RowStats:
     check_values(rows)
-    return choose(logits, backend).forward(rows)
+    return backend_for(rows, options.backend).forward(rows)
 
 
-@_row_stats.register_fake
-def _(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    overwrite_logits: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_stats(logits)
+def _save(ctx: Any, stats: RowStats, rows: Rows, options: RowOptions) -> None:
+    save_values(ctx, rows=rows, options=options, stats=stats)
 
 
-def _write_gradient(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    factor: Tensor | None,
-    counts: Tensor | None,
-    gradient: Tensor,
-    backend: str | None,
-) -> None:
-    rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
-    g_l, g_h, g_lse = (None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse))
-    stats, upstream = RowStats(logprobs, entropy, lse), Upstream(g_l, g_h, g_lse, factor, counts)
-    choose(logits, backend).backward(rows, stats, upstream, unpadded(gradient, vocab_size))
+def _gradient_of_stats(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
+) -> dict[str, Tensor | None]:
+    saved = saved_values(ctx)
+    rows, options = saved["rows"], saved["options"]
+    if options.overwrite_logits:
+        refuse_second_backward(ctx, FROM_LOGITS)
+    gradient = gradient_buffer(rows.logits, options.overwrite_logits)
+    row_gradient(rows, saved["stats"], Upstream(grad_logprobs, grad_entropy, grad_lse), gradient, options.backend)
+    return {"logits": first_derivative(gradient, FROM_LOGITS, rows.logits, grad_logprobs, grad_entropy, grad_lse)}
 
 
-_row_gradient = torch.library.custom_op("gspo_kernels::row_gradient_", _write_gradient, mutates_args=("gradient",))
+row_stats = Operator(
+    "row_stats",
+    _row_stats,
+    fake=lambda rows, options: empty_stats(rows.logits),
+    save=_save,
+    backward=_gradient_of_stats,
+    operands=("logits",),
+    direct=True,
+)
 
 
-@_row_gradient.register_fake
-def _(*args: Any, **kwargs: Any) -> None:
-    return None
+# ---- gradient
 
 
-def row_gradient(*arguments: Any) -> None:
-    """`_write_gradient` as an operator, or called directly in a backward that nothing traces."""
-    logits, gradient = arguments[0], arguments[-2]
+def _row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor, backend: str | None) -> None:
+    zero_padding(gradient, rows.vocab_size)
+    backend_for(rows, backend).backward(rows, stats, upstream.contiguous(), gradient)
+
+
+_row_gradient_ = Operator("row_gradient_", _row_gradient, fake=lambda *values: None, mutates=("gradient",), direct=True)
+
+
+def row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor, backend: str | None) -> None:
+    """Writes the gradient of all columns; those of the padding are zero. Not differentiable."""
     with torch.no_grad():
-        if needs_operators(logits):
-            _row_gradient(*arguments)
-        else:
-            _write_gradient(*arguments)
-            torch.autograd.graph.increment_version(gradient)
+        _row_gradient_(rows, stats, upstream, gradient, backend)
 
 
-@torch.library.custom_op("gspo_kernels::row_stats_and_gradient_", mutates_args=("gradient",))
-def _row_stats_and_gradient(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    grad_logprobs: Tensor,
-    counts: Tensor | None,
-    gradient: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = rows_of(logits, token_ids, mask, temperature, vocab_size)
-    check_values(rows)
-    upstream = Upstream(grad_logprobs.contiguous(), counts=counts)
-    return choose(logits, backend).forward_backward(rows, upstream, unpadded(gradient, vocab_size))
-
-
-@_row_stats_and_gradient.register_fake
-def _(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    grad_logprobs: Tensor,
-    counts: Tensor | None,
-    gradient: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_stats(logits)
-
-
-@torch.library.custom_op("gspo_kernels::scale_", mutates_args=("values",))
-def scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
-    choose(values, backend).scale(values, factor)
-
-
-@scale.register_fake
-def _(values: Tensor, factor: Tensor, backend: str | None) -> None:
-    return None
-
-
-def rows_of(logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab_size: int) -> Rows:
-    """Without the columns of the padding."""
-    columns = logits if vocab_size == logits.shape[-1] else logits[..., :vocab_size]
-    return Rows(columns, token_ids, mask, temperature)
-
-
-def unpadded(gradient: Tensor, vocab_size: int) -> Tensor:
-    """The columns of the vocabulary; those of the padding are set to zero."""
-    if vocab_size == gradient.shape[-1]:
-        return gradient
-    gradient[..., vocab_size:].zero_()
-    return gradient[..., :vocab_size]
-
-
-def needs_operators(logits: Tensor) -> bool:
-    """Whether work on these logits has to run as an operator: a compiler, a transform or a fake tensor watches it.
-
-    Elsewhere it is called directly: the dispatcher and its wrappers in Python take 0.1 ms of the host's time.
-    """
-    return watched(logits)
-
-
-# ---- autograd
-
-
-def room_for_gradient(logits: Tensor, overwrite: bool) -> Tensor:
+def gradient_buffer(logits: Tensor, overwrite: bool) -> Tensor:
     if overwrite:
-        return logits.detach()  # shares their version counter: writing here tells autograd that the logits are gone
+        return logits.detach()  # shares the version counter: autograd then knows that the logits were overwritten
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, token_ids, mask, temperature, ctx.vocab_size, ctx.overwrite_logits, ctx.backend = inputs
-    ctx.save_for_backward(logits, token_ids, mask, temperature, *output)
-    ctx.set_materialize_grads(False)
+def zero_padding(gradient: Tensor, vocab_size: int) -> None:
+    """Sets the columns from `vocab_size` on to zero."""
+    if vocab_size != gradient.shape[-1]:
+        gradient[..., vocab_size:].zero_()
 
 
-def _gradient_of_logits(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_logprobs is None and grad_entropy is None and grad_lse is None:
-        return (None,) * 7
-    logits, token_ids, mask, temperature, logprobs, entropy, lse = ctx.saved_tensors
-    if ctx.overwrite_logits:
-        refuse_second_backward(ctx, FROM_LOGITS)
-    gradient = room_for_gradient(logits, ctx.overwrite_logits)
-    row_gradient(
-        logits, token_ids, mask, temperature, ctx.vocab_size, logprobs, entropy, lse,
-        grad_logprobs, grad_entropy, grad_lse, None, None, gradient, ctx.backend,
-    )  # fmt: skip
-    gradient = first_derivative(gradient, FROM_LOGITS, logits, grad_logprobs, grad_entropy, grad_lse)
-    return gradient, None, None, None, None, None, None
+# ---- both in one pass
 
 
-_row_stats.register_autograd(_gradient_of_logits, setup_context=_save_for_gradient)
+def _row_stats_and_gradient(rows: Rows, upstream: Upstream, gradient: Tensor, backend: str | None) -> RowStats:
+    check_values(rows)
+    zero_padding(gradient, rows.vocab_size)
+    return backend_for(rows, backend).forward_backward(rows, upstream.contiguous(), gradient)
+
+
+_row_stats_and_gradient_ = Operator(
+    "row_stats_and_gradient_",
+    _row_stats_and_gradient,
+    fake=lambda rows, upstream, gradient, backend: empty_stats(rows.logits),
+    mutates=("gradient",),
+    direct=True,
+)
+
+
+@torch.no_grad()
+def row_stats_and_gradient(rows: Rows, upstream: Upstream, options: RowOptions) -> tuple[RowStats, Tensor]:
+    """Statistics, and the gradient of the logits if `upstream` is that of log p. One pass; not differentiable."""
+    assert upstream.logprobs is not None
+    gradient = gradient_buffer(rows.logits, options.overwrite_logits)
+    return _row_stats_and_gradient_(rows, upstream, gradient, options.backend), gradient
+
+
+def _scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
+    choose(values, backend).scale(values, factor)
+
+
+scale = Operator("scale_", _scale, fake=lambda values, factor, backend: None, mutates=("values",), direct=True)
+
+
+def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
+    """`value`, with this gradient by the logits. It is scaled in place and supports one backward pass."""
+    found: Tensor = _KnownGradient.apply(logits, value, gradient, backend)
+    return found
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A value whose gradient with respect to the logits has been written already."""
-
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
         ctx.save_for_backward(gradient)
@@ -204,59 +136,30 @@ class _KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> Any:
-        if upstream is None:
-            return (None,) * 4
-        refuse_second_backward(ctx, FROM_LOGITS)
-        (gradient,) = ctx.saved_tensors
-        with torch.no_grad():
-            scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1
-        return first_derivative(gradient, FROM_LOGITS, ctx.edge, upstream), None, None, None
-
-
-# ---- what the layers above call
-
-
-def row_stats(rows: Rows, *, vocab_size: int, overwrite_logits: bool = False, backend: str | None = None) -> RowStats:
-    """Statistics of each row, differentiable in all three."""
-    return RowStats(
-        *_row_stats(rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, overwrite_logits, backend)
-    )
-
-
-@torch.no_grad()
-def row_stats_and_gradient(
-    rows: Rows, upstream: Upstream, *, vocab_size: int, overwrite_logits: bool, backend: str | None
-) -> tuple[RowStats, Tensor]:
-    """Statistics, and the gradient of the logits if `upstream` is that of log p. One pass; not differentiable."""
-    assert upstream.logprobs is not None
-    gradient = room_for_gradient(rows.logits, overwrite_logits)
-    found = _row_stats_and_gradient(
-        rows.logits, rows.token_ids, rows.mask, rows.temperature, vocab_size, upstream.logprobs, upstream.counts,
-        gradient, backend,
-    )  # fmt: skip
-    return RowStats(*found), gradient
-
-
-def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
-    """`value`, whose gradient by the logits is this one: scaled in place by the backward, which can run once."""
-    found: Tensor = _KnownGradient.apply(logits, value, gradient, backend)
-    return found
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        of_logits = None
+        if upstream is not None:
+            refuse_second_backward(ctx, FROM_LOGITS)
+            (gradient,) = ctx.saved_tensors
+            with torch.no_grad():
+                scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1
+            of_logits = first_derivative(gradient, FROM_LOGITS, ctx.edge, upstream)
+        return of_logits, None, None, None
 
 
 # ---- checks that read
 
 
 def check_values(rows: Rows) -> None:
-    check_ids_and_temperatures(rows.token_ids, rows.mask, rows.temperature, rows.logits.shape[-1])
+    check_ids_and_temperatures(rows.token_ids, rows.mask, rows.temperature, rows.vocab_size)
 
 
-def check_ids_and_temperatures(token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab: int) -> None:
+def check_ids_and_temperatures(token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab_size: int) -> None:
     """Arrays [outer, inner], but for a temperature of one number."""
     if not may_read(token_ids):
         return
-    bad = (token_ids < 0) | (token_ids >= vocab)
-    expected = f"ids from 0 to {vocab - 1} (the logits have {vocab} columns) where the mask is set"
+    bad = (token_ids < 0) | (token_ids >= vocab_size)
+    expected = f"ids from 0 to {vocab_size - 1} (the logits have {vocab_size} columns) where the mask is set"
     _refuse(bad, mask, token_ids, "token_ids", expected)
     if temperature.ndim:
         bad = ~((temperature >= 1e-6) & (temperature <= 1e6))
@@ -268,5 +171,5 @@ def _refuse(bad: Tensor, mask: Tensor | None, values: Tensor, name: str, expecte
         bad = bad & mask
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
-        place = f"position [{row}, {column}]" if values.shape[0] > 1 else f"position {column}"
-        raise ValueError(f"{name}: expected {expected}; got {values[row, column]:g} at {place}")
+        position = f"position [{row}, {column}]" if values.shape[0] > 1 else f"position {column}"
+        raise ValueError(f"{name}: expected {expected}; got {values[row, column]:g} at {position}")

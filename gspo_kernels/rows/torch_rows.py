@@ -13,9 +13,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, Upstream, empty_stats, log_share
+from .types import Rows, RowStats, TokenClip, Upstream, empty_stats, log_share
+from .types import scaled_logits as scaled_logits
 
 name = "reference"
+honours: frozenset[str] = frozenset({"row_indices"})
+has_kernels = False
+runs_stage_in_triton = False
+clips_rows = False
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -23,7 +28,11 @@ def unsupported_reasons(logits: Tensor) -> list[str]:
     return []
 
 
-def about() -> str:
+def reason_not_default(logits: Tensor) -> str:
+    return ""
+
+
+def describe() -> str:
     return "plain torch"
 
 
@@ -62,10 +71,11 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         result.scatter_(1, block.token_ids[:, None], at_target[:, None].to(result.dtype))
 
         result = torch.where(active[:, None], result, 0.0)
-        block.put(gradient, _flush(result))
+        block.put(gradient[..., : rows.vocab_size], _flush(result))
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+    assert clip is None
     stats = forward(rows)
     backward(rows, stats, upstream, gradient)
     return stats
@@ -77,12 +87,12 @@ def scale(values: Tensor, factor: Tensor) -> None:
 
 
 def _flush(gradient: Tensor) -> Tensor:
-    """Subnormals as zero: they are worth nothing, and slow every later matrix product by an order of magnitude."""
+    """Subnormals as zero: they slow every later matrix product by an order of magnitude."""
     return torch.where(gradient.abs() < torch.finfo(torch.float32).tiny, 0.0, gradient)
 
 
 def _statistics(others: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """others: [rows, vocab] logits with -inf in the target's place; target, temperature: [rows] float64."""
+    """others: [rows, vocab] logits with -inf for the target; target, temperature: [rows] float64."""
     base = others.amax(-1)
     t = _below(others, base, temperature)
     base = torch.where(base == -torch.inf, 0.0, base).double()
@@ -119,7 +129,8 @@ class _Block:
 
     def __init__(self, rows: Rows, outer: int, begin: int, end: int) -> None:
         self.rows, self.outer, self.span = rows, outer, slice(begin, end)
-        logits = rows.logits[outer, self.span] if rows.places is None else rows.logits[0, rows.places[self.span]]
+        columns = rows.logits[..., : rows.vocab_size]
+        logits = columns[outer, self.span] if rows.row_indices is None else columns[0, rows.row_indices[self.span]]
         self.logits = logits if logits.dtype == torch.float64 else logits.float()
         token_ids = rows.token_ids[outer, self.span]
         self.token_ids = torch.where(self.active(), token_ids, 0)  # a masked row's id may be anything
@@ -141,7 +152,7 @@ class _Block:
         return self.logits.scatter(1, self.token_ids[:, None], -torch.inf)
 
     def log_share(self, row_lse: Tensor, row_entropy: Tensor) -> Tensor:
-        """Of these columns in the whole row, of which the logits are perhaps a shard: 0 where they are all of it."""
+        """Logarithm of these columns' share of the row. The logits may be a shard of it; 0 where they are all of it."""
         _, entropy, lse = _statistics(self.others(), self.target_logits(), self.temperatures())
         return log_share(lse, row_lse, entropy, row_entropy, self.logits.dtype)
 
@@ -155,8 +166,8 @@ class _Block:
 
 
 def _blocks(rows: Rows) -> Iterator[_Block]:
-    (outer, inner), vocab = rows.token_ids.shape, rows.logits.shape[2]
-    step = max(1, _BLOCK_ELEMENTS // max(vocab, 1))
+    outer, inner = rows.token_ids.shape
+    step = max(1, _BLOCK_ELEMENTS // max(rows.vocab_size, 1))
     for i in range(outer):
         for begin in range(0, inner, step):
             yield _Block(rows, i, begin, min(begin + step, inner))

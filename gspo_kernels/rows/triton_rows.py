@@ -1,6 +1,6 @@
-"""The Triton row kernels, launched: fp32, bf16 and fp16 logits on a GPU, or on the CPU in Triton's interpreter.
+"""Launches the Triton row kernels: fp32, bf16 and fp16 logits on a GPU, or on the CPU in Triton's interpreter.
 
-Triton itself is imported with the first logits that it can serve, so that a machine without a GPU never waits for it.
+Triton is imported by the first launch, so that a machine without a GPU does not wait for it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, Upstream, empty_stats
+from . import types
+from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
 
 name = "triton"
+honours: frozenset[str] = frozenset({"row_indices"})
+has_kernels = True
+runs_stage_in_triton = True
+clips_rows = False
+
 _LOG2_E = 1.0 / math.log(2.0)
+_EXACT_FROM = 2.0**29  # nats; from here on the kernels' lse is that of the exact temperature
 _OLDEST = (3, 3)
 _NOTHING = contextlib.nullcontext()
 
@@ -32,20 +39,20 @@ class Launch:
 
     num_warps: int
     elements: int
-    # For 16-bit logits alone; the first two of forward_backward alone.
+    # For 16-bit logits only; the first two for forward_backward only.
     prefetch: int = 0  # blocks brought to the L2 cache ahead of the first read, on NVIDIA
     kept: int = 0  # blocks that stay in registers and are not read again; 0 or a power of two
-    max_registers: int | None = None  # a thread, on NVIDIA; None: the compiler decides
+    max_registers: int | None = None  # per thread, on NVIDIA; None: the compiler decides
 
 
-class Spoiled(NamedTuple):
-    """What a gradient was written without: which of a batch's rows are NaN. It is looked at where the loss is NaN."""
+class NanSource(NamedTuple):
+    """Which rows make the loss NaN. A gradient that was written before the loss was known is then set to NaN there."""
 
     loss: Tensor  # 0-d
     numbers: Tensor  # fp32, one per row: NaN where the row makes the loss NaN
     mask: Tensor | None  # uint8
     cu_seqlens: Tensor | None
-    whole_sequences: bool  # a row spoils all of its sequence
+    whole_sequences: bool  # NaN of a row propagates to all rows of its sequence
 
 
 # 2026-11-26, an H200, Triton 3.6.0: whole losses at 8,192 rows of 151,936 bf16 logits. forward 0.588 ms (0.596 without
@@ -58,8 +65,8 @@ LAUNCH = {
     "forward_backward": Launch(num_warps=16, elements=16384, prefetch=2, kept=2),
     "scale": Launch(num_warps=4, elements=4096),
 }
-MOST_SCALE_PROGRAMS = 1024  # usually the factor is 1, and most of the time goes to starting programs
-# Small blocks: short rows are cheap, and cross their boundaries.
+MOST_SCALE_PROGRAMS = 1024  # usually the factor is 1, and most of the time is spent on starting programs
+# Small blocks, so that short rows, which are cheap, have several of them.
 INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, kept=2)
 
 
@@ -69,14 +76,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
     reasons = []
-    if missing():
-        reasons.append(missing())
+    if reason := unavailable_reason():
+        reasons.append(reason)
     if logits.device.type == "cpu" and not INTERPRETED:
         reasons.append("logits are on the CPU, these kernels run on a GPU (or under TRITON_INTERPRET=1)")
     elif logits.device.type not in ("cpu", "cuda"):
         reasons.append(f"logits are on {logits.device}, these kernels run on NVIDIA and AMD GPUs")
     elif logits.device.type == "cuda" and _too_old(logits.device):
-        reasons.append("this GPU is older than these kernels take: compute capability 8.0")
+        reasons.append("this GPU is too old: these kernels need compute capability 8.0")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"logits are {logits.dtype}, these kernels take float32, bfloat16 and float16")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
@@ -84,14 +91,18 @@ def unsupported_reasons(logits: Tensor) -> list[str]:
     return reasons
 
 
-def about() -> str:
+def reason_not_default(logits: Tensor) -> str:
+    return ""
+
+
+def describe() -> str:
     if _VERSION is None:
         return "Triton, not installed"
     return f"Triton {_VERSION}, interpreted" if INTERPRETED else f"Triton {_VERSION}"
 
 
-def missing() -> str:
-    """Why Triton cannot be used at all; empty if it can."""
+def unavailable_reason() -> str:
+    """Why Triton cannot be used on any logits; empty if it can."""
     if _VERSION is None:
         return "Triton is not installed; torch for CUDA or ROCm brings it"
     if tuple(map(int, _VERSION.split(".", 2)[:2])) < _OLDEST:
@@ -116,76 +127,103 @@ def _too_old(device: torch.device) -> bool:
 
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
-    _launch("forward", rows.logits, *_row_arguments(rows), *_addresses(stats))
+    _launch("forward", _one_program_each(rows), rows.logits, **_of_rows(rows), **_of_stats(stats))
     return stats
 
 
 def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
-    g_lse = None if upstream.lse is None else upstream.lse.float()
-    counts = upstream.counts
     _launch(
-        "backward", rows.logits, *_row_arguments(rows), rows.places, *_addresses(stats), upstream.logprobs,
-        upstream.entropy, g_lse, upstream.factor, counts, 0 if counts is None else counts.numel(), gradient,
-        *gradient.stride()[:2], programs=rows.token_ids.numel(), written=gradient,
+        "backward", _one_program_each(rows), gradient, **_of_rows(rows), row_indices=rows.row_indices,
+        **_of_stats(stats), g_entropies=upstream.entropy, g_lses=None if upstream.lse is None else upstream.lse.float(),
+        factor=upstream.factor, **_of_logprobs(upstream), **_of_gradient(gradient),
     )  # fmt: skip
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor) -> RowStats:
-    stats, counts = empty_stats(rows.logits), upstream.counts
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+    assert clip is None
+    stats = empty_stats(rows.logits)
     _launch(
-        "forward_backward", rows.logits, *_row_arguments(rows), *_addresses(stats), upstream.logprobs,
-        counts, 0 if counts is None else counts.numel(), gradient, *gradient.stride()[:2],
+        "forward_backward", _one_program_each(rows), rows.logits, **_of_rows(rows), **_of_stats(stats),
+        **_of_logprobs(upstream), **_of_gradient(gradient),
     )  # fmt: skip
     return stats
 
 
-def scale(values: Tensor, factor: Tensor, spoiled: Spoiled | None = None) -> None:
-    rows = values.shape[0] * values.shape[1]
-    loss, numbers, mask, cu_seqlens, whole = (None, None, None, None, False) if spoiled is None else spoiled
-    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def scale(values: Tensor, factor: Tensor, nan_source: NanSource | None = None) -> None:
+    outer, inner, columns = values.shape
+    outer_stride, inner_stride, _ = values.stride()
+    rows, (loss, numbers, mask, cu_seqlens, whole) = outer * inner, nan_source or (None, None, None, None, False)
     _launch(
-        "scale", values, *values.stride()[:2], *values.shape[1:], rows, factor, loss, numbers, mask, cu_seqlens,
-        sequences, whole, programs=min(rows, MOST_SCALE_PROGRAMS),
+        "scale", min(rows, MOST_SCALE_PROGRAMS), values, values=values, outer_stride=outer_stride,
+        inner_stride=inner_stride, inner=inner, vocab=columns, rows=rows, factor=factor, loss=loss, numbers=numbers,
+        mask=mask, cu_seqlens=cu_seqlens, sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, WHOLE=whole,
     )  # fmt: skip
+
+
+def scaled_logits(rows: Rows, logits: Tensor) -> Tensor:
+    """The kernels' lse is that of a rounded scale, but for large logits."""
+    exact = types.scaled_logits(rows, logits)
+    rounded_scale = (_LOG2_E / rows.temperature.double()).float().double() * math.log(2.0)
+    return torch.where(exact.abs() < _EXACT_FROM, logits.double() * rounded_scale, exact)
 
 
 def compiled_variants() -> int:
     """How many row kernels this process has compiled so far."""
-    return count_variants(getattr(_kernels(), f"{kernel}_kernel") for kernel in LAUNCH)
+    return count_variants(kernels().values())
 
 
 def count_variants(kernels: Iterable[Any]) -> int:
     return sum(len(cache[0]) for kernel in kernels for cache in getattr(kernel, "device_caches", {}).values())
 
 
-def _row_arguments(rows: Rows) -> tuple[Any, ...]:
+# ---- values as arguments of the kernels
+
+
+def _of_rows(rows: Rows) -> dict[str, Any]:
     per_row = rows.temperature.ndim > 0
-    return (
-        *rows.logits.stride()[:2],
-        rows.token_ids.shape[1],
-        rows.logits.shape[2],
-        rows.token_ids,
-        None if rows.mask is None else rows.mask.view(torch.uint8),
-        rows.temperature if per_row else None,
-        *_scale(1.0 if per_row else float(rows.temperature)),  # a CPU tensor: reading it waits for nothing
-    )
+    outer_stride, inner_stride, _ = rows.logits.stride()
+    # Reading a CPU tensor waits for nothing.
+    scale, scale_error = _scale(1.0 if per_row else float(rows.temperature))
+    return {
+        "logits": rows.logits,
+        "outer_stride": outer_stride,
+        "inner_stride": inner_stride,
+        "inner": rows.token_ids.shape[1],
+        "vocab": rows.vocab_size,
+        "token_ids": rows.token_ids,
+        "mask": None if rows.mask is None else rows.mask.view(torch.uint8),
+        "temperature": rows.temperature if per_row else None,
+        "scale": scale,
+        "scale_error": scale_error,
+    }
+
+
+def _of_stats(stats: RowStats) -> dict[str, Tensor]:
+    return {"logprobs": stats.logprobs, "entropies": stats.entropy, "lses": stats.lse.view(torch.int64)}
+
+
+def _of_logprobs(upstream: Upstream) -> dict[str, Any]:
+    """The part of the upstream gradient that every kernel takes."""
+    counts = upstream.counts
+    size = 0 if counts is None else counts.numel()
+    return {"g_logprobs": upstream.logprobs, "counts": counts, "counts_size": size}
+
+
+def _of_gradient(gradient: Tensor) -> dict[str, Any]:
+    outer_stride, inner_stride, _ = gradient.stride()
+    return {"gradient": gradient, "gradient_outer_stride": outer_stride, "gradient_inner_stride": inner_stride}
+
+
+def _one_program_each(rows: Rows) -> int:
+    return rows.token_ids.numel()
 
 
 @functools.lru_cache(maxsize=64)
 def _scale(temperature: float) -> tuple[float, float]:
-    """log2(e) / temperature as the kernels take it: rounded to float32, and the relative error of that."""
+    """log2(e) / temperature rounded to float32, and its relative rounding error."""
     scale = _LOG2_E / temperature
     rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
     return rounded, (scale - rounded) / scale
-
-
-def scaled(logits: Tensor, temperature: Tensor) -> Tensor:
-    """logits / temperature in float64, by the rounded scale that the kernels' lse is of."""
-    return logits.double() * ((_LOG2_E / temperature.double()).float().double() * math.log(2.0))
-
-
-def _addresses(stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
-    return stats.logprobs, stats.entropy, stats.lse.view(torch.int64)
 
 
 def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dict[str, int]:
@@ -209,18 +247,14 @@ def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[st
     return {"num_warps": layout.num_warps, "enable_fp_fusion": True, **registers}
 
 
-def _launch(
-    kernel: str, logits: Tensor, *arguments: Any, programs: int | None = None, written: Tensor | None = None
-) -> None:
-    """By default one program a row of `logits` [outer, inner, vocab]; WIDTH is 16 bytes of `written` or of these."""
-    programs = logits.shape[0] * logits.shape[1] if programs is None else programs
+def _launch(kernel: str, programs: int, aligned: Tensor, **arguments: Any) -> None:
+    """The kernel moves 16 bytes of `aligned` at a time."""
     if programs == 0:
         return
     layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
-    constants, options = _compile_time(kernel, layout, (logits if written is None else written).element_size())
-    run = getattr(_kernels(), f"{kernel}_kernel")
-    with on_device(logits):
-        run[(programs,)](logits, *arguments, **constants, **options)
+    constants, options = _compile_time(kernel, layout, aligned.element_size())
+    with on_device(aligned):
+        kernels()[kernel][(programs,)](**arguments, **constants, **options)
 
 
 @functools.cache
@@ -240,7 +274,16 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.cache
-def _kernels() -> Any:
-    from . import triton_kernels
+def kernels() -> dict[str, Any]:
+    """The row kernels by the names of `LAUNCH`. All launches look them up here."""
+    from .triton_backward import backward_kernel
+    from .triton_forward import forward_kernel
+    from .triton_forward_backward import forward_backward_kernel
+    from .triton_scale import scale_kernel
 
-    return triton_kernels
+    return {
+        "forward": forward_kernel,
+        "backward": backward_kernel,
+        "forward_backward": forward_backward_kernel,
+        "scale": scale_kernel,
+    }

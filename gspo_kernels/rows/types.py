@@ -1,7 +1,8 @@
-"""What a backend is asked about and what it answers: vocabulary-sized rows in, a few numbers per row out."""
+"""The values that travel between the losses and the row kernels: rows of logits in, a few numbers per row out."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,33 +12,51 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Logits, and everything that defines the numbers of each row. Arrays are contiguous, `[outer, inner]`.
+
+    To add an optional field: one line here (None: absent), its name in `honours` of every backend that computes with
+    it. All other backends refuse rows that have it, by name.
+
+    A gradient may have another dtype than the logits. It may lie over them, if row i of it overlaps no other row of
+    them than row i.
+    """
+
+    logits: Tensor  # [outer, inner, columns], any strides
+    token_ids: Tensor  # int64
+    mask: Tensor | None  # bool; rows that are False are not read. None: every row is active
+    temperature: Tensor  # what logits are divided by: fp32 per row, or one number, 0-d fp64 on the CPU
+    vocab_size: int  # columns from this one on are padding: they are not read, and their gradient is 0
+    row_indices: Tensor | None = None  # int64, for `backward` alone: row i is logits[0, row_indices[i]]
+
+    def fields_set(self) -> list[str]:
+        """Names of the optional fields that are not None."""
+        return [name for name in OPTIONAL_FIELDS if getattr(self, name) is not None]
+
+
+OPTIONAL_FIELDS = tuple(field.name for field in dataclasses.fields(Rows) if field.default is None)
+
+
+class RowOptions(NamedTuple):
+    """How rows are computed; no number depends on it but by rounding."""
+
+    overwrite_logits: bool = False  # whether the gradient is written over the logits
+    backend: str | None = None  # None: the best that runs
+
+
 class RowStats(NamedTuple):
     """Per row, `[outer, inner]`: zero where the row is masked."""
 
     logprobs: Tensor  # log p(token), fp32 (fp64 for fp64 logits); -inf where the number is too large for it
     entropy: Tensor  # of the row's distribution, same dtype
-    lse: Tensor  # logsumexp of logits / temperature, fp64: an fp32 one would spoil p at large logits
-
-
-def log_share(
-    part: Tensor, whole: Tensor, entropy_of_part: Tensor, entropy_of_whole: Tensor, precision: torch.dtype
-) -> Tensor:
-    """part - whole, in float64: the logsumexps of some columns of a row and of all, told with their entropies.
-
-    Numbers as large as 2^30 (float32; float64: 2^59) are 64 nats or more apart. Columns below the maximum then have a
-    probability of 0, and lse = maximum + H has no digits for H, the logarithm of the number of ties: where the part has
-    the maximum, the entropies tell its share.
-    """
-    epsilon = torch.finfo(precision).eps
-    apart = torch.where(part == whole, 0.0, (part - entropy_of_part) - (whole - entropy_of_whole))  # also of inf
-    same_maximum = (whole.abs() >= 128 / epsilon) & (apart > -epsilon / 8 * whole.abs())
-    return torch.where(same_maximum, entropy_of_part - entropy_of_whole, part - whole)
+    lse: Tensor  # logsumexp of logits / temperature, fp64: in fp32, large logits would leave no digits for p
 
 
 class TokenClip(NamedTuple):
-    """For losses with a ratio per token: from `Upstream.logprobs` where all ratios are 1 to what they are off-policy.
+    """For losses with a ratio per token: turns `Upstream.logprobs` at ratio 1 into that of the actual ratio.
 
-    A row whose ratio is held at a bound, or saturates, has no gradient; others' are multiplied by their ratio.
+    A row whose ratio is clipped, or saturates, has no gradient; other rows' gradients are multiplied by their ratio.
     """
 
     old_logprobs: Tensor  # [outer, inner], fp32
@@ -51,7 +70,8 @@ class TokenClip(NamedTuple):
 class Upstream(NamedTuple):
     """dL/d of each of a row's statistics, contiguous `[outer, inner]`; None is zero.
 
-    `factor` and `counts` spare a pass over these arrays: all are multiplied by the one, divided by the other's sum.
+    `factor` and `counts` save a pass over these arrays: all of them are multiplied by `factor` and divided by the sum
+    of `counts`.
     """
 
     logprobs: Tensor | None = None
@@ -59,10 +79,10 @@ class Upstream(NamedTuple):
     lse: Tensor | None = None
     factor: Tensor | None = None  # 0-d
     counts: Tensor | None = None  # [any number]
-    tickets: Tensor | None = None  # 4 bytes of zeros, by which a kernel shares rows out; None: it makes some
+    tickets: Tensor | None = None  # 4 bytes of zeros, a row counter for the CUDA kernel; None: it allocates one
 
     def some(self) -> Tensor:
-        """bool, which rows have a gradient; of a row that has none nothing needs to be read."""
+        """bool, which rows have a gradient; the logits of the others need not be read."""
         given = [x != 0.0 for x in self[:3] if x is not None]
         return functools.reduce(torch.logical_or, given)
 
@@ -74,12 +94,15 @@ class Upstream(NamedTuple):
         """Arrays [rows] as [1, rows]."""
         return self._with(None if x is None else x[None] for x in self[:3])
 
+    def contiguous(self) -> Upstream:
+        return self._with(None if x is None else x.contiguous() for x in self[:3])
+
     def _with(self, arrays: Iterable[Tensor | None]) -> Upstream:
         logprobs, entropy, lse = arrays
         return self._replace(logprobs=logprobs, entropy=entropy, lse=lse)
 
     def by_statistic(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dL/dlogprobs, dL/dentropy, dL/dlse in full: with the factor, over the counts."""
+        """dL/dlogprobs, dL/dentropy, dL/dlse in full: multiplied by the factor, divided by the sum of the counts."""
         common = self.factor
         if self.counts is not None:
             total = self.counts.sum(dtype=torch.float64)
@@ -91,21 +114,6 @@ class Upstream(NamedTuple):
         # Selected: a factor of NaN or infinity leaves rows without a gradient alone.
         scaled = (None if g is None else torch.where(g != 0, g * common, 0.0).to(g.dtype) for g in arrays)
         return tuple(scaled)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Logits and what is asked about each of their rows; the arrays are contiguous, `[outer, inner]`.
-
-    A gradient may have another dtype than the logits and lie over them, if row i of it does not overlap a row of them
-    that is another row's place.
-    """
-
-    logits: Tensor  # [outer, inner, vocab], any strides
-    token_ids: Tensor  # int64
-    mask: Tensor | None  # bool; rows that are False are not read. None: every row counts
-    temperature: Tensor  # what logits are divided by: fp32 per row, or one number, 0-d fp64 on the CPU
-    places: Tensor | None = None  # int64; row i is logits[0, places[i]]. None: as they lie. For gradients alone
 
 
 KERNEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of the C++ kernels
@@ -121,6 +129,26 @@ def stats_dtype(logits: Tensor) -> torch.dtype:
 
 
 def empty_stats(logits: Tensor) -> RowStats:
-    """Room for the statistics of [outer, inner, vocab] logits."""
+    """Buffers for the statistics of [outer, inner, columns] logits."""
     logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits), device=logits.device)
     return RowStats(logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.float64))
+
+
+def scaled_logits(rows: Rows, logits: Tensor) -> Tensor:
+    """One logit of each row, divided by the temperature; float64."""
+    return logits.double() / rows.temperature
+
+
+def log_share(
+    part: Tensor, whole: Tensor, entropy_of_part: Tensor, entropy_of_whole: Tensor, precision: torch.dtype
+) -> Tensor:
+    """part - whole, in float64, for the logsumexps of some columns of a row and of all; corrected by their entropies.
+
+    Numbers as large as 2^30 (float32; float64: 2^59) are 64 nats or more apart. Columns below the maximum then have a
+    probability of 0, and lse = maximum + H has no digits for H, the logarithm of the number of ties: where the part has
+    the maximum, the difference of the entropies is its share.
+    """
+    epsilon = torch.finfo(precision).eps
+    apart = torch.where(part == whole, 0.0, (part - entropy_of_part) - (whole - entropy_of_whole))  # also of inf
+    same_maximum = (whole.abs() >= 128 / epsilon) & (apart > -epsilon / 8 * whole.abs())
+    return torch.where(same_maximum, entropy_of_part - entropy_of_whole, part - whole)

@@ -1,21 +1,23 @@
-"""Rows whose vocabulary lies on several ranks: each rank's kernels see its own columns, a few numbers a row are merged.
+"""Rows whose vocabulary is sharded: each rank's kernels read its own columns, and a few numbers per row are merged.
 
-Rank r finds lse_r, H_r of its columns and the log-probability l_r of one of them: the target, if it has it, else its
-first. All ranks gather these, and know the row:
+Rank r computes lse_r and H_r of its columns, and the log-probability l_r of one of them: the target if it has it, else
+its first. All ranks gather these numbers, which give those of the whole row:
 
     lse = logsumexp_r lse_r,    H = sum_r q_r (H_r - log q_r),    log q_r = lse_r - lse
     log p_y = -softplus(d),     d = logsumexp of the others - z_y
 
-where the others are those on the target's rank, log(exp(-l) - 1) above z_y, and all that the other ranks have. No
-near-equal numbers are subtracted, so a confident row keeps its digits. Where logits are so large that
-lse has no digits beside the largest one, `log_share` has them from the entropies.
+where the others are those on the target's rank, log(exp(-l) - 1) above z_y, and all columns of the other ranks. No
+near-equal numbers are subtracted, so a confident row keeps its digits. Where logits are so large that lse has no digits
+beside the largest one, `log_share` takes them from the entropies.
 
 The gradient needs no other rank. In the formula of csrc/row_math.h a rank without the target has the upstream
-(0, g_H, g_lse - g_l), by which all of its columns are alike: its kernel writes the first one as a target's, the same.
+(0, g_H, g_lse - g_l), and the formula is then the same for all of its columns: the kernel may treat the first one as
+the target.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +27,15 @@ from torch import Tensor
 from .. import checks
 from ..autograd import first_derivative, refuse_second_backward
 from ..collectives import Ranks, gather, ranks_of
-from . import operators, triton_rows
-from .dispatch import Backend, by_triton, choose
-from .types import Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
+from ..operators import Operator, save_values, saved_values
+from . import operators
+from .dispatch import Backend, backend_for
+from .types import RowOptions, Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns this rank has: `begin` to `begin + width`, of which the first `columns` are tokens."""
+    """This rank's columns: `begin` to `begin + width`. The first `columns` of them are tokens."""
 
     ranks: Ranks
     begin: int
@@ -45,25 +48,57 @@ class VocabShard:
 
     @property
     def usual_columns(self) -> int:
-        """The same number on every rank, near to how many columns each has."""
+        """About how many columns a rank has; the same number on every rank."""
         return -(-self.vocab_size // self.ranks.size)
 
-    def place(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(whether this rank has the token, the column that stands for it here)."""
-        place = token_ids - self.begin
-        owns = (place >= 0) & (place < self.columns)
-        return owns, torch.where(owns, place, 0)
+    def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether this rank has the token, its column here or else the first one)."""
+        column = token_ids - self.begin
+        owns = (column >= 0) & (column < self.columns)
+        return owns, torch.where(owns, column, 0)
+
+    def local(self, rows: Rows) -> tuple[Tensor, Rows]:
+        """(whether this rank has the token, the rows of its columns alone)."""
+        owns, token_ids = self.local_ids(rows.token_ids)
+        return owns, dataclasses.replace(rows, token_ids=token_ids, vocab_size=self.columns)
 
 
-def tp_ranks(values: Any, dimension: int, tp_group: Any) -> Ranks | None:
-    """Whose shards these are, before anything else is looked at that could be refused: a DTensor may say it itself."""
+@dataclass(frozen=True)
+class VocabularyShard:
+    """A vocabulary that is sharded over ranks, as one value for `tp_group=`.
+
+    Args:
+        group: the ranks: a process group, or a mesh of one dimension.
+        start: the first column of this rank, for shards of unequal width. None: of equal width.
+        size: how many columns of all ranks are tokens, where the last ones are padding. None: all are.
+    """
+
+    group: Any
+    start: int | None = None
+    size: int | None = None
+
+
+def vocabulary_of(tp_group: Any, vocab_start: Any, vocab_size: Any) -> VocabularyShard:
+    """A caller's three arguments as one value; its group is None where the vocabulary is not sharded."""
+    if not isinstance(tp_group, VocabularyShard):
+        return VocabularyShard(tp_group, vocab_start, vocab_size)
+    for name, value, field in (("vocab_start", vocab_start, "start"), ("vocab_size", vocab_size, "size")):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None beside tp_group=VocabularyShard(...), whose {field} it is; got {value!r}"
+            )
+    return tp_group
+
+
+def tp_ranks(values: Any, dimension: int, vocabulary: VocabularyShard) -> Ranks | None:
+    """The ranks that share the vocabulary, known before any argument is refused; a DTensor names them itself."""
     if checks.is_dtensor(values) and len(axes := _axes(values, dimension)) == 1:
         return ranks_of("tp_group", values.device_mesh.get_group(axes[0]))
-    return ranks_of("tp_group", tp_group)
+    return ranks_of("tp_group", vocabulary.group)
 
 
 def _axes(values: Any, dimension: int) -> list[int]:
-    """Over which dimensions of its mesh a DTensor is sharded in this one."""
+    """The dimensions of its mesh over which a DTensor is sharded in this dimension."""
     from torch.distributed.tensor import Shard
 
     return [
@@ -72,35 +107,32 @@ def _axes(values: Any, dimension: int) -> list[int]:
     ]  # fmt: skip
 
 
-def shard_of(
-    name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
-) -> tuple[Any, VocabShard | None]:
-    """This rank's part of logits or of a head as a plain tensor, and which columns it is; None: all of them.
+def shard_of(name: str, values: Any, dimension: int, vocabulary: VocabularyShard) -> tuple[Any, VocabShard | None]:
+    """This rank's part of logits or of a head as a plain tensor, and its shard; None: all columns are here.
 
     `dimension`: that of the vocabulary.
     """
     if checks.is_dtensor(values):
-        return _of_dtensor(name, values, dimension, tp_group, vocab_start, vocab_size)
-    ranks = ranks_of("tp_group", tp_group)
+        return _of_dtensor(name, values, dimension, vocabulary)
+    ranks = ranks_of("tp_group", vocabulary.group)
     if ranks is None:
-        if vocab_start is not None:
-            raise ValueError(f"vocab_start: expected None without a tp_group; got {vocab_start!r}")
+        if vocabulary.start is not None:
+            raise ValueError(f"vocab_start: expected None without a tp_group; got {vocabulary.start!r}")
         return values, None
     width = checks.tensor(name, values, "this rank's part of the vocabulary").shape[dimension]
-    if vocab_start is None:
+    if vocabulary.start is None:
         begin, total = ranks.rank * width, ranks.size * width
     else:
-        begin, total = checks.whole("vocab_start", vocab_start, "the first column that this rank has", at_least=0), None
-        if vocab_size is None:
+        begin = checks.whole("vocab_start", vocabulary.start, "the first column that this rank has", at_least=0)
+        total = None
+        if vocabulary.size is None:
             raise ValueError("vocab_size: expected the size of the vocabulary, because vocab_start is given; got None")
-    return values, VocabShard(ranks, begin, width, _vocabulary(vocab_size, total))
+    return values, VocabShard(ranks, begin, width, _vocabulary(vocabulary.size, total))
 
 
-def _of_dtensor(
-    name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
-) -> tuple[Any, VocabShard | None]:
-    if vocab_start is not None:
-        raise ValueError(f"vocab_start: expected None with {name} that are a DTensor, which says itself where it lies")
+def _of_dtensor(name: str, values: Any, dimension: int, vocabulary: VocabularyShard) -> tuple[Any, VocabShard | None]:
+    if vocabulary.start is not None:
+        raise ValueError(f"vocab_start: expected None with {name} that are a DTensor, which has its own placement")
     sharded = _axes(values, dimension)
     others = [p for i, p in enumerate(values.placements) if i not in sharded and not p.is_replicate()]
     if others or len(sharded) > 1:
@@ -113,15 +145,15 @@ def _of_dtensor(
     mesh, (axis,) = values.device_mesh, sharded
     ranks = ranks_of("tp_group", mesh.get_group(axis))
     assert ranks is not None
-    given = ranks_of("tp_group", tp_group)
+    given = ranks_of("tp_group", vocabulary.group)
     if given is not None and given.name != ranks.name:
         raise ValueError(
             f"tp_group: expected None, or the group over which {name} are sharded as a DTensor; got another group"
         )
     columns = values.shape[dimension]
-    begin = min(ranks.rank * -(-columns // ranks.size), columns)  # as DTensor cuts: the last may be shorter, or empty
+    begin = min(ranks.rank * -(-columns // ranks.size), columns)  # as DTensor splits: the last may be shorter, or empty
     local = values.to_local()
-    return local, VocabShard(ranks, begin, local.shape[dimension], _vocabulary(vocab_size, columns))
+    return local, VocabShard(ranks, begin, local.shape[dimension], _vocabulary(vocabulary.size, columns))
 
 
 def _vocabulary(vocab_size: Any, columns: int | None) -> int:
@@ -131,7 +163,7 @@ def _vocabulary(vocab_size: Any, columns: int | None) -> int:
     size = checks.whole("vocab_size", vocab_size, "how many columns of all ranks are tokens", at_least=1)
     if columns is not None and size > columns:
         raise ValueError(
-            f"vocab_size: expected from 1 to {columns}, the columns of all ranks together; got {size}. Either tp_group "
+            f"vocab_size: expected from 1 to {columns}, the columns of all ranks; got {size}. Either tp_group "
             "is not the group over which the vocabulary is sharded, or shards are of unequal width: then pass "
             "vocab_start"
         )
@@ -140,8 +172,7 @@ def _vocabulary(vocab_size: Any, columns: int | None) -> int:
 
 # ---- merging
 
-_EXACT_FROM = 2.0**29  # nats; from here on an lse by Triton is that of the exact temperature
-_ELSEWHERE = 1.0  # what no log-probability is
+_ELSEWHERE = 1.0  # marks a target of another rank: no log-probability is positive
 
 
 def merged(
@@ -149,7 +180,7 @@ def merged(
 ) -> RowStats:
     """Statistics of whole rows, in `dtype`, from those of this rank's columns; the same on every rank. One collective.
 
-    `local` is None where this rank has nothing but padding.
+    `local` is None where all columns of this rank are padding.
     """
     if local is None:
         nothing = torch.zeros(owns.shape, dtype=dtype, device=owns.device)
@@ -170,7 +201,7 @@ def merged(
     beside = torch.where(logprobs == 0, -torch.inf, torch.log(-torch.expm1(logprobs)) - logprobs)
     d = torch.logsumexp(torch.where(owner, beside, relative - of_target), 0)
     d = torch.where((of_target == -torch.inf) & (lse > -torch.inf), torch.inf, d)
-    d = torch.where(owner.any(0), d, torch.nan)  # a token that is none, where nothing checks
+    d = torch.where(owner.any(0), d, torch.nan)  # a token id that is out of range, where nothing checks it
     logprob = -(d.clamp(min=0.0) + torch.log1p(torch.exp(-d.abs())))
     if mask is not None:
         logprob, entropy, lse = (torch.where(mask, x, 0.0) for x in (logprob, entropy, lse))
@@ -178,22 +209,25 @@ def merged(
 
 
 def _gathered(lse: Tensor, entropy: Tensor, logprobs: Tensor, ranks: Ranks) -> tuple[Tensor, ...]:
-    """[ranks, ...] each in float64, by one collective: 16 bytes a row, where statistics are float32."""
+    """Each as [ranks, ...] float64, by one collective: 16 bytes a row, where statistics are float32."""
     if entropy.dtype == torch.float64:
         return gather(torch.stack([lse, entropy, logprobs]), ranks).unbind(1)
-    two = torch.stack([entropy, logprobs], -1).view(torch.float64)  # their bits, in the place of one float64
+    two = torch.stack([entropy, logprobs], -1).view(torch.float64)  # the bits of both, as one float64
     lses, pairs = gather(torch.stack([lse, two.squeeze(-1)]), ranks).unbind(1)
     entropies, of_targets = pairs.unsqueeze(-1).contiguous().view(torch.float32).double().unbind(-1)
     return lses, entropies, of_targets
 
 
 def of_this_rank(
-    stats: RowStats, upstream: Upstream, owns: Tensor, first: Tensor, temperature: Tensor, backend: Backend
+    stats: RowStats, upstream: Upstream, owns: Tensor, local: Rows, backend: Backend
 ) -> tuple[RowStats, Upstream]:
-    """What this rank's kernel is told of whole rows and their gradients. `first`: each row's first logit here."""
-    logits, dtype = first.double() / temperature, stats.logprobs.dtype
-    if by_triton(backend):
-        logits = torch.where(logits.abs() < _EXACT_FROM, triton_rows.scaled(first, temperature), logits)
+    """The whole rows' statistics and gradients as this rank's kernel takes them, in the shape of `owns`.
+
+    Args:
+        local: the rows of this rank's columns; a row's first one stands for a target of another rank.
+    """
+    logits = backend.scaled_logits(local, local.logits[..., 0]).reshape(owns.shape)
+    dtype = stats.logprobs.dtype
     own = log_share(logits, stats.lse, torch.zeros_like(logits), stats.entropy.double(), dtype)
     logprobs = torch.where(owns, stats.logprobs, own.to(dtype))
     g_logprobs, g_lse = upstream.logprobs, upstream.lse
@@ -207,71 +241,43 @@ def of_this_rank(
 # ---- from logits
 
 
-def row_stats(rows: Rows, shard: VocabShard, *, overwrite_logits: bool, backend: str | None) -> RowStats:
-    """Statistics of whole rows from this rank's logits, differentiable; one collective, and none in the backward."""
-    found = _sharded_row_stats(
-        rows.logits, rows.token_ids, rows.mask, rows.temperature, shard.begin, shard.vocab_size, shard.ranks.text(),
-        overwrite_logits, backend,
-    )  # fmt: skip
-    return RowStats(*found)
+def _row_stats(rows: Rows, shard: VocabShard, options: RowOptions) -> RowStats:
+    operators.check_values(rows)
+    owns, local = shard.local(rows)
+    found = backend_for(local, options.backend).forward(local) if shard.columns else None
+    return merged(found, owns, rows.mask, shard, stats_dtype(rows.logits))
 
 
-@torch.library.custom_op("gspo_kernels::sharded_row_stats", mutates_args=())
-def _sharded_row_stats(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    begin: int,
-    vocab_size: int,
-    ranks: str,
-    overwrite_logits: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    operators.check_ids_and_temperatures(token_ids, mask, temperature, vocab_size)
-    shard = VocabShard(Ranks.read(ranks), begin, logits.shape[-1], vocab_size)
-    owns, place = shard.place(token_ids)
-    local = None
-    if shard.columns:
-        local = choose(logits, backend).forward(Rows(logits[..., : shard.columns], place, mask, temperature))
-    return merged(local, owns, mask, shard, stats_dtype(logits))
+def _save(ctx: Any, stats: RowStats, rows: Rows, shard: VocabShard, options: RowOptions) -> None:
+    save_values(ctx, rows=rows, shard=shard, options=options, stats=stats)
 
 
-@_sharded_row_stats.register_fake
-def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_stats(logits)
-
-
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, token_ids, mask, temperature, begin, vocab_size, ranks, ctx.overwrite_logits, ctx.backend = inputs
-    ctx.shard = VocabShard(Ranks.read(ranks), begin, logits.shape[-1], vocab_size)
-    ctx.save_for_backward(logits, token_ids, mask, temperature, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _gradient_of_shard(
+def _gradient_of_stats(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_logprobs is None and grad_entropy is None and grad_lse is None:
-        return (None,) * 9
-    logits, token_ids, mask, temperature, *saved = ctx.saved_tensors
-    if ctx.overwrite_logits:
+) -> dict[str, Tensor | None]:
+    saved = saved_values(ctx)
+    rows, shard, options = saved["rows"], saved["shard"], saved["options"]
+    if options.overwrite_logits:
         refuse_second_backward(ctx, operators.FROM_LOGITS)
-    gradient = operators.room_for_gradient(logits, ctx.overwrite_logits)
-    if ctx.shard.columns == 0:
+    gradient = operators.gradient_buffer(rows.logits, options.overwrite_logits)
+    if shard.columns == 0:
         with torch.no_grad():
             gradient.zero_()
-        return first_derivative(gradient, operators.FROM_LOGITS, logits), *(None,) * 8
-    owns, place = ctx.shard.place(token_ids)
+        return {"logits": first_derivative(gradient, operators.FROM_LOGITS, rows.logits)}
+    owns, local = shard.local(rows)
     upstream = Upstream(grad_logprobs, grad_entropy, grad_lse)
-    stats, local = of_this_rank(
-        RowStats(*saved), upstream, owns, logits[..., 0], temperature, choose(logits, ctx.backend)
-    )
-    operators.row_gradient(
-        logits, place, mask, temperature, ctx.shard.columns, *stats, *local[:3], None, None, gradient, ctx.backend
-    )
-    gradient = first_derivative(gradient, operators.FROM_LOGITS, logits, grad_logprobs, grad_entropy, grad_lse)
-    return gradient, *(None,) * 8
+    stats, upstream = of_this_rank(saved["stats"], upstream, owns, local, backend_for(local, options.backend))
+    operators.row_gradient(local, stats, upstream, gradient, options.backend)
+    connected = (rows.logits, grad_logprobs, grad_entropy, grad_lse)
+    return {"logits": first_derivative(gradient, operators.FROM_LOGITS, *connected)}
 
 
-_sharded_row_stats.register_autograd(_gradient_of_shard, setup_context=_save_for_gradient)
+# Statistics of whole rows from this rank's logits, differentiable. One collective, and none in the backward.
+row_stats = Operator(
+    "sharded_row_stats",
+    _row_stats,
+    fake=lambda rows, shard, options: empty_stats(rows.logits),
+    save=_save,
+    backward=_gradient_of_stats,
+    operands=("logits",),
+)

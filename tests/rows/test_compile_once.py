@@ -92,7 +92,7 @@ def test_strides_beyond_32_bits_do_not_compile_again(lookups: set[tuple[str, str
             shape=torch.Size((rows, 3, 1000)), stride=lambda: (stride, inner_stride, 1), element_size=lambda: 2,
             dtype=torch.bfloat16, device=torch.device("cpu"), data_ptr=lambda: 0, numel=lambda: 3000 * rows,
         )  # fmt: skip
-        batch = Rows(logits, torch.zeros(rows, 3, dtype=torch.int64), None, one)
+        batch = Rows(logits, torch.zeros(rows, 3, dtype=torch.int64), None, one, 1000)
         upstream = Upstream(torch.zeros(rows, 3), None, None, None, None)
         triton_rows.backward(batch, triton_rows.forward(batch), upstream, logits)
         triton_rows.forward_backward(batch, upstream, logits)

@@ -48,7 +48,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def forget() -> None:
-    cuda_rows._missing.cache_clear()
+    cuda_rows._unavailable_reason.cache_clear()
     dispatch._warn.cache_clear()
 
 
@@ -413,7 +413,7 @@ def test_an_empty_array_has_no_ticket(kernels: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels, "cuda_one_read", lambda **keywords: seen.append(keywords))
     logits = on_device(torch.randn(1, 2, 40))
     ids, mask = on_device(torch.tensor([[1, 2]])), None
-    rows = Rows(logits, ids, mask, on_device(torch.tensor(1.0)))
+    rows = Rows(logits, ids, mask, on_device(torch.tensor(1.0)), logits.shape[-1])
     empty, ones = on_device(torch.zeros(0)), on_device(torch.ones(1, 2))
     upstream, gradient = Upstream(ones, counts=empty, tickets=empty), torch.empty_like(logits)
     stats = cuda_rows.forward_backward(rows, upstream, gradient)

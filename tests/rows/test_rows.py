@@ -181,8 +181,9 @@ class Shards:
             vocab_shard.VocabShard(Ranks("tp_group", len(self.parts), rank, ""), a, b - a, logits.shape[1])
             for rank, (a, b) in enumerate(itertools.pairwise(ends))
         ]
-        self.owns, places = zip(*(shard.place(ids) for shard in self.shards), strict=True)
-        self.rows = [Rows(*x, None, self.temperature) for x in zip(self.parts, places, strict=True)]
+        whole = [Rows(part, ids, None, self.temperature, logits.shape[1]) for part in self.parts]
+        local = [shard.local(rows) for shard, rows in zip(self.shards, whole, strict=True)]
+        self.owns, self.rows = zip(*local, strict=True)
         self.local = [self.kernels.forward(rows) for rows in self.rows]
 
     def gathered(self, *_: object) -> tuple[Tensor, ...]:
@@ -200,7 +201,7 @@ class Shards:
         stats, found = self.merged(), []
         for part, owns, of_rank in zip(self.parts, self.owns, self.rows, strict=True):
             upstream = Upstream(*(torch.full_like(x, k) for x, k in zip(stats, scales, strict=True)))
-            told = vocab_shard.of_this_rank(stats, upstream, owns, part[..., 0], self.temperature, self.kernels)
+            told = vocab_shard.of_this_rank(stats, upstream, owns, of_rank, self.kernels)
             found.append(torch.empty_like(part))
             self.kernels.backward(of_rank, *told, found[-1])
         return torch.cat(found, -1)[0]

@@ -25,7 +25,8 @@ from gspo_kernels import gspo_loss, token_logprobs
 from gspo_kernels.losses import triton_stage
 from gspo_kernels.losses.stats import SCALARS
 from gspo_kernels.rows import triton_rows
-from gspo_kernels.rows.types import Rows, RowStats, Upstream
+from gspo_kernels.rows.operators import row_gradient, row_stats
+from gspo_kernels.rows.types import RowOptions, Rows, RowStats, Upstream
 
 pytestmark = TRITON_MODES
 
@@ -135,7 +136,7 @@ def forward_backward(logits: Tensor, ids: Tensor, gradient: Tensor, launch: Any,
     """Statistics and gradient by the kernel that does both at once, launched so."""
     patch.setattr(triton_rows, "INTERPRETED_LAUNCH", launch)
     patch.setitem(triton_rows.LAUNCH, "forward_backward", launch)
-    batch = Rows(logits[None], ids[None], None, torch.ones((), dtype=torch.float64))
+    batch = Rows(logits[None], ids[None], None, torch.ones((), dtype=torch.float64), logits.shape[-1])
     g = on_device(torch.full((1, len(ids)), 0.7))
     stats = triton_rows.forward_backward(batch, Upstream(g, None, None, None, None), gradient[None])
     return [stats.logprobs, stats.entropy, stats.lse, gradient]
@@ -273,20 +274,23 @@ def test_far_logits_in_one_launch_and_in_a_gradient_of_another_dtype(dtype: torc
     logits, ids = far_rows(dtype)
     n, batch_ids = len(ids), on_device(ids)[None]
     temperature = torch.tensor(0.7, dtype=torch.float64)
-    batch, upstream = Rows(on_device(logits)[None], batch_ids, None, temperature), on_device(torch.full((1, n), 0.7))
+    batch = Rows(on_device(logits)[None], batch_ids, None, temperature, logits.shape[-1])
+    upstream = on_device(torch.full((1, n), 0.7))
     gradient = torch.full_like(batch.logits, math.nan)
     stats = triton_rows.forward_backward(batch, Upstream(upstream), gradient)
     temperatures = torch.full((n,), 0.7, dtype=torch.float64)
     check_far([x[0] for x in (*stats, gradient)], logits, ids, temperatures, (0.7,))
     if dtype == torch.float32:
         narrow = torch.full_like(gradient, math.nan, dtype=torch.bfloat16)
-        backwards = Rows(batch.logits.flip(1), batch_ids, None, temperature, on_device(torch.arange(n)).flip(0))
-        triton_rows.backward(backwards, stats, Upstream(upstream), narrow)
+        flipped = dataclasses.replace(
+            batch, logits=batch.logits.flip(1), row_indices=on_device(torch.arange(n)).flip(0)
+        )
+        triton_rows.backward(flipped, stats, Upstream(upstream), narrow)
         assert torch.equal(narrow, gradient.bfloat16())
 
 
 def test_far_logits_of_which_a_shard_has_the_largest() -> None:
-    """A shard's kernel is told of the whole row; one without the largest logit has zeros alone."""
+    """A shard's kernel takes the statistics of the whole row; one without the largest logit writes zeros."""
     logits, ids = far_rows(torch.float32)
     logits, ids = logits[:2], ids[:2]
     out = everything(on_device(logits), on_device(ids), "triton")
@@ -296,8 +300,9 @@ def test_far_logits_of_which_a_shard_has_the_largest() -> None:
     found = []
     for shard in (logits[:, 41:100], logits[:, 100:]):
         gradient = torch.empty_like(on_device(shard))[None]
-        place = on_device(torch.ones_like(ids))[None]
-        rows_of_shard = Rows(on_device(shard.contiguous())[None], place, None, torch.ones((), dtype=torch.float64))
+        local_ids = on_device(torch.ones_like(ids))[None]
+        one = torch.ones((), dtype=torch.float64)
+        rows_of_shard = Rows(on_device(shard.contiguous())[None], local_ids, None, one, shard.shape[-1])
         triton_rows.backward(rows_of_shard, RowStats(*stats), Upstream(None, *g), gradient)
         found.append(gradient[0])
     assert not bool(found[0].any())
@@ -473,14 +478,13 @@ def test_more_counts_than_one_access_takes() -> None:
     """The number of sequences divides a gradient; it is added up in the row kernels, 1,024 at a time."""
     logits, ids = on_device(peaked(2, 33)).view(1, 2, 33), on_device(torch.tensor([[3, 4]]))
     one = torch.ones((), dtype=torch.float64)
-    stats = torch.ops.gspo_kernels.row_stats(logits, ids, None, one, 33, False, "triton")
+    batch = Rows(logits, ids, None, one, 33)
+    stats = row_stats(batch, RowOptions(backend="triton"))
     upstream = on_device(torch.ones(1, 2))
     gradients = []
     for counts in (None, on_device(torch.ones(2500))):
         gradient = torch.empty_like(logits)
-        torch.ops.gspo_kernels.row_gradient_(
-            logits, ids, None, one, 33, *stats, upstream, None, None, None, counts, gradient, "triton"
-        )
+        row_gradient(batch, stats, Upstream(upstream, counts=counts), gradient, "triton")
         gradients.append(gradient.cpu())
     check_close("gradient", gradients[1] * 2500, gradients[0], 1e-6 * gradients[0].abs())
 

@@ -140,17 +140,18 @@ def main() -> None:
 
 def one_pass() -> None:
     """The two operators that a loss of a tensor's subclass does not take."""
+    from gspo_kernels.rows import operators
+    from gspo_kernels.rows.types import Rows, Upstream
+
     made = torch.Generator().manual_seed(1)
     logits, upstream = torch.randn(1, 4, 11, generator=made), torch.randn(1, 4, generator=made)
     ids, temperature, factor = torch.tensor([[0, 3, 10, 5]]), torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.5)
     gradients = []
     for move in (lambda x: x, on_npu):
         gradient = move(torch.zeros(1, 4, 11))
-        operators = torch.ops.gspo_kernels
-        operators.row_stats_and_gradient_(
-            move(logits), move(ids), None, temperature, 11, move(upstream), None, gradient, None
-        )
-        operators.scale_(gradient, move(factor), None)
+        rows = Rows(move(logits), move(ids), None, temperature, 11)
+        operators._row_stats_and_gradient_(rows, Upstream(move(upstream)), gradient, None)
+        operators.scale(gradient, move(factor), None)
         gradients.append(gradient)
     check_same("gradient in one pass", gradients[1], gradients[0])
 
