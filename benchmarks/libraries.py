@@ -201,10 +201,11 @@ def liger_from_hidden(problem: Problem) -> Run:
     return answer(problem, lambda: module(*inputs, old_per_token_logps=problem.old_logprobs)[0])
 
 
-def trl_from_logits() -> Callable[[Problem], Tensor]:
+def trl_from_logits(problem: Problem) -> Tensor:
     """Its fused kernel, without a mask."""
     function = _find("trl.kernels", "selective_log_softmax_and_entropy")
-    return lambda problem: function(problem.logits, problem.token_ids, temperature=1.0)[0]
+    logprobs: Tensor = function(problem.logits, problem.token_ids, temperature=1.0)[0]
+    return logprobs
 
 
 def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
