@@ -218,6 +218,7 @@ def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
         raise Unfit("its kernel needs a GPU")
     case = problem.case
     low, high = EPSILONS[case.work.objective]
+    loss_type = "bnpo" if case.work.objective == "ppo" else "grpo"  # a mean over all tokens, or over each sequence's
     if inplace:
         whole = problem.sampled.working[0].view(case.sequences, -1, case.vocab).detach().requires_grad_()
     else:
@@ -236,9 +237,7 @@ def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
             eps_low=low,
             eps_high=high,
             inplace=inplace,
-            loss_type="bnpo"
-            if case.work.objective == "ppo"
-            else "grpo",  # a mean over all tokens; over each sequence's
+            loss_type=loss_type,
             importance_sampling_level=_level(problem),
             reduce=True,
         )[0]
