@@ -98,7 +98,7 @@ def find_ncu() -> str | None:
 
 
 def _count(context: Context, tool: str, items: Sequence[str]) -> tuple[dict[str, dict[str, float]], str]:
-    """Metrics by item; or none, and why. Metrics that ncu does not know are left out of a second try."""
+    """Metrics by item; or {}, and the reason. A second try leaves out the metrics that ncu does not know."""
     metrics: tuple[str, ...] = METRICS
     reason = ""
     for _ in range(3):
@@ -164,7 +164,7 @@ def parse(lines: Iterable[str]) -> list[tuple[str, dict[str, float]]]:
 
 
 def by_item(kernels: Iterable[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The kernel that does both at once comes twice: over the logits, then into a fresh gradient."""
+    """`forward_backward` is launched twice: with its gradient over the logits, then with a fresh one."""
     found: dict[str, dict[str, float]] = {}
     for name, metrics in kernels:
         words = [word for word in ("one_read", "forward_backward", "backward", "forward") if word in name]

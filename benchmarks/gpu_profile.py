@@ -109,7 +109,7 @@ def _profile(context: Context, problem: Problem, item: str, contestant: str, ban
 
 
 def _on_the_gpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]]:
-    """Each call's events. One more call comes first: with it CUPTI gets ready."""
+    """Each call's events. One more call is made first, in which CUPTI initialises."""
     meter = CudaMeter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls + 1):

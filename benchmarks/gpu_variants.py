@@ -100,7 +100,7 @@ def _compiled(kernel: str, launch: Launch) -> str:
 
 
 def name_of(launch: Launch) -> str:
-    """Sizes, and the other fields where they are not the usual ones."""
+    """The sizes, and other fields that differ from their defaults."""
     words = [f"{launch.num_warps} warps", f"{launch.elements} elements"]
     for field in dataclasses.fields(launch)[2:]:
         value = getattr(launch, field.name)
@@ -110,7 +110,7 @@ def name_of(launch: Launch) -> str:
 
 
 def _use(kernel: str, launch: Launch) -> Use:
-    """The one place that knows where the package keeps its launch sizes."""
+    """Only this function knows where the package keeps its launch sizes."""
 
     def use() -> None:
         LAUNCH[kernel] = launch
@@ -126,14 +126,14 @@ def _use_cuda(name: str) -> Use:
 
 
 def _cuda_variants() -> list[str]:
-    """Prebuilt ones, the package's own first; none where the extension was built without them."""
+    """The prebuilt variants, the package's own first; none where the extension was built without them."""
     find = getattr(cuda_rows._native, "cuda_variants", None)
     return [] if find is None else list(find())
 
 
 @contextmanager
 def _restored(variants: dict[str, Use]) -> Iterator[None]:
-    """Afterwards the package runs its own variant again."""
+    """Restores the package's own variant at the end."""
     try:
         yield
     finally:
@@ -166,7 +166,7 @@ def _measure_all(context: Context, kernel: str, tried: dict[str, str]) -> None:
     found: dict[str, float] = {}
     with _restored(variants):
         for name, use in (*variants.items(), (f"{current}, again", variants[current])):
-            reason = tried.get(f"{kernel}:{name.removesuffix(', again')}", "a child process did not get to it")
+            reason = tried.get(f"{kernel}:{name.removesuffix(', again')}", "no child process finished it in time")
             measured: dict[str, Any] = {"error": reason}
             if not reason:
                 context.at(f"{kernel}: {name}")
@@ -208,7 +208,7 @@ def _check(problem: Problem, run_once: Run) -> None:
 
 
 def _tried_by_children(context: Context, kernels: list[str]) -> dict[str, str]:
-    """<kernel>:<variant> -> what went wrong, "" where nothing did; of those that were finished in time."""
+    """<kernel>:<variant> -> its error, or "", for the variants that a child finished in time."""
     most = SMOKE_MOST if context.smoke else MOST
     jobs = [f"{kernel}:{name}" for kernel in kernels for name in variants_of(kernel, most)]
     count = 1 if context.smoke else max(1, min(8, (os.cpu_count() or 2) // 2, len(jobs)))

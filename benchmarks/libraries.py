@@ -201,10 +201,11 @@ def liger_from_hidden(problem: Problem) -> Run:
     return answer(problem, lambda: module(*inputs, old_per_token_logps=problem.old_logprobs)[0])
 
 
-def trl_from_logits() -> Callable[[Problem], Tensor]:
+def trl_from_logits(problem: Problem) -> Tensor:
     """Its fused kernel, without a mask."""
     function = _find("trl.kernels", "selective_log_softmax_and_entropy")
-    return lambda problem: function(problem.logits, problem.token_ids, temperature=1.0)[0]
+    logprobs: Tensor = function(problem.logits, problem.token_ids, temperature=1.0)[0]
+    return logprobs
 
 
 def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
@@ -217,6 +218,7 @@ def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
         raise Unfit("its kernel needs a GPU")
     case = problem.case
     low, high = EPSILONS[case.work.objective]
+    loss_type = "bnpo" if case.work.objective == "ppo" else "grpo"  # a mean over all tokens, or over each sequence's
     if inplace:
         whole = problem.sampled.working[0].view(case.sequences, -1, case.vocab).detach().requires_grad_()
     else:
@@ -235,9 +237,7 @@ def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
             eps_low=low,
             eps_high=high,
             inplace=inplace,
-            loss_type="bnpo"
-            if case.work.objective == "ppo"
-            else "grpo",  # a mean over all tokens; over each sequence's
+            loss_type=loss_type,
             importance_sampling_level=_level(problem),
             reduce=True,
         )[0]
