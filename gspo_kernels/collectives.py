@@ -20,24 +20,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks
 from .autograd import first_derivative
+from .operators import Operator
 from .torch_internals import process_group
 
 
 class Ranks(NamedTuple):
-    """A process group as plain values. Operators take it as text."""
+    """A process group as plain values, which operators can take."""
 
     argument: str  # that the caller passed it as
     size: int
     rank: int  # of this process
     name: str  # in torch
-
-    def text(self) -> str:
-        return f"{self.argument} {self.size} {self.rank} {self.name}"
-
-    @classmethod
-    def read(cls, text: str) -> Ranks:
-        argument, size, rank, name = text.split(" ", 3)
-        return cls(argument, int(size), int(rank), name)
 
     def group(self) -> dist.ProcessGroup:
         return process_group(self.name)
@@ -68,25 +61,22 @@ def ranks_of(argument: str, value: Any) -> Ranks | None:
     return Ranks(argument, value.size(), value.rank(), value.group_name)
 
 
-@torch.library.custom_op("gspo_kernels::gather", mutates_args=())
-def _gather(values: Tensor, ranks: str) -> Tensor:
-    of = Ranks.read(ranks)
-    found = values.new_empty(of.size, *values.shape)
+def _gather(values: Tensor, ranks: Ranks) -> Tensor:
+    found = values.new_empty(ranks.size, *values.shape)
     if values.numel():
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
-        gather(found.view(-1), values.contiguous().view(-1), group=of.group())
+        gather(found.view(-1), values.contiguous().view(-1), group=ranks.group())
     return found
 
 
-@_gather.register_fake
-def _(values: Tensor, ranks: str) -> Tensor:
-    return values.new_empty(Ranks.read(ranks).size, *values.shape)
+_gather_operator: Operator[Tensor] = Operator(
+    "gather", _gather, fake=lambda values, ranks: values.new_empty(ranks.size, *values.shape)
+)
 
 
 def gather(values: Tensor, ranks: Ranks) -> Tensor:
     """[ranks, ...], in the order of the ranks. Not differentiable."""
-    found: Tensor = _gather(values.detach(), ranks.text())
-    return found
+    return _gather_operator(values.detach(), ranks)
 
 
 def gather_objects(value: Any, ranks: Ranks, device: torch.device) -> list[Any]:
@@ -98,29 +88,29 @@ def gather_objects(value: Any, ranks: Ranks, device: torch.device) -> list[Any]:
     return [pickle.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-@torch.library.custom_op("gspo_kernels::sum_over_ranks", mutates_args=())
-def _sum_over_ranks(values: Tensor, ranks: str, crosses: bool) -> Tensor:
-    found: Tensor = _gather(values, ranks).sum(0)  # in a fixed order, unlike an all-reduce
-    return found
+def _sum_over_ranks(values: Tensor, ranks: Ranks, crosses: bool) -> Tensor:
+    return gather(values, ranks).sum(0)  # in a fixed order, unlike an all-reduce
 
 
-@_sum_over_ranks.register_fake
-def _(values: Tensor, ranks: str, crosses: bool) -> Tensor:
-    return torch.empty_like(values)
+def _save_ranks(ctx: Any, found: Tensor, values: Tensor, ranks: Ranks, crosses: bool) -> None:
+    ctx.ranks, ctx.crosses = ranks, crosses
 
 
-def _gradient_of_sum(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _gradient_of_sum(ctx: Any, gradient: Tensor) -> dict[str, Tensor | None]:
     if ctx.crosses:
-        return _sum_over_ranks(gradient, ctx.ranks, True), None, None
+        return {"values": sum_over_ranks(gradient, ctx.ranks, crosses=True)}
     # It is the gradient of all ranks' shares already; a second derivative would be that of one rank's share.
-    return first_derivative(gradient, "cp_group", gradient), None, None
+    return {"values": first_derivative(gradient, "cp_group", gradient)}
 
 
-def _remember_ranks(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.ranks, ctx.crosses = inputs
-
-
-_sum_over_ranks.register_autograd(_gradient_of_sum, setup_context=_remember_ranks)
+_sum_operator: Operator[Tensor] = Operator(
+    "sum_over_ranks",
+    _sum_over_ranks,
+    fake=lambda values, ranks, crosses: torch.empty_like(values),
+    save=_save_ranks,
+    backward=_gradient_of_sum,
+    operands=("values",),
+)
 
 
 def sum_over_ranks(values: Tensor, ranks: Ranks, *, crosses: bool) -> Tensor:
@@ -130,8 +120,7 @@ def sum_over_ranks(values: Tensor, ranks: Ranks, *, crosses: bool) -> Tensor:
         crosses: whether the incoming gradient is that of this rank's share alone: the backward then sums it over ranks.
             Otherwise it is that of all ranks' shares already, and passes unchanged.
     """
-    found: Tensor = _sum_over_ranks(values, ranks.text(), crosses)
-    return found
+    return _sum_operator(values, ranks, crosses)
 
 
 def all_reduce_(values: Tensor, ranks: Ranks) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from . import checks
 from .checks import may_read, watched
 from .collectives import Ranks, sum_over_ranks
 from .devices import check_float64, sums_segments
+from .operators import Operator
 
 
 @dataclass(frozen=True)
@@ -245,16 +246,14 @@ class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
     def __init__(self, batch: BatchShape, cu_seqlens: Tensor, crosses: bool) -> None:
-        self._fault: Tensor  # 0, or NaN for wrong boundaries
-        *self._segments, self._fault = _segments(cu_seqlens, batch.tokens[0])
+        self._segments = find_segments(cu_seqlens, batch.tokens[0])
         super().__init__(batch, crosses)
 
     def _sum(self, values: Tensor) -> Tensor:
-        sums: Tensor = _segment_sum(values, *self._segments)
-        return sums + self._fault
+        return segment_sum(values, self._segments) + self._segments.fault
 
     def _spread(self, values: Tensor) -> Tensor:
-        return cast(Tensor, _segment_spread(values, *self._segments))
+        return segment_spread(values, self._segments)
 
 
 def batch_shape(
@@ -342,12 +341,16 @@ def _are_wrong(cu_seqlens: Tensor, tokens: int) -> Tensor:
 # ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
 
 
-@torch.library.custom_op("gspo_kernels::segments", mutates_args=())
-def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(boundaries in int64, the sequence of each token [tokens], 0, or NaN for wrong boundaries).
+class Segments(NamedTuple):
+    """Checked boundaries of packed sequences."""
 
-    Wrong ones are replaced, because the sums below trust boundaries, and to refuse them would wait for the GPU.
-    """
+    boundaries: Tensor  # [sequences + 1] int64
+    sequence_of: Tensor  # [tokens] int64, the sequence of each token
+    fault: Tensor  # 0-d float64: 0, or NaN for wrong boundaries
+
+
+def _segments(cu_seqlens: Tensor, tokens: int) -> Segments:
+    """Wrong boundaries are replaced, because the sums below trust them, and to refuse them would wait for the GPU."""
     if may_read(cu_seqlens):
         check_boundaries(cu_seqlens, tokens)
     fault = torch.where(_are_wrong(cu_seqlens, tokens), torch.nan, torch.zeros_like(cu_seqlens[0], dtype=torch.float64))
@@ -355,20 +358,22 @@ def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     boundaries[0] = 0
     boundaries[-1] = tokens
     sequences = torch.arange(boundaries.numel() - 1, device=boundaries.device)
-    return boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens), fault
+    return Segments(boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens), fault)
 
 
-@_segments.register_fake
-def _(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
+def _empty_segments(cu_seqlens: Tensor, tokens: int) -> Segments:
+    return Segments(
         torch.empty_like(cu_seqlens, dtype=torch.int64),
         cu_seqlens.new_empty(tokens, dtype=torch.int64),
         cu_seqlens.new_empty((), dtype=torch.float64),
     )
 
 
-@torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=())
-def _segment_sum(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
+find_segments = Operator("segments", _segments, fake=_empty_segments)
+
+
+def _segment_sum(values: Tensor, segments: Segments) -> Tensor:
+    boundaries = segments.boundaries
     if boundaries.numel() == 1:
         return values.new_zeros(0)
     if sums_segments(values.device):
@@ -380,29 +385,28 @@ def _reduce(values: Tensor, boundaries: Tensor) -> Tensor:
     return torch.segment_reduce(values.contiguous(), "sum", offsets=boundaries, initial=0.0, unsafe=True)
 
 
-@_segment_sum.register_fake
-def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
-    return values.new_empty(boundaries.shape[0] - 1)
+def _segment_spread(values: Tensor, segments: Segments) -> Tensor:
+    return values.index_select(0, segments.sequence_of)
 
 
-@torch.library.custom_op("gspo_kernels::segment_spread", mutates_args=())
-def _segment_spread(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
-    return values.index_select(0, sequence_of)
-
-
-@_segment_spread.register_fake
-def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
-    return values.new_empty(sequence_of.shape[0])
-
-
-def _remember_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _save_segments(ctx: Any, found: Tensor, values: Tensor, segments: Segments) -> None:
+    ctx.save_for_backward(*segments)
 
 
 # Each is the other's derivative.
-_segment_sum.register_autograd(
-    lambda ctx, gradient: (_segment_spread(gradient, *ctx.saved_tensors), None, None), setup_context=_remember_segments
+segment_sum: Operator[Tensor] = Operator(
+    "segment_sum",
+    _segment_sum,
+    fake=lambda values, segments: values.new_empty(segments.boundaries.shape[0] - 1),
+    save=_save_segments,
+    backward=lambda ctx, gradient: {"values": segment_spread(gradient, Segments(*ctx.saved_tensors))},
+    operands=("values",),
 )
-_segment_spread.register_autograd(
-    lambda ctx, gradient: (_segment_sum(gradient, *ctx.saved_tensors), None, None), setup_context=_remember_segments
+segment_spread: Operator[Tensor] = Operator(
+    "segment_spread",
+    _segment_spread,
+    fake=lambda values, segments: values.new_empty(segments.sequence_of.shape[0]),
+    save=_save_segments,
+    backward=lambda ctx, gradient: {"values": segment_sum(gradient, Segments(*ctx.saved_tensors))},
+    operands=("values",),
 )
