@@ -9,25 +9,33 @@ from torch import Tensor
 
 from . import checks
 from .linear.from_hidden import explain_plan
-from .rows.dispatch import check_name, compare
+from .losses.clipped import GSPO
+from .losses.objectives import check_objective
+from .losses.triton_stage import stage_reason
+from .rows.dispatch import check_name, compare, pick
 
 
 def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
     """Which backend runs for these inputs and why not the others; from hidden states, also the plan of chunks.
 
-    It takes the arguments of a loss, in the same order. From logits the answer depends on `logits` and `backend` alone;
-    the others may be left out. From hidden states (`hidden, weight, ...`) the plan depends on the others too,
-    `objective` is GSPO by default, and mask and boundaries are read.
+    It takes the arguments of a loss, in the same order. From logits the answer depends on `logits`, `backend`,
+    `objective` and `cp_group` alone; the others may be left out. From hidden states (`hidden, weight, ...`) the plan
+    depends on the others too, and mask and boundaries are read. `objective` is GSPO by default.
 
     Returns:
-        A few lines of text, the chosen backend first.
+        A few lines of text, the chosen backend first; then which token stage runs, and why if it is the slower one.
     """
     checks.tensor("logits", logits, "logits [.., vocabulary], or hidden states and then a head", sharded=True)
     check_name(backend)
+    objective = options.get("objective", GSPO())
+    check_objective(objective)
+    context_parallel = options.get("cp_group") is not None
     head = arguments[0] if arguments else options.get("weight")
     if not (isinstance(head, Tensor) and head.is_floating_point()):
-        return compare(logits, backend)
+        stage = stage_reason(objective, pick(logits, backend), context_parallel=context_parallel)
+        return f"{compare(logits, backend)}\n{stage}"
     options.pop("weight", None)
     wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
     chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)
-    return compare(chunk, backend) + "\n" + explain_plan(logits, head, *arguments[1:], **options)
+    stage = stage_reason(objective, pick(chunk, backend), context_parallel=context_parallel)
+    return f"{compare(chunk, backend)}\n{stage}\n{explain_plan(logits, head, *arguments[1:], **options)}"

@@ -1,4 +1,4 @@
-"""From numbers per token to one: the only place that divides by a count."""
+"""Aggregation: from numbers per token to one loss. Counts are divided by here and nowhere else."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum")
 
 
 def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | None) -> Tensor:
-    """What the number of each token of a sequence counts for in the loss: `loss = sum_i share_i sum_t x_it`.
+    """The weight of each token's number in the loss, by sequence: `loss = sum_i share_i sum_t x_it`.
 
     - "sequence_mean": mean over a sequence's unmasked tokens, then over sequences;
     - "token_mean":    mean over all unmasked tokens;
     - "sequence_sum":  sum over a sequence's unmasked tokens, mean over sequences.
 
-    A sequence without an unmasked token is not counted. `normalizer` stands for the local count (of sequences, or of
+    A sequence without an unmasked token is not counted. `normalizer` replaces the local count (of sequences, or of
     tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole. One that is
-    no count stands for 1 here: `spoil` and `spoiled` make NaN of the gradient and of the loss.
+    no count stands for 1 here: the two functions below make the loss and its gradient NaN.
 
     Returns: [sequences] float64, NaN where the layout's lengths are.
     """
@@ -40,17 +40,17 @@ def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | 
     return share.expand(layout.lengths.shape)
 
 
-def spoiled(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> Tensor:
+def nan_if_no_count(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> Tensor:
     """The loss, or NaN if the normalizer is no count; 0 is one where nothing counts."""
     if not isinstance(normalizer, Tensor):
         return loss
     is_count = _counts(normalizer) | ((normalizer == 0) & (layout.num_tokens == 0))
-    return loss + torch.where(is_count, 0.0, torch.nan)  # added, so that the gradient of the loss goes on: see `spoil`
+    return loss + torch.where(is_count, 0.0, torch.nan)  # added, so that the gradient of the loss goes on: see below
 
 
-def spoil(values: Tensor, normalizer: float | Tensor | None) -> Tensor:
-    """`values`, but if the normalizer is no count, their gradient is NaN wherever it is not 0."""
-    return _Spoil.apply(values, _counts(normalizer)) if isinstance(normalizer, Tensor) else values
+def nan_gradient_if_no_count(values: Tensor, normalizer: float | Tensor | None) -> Tensor:
+    """`values`; if the normalizer is no count, their gradient is NaN wherever it is not 0."""
+    return _NanGradient.apply(values, _counts(normalizer)) if isinstance(normalizer, Tensor) else values
 
 
 def _counts(normalizer: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _counts(normalizer: Tensor) -> Tensor:
     return (normalizer > 0) & (normalizer < torch.inf)
 
 
-class _Spoil(torch.autograd.Function):
+class _NanGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

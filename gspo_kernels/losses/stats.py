@@ -14,10 +14,10 @@ from .objectives import Terms
 
 
 class HeadWork(NamedTuple):
-    """How many rows a loss from hidden states multiplied by the head, which tells the plan that it followed.
+    """How many rows a loss from hidden states multiplied by the head.
 
     One row costs 2DV operations each time: once in `forward_rows` and `recomputed_rows`, and in `backward_rows` for the
-    hidden states and for the head if those want a gradient. `explain` says why.
+    hidden states and for the head if those need a gradient. `explain` says why.
     """
 
     forward_rows: Tensor  # masked rows, prompt and padding, are never among them
@@ -79,12 +79,12 @@ class Stats:
         def mean(values: Tensor, count: Tensor) -> Tensor:
             return torch.where(count > 0, values * count, 0.0).sum() / count.sum().clamp(min=1)
 
-        together = {name: mean(x, found["num_tokens"] if name in by_token else units) for name, x in found.items()}
+        of_all = {name: mean(x, found["num_tokens"] if name in by_token else units) for name, x in found.items()}
         some = units.sum() > 0
-        together["ratio_min"] = torch.where(some, torch.where(units > 0, found["ratio_min"], torch.inf).amin(), 0.0)
-        together["ratio_max"] = torch.where(some, torch.where(units > 0, found["ratio_max"], -torch.inf).amax(), 0.0)
-        together |= {name: found[name].sum() for name in ("num_sequences", "num_tokens")}
-        scalars: dict[str, Any] = {name: x.float() for name, x in together.items()}
+        of_all["ratio_min"] = torch.where(some, torch.where(units > 0, found["ratio_min"], torch.inf).amin(), 0.0)
+        of_all["ratio_max"] = torch.where(some, torch.where(units > 0, found["ratio_max"], -torch.inf).amax(), 0.0)
+        of_all |= {name: found[name].sum() for name in ("num_sequences", "num_tokens")}
+        scalars: dict[str, Any] = {name: x.float() for name, x in of_all.items()}
         return replace(self, **scalars)
 
 

@@ -1,4 +1,4 @@
-"""All that happens to numbers per token, between the vocabulary-sized work and the scalar loss."""
+"""The token stage: from log-probabilities and entropies per token to the scalar loss, its gradient and the stats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """All that has one number per token or sequence, but for the log-probabilities: checked, and as it came."""
+    """The caller's arguments that have one number per token, per sequence or per batch; checked."""
 
     batch: BatchShape
     objective: Objective
@@ -55,7 +55,7 @@ class TokenInputs:
         return [x._version for x in arrays if isinstance(x, Tensor) and not x.is_inference()]
 
     def depends_on_log_ratio_alone(self) -> bool:
-        """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
+        """Whether the loss is on-policy and its gradient by the log-probabilities is known before a logit is read."""
         plain = self.beta == 0.0 and not self.entropy_bonus
         return self.old_logprobs is None and plain and not self.objective.uses_logprobs
 
@@ -97,7 +97,7 @@ class TokenStage:
 
     layout: Layout
     objective: Objective
-    advantages: Tensor  # [tokens] or [sequences], as the objective asks
+    advantages: Tensor  # [tokens] if the objective's `advantages_per_token`, else [sequences]
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
@@ -107,7 +107,7 @@ class TokenStage:
     kl_estimator: str
     entropy_coef: float
     max_log_ratio: Tensor
-    shares: Tensor | None = None  # [sequences] of the batch that this is a part of; None: it is the whole
+    shares: Tensor | None = None  # [sequences], of a part of a batch: the weights in the whole batch
 
     def gradient_on_policy(self) -> Tensor:
         """dL/dlogprob per token where the policy is the old policy: no logit needed."""
@@ -115,7 +115,9 @@ class TokenStage:
             log_ratio = torch.zeros(
                 self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
             )
-            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer), None), None, None)
+            loss = self._aggregate(
+                self._terms(aggregate.nan_gradient_if_no_count(log_ratio, self.normalizer), None), None, None
+            )
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
     def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +148,7 @@ class TokenStage:
         return dict(zip(operands, found, strict=True))
 
     def part(self, batch: BatchShape, tokens: Tensor | slice, sequences: slice) -> TokenStage:
-        """The stage of some of the tokens; what each counts for in the loss stays what it is in the whole."""
+        """The stage of some of the tokens. Each token keeps its full-batch weight."""
 
         def of(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[tokens]
@@ -162,7 +164,7 @@ class TokenStage:
         )
 
     def token_shares(self) -> Tensor:
-        """[sequences], what the number of each of its tokens counts for in the loss."""
+        """[sequences], the weight of each of its tokens' numbers in the loss."""
         if self.shares is not None:
             return self.shares
         return aggregate.token_shares(self.layout, self.aggregation, self.normalizer)
@@ -175,13 +177,13 @@ class TokenStage:
         return LossOutput(loss.to(logprobs.dtype), stats)
 
     def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
-        """The loss in float64, what the objective says, log-ratios and KL per token."""
-        logprobs = aggregate.spoil(logprobs, self.normalizer)
-        entropy = None if entropy is None else aggregate.spoil(entropy, self.normalizer)
+        """The loss in float64, the objective's terms, log-ratios and KL per token."""
+        logprobs = aggregate.nan_gradient_if_no_count(logprobs, self.normalizer)
+        entropy = None if entropy is None else aggregate.nan_gradient_if_no_count(entropy, self.normalizer)
         new = self._finite(self.layout.select(logprobs.double()))
         old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
         log_ratio = new - old
-        if self.ref_logprobs is not None and self.beta != 0.0:  # of whatever shares a ratio the gradient is NaN, too
+        if self.ref_logprobs is not None and self.beta != 0.0:  # NaN propagates to all tokens of its ratio
             log_ratio = log_ratio + torch.where(self.ref_logprobs.isnan(), torch.nan, 0.0)
         terms = self._terms(log_ratio, self._token_values(new, entropy))
         kl = None if self.ref_logprobs is None else self._kl(new)
@@ -189,7 +191,7 @@ class TokenStage:
 
     @staticmethod
     def _finite(logprobs: Tensor) -> Tensor:
-        """Within +-FINITE; the gradient of a number beyond, which its ratio to itself may have, goes on."""
+        """Within +-FINITE. The gradient is that of the identity: on-policy, an infinite number has a ratio of 1."""
         slope = torch.where(logprobs.isinf(), 0.0, logprobs)
         return within(logprobs.detach(), FINITE) + (slope - slope.detach())
 
@@ -231,10 +233,10 @@ class TokenStage:
             loss = (layout.select(sum(per_token[1:], per_token[0])) * layout.spread(shares)).sum()
         if self.objective.ratio_of == "sequence":
             loss = loss + self._of_sequences(terms.loss, shares)
-        return aggregate.spoiled(loss, layout, self.normalizer)
+        return aggregate.nan_if_no_count(loss, layout, self.normalizer)
 
     def _of_sequences(self, of_each: Tensor, shares: Tensor) -> Tensor:
-        """A sequence's term counts as often as it has tokens, here; its gradient, as often as it has on all ranks."""
+        """The value is weighted by this rank's token count, the gradient by the global count."""
         layout = self.layout
         local = layout.local_lengths if self.importance_weights is None else layout.local_sum(self.importance_weights)
         if layout.ranks is None or not self.objective.by_sequence_alone:
@@ -259,7 +261,7 @@ def token_inputs(
     normalizer: float | Tensor | None,
     max_log_ratio: float,
 ) -> TokenInputs:
-    """Checks everything that has one number per token or sequence."""
+    """The arguments as `TokenInputs`, checked."""
     check_objective(objective)
     aggregation = objective.aggregation if aggregation is None else aggregation
     normalizer = aggregate.check(aggregation, normalizer, batch.device)

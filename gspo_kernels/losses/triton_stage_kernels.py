@@ -142,12 +142,12 @@ def sequence_kernel(
     """A sequence's share of the loss, its gradient by each log-probability and entropy, and its share of the stats.
 
     The sequence is a row of `length` tokens or, with `cu_seqlens`, tokens cu_seqlens[i] to cu_seqlens[i + 1]. Gradients
-    lack one factor, 1 / (sum of the counts): the row kernels bring it in. Absent: `old_logprobs` on-policy, `logprobs`
-    before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an entropy
-    bonus; `token_advantages`, each token's advantage, unless a row kernel asks for it (of a ratio per token).
+    lack one factor, 1 / (sum of the counts), which the row kernels multiply by. Absent: `old_logprobs` on-policy,
+    `logprobs` before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an
+    entropy bonus; `token_advantages`, each token's advantage, unless a row kernel clips (a ratio per token).
 
     Advantages (GSPO's never) and weights may be per token. That is no compile-time choice: with as many sequences as
-    tokens, numbers per token are taken for numbers per sequence, and lengths shall not compile a kernel.
+    tokens, numbers per token are taken for numbers per sequence, and lengths must not compile a kernel.
 
     TERM: the objective's `triton_term`, with parameters p0 to p3. RATIO: "sequence", "token", or "sequence_by_token":
     a ratio per token with the value of the sequence's.
@@ -323,8 +323,8 @@ def batch_kernel(
     depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1, and the loss is
     proportional to the advantage. TERM is None without `old_logprobs`.
 
-    One warp has one of the 16 partials, so that it needs no other; BLOCK partials, and then tokens, at a time; fewer
-    tokens off-policy, where more sums take registers.
+    Each warp has one of the 16 partials and exchanges nothing. BLOCK partials, and then tokens, at a time; fewer tokens
+    off-policy, where there are more sums in registers.
     """
     TOKENS_AT_ONCE: tl.constexpr = BLOCK if old_logprobs is None else BLOCK // 2
     LANES: tl.constexpr = min(32, BLOCK // 32)

@@ -71,7 +71,7 @@ def choose(logits: Tensor, backend: str | None, fields: Collection[str] = ()) ->
         fields: optional fields of `Rows` that the backend must honour.
     """
     check_float64(logits.device)
-    chosen = _pick(logits, backend, fields)
+    chosen = pick(logits, backend, fields)
     if backend is None:
         if not chosen.has_kernels and (reason := _no_kernels_reason(logits, fields)):
             _warn(f"gspo_kernels runs on plain torch, many times slower: {reason}")
@@ -80,7 +80,8 @@ def choose(logits: Tensor, backend: str | None, fields: Collection[str] = ()) ->
     return chosen
 
 
-def _pick(logits: Tensor, backend: str | None, fields: Collection[str]) -> Backend:
+def pick(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> Backend:
+    """`choose`, without a warning."""
     if backend is None:
         able = (candidate for candidate in BACKENDS if not _unsupported_reasons(candidate, logits, fields))
         return next(candidate for candidate in able if not candidate.reason_not_default(logits))
@@ -123,7 +124,7 @@ def _warn(message: str) -> None:
 
 def compare(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> str:
     """Which backend runs for these logits, and why the others do not."""
-    chosen = _pick(logits, backend, fields)
+    chosen = pick(logits, backend, fields)
     why = "as requested" if backend is not None else "the first that takes these logits"
     lines = [f"{chosen.name} ({chosen.describe()}): runs, {why}"]
     for other in BACKENDS:

@@ -19,6 +19,7 @@ from gspo_kernels import (
     Objective,
     Terms,
     TokenBatch,
+    explain,
     linear_policy_loss,
     policy_loss,
     policy_loss_from_logprobs,
@@ -175,6 +176,14 @@ def test_why_the_stage_runs_in_torch() -> None:
     )
     assert "torch, because the rows are computed by native" in stage_reason(GSPO(), cpu_rows)
     assert "torch, because InTorch has no triton_term" in stage_reason(InTorch(), triton_rows)
+
+
+@triton_alone
+def test_explain_tells_which_stage_runs() -> None:
+    logits, head = numbers(2, 4, 9), numbers(9, 9)
+    for arguments in ((logits,), (logits, head)):
+        assert "\ntoken stage: Triton" in explain(*arguments)
+        assert "\ntoken stage: torch, because InTorch has no triton_term" in explain(*arguments, objective=InTorch())
 
 
 # --- the stage from log-probabilities, and its inputs -----------------------------------------------------------------
