@@ -74,7 +74,8 @@ class Operator(Generic[Output]):
         body: from values to a tensor, a named tuple of tensors or None; its annotations are read.
         fake: the same without computing: outputs of the right shapes and dtypes.
         save: `save(ctx, output, *values)` keeps what `backward` needs.
-        backward: `backward(ctx, *upstream)` returns gradients by the names of `operands`; a missing one is None.
+        backward: `backward(ctx, *upstream)` returns gradients by the names of `operands`; a missing one is None. An
+            operator without one is called under `no_grad`.
         operands: names of the arguments that have a gradient.
         outputs: how many outputs, from the first, are differentiable; None: all.
         mutates: names of the arguments that are written to.
@@ -96,7 +97,7 @@ class Operator(Generic[Output]):
         direct: bool = False,
     ) -> None:
         self.body, self._save, self._backward, self._direct = body, save, backward, direct
-        self._operands, self._mutates, self._outputs = tuple(operands), tuple(mutates), outputs
+        self._operands, self._outputs = tuple(operands), outputs
         hints = typing.get_type_hints(body)
         result = hints.pop("return")
         self._tuple = result if _is_named_tuple(result) else None
@@ -107,12 +108,11 @@ class Operator(Generic[Output]):
         leaves = [leaf for spec in self._specs for leaf in _leaves(spec)]
         self._names = tuple(leaf.name for leaf in leaves)
         self._has_numbers = any(_has_float(spec) for spec in self._specs)
-        # What a direct call needs: the first tensor, the operands, what is written to.
-        first = next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)
-        self._direct_names = list(dict.fromkeys((first, *operands, *mutates)))
         names = iter(self._names)
-        step_of = {next(names): step for step in self._steps if step[2] != "float"}
-        self._direct_steps = tuple(step_of[name] for name in self._direct_names)
+        path_of = {next(names): (position, *path) for position, path, how in self._steps if how != "float"}
+        self._first = path_of[next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)]
+        self._operand_paths = [path_of[name] for name in operands]
+        self._written_paths = [path_of[name] for name in mutates]
         arguments = [_declared(leaf, leaf.name in mutates) for leaf in leaves]
         arguments += ["Tensor numbers"] if self._has_numbers else []
         count = 0 if result in (None, type(None)) else len(self._tuple._fields) if self._tuple is not None else 1
@@ -125,27 +125,28 @@ class Operator(Generic[Output]):
             self.operator.register_autograd(self._derivative, setup_context=self._remember)
 
     def __call__(self, *values: Any) -> Output:
-        if self._direct:
-            tensors, _ = _flatten(self._direct_steps, values)
-            if not watched(tensors[0]):
-                return self._called(values, tensors)
+        if self._direct and not watched(_at(values, self._first)):
+            return self._called(values)
         given, numbers = _flatten(self._steps, values)
         if self._has_numbers:
             given.append(run_time_list(numbers))
-        found = self.operator(*given)
+        if self._backward is None:
+            with torch.no_grad():
+                found = self.operator(*given)
+        else:
+            found = self.operator(*given)
         return found if self._tuple is None else self._tuple(*found)  # type: ignore[no-any-return]
 
     # ---- as a plain function
 
-    def _called(self, values: Sequence[Any], tensors: Sequence[Any]) -> Output:
-        named = dict(zip(self._direct_names, tensors, strict=True))
+    def _called(self, values: Sequence[Any]) -> Output:
         if self._backward is None or not torch.is_grad_enabled():
             with torch.no_grad():
                 found = self.body(*values)
-                for name in self._mutates:
-                    torch.autograd.graph.increment_version(named[name])
+            for path in self._written_paths:
+                torch.autograd.graph.increment_version(_at(values, path))
             return found
-        results: Any = _Direct.apply(self, values, *(named[name] for name in self._operands))
+        results: Any = _Direct.apply(self, values, *(_at(values, path) for path in self._operand_paths))
         return results if self._tuple is None else self._tuple(*results)  # type: ignore[no-any-return]
 
     # ---- what torch calls, with flat arguments
@@ -332,15 +333,22 @@ def _steps(spec: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
                 yield from _steps(field, (*path, name))
 
 
+def _at(values: Sequence[Any], path: tuple[Any, ...]) -> Any:
+    """The field that a path leads to: the number of a value, then attributes."""
+    position, *names = path
+    value = values[position]
+    for name in names:
+        if value is not None:
+            value = value.packed() if name == _PACKED else getattr(value, name)
+    return value
+
+
 def _flatten(steps: Sequence[tuple[int, tuple[str, ...], str]], values: Sequence[Any]) -> tuple[list[Any], list[float]]:
     """(arguments, floats)"""
     given: list[Any] = []
     numbers: list[float] = []
     for position, path, how in steps:
-        value = values[position]
-        for name in path:
-            if value is not None:
-                value = value.packed() if name == _PACKED else getattr(value, name)
+        value = _at(values, (position, *path))
         if how == "as it is":
             given.append(value)
         elif how == "present":

@@ -67,13 +67,8 @@ def _row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Ten
     backend_for(rows, backend).backward(rows, stats, upstream.contiguous(), gradient)
 
 
-_row_gradient_ = Operator("row_gradient_", _row_gradient, fake=lambda *values: None, mutates=("gradient",), direct=True)
-
-
-def row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor, backend: str | None) -> None:
-    """Writes the gradient of all columns; those of the padding are zero. Not differentiable."""
-    with torch.no_grad():
-        _row_gradient_(rows, stats, upstream, gradient, backend)
+# Writes the gradient of all columns; those of the padding are zero. Not differentiable.
+row_gradient = Operator("row_gradient_", _row_gradient, fake=lambda *values: None, mutates=("gradient",), direct=True)
 
 
 def gradient_buffer(logits: Tensor, overwrite: bool) -> Tensor:
