@@ -242,7 +242,7 @@ def _scale(temperature: float) -> tuple[float, float]:
 
 
 def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dict[str, int]:
-    """A kernel's compile-time arguments: 16 bytes an access, one lane a thread."""
+    """A kernel's compile-time arguments: 16 bytes per access, one lane per thread."""
     width = 16 // element_size
     if kernel == "scale":
         return {"BLOCK": layout.elements, "WIDTH": width}
@@ -256,7 +256,7 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
 
 
 def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[str, Any]:
-    """What Triton's compiler is told. Fusing multiply and add is most of what keeps a column at seven instructions."""
+    """Options of Triton's compiler. Seven instructions per column need multiply and add to be fused."""
     limited = layout.max_registers is not None and element_size == 2 and nvidia
     registers = {"maxnreg": layout.max_registers} if limited else {}
     return {"num_warps": layout.num_warps, "enable_fp_fusion": True, **registers}

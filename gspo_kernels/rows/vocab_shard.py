@@ -139,7 +139,7 @@ def _vocabulary(vocab_size: Any, columns: int | None) -> int:
     size = checks.whole("vocab_size", vocab_size, "how many columns of all ranks are tokens", at_least=1)
     if columns is not None and size > columns:
         raise ValueError(
-            f"vocab_size: expected from 1 to {columns}, the columns of all ranks together; got {size}. Either tp_group "
+            f"vocab_size: expected from 1 to {columns}, the total columns of all ranks; got {size}. Either tp_group "
             "is not the group over which the vocabulary is sharded, or shards are of unequal width: then pass "
             "vocab_start"
         )
