@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks
 from .linear.from_hidden import explain_plan
 from .rows.dispatch import check_name, compare
+from .rows.types import OPTIONAL_FIELDS
 
 
 def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
@@ -26,7 +27,8 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     check_name(backend)
     head = arguments[0] if arguments else options.get("weight")
     if not (isinstance(head, Tensor) and head.is_floating_point()):
-        return compare(logits, backend)
+        fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
+        return compare(logits, backend, fields)
     options.pop("weight", None)
     wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
     chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)

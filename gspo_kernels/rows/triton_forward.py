@@ -78,8 +78,8 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
                 PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
 
-    With the `first` block given, a block is loaded before the previous one is summed; the sums have the same bits.
-    Right where |top| is less than FAR: `statistics` sees to all other rows. NaN or +inf gives NaN.
+    If the `first` block is given, a block is loaded before the previous one is summed; the sums have the same bits.
+    Valid where |top| is less than FAR; `statistics` handles the other rows. NaN or +inf gives NaN.
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
