@@ -15,6 +15,7 @@ from . import checks
 from .collectives import Ranks, gather
 from .rows.operators import check_ids_and_temperatures
 from .rows.vocab_shard import VocabShard
+from .torch_internals import device_types_of
 
 if TYPE_CHECKING:
     from .losses.token_stage import TokenInputs
@@ -242,7 +243,7 @@ def _checksum(text: str) -> float:
 
 def _usual_device(found: list[Ranks]) -> torch.device:
     """Where a group's collectives are, for a rank whose arguments do not say it."""
-    types = {device.type for device in found[0].group()._device_types}
+    types = device_types_of(found[0].group())
     return torch.device("cpu" if "cpu" in types or not torch.cuda.is_available() else "cuda")
 
 

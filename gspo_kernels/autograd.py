@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .torch_internals import forward_mode_is_on, transforms_are_active, transforms_of
+
 _PLAIN = "policy_loss_from_logprobs, of log-probabilities made by torch's own operators, supports it"
 
 
@@ -21,25 +23,25 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
     That needs autograd functions of another form than the operators of this package have.
     """
     if torch.compiler.is_compiling():
-        if forward_ad._current_level >= 0:  # a compiler sees no tangents
+        if forward_mode_is_on():  # a compiler sees no tangents
             raise RuntimeError(
                 f"{function}: forward-mode AD is not supported under torch.compile. Call it outside of dual_level, or "
                 "use reverse mode"
             )
         return
-    transforms = torch._C._are_functorch_transforms_active()
-    if not transforms and forward_ad._current_level < 0:
+    transforms = transforms_are_active()
+    if not transforms and not forward_mode_is_on():
         return
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             continue
-        found = _transforms_of(value) if transforms else set()
+        found = transforms_of(value) if transforms else set()
         if "Grad" in found and reverse:
             raise RuntimeError(
                 f"{function}: torch.func.grad is not supported; {name} is being differentiated by it (or by vjp, "
                 f"jacrev, hessian). Use backward() or torch.autograd.grad. {_PLAIN}"
             )
-        if "Jvp" in found or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
+        if "Jvp" in found or (forward_mode_is_on() and forward_ad.unpack_dual(value).tangent is not None):
             raise RuntimeError(
                 f"{function}: forward-mode AD is not supported, and {name} has a tangent, which would be lost. Use "
                 f"reverse mode (backward, torch.autograd.grad), or detach {name}. {_PLAIN} in padded layout"
@@ -48,30 +50,14 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
 
 def refuse_vmap(function: str, **arguments: Any) -> None:
     """For functions whose operator computes gradients where it sees that they are wanted: a batched tensor hides it."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not transforms_are_active():
         return
     for name, value in arguments.items():
-        if isinstance(value, Tensor) and "Vmap" in _transforms_of(value):
+        if isinstance(value, Tensor) and "Vmap" in transforms_of(value):
             raise RuntimeError(
                 f"{function}: torch.func.vmap is not supported, and {name} is batched by it: its gradient would be "
                 "lost. Add the batched dimension to the sequences, or loop over it"
             )
-
-
-def _transforms_of(values: Tensor) -> set[str]:
-    """By which transforms of torch.func these numbers are differentiated or batched: "Grad", "Jvp", "Vmap"."""
-    functorch = torch._C._functorch
-    names = {each.level(): each.key().name for each in functorch.get_interpreter_stack() or []}
-    found = set()
-    while functorch.is_functorch_wrapped_tensor(values):
-        name, inside = names.get(functorch.maybe_get_level(values), ""), functorch.get_unwrapped(values)
-        constant = (name == "Grad" and not values.requires_grad) or (
-            name == "Jvp" and forward_ad.unpack_dual(inside, level=0).tangent is None
-        )
-        if not constant:
-            found.add(name)
-        values = inside
-    return found
 
 
 def refuse_second_backward(ctx: Any, function: str) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_internals import is_traced, transforms_are_active
+
 OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # logits, hidden states, head and bias
 FLOATS = (torch.float32, torch.float64)  # all other real numbers
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
@@ -201,6 +203,6 @@ def watched(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or transforms_are_active()
+        or is_traced()
     )

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks
 from .autograd import first_derivative
+from .torch_internals import process_group
 
 
 class Ranks(NamedTuple):
@@ -38,8 +39,7 @@ class Ranks(NamedTuple):
         return cls(argument, int(size), int(rank), name)
 
     def group(self) -> dist.ProcessGroup:
-        found: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore
-        return found
+        return process_group(self.name)
 
 
 def ranks_of(argument: str, value: Any) -> Ranks | None:

@@ -25,6 +25,7 @@ from ..losses.token_stage import LossOutput, TokenInputs
 from ..rows.operators import needs_operators, scale
 from ..rows.types import RowStats, Upstream
 from ..scalars import run_time_list
+from ..torch_internals import autograd_inside_an_operator
 from . import walk
 from .head import Wanted
 from .schedule import Step, pieces
@@ -89,13 +90,9 @@ def linear_row_stats(arguments: HeadArguments) -> RowStats:
 
 @contextmanager
 def _inside_an_operator(device: torch.device) -> Iterator[None]:
-    """Operators run below autograd, which the token stage needs, and not below autocast, which would round products."""
-    below = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        below = below.remove(getattr(torch._C.DispatchKey, key))
-    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), below)
+    """Switches autograd on, which the token stage needs, and autocast off, which would round products."""
     exact = torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
-    with guard, torch.no_grad(), exact:
+    with autograd_inside_an_operator(), torch.no_grad(), exact:
         yield
 
 

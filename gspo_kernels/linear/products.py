@@ -6,16 +6,15 @@ float32. Logits rounded to bf16 on their way out move GSPO's ratio by as much as
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
-import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..rows import cpu_rows
+from ..torch_internals import MklGemm, mkl_gemm
 
 # Of the head, in the dtype of the sums, where it is taken in parts: on a CPU those stay near the cache, and everywhere
 # they are large enough for a product.
@@ -244,49 +243,7 @@ def _cuda_products(device: torch.device, dtype: torch.dtype) -> type[Products]:
     return Products
 
 
-class _MklGemm:
-    """out = factor a b (+ out) by MKL's `gemm_bf16bf16f32`, called as Fortran calls it: everything by reference."""
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
-        self._function = library.GEMM_BF16BF16F32_64
-
-    def __call__(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
-        # Fortran's matrices are the transposes of ours: out^T = b^T a^T.
-        (left, left_width), (right, right_width) = self._layout(b), self._layout(a)
-        integers = [ctypes.c_int64(x) for x in (out.shape[1], out.shape[0], a.shape[1])]
-        strides = [ctypes.c_int64(x) for x in (left_width, right_width, max(out.stride(0), 1))]
-        alpha, beta = ctypes.c_float(factor), ctypes.c_float(1.0 if add else 0.0)
-        self._function(
-            left, right, *(ctypes.byref(x) for x in integers), ctypes.byref(alpha),
-            ctypes.c_void_p(b.data_ptr()), ctypes.byref(strides[0]),
-            ctypes.c_void_p(a.data_ptr()), ctypes.byref(strides[1]), ctypes.byref(beta),
-            ctypes.c_void_p(out.data_ptr()), ctypes.byref(strides[2]),
-        )  # fmt: skip
-
-    @staticmethod
-    def _layout(matrix: Tensor) -> tuple[bytes, int]:
-        """Whether it lies transposed, and how far its rows (or then columns) are apart."""
-        if matrix.stride(1) == 1:
-            return b"N", max(matrix.stride(0), matrix.shape[1], 1)
-        assert matrix.stride(0) == 1
-        return b"T", max(matrix.stride(1), matrix.shape[0], 1)
-
-
 @functools.cache
-def _mkl_gemm() -> _MklGemm | None:
-    """None where the processor has no units for it, torch has no MKL in it, or a first product comes out wrong."""
-    if not cpu_rows.multiplies_bfloat16():
-        return None
-    try:
-        gemm = _MklGemm()
-    except (OSError, AttributeError):
-        return None
-    on_cpu = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the defaults are
-    a, b = (torch.arange(n, device="cpu").view(-1, 3).bfloat16() for n in (6, 12))
-    b, both = b.t() - 5, on_cpu(2, 4).fill_(1)
-    gemm(a, b, both, True)
-    transposed = on_cpu(3, 3)
-    gemm(a.t(), a, transposed, False)
-    right = torch.equal(both, a.float() @ b.float() + 1) and torch.equal(transposed, a.float().t() @ a.float())
-    return gemm if right else None
+def _mkl_gemm() -> MklGemm | None:
+    """None where the processor has no units for it, or torch offers none that works."""
+    return mkl_gemm() if cpu_rows.multiplies_bfloat16() else None

@@ -91,9 +91,9 @@ def policy_loss(
     inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
 
     Logits may be bf16. All other numbers are float32 or float64; advantages, importance weights and the normalizer
-    also integers. Tensors are plain, dense and on the logits' device. Anything else is refused by name, never cast: what
-    has been rounded to bf16, as FSDP2 does by default to what passes through a module, has lost the digits that a clip range of
-    3e-4 needs (docs/inputs.md).
+    also integers. Tensors are plain, dense and on the logits' device. Anything else is refused by name, never cast: a
+    number that was rounded to bf16, as FSDP2 does by default to what passes through a module, has lost the digits that
+    a clip range of 3e-4 needs (docs/inputs.md).
 
     Args:
         logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient

@@ -457,7 +457,7 @@ def on_ranks(folder: Path) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     save_model(tmp_path / "qwen3", "qwen3")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

@@ -240,7 +240,7 @@ def test_memory(dtype: torch.dtype, what: str) -> None:
 
 EVERY_SORT_OF_ROW = """
 import sys, torch
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 from row_batches import check_batch, check_far_rows, peaked, rows
 from gspo_kernels import explain
 assert {name!r} in explain(torch.zeros(1, 1)).splitlines()[0]
@@ -267,6 +267,7 @@ def test_every_instruction_set(name: str) -> None:
     found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
     if found.stdout.strip() != name:
         pytest.skip(f"this machine does not run {name}: {found.stderr.strip().splitlines()[-1]}")
-    script = EVERY_SORT_OF_ROW.format(tests=str(Path(__file__).parents[1] / "support"), name=name)
+    tests = Path(__file__).parents[1]
+    script = EVERY_SORT_OF_ROW.format(tests=[str(tests), str(tests / "support")], name=name)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 // addresses are those of tensors on the CPU.
 #include <pybind11/pybind11.h>
 
-#include "../../csrc/cuda/bindings.h"
+#include "../../../csrc/cuda/bindings.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;

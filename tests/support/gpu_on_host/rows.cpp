@@ -1,6 +1,6 @@
 // The GPU's row kernels on this machine, against sums in double: a program that checks itself, to be built with thread
 // and address sanitizers, too. GSPO_FEW: the shapes that every barrier and every branch matters in, for mutants.
-#include "../../csrc/cuda/rows.cuh"
+#include "../../../csrc/cuda/rows.cuh"
 
 #include <algorithm>
 #include <cstdio>
