@@ -108,7 +108,7 @@ class Head:
         self._most = rows = min(self.at_a_time.most, max(asked.count, 1))
         self._stride = row_stride(vocab_size, device.type)
         self._room = torch.empty((rows + self._products.most_padding) * self._stride, dtype=sums, device=device)
-        self.backend: Backend = choose(self._chunk(self._room, 0, rows)[None], backend)
+        self.backend: Backend = choose(self._chunk(self._room, 0, rows)[None], backend, ["row_indices"])
         # Where a row is walked by one thread, its gradient is written behind the reading: over the logits.
         self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
         self._gradient_room = self._room.view(self._products.gradient)
