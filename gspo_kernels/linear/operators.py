@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import edge_of, first_derivative, refuse_second_backward
+from ..checks import watched
 from ..collectives import Ranks
 from ..devices import autocasts
 from ..layout import BatchShape
@@ -22,7 +23,7 @@ from ..losses import triton_stage
 from ..losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
-from ..rows.operators import needs_operators, scale
+from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
 from ..scalars import run_time_list
 from ..torch_internals import autograd_inside_an_operator
@@ -212,9 +213,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     operands = inputs[:3]
     ctx.likeness = [None if x is None else (x.shape, x.dtype) for x in operands]
     ctx.wanted = inputs[_HEAD : _HEAD + 3]
-    ctx.edges = (
-        () if needs_operators(inputs[0]) else [edge_of(x) for x in operands if x is not None and x.requires_grad]
-    )
+    ctx.edges = () if watched(inputs[0]) else [edge_of(x) for x in operands if x is not None and x.requires_grad]
     ctx.save_for_backward(*output[5:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

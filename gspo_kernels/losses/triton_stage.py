@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import edge_of, first_derivative, refuse_second_backward
-from ..checks import may_read
+from ..checks import may_read, watched
 from ..layout import check_boundaries
 from ..rows import triton_rows
 from ..rows.dispatch import Backend, backend_for
@@ -25,7 +25,6 @@ from ..rows.operators import (
     FROM_LOGITS,
     check_values,
     gradient_buffer,
-    needs_operators,
     row_gradient,
     zero_padding,
 )
@@ -91,7 +90,7 @@ def policy_loss(
     arguments = _of_tokens(inputs)
     if one_pass:
         loss, scalars, log_ratios, logprobs = _OnePass.apply(*row_arguments, arguments, backend)
-    elif needs_operators(rows.logits):
+    elif watched(rows.logits):
         loss, scalars, log_ratios, logprobs, *_ = _fused_loss(*row_arguments, *_for_an_operator(arguments))
     else:
         loss, scalars, log_ratios, logprobs = _TwoPasses.apply(*row_arguments, arguments)

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from ..autograd import edge_of, first_derivative, refuse_second_backward
-from ..checks import may_read, watched
+from ..checks import may_read
 from ..operators import Operator, save_values, saved_values
 from .dispatch import backend_for, choose
 from .types import RowOptions, Rows, RowStats, Upstream, empty_stats
 
 FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, for error messages
-
-needs_operators = watched  # whether a compiler, a transform or a fake tensor has to see these logits in an operator
 
 
 # ---- statistics
