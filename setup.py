@@ -1,13 +1,18 @@
 """Builds the one extension, `gspo_kernels._native`: pybind11 and C++17, without torch.
 
 The same kernel source is compiled once per instruction set, each file with its own flags. Where ninja is installed it
-runs the compiler, in parallel and only on what changed; otherwise a thread pool does. Where no compiler works, the
+runs the compiler, in parallel and only on changed files; otherwise a thread pool does. Where no compiler works, the
 installation continues without the extension: the wheel is then pure Python (py3-none-any), `gspo_kernels` runs on plain
 torch, and `explain()` says why. GSPO_KERNELS_REQUIRE_NATIVE=1 makes that an error.
 
 Where CUDA's compiler is found (nvcc on PATH, or in CUDA_HOME), its kernels become part of the extension, with CUDA's
 runtime linked into it. GSPO_KERNELS_CUDA=0 leaves them out, GSPO_KERNELS_CUDA=1 fails where they cannot be built.
-GSPO_CUDA_VARIANTS=1 adds the variant of csrc/cuda/rows.cu that is compiled only to be measured, for sm_90 alone.
+GSPO_CUDA_VARIANTS=1 adds the variant of csrc/cuda/rows.cu that is compiled only for measurements, for sm_90 alone.
+
+Why not scikit-build-core and CMake: a sketch with the same behaviour has 90 lines of CMake and 20 of TOML, which is
+shorter, but not simpler. Where nvcc refuses the kernels, the C++ kernels must stay, and scikit-build-core can only
+retry the whole build without CMake; so the sketch runs nvcc by hand at configure time, without incremental builds. And
+every installation from source would need cmake and ninja.
 """
 
 from __future__ import annotations
@@ -26,11 +31,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = platform.machine().lower()
+if sys.platform == "darwin":  # Python may be built for two processors; one compilation serves one
+    MACHINE = os.environ.setdefault("ARCHFLAGS", f"-arch {MACHINE}").removeprefix("-arch").strip()
+    if MACHINE not in ("arm64", "x86_64"):
+        raise SystemExit(f"ARCHFLAGS: expected -arch arm64 or -arch x86_64; got {os.environ['ARCHFLAGS']!r}")
+X86 = MACHINE in ("x86_64", "amd64")
 SANITIZE = os.environ.get("GSPO_KERNELS_SANITIZE")  # "address,undefined": for `make sanitize`
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
-FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # of gcc, of gcc, of clang
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # gcc, gcc, clang
 SOURCES = {"csrc/bindings.cpp": [], "csrc/cpu/rows_baseline.cpp": []}
 if X86:
     SOURCES["csrc/cpu/rows_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -40,11 +50,11 @@ LINK = ["-pthread"] + (["-ldl"] if sys.platform.startswith("linux") else [])
 CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")
 if CUDA not in ("", "0", "1"):
     raise SystemExit(f"GSPO_KERNELS_CUDA: expected 0 (leave the CUDA kernels out) or 1 (require them); got {CUDA!r}")
-ARCHITECTURES = ("80", "90", "100")  # each serves its own generation; those behind the last get its PTX
+ARCHITECTURES = ("80", "90", "100")  # one for each generation; newer GPUs compile the last one's PTX
 VARIANTS = os.environ.get("GSPO_CUDA_VARIANTS", "")
 if VARIANTS not in ("", "0", "1"):
-    raise SystemExit(f"GSPO_CUDA_VARIANTS: expected 1 (compile the variants to be measured) or 0; got {VARIANTS!r}")
-MEASURED_ON = "90"  # the GPUs with clusters that the variants are compared on
+    raise SystemExit(f"GSPO_CUDA_VARIANTS: expected 1 (compile the variants for measurements) or 0; got {VARIANTS!r}")
+MEASURED_ON = "90"  # variants need clusters, and are compared on these GPUs
 CUDA_SOURCES = {"csrc/bindings.cpp": ["-DGSPO_CUDA"], "csrc/cuda/bindings.cpp": []}
 KERNELS = "csrc/cuda/rows.cu"
 if SANITIZE:
@@ -65,7 +75,7 @@ class BuildExtension(build_ext):
             ) from error
 
     def make_pure(self, extension: Extension) -> None:
-        """Nothing that was compiled is left: neither an earlier build's extension nor the wheel's platform tag."""
+        """Removes an earlier build's extension and the wheel's platform tag."""
         Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
         if wheel is not None:
@@ -73,8 +83,8 @@ class BuildExtension(build_ext):
             wheel.root_is_pure = True
 
     def cxx_compiler(self) -> list[str]:
-        """The command that compiles C++, without the arguments of a file."""
-        kind = self.compiler.compiler_type  # on Windows "msvc", which takes other flags and is no command yet
+        """The command that compiles C++, without a file's arguments."""
+        kind = self.compiler.compiler_type  # "msvc" on Windows: it takes other flags
         command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
         if kind == "msvc" or not command:
             raise CompileError(f"GCC or Clang is needed; setuptools offers the compiler {kind!r}")
@@ -83,7 +93,7 @@ class BuildExtension(build_ext):
         return list(command)
 
     def compile_and_link(self, extension: Extension) -> None:
-        # An editable installation is one of many from the same tree: there ninja finds what it has compiled before.
+        # Editable installations from one tree share a folder, so that ninja recompiles only changed files.
         folder = Path("build", "editable") if self.inplace or self.editable_mode else Path(self.build_temp)
         objects = folder / ("sanitized" if SANITIZE else "release")
         compiler = self.cxx_compiler()
@@ -116,12 +126,12 @@ class BuildExtension(build_ext):
         )
 
     def compile_cuda(self, nvcc: Path, folder: Path) -> tuple[dict[Path, list[str]], list[str]]:
-        """Compiles the kernels; their object, and what to link with it."""
+        """Compiles the kernels; (commands by object file, libraries to link)."""
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-        wanted = (MEASURED_ON,) if VARIANTS == "1" else ARCHITECTURES
-        chosen = [number for number in wanted if f"sm_{number}" in known]
+        numbers = (MEASURED_ON,) if VARIANTS == "1" else ARCHITECTURES
+        chosen = [number for number in numbers if f"sm_{number}" in known]
         if not chosen:
-            raise OSError(f"{nvcc} compiles for none of sm_{', sm_'.join(wanted)}")
+            raise OSError(f"{nvcc} compiles for none of sm_{', sm_'.join(numbers)}")
         code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
         code.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
         options = ["--options-file", "csrc/cuda/nvcc.options", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
@@ -129,11 +139,11 @@ class BuildExtension(build_ext):
         commands = {folder / "cuda_rows.o": [str(nvcc), *options, *code, "-c", KERNELS]}
         compile_all(commands, folder / "cuda")
         roots = (nvcc.resolve().parent.parent, *toolkit_of(nvcc))
-        places = (root / inside for root in roots for inside in ("lib64", "lib", "targets/x86_64-linux/lib"))
-        runtime = next((found for place in places if (found := place / "libcudart_static.a").exists()), None)
+        folders = (root / inside for root in roots for inside in ("lib64", "lib", "targets/x86_64-linux/lib"))
+        runtime = next((path for each in folders if (path := each / "libcudart_static.a").exists()), None)
         if runtime is None:
             raise OSError(f"libcudart_static.a is not beside {nvcc}: CUDA's runtime library is not installed")
-        # Its symbols stay inside: torch brings its own, which may be of another release.
+        # Its symbols are hidden, because torch has its own runtime, maybe of another release.
         return commands, [str(runtime), "-lrt", f"-Wl,--exclude-libs,{runtime.name}"]
 
 
@@ -149,9 +159,9 @@ def find_nvcc() -> Path | None:
 
 
 def toolkit_of(nvcc: Path) -> list[Path]:
-    """Where nvcc says that its toolkit is: what is on PATH may be a script."""
-    said = subprocess.run([nvcc, "--dryrun", "-c", KERNELS], capture_output=True, text=True).stderr
-    return [Path(line.split("TOP=")[1].strip()) for line in said.splitlines() if "TOP=" in line]
+    """Where nvcc reports its toolkit: the nvcc on PATH may be a script."""
+    output = subprocess.run([nvcc, "--dryrun", "-c", KERNELS], capture_output=True, text=True).stderr
+    return [Path(line.split("TOP=")[1].strip()) for line in output.splitlines() if "TOP=" in line]
 
 
 def compile_all(commands: dict[Path, list[str]], folder: Path) -> None:

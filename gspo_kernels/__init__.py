@@ -1,5 +1,6 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
+from .layout import Layout
 from .linear.from_hidden import (
     linear_grpo_loss,
     linear_gspo_loss,
@@ -8,6 +9,7 @@ from .linear.from_hidden import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
+from .losses.clipped import GRPO, GSPO, PPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
     TokenLogprobs,
     grpo_loss,
@@ -19,14 +21,17 @@ from .losses.from_logits import (
     ppo_loss,
     token_logprobs,
 )
-from .losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective, Terms, clipped_surrogate
+from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
 from .report import explain
 from .rollout.advantages import group_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
-from .rollout.engines import PromptedRollouts, Rollouts, from_sglang, from_vllm
+from .rollout.rollouts import PromptedRollouts, Rollouts
+from .rollout.sglang import from_sglang
+from .rollout.vllm import from_vllm
+from .rows.vocab_shard import VocabularyShard
 
 __version__ = "0.1.0"
 
@@ -36,6 +41,7 @@ __all__ = [
     "PPO",
     "GSPOToken",
     "HeadWork",
+    "Layout",
     "LossOutput",
     "Objective",
     "PromptedRollouts",
@@ -45,7 +51,9 @@ __all__ = [
     "Rollouts",
     "Stats",
     "Terms",
+    "TokenBatch",
     "TokenLogprobs",
+    "VocabularyShard",
     "clipped_surrogate",
     "explain",
     "from_sglang",

@@ -1,7 +1,7 @@
-"""What autograd cannot do with these functions is refused: second derivatives, forward mode, a second backward.
+"""Refusals of what autograd cannot do with these functions: second derivatives, forward mode, a second backward.
 
-The first derivative is written by kernels, which autograd cannot see through. Each function here raises where a
-derivative would otherwise be dropped without a word.
+Kernels write the first derivative, and autograd cannot see into them. Each function here raises where a derivative
+would otherwise be dropped silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PLAIN = "policy_loss_from_logprobs, of log-probabilities made by torch's own op
 def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -> None:
     """Raises if an argument carries a tangent or, with `reverse`, is being differentiated by `torch.func.grad`.
 
-    That needs autograd functions of another form than the operators of this package have.
+    torch.func.grad needs autograd functions of another form than the operators of this package have.
     """
     if torch.compiler.is_compiling():
         if forward_mode_is_on():  # a compiler sees no tangents
@@ -48,8 +48,15 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
             )
 
 
+def transforms_active() -> bool:
+    """Whether torch.func transforms or forward-mode AD may be watching; under torch.compile neither is supported."""
+    if torch.compiler.is_compiling():
+        return False
+    return transforms_are_active() or forward_mode_is_on()
+
+
 def refuse_vmap(function: str, **arguments: Any) -> None:
-    """For functions whose operator computes gradients where it sees that they are wanted: a batched tensor hides it."""
+    """For operators that compute gradients of tensors with requires_grad, which a batched tensor does not show."""
     if torch.compiler.is_compiling() or not transforms_are_active():
         return
     for name, value in arguments.items():
@@ -61,7 +68,7 @@ def refuse_vmap(function: str, **arguments: Any) -> None:
 
 
 def refuse_second_backward(ctx: Any, function: str) -> None:
-    """For a backward that writes over what it saved. Version counters do not see it under saved-tensor hooks."""
+    """For a backward that overwrites its saved tensors. Under saved-tensor hooks version counters do not catch that."""
     if getattr(ctx, "backward_has_run", False):
         raise RuntimeError(
             f"{function}: supports one backward pass, which hands over its gradient buffer; a second one was tried "
@@ -71,14 +78,14 @@ def refuse_second_backward(ctx: Any, function: str) -> None:
 
 
 def edge_of(operand: Tensor) -> Tensor:
-    """A number without a value, by which `first_derivative` finds the operand's graph. Keeps no memory of it alive."""
+    """An empty scalar that connects `first_derivative` to the operand's graph, without keeping its memory alive."""
     with torch.enable_grad():
         edge: Tensor = _Edge.apply(operand)
     return edge
 
 
 def first_derivative(gradient: Tensor, function: str, *connected: Tensor | None) -> Tensor:
-    """`gradient`; to differentiate it again raises, if autograd gets there by way of the `connected` tensors."""
+    """`gradient`, which raises when differentiated again with respect to the `connected` tensors."""
     if not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in connected):
         return gradient
     found: Tensor = _FirstDerivative.apply([gradient], function, *connected)
@@ -99,7 +106,7 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: list[Tensor], function: str, *connected: Tensor | None) -> Tensor:
         ctx.function = function
-        return gradient[0]  # in a list it is no input, of which the output would have to be a view
+        return gradient[0]  # in a list it is no input, so the output need not be a view
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:

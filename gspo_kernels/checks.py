@@ -1,7 +1,7 @@
-"""What every public function checks first, and how it says what is wrong: argument, expected, got.
+"""Checks of a caller's arguments. An error names the argument, what was expected and what came.
 
-Nearly all of it is known without reading a tensor's values, so that no check waits for a device. Values (token ids,
-`cu_seqlens`, temperatures, log-probabilities) are read where that is free: on the CPU, outside of traced code.
+Most checks read no tensor's values, so none waits for a device. Values (token ids, `cu_seqlens`, temperatures,
+log-probabilities) are read where that is free: on the CPU, outside of traced code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .torch_internals import is_traced, transforms_are_active
 OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # logits, hidden states, head and bias
 FLOATS = (torch.float32, torch.float64)  # all other real numbers
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
-HIGHEST_LOGPROB = 1e-3  # a probability of 1 may be rounded up; what is above this is no log-probability
+HIGHEST_LOGPROB = 1e-3  # a probability of 1 may be rounded up; a larger number is no log-probability
 
 
 def describe(value: Any) -> str:
-    """A short account of what came, for an error message."""
+    """A value in a few words, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):  # numpy's
@@ -41,7 +41,7 @@ def is_dtensor(value: Any) -> bool:
 
 
 def tensor(name: str, value: Any, meaning: str, *, sharded: bool = False) -> Tensor:
-    """A plain, dense tensor; a DTensor too where it may be `sharded`."""
+    """A plain, dense tensor; with `sharded`, a DTensor too."""
     if not isinstance(value, Tensor):
         remedy = "; torch.as_tensor makes one of it" if isinstance(value, list) or hasattr(value, "__array__") else ""
         raise TypeError(f"{name}: expected {meaning}, a torch.Tensor; got {describe(value)}{remedy}")
@@ -70,7 +70,7 @@ def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> No
 
 
 def operand(name: str, value: Tensor, meaning: str) -> None:
-    """Logits, or what they are a product of."""
+    """Refuses the dtypes that logits, hidden states and heads cannot have."""
     if value.dtype not in OPERANDS:
         remedy = ". Dequantize them first" if value.is_floating_point() else ""
         raise TypeError(
@@ -79,32 +79,32 @@ def operand(name: str, value: Tensor, meaning: str) -> None:
 
 
 def numbers(name: str, value: Tensor) -> None:
-    """Float32, float64 or integers."""
+    """Refuses dtypes other than float32, float64 and integers."""
     if value.dtype not in FLOATS and value.dtype not in INTEGERS:
         cast = " Where their rounding does not matter, pass their float()." if value.is_floating_point() else ""
         raise TypeError(f"{name}: expected float32, float64 or an integer dtype; got {_why(value)}{cast}")
 
 
 def floats(name: str, value: Tensor) -> None:
-    """Float32 or float64, where no number is whole."""
+    """Refuses dtypes other than float32 and float64."""
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32 or float64; got {_why(value)}")
 
 
 def digits(name: str, value: Tensor) -> None:
-    """`floats`, of what a ratio is made: log-probabilities."""
+    """`floats` for log-probabilities, whose differences are ratios."""
     if value.dtype not in FLOATS:
         reason = "because near 1 a step of bfloat16 is twenty times GSPO's clip range"
         raise TypeError(f"{name}: expected float32 or float64, {reason}; got {_why(value)}")
 
 
 def _why(value: Tensor) -> str:
-    """Its dtype, what is wrong with that, and what to do."""
+    """A dtype that is refused, why, and what to do."""
     if value.dtype == torch.bool:
         return f"{value.dtype}. Where 0 and 1 are meant, pass its float()"
     if value.dtype.is_floating_point:
         return (
-            f"{value.dtype}, whose rounding no cast takes back. Keep them in the dtype that they were computed in: "
+            f"{value.dtype}, whose rounding no cast reverts. Keep them in the dtype that they were computed in: "
             "FSDP2's default cast_forward_inputs=True rounds what passes through a module; its remedy is "
             "MixedPrecisionPolicy(cast_forward_inputs=False)."
         )
@@ -112,7 +112,7 @@ def _why(value: Tensor) -> str:
 
 
 def log_probabilities(name: str, value: Tensor, mask: Tensor | None) -> None:
-    """Refuses positive ones where the mask is set, if values may be read; NaN and -inf pass. Shapes are the same."""
+    """Refuses positive ones where the mask is set, if values may be read; NaN and -inf pass. Shapes must agree."""
     if not may_read(value) or watched(value):
         return
     bad = value.detach() > HIGHEST_LOGPROB
@@ -140,7 +140,7 @@ def number(
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> float:
-    """As Python's own number: numpy has others."""
+    """Returns Python's own number, also for one of numpy."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         if isinstance(value, (bool, Tensor)) or not isinstance(value, abstract.Real):
             raise TypeError(f"{name}: expected {meaning}, a number; got {describe(value)}")
@@ -155,7 +155,7 @@ def number(
 
 
 def whole(name: str, value: Any, meaning: str, *, at_least: float = -math.inf) -> int:
-    """As Python's own int; numpy has others."""
+    """Returns Python's own int, also for one of numpy."""
     try:
         if isinstance(value, (bool, Tensor)):
             raise TypeError
@@ -181,8 +181,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def overlaps(value: Tensor) -> bool:
     """Whether two of its elements may share memory, by sizes and strides alone.
 
-    In the order of strides, each has to step over all that the dimensions before it span. That refuses a few views
-    that would do, of interleaved dimensions, and none that is sliced, transposed or permuted.
+    In the order of strides, each stride must step over the span of the dimensions before it. That refuses a few
+    harmless views of interleaved dimensions, and none that is sliced, transposed or permuted.
     """
     span = 0  # from the first element to the last, over the dimensions so far
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
@@ -194,12 +194,12 @@ def overlaps(value: Tensor) -> bool:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a check may look at values: that waits for a GPU, so only under GSPO_KERNELS_DEBUG=1 there."""
+    """Whether a check may read values: on the CPU, and on a GPU, which it waits for, under GSPO_KERNELS_DEBUG=1."""
     return tensor.device.type == "cpu" or os.environ.get("GSPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def watched(tensor: Tensor) -> bool:
-    """Whether a compiler, a transform or a fake tensor watches work on it: no value may decide anything there."""
+    """Whether a compiler, a transform or a fake tensor traces the work on it: no branch may depend on a value then."""
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)

@@ -1,15 +1,16 @@
-"""What ranks tell each other: a few numbers each, gathered in the order of the ranks, so that all add them up alike.
+"""Collectives: a few numbers of each rank are gathered in the order of the ranks, so that all get the same bits.
 
-The convention, for every way of splitting a batch: **each rank returns its share of the loss, and shares add up.** The
-gradient that a rank computes is that of the sum, by what the rank holds. Under `cp_group` and data parallelism a share
-is that of the rank's tokens. Under `tp_group` every rank computes the same loss, of the same tokens; what it holds is a
-part of the vocabulary, and the loss counts once.
+The convention for every way of splitting a batch: **each rank returns its share of the loss, and shares add up.** A
+rank's gradient is that of the sum of all shares, with respect to the rank's own tensors. Under `cp_group` and data
+parallelism, a share is that of the rank's tokens. Under `tp_group` every rank holds part of the vocabulary, computes
+the same loss of the same tokens, and the loss counts once.
 
-Collectives are called in one order on every rank of a group, also by a rank that has no tokens.
+Every rank of a group calls collectives in the same order, also a rank without tokens.
 """
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, NamedTuple
 
 import torch
@@ -19,31 +20,24 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import checks
 from .autograd import first_derivative
+from .operators import Operator
 from .torch_internals import process_group
 
 
 class Ranks(NamedTuple):
-    """A process group as plain values; operators, which take no groups, take it as a text."""
+    """A process group as plain values, which operators can take."""
 
-    argument: str  # the caller's name for it
+    argument: str  # that the caller passed it as
     size: int
     rank: int  # of this process
-    name: str  # torch's
-
-    def text(self) -> str:
-        return f"{self.argument} {self.size} {self.rank} {self.name}"
-
-    @classmethod
-    def read(cls, text: str) -> Ranks:
-        argument, size, rank, name = text.split(" ", 3)
-        return cls(argument, int(size), int(rank), name)
+    name: str  # in torch
 
     def group(self) -> dist.ProcessGroup:
         return process_group(self.name)
 
 
 def ranks_of(argument: str, value: Any) -> Ranks | None:
-    """Of a process group or a mesh of one dimension."""
+    """Checks a process group, or a mesh of one dimension."""
     if value is None:
         return None
     if not dist.is_available() or not dist.is_initialized():
@@ -58,7 +52,7 @@ def ranks_of(argument: str, value: Any) -> Ranks | None:
                 f"{value.ndim}"
             )
         value = value.get_group()
-    outside = value is dist.GroupMember.NON_GROUP_MEMBER  # what `new_group` gives to other ranks, a number
+    outside = value is dist.GroupMember.NON_GROUP_MEMBER  # what `new_group` returns on other ranks, a number
     if not isinstance(value, dist.ProcessGroup):
         raise TypeError(
             f"{argument}: expected a torch.distributed process group that this rank is a member of, or a mesh of one "
@@ -67,64 +61,69 @@ def ranks_of(argument: str, value: Any) -> Ranks | None:
     return Ranks(argument, value.size(), value.rank(), value.group_name)
 
 
-@torch.library.custom_op("gspo_kernels::gather", mutates_args=())
-def _gather(values: Tensor, ranks: str) -> Tensor:
-    of = Ranks.read(ranks)
-    found = values.new_empty(of.size, *values.shape)
+def _gather(values: Tensor, ranks: Ranks) -> Tensor:
+    found = values.new_empty(ranks.size, *values.shape)
     if values.numel():
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
-        gather(found.view(-1), values.contiguous().view(-1), group=of.group())
+        gather(found.view(-1), values.contiguous().view(-1), group=ranks.group())
     return found
 
 
-@_gather.register_fake
-def _(values: Tensor, ranks: str) -> Tensor:
-    return values.new_empty(Ranks.read(ranks).size, *values.shape)
+_gather_operator: Operator[Tensor] = Operator(
+    "gather", _gather, fake=lambda values, ranks: values.new_empty(ranks.size, *values.shape)
+)
 
 
 def gather(values: Tensor, ranks: Ranks) -> Tensor:
     """[ranks, ...], in the order of the ranks. Not differentiable."""
-    found: Tensor = _gather(values.detach(), ranks.text())
-    return found
+    return _gather_operator(values.detach(), ranks)
 
 
-@torch.library.custom_op("gspo_kernels::sum_over_ranks", mutates_args=())
-def _sum_over_ranks(values: Tensor, ranks: str, crosses: bool) -> Tensor:
-    found: Tensor = _gather(values, ranks).sum(0)  # in this order, whatever a library's all-reduce does
-    return found
+def gather_objects(value: Any, ranks: Ranks, device: torch.device) -> list[Any]:
+    """Small Python objects, in the order of the ranks; waits for the device. torch's own needs numpy."""
+    data = pickle.dumps(value)
+    sizes = gather(torch.tensor([len(data)], device=device), ranks).flatten().tolist()
+    padded = torch.tensor(list(data.ljust(max(sizes))), dtype=torch.uint8, device=device)
+    rows = gather(padded, ranks).tolist()
+    return [pickle.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-@_sum_over_ranks.register_fake
-def _(values: Tensor, ranks: str, crosses: bool) -> Tensor:
-    return torch.empty_like(values)
+def _sum_over_ranks(values: Tensor, ranks: Ranks, crosses: bool) -> Tensor:
+    return gather(values, ranks).sum(0)  # in a fixed order, unlike an all-reduce
 
 
-def _gradient_of_sum(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _save_ranks(ctx: Any, found: Tensor, values: Tensor, ranks: Ranks, crosses: bool) -> None:
+    ctx.ranks, ctx.crosses = ranks, crosses
+
+
+def _gradient_of_sum(ctx: Any, gradient: Tensor) -> dict[str, Tensor | None]:
     if ctx.crosses:
-        return _sum_over_ranks(gradient, ctx.ranks, True), None, None
-    # That of all ranks' shares already; a second derivative would be that of one rank's share.
-    return first_derivative(gradient, "cp_group", gradient), None, None
+        return {"values": sum_over_ranks(gradient, ctx.ranks, crosses=True)}
+    # It is the gradient of all ranks' shares already; a second derivative would be that of one rank's share.
+    return {"values": first_derivative(gradient, "cp_group", gradient)}
 
 
-def _remember_ranks(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.ranks, ctx.crosses = inputs
-
-
-_sum_over_ranks.register_autograd(_gradient_of_sum, setup_context=_remember_ranks)
+_sum_operator: Operator[Tensor] = Operator(
+    "sum_over_ranks",
+    _sum_over_ranks,
+    fake=lambda values, ranks, crosses: torch.empty_like(values),
+    save=_save_ranks,
+    backward=_gradient_of_sum,
+    operands=("values",),
+)
 
 
 def sum_over_ranks(values: Tensor, ranks: Ranks, *, crosses: bool) -> Tensor:
-    """The sum of what the ranks have, the same bits on each.
+    """The sum over ranks, the same bits on each.
 
     Args:
-        crosses: whether the gradient that comes back is that of this rank's share alone, and is therefore summed over
-            ranks on its way. Without, it is that of all ranks' shares already, and passes as it is.
+        crosses: whether the incoming gradient is that of this rank's share alone: the backward then sums it over ranks.
+            Otherwise it is that of all ranks' shares already, and passes unchanged.
     """
-    found: Tensor = _sum_over_ranks(values, ranks.text(), crosses)
-    return found
+    return _sum_operator(values, ranks, crosses)
 
 
-def add_up_(values: Tensor, ranks: Ranks) -> None:
-    """In place, by the library's own all-reduce: for what is large. Not differentiable."""
+def all_reduce_(values: Tensor, ranks: Ranks) -> None:
+    """Sums over ranks in place by torch's all-reduce, for large arrays. Not differentiable."""
     if values.numel():
         dist.all_reduce(values, group=ranks.group())

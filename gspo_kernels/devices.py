@@ -1,4 +1,4 @@
-"""Devices that no kernel here was written for, where plain torch runs: what they lack."""
+"""What devices without kernels of this package lack; plain torch runs on them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def check_float64(device: torch.device) -> None:
 
 
 def sums_segments(device: torch.device) -> bool:
-    """Whether torch has `segment_reduce` there."""
+    """Whether torch has `segment_reduce` on this device."""
     return device.type in _WITH_KERNELS
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is enabled there; a device need not have it."""
+    """Whether autocast is enabled; not every device has it."""
     known = device.type in _WITH_KERNELS or torch.amp.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
 

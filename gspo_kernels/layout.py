@@ -1,16 +1,9 @@
-"""Which token belongs to which sequence: padded, packed and context-parallel batches as one thing.
-
-Token arrays are flat, `[tokens]`, sequence arrays `[sequences]`. Masked tokens belong to no sum, length or mean; what
-stands at a masked position never reaches a number, because it is selected away, not multiplied.
-
-Under context parallelism a rank has some tokens of each sequence, in any order, or none. Token arrays are then the
-rank's own; sequence arrays, sums, lengths and counts are those of all ranks, and the same on each.
-"""
+"""Which token belongs to which sequence, for padded, packed and context-parallel batches alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +12,19 @@ from . import checks
 from .checks import may_read, watched
 from .collectives import Ranks, sum_over_ranks
 from .devices import check_float64, sums_segments
+from .operators import Operator
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Where the tokens of a checked batch lie; nothing has been computed from it yet."""
+    """The shapes, mask and boundaries of a checked batch."""
 
     tokens: torch.Size  # of the caller's token arrays
     sequences: int
     device: torch.device
     mask: Tensor | None  # bool, of shape `tokens`
-    cu_seqlens: (
-        Tensor | None
-    )  # packed: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: a row is a sequence
-    ranks: Ranks | None = None  # among which the tokens of each sequence are shared out
+    cu_seqlens: Tensor | None  # packed: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: padded
+    ranks: Ranks | None = None  # that share the tokens of each sequence
 
     def per_token(self, name: str, values: Any, meaning: str) -> Tensor:
         """A caller's token array, checked."""
@@ -78,7 +70,7 @@ class BatchShape:
     def is_per_token(self, values: Tensor) -> bool:
         """By its shape. Packed, [S] and [S, 1] are one per sequence, also where N is S; [1, N] is one per token.
 
-        Padded [B, 1] is one per token where T is 1: the same number, but ranks of a cp_group must agree what it is.
+        Padded [B, 1] is one per token where T is 1: the numbers are the same, but ranks of a cp_group compare it.
         """
         if self.cu_seqlens is not None and values.ndim == 2:
             return values.shape == (1, *self.tokens) and values.shape != (self.sequences, 1)
@@ -105,19 +97,35 @@ class BatchShape:
 
 
 class Layout:
-    """A batch of ragged sequences; `PaddedLayout` and `PackedLayout` say where their tokens lie.
+    """The sequences of a batch, as `Objective.terms` gets them: sums, means and counts that fit every batch.
 
-    Under context parallelism the first `sum`, or whatever asks for lengths before that, is one collective, and each
-    further `sum` is another. Its gradient crosses ranks too, unless the layout was made with `crosses=False`, for a
-    loss whose gradient by a sequence's sum is known whole on every rank.
+    Token arrays are flat, [tokens]; sequence arrays are [sequences]. A padded batch is flattened row by row. Masked
+    tokens are in no sum, mean, length or count: their values are selected away, so NaN and infinity do no harm.
+    `sum`, `mean` and `spread` are differentiable. Padded and packed batches give the same numbers.
 
-    All sums and lengths are NaN if packed boundaries are wrong and could not be checked (on a GPU, unless debugging).
+        mean = layout.mean(log_ratio)                          # [sequences]
+        deviation = log_ratio - layout.spread(mean)            # [tokens]
+        variance = layout.mean(deviation.square())             # [sequences]
+
+    Under context parallelism a rank holds some tokens of each sequence, in any order, or none. Token arrays are the
+    rank's own; sums, means, lengths and counts are those of all ranks, and the same on each. The first of them is one
+    collective, and each further sum or mean is another.
+
+    Sums and lengths are NaN if packed boundaries are wrong and could not be checked (on a GPU, unless debugging).
+
+    Attributes:
+        mask: [tokens] bool, where tokens count.
+        shape: of the caller's token arrays, [B, T] or [N].
+        sequences: how many sequences there are, those without a token included.
     """
 
-    mask: Tensor  # [tokens] bool
-    shape: torch.Size  # of the caller's token arrays
+    mask: Tensor
+    shape: torch.Size
     sequences: int
     local_lengths: Tensor  # [sequences] float64, unmasked tokens of this rank
+
+    # `crosses`: whether the gradient of a sum is summed over ranks too. False for a loss whose gradient by a sequence's
+    # sum is known whole on every rank.
 
     def __init__(self, batch: BatchShape, crosses: bool) -> None:
         self.shape, self.sequences = batch.tokens, batch.sequences
@@ -131,20 +139,8 @@ class Layout:
         self._beside: Tensor | None = None
 
     @property
-    def held(self) -> Tensor:
-        """[sequences] bool, those of which this rank has an unmasked token; all of them if lengths are NaN."""
-        return self.local_lengths != 0
-
-    def lengths_on_host(self) -> list[int]:
-        """`local_lengths`; waits for a GPU. Wrong boundaries that were not checked before are refused here."""
-        lengths: list[float] = self.local_lengths.tolist()
-        if any(length != length for length in lengths):
-            raise ValueError(_WRONG_BOUNDARIES.format(tokens=self.mask.numel(), got="others"))
-        return [int(length) for length in lengths]
-
-    @property
     def lengths(self) -> Tensor:
-        """[sequences] float64, unmasked tokens."""
+        """[sequences] float64, how many unmasked tokens each has."""
         if self._lengths is None:
             self._over_ranks(None)
         assert self._lengths is not None
@@ -152,15 +148,16 @@ class Layout:
 
     @property
     def num_tokens(self) -> Tensor:
+        """0-d float64, how many tokens are unmasked."""
         return self.lengths.sum()
 
     @property
     def num_sequences(self) -> Tensor:
-        """Those with an unmasked token."""
+        """0-d float64, how many sequences have an unmasked token."""
         return self.lengths.clamp(max=1).sum()  # keeps NaN
 
     def select(self, values: Tensor) -> Tensor:
-        """[tokens], with 0 where masked, whatever stood there."""
+        """[tokens] -> [tokens], with 0 where masked, whatever the value there."""
         return values.masked_fill(self._masked, 0.0)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -184,18 +181,30 @@ class Layout:
         """A sequence array in float64, 0 for a sequence of which this rank has no unmasked token."""
         return torch.where(self.held, values.double(), 0.0)
 
-    # ---- context parallelism
+    # ---- for the package: parts of a context-parallel batch
+
+    @property
+    def held(self) -> Tensor:
+        """[sequences] bool, those of which this rank has an unmasked token; all of them if lengths are NaN."""
+        return self.local_lengths != 0
+
+    def lengths_on_host(self) -> list[int]:
+        """`local_lengths`; waits for a GPU. Wrong boundaries that were not checked before are refused here."""
+        lengths: list[float] = self.local_lengths.tolist()
+        if any(length != length for length in lengths):
+            raise ValueError(_WRONG_BOUNDARIES.format(tokens=self.mask.numel(), got="others"))
+        return [int(length) for length in lengths]
 
     def local_sum(self, values: Tensor) -> Tensor:
         """`sum` over the tokens of this rank."""
         return self._sum(self.select(values))
 
     def share(self) -> Tensor:
-        """[sequences], which part of each this rank has; of all ranks they add up to 1, or 0 for an empty one."""
+        """[sequences], the share of its tokens on this rank; the ranks' shares add up to 1, or 0 if it is empty."""
         return self.local_lengths / self.lengths.clamp(min=1)
 
     def sum_beside(self, values: Tensor) -> None:
-        """Takes these constants [tokens] along in the first collective; `beside` has their sums then."""
+        """Sums these constants [tokens] in the first collective too; `beside` then has their sums."""
         self._beside = self.local_sum(values)
 
     @property
@@ -237,22 +246,20 @@ class PackedLayout(Layout):
     """Token arrays [N]: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
     def __init__(self, batch: BatchShape, cu_seqlens: Tensor, crosses: bool) -> None:
-        self._fault: Tensor  # 0, or NaN for wrong boundaries
-        *self._segments, self._fault = _segments(cu_seqlens, batch.tokens[0])
+        self._segments = find_segments(cu_seqlens, batch.tokens[0])
         super().__init__(batch, crosses)
 
     def _sum(self, values: Tensor) -> Tensor:
-        sums: Tensor = _segment_sum(values, *self._segments)
-        return sums + self._fault
+        return segment_sum(values, self._segments) + self._segments.fault
 
     def _spread(self, values: Tensor) -> Tensor:
-        return cast(Tensor, _segment_spread(values, *self._segments))
+        return segment_spread(values, self._segments)
 
 
 def batch_shape(
     token_shape: torch.Size, mask: Any, cu_seqlens: Any, device: torch.device, ranks: Ranks | None = None
 ) -> BatchShape:
-    """Of token arrays of `token_shape`, on `device`; checks `mask` and `cu_seqlens`."""
+    """The batch with token arrays of `token_shape` on `device`; checks `mask` and `cu_seqlens`."""
     check_float64(device)
     if mask is not None:
         checks.tensor("mask", mask, "True or 1 at the tokens that count")
@@ -290,7 +297,7 @@ def batch_shape(
 
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
-    """A caller's mask as bool. Numbers but 0 and 1 are refused where they can be read for free, else they count."""
+    """A caller's mask as bool. Numbers other than 0 and 1 are refused where reading is free; elsewhere they count."""
     mask = mask.detach()
     if mask.dtype == torch.bool:
         return mask
@@ -318,7 +325,7 @@ _WRONG_BOUNDARIES = (
 
 
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    """Reads the values: for the operators, on the CPU or where debugging asks for it."""
+    """Reads the values: for operators, on the CPU or under GSPO_KERNELS_DEBUG=1."""
     if bool(_are_wrong(cu_seqlens, tokens)):
         few = cu_seqlens.numel() <= 16
         got = cu_seqlens.tolist() if few else f"{int(cu_seqlens[0])} ... {int(cu_seqlens[-1])}"
@@ -334,12 +341,16 @@ def _are_wrong(cu_seqlens: Tensor, tokens: int) -> Tensor:
 # ---- sums over segments, in a fixed order: index_add would use float atomics on a GPU
 
 
-@torch.library.custom_op("gspo_kernels::segments", mutates_args=())
-def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(boundaries in int64, the sequence of each token [tokens], 0, or NaN for wrong boundaries).
+class Segments(NamedTuple):
+    """Checked boundaries of packed sequences."""
 
-    Wrong ones, which a GPU is not waited for to refuse, are replaced: the sums below trust boundaries.
-    """
+    boundaries: Tensor  # [sequences + 1] int64
+    sequence_of: Tensor  # [tokens] int64, the sequence of each token
+    fault: Tensor  # 0-d float64: 0, or NaN for wrong boundaries
+
+
+def _segments(cu_seqlens: Tensor, tokens: int) -> Segments:
+    """Wrong boundaries are replaced, because the sums below trust them, and to refuse them would wait for the GPU."""
     if may_read(cu_seqlens):
         check_boundaries(cu_seqlens, tokens)
     fault = torch.where(_are_wrong(cu_seqlens, tokens), torch.nan, torch.zeros_like(cu_seqlens[0], dtype=torch.float64))
@@ -347,20 +358,22 @@ def _segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     boundaries[0] = 0
     boundaries[-1] = tokens
     sequences = torch.arange(boundaries.numel() - 1, device=boundaries.device)
-    return boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens), fault
+    return Segments(boundaries, sequences.repeat_interleave(boundaries.diff(), output_size=tokens), fault)
 
 
-@_segments.register_fake
-def _(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
+def _empty_segments(cu_seqlens: Tensor, tokens: int) -> Segments:
+    return Segments(
         torch.empty_like(cu_seqlens, dtype=torch.int64),
         cu_seqlens.new_empty(tokens, dtype=torch.int64),
         cu_seqlens.new_empty((), dtype=torch.float64),
     )
 
 
-@torch.library.custom_op("gspo_kernels::segment_sum", mutates_args=())
-def _segment_sum(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
+find_segments = Operator("segments", _segments, fake=_empty_segments)
+
+
+def _segment_sum(values: Tensor, segments: Segments) -> Tensor:
+    boundaries = segments.boundaries
     if boundaries.numel() == 1:
         return values.new_zeros(0)
     if sums_segments(values.device):
@@ -372,29 +385,28 @@ def _reduce(values: Tensor, boundaries: Tensor) -> Tensor:
     return torch.segment_reduce(values.contiguous(), "sum", offsets=boundaries, initial=0.0, unsafe=True)
 
 
-@_segment_sum.register_fake
-def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
-    return values.new_empty(boundaries.shape[0] - 1)
+def _segment_spread(values: Tensor, segments: Segments) -> Tensor:
+    return values.index_select(0, segments.sequence_of)
 
 
-@torch.library.custom_op("gspo_kernels::segment_spread", mutates_args=())
-def _segment_spread(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
-    return values.index_select(0, sequence_of)
-
-
-@_segment_spread.register_fake
-def _(values: Tensor, boundaries: Tensor, sequence_of: Tensor) -> Tensor:
-    return values.new_empty(sequence_of.shape[0])
-
-
-def _remember_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _save_segments(ctx: Any, found: Tensor, values: Tensor, segments: Segments) -> None:
+    ctx.save_for_backward(*segments)
 
 
 # Each is the other's derivative.
-_segment_sum.register_autograd(
-    lambda ctx, gradient: (_segment_spread(gradient, *ctx.saved_tensors), None, None), setup_context=_remember_segments
+segment_sum: Operator[Tensor] = Operator(
+    "segment_sum",
+    _segment_sum,
+    fake=lambda values, segments: values.new_empty(segments.boundaries.shape[0] - 1),
+    save=_save_segments,
+    backward=lambda ctx, gradient: {"values": segment_spread(gradient, Segments(*ctx.saved_tensors))},
+    operands=("values",),
 )
-_segment_spread.register_autograd(
-    lambda ctx, gradient: (_segment_sum(gradient, *ctx.saved_tensors), None, None), setup_context=_remember_segments
+segment_spread: Operator[Tensor] = Operator(
+    "segment_spread",
+    _segment_spread,
+    fake=lambda values, segments: values.new_empty(segments.sequence_of.shape[0]),
+    save=_save_segments,
+    backward=lambda ctx, gradient: {"values": segment_sum(gradient, Segments(*ctx.saved_tensors))},
+    operands=("values",),
 )

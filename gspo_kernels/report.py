@@ -1,4 +1,4 @@
-"""What would run for these arguments, in words."""
+"""`explain`: what would run for these arguments, in words."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .rows.types import OPTIONAL_FIELDS
 
 
 def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
-    """Which backend runs for these inputs, and why not the others; from hidden states, which plan.
+    """Which backend runs for these inputs and why not the others; from hidden states, also the plan of chunks.
 
-    Args: those of a loss, in its order. From logits only `logits` and `backend` have a say; the others may be left out.
-        From hidden states (`hidden, weight, ...`) the plan depends on the others too, and `objective` is GSPO unless
-        given; mask and boundaries are read.
+    It takes the arguments of a loss, in the same order. From logits the answer depends on `logits` and `backend` alone;
+    the others may be left out. From hidden states (`hidden, weight, ...`) the plan depends on the others too,
+    `objective` is GSPO by default, and mask and boundaries are read.
 
     Returns:
         A few lines of text, the chosen backend first.

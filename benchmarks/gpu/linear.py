@@ -31,7 +31,7 @@ from .meter import finish, meter_of
 
 BY_NAME = {work.name: work for work in WORKS}
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
-CHUNK_BYTES = {  # a row has 594 KiB; usual_chunk_bytes of gspo_kernels/linear/products.py decides
+CHUNK_BYTES = {  # a row has 594 KiB; default_chunk_bytes of gspo_kernels/linear/products.py decides
     "dense": (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20),
     "frozen_head": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
     "forward": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),

@@ -72,8 +72,8 @@ ROW_TYPES = {
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
     "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
-    "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "eps_low": "fp32", "eps_high": "fp32",
-    "dual_clip": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
+    "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "p0": "fp32", "p1": "fp32",
+    "p2": "fp32", "p3": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
     "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "token_advantages": "*fp32", "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
 }  # fmt: skip
@@ -149,14 +149,15 @@ def jobs(only: str = "") -> list[Job]:
 
 def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compiler's options and the constants that a kernel is launched with."""
-    from gspo_kernels.losses import triton_stage
+    from gspo_kernels.losses import clipped, triton_stage
     from gspo_kernels.rows import triton_rows
 
     kernel, nvidia = job.variant.kernel, job.target in NVIDIA
     if kernel in triton_stage.LAUNCH:
         of_stage = triton_stage.LAUNCH[kernel]
         options = {"num_warps": of_stage.num_warps, "enable_fp_fusion": True}
-        return options, {"BLOCK": of_stage.elements, **_TOKENS, **job.variant.constants}
+        term = clipped.clipped_term.compiled if "log_ratios" not in job.variant.absent else None
+        return options, {"BLOCK": of_stage.elements, "TERM": term, **_TOKENS, **job.variant.constants}
     layout = triton_rows.LAUNCH[kernel]
     element_size = ITEM_BYTES[job.dtype]
     sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)

@@ -1,7 +1,8 @@
 """verl's policy losses `gspo_kernels` and `gspo_token_kernels`, and engines that read the logits once.
 
-verl 0.9 imports this by the entry point `verl.plugins`, or because VERL_USE_EXTERNAL_MODULES or
-`actor_rollout_ref.model.external_lib` names it. It registers with verl and changes nothing there. See docs/verl.md.
+verl 0.9 imports this module through the entry point `verl.plugins`, or because VERL_USE_EXTERNAL_MODULES or
+`actor_rollout_ref.model.external_lib` names it. Importing it registers the losses with verl and changes nothing else
+there. See docs/verl.md.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import as_bool, batch_shape
+from ..losses.clipped import GSPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
-from ..losses.objectives import GSPO, GSPOToken, clipped_surrogate
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
 
 TESTED = "0.9."
-ENGINE = "gspo_kernels"  # what VERL_ENGINE_VENDOR has to be for the engines below
+ENGINE = "gspo_kernels"  # VERL_ENGINE_VENDOR with this value selects the engines below
 
 AGGREGATIONS = {  # by verl's loss_agg_mode
     "token-mean": "token_mean",
@@ -31,7 +32,7 @@ AGGREGATIONS = {  # by verl's loss_agg_mode
     "seq-mean-token-sum": "sequence_sum",
     "seq-mean-token-sum-norm": "sequence_sum",
 }
-UNKNOWN = ("entropy", "ref_kl")  # of our stats: verl adds both terms itself, and logs them
+LOGGED_BY_VERL = ("entropy", "ref_kl")  # stats left out of our metrics: verl adds and logs both terms itself
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 def gspo(**arguments: Any) -> tuple[Tensor, dict[str, float]]:
-    """GSPO: one ratio, one clip and one advantage a response. The arguments are those of `policy_loss`."""
+    """GSPO: one ratio, one clip and one advantage per response. The arguments are those of `policy_loss`."""
     return policy_loss(GSPO, **arguments)
 
 
 def gspo_token(**arguments: Any) -> tuple[Tensor, dict[str, float]]:
-    """GSPO-token: advantages, and rollout weights, that may differ from token to token."""
+    """GSPO-token: advantages and rollout weights may differ from token to token. Arguments as in `policy_loss`."""
     return policy_loss(GSPOToken, **arguments)
 
 
@@ -60,11 +61,11 @@ def policy_loss(
     config: Any,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """What verl's `ppo_loss` calls, by keyword. Token arrays are [B, T]; one host sync, for the metrics.
+    """The loss that verl's `ppo_loss` calls, by keyword. Token arrays are [B, T]; one host sync, for the metrics.
 
     Args:
-        config: verl's ActorConfig, of which this honours `clip_ratio_low`, `clip_ratio_high` (`clip_ratio` where they
-            are None), `clip_ratio_c` (None: no dual clip) and `global_batch_info`.
+        config: verl's ActorConfig. Honoured are `clip_ratio_low` and `clip_ratio_high` (`clip_ratio` where they are
+            None), `clip_ratio_c` (None: no dual clip) and `global_batch_info`.
         rollout_is_weights: constant factors of the policy term.
 
     Returns: the loss, scaled as verl scales it, and its metrics.
@@ -78,16 +79,16 @@ def policy_loss(
     objective = kind(low, high, config.clip_ratio_c)
     aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)
     advantages = advantages.detach()
-    least = most = advantages.new_zeros(mask.shape[0])
+    lowest = highest = advantages.new_zeros(mask.shape[0])
     if mask.shape[1]:
-        least = torch.where(mask, advantages, torch.inf).amin(1)
-        most = torch.where(mask, advantages, -torch.inf).amax(1)
+        lowest = torch.where(mask, advantages, torch.inf).amin(1)
+        highest = torch.where(mask, advantages, -torch.inf).amax(1)
     loss, stats = policy_loss_from_logprobs(
-        log_prob, most if kind is GSPO else advantages, old_log_prob, objective=objective, mask=mask,
+        log_prob, highest if kind is GSPO else advantages, old_log_prob, objective=objective, mask=mask,
         importance_weights=rollout_is_weights, aggregation=aggregation, normalizer=normalizer,
     )  # fmt: skip
     found = metrics(objective, stats, advantages, old_log_prob, log_prob, mask)
-    found["differing"] = (least < most).sum()
+    found["differing"] = (lowest < highest).sum()
     values = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
     if (differing := values.pop("differing")) and kind is GSPO:
         raise ValueError(
@@ -98,7 +99,7 @@ def policy_loss(
 
 
 def _check_arrays(log_prob: Any, old_log_prob: Any, advantages: Any, response_mask: Any, weights: Any) -> Tensor:
-    """The mask as bool; all are [B, T], by verl's names."""
+    """Checks that all arrays are [B, T], with errors that use verl's names; returns the mask as bool."""
     checks.tensor("log_prob", log_prob, "log-probabilities [B, T]")
     if log_prob.ndim != 2:
         raise ValueError(f"log_prob: expected shape [responses, tokens]; got {list(log_prob.shape)}")
@@ -124,9 +125,10 @@ def _check_arrays(log_prob: Any, old_log_prob: Any, advantages: Any, response_ma
 
 
 def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
-    """(aggregation, normalizer) of verl's `loss_agg_mode`: a global count by `dp_size`, for gradients are averaged.
+    """(aggregation, normalizer) of verl's `loss_agg_mode`. verl averages gradients: the normalizer is count / dp_size.
 
-    A count of 0 becomes a tensor: 0 where nothing counts, otherwise refused, or NaN where the mask cannot be read.
+    A count of 0 is passed on as a tensor: the loss is 0 where no token counts. Where tokens do count, a count of 0 is
+    refused, or gives NaN where the mask cannot be read without a host sync.
     """
     checks.choice("loss_agg_mode", mode, tuple(AGGREGATIONS))
     dp_size = checks.whole("dp_size", info.get("dp_size", 1), "how many ranks average their gradients", at_least=1)
@@ -159,7 +161,7 @@ def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
 def metrics(
     objective: GSPO | GSPOToken, stats: Stats, advantages: Tensor, old_log_prob: Tensor, log_prob: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
-    """verl's three, by token as verl has them for all losses, and ours."""
+    """verl's three metrics, by token as verl has them for all losses, and our stats."""
     log_ratio = stats.log_ratio if stats.ratio_of == "token" else stats.log_ratio[:, None].expand(mask.shape)
     signs = torch.where(mask, advantages, 0.0).double()
     terms = clipped_surrogate(
@@ -175,7 +177,7 @@ def metrics(
         "actor/pg_clipfrac": mean(terms.clipped_low | (terms.clipped_high & (signs > 0))),
         "actor/ppo_kl": mean((old_log_prob - log_prob).clamp(-20.0, 20.0)),
         "actor/pg_clipfrac_lower": mean(terms.clipped_high & (signs < 0)),
-        **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in UNKNOWN},
+        **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in LOGGED_BY_VERL},
     }
 
 
@@ -197,14 +199,16 @@ def log_probs_and_entropy(
 
     Args:
         logits: [N, V] or [B, T, V], not yet divided by the temperature; with `tp_group`, this rank's columns. A DTensor
-            that is sharded over the vocabulary is taken as it is, not gathered.
+            that is sharded over the vocabulary is used as it is, not gathered.
         labels: the token that each row predicts.
-        temperature: a number, or one per row. verl has 0 at padding, and clamps it.
+        temperature: a number, or a tensor with one per row: float32, float64 or integers. Temperatures below 1e-6 are
+            raised to it, as in verl, which has 0 at padding.
         mask: rows that are False are not read, and give 0.
-        inplace_backward: the gradient is written over the logits.
+        inplace_backward: the gradient overwrites the logits.
     """
     if isinstance(temperature, Tensor):
-        temperature = temperature.clamp(min=1e-6)
+        checks.numbers("temperature", temperature)
+        temperature = (temperature if temperature.is_floating_point() else temperature.double()).clamp(min=1e-6)
     found = token_logprobs(
         logits, labels, temperature=temperature, mask=mask, tp_group=tp_group, overwrite_logits=inplace_backward
     )
@@ -212,6 +216,7 @@ def log_probs_and_entropy(
 
 
 def refuse(get: Any, *names: str) -> None:
+    """Raises for options that these engines do not honour."""
     for name in names:
         if get(name):
             raise NotImplementedError(
@@ -220,7 +225,7 @@ def refuse(get: Any, *names: str) -> None:
 
 
 class LogProbsOfFSDP:
-    """What `FSDPEngineWithLMHead` makes of logits, by the function above."""
+    """`FSDPEngineWithLMHead` with log-probabilities and entropies from `log_probs_and_entropy`."""
 
     def prepare_model_outputs(self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any) -> Any:
         from verl.utils import tensordict_utils
@@ -240,7 +245,7 @@ class LogProbsOfFSDP:
         if output_args.get("temperature_is_one", False):
             temperature = 1.0
         log_probs, entropy = log_probs_and_entropy(logits, labels, temperature, mask=mask, inplace_backward=True)
-        # From here on as with verl's fused kernels, which have log-probabilities in place of logits, too.
+        # verl's path for fused kernels continues from log-probabilities, too.
         fused = micro_batch.clone(recurse=False)
         tensordict_utils.assign_non_tensor(fused, use_fused_kernels=True)
         found = SimpleNamespace(log_probs=log_probs, entropy=entropy)
@@ -248,7 +253,7 @@ class LogProbsOfFSDP:
 
 
 class LogProbsOfMegatron:
-    """What `MegatronEngineWithLMHead` makes of its shard of the logits, by the function above."""
+    """`MegatronEngineWithLMHead` with log-probabilities and entropies from `log_probs_and_entropy`."""
 
     def forward_step(self, *args: Any, **kwargs: Any) -> Any:
         refuse(lambda name: getattr(self.engine_config, name), "use_fused_kernels")  # type: ignore[attr-defined]
@@ -276,24 +281,25 @@ def register_losses() -> None:
 
 
 def register_engines() -> list[str]:
-    """Engines for VERL_ENGINE_VENDOR=gspo_kernels, beside verl's own; those that do not import are left out."""
+    """Registers engines for VERL_ENGINE_VENDOR=gspo_kernels beside verl's own, where those import; their backends."""
     from verl.workers import engine
 
-    of: dict[str, tuple[type, list[str]]] = {
+    mixins: dict[str, tuple[type, list[str]]] = {
         "FSDPEngineWithLMHead": (LogProbsOfFSDP, ["fsdp", "fsdp2"]),
         "MegatronEngineWithLMHead": (LogProbsOfMegatron, ["megatron"]),
     }
-    made = []
-    for name, (logprobs, backends) in of.items():
+    registered = []
+    for name, (mixin, backends) in mixins.items():
         if (base := getattr(engine, name, None)) is not None:
-            cls = type(f"GSPOKernels{name}", (logprobs, base), {"__doc__": logprobs.__doc__})
+            cls = type(f"GSPOKernels{name}", (mixin, base), {"__doc__": mixin.__doc__})
             engine.EngineRegistry.register("language_model", backends, device="cuda", vendor=ENGINE)(cls)
-            made += backends
-    return made
+            registered += backends
+    return registered
 
 
 def register() -> None:
-    """Loudly: verl says nothing of a plugin that it has loaded, and of one that fails only at level DEBUG."""
+    """Registers all, and logs a warning that says so: verl logs nothing about a plugin that it loads, and a failure
+    only at level DEBUG."""
     import verl
 
     try:

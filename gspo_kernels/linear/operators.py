@@ -1,92 +1,57 @@
-"""A loss from hidden states as one torch operator, and the statistics of rows as another.
+"""The torch operators of the hidden-state path: a loss, the statistics of rows, and the gradient of these statistics.
 
-Gradients of hidden states, weight and bias are complete when the loss's operator returns, in float32; its backward
-multiplies them by the incoming factor, once.
+The gradients of hidden states, weight and bias are complete when the loss's operator returns, in float32. Its backward
+multiplies them by the incoming gradient of the loss; it supports one backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..autograd import edge_of, first_derivative, refuse_second_backward
 from ..checks import watched
-from ..collectives import Ranks
 from ..devices import autocasts
-from ..layout import BatchShape
 from ..losses import triton_stage
-from ..losses.objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from ..losses.objectives import carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
+from ..operators import Operator, save_values, saved_values
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
-from ..scalars import run_time_list
 from ..torch_internals import autograd_inside_an_operator
-from . import walk
-from .head import Wanted
-from .schedule import Step, pieces
-from .walk import HeadArguments
+from . import chunked_loss
+from .head import Head
+from .products import sum_dtype
+from .types import Gradients, HeadArguments, NeedsGrad, select_rows, to_all_rows
 
 _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
-_HEAD = len(HeadArguments._fields)  # the operators' first arguments; then three flags, which operands want a gradient
-_NAMED: dict[str, type[Any]] = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO, "PPO": PPO}
-_OWN: ContextVar[Objective] = ContextVar("own objective")  # an operator takes no objects: set during its call
-
-
-def is_named(objective: Objective) -> bool:
-    return _NAMED.get(type(objective).__name__) is type(objective)
 
 
 def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
-    objective: Any = inputs.objective
-    own = not is_named(objective)
-    name = "own" if own else type(objective).__name__
-    normalizer = inputs.normalizer
-    given = isinstance(normalizer, Tensor)
-    dual_clip = None if own else objective.dual_clip
-    numbers = run_time_list(
-        (
-            0.0 if own else objective.eps_low,
-            0.0 if own else objective.eps_high,
-            0.0 if dual_clip is None else dual_clip,
-            inputs.max_log_ratio,
-            inputs.beta,
-            inputs.entropy_coef,
-            0.0 if given or normalizer is None else normalizer,
-        )  # type: ignore[arg-type]
-    )
-    before = _OWN.set(objective) if own else None
-    try:
-        loss, scalars, logprobs, log_ratio, work, *_ = _linear_loss(
-            *arguments, *arguments.wanted(), inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs,
-            inputs.importance_weights, inputs.batch.cu_seqlens,
-            normalizer.detach() if isinstance(normalizer, Tensor) else None,
-            numbers, name, inputs.aggregation, inputs.kl_estimator, list(inputs.batch.tokens),
-            inputs.batch.ranks.text() if inputs.batch.ranks else None, inputs.advantages_per_token,
-            inputs.importance_weights_per_token,
-        )  # fmt: skip
-    finally:
-        if before is not None:
-            _OWN.reset(before)
+    if isinstance(inputs.normalizer, Tensor):
+        inputs = replace(inputs, normalizer=inputs.normalizer.detach())
+    with carried(inputs.objective):
+        found = LINEAR_LOSS(arguments, arguments.needs_grad(), inputs)
     with torch.no_grad():
         stats = Stats(
-            **dict(zip(SCALARS, scalars.detach().unbind(), strict=True)),
-            logprobs=logprobs.detach(),
-            log_ratio=log_ratio.detach(),
-            ratio_of=objective.ratio_of,
-            head=HeadWork(*work.detach().unbind()),
+            **dict(zip(SCALARS, found.scalars.detach().unbind(), strict=True)),
+            logprobs=found.logprobs.detach(),
+            log_ratio=found.log_ratio.detach(),
+            ratio_of=inputs.objective.ratio_of,
+            head=HeadWork(*found.head_work.detach().unbind()),
         )
-    return LossOutput(loss, stats)
+    return LossOutput(found.loss, stats)
 
 
 def linear_row_stats(arguments: HeadArguments) -> RowStats:
-    """Statistics of each row [outer, inner], differentiable in all three; logits are made again for the gradient."""
-    return RowStats(*_linear_row_stats(*arguments, *arguments.wanted()))
+    """Statistics of each row [outer, inner], differentiable in all three. The backward computes the logits again."""
+    return LINEAR_ROW_STATS(arguments, arguments.needs_grad())
 
 
 @contextmanager
@@ -97,263 +62,168 @@ def _inside_an_operator(device: torch.device) -> Iterator[None]:
         yield
 
 
-# ---- operators
+def _empty_gradients(arguments: HeadArguments, needs_grad: NeedsGrad) -> Gradients:
+    weight, width = arguments.weight, arguments.hidden.shape[-1]
+    shapes = ([arguments.hidden.numel() // width, width], list(weight.shape), [weight.shape[0]])
+    return Gradients(
+        *(
+            torch.empty(shape if needed else [0], dtype=sum_dtype(arguments.dtype), device=weight.device)
+            for shape, needed in zip(shapes, needs_grad, strict=True)
+        )
+    )
 
 
-@torch.library.custom_op("gspo_kernels::linear_loss", mutates_args=())
-def _linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    dtype: torch.dtype,
-    chunk_bytes: int | None,
-    backend: str | None,
-    vocab_start: int,
-    tp: str | None,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    global_count: Tensor | None,
-    numbers: Tensor,
-    objective: str,
-    aggregation: str,
-    kl_estimator: str,
-    tokens: list[int],
-    cp: str | None,
-    advantages_per_token: bool,
-    importance_weights_per_token: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, scalars, logprobs, log_ratio of the stats, head work; gradients of hidden, weight, bias (or empty)"""
-    arguments = HeadArguments(
-        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
-    )
-    eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, count = numbers.tolist()  # a CPU tensor
-    of_objective = _OWN.get() if objective == "own" else _NAMED[objective](eps_low, eps_high, dual_clip or None)
-    sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    of_tokens = None if mask is None else mask.reshape(tokens)
-    inputs = TokenInputs(
-        batch=BatchShape(
-            torch.Size(tokens), sequences, hidden.device, of_tokens, cu_seqlens, Ranks.read(cp) if cp else None
-        ),
-        objective=of_objective,
-        advantages=advantages,
-        advantages_per_token=advantages_per_token,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights,
-        importance_weights_per_token=importance_weights_per_token,
-        aggregation=aggregation,
-        normalizer=global_count if global_count is not None else count or None,
-        beta=beta,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        max_log_ratio=max_log_ratio,
-    )
-    with _inside_an_operator(hidden.device):
-        stage, asked = inputs.stage(), walk.rows_asked(arguments, of_tokens)
-        head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
-        fused = cp is None and head.backend.runs_stage_in_triton and triton_stage.takes(inputs)
-        found = walk.walk(head, asked, stage, inputs, fused)
+# ---- a loss
+
+
+class LinearLoss(NamedTuple):
+    """What the operator returns; `loss` alone is differentiable."""
+
+    loss: Tensor  # 0-d
+    scalars: Tensor  # [12] fp32, of the stats
+    logprobs: Tensor  # of the stats, and so is log_ratio
+    log_ratio: Tensor
+    head_work: Tensor  # [4] fp32, a `HeadWork`
+    hidden_gradient: Tensor  # [N, D], as `Gradients` has them
+    weight_gradient: Tensor
+    bias_gradient: Tensor
+
+
+def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs) -> LinearLoss:
+    device, tokens = arguments.hidden.device, inputs.batch.tokens
+    with _inside_an_operator(device):
+        stage, rows = inputs.stage(), select_rows(arguments)
+        head = Head(arguments, rows, needs_grad)
+        fused = head.backend.runs_stage_in_triton and triton_stage.takes(inputs)
+        selected = chunked_loss.run_chunks(head, stage, inputs, fused)
         gradients, work = head.gradients(), head.work
-        stats = RowStats(*(walk.to_all_rows(x, asked, tokens) for x in found))
+        stats = RowStats(*(to_all_rows(x, rows, tokens) for x in selected))
         if fused:
             loss, scalars, log_ratio = triton_stage.loss(inputs, stats)
-            if of_objective.ratio_of == "token":
+            if inputs.objective.ratio_of == "token":
                 log_ratio = log_ratio.reshape(tokens)
             logprobs = stats.logprobs
         else:
             loss, of_stage = stage.loss(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
             scalars = torch.stack([getattr(of_stage, name) for name in SCALARS])
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
-        if wants_hidden:
-            walk.spread_nan(gradients.hidden, inputs, stage, stats, scalars)
-        sizes = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
-        of_head = torch.stack([torch.full((), float(n), dtype=torch.float32, device=hidden.device) for n in sizes])
-    return loss, scalars, logprobs, log_ratio, of_head, *gradients
+        if needs_grad.hidden:
+            chunked_loss.propagate_nan(gradients.hidden, inputs, stage, stats, scalars)
+        counts = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
+        head_work = torch.stack([torch.full((), float(n), dtype=torch.float32, device=device) for n in counts])
+    return LinearLoss(loss, scalars, logprobs, log_ratio, head_work, *gradients)
 
 
-def _sums(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _fake_linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs) -> LinearLoss:
+    batch, device = inputs.batch, arguments.hidden.device
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    log_ratio = empty(batch.sequences) if inputs.objective.ratio_of == "sequence" else empty(*batch.tokens)
+    loss = torch.empty((), dtype=sum_dtype(arguments.dtype), device=device)
+    gradients = _empty_gradients(arguments, needs_grad)
+    return LinearLoss(loss, empty(len(SCALARS)), empty(*batch.tokens), log_ratio, empty(4), *gradients)
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants: tuple[bool, ...]) -> list[Tensor]:
-    width = hidden.shape[-1]
-    shapes = ([hidden.numel() // width, width], list(weight.shape), [weight.shape[0]])
-    return [
-        torch.empty(shape if wanted else [0], dtype=_sums(dtype), device=hidden.device)
-        for shape, wanted in zip(shapes, wants, strict=True)
-    ]
+def _save_linear_loss(
+    ctx: Any, output: LinearLoss, arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs
+) -> None:
+    operands = (arguments.hidden, arguments.weight, arguments.bias)
+    ctx.shapes_and_dtypes = [None if x is None else (x.shape, x.dtype) for x in operands]
+    ctx.needs_grad = needs_grad
+    differentiated = [x for x in operands if x is not None and x.requires_grad]
+    ctx.edges = [] if watched(arguments.hidden) else [edge_of(x) for x in differentiated]
+    ctx.save_for_backward(output.hidden_gradient, output.weight_gradient, output.bias_gradient)
 
 
-@_linear_loss.register_fake
-def _(*arguments: Any) -> Any:
-    hidden, weight, dtype, wants = arguments[0], arguments[1], arguments[7], arguments[_HEAD : _HEAD + 3]
-    cu_seqlens, objective, tokens = arguments[_HEAD + 7], arguments[_HEAD + 10], arguments[_HEAD + 13]
-    sequences = tokens[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    by_sequence = (_OWN.get() if objective == "own" else _NAMED[objective]).ratio_of == "sequence"
-
-    def room(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
-
-    log_ratio = room(sequences) if by_sequence else room(*tokens)
-    loss = torch.empty((), dtype=_sums(dtype), device=hidden.device)
-    return loss, room(12), room(*tokens), log_ratio, room(4), *_fake_gradients(hidden, weight, dtype, wants)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    operands = inputs[:3]
-    ctx.likeness = [None if x is None else (x.shape, x.dtype) for x in operands]
-    ctx.wanted = inputs[_HEAD : _HEAD + 3]
-    ctx.edges = () if watched(inputs[0]) else [edge_of(x) for x in operands if x is not None and x.requires_grad]
-    ctx.save_for_backward(*output[5:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _scaled(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * (_HEAD + 17)
+def _linear_loss_backward(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     refuse_second_backward(ctx, _LOSS)
-    with torch.no_grad():
-        found = [
-            _given(gradient, upstream, *likeness) if wanted else None
-            for gradient, wanted, likeness in zip(ctx.saved_tensors, ctx.wanted, ctx.likeness, strict=True)
-        ]
-    found = [None if x is None else first_derivative(x, _LOSS, *ctx.edges, upstream) for x in found]
-    return (*found, *(None,) * (_HEAD + 14))
+    found: dict[str, Tensor | None] = {}
+    saved = zip(NeedsGrad._fields, ctx.needs_grad, ctx.saved_tensors, ctx.shapes_and_dtypes, strict=True)
+    for name, needed, gradient, shape_and_dtype in saved:
+        if needed:
+            with torch.no_grad():
+                scaled = _scaled(gradient, upstream, *shape_and_dtype)
+            found[name] = first_derivative(scaled, _LOSS, *ctx.edges, upstream)
+    return found
 
 
-def _given(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """gradient * upstream, multiplied in place and then rounded to the operand's dtype."""
-    if type(gradient) is not Tensor:  # being traced by a compiler, which decides itself what to do in place
+    if type(gradient) is not Tensor:  # traced by a compiler, which decides itself what is done in place
         return (gradient * upstream).to(dtype).reshape(shape)
     rows = gradient[None] if gradient.ndim == 2 else gradient[None, None]
-    scale(rows, upstream, None)  # by 1 there is nothing to do
+    scale(rows, upstream, None)  # returns at once where upstream is 1
     if gradient.dtype == dtype:
         return gradient.detach().reshape(shape)
     return gradient.to(dtype).reshape(shape)
 
 
-_linear_loss.register_autograd(_scaled, setup_context=_remember)
+LINEAR_LOSS = Operator(
+    "linear_loss", _linear_loss, fake=_fake_linear_loss, save=_save_linear_loss, backward=_linear_loss_backward,
+    operands=NeedsGrad._fields, outputs=1,
+)  # fmt: skip
 
 
 # ---- statistics of rows alone
 
 
-@torch.library.custom_op("gspo_kernels::linear_row_stats", mutates_args=())
-def _linear_row_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    dtype: torch.dtype,
-    chunk_bytes: int | None,
-    backend: str | None,
-    vocab_start: int,
-    tp: str | None,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = HeadArguments(
-        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
-    )
-    with _inside_an_operator(hidden.device):
-        asked = walk.rows_asked(arguments, mask)
-        head = arguments.head(asked, Wanted(False, False, False))
-        found = []
-        for start, stop in pieces(0, asked.count, head.at_a_time.usual):
-            head.load(slice(start, stop))
-            found.append(head.statistics())
-        empty = [torch.empty(0, dtype=d, device=hidden.device) for d in (head.sums, head.sums, torch.float64)]
-        arrays = [torch.cat(parts) for parts in zip(*found, strict=True)] if found else empty
-        logprobs, entropy, lse = (walk.to_all_rows(x, asked, list(token_ids.shape)) for x in arrays)
-    return logprobs, entropy, lse
-
-
-@_linear_row_stats.register_fake
-def _(*arguments: Any) -> Any:
-    token_ids, dtype = arguments[3], arguments[7]
-    dtypes = (_sums(dtype), _sums(dtype), torch.float64)
-    return tuple(torch.empty(token_ids.shape, dtype=d, device=token_ids.device) for d in dtypes)
-
-
-@torch.library.custom_op("gspo_kernels::linear_row_gradient", mutates_args=())
 def _linear_row_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab_size: int,
-    dtype: torch.dtype,
-    chunk_bytes: int | None,
-    backend: str | None,
-    vocab_start: int,
-    tp: str | None,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-    logprobs: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = HeadArguments(
-        hidden, weight, bias, token_ids, mask, temperature, vocab_size, dtype, chunk_bytes, backend, vocab_start, tp
-    )
-    with _inside_an_operator(hidden.device):
-        asked = walk.rows_asked(arguments, mask)
-        head = arguments.head(asked, Wanted(wants_hidden, wants_weight, wants_bias))
+    arguments: HeadArguments, needs_grad: NeedsGrad, stats: RowStats, upstream: Upstream
+) -> Gradients:
+    with _inside_an_operator(arguments.hidden.device):
+        rows = select_rows(arguments)
+        head = Head(arguments, rows, needs_grad)
+        indices: slice | Tensor = slice(None) if rows.row_indices is None else rows.row_indices
 
-        def live(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.reshape(-1)[slice(None) if asked.live is None else asked.live]
+        def selected(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.reshape(-1)[indices]
 
-        upstream = Upstream(live(grad_logprobs), live(grad_entropy), live(grad_lse))
-        stats = RowStats(*(x for x in map(live, (logprobs, entropy, lse)) if x is not None))
-        walk.second_phase(head, Step("two_phases", 0, asked.count, 0, 0), stats, upstream)
-        gradients = head.gradients()
-    return gradients.hidden, gradients.weight, gradients.bias
+        of_rows = RowStats(*(x.reshape(-1)[indices] for x in stats))
+        arrays = Upstream(selected(upstream.logprobs), selected(upstream.entropy), selected(upstream.lse))
+        chunked_loss.backward_recomputed(head, 0, of_rows, arrays)
+        return head.gradients()
 
 
-@_linear_row_gradient.register_fake
-def _(*arguments: Any) -> Any:
-    return tuple(_fake_gradients(arguments[0], arguments[1], arguments[7], arguments[_HEAD : _HEAD + 3]))
+LINEAR_ROW_GRADIENT = Operator(
+    "linear_row_gradient", _linear_row_gradient,
+    fake=lambda arguments, needs_grad, stats, upstream: _empty_gradients(arguments, needs_grad),
+)  # fmt: skip
 
 
-def _remember_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.rest = inputs[6:]
-    ctx.set_materialize_grads(False)
+def _linear_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
+    with _inside_an_operator(arguments.hidden.device):
+        rows = select_rows(arguments)
+        found = chunked_loss.statistics(Head(arguments, rows, NeedsGrad(False, False, False)))
+        return RowStats(*(to_all_rows(x, rows, arguments.token_ids.shape) for x in found))
 
 
-def _gradient_of_rows(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    if all(g is None for g in upstream):
-        return (None,) * (_HEAD + 3)
-    saved, wants = ctx.saved_tensors, ctx.rest[_HEAD - 6 :]
+def _fake_linear_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
+    ids, dtype = arguments.token_ids, sum_dtype(arguments.dtype)
+    return RowStats(*(torch.empty(ids.shape, dtype=d, device=ids.device) for d in (dtype, dtype, torch.float64)))
+
+
+def _save_linear_row_stats(ctx: Any, output: RowStats, arguments: HeadArguments, needs_grad: NeedsGrad) -> None:
+    save_values(ctx, arguments=arguments, needs_grad=needs_grad, stats=output)
+
+
+def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
+    saved = saved_values(ctx)
+    arguments, needs_grad = saved["arguments"], saved["needs_grad"]
+    operands = (arguments.hidden, arguments.weight, arguments.bias)
+    found: dict[str, Tensor | None] = {}
     with torch.no_grad():
-        gradients = _linear_row_gradient(*saved[:6], *ctx.rest, *saved[6:], *upstream)
-        found = [
-            gradient.to(operand.dtype).reshape(operand.shape) if wanted else None
-            for gradient, operand, wanted in zip(gradients, saved[:3], wants, strict=True)
-        ]
-    found = [None if x is None else first_derivative(x, _LOGPROBS, *saved[:3], *upstream) for x in found]
-    return (*found, *(None,) * _HEAD)
+        gradients = LINEAR_ROW_GRADIENT(arguments, needs_grad, saved["stats"], Upstream(*upstream))
+    for name, needed, gradient, operand in zip(NeedsGrad._fields, needs_grad, gradients, operands, strict=True):
+        if needed:
+            with torch.no_grad():
+                of_operand = gradient.to(operand.dtype).reshape(operand.shape)
+            found[name] = first_derivative(of_operand, _LOGPROBS, *operands, *upstream)
+    return found
 
 
-_linear_row_stats.register_autograd(_gradient_of_rows, setup_context=_remember_rows)
+LINEAR_ROW_STATS = Operator(
+    "linear_row_stats", _linear_row_stats, fake=_fake_linear_row_stats, save=_save_linear_row_stats,
+    backward=_linear_row_stats_backward, operands=NeedsGrad._fields,
+)  # fmt: skip

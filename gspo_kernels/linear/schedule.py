@@ -1,12 +1,14 @@
-"""In which order rows meet the head, so that few products are computed and one chunk of logits is ever held.
+"""The order in which rows are multiplied by the head, so that few products are computed and one chunk of logits exists.
 
-A row's logits are wanted twice: for its statistics, and for its gradient once the coefficient of the row is known. How
-much must be seen before a coefficient is known decides what that costs, in multiplications of N x D x V:
+A row's logits are needed twice: for its statistics, and for its gradient, which needs the row's coefficient
+(dL/d of its statistics). How many other rows a coefficient depends on decides the cost, in multiplications of
+N x D x V:
 
-    at_once      coefficients known while the chunk's logits lie there: 2 forward, 4 backward on the active rows
-    unscaled     the head wants no gradient: 2 forward, 2 backward; a row's gradient gets its coefficient afterwards
-    two_phases   2 forward, then 2 again for the logits and 4 backward, both on the active rows
-    statistics   no gradient is wanted: 2 forward
+    single_pass     the coefficients are known while the chunk's logits exist: 2 forward, 4 backward on the active rows
+    deferred_scale  the head needs no gradient: 2 forward, 2 backward with coefficients of 1; the gradients of the
+                    hidden states are multiplied by the coefficients afterwards
+    recompute       2 forward, then 2 to compute the logits of the active rows again, and 4 backward on them
+    statistics      no gradient is needed: 2 forward
 """
 
 from __future__ import annotations
@@ -14,52 +16,60 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .. import checks
+import torch
 
-_ROUND = 64  # rows, and on a GPU columns: products run best on such multiples
+from .. import checks
+from .products import default_chunk_bytes, gradients_are_half_width, sum_dtype
+
+_ROUND = 64  # rows, and on a GPU columns: products are fastest at multiples of it
 
 
 class Step(NamedTuple):
-    """Rows [start, stop), those of sequences [first, last) or of parts of them."""
+    """Rows [start, stop), which belong to sequences [first, last)."""
 
-    way: str  # see above
+    mode: str  # see above
     start: int
     stop: int
     first: int
     last: int
 
 
-class ChunkRows(NamedTuple):
-    """How many rows of logits are brought in at a time."""
+class ChunkSize(NamedTuple):
+    """How many rows of logits are computed at a time."""
 
-    most: int  # a sequence that has more is not seen as a whole
-    usual: int  # as long as no sequence has more
+    max_rows: int  # a sequence with more rows does not fit into a chunk
+    default_rows: int  # for everything but one sequence that needs more
 
 
 def plan(
-    lengths: Sequence[int], rows: ChunkRows, *, together: str, gradient: bool = True, unscaled: bool = False
+    lengths: Sequence[int],
+    chunk: ChunkSize,
+    *,
+    depends_on: str,
+    gradient: bool = True,
+    deferred_scale: bool = False,
 ) -> list[Step]:
-    """Steps for sequences of `lengths` rows, one after the other, some `rows` of logits at a time.
+    """Steps over sequences of `lengths` rows, which lie one after the other.
 
     Args:
-        together: what must have been seen before a coefficient is known: nothing but the row ("token"), its
-            "sequence", or the whole "batch".
-        gradient: whether one is wanted.
-        unscaled: whether a gradient may get its coefficients afterwards.
+        depends_on: what a coefficient depends on: its own row ("token"), its "sequence", or the whole "batch".
+        gradient: whether any operand needs a gradient.
+        deferred_scale: whether gradients may be multiplied by their coefficients afterwards.
     """
     total = sum(lengths)
-    if not gradient or together == "token":
-        way = "at_once" if gradient else "statistics"
-        groups = [(way, start, stop) for start, stop in pieces(0, total, rows.usual)]
+    if not gradient or depends_on == "token":
+        mode = "single_pass" if gradient else "statistics"
+        ranges = [(mode, start, stop) for start, stop in even_parts(0, total, chunk.default_rows)]
     else:
-        groups = []
-        for start, stop in _groups(lengths if together == "sequence" else [total], rows.usual):
-            fits = stop - start <= rows.most
-            groups.append(("at_once" if fits else "unscaled" if unscaled else "two_phases", start, stop))
-    return list(_with_sequences(groups, lengths))
+        ranges = []
+        for start, stop in _groups(lengths if depends_on == "sequence" else [total], chunk.default_rows):
+            fits = stop - start <= chunk.max_rows
+            too_long = "deferred_scale" if deferred_scale else "recompute"
+            ranges.append(("single_pass" if fits else too_long, start, stop))
+    return list(_with_sequences(ranges, lengths))
 
 
-def pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+def even_parts(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
     """[start, stop) in equal parts of at most `most`."""
     count = -(-(stop - start) // most)
     size = 0 if count == 0 else -(-(stop - start) // count)
@@ -71,39 +81,43 @@ def pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def row_stride(vocab: int, device: str) -> int:
-    """Columns from one row of a chunk to the next: on a GPU every row begins where products and kernels like it."""
+    """Columns from one row of a chunk to the next. On a GPU it is a multiple of 64, which aligns every row."""
     return -(-vocab // _ROUND) * _ROUND if device == "cuda" else vocab
 
 
-def rows_per_chunk(
-    chunk_bytes: int | None, vocab: int, itemsize: int, device: str, usual: int, keeps: bool = False
-) -> ChunkRows:
-    """How many rows of logits `chunk_bytes` hold; None: `usual` bytes. Raises ValueError where that is none.
+def chunk_size(chunk_bytes: int | None, vocab: int, dtype: torch.dtype, device: str, gradient: bool) -> ChunkSize:
+    """How many rows of logits fit into `chunk_bytes`. Raises ValueError if not one does.
 
-    `keeps`: gradients of logits take half their memory and stay there, until the next rows leave no more room.
+    Args:
+        chunk_bytes: None: `default_chunk_bytes`.
+        dtype: of the operands of the products.
+        gradient: whether any operand needs a gradient.
     """
-    a_row = row_stride(vocab, device) * itemsize
+    itemsize = sum_dtype(dtype).itemsize
+    row_bytes = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
-        chunk_bytes = max(usual, a_row)
-    elif (chunk_bytes := checks.whole("chunk_bytes", chunk_bytes, "the memory for logits")) < a_row:
+        chunk_bytes = max(default_chunk_bytes(device, dtype, gradient), row_bytes)
+    elif (chunk_bytes := checks.whole("chunk_bytes", chunk_bytes, "the memory for logits")) < row_bytes:
         raise ValueError(
-            f"chunk_bytes: expected at least {a_row}, one row of {vocab} logits in {itemsize * 8}-bit floats; "
+            f"chunk_bytes: expected at least {row_bytes}, one row of {vocab} logits in {itemsize * 8}-bit floats; "
             f"got {chunk_bytes}"
         )
-    most = _round_down(chunk_bytes // a_row)
-    # two chunks: the gradients of the first, at half their size, beside the logits of the second
-    return ChunkRows(most, max(1, _round_down(most * 2 // 3)) if keeps else most)
+    rows = _round_down(chunk_bytes // row_bytes)
+    if gradient and gradients_are_half_width(device, dtype):
+        # Two chunks: the gradients of the first, at half the width of logits, stay beside the logits of the second.
+        return ChunkSize(rows, max(1, _round_down(rows * 2 // 3)))
+    return ChunkSize(rows, rows)
 
 
 def _round_down(rows: int) -> int:
     return rows // _ROUND * _ROUND if rows >= _ROUND else rows
 
 
-def _groups(lengths: Sequence[int], usual: int) -> Iterator[tuple[int, int]]:
-    """Neighbours of `usual` rows together; one that has more stands alone."""
+def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole sequences with at most `most` rows; a longer sequence has a range to itself."""
     start = stop = 0
     for length in lengths:
-        if stop + length - start > usual:
+        if stop + length - start > most:
             if stop > start:
                 yield start, stop
             start = stop
@@ -112,10 +126,10 @@ def _groups(lengths: Sequence[int], usual: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _with_sequences(groups: Sequence[tuple[str, int, int]], lengths: Sequence[int]) -> Iterator[Step]:
-    """The sequences of each group: the first one that ends behind its start, to the last that begins before its end."""
+def _with_sequences(ranges: Sequence[tuple[str, int, int]], lengths: Sequence[int]) -> Iterator[Step]:
+    """Adds to each range its sequences: the first that ends after its start, to the last that begins before its end."""
     first = begin = 0  # sequence `first` begins at row `begin`
-    for way, start, stop in groups:
+    for mode, start, stop in ranges:
         while begin + lengths[first] <= start:
             begin += lengths[first]
             first += 1
@@ -123,4 +137,4 @@ def _with_sequences(groups: Sequence[tuple[str, int, int]], lengths: Sequence[in
         while end < stop:
             end += lengths[last]
             last += 1
-        yield Step(way, start, stop, first, last)
+        yield Step(mode, start, stop, first, last)

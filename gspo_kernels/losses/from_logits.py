@@ -1,4 +1,4 @@
-"""The public losses: rows -> objective -> scalar and stats."""
+"""The public losses from logits and from log-probabilities: rows, then the objective, then a scalar and stats."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
-from ..agreement import Together, check_rows_together, check_sequences_together
+from ..agreement import Agreement
 from ..autograd import refuse_forward_mode
 from ..collectives import ranks_of
+from ..documentation import with_arguments_of
 from ..layout import as_bool, batch_shape
 from ..rows import vocab_shard
-from ..rows.dispatch import Backend, backend_for, check_name
+from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
+from ..rows.dispatch import Backend, backend_for
 from ..rows.operators import row_stats, row_stats_and_gradient, with_gradient
-from ..rows.types import RowOptions, Rows, RowStats, Upstream, stats_dtype
-from ..rows.vocab_shard import VocabShard, shard_of, tp_ranks
-from ..scalars import run_time
-from . import triton_stage
-from .objectives import GRPO, GSPO, PPO, GSPOToken, Objective
+from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
+from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
+from . import fused_loss
+from .arguments import agree_on_sequences
+from .clipped import GRPO, GSPO, PPO, GSPOToken
+from .objectives import Objective
 from .token_stage import LossOutput, TokenInputs, token_inputs
 
 
@@ -33,7 +36,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class CommonOptions(TypedDict, total=False):
-    """Keyword arguments that every loss takes; `policy_loss` explains them."""
+    """Keyword arguments of every loss; `policy_loss` explains them."""
 
     mask: Tensor | None
     cu_seqlens: Tensor | None
@@ -54,9 +57,17 @@ class CommonOptions(TypedDict, total=False):
 
 
 class LossOptions(CommonOptions, total=False):
-    """Those from logits."""
+    """Keyword arguments of every loss from logits."""
 
     overwrite_logits: bool
+
+
+CLIP_RANGE = """
+Args: clip range
+    eps_low, eps_high: a ratio is clipped to the range from 1 - eps_low to 1 + eps_high, on the side that the sign of
+        the advantage penalises.
+    dual_clip: the largest ratio that counts for a negative advantage, above 1 (arXiv 1912.09729); None: no bound.
+"""
 
 
 def policy_loss(
@@ -86,74 +97,82 @@ def policy_loss(
 ) -> LossOutput:
     """Policy loss of any objective, from vocabulary-sized logits.
 
-    Padded batches have logits [B, T, V] and token arrays [B, T]; packed ones logits [N, V], token arrays [N] and
-    `cu_seqlens` [S + 1]. The two give the same numbers. Row t of the logits predicts `token_ids[t]`: nothing is shifted
+    A padded batch has logits [B, T, V] and token arrays [B, T]; a packed one has logits [N, V], token arrays [N] and
+    `cu_seqlens` [S + 1]. Both give the same numbers. Row t of the logits predicts `token_ids[t]`: nothing is shifted
     inside (see `next_token_targets`). Logits may be strided views (`logits[:, :-1]`); they are never copied.
 
-    Logits may be bf16. All other numbers are float32 or float64; advantages, importance weights and the normalizer
-    also integers. Tensors are plain, dense and on the logits' device. Anything else is refused by name, never cast: a
-    number that was rounded to bf16, as FSDP2 does by default to what passes through a module, has lost the digits that
-    a clip range of 3e-4 needs (docs/inputs.md).
+    Tensors are plain, dense and on the logits' device. Logits may be bf16; advantages, importance weights and the
+    normalizer may be integers; all other numbers are float32 or float64. Other dtypes are refused by name, never cast:
+    numbers that were rounded to bf16, as FSDP2 does by default to what passes through a module, have lost the digits
+    that a clip range of 3e-4 needs (docs/inputs.md).
 
-    Args:
-        logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better; the gradient
-            has their dtype (where fp16 overflows it is inf, for a loss scaler to see).
+    Args: the batch
+        logits: bf16, fp16, fp32 (fp64 on the reference backend). All arithmetic on them is fp32 or better. The gradient
+            has their dtype; where fp16 overflows it is inf, for a loss scaler to see.
         token_ids: integers, one per row.
         advantages: one per sequence, [B] or packed [S]; objectives with a ratio per token, and GSPO-token, also take
             one per token, [B, T] or packed [N]. A second dimension says which: [S, 1] is one per sequence, [1, N] one
             per token (`advantages[:, None]`, `advantages[None]`). A packed batch with as many tokens as sequences needs
             it: the plain form is refused there if the objective takes both, unless every sequence has one token. Where
-            that cannot be read for free (on a GPU, under torch.compile) the plain form is one per sequence.
+            that cannot be read for free (on a GPU, under torch.compile), the plain form is one per sequence.
         old_logprobs: log-probabilities under the policy that sampled, one per token. Positive ones where the mask is
             set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL
             and entropy terms the loss and its gradient take one pass over the logits (not in fp16, not under
             torch.compile; on a GPU, not with your own objective). Such a loss supports one backward pass. The CUDA
             kernels take one pass for GRPO and PPO off-policy as well.
-        objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
-        mask: one per token, True (or 1) where it counts, False (or 0) elsewhere. What stands at masked positions, NaN
-            included, has no effect. Other numbers, such as an additive mask's, are refused on the CPU or under
+        mask: one per token, True (or 1) where it counts, False (or 0) elsewhere. Values at masked positions, NaN
+            included, have no effect. Other numbers, such as those of an additive mask, are refused on the CPU or under
             GSPO_KERNELS_DEBUG=1; on a GPU, and under torch.compile, everything but 0 counts.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N, never decreasing. Others are refused on
             the CPU or under GSPO_KERNELS_DEBUG=1; on a GPU they give a NaN loss.
         temperature: what logits are divided by: a number, one per token or, padded, one per sequence [B, 1].
+
+    Args: KL and entropy
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
         beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
         kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
         entropy_coef: weight of the entropy bonus, whose gradient is exact.
-        importance_weights: constant factors of the policy term (rollout correction), per sequence or per token:
-            which, is said as for `advantages`, whatever the objective.
+
+    Args: objective and reduction
+        objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
+        importance_weights: constant factors of the policy term (rollout correction), one per sequence or per token, in
+            the shapes of `advantages`, whatever the objective.
         aggregation: "sequence_mean", "token_mean" or "sequence_sum"; None takes the objective's.
-        normalizer: a global count in place of the local one (sequences, or tokens for "token_mean"): the shares of any
-            split over micro-batches or ranks then add up to the whole batch's loss and gradient. A number above 0, or a
-            0-d tensor. 0 is right where no token counts, and gives 0. A tensor of anything else (0, negative, NaN,
-            infinite) is refused on the CPU or under GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and NaN for
-            every gradient that is not 0.
+        normalizer: a global count in place of the local one (of sequences, or of tokens for "token_mean"): the shares
+            of any split over micro-batches or ranks then add up to the whole batch's loss and gradient. A number above
+            0, or a 0-d tensor. 0 is right where no token counts, and gives 0. A tensor of anything else (0, negative,
+            NaN, infinite) is refused on the CPU or under GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and
+            NaN for every gradient that is not 0.
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
-        tp_group: the ranks (a process group, or a mesh of one dimension) over which the vocabulary is sharded: `logits`
-            are this rank's columns of it, [.., V / ranks] as Megatron has them, and everything else is the same on
-            every rank of the group, as is the result. One collective of 16 bytes a row, none in the backward. A
-            DTensor with Shard(-1) is taken as it is and needs none.
-        vocab_start: the first column that this rank has, for shards of unequal width. None: of equal width.
-        vocab_size: where the logits have more columns than the vocabulary has tokens (padded to a round number, as
-            Megatron does), its size: the columns beyond are not read and have a gradient of zero. None: all count.
-        cp_group: the ranks over which the tokens of each sequence are shared out (context parallelism): every rank
-            passes its own tokens, padded or packed, in any order, and the same sequences; those of which it has no
-            token have none here. Sequence arrays, and the scalars of the stats, are those of all ranks. A rank's loss
-            is its share, and shares add up to the loss; its gradient is that of the whole loss. One collective of two
-            numbers a sequence (three with importance weights per token) and one for the stats; none in the backward.
-            The token that a row predicts is often another rank's: shift first, then share out.
-        overwrite_logits: donates the logits' memory: the gradient is written over them, by the backward or, in one
-            pass, by this call. Do not read them afterwards, and let no other argument share their memory. Their version
-            counter is bumped, so autograd refuses whatever else still needs them for its backward. Supports one
-            backward pass. A view whose elements share memory (expanded, windows that overlap) is refused.
+
+    Args: parallel
+        tp_group: the ranks over which the vocabulary is sharded (a process group, or a mesh of one dimension), or a
+            `VocabularyShard` of them. `logits` are this rank's columns, [.., V / ranks] as in Megatron; all other
+            arguments are the same on every rank of the group, and so is the result. One collective of 16 bytes a row,
+            none in the backward. A DTensor with Shard(-1) is taken as it is and needs no group.
+        vocab_start: the first column of this rank, for shards of unequal width. None: of equal width.
+        vocab_size: how many columns are tokens, where the logits have more columns than the vocabulary has tokens
+            (padded to a round number, as in Megatron): the others are not read and have a gradient of 0. None: all.
+        cp_group: the ranks that share the tokens of each sequence (context parallelism). Every rank passes its own
+            tokens, padded or packed, in any order, and the same sequences; a sequence of which it has no token is
+            empty there. Sequence arrays, and the scalars of the stats, are those of all ranks. A rank's loss is its
+            share, and shares add up to the loss; its gradient is that of the whole loss. One collective of two numbers
+            a sequence (three with importance weights per token) and one for the stats; none in the backward. The token
+            that a row predicts is often on another rank: shift first, then distribute.
+
+    Args: memory and backend
+        overwrite_logits: donates the logits buffer: the gradient is written over it, by the backward or, in one pass,
+            by this call. Do not read the logits afterwards, and let no other argument share their memory. Their version
+            counter is bumped, so autograd refuses any other use of them in a backward. Supports one backward pass. A
+            view whose elements share memory (expanded, windows that overlap) is refused.
         backend: "cuda", "triton", "native", "reference" or None for the best that runs (see `explain`).
 
     Returns:
         `LossOutput(loss, stats)`. No host sync takes place.
 
     NaN in a logit, an old log-probability or, with `beta`, a reference one, where the mask is set, makes the loss NaN,
-    and the gradient of that token's row; with GSPO and GSPO-token, of all rows of its sequence. All other rows have the
-    gradient that they would have without it.
+    and the gradient of that token's row; with GSPO and GSPO-token, of all rows of its sequence. All other rows keep
+    the gradient that they have without it.
 
     Second derivatives, forward-mode AD and torch.func.grad raise RuntimeError.
 
@@ -166,26 +185,29 @@ def policy_loss(
         "policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
     )  # fmt: skip
-    tp, cp = tp_ranks(logits, -1, tp_group), ranks_of("cp_group", cp_group)
-    with Together(logits, tp, cp) as together:
-        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
-        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
+    vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
+    tp, cp = tp_ranks(logits, -1, vocabulary), ranks_of("cp_group", cp_group)
+    with Agreement("logits", logits, tp, cp) as agreement:
+        logits, shard = shard_of("logits", logits, -1, vocabulary)
+        columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        rows = _rows(logits, token_ids, batch.mask, temperature, columns, backend)
-        if together.asks:
-            backend_for(rows, backend)  # the operators do, too late for other ranks
-        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
-        check_sequences_together(together, inputs)
+        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, columns, backend)
+        if agreement.active:
+            backend_for(rows, backend)  # refuses here, before other ranks go on
+        agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        agree_on_sequences(agreement, inputs)
     options = RowOptions(overwrite_logits, backend)
-    fused = triton_stage.backend_of(inputs, rows, backend) if cp is None else None
+    fused = fused_loss.backend_of(inputs, rows, backend)
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, options)
-        return _loss(inputs, found) if fused is None else triton_stage.loss_of_rows(inputs, found)
+        if fused is None:
+            return _loss(inputs, found)
+        return fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
     one_pass = (
         _gradient_is_known(inputs, logits, fused)
         and logits.requires_grad
@@ -194,7 +216,7 @@ def policy_loss(
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
     if fused is not None:
-        return triton_stage.policy_loss(rows, inputs, overwrite_logits, one_pass, fused)
+        return fused_loss.policy_loss(rows, inputs, options, one_pass, fused)
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
@@ -203,12 +225,13 @@ def policy_loss(
             statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
             value, stats = stage.loss(*statistics)
             if bool(stats.approx_kl.isnan()):  # the same on every rank; read on a CPU alone
-                spoilt = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
-                gradient[..., :columns][spoilt] = torch.nan
+                has_nan = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
+                gradient[..., :columns][has_nan] = torch.nan
         return LossOutput(with_gradient(value, logits, gradient, backend), stats)
     return _loss(inputs, row_stats(rows, options))
 
 
+@with_arguments_of(policy_loss, CLIP_RANGE)
 def gspo_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -225,6 +248,7 @@ def gspo_loss(
     return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
 
 
+@with_arguments_of(policy_loss, CLIP_RANGE)
 def gspo_token_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -241,6 +265,7 @@ def gspo_token_loss(
     return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
 
 
+@with_arguments_of(policy_loss, CLIP_RANGE)
 def grpo_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -257,6 +282,7 @@ def grpo_loss(
     return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
 
 
+@with_arguments_of(policy_loss, CLIP_RANGE)
 def ppo_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -273,6 +299,7 @@ def ppo_loss(
     return policy_loss(logits, token_ids, advantages, old_logprobs, objective=objective, **options)
 
 
+@with_arguments_of(policy_loss)
 def policy_loss_from_logprobs(
     logprobs: Tensor,
     advantages: Tensor,
@@ -292,14 +319,16 @@ def policy_loss_from_logprobs(
     max_log_ratio: float = 20.0,
     cp_group: Any = None,
 ) -> LossOutput:
-    """`policy_loss` from log-probabilities that are already there, [B, T] or packed [N]; differentiable in them.
+    """`policy_loss` from log-probabilities, [B, T] or packed [N]; differentiable in them.
 
-    Args:
+    Args: the batch
         logprobs: current log-probabilities, float32 or float64: bf16 has no digits left at GSPO's clip range.
-        entropy: per token, in these dtypes, differentiable; needed if `entropy_coef` is not 0.
 
-    Second derivatives and torch.func.vmap are supported, without `cp_group`; forward-mode AD and torch.func.grad in
-    padded layout, else they raise. The other arguments, the result and the errors are those of `policy_loss`.
+    Args: KL and entropy
+        entropy: per token, float32 or float64, differentiable; needed if `entropy_coef` is not 0.
+
+    Second derivatives and torch.func.vmap are supported without `cp_group`. Forward-mode AD and torch.func.grad are
+    supported in padded layout, else they raise. The result and the errors are those of `policy_loss`.
     """
     refuse_forward_mode(
         "policy_loss_from_logprobs", False, advantages=advantages, old_logprobs=old_logprobs,
@@ -308,7 +337,7 @@ def policy_loss_from_logprobs(
     if cu_seqlens is not None or cp_group is not None:  # sums over segments and over ranks are operators
         refuse_forward_mode("policy_loss_from_logprobs", logprobs=logprobs, entropy=entropy)
     cp = ranks_of("cp_group", cp_group)
-    with Together(logprobs, cp, name="logprobs") as together:
+    with Agreement("logprobs", logprobs, cp=cp) as agreement:
         checks.digits("logprobs", checks.tensor("logprobs", logprobs, "log-probabilities per token"))
         if logprobs.ndim not in (1, 2):
             raise ValueError(f"logprobs: expected [sequences, tokens] or, packed, [tokens]; got {list(logprobs.shape)}")
@@ -325,11 +354,14 @@ def policy_loss_from_logprobs(
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        check_sequences_together(together, inputs)
+        agree_on_sequences(agreement, inputs)
+    if fused_loss.takes_logprobs(inputs, logprobs):
+        return fused_loss.loss_of_rows(inputs, logprobs, None if entropy is None else entropy.float())
     stage = inputs.stage()
     return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
 
+@with_arguments_of(policy_loss)
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
@@ -344,25 +376,26 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-probability of each token, entropy and logsumexp of its row, in one read of the logits; differentiable.
 
-    The same kernel as the losses use: take old and reference log-probabilities from here (under `torch.no_grad()`), so
-    that they carry no difference of their own into a clip range of 3e-4.
+    The losses use the same kernel: compute old and reference log-probabilities with this function (under
+    `torch.no_grad()`), so that no difference between implementations enters a clip range of 3e-4.
 
-    Args:
-        logits: [B, T, V] or [N, V], as in `policy_loss`.
+    Args: the batch
+        logits: [B, T, V] or packed [N, V], as in `policy_loss`.
         token_ids: integers [B, T] or [N].
-        mask: rows that are False are not read and give 0.
+        mask: masked rows are not read and give 0.
 
-    The other arguments and the errors are those of `policy_loss`.
+    The errors are those of `policy_loss`.
     """
     refuse_forward_mode("token_logprobs", logits=logits)
     refuse_forward_mode("token_logprobs", False, temperature=temperature)
-    with Together(logits, tp_ranks(logits, -1, tp_group)) as together:
-        logits, shard = shard_of("logits", logits, -1, tp_group, vocab_start, vocab_size)
-        columns = _check_logits(logits, token_ids, overwrite_logits, vocab_size, shard)
-        rows = _rows(logits, token_ids, check_mask(mask, token_ids), temperature, columns, backend)
-        if together.asks:
-            backend_for(rows, backend)  # the operators do, too late for other ranks
-        check_rows_together(together, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+    vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
+    with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
+        logits, shard = shard_of("logits", logits, -1, vocabulary)
+        columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
+        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, columns, backend)
+        if agreement.active:
+            backend_for(rows, backend)  # refuses here, before other ranks go on
+        agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
     options = RowOptions(overwrite_logits, backend)
     found = row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
@@ -373,9 +406,9 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
 
     Args:
         input_ids: [B, T].
-        mask: [B, T], True (or 1) at the tokens that count, such as a response's; None: all.
+        mask: [B, T], True (or 1) at the tokens that count, such as those of a response; None: all.
 
-    Returns: `(token_ids, mask)`, both rolled left by one; the last position, which predicts nothing here, is False.
+    Returns: `(token_ids, mask)`, both rolled left by one; the last position, which predicts nothing, is False.
     """
     checks.integers("input_ids", checks.tensor("input_ids", input_ids, "token ids [B, T]"), "token ids")
     if input_ids.ndim != 2:
@@ -396,98 +429,6 @@ def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
 def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | None) -> bool:
     """Whether a row's gradient can be written while the row is read for the first time."""
     if fused is not None:
-        return inputs.depends_on_log_ratio_alone() or triton_stage.clips_row_by_row(inputs, fused)
+        return inputs.depends_on_log_ratio_alone() or fused_loss.clips_row_by_row(inputs, fused)
     # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
     return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
-
-
-def _rows(
-    logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int, backend: str | None
-) -> Rows:
-    """[outer, inner, vocab] view of the logits, and arrays to match."""
-    check_name(backend)
-    token_ids, mask, temperature = row_arrays(token_ids, mask, temperature)
-    return Rows(logits if logits.ndim == 3 else logits[None], token_ids, mask, temperature, vocab_size)
-
-
-def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """token_ids, mask and temperature as `Rows` has them; checks the temperature."""
-    if isinstance(temperature, Tensor):
-        temperature = _as_rows(_temperatures(temperature, token_ids).float())
-    else:
-        temperature = checks.number(
-            "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
-        )
-        temperature = run_time(temperature, torch.device("cpu"))
-    return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
-
-
-def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
-    """One per token, of one per token, one per row of a padded batch [B, 1], or one for all []."""
-    checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
-    checks.same_device("temperature", given, token_ids.device)
-    tokens = token_ids.shape
-    by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
-    if given.ndim and given.shape != tokens and not by_row:
-        remedy = (
-            f"or {[tokens[0], 1]} (one per sequence: temperature[:, None])"
-            if len(tokens) == 2
-            else "where one per sequence is temperature.repeat_interleave(cu_seqlens.diff())"
-        )
-        raise ValueError(
-            f"temperature: expected shape {list(tokens)} (one per token), {remedy}; got {list(given.shape)}"
-        )
-    return given.detach().expand(tokens)
-
-
-def _as_rows(values: Tensor) -> Tensor:
-    """[B, T], or [N] as [1, N]."""
-    return (values if values.ndim == 2 else values[None]).contiguous()
-
-
-def _check_logits(
-    logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None
-) -> int:
-    """The vocabulary's size."""
-    checks.operand("logits", checks.tensor("logits", logits, "logits [.., vocabulary]"), "logits")
-    checks.flag("overwrite_logits", overwrite_logits, "whether the gradient is written over the logits")
-    if logits.ndim not in (2, 3):
-        raise ValueError(
-            "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
-            f"{list(logits.shape)}"
-        )
-    if logits.shape[-1] == 0 and shard is None:
-        raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
-    if overwrite_logits and checks.overlaps(logits):
-        raise ValueError(
-            "overwrite_logits: expected logits of which each has memory of its own; got a view with sizes "
-            f"{list(logits.shape)} and strides {list(logits.stride())}, whose elements share memory (expanded, or "
-            "windows that overlap). Pass its clone(), or overwrite_logits=False"
-        )
-    check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
-    return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size
-
-
-def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
-    checks.same_device("mask", mask, token_ids.device)
-    return as_bool("mask", mask)
-
-
-def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:
-    checks.tensor("token_ids", token_ids, "the token each row predicts")
-    checks.integers("token_ids", token_ids, "the token each row predicts")
-    checks.shape("token_ids", token_ids, shape, f"one per {of_what}; nothing is shifted inside")
-    checks.same_device("token_ids", token_ids, device)
-
-
-def check_vocab_size(vocab_size: Any, columns: int) -> int:
-    """The vocabulary's size, of `columns` logits."""
-    if vocab_size is None:
-        return columns
-    size = checks.whole("vocab_size", vocab_size, "how many columns are tokens")
-    if not 1 <= size <= columns:
-        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {size}")
-    return size

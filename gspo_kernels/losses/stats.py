@@ -21,7 +21,7 @@ class HeadWork(NamedTuple):
     """
 
     forward_rows: Tensor  # masked rows, prompt and padding, are never among them
-    recomputed_rows: Tensor  # in a second phase: of sequences longer than a chunk
+    recomputed_rows: Tensor  # rows whose logits were computed again: of sequences longer than a chunk
     backward_rows: Tensor  # with a coefficient: not clipped, not of advantage 0
     chunks: Tensor  # of logits that were held, one after the other
 
@@ -89,6 +89,9 @@ class Stats:
 
 
 SCALARS = tuple(field.name for field in fields(Stats))[:12]
+# The Triton stage's arrays [sequences]: the sums (extremes) of which the scalars are means (extremes), and those of
+# which the loss is made. A row kernel may count from the zero.
+PARTIALS = (*SCALARS, "loss", "units", "count", "zero")
 
 
 @torch.no_grad()

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .. import checks
 from ..layout import BatchShape, Layout
-from ..scalars import run_time
+from ..scalars import FINITE, run_time
 from . import reduction as aggregate
-from .objectives import Objective, Terms, check_objective, check_terms, within
+from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
 from .stats import Stats, collect
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-FINITE = 1e30  # stands for an infinite log-probability, so that no inf - inf can arise
 
 
 class LossOutput(NamedTuple):
@@ -41,11 +40,22 @@ class TokenInputs:
     beta: float
     kl_estimator: str
     entropy_coef: float
+    entropy_bonus: bool  # whether the coefficient is not 0; known where run-time numbers are not
     max_log_ratio: float
+
+    def versions(self) -> list[int]:
+        """Of the arrays; they change when one is written to."""
+        batch = self.batch
+        arrays = (
+            batch.mask, batch.cu_seqlens, self.advantages, self.old_logprobs, self.ref_logprobs,
+            self.importance_weights, self.normalizer,
+        )  # fmt: skip
+        return [x._version for x in arrays if isinstance(x, Tensor) and not x.is_inference()]
 
     def depends_on_log_ratio_alone(self) -> bool:
         """On-policy, then, the gradient by the log-probabilities is known before the first logit is read."""
-        return self.old_logprobs is None and self.beta == 0.0 and self.entropy_coef == 0.0
+        plain = self.beta == 0.0 and not self.entropy_bonus
+        return self.old_logprobs is None and plain and not self.objective.uses_logprobs
 
     def stage(self) -> TokenStage:
         """In torch, for any objective."""
@@ -103,7 +113,7 @@ class TokenStage:
             log_ratio = torch.zeros(
                 self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
             )
-            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer)), None, None)
+            loss = self._aggregate(self._terms(aggregate.spoil(log_ratio, self.normalizer), None), None, None)
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
     def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -117,6 +127,21 @@ class TokenStage:
                 return torch.zeros_like(logprobs), None
             found = torch.autograd.grad(loss, inputs, materialize_grads=True)
         return found[0], found[1] if len(found) > 1 else None
+
+    def differentiable_gradient(
+        self, logprobs: Tensor, entropy: Tensor | None, factor: Tensor
+    ) -> dict[str, Tensor | None]:
+        """The gradient of factor times the loss, in the layout of the arguments, to be differentiated again."""
+        with torch.enable_grad():
+            operands = {"logprobs": logprobs}
+            if entropy is not None and self.entropy_coef != 0.0:
+                operands["entropy"] = entropy
+            operands = {name: x for name, x in operands.items() if x.requires_grad}
+            loss, *_ = self._value(logprobs.reshape(-1), None if entropy is None else entropy.reshape(-1))
+            found = torch.autograd.grad(
+                loss, list(operands.values()), factor.double(), create_graph=True, materialize_grads=True
+            )
+        return dict(zip(operands, found, strict=True))
 
     def part(self, batch: BatchShape, tokens: Tensor | slice, sequences: slice) -> TokenStage:
         """The stage of some of the tokens; what each counts for in the loss stays what it is in the whole."""
@@ -156,7 +181,7 @@ class TokenStage:
         log_ratio = new - old
         if self.ref_logprobs is not None and self.beta != 0.0:  # of whatever shares a ratio the gradient is NaN, too
             log_ratio = log_ratio + torch.where(self.ref_logprobs.isnan(), torch.nan, 0.0)
-        terms = self._terms(log_ratio)
+        terms = self._terms(log_ratio, self._token_values(new, entropy))
         kl = None if self.ref_logprobs is None else self._kl(new)
         return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
 
@@ -166,10 +191,18 @@ class TokenStage:
         slope = torch.where(logprobs.isinf(), 0.0, logprobs)
         return within(logprobs.detach(), FINITE) + (slope - slope.detach())
 
-    def _terms(self, log_ratio: Tensor) -> Terms:
+    def _token_values(self, new: Tensor, entropy: Tensor | None) -> TokenValues | None:
+        """For objectives that declare it."""
+        if not self.objective.uses_logprobs:
+            return None
+        old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
+        return TokenValues(new, old, None if entropy is None else self.layout.select(entropy.detach().double()))
+
+    def _terms(self, log_ratio: Tensor, values: TokenValues | None) -> Terms:
         if self.importance_weights is not None and self.layout.ranks is not None:
             self.layout.sum_beside(self.importance_weights)
-        terms = self.objective.terms(log_ratio, self.advantages, self.layout, self.max_log_ratio)
+        tokens = TokenBatch(log_ratio, self.advantages, self.layout, self.max_log_ratio, values)
+        terms = self.objective.terms(tokens)
         check_terms(self.objective, terms, tokens=log_ratio.shape[0], sequences=self.layout.sequences)
         return terms
 
@@ -264,6 +297,7 @@ def token_inputs(
         beta=beta,
         kl_estimator=kl_estimator,
         entropy_coef=entropy_coef,
+        entropy_bonus=entropy_coef != 0.0,
         max_log_ratio=max_log_ratio,
     )
 

@@ -1,8 +1,8 @@
-"""The token stage of the four named losses in Triton: one program a sequence, then one for the batch.
+"""The token stage in Triton: one program a sequence, then one for the batch. The objective's term is compiled in.
 
-The same formulas as objectives.py, aggregation.py and stats.py, in float32 with compensated sums in a fixed order; the
-oracle of the tests holds both to account. Everything is selected, nothing multiplied away: a masked token's numbers and
-a clipped ratio's gradient never reach an arithmetic that could make a NaN of them.
+The same formulas as token_stage.py, reduction.py and stats.py, in float32 with compensated sums in a fixed order; the
+tests hold both to the same oracle. Everything is selected, nothing multiplied by a mask: a masked token's numbers and a
+clipped ratio's gradient never reach an arithmetic that could make a NaN of them.
 """
 
 # mypy: ignore-errors
@@ -16,19 +16,25 @@ import triton
 import triton.language as tl
 
 from ..rows.triton_math import INFINITY, exp, expm1, quotient, two_sum
+from ..scalars import FINITE as _FINITE
+from .stats import PARTIALS as _PARTIALS
+from .triton_sums import add, in_two, leading_digits, maxima4, sums4, sums8, sums_and_extremes
 
 SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 10,000 of them would not fit float32
-FINITE = tl.constexpr(1e30)  # stands for an infinite log-probability, so that no inf - inf can arise
+FINITE = tl.constexpr(_FINITE)
 
-# What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each; the first twelve as in `Stats`.
-CLIPPED, LOW, HIGH, RATIO_SUM, RATIO_MIN, RATIO_MAX, SATURATED, APPROX_KL, REF_KL, ENTROPY, NONEMPTY, TOKENS = (
-    tl.constexpr(i) for i in range(12)
-)
-LOSS, UNITS, COUNT, ZERO = (tl.constexpr(i) for i in range(12, 16))  # a row kernel may count from the zero
-PARTIALS = tl.constexpr(16)
+# What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each.
+PARTIALS = tl.constexpr(len(_PARTIALS))
+CLIPPED, LOW, HIGH = (tl.constexpr(_PARTIALS.index(f"clip_fraction{side}")) for side in ("", "_low", "_high"))
+RATIO_SUM, RATIO_MIN, RATIO_MAX = (tl.constexpr(_PARTIALS.index(f"ratio_{name}")) for name in ("mean", "min", "max"))
+SATURATED, APPROX_KL, REF_KL, ENTROPY, NONEMPTY, TOKENS, LOSS, UNITS, COUNT, ZERO = (
+    tl.constexpr(_PARTIALS.index(name))
+    for name in ("saturated_fraction", "approx_kl", "ref_kl", "entropy", "num_sequences", "num_tokens", "loss", "units",
+                 "count", "zero")
+)  # fmt: skip
 
-_VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_token", "eps_low", "eps_high",
-           "dual_clip", "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
+_VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_token", "p0", "p1", "p2", "p3",
+           "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
 _ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "entropies", "advantages", "weights", "mask", "cu_seqlens",
                 "global_count", "g_logprobs", "g_entropies", "token_advantages", "log_ratios", "partials", "loss",
                 "scalars"]  # fmt: skip
@@ -47,6 +53,19 @@ def _load(array, at, there):
 
 
 @triton.jit
+def _load_pair(array, at, there):
+    """Finite numbers, those of float64 as the sum of two."""
+    x = tl.load(array + at, mask=there, other=0.0)
+    if x.dtype == tl.float64:
+        x = _finite(x)
+        hi = x.to(tl.float32)
+        return hi, tl.where(tl.abs(x) < FINITE, x - hi.to(tl.float64), 0.0).to(tl.float32)
+    else:
+        hi = _finite(x.to(tl.float32))
+        return hi, tl.zeros_like(hi)
+
+
+@triton.jit
 def _counted(mask, at, there):
     """Which of these tokens count."""
     if mask is None:
@@ -57,130 +76,23 @@ def _counted(mask, at, there):
 
 @triton.jit
 def _log_ratio(logprobs, old_logprobs, at, counts):
-    """logprob - old as a pair; 0 where nothing counts, and on-policy wherever the log-probability is a number."""
+    """(logprob - old as a pair; both numbers); 0 where nothing counts, and on-policy where the logprob is a number."""
     zero = tl.zeros_like(at).to(tl.float32)
     if logprobs is None:
-        return zero, zero
+        return zero, zero, zero, zero
     else:
         new = _finite(_load(logprobs, at, counts))
         if old_logprobs is None:
-            return new - new, zero
+            return new - new, zero, new, new
         else:
-            return two_sum(new, -_finite(_load(old_logprobs, at, counts)))
+            old, old_rest = _load_pair(old_logprobs, at, counts)
+            hi, lo = two_sum(new, -old)
+            return hi, lo - old_rest, new, old
 
 
 @triton.jit
-def _add(total, rest, x):
-    """total + rest + x, with what the addition lost kept in rest."""
-    total, lost = two_sum(total, x)
-    return total, rest + lost
-
-
-@triton.jit
-def _leading(total, largest, LANES: tl.constexpr):
-    """The leading digits of `total`: those of all lanes add up without any rounding, whatever cancels among them.
-
-    `largest` of the lanes' magnitudes.
-    """
-    bits = (largest * LANES).to(tl.int32, bitcast=True)
-    anchor = ((((bits >> 23) + 1) << 23) | 0x400000).to(tl.float32, bitcast=True)  # 1.5 times a power of two above all
-    return (total + anchor) - anchor
-
-
-@triton.jit
-def _in_two(total, rest, largest):
-    """Two numbers a lane whose plain sums over all lanes add up to the sum of total + rest."""
-    leading = _leading(total, largest, total.shape[0])
-    return leading, (total - leading) + rest
-
-
-# Warps exchange what they have found through shared memory, at a fixed price: reductions are therefore stacked.
-
-
-@triton.jit
-def _stack4(a, b, c, d):
-    """[.., 2, 2], in the registers where they are."""
-    return tl.join(tl.join(a, b), tl.join(c, d))
-
-
-@triton.jit
-def _scalars4(stack):
-    """Of a stack of scalars, in their order."""
-    ab, cd = tl.split(stack)
-    a, b = tl.split(ab)
-    c, d = tl.split(cd)
-    return a, b, c, d
-
-
-@triton.jit
-def _maxima4(a, b, c, d):
-    return _scalars4(tl.max(_stack4(a, b, c, d), 0))
-
-
-@triton.jit
-def _sums4(a, b, c, d):
-    return _scalars4(tl.sum(_stack4(a, b, c, d), 0))
-
-
-@triton.jit
-def _maxima8(a, b, c, d, e, f, g, h):
-    first, last = tl.split(tl.max(tl.join(_stack4(a, b, c, d), _stack4(e, f, g, h)), 0))
-    return _scalars4(first) + _scalars4(last)
-
-
-@triton.jit
-def _sums8(a, b, c, d, e, f, g, h):
-    first, last = tl.split(tl.sum(tl.join(_stack4(a, b, c, d), _stack4(e, f, g, h)), 0))
-    return _scalars4(first) + _scalars4(last)
-
-
-@triton.jit
-def _sums_and_extremes(
-    loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high, saturated,
-    ratio_max, negative_min,
-):  # fmt: skip
-    """Over all lanes, in the same order: the first ten are five sums in two numbers each, the last two maxima."""
-    zeros = tl.zeros_like(loss)
-    top_loss, top_ratios, top_approx, top_ref, top_h, ratio_max, negative_min, _ = _maxima8(
-        tl.abs(loss), tl.abs(ratios), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h), ratio_max, negative_min, zeros
-    )
-    loss, loss_rest = _in_two(loss, loss_rest, top_loss)
-    ratios, ratios_rest = _in_two(ratios, ratios_rest, top_ratios)
-    approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
-    ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
-    h, h_rest = _in_two(h, h_rest, top_h)
-    first, last = tl.split(tl.sum(tl.join(
-        tl.join(_stack4(loss, ratios, approx_kl, ref_kl), _stack4(loss_rest, ratios_rest, approx_rest, ref_rest)),
-        tl.join(_stack4(h, h_rest, low, high), _stack4(saturated, zeros, zeros, zeros)),
-    ), 0))  # fmt: skip
-    leading, rests = tl.split(first)
-    entropies_and_clipped, others = tl.split(last)
-    loss, ratios, approx_kl, ref_kl = _scalars4(leading)
-    loss_rest, ratios_rest, approx_rest, ref_rest = _scalars4(rests)
-    h, h_rest, low, high = _scalars4(entropies_and_clipped)
-    saturated, _, _, _ = _scalars4(others)
-    return (loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
-            saturated, ratio_max, negative_min)  # fmt: skip
-
-
-@triton.jit
-def _clipped(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
-    """(The ratio that the loss has, whether it is held there, clipped low, clipped high, the ratio itself)."""
-    saturated = log_ratio > max_log_ratio
-    bounded = tl.where(saturated, max_log_ratio, log_ratio)
-    deviation, ratio = expm1(bounded), exp(bounded)
-    low = (advantage < 0.0) & (deviation < -eps_low)
-    high = (advantage > 0.0) & (deviation > eps_high)
-    dual = (advantage < 0.0) & (deviation > dual_clip - 1.0)
-    held = tl.where(high, 1.0 + eps_high, tl.where(low, 1.0 - eps_low, tl.where(dual, dual_clip, ratio)))
-    return held, low | high | dual | saturated, low, high | dual, ratio
-
-
-@triton.jit
-def _surrogate(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio):
-    """`clipped_surrogate` of objectives.py: (loss, its slope by the log-ratio, clipped low, clipped high, ratio)."""
-    held, stopped, low, high, ratio = _clipped(log_ratio, advantage, eps_low, eps_high, dual_clip, max_log_ratio)
-    return -held * advantage, tl.where(stopped, 0.0, -ratio * advantage), low, high, ratio
+def _ratio(log_ratio, max_log_ratio):
+    return exp(tl.where(log_ratio > max_log_ratio, max_log_ratio, log_ratio))
 
 
 @triton.jit
@@ -203,9 +115,10 @@ def _between(x, bound):
 
 
 @triton.jit
-def _kl(logprob, ref_logprob, max_log_ratio, ESTIMATOR: tl.constexpr):
+def _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR: tl.constexpr):
     """(KL(pi || ref) at each token, its derivative by the log-probability)."""
-    gap = _finite(ref_logprob) - _finite(logprob)
+    ref, ref_rest = _load_pair(ref_logprobs, at, counts)
+    gap = (ref - _finite(_load(logprobs, at, counts))) + ref_rest
     d = _between(gap, max_log_ratio)
     if ESTIMATOR == "k1":
         value, slope = -d, tl.zeros_like(d) + 1.0
@@ -220,9 +133,9 @@ def _kl(logprob, ref_logprob, max_log_ratio, ESTIMATOR: tl.constexpr):
 def sequence_kernel(
     logprobs, old_logprobs, ref_logprobs, entropies, advantages, weights, mask, cu_seqlens, global_count,
     tokens, length, sequences, advantage_per_token, weight_per_token,
-    eps_low, eps_high, dual_clip, max_log_ratio, beta, entropy_coef, normalizer,
+    p0, p1, p2, p3, max_log_ratio, beta, entropy_coef, normalizer,
     g_logprobs, g_entropies, token_advantages, log_ratios, partials,
-    RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A sequence's share of the loss, its gradient by each log-probability and entropy, and its share of the stats.
 
@@ -234,7 +147,8 @@ def sequence_kernel(
     Advantages (GSPO's never) and weights may be per token. That is no compile-time choice: with as many sequences as
     tokens, numbers per token are taken for numbers per sequence, and lengths shall not compile a kernel.
 
-    RATIO: "sequence" for GSPO, "sequence_by_token" for GSPO-token, "token" for GRPO and PPO.
+    TERM: the objective's `triton_term`, with parameters p0 to p3. RATIO: "sequence", "token", or "sequence_by_token":
+    a ratio per token with the value of the sequence's.
     """
     i = tl.program_id(0)
     if cu_seqlens is None:
@@ -259,22 +173,22 @@ def sequence_kernel(
         counts = _counted(mask, at, at < end)
         n += counts.to(tl.float32)
         if RATIO != "token":
-            hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+            hi, lo, _, _ = _log_ratio(logprobs, old_logprobs, at, counts)
             if ref_logprobs is not None and logprobs is not None and beta != 0.0:
-                ref = _finite(_load(ref_logprobs, at, counts))
-                lo += ref - ref  # a NaN spoils the whole sequence
-            r, r_rest = _add(r, r_rest + lo, hi)
+                ref, _ = _load_pair(ref_logprobs, at, counts)
+                lo += ref - ref  # a NaN makes NaN of the whole sequence
+            r, r_rest = add(r, r_rest + lo, hi)
         if RATIO == "sequence" and weights is not None:
-            w, w_rest = _add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))
+            w, w_rest = add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))
     zeros = tl.zeros([BLOCK], tl.float32)
     if RATIO == "token" or (logprobs is None and (RATIO != "sequence" or weights is None)):  # n alone
         n = tl.sum(n, 0)
         r, w = 0.0 * n, n
     else:
-        largest_r, largest_w, _, _ = _maxima4(tl.abs(r), tl.abs(w), zeros, zeros)
-        r, r_rest = _in_two(r, r_rest, largest_r)
-        w, w_rest = _in_two(w, w_rest, largest_w)
-        n, r, r_rest, w, w_rest, _, _, _ = _sums8(n, r, r_rest, w, w_rest, zeros, zeros, zeros)
+        largest_r, largest_w, _, _ = maxima4(tl.abs(r), tl.abs(w), zeros, zeros)
+        r, r_rest = in_two(r, r_rest, largest_r)
+        w, w_rest = in_two(w, w_rest, largest_w)
+        n, r, r_rest, w, w_rest, _, _, _ = sums8(n, r, r_rest, w, w_rest, zeros, zeros, zeros)
         r, w = r + r_rest, w + w_rest
     any_token = n > 0.0
     each = tl.where(any_token, quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0)), 0.0)  # 1 / n
@@ -287,9 +201,8 @@ def sequence_kernel(
     slope_of_sequence = 0.0 * n
     if RATIO == "sequence":
         advantage = _load(advantages, i, any_token)
-        term, its_slope, is_low, is_high, ratio = _surrogate(
-            mean, advantage, eps_low, eps_high, dual_clip, max_log_ratio
-        )
+        term, its_slope, is_low, is_high = TERM(mean, advantage, max_log_ratio, 0.0, 0.0, p0, p1, p2, p3)
+        ratio = _ratio(mean, max_log_ratio)
         all_weights = n if weights is None else w
         slope_of_sequence = all_weights * share * its_slope * each
         its_loss = tl.where(any_token, all_weights * share * term, 0.0)
@@ -303,7 +216,7 @@ def sequence_kernel(
         at = start + lane
         inside = (at >= begin) & (at < end)
         counts = _counted(mask, at, inside)
-        hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+        hi, lo, new, old = _log_ratio(logprobs, old_logprobs, at, counts)
         token_ratio = hi + lo
         if RATIO == "sequence":
             slope = zeros + slope_of_sequence
@@ -315,10 +228,11 @@ def sequence_kernel(
                 k = _load(weights, tl.where(weight_per_token != 0, at, i), counts)
             if token_advantages is not None:
                 tl.store(token_advantages + at, a, mask=at < last)
-            term, slope, is_low, is_high, ratio = _surrogate(log_ratio, a, eps_low, eps_high, dual_clip, max_log_ratio)
+            term, slope, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, p0, p1, p2, p3)
+            ratio = _ratio(log_ratio, max_log_ratio)
             slope = slope * k * share
-            loss, loss_rest = _add(loss, loss_rest, tl.where(counts, term * k * share, 0.0))
-            ratios, ratios_rest = _add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
+            loss, loss_rest = add(loss, loss_rest, tl.where(counts, term * k * share, 0.0))
+            ratios, ratios_rest = add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
             ratio_min = tl.minimum(ratio_min, tl.where(counts, ratio, INFINITY))
             ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
             low += (counts & is_low).to(tl.float32)
@@ -326,18 +240,18 @@ def sequence_kernel(
             saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
             tl.store(log_ratios + at, tl.where(counts, log_ratio, 0.0), mask=at < last)
         excess = _exp_excess(_between(token_ratio, max_log_ratio))
-        approx_kl, approx_rest = _add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
+        approx_kl, approx_rest = add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
         if ref_logprobs is not None and logprobs is not None:
-            kl, kl_slope = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
-            ref_kl, ref_rest = _add(ref_kl, ref_rest, tl.where(counts, kl * SHRINK, 0.0))
+            kl, kl_slope = _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
+            ref_kl, ref_rest = add(ref_kl, ref_rest, tl.where(counts, kl * SHRINK, 0.0))
             if beta != 0.0:
-                loss, loss_rest = _add(loss, loss_rest, tl.where(counts, beta * share * kl, 0.0))
+                loss, loss_rest = add(loss, loss_rest, tl.where(counts, beta * share * kl, 0.0))
                 slope += beta * share * kl_slope
         if entropies is not None:
             entropy = _load(entropies, at, counts)
-            h, h_rest = _add(h, h_rest, entropy)
+            h, h_rest = add(h, h_rest, entropy)
         if g_entropies is not None:
-            loss, loss_rest = _add(loss, loss_rest, -entropy_coef * share * entropy)
+            loss, loss_rest = add(loss, loss_rest, -entropy_coef * share * entropy)
             bonus = tl.where(counts, -entropy_coef * share, 0.0)
             tl.store(g_entropies + at, tl.where(inside, bonus, float("nan")), mask=at < last)
         slope = tl.where(inside, tl.where(counts, slope, 0.0), float("nan"))
@@ -355,12 +269,12 @@ def sequence_kernel(
             loss, approx_kl, ref_kl, h = its_loss, 0.0, 0.0, 0.0
             loss_rest, approx_rest, ref_rest, h_rest = 0.0, 0.0, 0.0, 0.0
         else:
-            top_loss, top_approx, top_ref, top_h = _maxima4(tl.abs(loss), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h))
-            loss, loss_rest = _in_two(loss, loss_rest, top_loss)
-            approx_kl, approx_rest = _in_two(approx_kl, approx_rest, top_approx)
-            ref_kl, ref_rest = _in_two(ref_kl, ref_rest, top_ref)
-            h, h_rest = _in_two(h, h_rest, top_h)
-            loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = _sums8(
+            top_loss, top_approx, top_ref, top_h = maxima4(tl.abs(loss), tl.abs(approx_kl), tl.abs(ref_kl), tl.abs(h))
+            loss, loss_rest = in_two(loss, loss_rest, top_loss)
+            approx_kl, approx_rest = in_two(approx_kl, approx_rest, top_approx)
+            ref_kl, ref_rest = in_two(ref_kl, ref_rest, top_ref)
+            h, h_rest = in_two(h, h_rest, top_h)
+            loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = sums8(
                 loss, loss_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest
             )
         units = any_token.to(tl.float32)
@@ -371,7 +285,7 @@ def sequence_kernel(
         negative_min = tl.where(any_token, -ratio, -INFINITY)
     else:
         (loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
-         saturated, ratio_max, negative_min) = _sums_and_extremes(
+         saturated, ratio_max, negative_min) = sums_and_extremes(
             loss, loss_rest, ratios, ratios_rest, approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest, low, high,
             saturated, ratio_max, -ratio_min,
         )  # fmt: skip
@@ -397,14 +311,15 @@ def sequence_kernel(
 @_kernel()
 def batch_kernel(
     partials, sequences, logprobs, old_logprobs, ref_logprobs, entropies, mask, token_advantages, g_logprobs, tokens,
-    eps_low, eps_high, dual_clip, max_log_ratio, log_ratios, loss, scalars,
-    ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+    p0, p1, p2, p3, max_log_ratio, log_ratios, loss, scalars,
+    TERM: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss and the stats' scalars, in the order of `Stats`, from what the sequences left.
 
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
     makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that
-    depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1.
+    depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1, and the loss is
+    proportional to the advantage. TERM is None without `old_logprobs`.
 
     One warp has one of the 16 partials, so that it needs no other; BLOCK partials, and then tokens, at a time; fewer
     tokens off-policy, where more sums take registers.
@@ -426,11 +341,11 @@ def batch_kernel(
             total = tl.where(is_extreme, tl.maximum(total, x), added)
             rest += tl.where(is_extreme, 0.0, lost)
     largest = tl.max(tl.where(is_extreme, total, tl.abs(total)), 1)
-    leading = _leading(total, largest[:, None], LANES)
-    sums = tl.sum(leading, 1) + tl.sum((total - leading) + rest, 1)
+    first = leading_digits(total, largest[:, None], LANES)
+    sums = tl.sum(first, 1) + tl.sum((total - first) + rest, 1)
     value = tl.where((which == RATIO_MIN) | (which == RATIO_MAX), largest, sums)
 
-    spoiled = 0.0
+    nan_of_rows = 0.0
     if entropies is not None:
         zeros = tl.zeros([TOKENS_AT_ONCE], tl.float32)
         h, h_rest, kl_sum, kl_rest = zeros, zeros, zeros, zeros
@@ -441,34 +356,36 @@ def batch_kernel(
         for start in range(0, tokens, TOKENS_AT_ONCE):
             at = start + tl.arange(0, TOKENS_AT_ONCE)
             counts = _counted(mask, at, at < tokens)
-            h, h_rest = _add(h, h_rest, _load(entropies, at, counts))
+            h, h_rest = add(h, h_rest, _load(entropies, at, counts))
             if ref_logprobs is not None:
-                kl, _ = _kl(_load(logprobs, at, counts), _load(ref_logprobs, at, counts), max_log_ratio, ESTIMATOR)
-                kl_sum, kl_rest = _add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
+                kl, _ = _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
+                kl_sum, kl_rest = add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
             if old_logprobs is not None:
-                hi, lo = _log_ratio(logprobs, old_logprobs, at, counts)
+                hi, lo, new, old = _log_ratio(logprobs, old_logprobs, at, counts)
                 log_ratio = hi + lo
                 tl.store(log_ratios + at, log_ratio, mask=at < tokens)
-                held, _, is_low, is_high, ratio = _clipped(
-                    log_ratio, _load(token_advantages, at, counts), eps_low, eps_high, dual_clip, max_log_ratio
-                )
-                losses, losses_rest = _add(losses, losses_rest, held * _load(g_logprobs, at, counts))
-                ratios, ratios_rest = _add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
+                a = _load(token_advantages, at, counts)
+                sign = tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, a))
+                term, _, is_low, is_high = TERM(log_ratio, sign, max_log_ratio, new, old, p0, p1, p2, p3)
+                ratio = _ratio(log_ratio, max_log_ratio)
+                at_ratio_1 = _load(g_logprobs, at, counts)  # -advantage times what the token counts for
+                losses, losses_rest = add(losses, losses_rest, (-term * sign) * at_ratio_1)
+                ratios, ratios_rest = add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
                 negative_min = tl.maximum(negative_min, tl.where(counts, -ratio, -INFINITY))
                 ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
                 low += (counts & is_low).to(tl.float32)
                 high += (counts & is_high).to(tl.float32)
                 saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
                 excess = _exp_excess(_between(log_ratio, max_log_ratio))
-                approx_kl, approx_rest = _add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
+                approx_kl, approx_rest = add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
         if old_logprobs is None:
-            top_h, top_kl, _, _ = _maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
-            h, h_rest = _in_two(h, h_rest, top_h)
-            kl_sum, kl_rest = _in_two(kl_sum, kl_rest, top_kl)
-            h, h_rest, kl_sum, kl_rest = _sums4(h, h_rest, kl_sum, kl_rest)
+            top_h, top_kl, _, _ = maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
+            h, h_rest = in_two(h, h_rest, top_h)
+            kl_sum, kl_rest = in_two(kl_sum, kl_rest, top_kl)
+            h, h_rest, kl_sum, kl_rest = sums4(h, h_rest, kl_sum, kl_rest)
         else:
             (losses, losses_rest, ratios, ratios_rest, approx_kl, approx_rest, kl_sum, kl_rest, h, h_rest, low, high,
-             saturated, ratio_max, negative_min) = _sums_and_extremes(
+             saturated, ratio_max, negative_min) = sums_and_extremes(
                 losses, losses_rest, ratios, ratios_rest, approx_kl, approx_rest, kl_sum, kl_rest, h, h_rest, low,
                 high, saturated, ratio_max, negative_min,
             )  # fmt: skip
@@ -482,9 +399,9 @@ def batch_kernel(
             value = tl.where(which == RATIO_MAX, ratio_max, value)
             value = tl.where(which == APPROX_KL, approx_kl + approx_rest, value)
         value = tl.where(which == ENTROPY, h + h_rest, tl.where(which == REF_KL, kl_sum + kl_rest, value))
-        spoiled = h - h  # a NaN logit must not hide behind coefficients that needed no logit
+        nan_of_rows = h - h  # a NaN logit must not hide behind coefficients that needed no logit
 
-    units, n, count, _ = _sums4(
+    units, n, count, _ = sums4(
         tl.where(which == UNITS, value, 0.0), tl.where(which == TOKENS, value, 0.0),
         tl.where(which == COUNT, value, 0.0), tl.zeros([PARTIALS], tl.float32),
     )  # fmt: skip
@@ -499,5 +416,5 @@ def batch_kernel(
     tl.store(scalars + which, tl.where((which == NONEMPTY) | (which == TOKENS), value, mean), mask=which < LOSS)
     # What is no count makes NaN of the loss, and of gradients in the row kernels; 0 is one where nothing counts.
     divisor = tl.where(count > 0.0, count, tl.where((count == 0.0) & (n == 0.0), 1.0, float("nan")))
-    quotients = quotient(value, divisor) + spoiled
+    quotients = quotient(value, divisor) + nan_of_rows
     tl.store(loss + tl.zeros_like(which), quotients, mask=which == LOSS)

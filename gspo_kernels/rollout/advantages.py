@@ -1,4 +1,4 @@
-"""Advantages of a group of responses to one prompt, relative to each other (GRPO, arXiv 2402.03300, section 4.1.2)."""
+"""Advantages of responses relative to the others of the same prompt (GRPO, arXiv 2402.03300, section 4.1.2)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def group_advantages(
 
     Args:
         rewards: [R], float32, float64 or integers: one reward per response.
-        group_size: responses per prompt, if each prompt's stand together. Exactly one of this and `group_ids`.
-        group_ids: [R] integers: which prompt a response answers, in any order.
+        group_size: responses per prompt, adjacent in `rewards`. Give either this or `group_ids`.
+        group_ids: [R] integers: the prompt of each response, in any order.
         normalize: "std" divides by the sample standard deviation (n - 1, as TRL and verl do); "none" does not divide
             (Dr. GRPO, arXiv 2503.20783).
         eps: added to the standard deviation.
@@ -35,7 +35,7 @@ def group_advantages(
     if rewards.ndim != 1:
         raise ValueError(f"rewards: expected shape [responses]; got {list(rewards.shape)}")
     checks.choice("normalize", normalize, ("std", "none"))
-    eps = checks.number("eps", eps, "what is added to the standard deviation", at_least=0.0)
+    eps = checks.number("eps", eps, "added to the standard deviation", at_least=0.0)
     groups, count = _groups(rewards, group_size, group_ids)
 
     values = rewards.double()
@@ -53,7 +53,7 @@ def _groups(rewards: Tensor, group_size: Any, group_ids: Any) -> tuple[Tensor, i
     if (group_size is None) == (group_ids is None):
         got = "neither" if group_size is None else "both"
         raise ValueError(
-            f"group_size, group_ids: expected exactly one of them, to tell which rewards compare; got {got}"
+            f"group_size, group_ids: expected exactly one of them, which says what rewards to compare; got {got}"
         )
     if group_ids is not None:
         checks.integers("group_ids", checks.tensor("group_ids", group_ids, "one group per response"), "one group each")

@@ -63,11 +63,38 @@ class VocabShard:
         return owns, dataclasses.replace(rows, token_ids=token_ids, vocab_size=self.columns)
 
 
-def tp_ranks(values: Any, dimension: int, tp_group: Any) -> Ranks | None:
-    """The ranks of `tp_group` or of a sharded DTensor, found before anything that could raise on one rank alone."""
+@dataclass(frozen=True)
+class VocabularyShard:
+    """A vocabulary that is sharded over ranks, as one value for `tp_group=`.
+
+    Args:
+        group: the ranks: a process group, or a mesh of one dimension.
+        start: the first column of this rank, for shards of unequal width. None: of equal width.
+        size: how many columns of all ranks are tokens, where the last ones are padding. None: all are.
+    """
+
+    group: Any
+    start: int | None = None
+    size: int | None = None
+
+
+def vocabulary_of(tp_group: Any, vocab_start: Any, vocab_size: Any) -> VocabularyShard:
+    """A caller's three arguments as one value; its group is None where the vocabulary is not sharded."""
+    if not isinstance(tp_group, VocabularyShard):
+        return VocabularyShard(tp_group, vocab_start, vocab_size)
+    for name, value, field in (("vocab_start", vocab_start, "start"), ("vocab_size", vocab_size, "size")):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None beside tp_group=VocabularyShard(...), whose {field} it is; got {value!r}"
+            )
+    return tp_group
+
+
+def tp_ranks(values: Any, dimension: int, vocabulary: VocabularyShard) -> Ranks | None:
+    """The ranks that share the vocabulary, known before any argument is refused; a DTensor names them itself."""
     if checks.is_dtensor(values) and len(axes := _axes(values, dimension)) == 1:
         return ranks_of("tp_group", values.device_mesh.get_group(axes[0]))
-    return ranks_of("tp_group", tp_group)
+    return ranks_of("tp_group", vocabulary.group)
 
 
 def _axes(values: Any, dimension: int) -> list[int]:
@@ -80,34 +107,31 @@ def _axes(values: Any, dimension: int) -> list[int]:
     ]  # fmt: skip
 
 
-def shard_of(
-    name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
-) -> tuple[Any, VocabShard | None]:
+def shard_of(name: str, values: Any, dimension: int, vocabulary: VocabularyShard) -> tuple[Any, VocabShard | None]:
     """This rank's part of logits or of a head as a plain tensor, and its shard; None: all columns are here.
 
     `dimension`: that of the vocabulary.
     """
     if checks.is_dtensor(values):
-        return _of_dtensor(name, values, dimension, tp_group, vocab_start, vocab_size)
-    ranks = ranks_of("tp_group", tp_group)
+        return _of_dtensor(name, values, dimension, vocabulary)
+    ranks = ranks_of("tp_group", vocabulary.group)
     if ranks is None:
-        if vocab_start is not None:
-            raise ValueError(f"vocab_start: expected None without a tp_group; got {vocab_start!r}")
+        if vocabulary.start is not None:
+            raise ValueError(f"vocab_start: expected None without a tp_group; got {vocabulary.start!r}")
         return values, None
     width = checks.tensor(name, values, "this rank's part of the vocabulary").shape[dimension]
-    if vocab_start is None:
+    if vocabulary.start is None:
         begin, total = ranks.rank * width, ranks.size * width
     else:
-        begin, total = checks.whole("vocab_start", vocab_start, "the first column that this rank has", at_least=0), None
-        if vocab_size is None:
+        begin = checks.whole("vocab_start", vocabulary.start, "the first column that this rank has", at_least=0)
+        total = None
+        if vocabulary.size is None:
             raise ValueError("vocab_size: expected the size of the vocabulary, because vocab_start is given; got None")
-    return values, VocabShard(ranks, begin, width, _vocabulary(vocab_size, total))
+    return values, VocabShard(ranks, begin, width, _vocabulary(vocabulary.size, total))
 
 
-def _of_dtensor(
-    name: str, values: Any, dimension: int, tp_group: Any, vocab_start: Any, vocab_size: Any
-) -> tuple[Any, VocabShard | None]:
-    if vocab_start is not None:
+def _of_dtensor(name: str, values: Any, dimension: int, vocabulary: VocabularyShard) -> tuple[Any, VocabShard | None]:
+    if vocabulary.start is not None:
         raise ValueError(f"vocab_start: expected None with {name} that are a DTensor, which has its own placement")
     sharded = _axes(values, dimension)
     others = [p for i, p in enumerate(values.placements) if i not in sharded and not p.is_replicate()]
@@ -121,7 +145,7 @@ def _of_dtensor(
     mesh, (axis,) = values.device_mesh, sharded
     ranks = ranks_of("tp_group", mesh.get_group(axis))
     assert ranks is not None
-    given = ranks_of("tp_group", tp_group)
+    given = ranks_of("tp_group", vocabulary.group)
     if given is not None and given.name != ranks.name:
         raise ValueError(
             f"tp_group: expected None, or the group over which {name} are sharded as a DTensor; got another group"
@@ -129,7 +153,7 @@ def _of_dtensor(
     columns = values.shape[dimension]
     begin = min(ranks.rank * -(-columns // ranks.size), columns)  # as DTensor splits: the last may be shorter, or empty
     local = values.to_local()
-    return local, VocabShard(ranks, begin, local.shape[dimension], _vocabulary(vocab_size, columns))
+    return local, VocabShard(ranks, begin, local.shape[dimension], _vocabulary(vocabulary.size, columns))
 
 
 def _vocabulary(vocab_size: Any, columns: int | None) -> int:
@@ -139,7 +163,7 @@ def _vocabulary(vocab_size: Any, columns: int | None) -> int:
     size = checks.whole("vocab_size", vocab_size, "how many columns of all ranks are tokens", at_least=1)
     if columns is not None and size > columns:
         raise ValueError(
-            f"vocab_size: expected from 1 to {columns}, the total columns of all ranks; got {size}. Either tp_group "
+            f"vocab_size: expected from 1 to {columns}, the columns of all ranks; got {size}. Either tp_group "
             "is not the group over which the vocabulary is sharded, or shards are of unequal width: then pass "
             "vocab_start"
         )

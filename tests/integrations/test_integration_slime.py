@@ -278,13 +278,33 @@ def hook(batch: dict[str, Any]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]
 
 @pytest.mark.parametrize("name", ["advantages", "log_probs", "ref_log_probs"])
 def test_rounded_arrays_are_refused(name: str) -> None:
-    """The hook brings all samples into one dtype, which must not hide that the digits are gone."""
+    """The hook casts all samples to one dtype, which must not hide that they were rounded before."""
     batch = whole()
     batch[name] = [x.bfloat16() for x in batch[name]]
     refused = pytest.raises(TypeError, match=rf'^batch\["{name}"\]: expected float32')
     with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)), refused as error:
         hook(batch)()
     assert "cast_forward_inputs=False" in str(error.value)
+
+
+def test_float64_arrays_keep_their_digits() -> None:
+    """Advantages and log-probabilities reach the loss as they came; one sample in float64 makes all float64."""
+    batch = whole()
+    batch["advantages"][0] = batch["advantages"][0].double() + 1e-12
+    batch["log_probs"] = [x.double() - 1e-12 for x in batch["log_probs"]]
+    spy = mock.patch.object(slime, "policy_loss_from_logprobs", wraps=slime.policy_loss_from_logprobs)
+    with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)), spy as loss:
+        hook(batch)()
+    _, advantages, old_logprobs = loss.call_args.args
+    rows = [first + prompt - 1 + i for first, prompt, response in starts() for i in range(response)]
+    assert torch.equal(advantages[0, rows], torch.cat([x.double() for x in batch["advantages"]]))
+    assert torch.equal(old_logprobs[rows], torch.cat(batch["log_probs"]))
+
+
+def starts() -> list[tuple[int, int, int]]:
+    """(first row, prompt, response) of each sample on one rank."""
+    ends = itertools.accumulate((p + r for p, r in SAMPLES), initial=0)
+    return [(first, p, r) for first, (p, r) in zip(ends, SAMPLES, strict=False)]
 
 
 def test_the_default_device_does_not_matter() -> None:

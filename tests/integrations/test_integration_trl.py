@@ -623,21 +623,21 @@ def test_refused_losses(build: Build, loss_type: str) -> None:
 def test_models_whose_logits_are_something_else(build: Build, models: dict[str, str]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from gspo_kernels.integrations.trl import _Head
+    from gspo_kernels.integrations.trl.head import JobHead
 
     model = AutoModelForCausalLM.from_pretrained(models["qwen3"])
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"^final_logit_softcapping: expected"):
-        _Head.become(model)
+        JobHead.become(model)
     model.config.final_logit_softcapping = None
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"^model: expected an LM head"):
-        _Head.become(model)
+        JobHead.become(model)
 
 
 @pytest.mark.parametrize("name", ["processing_class", "zero_stage", "fsdp_version"])
 def test_refused_surroundings(name: str) -> None:
-    from gspo_kernels.integrations.trl import _check_surroundings
+    from gspo_kernels.integrations.trl.trainer import check_surroundings
 
     def trainer(vlm: bool = False, stage: int = 2, version: int = 2) -> Any:
         state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
@@ -648,10 +648,10 @@ def test_refused_surroundings(name: str) -> None:
             is_fsdp_enabled=True,
         )
 
-    _check_surroundings(trainer())
+    check_surroundings(trainer())
     wrong = {"processing_class": {"vlm": True}, "zero_stage": {"stage": 3}, "fsdp_version": {"version": 1}}
     with pytest.raises(ValueError, match=f"^{name}: expected .* got "):
-        _check_surroundings(trainer(**wrong[name]))
+        check_surroundings(trainer(**wrong[name]))
 
 
 def test_images_are_refused(build: Build) -> None:

@@ -525,6 +525,22 @@ def test_provider_is_token_logprobs(shape: tuple[int, ...]) -> None:
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_provider_takes_whole_temperatures(dtype: torch.dtype) -> None:
+    """As numbers, whatever torch's default dtype is; 0 at padding is raised as in verl. A mask is no temperature."""
+    logits, labels = peaky((4,))
+    temperature = torch.tensor([1, 2, 0, 3])
+    wanted = token_logprobs(logits, labels, temperature=temperature.double().clamp(min=1e-6))
+    torch.set_default_dtype(torch.bfloat16)  # clamp() brings integers into the default dtype
+    try:
+        found = integration().log_probs_and_entropy(logits, labels, temperature.to(dtype))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], wanted.logprobs) and torch.equal(found[1], wanted.entropy)
+    with pytest.raises(TypeError, match=r"^temperature: expected .* an integer dtype; got torch\.bool"):
+        integration().log_probs_and_entropy(logits, labels, temperature.bool())
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_provider_writes_over_the_logits_if_asked(inplace: bool) -> None:
     logits, labels = peaky((7,))

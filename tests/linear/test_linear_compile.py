@@ -1,10 +1,11 @@
-"""torch.compile of a loss from hidden states: one graph, the same numbers, nothing compiled anew for new lengths."""
+"""torch.compile of a loss from hidden states: one graph, the same numbers, no recompilation for new lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from test_autograd import Reinforce
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gspo_kernels import linear_policy_loss, linear_token_logprobs
+from gspo_kernels import Objective, Terms, TokenBatch, linear_policy_loss, linear_token_logprobs
 
 pytestmark = pytest.mark.plain_memory  # deterministic fills slow compilers down
 
@@ -81,13 +82,30 @@ def test_inductor() -> None:
     check_both(compiled, LINEAR["gspo"], "packed", 31, "gspo", **CASES["all"])
 
 
+@dataclass(frozen=True)
+class Scaled(Objective):
+    """A frozen dataclass of floats at the top of a module: the operator rebuilds it from its name and parameters."""
+
+    scale: float
+
+    depends_on: ClassVar[str] = "token"
+
+    def terms(self, tokens: TokenBatch) -> Terms:
+        ratio = tokens.log_ratio.clamp(max=tokens.max_log_ratio).exp()
+        return Terms(loss=-ratio * tokens.advantages * self.scale, log_ratio=tokens.log_ratio)
+
+
 @NOT_INTERPRETED
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_objective_of_ones_own(layout: str) -> None:
-    """An operator takes no objects: log-probabilities are the operator's, and the loss is torch's."""
-    function = partial(linear_policy_loss, objective=Reinforce())
+@pytest.mark.parametrize("objective", [Scaled(0.5), Reinforce()], ids=["rebuilt", "carried"])
+def test_an_objective_of_ones_own(objective: Objective, layout: str) -> None:
+    """Rebuilt from floats it goes through the loss's operator. Otherwise an operator cannot take it: log-probabilities
+    are the operator's, and the loss is torch's."""
+    function = partial(linear_policy_loss, objective=objective)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     check_both(compiled, function, layout, 32, "grpo")
+    _, stats, *_ = run(compiled, layout, 32, "grpo")
+    assert (stats.head is None) == objective.packed().is_own
 
 
 @NOT_INTERPRETED

@@ -1,4 +1,4 @@
-"""In which order rows meet the head, and how often: the planner by itself, then `stats.head` of real losses."""
+"""In which order and how often rows are multiplied by the head: the planner alone, then `stats.head` of losses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import Problem, check_same, chunk_of, from_hidden, from_logits, problem, rows_of_work
 from modes import DEFAULT_MODE, NOT_INTERPRETED, ON_GPU, on_device
-from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import linear_policy_loss, policy_loss
-from gspo_kernels.linear.schedule import ChunkRows, pieces, plan, rows_per_chunk
+from gspo_kernels.linear import schedule
+from gspo_kernels.linear.schedule import ChunkSize, chunk_size, even_parts, plan
 
 some_lengths = st.lists(st.integers(0, 90), max_size=12)
 some_most = st.one_of(st.integers(1, 20), st.integers(60, 200))
@@ -37,84 +37,88 @@ some_most = st.one_of(st.integers(1, 20), st.integers(60, 200))
     st.booleans(),
 )
 def test_every_row_once_and_in_chunks(
-    lengths: list[int], most: int, share: float, together: str, gradient: bool, unscaled: bool
+    lengths: list[int], most: int, share: float, depends_on: str, gradient: bool, deferred_scale: bool
 ) -> None:
-    """What every plan keeps: rows in order and once; a step fits into a chunk, or says how it does without; sequences
-    of a step are those that have a row in it; and nothing that is needed together is apart."""
-    usual = max(1, int(share * most))
-    steps = plan(lengths, ChunkRows(most, usual), together=together, gradient=gradient, unscaled=unscaled)
+    """Of every plan: rows in order and once; a step fits into a chunk, or its mode says what is done instead; the
+    sequences of a step are those that have a row in it; rows whose coefficients depend on each other share a step."""
+    default_rows = max(1, int(share * most))
+    size = ChunkSize(most, default_rows)
+    steps = plan(lengths, size, depends_on=depends_on, gradient=gradient, deferred_scale=deferred_scale)
     assert [t for step in steps for t in range(step.start, step.stop)] == list(range(sum(lengths)))
     ends = list(itertools.accumulate(lengths, initial=0))
-    long_way = "unscaled" if unscaled else "two_phases"
+    too_long = "deferred_scale" if deferred_scale else "recompute"
     for step in steps:
         assert step.start < step.stop
-        assert step.way in (("at_once", long_way) if gradient else ("statistics",))
-        size = step.stop - step.start
-        assert size <= most or step.way == long_way
+        assert step.mode in (("single_pass", too_long) if gradient else ("statistics",))
+        rows = step.stop - step.start
+        assert rows <= most or step.mode == too_long
         touched = [i for i, (a, b) in enumerate(itertools.pairwise(ends)) if a < step.stop and b > step.start]
         inside = [i for i in touched if lengths[i]]
         assert (min(inside), max(inside) + 1) == (step.first, step.last), "the first and the last have rows in it"
-        assert size <= usual or together == "batch" or len(inside) == 1, "only for a sequence is more taken"
-        if gradient and together == "sequence":
+        assert rows <= default_rows or depends_on == "batch" or len(inside) == 1, "more than that only for one sequence"
+        if gradient and depends_on == "sequence":
             assert ends[step.first] == step.start and ends[step.last] == step.stop, "a sequence is cut"
-            if step.way == long_way:
+            if step.mode == too_long:
                 assert step.last - step.first == 1 + sum(n == 0 for n in lengths[step.first : step.last]), "one alone"
-    if gradient and together == "batch" and steps:
-        assert len(steps) == 1 and (sum(lengths) <= most) == (steps[0].way == "at_once")
-    if gradient and together == "token":
-        assert {step.way for step in steps} <= {"at_once"}
+    if gradient and depends_on == "batch" and steps:
+        assert len(steps) == 1 and (sum(lengths) <= most) == (steps[0].mode == "single_pass")
+    if gradient and depends_on == "token":
+        assert {step.mode for step in steps} <= {"single_pass"}
 
 
 @DEFAULT_MODE
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 50), st.integers(0, 700), some_most)
-def test_pieces_are_equal_and_few(start: int, length: int, most: int) -> None:
-    found = list(pieces(start, start + length, most))
+def test_parts_are_equal_and_few(start: int, length: int, most: int) -> None:
+    found = list(even_parts(start, start + length, most))
     assert [t for a, b in found for t in range(a, b)] == list(range(start, start + length))
     sizes = [b - a for a, b in found]
     assert all(0 < size <= most for size in sizes)
-    assert len(found) <= -(-length // most), "no more pieces than must be"
+    assert len(found) <= -(-length // most), "no more parts than needed"
     assert all(size == sizes[0] for size in sizes[:-1]) and (not sizes or sizes[-1] <= sizes[0])
 
 
 @DEFAULT_MODE
 def test_neighbours_share_a_chunk_as_long_as_they_fit() -> None:
-    steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkRows(8, 8), together="sequence")
-    assert [(s.way, s.start, s.stop) for s in steps] == [
-        ("at_once", 0, 7), ("at_once", 7, 9), ("two_phases", 9, 18), ("at_once", 18, 24),
+    steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkSize(8, 8), depends_on="sequence")
+    assert [(s.mode, s.start, s.stop) for s in steps] == [
+        ("single_pass", 0, 7), ("single_pass", 7, 9), ("recompute", 9, 18), ("single_pass", 18, 24),
     ]  # fmt: skip
     assert [(s.first, s.last) for s in steps] == [(0, 2), (2, 3), (3, 4), (4, 7)]
-    steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkRows(9, 6), together="sequence")
-    assert [(s.way, s.start, s.stop) for s in steps] == [
-        ("at_once", 0, 3), ("at_once", 3, 9), ("at_once", 9, 18), ("at_once", 18, 24),
+    steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkSize(9, 6), depends_on="sequence")
+    assert [(s.mode, s.start, s.stop) for s in steps] == [
+        ("single_pass", 0, 3), ("single_pass", 3, 9), ("single_pass", 9, 18), ("single_pass", 18, 24),
     ]  # fmt: skip
 
 
 @DEFAULT_MODE
 @pytest.mark.parametrize(
-    ("chunk_bytes", "vocab", "itemsize", "device", "rows"),
+    ("chunk_bytes", "vocab", "dtype", "device", "rows"),
     [
-        (400, 100, 4, "cpu", 1),
-        (799, 100, 4, "cpu", 1),
-        (1023, 100, 4, "cuda", 1),  # a row begins on a multiple of 64 columns there
-        (1024, 100, 4, "cuda", 2),
-        (800, 100, 8, "cpu", 1),
-        (63 * 400, 100, 4, "cpu", 63),
-        (100 * 400, 100, 4, "cpu", 64),  # from 64 on in multiples of it
-        (129 * 400, 100, 4, "cpu", 128),
-        (None, 1 << 20, 4, "cpu", 64),
-        (None, 1 << 30, 4, "cpu", 1),  # a row larger than what is usual
+        (400, 100, torch.float32, "cpu", 1),
+        (799, 100, torch.float32, "cpu", 1),
+        (1023, 100, torch.float32, "cuda", 1),  # a row begins on a multiple of 64 columns there
+        (1024, 100, torch.float32, "cuda", 2),
+        (800, 100, torch.float64, "cpu", 1),
+        (63 * 400, 100, torch.float32, "cpu", 63),
+        (100 * 400, 100, torch.float32, "cpu", 64),  # from 64 on in multiples of it
+        (129 * 400, 100, torch.float32, "cpu", 128),
+        (None, 1 << 20, torch.float32, "cpu", 64),
+        (None, 1 << 30, torch.float32, "cpu", 1),  # a row larger than the default
     ],
 )
-def test_rows_per_chunk(chunk_bytes: int | None, vocab: int, itemsize: int, device: str, rows: int) -> None:
-    assert rows_per_chunk(chunk_bytes, vocab, itemsize, device, usual=500 << 20) == (rows, rows)
+def test_chunk_size(chunk_bytes: int | None, vocab: int, dtype: torch.dtype, device: str, rows: int) -> None:
+    for gradient in (False, True):
+        assert chunk_size(chunk_bytes, vocab, dtype, device, gradient) == (rows, rows)
 
 
 @DEFAULT_MODE
 @pytest.mark.parametrize(("held", "rows"), [(1, (1, 1)), (2, (2, 1)), (8, (8, 5)), (100, (64, 42)), (770, (768, 512))])
-def test_rows_per_chunk_where_gradients_stay(held: int, rows: tuple[int, int]) -> None:
-    """So that the gradients of one chunk, half as wide, have room beside the logits of the next."""
-    assert rows_per_chunk(held * 400, 100, 4, "cpu", usual=0, keeps=True) == rows
+def test_chunk_size_where_gradients_stay(held: int, rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of one chunk, half as wide as logits, fit beside the logits of the next."""
+    monkeypatch.setattr(schedule, "gradients_are_half_width", lambda device, dtype: True)
+    assert chunk_size(held * 400, 100, torch.bfloat16, "cpu", gradient=True) == rows
+    assert chunk_size(held * 400, 100, torch.bfloat16, "cpu", gradient=False) == (rows[0], rows[0])
 
 
 # --- what a loss did --------------------------------------------------------------------------------------------------
@@ -160,15 +164,15 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_the_head_meets_the_rows_it_has_to(objective: str, option: str, frozen: bool) -> None:
-    """Exactly: live rows forward, rows with a coefficient backward, and again only those of a sequence that is longer
-    than a chunk, if the head is trained or the coefficient is not one number."""
+def test_rows_are_multiplied_as_often_as_needed(objective: str, option: str, frozen: bool) -> None:
+    """Exactly: unmasked rows forward, active rows backward. Recomputed are only active rows of a sequence longer than a
+    chunk, if the head is trained or there is an entropy bonus."""
     build, options = OPTIONS[option]
     p = problem(objective, seed=60, **build)
-    wants = ["hidden"] if frozen else ["hidden", "weight"]
+    needs_grad = ["hidden"] if frozen else ["hidden", "weight"]
     for rows in (1, 3, 6, 100):
         for layout in LAYOUTS:
-            found = rows_of_work(from_hidden(p, layout, objective, rows=rows, wants=wants, **options).stats)
+            found = rows_of_work(from_hidden(p, layout, objective, rows=rows, needs_grad=needs_grad, **options).stats)
             expected = expected_work(p, objective, rows, frozen, **options)
             if ON_GPU:  # gradient rows come in multiples there
                 found, expected = (found[0], found[2] >= 1, found[3]), (expected[0], True, expected[3])  # type: ignore[assignment]
@@ -181,7 +185,7 @@ def test_without_a_gradient_there_is_one_product(objective: str) -> None:
     p = problem(objective, seed=61)
     live = int(p.batch.mask.sum())
     for rows, chunks in ((1, live), (live, 1), (100, 1)):
-        found = from_hidden(p, "packed", objective, rows=rows, wants=())
+        found = from_hidden(p, "packed", objective, rows=rows, needs_grad=())
         assert rows_of_work(found.stats) == (live, 0, 0, chunks)
 
 
@@ -194,18 +198,18 @@ def test_the_work_is_part_of_what_is_logged() -> None:
     assert from_logits(p, "padded", "gspo").stats.head is None
 
 
-WAYS = {
-    "at_once": {"rows": 100},
-    "two_phases": {"rows": 3},
-    "unscaled": {"rows": 3, "frozen": True},
+MODES = {
+    "single_pass": {"rows": 100},
+    "recompute": {"rows": 3},
+    "deferred_scale": {"rows": 3, "frozen": True},
     "statistics": {"rows": 3, "grad": False},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_explain_tells_the_plan(way: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_explain_tells_the_plan(mode: str) -> None:
     """The word, the rows left out, and the chunk; of the first line the kernels."""
-    setting: dict[str, Any] = WAYS[way]
+    setting: dict[str, Any] = MODES[mode]
     p = problem("gspo", seed=63, lengths=(5, 1, 6))
     p.batch.mask[1:5] = True
     hidden = on_device(p.hidden).requires_grad_(setting.get("grad", True))
@@ -218,7 +222,7 @@ def test_explain_tells_the_plan(way: str) -> None:
         hidden, weight, ids, advantages, old, mask=mask, cu_seqlens=ends, chunk_bytes=chunk_of(setting["rows"], 61)
     )
     out = len(mask) - int(mask.sum())
-    assert f"\n{way}: " in text and f"{out} of {len(mask)} rows are left out" in text, text
+    assert f"\n{mode}: " in text and f"{out} of {len(mask)} rows are left out" in text, text
     assert "chunks of up to" in gspo_kernels.explain(hidden, weight)
 
 
@@ -228,20 +232,24 @@ def test_explain_tells_the_plan(way: str) -> None:
 class OverMean(gspo_kernels.Objective):
     """Ratios over their mean in the batch, which is what an objective is taken for that does not say what it needs."""
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
-        ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        layout = tokens.layout
+        ratio = torch.exp(tokens.log_ratio.clamp(max=tokens.max_log_ratio))
         mean = layout.sum(ratio).sum() / layout.num_tokens.clamp(min=1)
-        return gspo_kernels.Terms(loss=-ratio / mean * advantages, log_ratio=log_ratio)
+        return gspo_kernels.Terms(loss=-ratio / mean * tokens.advantages, log_ratio=tokens.log_ratio)
 
 
 class OfSequence(gspo_kernels.Objective):
     """Advantages against the sequence's own mean ratio: whole sequences."""
 
-    together: ClassVar[str] = "sequence"
+    depends_on: ClassVar[str] = "sequence"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
-        ratio = torch.exp(log_ratio.clamp(max=max_log_ratio))
-        return gspo_kernels.Terms(loss=-(ratio - layout.spread(layout.mean(ratio))) * advantages, log_ratio=log_ratio)
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        layout = tokens.layout
+        ratio = torch.exp(tokens.log_ratio.clamp(max=tokens.max_log_ratio))
+        return gspo_kernels.Terms(
+            loss=-(ratio - layout.spread(layout.mean(ratio))) * tokens.advantages, log_ratio=tokens.log_ratio
+        )
 
 
 @NOT_INTERPRETED
@@ -256,11 +264,11 @@ def test_an_objective_of_ones_own(objective: gspo_kernels.Objective, frozen: boo
     for rows in (1, 3, live - 1, live):
         found = from_hidden(
             p, layout, "grpo", rows=rows, function=partial(linear_policy_loss, objective=objective),
-            wants=["hidden"] if frozen else ["hidden", "weight"],
+            needs_grad=["hidden"] if frozen else ["hidden", "weight"],
         )  # fmt: skip
         check_same(found, truth, p)
         _, again, _, chunks = rows_of_work(found.stats)
         if rows == live:
             assert (again, chunks) == (0, 1)
-        elif objective.together == "batch":
+        elif objective.depends_on == "batch":
             assert (again > 0) == (not frozen)

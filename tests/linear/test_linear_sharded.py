@@ -32,18 +32,18 @@ from torch import Tensor
 
 from gspo_kernels import token_logprobs
 from gspo_kernels.layout import Layout
-from gspo_kernels.linear import head, walk
+from gspo_kernels.linear import chunked_loss, head
 from gspo_kernels.linear.head import Head
 from gspo_kernels.rows.vocab_shard import VocabShard
 
 pytestmark = ranks.mark
 
 ALL = ("hidden", "weight", "bias")
-EVERY_WAY = {"at_once", "two_phases", "unscaled", "statistics"}
+EVERY_MODE = {"single_pass", "recompute", "deferred_scale", "statistics"}
 
-# build, options, rows of a chunk, which operands want a gradient. Sequences have up to 7 rows, here and there masked.
+# build, options, rows of a chunk, which operands need a gradient. Sequences have up to 7 rows, here and there masked.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None, tuple[str, ...]]] = {
-    "two phases": ({"bias": True}, {}, 1, ALL),
+    "recompute": ({"bias": True}, {}, 1, ALL),
     "some fit": ({}, {"dual_clip": 3.0}, 3, ALL),
     "one chunk": ({"bias": True, "temperature": 0.7}, {"max_log_ratio": 1.5}, None, ALL),
     "on-policy": ({"bias": True, "on_policy": True, "weights": "token"}, {}, 2, ALL),
@@ -66,9 +66,9 @@ def cases_of(turn: int) -> list[Case]:
     """Every objective with every setting, in one layout; the other comes with the next turn."""
     found = []
     for i, objective in enumerate(OBJECTIVES):
-        for j, (build, options, rows, wants) in enumerate(SETTINGS.values()):
+        for j, (build, options, rows, needs_grad) in enumerate(SETTINGS.values()):
             layout = LAYOUTS[(i + j + turn) % 2]
-            found.append(Case(objective, layout, {"seed": 50, **build}, options, rows, wants, (1.0, -2.5)[j % 2]))
+            found.append(Case(objective, layout, {"seed": 50, **build}, options, rows, needs_grad, (1.0, -2.5)[j % 2]))
         if objective != "gspo":
             found.append(Case(objective, LAYOUTS[turn % 2], {"seed": 51, **BY_TOKEN}, {}, 2))
     layout, narrow = LAYOUTS[turn % 2], {"seed": 52, "dtype": torch.bfloat16}
@@ -120,7 +120,7 @@ def test_parts_of_all_ranks_are_the_loss_of_one(turn: int) -> None:
         cases = [case for k, case in enumerate(cases) if (k + k // len(SETTINGS) + turn) % 3 == 0]
     found = ranks.run(at.size, linear_sharding.from_hidden, at, cases)
     refuse(complaints(found, at, cases), len(cases))
-    assert ways(found) | {"statistics"} == EVERY_WAY and (at not in WITH_ALL or "statistics" in ways(found))
+    assert ways(found) | {"statistics"} == EVERY_MODE and (at not in WITH_ALL or "statistics" in ways(found))
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_as_on_a_gpu(at: HeadGrid, change: Any) -> None:
     cases = cases_of(1)[::2]
     found = ranks.run(at.size, linear_sharding.from_hidden, at, cases, change)
     refuse(complaints(found, at, cases), len(cases))
-    assert ways(found) == EVERY_WAY
+    assert ways(found) == EVERY_MODE
 
 
 OWN: list[Case] = [
-    Case("grpo", layout, {"seed": 64, "lengths": (5, 1, 0, 4, 3)}, {"objective": objective}, rows, wants)
+    Case("grpo", layout, {"seed": 64, "lengths": (5, 1, 0, 4, 3)}, {"objective": objective}, rows, needs_grad)
     for objective in (OverMean(), OfSequence())
-    for layout, rows, wants in (
+    for layout, rows, needs_grad in (
         ("packed", 1, ALL), ("padded", 1, ("hidden",)), ("packed", 3, ALL), ("padded", 3, ("hidden",)),
         ("padded", None, ALL), ("packed", 2, ()),
     )
@@ -171,7 +171,7 @@ def test_objectives_of_ones_own(at: HeadGrid) -> None:
     """Of a sequence and of the batch: gradients by sums over ranks cross them, once a chunk."""
     found = ranks.run(at.size, linear_sharding.from_hidden, at, OWN)
     refuse(complaints(found, at, OWN), len(OWN))
-    assert ways(found) == EVERY_WAY
+    assert ways(found) == EVERY_MODE
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------
@@ -193,14 +193,14 @@ def test_the_same_bits_twice() -> None:
     ):
         for case, a, b in zip(cases, first, second, strict=True):
             assert same_bits(a, b), f"{case} on rank {rank}"
-            assert not case.wants or not same_bits(a, {**b, "loss": b["loss"] + 1}), "the comparison sees nothing"
+            assert not case.needs_grad or not same_bits(a, {**b, "loss": b["loss"] + 1}), "the comparison sees nothing"
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 LOGPROBS = [
-    Case(layout=layout, build={"seed": 96, "bias": bias, **build}, rows=rows, wants=wants)
-    for layout, bias, rows, wants, build in (
+    Case(layout=layout, build={"seed": 96, "bias": bias, **build}, rows=rows, needs_grad=needs_grad)
+    for layout, bias, rows, needs_grad, build in (
         ("packed", True, 2, ALL, {}), ("padded", False, None, ALL, {"temperature": "token"}),
         ("padded", True, 1, ("hidden",), {}), ("packed", False, 3, (), {}), ("packed", True, 2, ("bias",), {}),
     )
@@ -236,15 +236,15 @@ def check_logprobs(found: Sequence[Found], at: HeadGrid, case: Case) -> None:
         check_close(name, found[0][name], expected, 3e-6 * (1 + expected.abs()))
         assert bool((found[0][name][~p.batch.mask] == 0).all())
     for name in ALL:
-        wanted = name in case.wants and getattr(p, name) is not None
-        assert all((one[name] is not None) == wanted for one in found), f"{case}: gradient of {name}"
-    if not case.wants:
+        needed = name in case.needs_grad and getattr(p, name) is not None
+        assert all((one[name] is not None) == needed for one in found), f"{case}: gradient of {name}"
+    if not case.needs_grad:
         return
     linear_sharding.mixed(truth).backward()
     assert logits.grad is not None
     g, hidden = logits.grad, torch.where(p.batch.mask[:, None], p.hidden.double(), 0.0)
     size = g.abs()
-    if "hidden" in case.wants:
+    if "hidden" in case.needs_grad:
         assert all(torch.equal(one["hidden"], found[0]["hidden"]) for one in found)
         bound = 1e-5 * (size @ p.weight.double().abs())
         check_close("gradient of hidden", found[0]["hidden"], g @ p.weight.double(), bound)
@@ -308,13 +308,13 @@ def padding_multiplied(patch: Patch) -> None:
 
 def chunks_of_this_rank(patch: Patch) -> None:
     """Coefficients of a sequence from the tokens of it that are here."""
-    init = walk.Coefficients.__init__
+    init = chunked_loss.Coefficients.__init__
 
     def alone(self: Any, *given: Any) -> None:
         init(self, *given)
-        self._by_steps_together = False
+        self._step_crosses_ranks = False
 
-    patch.setattr(walk.Coefficients, "__init__", alone)
+    patch.setattr(chunked_loss.Coefficients, "__init__", alone)
 
 
 def gradients_that_stay(patch: Patch) -> None:
@@ -336,9 +336,9 @@ def count_of_this_rank(patch: Patch) -> None:
 
 def plan_of_this_rank(patch: Patch) -> None:
     patch.setattr(
-        walk,
-        "_steps",
-        lambda inputs, count, lengths, head, device: walk.plan_of(inputs, lengths, head.at_a_time, head.wanted),
+        chunked_loss,
+        "plan_steps",
+        lambda inputs, lengths, head: chunked_loss.plan_for(inputs, lengths, head.chunk_size, head.needs_grad),
     )
 
 
@@ -409,7 +409,7 @@ def test_collectives_of_a_loss(at: HeadGrid) -> None:
             rows = sum(int(p.batch.mask[t]) for of in at.rows(p.batch)[rank // at.tp] for t in of)
             a_row = [A_ROW] * rows if at.tp > 1 else []  # as many chunks as rows
             assert sizes(collectives, "loss", "gather", "tp") == a_row, where
-            reduced = [rows * p.hidden.shape[1]] if at.tp > 1 and "hidden" in case.wants else []
+            reduced = [rows * p.hidden.shape[1]] if at.tp > 1 and "hidden" in case.needs_grad else []
             assert sizes(collectives, "loss", "reduce", "tp") == reduced, where
             gathered = over_cp(case, found["steps"]) if at.cp > 1 else []
             assert sizes(collectives, "loss", "gather", "cp") == gathered, where
@@ -421,7 +421,7 @@ def over_cp(case: Case, steps: Sequence[tuple[str, int, int]]) -> list[int]:
     length (and that of weights), and for the loss once more; and stats."""
     sequences, stats = len(linear_sharding.problem_of(case).batch.lengths), 12
     by_sequence, weights = case.objective in ("gspo", "gspo_token"), int("weights" in case.build)
-    if not case.wants:
+    if not case.needs_grad:
         return [(1 + by_sequence + weights) * sequences, stats]
     if not by_sequence:
         return [sequences, stats]
@@ -438,6 +438,8 @@ def test_collectives_of_token_logprobs() -> None:
         for case, (_, collectives) in zip(LOGPROBS, of_rank, strict=True):
             assert sum(sizes(collectives, "loss", "gather", "tp")) == A_ROW * live(case), collectives
             assert not sizes(collectives, "loss", "reduce", "tp")
-            reduced = [live(case) * linear_sharding.problem_of(case).hidden.shape[1]] if "hidden" in case.wants else []
+            reduced = (
+                [live(case) * linear_sharding.problem_of(case).hidden.shape[1]] if "hidden" in case.needs_grad else []
+            )
             assert sizes(collectives, "backward", "reduce", "tp") == reduced
             assert not sizes(collectives, "backward", "gather", "tp")

@@ -157,7 +157,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(on_policy: bool) -> No
 
 
 def test_the_gradient_is_handed_over_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a head of V = 150,000 is gigabytes: the leaf's `.grad` is the memory that the walk wrote."""
+    """That of a head of V = 150,000 is gigabytes: the leaf's `.grad` is the buffer that the head wrote."""
     made: list[int] = []
     original = Head.gradients
 
@@ -194,24 +194,24 @@ def test_two_losses_on_the_same_hidden_states() -> None:
         check_close("gradient", z, x + 2 * y, 1e-6 * (x.abs() + 2 * y.abs()))
 
 
-# --- who wants a gradient ---------------------------------------------------------------------------------------------
+# --- which operands need a gradient -----------------------------------------------------------------------------------
 
 
 @on_and_off
 @pytest.mark.parametrize("rows", [2, None])
-def test_only_some_operands_want_a_gradient(on_policy: bool, rows: int | None) -> None:
-    """All eight ways; what is not wanted does not change what is."""
+def test_only_some_operands_need_a_gradient(on_policy: bool, rows: int | None) -> None:
+    """All eight combinations; an operand that needs none changes no gradient of another."""
     p = problem("gspo", seed=90, lengths=LENGTHS, bias=True, on_policy=on_policy)
     names = ("hidden", "weight", "bias")
     every = from_hidden(p, "packed", "gspo", rows=rows)
     for count in range(3):
-        for wants in itertools.combinations(names, count):
-            found = from_hidden(p, "packed", "gspo", rows=rows, wants=wants)
+        for needs_grad in itertools.combinations(names, count):
+            found = from_hidden(p, "packed", "gspo", rows=rows, needs_grad=needs_grad)
             assert torch.equal(found.loss, every.loss)
             for name in names:
                 gradient, expected = getattr(found, name), getattr(every, name)
-                assert (gradient is not None) == (name in wants)
-                if gradient is not None:  # in the unscaled plan the coefficient comes last
+                assert (gradient is not None) == (name in needs_grad)
+                if gradient is not None:  # with deferred_scale the coefficient comes last
                     check_close(name, gradient, expected, 3e-6 * expected.abs() + 1e-7 * expected.abs().max())
 
 

@@ -20,7 +20,7 @@ import gspo_kernels
 from gspo_kernels.linear import products
 
 WIDTH, VOCAB = 24, 61
-ONE = 2 * WIDTH * VOCAB  # operations of a row, each time it meets the head
+ONE = 2 * WIDTH * VOCAB  # operations of a row, each time it is multiplied by the head
 
 
 class Counted:
@@ -30,7 +30,7 @@ class Counted:
         self.operations = 0
 
     def __call__(self, of: products.Products, rows: Tensor) -> None:
-        assert bool(torch.isfinite(rows).all()), "a masked row met the head"
+        assert bool(torch.isfinite(rows).all()), "a masked row was multiplied"
         self.operations += 2 * rows.shape[0] * of.weight.shape[0] * of.weight.shape[1]
 
 
@@ -58,23 +58,23 @@ def all_active() -> Problem:
 
 @NOT_INTERPRETED
 @pytest.mark.parametrize(
-    ("plan", "rows", "wants", "factor"),
+    ("plan", "rows", "needs_grad", "factor"),
     [
-        ("at once", 100, ["hidden", "weight"], 3),
-        ("at once, in chunks", 8, ["hidden", "weight", "bias"], 3),
+        ("single pass", 100, ["hidden", "weight"], 3),
+        ("single pass, in chunks", 8, ["hidden", "weight", "bias"], 3),
         ("frozen head", 100, ["hidden"], 2),
-        ("frozen head, unscaled", 2, ["hidden"], 2),
+        ("frozen head, deferred scale", 2, ["hidden"], 2),
         ("only the head", 100, ["weight"], 2),
         ("only the bias", 100, ["bias"], 1),  # a sum, and no product
         ("no gradient", 2, [], 1),
-        ("two phases", 2, ["hidden", "weight"], 4),
-        ("two phases for the bias", 2, ["bias"], 2),
+        ("recompute", 2, ["hidden", "weight"], 4),
+        ("recompute for the bias", 2, ["bias"], 2),
     ],
 )
-def test_operations_of_each_plan(plan: str, rows: int, wants: list[str], factor: int, counted: Counted) -> None:
+def test_operations_of_each_plan(plan: str, rows: int, needs_grad: list[str], factor: int, counted: Counted) -> None:
     """6 N D V for a trained head, 4 for a frozen one, 2 without a gradient, 8 where sequences exceed a chunk."""
     p = all_active()
-    found = from_hidden(p, "packed", "gspo", rows=rows, wants=wants, eps_low=0.9, eps_high=9.0)
+    found = from_hidden(p, "packed", "gspo", rows=rows, needs_grad=needs_grad, eps_low=0.9, eps_high=9.0)
     assert float(found.stats.clip_fraction) == 0
     assert counted.operations == factor * len(p.hidden) * ONE
 
@@ -83,7 +83,7 @@ def test_operations_of_each_plan(plan: str, rows: int, wants: list[str], factor:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_row_meets_the_head_in_vain(objective: str, layout: str, dtype: torch.dtype, counted: Counted) -> None:
+def test_no_row_is_multiplied_without_need(objective: str, layout: str, dtype: torch.dtype, counted: Counted) -> None:
     """Masked rows not at all, clipped ones and those of advantage 0 not in the backward, no fitting sequence twice."""
     p = problem(objective, seed=71, dtype=dtype)
     truth = p.batch.expected(objective)
@@ -99,7 +99,7 @@ def test_no_row_meets_the_head_in_vain(objective: str, layout: str, dtype: torch
 
 @NOT_INTERPRETED
 def test_log_probabilities_and_their_gradient(counted: Counted) -> None:
-    """Forward once; the gradient makes the logits of its rows again, and only of those."""
+    """Forward once; the gradient computes the logits of its rows again, and only of those."""
     r = random_problem(2, 10, WIDTH, VOCAB)
     hidden, weight = r.hidden.clone().requires_grad_(), r.weight.clone().requires_grad_()
     out = gspo_kernels.linear_token_logprobs(hidden, weight, r.token_ids, chunk_bytes=chunk_of(4, VOCAB))

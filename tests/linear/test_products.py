@@ -98,19 +98,19 @@ def check_product(name: str, found: Tensor, a: Tensor, b: Tensor, before: Tensor
 def check_all(of: Products, hidden: Tensor, weight: Tensor, gradient: Tensor) -> None:
     rows, vocab = hidden.shape[0], weight.shape[0]
     stride = vocab + 3  # of a row of logits, which begins on a boundary
-    room = torch.full((of.padded(rows), stride), 7.0, dtype=of.sums, device=DEVICE)
-    padded, out = room[:, :vocab], room[:rows, :vocab]
+    buffer = torch.full((of.padded_rows(rows), stride), 7.0, dtype=of.sum_dtype, device=DEVICE)
+    padded, out = buffer[:, :vocab], buffer[:rows, :vocab]
     of.logits(hidden, None, padded)
     check_product("logits", out, hidden, weight.t())
-    assert bool((room[:, vocab:] == 7.0).all()), "beyond a row's end"
+    assert bool((buffer[:, vocab:] == 7.0).all()), "beyond a row's end"
     bias = torch.randn(vocab, generator=torch.Generator().manual_seed(3)).to(hidden.dtype).to(DEVICE)
     of.logits(hidden, bias, padded)
     check_product("logits with a bias", out, hidden, weight.t(), bias.expand(rows, vocab))
-    narrow = gradient.to(of.gradient)
-    wide = torch.zeros(rows, stride, dtype=of.gradient, device=DEVICE)
+    narrow = gradient.to(of.gradient_dtype)
+    wide = torch.zeros(rows, stride, dtype=of.gradient_dtype, device=DEVICE)
     wide[:, :vocab] = narrow
     check_product("hidden_gradient", of.hidden_gradient(wide[:, :vocab]), narrow, weight)
-    before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)).to(of.sums).to(DEVICE)
+    before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)).to(of.sum_dtype).to(DEVICE)
     found = torch.empty_like(before)
     of.weight_gradient(wide[:, :vocab], hidden, found, add=False)
     check_product("weight_gradient", found, narrow.t(), hidden)
@@ -144,7 +144,7 @@ def test_in_blocks_of_the_vocabulary(dtype: torch.dtype, wide: torch.dtype, monk
     of = products.products(weight, dtype)
     monkeypatch.setattr(of, "_step", 16)
     check_all(of, hidden.to(dtype), weight.to(dtype), gradient)
-    out = torch.empty(of.padded(5), 61, dtype=of.sums, device=DEVICE)
+    out = torch.empty(of.padded_rows(5), 61, dtype=of.sum_dtype, device=DEVICE)
     of.logits(hidden, None, out)
     check_product("logits", out[:5], hidden.to(dtype), weight.to(dtype).t())
 
@@ -164,11 +164,11 @@ def test_mkl_takes_any_shape(m: int, k: int, n: int, lies: tuple[bool, bool, boo
         return torch.randn(rows, columns + 3, generator=generator).bfloat16()[:, :columns]
 
     a, b = operand(m, k, a_lies), operand(k, n, b_lies)
-    room = torch.randn(m, n + 5, generator=generator)
-    before = room.clone()
-    gemm(a, b, room[:, :n], add)
-    check_product("product", room[:, :n], a, b, before[:, :n] if add else None)
-    assert torch.equal(room[:, n:], before[:, n:]), "beyond a row's end"
+    buffer = torch.randn(m, n + 5, generator=generator)
+    before = buffer.clone()
+    gemm(a, b, buffer[:, :n], add)
+    check_product("product", buffer[:, :n], a, b, before[:, :n] if add else None)
+    assert torch.equal(buffer[:, n:], before[:, n:]), "beyond a row's end"
 
 
 def test_bf16_operands_have_their_own_units(with_mkl: None) -> None:
@@ -183,7 +183,7 @@ def test_bf16_operands_have_their_own_units(with_mkl: None) -> None:
 
 def logits_of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     of = products.products(weight, hidden.dtype)
-    out = torch.empty(of.padded(len(hidden)), len(weight), dtype=of.sums)
+    out = torch.empty(of.padded_rows(len(hidden)), len(weight), dtype=of.sum_dtype)
     of.logits(hidden, bias, out)
     return out[: len(hidden)]
 
@@ -222,9 +222,16 @@ def test_statistics_of_a_row_do_not_depend_on_chunk_batch_or_threads(
     torch.set_num_threads(1)
     expected = from_hidden(p, "packed", objective).stats.logprobs
     weights = ("hidden", "weight", "bias")
-    for count, rows, wants in ((1, 1, ()), (1, 7, weights), (2, 2, weights), (2, 10, ()), (3, 6, weights), (5, 20, ())):
+    for count, rows, needs_grad in (
+        (1, 1, ()),
+        (1, 7, weights),
+        (2, 2, weights),
+        (2, 10, ()),
+        (3, 6, weights),
+        (5, 20, ()),
+    ):
         torch.set_num_threads(count)
-        found = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+        found = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad)
         assert torch.equal(found.stats.logprobs, expected), (count, rows)
     p.hidden[p.batch.mask.logical_not()] = 0.0
     chunk_bytes = chunk_of(3, 301)
@@ -243,10 +250,10 @@ def test_few_rows_fill_up_a_block(path: torch.dtype, threads: None) -> None:
         torch.set_num_threads(count)
         of = products.products(torch.zeros(5, 3, dtype=path), path)
         for rows in range(1, 70):
-            padding = of.padded(rows) - rows
-            assert 0 <= padding <= of.most_padding and of.padded(rows) % 16 == 0
-            assert of.padded(rows) >= 4 * count and (padding < 16 or of.padded(rows) < 4 * count + 16)
-        assert of.padded(0) == 0
+            padding = of.padded_rows(rows) - rows
+            assert 0 <= padding <= of.max_padding and of.padded_rows(rows) % 16 == 0
+            assert of.padded_rows(rows) >= 4 * count and (padding < 16 or of.padded_rows(rows) < 4 * count + 16)
+        assert of.padded_rows(0) == 0
 
 
 @DEFAULT_MODE

@@ -452,11 +452,11 @@ class Reinforce(gspo_kernels.Objective):
     """
 
     aggregation: ClassVar[str] = "token_mean"
-    together: ClassVar[str] = "token"
+    depends_on: ClassVar[str] = "token"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
-        n = layout.spread(layout.lengths)
-        return gspo_kernels.Terms(loss=-advantages * log_ratio * n / n, log_ratio=log_ratio)
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        n = tokens.layout.spread(tokens.layout.lengths)
+        return gspo_kernels.Terms(loss=-tokens.advantages * tokens.log_ratio * n / n, log_ratio=tokens.log_ratio)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

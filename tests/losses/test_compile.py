@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, arguments, flat, ragged_batch
 from checks import check_close
-from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, KERNELS, by_backend, on_device, sized
+from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, by_backend, on_device, sized
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -190,32 +190,20 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "cu_seqlens": on_device(torch.tensor([0, 2, 2, 6])),
         "boundaries": on_device(torch.tensor([0, 2, 2, 6])),
         "sequence_of": on_device(torch.tensor([0, 0, 2, 2, 2, 2])),
+        "fault": on_device(torch.zeros((), dtype=torch.float64)),
         "tokens": 6,
         **dict.fromkeys(["advantages", "old_logprobs", "ref_logprobs", "importance_weights"], hot - 1.0),
         "global_count": on_device(torch.tensor(4.0)),
         "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.1, 0.01, 0.0], dtype=torch.float64),  # on the CPU too
-        "ratio": "token",
         "aggregation": "sequence_mean",
         "kl_estimator": "k3",
         **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], True),
-        "vocab_start": 0,
-        **dict.fromkeys(["tp", "cp"]),
         "begin": 0,
-        "ranks": Ranks("tp_group", 1, 0, "" if group is None else group.group_name).text(),
         **Ranks("tp_group", 1, 0, "" if group is None else group.group_name)._asdict(),
         "width": 17,
         "shard_vocab_size": 17,
         "crosses": True,
     }
-    head: dict[str, Any] = {
-        "hidden": on_device(torch.randn(2, 3, 5, generator=generator)).requires_grad_(),
-        "weight": on_device(torch.randn(17, 5, generator=generator)).requires_grad_(),
-        "bias": on_device(torch.randn(17, generator=generator)).requires_grad_(),
-        "dtype": torch.float32,
-        "chunk_bytes": 4 * 17 * 4,
-        **dict.fromkeys(["wants_hidden", "wants_weight", "wants_bias"], True),
-    }
-    alone = {**head, "weight": head["weight"].detach(), "bias": None, "wants_weight": False, "wants_bias": False}
     by_token = on_device(torch.randn(6, generator=generator)).double()
     none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse", "upstream_entropy", "upstream_lse"])
     no_entropy = dict.fromkeys(["entropy", "lse"])
@@ -231,55 +219,6 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
             {**none, **no_entropy, "logprobs": hot, "temperature": one, "vocab_size": 15},
         ],
         "scale_": [{"values": logits.clone(), "factor": on_device(torch.tensor(0.5))}],
-        "fused_loss": [
-            {"logits": logits.clone().requires_grad_(), "cu_seqlens": None},
-            {
-                **dict.fromkeys(
-                    ["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "importance_weights", "global_count"]
-                ),
-                "logits": logits.clone().requires_grad_(),
-                "temperature": one,
-                "vocab_size": 15,
-                "ratio": "sequence",
-                "advantages": hot[:, 0].contiguous(),
-                **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], False),
-                "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
-            },
-        ],
-        "losses.triton_stage": [
-            {"logprobs": (-hot).requires_grad_(), "entropy": hot.clone().requires_grad_(), "cu_seqlens": None},
-            {
-                **dict.fromkeys(
-                    ["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "importance_weights", "global_count"]
-                ),
-                "logprobs": (-hot).requires_grad_(),
-                "ratio": "sequence",
-                "advantages": hot[:, 0].contiguous(),
-                **dict.fromkeys(["advantages_per_token", "weights_per_token", "entropy_bonus"], False),
-                "numbers": torch.tensor([3e-4, 4e-4, 3.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
-            },
-        ],
-        "linear_loss": [
-            {**head, "objective": "GRPO", "tokens": [2, 3], "cu_seqlens": None},
-            {
-                **alone,
-                **dict.fromkeys(
-                    ["mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "importance_weights", "global_count"]
-                ),
-                "temperature": one,
-                "vocab_size": 15,
-                "objective": "GSPO",
-                "advantages": hot[:, 0].contiguous(),
-                **dict.fromkeys(["advantages_per_token", "weights_per_token"], False),
-                "numbers": torch.tensor([3e-4, 4e-4, 0.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64),
-                "tokens": [2, 3],
-            },
-        ],
-        "linear_row_stats": [{**head}, {**alone, "mask": None, "temperature": one, "vocab_size": 15}],
-        "linear_row_gradient": [
-            {**{name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in head.items()}},
-            {**none, **alone, "hidden": head["hidden"].detach(), "temperature": one, "vocab_size": 15},
-        ],
         "sharded_row_stats": [
             {"logits": logits.clone().requires_grad_()},
             {
@@ -300,21 +239,20 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
 
 
 def operators() -> list[str]:
+    """Of rows; the others are in test_fused_operators.py and in tests/linear/test_linear_operators.py."""
     names = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("gspo_kernels::") for name in names if name.startswith("gspo_kernels::"))
+    found = [name.removeprefix("gspo_kernels::") for name in names if name.startswith("gspo_kernels::")]
+    elsewhere = ("linear_", "fused_", "test_")
+    return sorted(name for name in found if not name.startswith(elsewhere))
 
 
 @pytest.mark.parametrize("name", operators())
 def test_operators_keep_their_contract(name: str, group_of_one: dist.ProcessGroup | None) -> None:
     """Schema (nothing aliased or mutated unsaid), fake tensors, autograd, and dynamic shapes under AOT dispatch."""
-    if name in ("fused_loss", "losses.triton_stage") and KERNELS != "triton":
-        pytest.skip("Triton kernels alone: TRITON_INTERPRET=1, or a GPU")
     if name in ("gather", "sum_over_ranks", "sharded_row_stats") and group_of_one is None:
         pytest.skip("needs torch with gloo, or with NCCL on a GPU")
     operator = getattr(torch.ops.gspo_kernels, name).default
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name == "linear_loss":
-        tests.pop()  # it compares all that the operator returned, of which the backward has given the gradients away
     for given in samples(name, group_of_one):
         arguments = tuple(given[argument.name] for argument in operator._schema.arguments)
         torch.library.opcheck(operator, arguments, test_utils=tests)

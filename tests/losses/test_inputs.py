@@ -15,7 +15,7 @@ from torch import Tensor
 import gspo_kernels
 from gspo_kernels import GRPO, GSPO, GSPOToken, global_count, policy_loss_from_logprobs
 from gspo_kernels.checks import INTEGERS
-from gspo_kernels.layout import _segments
+from gspo_kernels.layout import find_segments
 
 VOCAB, WIDTH = 7, 3
 
@@ -109,7 +109,7 @@ def test_boundaries_of_other_integers_are_refused(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_boundaries_that_nothing_has_read_do_no_harm(wrong: str) -> None:
     """What the sums trust is in range and never decreases; the loss is NaN, for any way of counting."""
-    boundaries, sequence_of, fault = _segments(WRONG[wrong], 12)
+    boundaries, sequence_of, fault = find_segments(WRONG[wrong], 12)
     assert boundaries[0] == 0 and boundaries[-1] == 12 and bool((boundaries.diff() >= 0).all())
     assert torch.equal(sequence_of.bincount(minlength=len(boundaries) - 1), boundaries.diff()) and fault.isnan()
     advantages = random(len(boundaries) - 1)

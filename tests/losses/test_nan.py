@@ -17,7 +17,7 @@ from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, on_device
 from torch import Tensor
 
 from gspo_kernels import GRPO, GSPO, GSPOToken, Objective, linear_policy_loss, policy_loss, policy_loss_from_logprobs
-from gspo_kernels.linear import walk
+from gspo_kernels.linear import operators
 
 SEQUENCES, LENGTH, VOCAB, WIDTH = 5, 4, 20, 8
 AT = torch.tensor([1, 2, 3]), torch.tensor([1, 0, 2])  # NaN, in sequences; the second has advantage 0
@@ -97,7 +97,7 @@ def from_hidden(rows: int | None, frozen: bool = False) -> Path:
 
 def from_separate(given: Given, objective: Objective) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "Head", Separate)
+        patch.setattr(operators, "Head", Separate)
         return from_hidden(4)(given, objective)
 
 
@@ -124,8 +124,8 @@ def from_logprobs(layout: str) -> Path:
 PATHS: dict[str, Path] = {
     **{backend: from_logits(backend) for backend in BACKENDS},
     **{f"{backend}, overwriting": from_logits(backend, overwrite_logits=True) for backend in BACKENDS},
-    "hidden, at once": from_hidden(None),
-    "hidden, two phases": from_hidden(2),
+    "hidden, single pass": from_hidden(None),
+    "hidden, recompute": from_hidden(2),
     "hidden, frozen head": from_hidden(None, frozen=True),
     "hidden, frozen head, chunks": from_hidden(2, frozen=True),
     "hidden, beside the logits": from_separate,
@@ -133,7 +133,9 @@ PATHS: dict[str, Path] = {
     "log-probabilities, packed": from_logprobs("packed"),
 }
 if INTERPRETED:  # others have no kernel that these have not
-    PATHS = {name: PATHS[name] for name in ("triton", "triton, overwriting", "hidden, at once", "hidden, two phases")}
+    PATHS = {
+        name: PATHS[name] for name in ("triton", "triton, overwriting", "hidden, single pass", "hidden, recompute")
+    }
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,30 +13,40 @@ import torch
 from linear import from_hidden, problem
 from modes import NOT_INTERPRETED, on_device
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
-import gspo_kernels
-from gspo_kernels import GRPO, GSPO, Objective, Terms, linear_policy_loss, policy_loss, policy_loss_from_logprobs
+from gspo_kernels import (
+    GRPO,
+    GSPO,
+    Objective,
+    Terms,
+    TokenBatch,
+    linear_policy_loss,
+    policy_loss,
+    policy_loss_from_logprobs,
+)
 from gspo_kernels.linear import operators
+from gspo_kernels.losses import objectives
 
 pytestmark = NOT_INTERPRETED  # an objective of one's own is computed by torch
 
 
 class OfToken(Objective):
-    together: ClassVar[str] = "token"
+    depends_on: ClassVar[str] = "token"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> Terms:
-        return Terms(-log_ratio.exp() * advantages, log_ratio)
+    def terms(self, tokens: TokenBatch) -> Terms:
+        return Terms(-tokens.log_ratio.exp() * tokens.advantages, tokens.log_ratio)
 
 
 class OfSequence(Objective):
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
-    together: ClassVar[str] = "sequence"
+    depends_on: ClassVar[str] = "sequence"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> Terms:
-        mean = layout.mean(log_ratio)
-        return Terms(-mean.exp() * advantages, mean)
+    def terms(self, tokens: TokenBatch) -> Terms:
+        mean = tokens.layout.mean(tokens.log_ratio)
+        return Terms(-mean.exp() * tokens.advantages, mean)
 
 
 LOGITS = on_device(torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)))
@@ -57,9 +68,10 @@ by_call = pytest.mark.parametrize("call", CALLS)
     [
         ("ratio_of", "sequences", ValueError),
         ("ratio_of", None, ValueError),
-        ("together", "tokens", ValueError),
+        ("depends_on", "tokens", ValueError),
         ("aggregation", "mean", ValueError),
         ("advantages_per_token", "no", TypeError),
+        ("uses_logprobs", "yes", TypeError),
         ("by_sequence_alone", 1, TypeError),
         ("by_sequence_alone", True, ValueError),  # with a ratio per token
     ],
@@ -98,8 +110,8 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("base", [OfToken, OfSequence])
 def test_terms_that_do_not_fit_are_refused(call: str, message: str, base: type[Objective]) -> None:
     class Wrong(base):  # type: ignore[misc, valid-type]
-        def terms(self, *arguments: Any) -> Any:
-            right = super().terms(*arguments).loss
+        def terms(self, tokens: TokenBatch) -> Any:
+            right = super().terms(tokens).loss
             return WRONG[message](right, right.shape[0])
 
     with pytest.raises((TypeError, ValueError), match=rf"Wrong\.terms: {message}"):
@@ -107,7 +119,125 @@ def test_terms_that_do_not_fit_are_refused(call: str, message: str, base: type[O
 
 
 def test_the_default_is_the_safe_one() -> None:
-    assert Objective.together == "batch"
+    assert Objective.depends_on == "batch"
+
+
+# --- log-probabilities, beside the log-ratio --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LikeCISPO(Objective):
+    """-sg(min(ratio, 1 + eps)) A logprob: its gradient does not come through the log-ratio."""
+
+    eps: float = 0.25
+    least: float | None = None
+    depends_on: ClassVar[str] = "token"
+    uses_logprobs: ClassVar[bool] = True
+
+    def terms(self, tokens: TokenBatch) -> Terms:
+        weight = objectives.at_most(tokens.log_ratio.detach().exp(), 1.0 + self.eps)
+        if self.least is not None:
+            weight = torch.where(weight < self.least, self.least, weight)
+        return Terms(-weight * tokens.advantages * tokens.logprobs, tokens.log_ratio)
+
+
+@by_call
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "entropy"])
+def test_undeclared_log_probabilities_are_refused(call: str, name: str) -> None:
+    class Reads(OfToken):
+        def terms(self, tokens: TokenBatch) -> Terms:
+            getattr(tokens, name)
+            return super().terms(tokens)
+
+    with pytest.raises(RuntimeError, match=rf"tokens\.{name}: .*uses_logprobs: ClassVar\[bool\] = True"):
+        CALLS[call](Reads())
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize("call", ["logits", "hidden"])
+def test_declared_log_probabilities(call: str, on_policy: bool) -> None:
+    """The gradient reaches the logits through them, on-policy too."""
+    operand = LOGITS.clone().requires_grad_()
+    old = None if on_policy else OLD
+    if call == "logits":
+        loss, _ = policy_loss(operand, IDS, ADVANTAGES, old, objective=LikeCISPO())
+    else:
+        loss, _ = linear_policy_loss(operand, on_device(torch.eye(7)), IDS, ADVANTAGES, old, objective=LikeCISPO())
+    (gradient,) = torch.autograd.grad(loss, operand)
+    truth = LOGITS.double().clone().requires_grad_()
+    logprobs = truth.log_softmax(-1).gather(-1, IDS[..., None])[..., 0]
+    weight = torch.ones_like(logprobs) if old is None else (logprobs - OLD).exp().clamp(max=1.25)
+    expected = (-weight.detach() * ADVANTAGES[:, None] * logprobs).mean()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), *torch.autograd.grad(expected, truth), rtol=1e-5, atol=1e-7)
+
+
+def test_what_declared_log_probabilities_are() -> None:
+    seen: list[TokenBatch] = []
+
+    class Looks(OfToken):
+        uses_logprobs: ClassVar[bool] = True
+
+        def terms(self, tokens: TokenBatch) -> Terms:
+            seen.append(tokens)
+            return super().terms(tokens)
+
+    leaf = OLD.clone().requires_grad_()
+    policy_loss_from_logprobs(leaf, ADVANTAGES, objective=Looks(), entropy=-OLD)
+    policy_loss_from_logprobs(leaf, ADVANTAGES, OLD - 1.0, objective=Looks())
+    on_policy, off_policy = seen
+    assert on_policy.logprobs.requires_grad and not on_policy.old_logprobs.requires_grad
+    assert torch.equal(on_policy.logprobs, on_policy.old_logprobs)
+    assert on_policy.entropy is not None and on_policy.entropy.tolist() == [2.0] * 6 and off_policy.entropy is None
+    assert off_policy.old_logprobs.tolist() == [-3.0] * 6
+
+
+# --- how they travel through operators --------------------------------------------------------------------------------
+
+
+def test_frozen_dataclasses_of_floats_are_rebuilt() -> None:
+    for objective in (LikeCISPO(), LikeCISPO(0.5, 0.1), GSPO(), GSPO(0.1, 0.2, 3.0), GRPO(eps_low=0.0)):
+        key = objective.packed()
+        assert not key.is_own and Objective.unpacked(key) == objective
+        unread = Objective.unpacked(key._replace(parameters=()))
+        assert type(unread) is type(objective) and unread.depends_on == objective.depends_on
+
+
+@dataclass(frozen=True)
+class WithTensor(OfToken):
+    weights: Tensor
+
+
+def test_any_other_objective_is_carried() -> None:
+    @dataclass(frozen=True)
+    class Local(LikeCISPO):
+        pass
+
+    for objective in (OfToken(), Local(), WithTensor(ADVANTAGES)):
+        key = objective.packed()
+        assert key.is_own and key.parameters == ()
+        with objectives.carried(objective):
+            assert Objective.unpacked(key) is objective
+
+
+@pytest.mark.plain_memory
+def test_ones_own_in_one_graph() -> None:
+    """From hidden states as well; a parameter is a run-time value."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    head = on_device(torch.eye(7))
+
+    def work(hidden: Tensor, eps: float) -> Tensor:
+        return linear_policy_loss(hidden, head, IDS, ADVANTAGES, OLD, objective=LikeCISPO(eps)).loss
+
+    compiled = torch.compile(work, fullgraph=True, backend=counter)
+    for eps in (0.1, 0.2, 0.3, 0.4):
+        leaves = [LOGITS.clone().requires_grad_() for _ in range(2)]
+        losses = [function(leaf, eps) for function, leaf in zip((work, compiled), leaves, strict=True)]
+        assert torch.equal(*losses)
+        assert torch.equal(*(torch.autograd.grad(x, y)[0] for x, y in zip(losses, leaves, strict=True)))
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 # --- on the bounds ----------------------------------------------------------------------------------------------------
@@ -162,7 +292,7 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
     function = partial(linear_policy_loss, objective=objective)
     alone = from_hidden(p, "packed", "grpo", function=function)
     arrived, may_go = threading.Event(), threading.Event()
-    operator = operators._linear_loss
+    operator = operators.LINEAR_LOSS
 
     def held(*arguments: Any) -> Any:
         if threading.current_thread() is late:
@@ -170,7 +300,7 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
             assert may_go.wait(60)
         return operator(*arguments)
 
-    monkeypatch.setattr(operators, "_linear_loss", held)
+    monkeypatch.setattr(operators, "LINEAR_LOSS", held)
     found: list[Any] = []
 
     def work() -> None:
@@ -193,10 +323,10 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_objective_that_computes_another_loss_gets_its_own_back() -> None:
     class Nested(OfToken):
-        def terms(self, *arguments: Any) -> Terms:
+        def terms(self, tokens: TokenBatch) -> Terms:
             with torch.no_grad():
                 CALLS["hidden"](OfSequence())
-            return super().terms(*arguments)
+            return super().terms(tokens)
 
     assert torch.equal(CALLS["hidden"](Nested())[0], CALLS["hidden"](OfToken())[0])
-    assert gspo_kernels.linear.operators._OWN.get(None) is None, "nothing is kept"
+    assert objectives._OWN.get(None) is None, "nothing is kept"

@@ -1,6 +1,6 @@
 """Data parallel: ranks and micro-batches that each return their share of the loss are one process with the whole batch.
 
-A batch is dealt to ranks and micro-batches in unequal parts, down to nothing; their shares are put together, and meet
+A batch is dealt to ranks and micro-batches in unequal parts, down to nothing; their shares are added up, and meet
 the oracle of the whole. By hand first, then with DDP and FSDP2 as the ones that average.
 """
 
@@ -71,7 +71,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """How the sequences of a batch are dealt to ranks and micro-batches. `inner`: ranks that have one part together."""
+    """How the sequences of a batch are dealt to ranks and micro-batches. `inner`: ranks that share one part."""
 
     case: Case
     deal: Deal
@@ -90,7 +90,7 @@ class Split:
         return (len(self.deal) * self.inner.cp) if self.averaged else 1
 
     def chosen(self, micro: int | None = None) -> Batch:
-        """What all ranks together have in a micro-batch, or in all of them."""
+        """The sequences of all ranks in a micro-batch, or in all of them."""
         taken = [x if micro is None else x[micro : micro + 1] for x in self.deal]
         return choose(self.case.batch(), [i for of_rank in taken for sequences in of_rank for i in sequences])
 
@@ -112,11 +112,11 @@ class Chosen(Case):
 
 def choose(batch: Batch, sequences: Sequence[int]) -> Batch:
     """These sequences, in this order."""
-    places = torch.tensor(sequences, dtype=torch.int64)
+    sequence_indices = torch.tensor(sequences, dtype=torch.int64)
     rows = torch.tensor([t for i in sequences for t in batch.sequences[i]], dtype=torch.int64)
 
     def cut(x: Any, by_token: bool = True) -> Any:
-        return x[rows if by_token else places] if isinstance(x, Tensor) else x
+        return x[rows if by_token else sequence_indices] if isinstance(x, Tensor) else x
 
     return Batch(
         batch.logits[rows], batch.token_ids[rows], batch.mask[rows], [batch.lengths[i] for i in sequences],
@@ -203,7 +203,7 @@ def share(rank: int, split: Split, inner_group: Any, outer_group: Any) -> list[F
             given = replace(each, options={**each.options, "normalizer": count})
             # from hidden states it is the head that a tp group shares out
             at = Grid(cp=inner.cp, tokens=inner.tokens) if "hidden" in split.way else inner
-            function = together(split, outer_group, inner_group, i)
+            function = loss_of_split(split, outer_group, inner_group, i)
             found.append(logits_case(i if at.size > 1 else 0, at, given, (inner_group, inner_group), function))
     for one in found:
         one["count"] = count
@@ -241,7 +241,7 @@ def mask_of(batch: Batch, layout: str) -> tuple[Tensor, Tensor | None]:
     return keywords["mask"], keywords.get("cu_seqlens")
 
 
-def together(split: Split, group: Any, inner_group: Any, i: int) -> Callable[..., Any]:
+def loss_of_split(split: Split, group: Any, inner_group: Any, i: int) -> Callable[..., Any]:
     """The loss as a function of logits, with stats over data-parallel ranks."""
     objective = split.case.objective
 
@@ -285,7 +285,7 @@ def from_sharded_head(split: Split, group: Any, i: int, hidden: Tensor, *rest: A
     return LINEAR[split.case.objective](hidden, weight, *rest, **given)
 
 
-# --- put together -----------------------------------------------------------------------------------------------------
+# --- added up ---------------------------------------------------------------------------------------------------------
 
 
 def check(split: Split, found: Sequence[list[Found]]) -> None:
@@ -318,14 +318,14 @@ def check(split: Split, found: Sequence[list[Found]]) -> None:
         for of_rank in found:
             assert float(of_rank[0]["count"]) * split.averages_over == counted, f"the count is not {counted:g}"
     factor = 1.0 / split.averages_over
-    together = Outcome(
+    merged = Outcome(
         torch.stack([one.loss.double() for one in outcomes]).sum().float() * factor,
         SimpleNamespace(**{name: torch.tensor(x) for name, x in expected.stats.items()}),  # checked above
         *(torch.cat([getattr(one, x) for one in outcomes]) for x in ("gradient", "padding_gradient")),
         *(torch.cat([getattr(one, x) for one in outcomes]) for x in ("logprobs", "log_ratio")),
     )
-    together.gradient = together.gradient * factor
-    check_outcome(together, whole, objective, roundings=2, **options)
+    merged.gradient = merged.gradient * factor
+    check_outcome(merged, whole, objective, roundings=2, **options)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -372,7 +372,7 @@ MUTANTS: list[tuple[str, str, dict[str, Any]]] = [
 IN_GRID: list[tuple[str, str, dict[str, Any]]] = [("sequences of every rank", "unequal", {"inner": CONTEXT[1]})]
 
 
-def spoiled(mutants: list[tuple[str, str, dict[str, Any]]]) -> list[Split]:
+def broken(mutants: list[tuple[str, str, dict[str, Any]]]) -> list[Split]:
     """Each mutant, and last all the same splits without a fault."""
     found = []
     for mutant, deal, how in mutants:
@@ -389,7 +389,7 @@ def spoiled(mutants: list[tuple[str, str, dict[str, Any]]]) -> list[Split]:
 
 @pytest.mark.parametrize(("world", "mutants"), [(2, MUTANTS), (4, IN_GRID)], ids=["2 ranks", "2 x 2 with context"])
 def test_wrong_counts_and_means_are_found_out(world: int, mutants: list[tuple[str, str, dict[str, Any]]]) -> None:
-    splits = spoiled(mutants)
+    splits = broken(mutants)
     found = ranks.run(world, shares, splits)
     alive = []
     for k, split in enumerate(splits):
@@ -423,7 +423,7 @@ def test_a_count_of_zero_is_no_excuse_for_a_batch_with_tokens() -> None:
         gspo_kernels.gspo_loss(args.logits, *args.rest, **args.keywords, normalizer=zero)
 
 
-# --- what nobody asked for --------------------------------------------------------------------------------------------
+# --- no collective without a group ------------------------------------------------------------------------------------
 
 
 def without_collectives(rank: int) -> tuple[list[str], list[Any]]:
@@ -446,8 +446,8 @@ def without_collectives(rank: int) -> tuple[list[str], list[Any]]:
                 of_logprobs.as_dict()
                 count = global_count(args.keywords["mask"], args.keywords.get("cu_seqlens"))
                 assert count.tolist() == int(of_logprobs.num_sequences)
-        asked = [ranks.refused(call) for call in (lambda: stats.over(dist.group.WORLD), lambda: dist.barrier())]
-    return called, asked
+        refusals = [ranks.refused(call) for call in (lambda: stats.over(dist.group.WORLD), lambda: dist.barrier())]
+    return called, refusals
 
 
 COLLECTIVES = (
@@ -465,10 +465,10 @@ def refusing(name: str, called: list[str]) -> Callable[..., None]:
 
 
 def test_without_a_group_no_loss_talks_to_anybody() -> None:
-    """In a world of ranks; and what is asked of `Stats.over` is a collective, which is seen here."""
-    for called, asked in ranks.run(2, without_collectives):
-        assert all(x is not None and x.message.startswith("a collective") for x in asked), asked
-        assert len(called) == len(asked), called
+    """In a world of ranks. `Stats.over` and a barrier are collectives, which this test must notice."""
+    for called, refusals in ranks.run(2, without_collectives):
+        assert all(x is not None and x.message.startswith("a collective") for x in refusals), refusals
+        assert len(called) == len(refusals), called
 
 
 def refusals(rank: int) -> list[Any]:
@@ -531,8 +531,8 @@ def test_a_nan_of_one_rank_is_everybodys() -> None:
                 expected = pytest.approx(float(truth[name]), rel=2e-6, abs=1e-9, nan_ok=True)
                 assert float(x) == expected, f"{objective}: {name}"
                 assert same_bits(x, found[0][k][name])
-        spoiled = {name for name, x in found[0][k].items() if bool(x.isnan())}
-        assert spoiled >= {"ratio_mean", "ratio_min", "ratio_max", "approx_kl", "entropy"}
+        has_nan = {name for name, x in found[0][k].items() if bool(x.isnan())}
+        assert has_nan >= {"ratio_mean", "ratio_min", "ratio_max", "approx_kl", "entropy"}
 
 
 # --- DDP and FSDP2 ----------------------------------------------------------------------------------------------------

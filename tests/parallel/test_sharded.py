@@ -143,11 +143,11 @@ def as_often_as_ranks(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Any], Grid]] = {
-    "plain all-reduce": ("logprobs.vocab_shard.of_this_rank", not_the_owner_not_touched, Grid(tp=2)),
-    "everybody owns": ("logprobs.vocab_shard.of_this_rank", everybody_owns, Grid(tp=2)),
-    "entropies added": ("logprobs.vocab_shard.merged", entropies_added, Grid(tp=2)),
+    "plain all-reduce": ("rows.vocab_shard.of_this_rank", not_the_owner_not_touched, Grid(tp=2)),
+    "everybody owns": ("rows.vocab_shard.of_this_rank", everybody_owns, Grid(tp=2)),
+    "entropies added": ("rows.vocab_shard.merged", entropies_added, Grid(tp=2)),
     "own sums": ("layout.sum_over_ranks", own_sums, Grid(cp=2)),
-    "own share of the gradient": ("token_stage.TokenStage._of_sequences", own_share_of_the_gradient, Grid(cp=2)),
+    "own share of the gradient": ("losses.token_stage.TokenStage._of_sequences", own_share_of_the_gradient, Grid(cp=2)),
     "gradient as often as ranks": ("layout.sum_over_ranks", as_often_as_ranks, Grid(cp=2)),
 }
 
@@ -275,12 +275,13 @@ class Variance(gspo_kernels.Objective):
 
     ratio_of: ClassVar[str] = "sequence"
     advantages_per_token: ClassVar[bool] = False
-    together: ClassVar[str] = "sequence"
+    depends_on: ClassVar[str] = "sequence"
 
-    def terms(self, log_ratio: Tensor, advantages: Tensor, layout: Any, max_log_ratio: Tensor) -> gspo_kernels.Terms:
+    def terms(self, tokens: gspo_kernels.TokenBatch) -> gspo_kernels.Terms:
+        log_ratio, layout = tokens.log_ratio, tokens.layout
         mean = layout.mean(log_ratio)
         variance = layout.mean((log_ratio - layout.spread(mean)).square())
-        return gspo_kernels.Terms(loss=variance - torch.exp(mean) * advantages, log_ratio=mean)
+        return gspo_kernels.Terms(loss=variance - torch.exp(mean) * tokens.advantages, log_ratio=mean)
 
 
 OWN = {"grpo": OverMean(), "gspo": Variance()}  # by what their units are like

@@ -22,6 +22,7 @@ from test_errors import check_message
 from torch import Tensor
 
 import gspo_kernels
+from gspo_kernels import VocabularyShard
 from gspo_kernels.agreement import fingerprint
 
 pytestmark = ranks.mark
@@ -229,10 +230,10 @@ def rows_as(convert: Callable[[Tensor], Any]) -> Callable[[At, Given], Given]:
     return change
 
 
-def another(name: str, place: int, value: float) -> Callable[[At, Given], Given]:
+def another(name: str, index: int, value: float) -> Callable[[At, Given], Given]:
     def change(at: At, found: Given) -> Given:
         values: Tensor = found[name].clone()
-        values[place] = value
+        values[index] = value
         return {name: values}
 
     return change
@@ -295,6 +296,20 @@ TP = {
         to_do="unequal width need vocab_start",
     ),
     "vocab_start alone": Case(to(vocab_start=0, vocab_size=8, tp_group=None), "vocab_start", "got 0", functions=ALL),
+    "a size beside one value": Case(
+        lambda at, found: {"tp_group": VocabularyShard(at.tp_group), "vocab_size": VOCAB}, "vocab_size",
+        "size it is; got 8", functions=ALL, to_do=r"VocabularyShard\(",
+    ),
+    "a start beside one value": Case(
+        lambda at, found: {"tp_group": VocabularyShard(at.tp_group, 0, VOCAB), "vocab_start": 0}, "vocab_start",
+        "start it is; got 0", functions=ALL, to_do=r"VocabularyShard\(",
+    ),
+    "a start without a size": Case(
+        lambda at, found: {"tp_group": VocabularyShard(at.tp_group, 0)}, "vocab_size", "None", functions=ALL
+    ),
+    "a value that holds no group": Case(
+        to(tp_group=VocabularyShard("tp")), "tp_group", "str 'tp'", kind="TypeError", functions=ALL
+    ),
     "vocab_start, no size": Case(to(vocab_start=0), "vocab_size", "None", functions=ALL),
     "vocab_size differs": Case(to(vocab_size=7), "vocab_size", "7", (1,), explained_by=(), functions=ALL),
     "rows differ in number": Case(
@@ -314,7 +329,7 @@ TP = {
     "another dtype": Case(rows_as(lambda x: x.double()), "", "float", (1,), explained_by=()),
     "chunk_bytes": Case(to(chunk_bytes=64), "chunk_bytes", "64|None", (1,), explained_by=(), functions=LINEAR),
     "requires_grad": Case(
-        lambda at, found: {"weight": found["weight"].detach()}, "", "requires_grad.*7? on rank|requires_grad", (1,),
+        lambda at, found: {"weight": found["weight"].detach()}, "", "requires_grad.*True, False, False on rank 1", (1,),
         explained_by=(), functions=LINEAR,
     ),
 }  # fmt: skip
@@ -364,7 +379,8 @@ CP = {
         functions=FROM_LOGPROBS,
     ),
     "weights on one rank": Case(
-        to(importance_weights=SOME_WEIGHTS), "importance_weights", "1 on rank 0, 0 on rank 1", (0,), explained_by=()
+        to(importance_weights=SOME_WEIGHTS), "importance_weights", "one per sequence on rank 0, None on rank 1", (0,),
+        explained_by=(),
     ),
     "weights of two kinds": Case(
         lambda at, found: {"importance_weights": torch.ones(COUNT if at.c else 3)}, "importance_weights", "one per",
@@ -379,7 +395,7 @@ CP = {
     ),
     "another normalizer": Case(to(normalizer=5), "normalizer", "5|None", (1,), explained_by=()),
     "on-policy on one rank": Case(
-        to(old_logprobs=None), "old_logprobs", "1 on rank 0, 0 on rank 1", (1,), explained_by=()
+        to(old_logprobs=None), "old_logprobs", "one per token on rank 0, None on rank 1", (1,), explained_by=()
     ),
     "another clip range": Case(
         to(dual_clip=3.0), "objective", "dual_clip", (0,), explained_by=(), functions=("grpo_loss",)
@@ -471,7 +487,7 @@ DTENSORS = {
     ),
 }  # fmt: skip
 
-# --- what used to be looked at before ranks tell each other -----------------------------------------------------------
+# --- what is checked before ranks tell each other -----------------------------------------------------------
 
 EARLY = {
     "logits no tensor": Case(to(logits=[[0.0]]), "logits", "list", (1,), "TypeError", functions=ONLY_LOGITS),
@@ -496,7 +512,7 @@ EARLY = {
         explained_by=(), functions=("linear_token_logprobs",),
     ),
     "skip_zero_advantage": Case(
-        to(skip_zero_advantage=True), "skip_zero_advantage", "1 on rank 1", (1,), explained_by=(),
+        to(skip_zero_advantage=True), "skip_zero_advantage", "True on rank 1", (1,), explained_by=(),
         functions=("linear_gspo_loss",),
     ),
 }  # fmt: skip
@@ -538,17 +554,27 @@ def fine(rank: int) -> dict[str, tuple[float, float]]:
         everything = torch.ones(COUNT, dtype=torch.bool)
         masked = loss(function, **({"mask": everything} if at.t else {}))
         found[f"a mask of nothing on one rank, {function}"] = (masked, expected)
+        shard = VocabularyShard(at.tp_group, at.t * VOCAB // 2, VOCAB)
+        found[f"one value for the shard, {function}"] = (loss(function, tp_group=shard), expected)
+        even = VocabularyShard(mesh["tp"])
+        found[f"one value for an even shard, {function}"] = (loss(function, tp_group=even), expected)
         tensor = torch.tensor(3.0)
         found[f"a normalizer of either kind, {function}"] = (
             loss(function, normalizer=tensor if at.c else 3.0), loss(function, normalizer=3.0)
         )  # fmt: skip
+    for function in ("token_logprobs", "linear_token_logprobs"):
+        plain, with_shard = (
+            called(function, GIVEN[function](at) | change).logprobs.detach().sum()
+            for change in ({}, {"tp_group": VocabularyShard(at.tp_group, at.t * VOCAB // 2, VOCAB)})
+        )
+        found[f"one value for the shard, {function}"] = (float(with_shard), float(plain))
     return found
 
 
 def test_what_is_fine() -> None:
     """A sequence's numbers on a rank that has no token of it are not looked at; a mesh is as good as its group."""
     for rank, found in enumerate(ranks.run(4, fine, timeout=TIMEOUT)):
-        assert len(found) == 36
+        assert len(found) == 46
         for name, (loss, expected) in found.items():
             assert math.isfinite(loss) and loss == expected, f"{name}, rank {rank}"
 
@@ -678,9 +704,9 @@ def test_fingerprints_differ_where_arrays_do() -> None:
         for x in ([1.0, 2.0], [2.0, 1.0], [-1.0, 2.0], [1.0, 4.0], [1.0], [1.0, 2.0, 0.0], [math.nan, 2.0])
     ]
     ids = torch.randint(150_000, (512,), generator=generator)
-    for place in range(0, 512, 37):
+    for index in range(0, 512, 37):
         changed = ids.clone()
-        changed[place] += 1
+        changed[index] += 1
         arrays.append(changed)
     arrays += [ids, ids.flip(0), ids + 1, torch.zeros(512).long(), torch.ones(512).long()]
     assert len({fingerprint(x) for x in arrays}) == len(arrays)

@@ -1,11 +1,12 @@
-"""No compiler, no extension: installation goes on and says so, and the same losses run on plain torch.
+"""Without a compiler the installation continues with a warning, and the same losses run on plain torch.
 
-What is said is what is the case: where the extension was looked for, and which copy of the package has it.
+Messages are correct: where the extension was looked for, and which copy of the package has it.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("compiler", ["absent", "of Windows"])
 def test_a_build_without_a_compiler(tmp_path: Path, required: bool, compiler: str) -> None:
-    """It continues with one warning that says why. The compiler of Windows is no command, and takes other flags."""
+    """It continues with one warning that says why. Windows' compiler takes other flags and is refused."""
     done = subprocess.run(
         [
             sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp",
@@ -56,7 +57,7 @@ def test_a_build_without_a_compiler(tmp_path: Path, required: bool, compiler: st
 
 
 def test_a_wheel_without_the_extension_is_pure(tmp_path: Path) -> None:
-    """It fits every Python and platform, and an earlier build's extension is not in it."""
+    """It fits every Python and platform, and does not contain an earlier build's extension."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "gspo_kernels", tmp_path / "gspo_kernels", ignore=shutil.ignore_patterns("*.so", "__py*"))
@@ -135,6 +136,37 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("machine", "archflags", "sources"),
+    [
+        ("arm64", None, ["rows_baseline"]),
+        ("x86_64", None, ["rows_baseline", "rows_avx2", "rows_avx512"]),
+        ("arm64", "-arch x86_64", ["rows_baseline", "rows_avx2", "rows_avx512"]),
+        ("arm64", "-arch arm64 -arch x86_64", None),
+    ],
+)
+def test_flags_on_macos(
+    machine: str, archflags: str | None, sources: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One processor a build, whatever Python was built for; an Apple processor gets none of Intel's flags."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("ARCHFLAGS", archflags or "")  # setup.py sets it: restored after the test
+    if archflags is None:
+        monkeypatch.delenv("ARCHFLAGS")
+    if sources is None:
+        with pytest.raises(SystemExit, match=r"^ARCHFLAGS: expected -arch arm64 or -arch x86_64"):
+            runpy.run_path(str(ROOT / "setup.py"))
+        return
+    found = runpy.run_path(str(ROOT / "setup.py"))
+    assert found["SOURCES"].keys() == {"csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in sources)}
+    assert os.environ["ARCHFLAGS"] == (archflags or f"-arch {machine}")
+    flags = [flag for of_file in found["SOURCES"].values() for flag in of_file]
+    assert any(flag.startswith("-mavx") for flag in flags) == (len(sources) > 1)
+    assert found["LINK"] == ["-pthread"] and found["find_nvcc"]() is None
+
+
+@pytest.mark.parametrize(
     ("files", "expected"),
     [
         ([], "reinstall with a C++17 compiler (GCC or Clang) present"),
@@ -144,7 +176,7 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
     ],
     ids=["installed without", "source tree", "of another Python", "does not load"],
 )
-def test_what_is_said_is_the_case(
+def test_why_the_extension_is_missing(
     tmp_path: Path, files: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])

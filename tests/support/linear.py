@@ -20,6 +20,7 @@ from modes import DEVICE, on_device
 from tolerances import TOLERANCES
 from torch import Tensor
 
+from gspo_kernels.linear import chunked_loss, types
 from gspo_kernels.linear.head import Head
 from gspo_kernels.linear.schedule import row_stride
 
@@ -150,7 +151,7 @@ def from_hidden(
     *,
     rows: int | None = None,
     function: Callable[..., Any] | None = None,
-    wants: Sequence[str] = ("hidden", "weight", "bias"),
+    needs_grad: Sequence[str] = ("hidden", "weight", "bias"),
     upstream: float = 1.0,
     change: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
@@ -163,7 +164,7 @@ def from_hidden(
     weight, bias = on_device(p.weight).detach(), None if p.bias is None else on_device(p.bias).detach()
     for name, x in (("hidden", leaf), ("weight", weight), ("bias", bias)):
         if x is not None:
-            x.requires_grad_(name in wants)
+            x.requires_grad_(name in needs_grad)
     dtype = torch.promote_types(leaf.dtype, weight.dtype)
     if rows is not None:
         options["chunk_bytes"] = chunk_of(rows, options.get("vocab_size", weight.shape[0]), dtype)
@@ -245,8 +246,14 @@ def rows_of_work(stats: Any) -> tuple[int, int, int, int]:
     return forward, again, backward, chunks
 
 
+def without_synchronization(patch: pytest.MonkeyPatch) -> None:
+    """As while a CUDA graph is captured: the host waits for nothing."""
+    for module in (types, chunked_loss):
+        patch.setattr(module, "can_synchronize", lambda device: False)
+
+
 class Separate(Head):
-    """A head that writes gradients beside the logits, as on a GPU, where a row is walked by many threads."""
+    """A head that writes gradients beside the logits, as on a GPU, where many threads compute one row."""
 
     @property
     def _in_place(self) -> bool:

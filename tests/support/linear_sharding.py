@@ -15,16 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import LINEAR, PUBLIC, Batch, arguments, flat, to_padded
-from linear import Gradients, Problem, Separate, check_same, chunk_of
+from linear import Gradients, Problem, Separate, check_same, chunk_of, without_synchronization
 from linear import from_logits as one_process
 from ranks import grid, refused
 from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, part, shard_of
 from torch import Tensor
 
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, policy_loss
-from gspo_kernels.agreement import Together
+from gspo_kernels.agreement import Agreement
 from gspo_kernels.checks import is_dtensor
-from gspo_kernels.linear import walk
+from gspo_kernels.linear import chunked_loss, operators
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def nothing(patch: Patch) -> None:
 
 def gradients_beside_logits(patch: Patch) -> None:
     """As on a GPU."""
-    patch.setattr(walk, "Head", Separate)
+    patch.setattr(operators, "Head", Separate)
 
 
 def as_in_a_cuda_graph(patch: Patch) -> None:
-    """Where nothing is read: masked rows are taken too, and the plan is the same for any batch."""
-    patch.setattr(walk, "may_wait", lambda device: False)
+    """The host reads nothing: masked rows are selected too, and the plan is the same for any batch."""
+    without_synchronization(patch)
 
 
 def from_hidden(rank: int, at: HeadGrid, cases: Sequence[Case], change: Change = nothing) -> list[Found]:
@@ -97,7 +97,7 @@ def with_changes(rank: int, at: HeadGrid, cases: Sequence[Case], changes: Sequen
 
 @dataclass
 class Operands:
-    """Of one rank; leaves that want a gradient, if they are wanted at all."""
+    """Of one rank; leaves; those in `case.needs_grad` require a gradient."""
 
     hidden: Any
     weight: Any
@@ -126,7 +126,7 @@ def operands(rank: int, at: HeadGrid, case: Case, p: Problem, batch: Batch, plac
     hidden, weight, bias = (None if x is None else x.detach().clone() for x in local)
     for name, leaf in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if leaf is not None:
-            leaf.requires_grad_(name in case.wants)
+            leaf.requires_grad_(name in case.needs_grad)
     keywords = keywords_of(at, rank, vocab, *groups)
     if at.tp > 1 and at.vocab == "dtensor" and at.hidden == "plain":
         keywords["tp_group"] = groups[0]
@@ -154,9 +154,9 @@ def hidden_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
     with pytest.MonkeyPatch.context() as patch:
         steps = recorded_steps(patch)
         loss, stats = function(given.hidden, given.weight, *args.rest, bias=given.bias, **keywords)
-    if case.wants:
+    if case.needs_grad:
         (loss * case.upstream).backward()
-    assert loss.requires_grad == bool(case.wants)
+    assert loss.requires_grad == bool(case.needs_grad)
     found = given.gradients()
     padding = None
     if case.layout == "padded" and found["hidden"] is not None:
@@ -168,16 +168,16 @@ def hidden_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
 
 
 def recorded_steps(patch: Patch) -> list[tuple[str, int, int]]:
-    """(way, first, last sequence) of what the next loss does."""
+    """(mode, first, last sequence) of each step of the next loss."""
     steps: list[tuple[str, int, int]] = []
-    original = walk._steps
+    original = chunked_loss.plan_steps
 
     def record(*given: Any) -> Any:
         found = original(*given)
-        steps.extend((step.way, step.first, step.last) for step in found)
+        steps.extend((step.mode, step.first, step.last) for step in found)
         return found
 
-    patch.setattr(walk, "_steps", record)
+    patch.setattr(chunked_loss, "plan_steps", record)
     return steps
 
 
@@ -189,7 +189,7 @@ def logprobs_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
     keywords = {name: x for name, x in given.keywords.items() if name != "cp_group"}
     keywords |= {name: args.keywords[name] for name in ("mask", "temperature")}
     out = linear_token_logprobs(given.hidden, given.weight, args.rest[0], bias=given.bias, **keywords)
-    if case.wants:
+    if case.needs_grad:
         mixed(out).backward()
     found = given.gradients()
     for name in ("logprobs", "entropy", "lse"):
@@ -239,7 +239,7 @@ def odd_one_out(rank: int, at: HeadGrid, case: Case) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collective:
-    when: str  # "checks", which are asked on a CPU alone, "loss" or "backward"
+    when: str  # "checks", which run on a CPU alone, "loss" or "backward"
     kind: str  # "gather" or "reduce"
     group: str  # "tp" or "cp"
     numbers: int  # of one rank
@@ -286,7 +286,7 @@ def recorded_collectives(patch: Patch, groups: Any) -> list[Collective]:
     counting("all_reduce", "reduce")
     for name in ("all_gather", "broadcast", "reduce", "all_to_all_single"):
         patch.delattr(dist, name)
-    patch.setattr(Together, "__exit__", during("checks", Together.__exit__))
+    patch.setattr(Agreement, "__exit__", during("checks", Agreement.__exit__))
     patch.setattr(Tensor, "backward", during("backward", Tensor.backward))
     return taken
 
@@ -368,8 +368,8 @@ def put_together(found: Sequence[Found], at: HeadGrid, case: Case, p: Problem) -
         if not by_sequence:
             log_ratio[rows] = one["log_ratio"]
         for name in ("hidden", "weight", "bias"):
-            wanted = name in case.wants and getattr(p, name) is not None
-            assert (one[name] is not None) == wanted, f"{case}: gradient of {name} on rank {r}"
+            needed = name in case.needs_grad and getattr(p, name) is not None
+            assert (one[name] is not None) == needed, f"{case}: gradient of {name} on rank {r}"
         if one["hidden"] is not None:
             assert one["hidden"].dtype == p.hidden.dtype
             assert torch.equal(one["hidden"], first["hidden"]), f"{case}: hidden gradients differ in a tp group"

@@ -142,7 +142,7 @@ def stack_file(folder: str, rank: int) -> Path:
 
 @functools.cache
 def context() -> Any:
-    """How ranks start: on Linux from a fork server; elsewhere anew, where system libraries may not survive a fork."""
+    """How ranks start: on Linux from a fork server; elsewhere spawned, as system libraries may not survive a fork."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")

@@ -1,7 +1,6 @@
-"""A batch over a grid of ranks: which columns and tokens each holds, and what they found, put together again.
+"""A batch over a grid of ranks: which columns and tokens each holds, and their results merged into one `Outcome`.
 
-What is put together is an `Outcome` of `batches.py`, and meets the same oracle within the same bounds as what one
-process finds.
+The merged outcome meets the same oracle within the same bounds as the outcome of one process.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Case:
     build: dict[str, Any] = field(default_factory=dict)  # of ragged_batch, or of problem
     options: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None  # of a chunk, from hidden states
-    wants: tuple[str, ...] = ("hidden", "weight", "bias")
+    needs_grad: tuple[str, ...] = ("hidden", "weight", "bias")
     upstream: float = 1.0
 
     def batch(self) -> Batch:
@@ -137,7 +136,7 @@ def logits_case(rank: int, at: Grid, case: Case, groups: Any, function: Callable
     if at.vocab == "dtensor":
         given = dtensor(leaf, groups[0], vocab, leaf.ndim - 1)
     if keywords.get("overwrite_logits"):
-        given = given * 1  # a leaf that wants its gradient cannot be overwritten
+        given = given * 1  # a leaf that requires a gradient cannot be overwritten
     loss, stats = (function or PUBLIC[case.objective])(given, *args.rest, **keywords)
     (loss * case.upstream).backward()
     assert leaf.grad is not None
@@ -195,14 +194,14 @@ def put_together(found: Sequence[Found], at: Grid, case: Case, batch: Batch) -> 
     """The outcome of the whole batch from those of all ranks."""
     agreed(found, at, case)
     n, vocab = batch.logits.shape
-    places = [torch.tensor([t for of in rows for t in of], dtype=torch.int64) for rows in at.rows(batch)]
-    assert sorted(torch.cat(places).tolist()) == list(range(n)), "every row is on one rank"
+    row_indices = [torch.tensor([t for of in rows for t in of], dtype=torch.int64) for rows in at.rows(batch)]
+    assert sorted(torch.cat(row_indices).tolist()) == list(range(n)), "every row is on one rank"
     gradient = torch.full((n, vocab), math.nan, dtype=batch.logits.dtype)
     logprobs = torch.full((n,), math.nan)
     log_ratio = found[0]["log_ratio"] if found[0]["by_sequence"] else torch.full((n,), math.nan)
     padding = []
     for r, one in enumerate(found):
-        rows = places[r // at.tp]
+        rows = row_indices[r // at.tp]
         first, width = at.columns(vocab)[r % at.tp] if at.tp > 1 else (0, vocab)
         inside = max(min(first + width, vocab) - first, 0)
         assert one["gradient"].dtype == batch.logits.dtype

@@ -1,6 +1,6 @@
-"""Where gradients of logits are written: over the logits, or, as a GPU has it, in memory of their own, waited for late.
+"""Where gradients of logits are written: over the logits or, as on a GPU, into a buffer of their own.
 
-The second way is forced here on CPU tensors, down to operands of fp16 and the rows that a CUDA graph has to take along.
+The second is forced here on CPU tensors, also with operands in fp16 and with all rows selected as in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,60 +14,71 @@ from batches import OBJECTIVES
 from checks import check_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear import Separate, check_same, from_hidden, from_logits, problem, rows_of_work
+from linear import (
+    Separate,
+    check_same,
+    from_hidden,
+    from_logits,
+    problem,
+    rows_of_work,
+    without_synchronization,
+)
 from modes import DEFAULT_MODE
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from gspo_kernels.linear import head, walk
-from gspo_kernels.linear.products import _OfOperands
+from gspo_kernels.linear import head, operators, schedule
+from gspo_kernels.linear.gradient_rows import ActiveCount, doubling_ranges, order_in_place
+from gspo_kernels.linear.products import HalfProducts
 
 pytestmark = DEFAULT_MODE
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-frozen_or_not = pytest.mark.parametrize("wants", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"])
+frozen_or_not = pytest.mark.parametrize(
+    "needs_grad", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trained"]
+)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.booleans(), max_size=40))
 def test_the_order_in_place(active: list[bool]) -> None:
-    """Every row with a gradient once, and each place is written when no other row has to be read from it any more,
-    whatever row comes first: that is, a row stays, or comes from behind into the place of one without a gradient."""
+    """Every active row once, and no position is overwritten that another row still has to read, in any order of time:
+    a row stays where it is, or moves from further behind to the position of an inactive row."""
     count = sum(active)
-    order = head._order_in_place(torch.tensor(active, dtype=torch.bool), count).tolist()
+    order = order_in_place(torch.tensor(active, dtype=torch.bool), count).tolist()
     assert sorted(order) == [i for i, some in enumerate(active) if some]
     rows: list[Any] = list(range(len(active)))
-    places = list(enumerate(order))
-    random.Random(count).shuffle(places)  # threads take them in any order
-    for place, row in places:
-        assert rows[row] == row, "read after it was written over"
-        rows[place] = f"gradient of {row}"
-        assert place == row or not active[place]
+    positions = list(enumerate(order))
+    random.Random(count).shuffle(positions)  # threads take them in any order
+    for position, row in positions:
+        assert rows[row] == row, "read after it was overwritten"
+        rows[position] = f"gradient of {row}"
+        assert position == row or not active[position]
 
 
 @by_objective
 @frozen_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_gradient_buffer_of_its_own(
-    objective: str, dtype: torch.dtype, wants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    objective: str, dtype: torch.dtype, needs_grad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows sorted by whether they have a gradient, and the products of a chunk queued behind the logits of the next."""
+    """Active rows first, and the products of a chunk queued behind the logits of the next."""
     p = problem(objective, seed=101, bias=True, dtype=dtype)
     for rows in (1, 3, None):
-        in_place = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+        in_place = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad)
         with monkeypatch.context() as patch:
-            patch.setattr(walk, "Head", Separate)
-            separate = from_hidden(p, "packed", objective, rows=rows, wants=wants)
+            patch.setattr(operators, "Head", Separate)
+            separate = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad)
         assert torch.equal(in_place.loss, separate.loss)
         assert [int(x) for x in in_place.stats.head] == [int(x) for x in separate.stats.head]
-        for name in wants:
+        for name in needs_grad:
             x, y = getattr(separate, name), getattr(in_place, name)
             step = 2 * TOLERANCES[dtype].store  # one number may be rounded to either of two neighbours
             check_close(name, x, y, (step + 1e-6) * y.double().abs() + 1e-6 * float(y.double().abs().max()))
             assert torch.equal(x == 0, y == 0)
 
 
-class NarrowProducts(_OfOperands):
+class NarrowProducts(HalfProducts):
     """As cuBLAS and MKL multiply: gradients of logits are fp16 (bf16), sums fp32."""
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
@@ -79,17 +90,17 @@ class NarrowProducts(_OfOperands):
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 9), st.lists(st.booleans(), max_size=40))
 def test_half_as_wide_in_place(kept: int, active: list[bool]) -> None:
-    """Behind `kept` rows of gradients, in turns whose rows may be taken in any order: none is written over logits that
-    are still to be read but its own, and only from the beginning of those on."""
+    """Behind `kept` rows of gradients, in ranges whose rows may be written in any order: none overwrites logits that
+    are still to be read, except its own from their beginning on."""
     first = -(-kept // 2)
     order = [i for i, some in enumerate(active) if some]
     unread, written = set(order), 0
-    for start, stop in head._doubling(len(order)):
+    for start, stop in doubling_ranges(len(order)):
         assert start == written
         for i in range(start, stop):
-            place, row = kept + i, first + order[i]  # in halves of a row, in rows
-            over = place // 2 - first
-            assert over not in unread or (over == order[i] and place == 2 * row)
+            position, row = kept + i, first + order[i]  # in halves of a row, in rows
+            over = position // 2 - first
+            assert over not in unread or (over == order[i] and position == 2 * row)
         unread -= set(order[start:stop])
         written = stop
     assert written == len(order)
@@ -100,15 +111,15 @@ def test_half_as_wide_in_place(kept: int, active: list[bool]) -> None:
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("rows", [1, 2, 6, 8, 50])
 def test_gradients_kept_beside_logits(
-    objective: str, rows: int, backend: str, wants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    objective: str, rows: int, backend: str, needs_grad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bf16 gradients over fp32 logits wait there for those of the next chunks, in whatever order rows become ready."""
+    """bf16 gradients over fp32 logits stay there until more chunks have been computed, for any order of active rows."""
     dtype = torch.bfloat16
     lengths = (3, 0, 5, 1, 6, 2, 2, 4, 1, 7, 3)
     p = problem(objective, seed=104, bias=True, dtype=dtype, lengths=lengths)
     truth = from_logits(p, "packed", objective)
     monkeypatch.setattr(head, "products", NarrowProducts)
-    monkeypatch.setattr(head, "keeps_gradients", lambda device, dtype: True)
+    monkeypatch.setattr(schedule, "gradients_are_half_width", lambda device, dtype: True)
     products: list[int] = []
     original = NarrowProducts.hidden_gradient
 
@@ -117,7 +128,7 @@ def test_gradients_kept_beside_logits(
         return original(self, gradient, factor)
 
     monkeypatch.setattr(NarrowProducts, "hidden_gradient", counted)
-    found = from_hidden(p, "packed", objective, rows=rows, wants=wants, backend=backend)
+    found = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad, backend=backend)
     check_same(found, truth, p, number=2 * TOLERANCES[dtype].store)
     _, _, backward, chunks = rows_of_work(found.stats)
     assert sum(products) == backward
@@ -129,10 +140,10 @@ def test_gradients_kept_beside_logits(
 @frozen_or_not
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e6])
 def test_gradients_of_logits_in_fp16(
-    objective: str, wants: tuple[str, ...], size: float, monkeypatch: pytest.MonkeyPatch
+    objective: str, needs_grad: tuple[str, ...], size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are lifted by a power of two while they are multiplied: advantages of any size lose what fp16 rounds, and
-    nothing underflows to zero or overflows. Operands are of fp16; gradients are read in fp32, under autocast."""
+    """They are scaled by a power of two while they are multiplied: with advantages of any size nothing underflows to 0
+    or overflows. Operands are in fp16; gradients are returned in fp32, under autocast."""
     dtype = torch.float16
     p = problem(objective, seed=102, bias=True, dtype=dtype)
     p.hidden, p.weight = p.hidden.float(), p.weight.float()
@@ -140,11 +151,11 @@ def test_gradients_of_logits_in_fp16(
     p.bias = p.bias.float()
     p.batch.advantages *= size
     truth = from_logits(p, "packed", objective)
-    monkeypatch.setattr(walk, "Head", Separate)
+    monkeypatch.setattr(operators, "Head", Separate)
     monkeypatch.setattr(head, "products", NarrowProducts)
     for rows in (3, None):
         with torch.autocast("cpu", dtype=dtype):
-            found = from_hidden(p, "packed", objective, rows=rows, wants=wants, backend="reference")
+            found = from_hidden(p, "packed", objective, rows=rows, needs_grad=needs_grad, backend="reference")
         # of a row's columns the smallest may be a thousandth of the largest, and a subnormal
         check_same(found, truth, p, number=2 * TOLERANCES[dtype].store, stats=False)
 
@@ -152,18 +163,18 @@ def test_gradients_of_logits_in_fp16(
 @by_objective
 @frozen_or_not
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_where_nothing_may_be_waited_for(
-    objective: str, wants: tuple[str, ...], layout: str, monkeypatch: pytest.MonkeyPatch
+def test_where_the_host_may_not_wait(
+    objective: str, needs_grad: tuple[str, ...], layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a CUDA graph no count can be read: masked rows and those without a gradient go along, and change nothing.
+    """In a CUDA graph no count can be read: masked and inactive rows are multiplied too, and change nothing.
 
-    Whatever their hidden states hold, NaN here; their gradients are zero, and zero times NaN is not.
+    Their hidden states are NaN here. Their gradients are 0, but 0 times NaN is NaN.
     """
     p = problem(objective, seed=103, bias=True)
     truth = from_logits(p, layout, objective)
-    monkeypatch.setattr(walk, "Head", Separate)
-    monkeypatch.setattr(walk, "may_wait", lambda device: False)
-    monkeypatch.setattr(head._News, "wait", lambda self: (self._rows, 0))
+    monkeypatch.setattr(operators, "Head", Separate)
+    without_synchronization(monkeypatch)
+    monkeypatch.setattr(ActiveCount, "wait", lambda self: (self._rows, 0))
     for rows in (3, None):
-        found: Any = from_hidden(p, layout, objective, rows=rows, wants=wants)
+        found: Any = from_hidden(p, layout, objective, rows=rows, needs_grad=needs_grad)
         check_same(found, truth, p)

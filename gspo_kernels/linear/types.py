@@ -1,0 +1,99 @@
+"""The values that a loss from hidden states passes around: its operands, its rows, and which gradients are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows.operators import check_ids_and_temperatures
+from ..rows.vocab_shard import VocabShard
+
+
+class NeedsGrad(NamedTuple):
+    """Which operands need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> NeedsGrad:
+    grad = torch.is_grad_enabled()
+    return NeedsGrad(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
+
+
+class Gradients(NamedTuple):
+    """In float32 (float64 for float64), whatever the dtype of the operands; empty where not needed."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
+
+
+@dataclass(frozen=True)
+class HeadArguments:
+    """Hidden states, a head and one target per row; checked."""
+
+    hidden: Tensor  # [B, T, D] or [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    token_ids: Tensor  # [outer, inner]; mask and temperature as in `Rows`
+    mask: Tensor | None
+    temperature: Tensor
+    vocab_size: int  # rows of the weight from there on are padding
+    dtype: torch.dtype  # of the operands of the products
+    chunk_bytes: int | None
+    backend: str | None
+    shard: VocabShard | None  # of a head that is sharded over ranks: `weight` and `bias` are this rank's part
+
+    def needs_grad(self) -> NeedsGrad:
+        return needs_grad(self.hidden, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class SelectedRows:
+    """The rows of the hidden states that are multiplied by the head; the arrays have an entry for each of them."""
+
+    hidden: Tensor  # [N, D], all rows
+    row_indices: Tensor | None  # [rows] int64, the selected rows of `hidden`; None: all
+    token_ids: Tensor  # [rows] int64
+    mask: Tensor | None  # [rows] bool, where masked rows are selected as well; None: no selected row is masked
+    temperature: Tensor  # [rows] fp32, or 0-d fp64 on the CPU
+
+    @property
+    def count(self) -> int:
+        return self.token_ids.shape[0]
+
+
+def select_rows(arguments: HeadArguments) -> SelectedRows:
+    """The unmasked rows. In a CUDA graph the mask cannot be read by the host: all rows are selected there."""
+    hidden = arguments.hidden.reshape(-1, arguments.hidden.shape[-1])
+    ids, mask, temperature = arguments.token_ids.reshape(-1), arguments.mask, arguments.temperature
+    if temperature.ndim:
+        temperature = temperature.reshape(-1)
+    check_ids_and_temperatures(arguments.token_ids, mask, arguments.temperature, arguments.vocab_size)
+    if mask is None or not can_synchronize(hidden.device):
+        ids = ids if mask is None else torch.where(mask.reshape(-1), ids, 0)
+        return SelectedRows(hidden, None, ids, None if mask is None else mask.reshape(-1), temperature)
+    row_indices = mask.reshape(-1).nonzero()[:, 0]
+    return SelectedRows(
+        hidden, row_indices, ids[row_indices], None, temperature[row_indices] if temperature.ndim else temperature
+    )
+
+
+def to_all_rows(values: Tensor, rows: SelectedRows, shape: torch.Size) -> Tensor:
+    """An array with an entry per selected row -> the caller's token layout, 0 at the other rows."""
+    if rows.row_indices is None:
+        return values.reshape(shape)
+    return values.new_zeros(rows.hidden.shape[0]).index_copy_(0, rows.row_indices, values).reshape(shape)
+
+
+def can_synchronize(device: torch.device) -> bool:
+    """Whether the host may wait for the device: not while a CUDA graph is captured."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,177 @@
+"""The losses that clip an importance ratio: GSPO, GSPO-token, GRPO and PPO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..scalars import run_time
+from .objectives import Objective, RowClip, Terms, TokenBatch, at_most
+from .triton_term import TritonTerm
+
+if TYPE_CHECKING:  # what the term calls
+    import triton.language as tl  # type: ignore
+
+    from ..rows.triton_math import exp, expm1
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None,
+    max_log_ratio: Tensor,
+) -> Terms:
+    """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
+
+    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). Decided on the deviation `s - 1`, taken by
+    expm1, which near 1 is exact where `s` itself has lost the digits the clip range lives in. On a bound is unclipped.
+
+    Returns: the loss and where it is held at a bound, one number per log-ratio.
+    """
+    device = log_ratio.device
+    lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
+    deviation = torch.expm1(at_most(log_ratio, max_log_ratio))
+    low = (advantages < 0) & (deviation < lowest)
+    high = (advantages > 0) & (deviation > highest)
+    held = torch.where(high, highest, torch.where(low, lowest, deviation))
+    if dual_clip is not None:
+        bound = run_time(dual_clip, device) - 1.0
+        above = (advantages < 0) & (deviation > bound)
+        held, high = torch.where(above, bound, held), high | above
+    return Terms(-(1.0 + held) * advantages, log_ratio, low, high)
+
+
+@TritonTerm
+def clipped_term(  # type: ignore[no-untyped-def]
+    log_ratio, advantage, max_log_ratio, logprob, old_logprob, eps_low, eps_high, dual_clip, unused
+):
+    """`clipped_surrogate` in Triton."""
+    saturated = log_ratio > max_log_ratio
+    bounded = tl.where(saturated, max_log_ratio, log_ratio)
+    deviation, ratio = expm1(bounded), exp(bounded)
+    low = (advantage < 0.0) & (deviation < -eps_low)
+    high = (advantage > 0.0) & (deviation > eps_high)
+    dual = (advantage < 0.0) & (deviation > dual_clip - 1.0)
+    held = tl.where(high, 1.0 + eps_high, tl.where(low, 1.0 - eps_low, tl.where(dual, dual_clip, ratio)))
+    slope = tl.where(low | high | dual | saturated, 0.0, -ratio * advantage)
+    return -held * advantage, slope, low, high | dual
+
+
+@dataclass(frozen=True)
+class _Clipped(Objective):
+    eps_low: float
+    eps_high: float
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        found: dict[str, float] = {
+            "eps_low": checks.number("eps_low", self.eps_low, "the clip range below 1", at_least=0.0),
+            "eps_high": checks.number("eps_high", self.eps_high, "the clip range above 1", at_least=0.0),
+        }
+        if self.dual_clip is not None:
+            found["dual_clip"] = checks.number(
+                "dual_clip", self.dual_clip, "the largest ratio for a negative advantage", above=1.0
+            )
+        for name, value in found.items():
+            if value is not getattr(self, name):  # a number of numpy
+                object.__setattr__(self, name, value)
+
+    def _clip(self, log_ratio: Tensor, tokens: TokenBatch) -> Terms:
+        return clipped_surrogate(
+            log_ratio, tokens.advantages, eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
+            max_log_ratio=tokens.max_log_ratio,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GSPO(_Clipped):
+    """Group Sequence Policy Optimization (arXiv 2507.18071, equations 5 to 7).
+
+    One ratio per sequence, `s_i = exp( (1/|y_i|) sum_t m_t (l_t - o_t) )`, and
+
+        L = -(1/S) sum_i min( s_i A_i, clip(s_i, 1 - eps_low, 1 + eps_high) A_i ).
+
+    Its gradient, `dL/dl_t = -(1/S) s_i A_i / |y_i|` where unclipped, weighs all tokens of a response alike. One
+    advantage per sequence. The default clip range is the paper's.
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+
+    ratio_of: ClassVar[str] = "sequence"
+    advantages_per_token: ClassVar[bool] = False
+    depends_on: ClassVar[str] = "sequence"
+    by_sequence_alone: ClassVar[bool] = True
+    triton_term = clipped_term
+
+    def terms(self, tokens: TokenBatch) -> Terms:
+        return self._clip(tokens.layout.mean(tokens.log_ratio), tokens)
+
+
+@dataclass(frozen=True)
+class GSPOToken(_Clipped):
+    """GSPO-token (arXiv 2507.18071, equations 13 and 14): GSPO with an advantage for every token.
+
+    `s_it = sg[s_i] pi(y_t) / sg[pi(y_t)]` has the value of the sequence's ratio and the gradient of the token's, and
+
+        L = -(1/S) sum_i (1/|y_i|) sum_t m_t min( s_it A_it, clip(s_it, 1 - eps_low, 1 + eps_high) A_it ).
+
+    With the same advantage at every token, value, clipping and gradient equal GSPO's.
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+
+    depends_on: ClassVar[str] = "sequence"
+    triton_term = clipped_term
+    sequence_value: ClassVar[bool] = True
+
+    def terms(self, tokens: TokenBatch) -> Terms:
+        r, layout = tokens.log_ratio, tokens.layout
+        return self._clip(layout.spread(layout.mean(r.detach())) + (r - r.detach()), tokens)
+
+
+@dataclass(frozen=True)
+class GRPO(_Clipped):
+    """Group Relative Policy Optimization (arXiv 2402.03300, equation 3), without its KL term: pass `beta` for that.
+
+    One ratio per token, `w_t = exp(l_t - o_t)`, and
+
+        L = -(1/S) sum_i (1/|y_i|) sum_t m_t min( w_t A_t, clip(w_t, 1 - eps_low, 1 + eps_high) A_t ).
+
+    The default clip range is that of the GSPO paper's baseline, 0.2 and 0.27.
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.27
+
+    depends_on: ClassVar[str] = "token"
+    triton_term = clipped_term
+
+    def terms(self, tokens: TokenBatch) -> Terms:
+        return self._clip(tokens.log_ratio, tokens)
+
+    def row_clip(self) -> RowClip:
+        return RowClip(self.eps_low, self.eps_high, math.inf if self.dual_clip is None else self.dual_clip)
+
+
+@dataclass(frozen=True)
+class PPO(GRPO):
+    """Proximal Policy Optimization, clipped (arXiv 1707.06347, equation 7): token ratios, mean over all tokens.
+
+        L = -(1/sum_t m_t) sum_t m_t min( w_t A_t, clip(w_t, 1 - eps_low, 1 + eps_high) A_t ),   w_t = exp(l_t - o_t)
+
+    GRPO with another range (0.2 on both sides) and another mean.
+    """
+
+    eps_high: float = 0.2
+
+    aggregation: ClassVar[str] = "token_mean"

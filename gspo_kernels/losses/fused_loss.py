@@ -1,0 +1,274 @@
+"""A loss in four launches: rows, the two of the token stage in Triton, gradient.
+
+Off-policy: rows -> sequences -> batch, and the gradient in the backward. On-policy, where the gradient by each
+log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. For an
+objective with a `row_clip` a backend that clips rows does the same off-policy; the batch kernel then sums up the loss.
+From log-probabilities there are the stage's two launches alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
+from ..operators import Operator, save_values, saved_values
+from ..rows import triton_rows
+from ..rows.dispatch import Backend, backend_for
+from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gradient, zero_padding
+from ..rows.types import RowOptions, Rows, RowStats, Upstream, empty_stats
+from .stats import PARTIALS, SCALARS, Stats
+from .token_stage import LossOutput, TokenInputs
+from .triton_stage import TritonStage, takes, unsupported_reason
+
+
+def backend_of(inputs: TokenInputs, rows: Rows, backend: str | None) -> Backend | None:
+    """The backend of the rows if the stage in Triton runs beside it for this loss."""
+    chosen = backend_for(rows, backend)
+    if not chosen.runs_stage_in_triton:
+        return None
+    if takes(inputs):
+        return chosen
+    if rows.logits.is_cuda and inputs.batch.ranks is None and not torch.compiler.is_compiling():
+        _warn(unsupported_reason(inputs.objective, False))
+    return None
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    message = "gspo_kernels computes the loss from log-probabilities in torch, which is slower on a GPU"
+    warnings.warn(f"{message}: {reason}", stacklevel=2)
+
+
+def takes_logprobs(inputs: TokenInputs, logprobs: Tensor) -> bool:
+    """Whether the loss of these log-probabilities runs here: differentiated in reverse mode, once or more often."""
+    if not takes(inputs) or logprobs.dtype != torch.float32 or transforms_active():
+        return False
+    return not triton_rows.unsupported_reasons(logprobs[..., None])
+
+
+def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
+    """Whether the gradient of a loss that runs here can be had in one pass although the ratios are not 1."""
+    alone = inputs.beta == 0.0 and not inputs.entropy_bonus
+    of_float32 = inputs.old_logprobs is None or inputs.old_logprobs.dtype == torch.float32
+    return alone and of_float32 and backend.clips_rows and inputs.objective.row_clip() is not None
+
+
+def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool, backend: Backend) -> LossOutput:
+    """By `backend`, beside which the stage in Triton runs."""
+    if one_pass:
+        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options, backend)
+    else:
+        found = fused_loss(rows, inputs, options)
+        loss, scalars, log_ratios, logprobs = found.loss, found.scalars, found.log_ratios, found.logprobs
+    return _output(inputs, loss, scalars, logprobs, log_ratios)
+
+
+def loss_of_rows(inputs: TokenInputs, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
+    """From log-probabilities and entropies that came from elsewhere, in the caller's token layout; differentiable."""
+    if len(inputs.batch.tokens) == 1:
+        logprobs, entropy = logprobs.reshape(1, -1), None if entropy is None else entropy.reshape(1, -1)
+    found = fused_stage(logprobs, entropy, inputs)
+    of_stats = logprobs.detach()
+    if inputs.batch.mask is not None:
+        of_stats = torch.where(inputs.batch.mask.reshape(of_stats.shape), of_stats, 0.0)
+    return _output(inputs, found.loss, found.scalars, of_stats, found.log_ratios)
+
+
+def _output(inputs: TokenInputs, loss: Tensor, scalars: Tensor, logprobs: Tensor, log_ratios: Tensor) -> LossOutput:
+    shape, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
+    logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
+    of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.detach().unbind(), strict=True))
+    stats = Stats(
+        **of_batch,
+        logprobs=logprobs if logprobs.shape == shape else logprobs.reshape(shape),
+        log_ratio=log_ratios if ratio_of == "sequence" else log_ratios.reshape(shape),
+        ratio_of=ratio_of,
+    )
+    return LossOutput(loss, stats)
+
+
+# ---- the stage alone
+
+
+class FusedStage(NamedTuple):
+    """`loss` alone is differentiable. Gradients have to be divided by the sum of the counts in `partials`."""
+
+    loss: Tensor  # 0-d
+    scalars: Tensor  # in the order of SCALARS
+    log_ratios: Tensor  # [sequences] or [tokens]
+    grad_logprobs: Tensor  # [outer, inner]
+    grad_entropy: Tensor  # the same, or empty without an entropy bonus
+    partials: Tensor  # [PARTIALS, sequences]
+
+
+def _fused_stage(logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> FusedStage:
+    stage = TritonStage(logprobs.shape, inputs)
+    stage.sequences(logprobs.contiguous(), None if entropy is None else entropy.contiguous())
+    return _results(stage)
+
+
+def _results(stage: TritonStage) -> FusedStage:
+    """Of a stage whose sequences have seen the statistics."""
+    bonus = stage.partials.new_empty(0) if stage.grad_entropy is None else stage.grad_entropy
+    return FusedStage(*stage.batch(None), stage.log_ratios, stage.grad_logprobs, bonus, stage.partials)
+
+
+def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
+    outer, inner = shape
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=inputs.batch.device)
+
+    sequences = inputs.batch.sequences
+    log_ratios = empty(sequences if inputs.objective.ratio_of == "sequence" else outer * inner)
+    bonus = empty(outer, inner) if inputs.entropy_bonus else empty(0)
+    return FusedStage(
+        empty(), empty(len(SCALARS)), log_ratios, empty(outer, inner), bonus, empty(len(PARTIALS), sequences)
+    )
+
+
+def _upstream(found: FusedStage, entropy_bonus: bool, factor: Tensor) -> Upstream:
+    counts = found.partials[PARTIALS.index("count")]
+    return Upstream(found.grad_logprobs, found.grad_entropy if entropy_bonus else None, factor=factor, counts=counts)
+
+
+def _save_stage(ctx: Any, found: FusedStage, logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> None:
+    save_values(ctx, found=found, logprobs=logprobs, entropy=entropy)
+    ctx.entropy_bonus, ctx.inputs = inputs.entropy_bonus, None
+    if not math.isnan(inputs.max_log_ratio):  # numbers are unknown while a compiler traces this
+        ctx.inputs, ctx.versions = inputs, inputs.versions()  # not saved: they may have come from inference_mode
+
+
+def _gradient_of_stage(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
+    saved = saved_values(ctx)
+    logprobs, entropy = saved["logprobs"], saved["entropy"]
+    if torch.is_grad_enabled() and ctx.inputs is not None:
+        if ctx.inputs.versions() != ctx.versions:
+            raise RuntimeError("policy_loss_from_logprobs: an argument was written to before its second derivative")
+        return ctx.inputs.stage().differentiable_gradient(logprobs, entropy, factor)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        found = _upstream(saved["found"], ctx.entropy_bonus, factor).by_statistic()
+    g_logprobs, g_entropy = (
+        None if g is None else first_derivative(g, FROM_LOGITS, logprobs, entropy, factor) for g in found[:2]
+    )
+    return {"logprobs": g_logprobs, "entropy": g_entropy}
+
+
+fused_stage = Operator(
+    "fused_stage",
+    _fused_stage,
+    fake=lambda logprobs, entropy, inputs: _empty_results(logprobs.shape, inputs),
+    save=_save_stage,
+    backward=_gradient_of_stage,
+    operands=("logprobs", "entropy"),
+    outputs=1,
+    direct=True,
+)
+
+
+# ---- two passes over the logits
+
+
+class FusedLoss(NamedTuple):
+    """A `FusedStage`, and the statistics of the rows."""
+
+    loss: Tensor
+    scalars: Tensor
+    log_ratios: Tensor
+    grad_logprobs: Tensor
+    grad_entropy: Tensor
+    partials: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+def _fused_loss(rows: Rows, inputs: TokenInputs, options: RowOptions) -> FusedLoss:
+    stage = TritonStage(rows.token_ids.shape, inputs)
+    check_values(rows)
+    stats = triton_rows.forward(rows)
+    stage.sequences(stats.logprobs, stats.entropy)
+    return FusedLoss(*_results(stage), *stats)
+
+
+def _save_loss(ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, options: RowOptions) -> None:
+    save_values(ctx, rows=rows, stats=RowStats(found.logprobs, found.entropy, found.lse), found=FusedStage(*found[:6]))
+    ctx.entropy_bonus, ctx.overwrite_logits = inputs.entropy_bonus, options.overwrite_logits
+
+
+def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
+    saved = saved_values(ctx)
+    rows, stats, upstream = saved["rows"], saved["stats"], _upstream(saved["found"], ctx.entropy_bonus, factor)
+    if ctx.overwrite_logits:
+        refuse_second_backward(ctx, FROM_LOGITS)
+    gradient = gradient_buffer(rows.logits, ctx.overwrite_logits)
+    row_gradient(rows, stats, upstream, gradient, triton_rows.name)
+    return {"logits": first_derivative(gradient, FROM_LOGITS, rows.logits, factor)}
+
+
+fused_loss = Operator(
+    "fused_loss",
+    _fused_loss,
+    fake=lambda rows, inputs, options: FusedLoss(
+        *_empty_results(rows.token_ids.shape, inputs), *empty_stats(rows.logits)
+    ),
+    save=_save_loss,
+    backward=_gradient_of_loss,
+    operands=("logits",),
+    outputs=1,
+    direct=True,
+)
+
+
+# ---- one pass
+
+
+class _OnePass(torch.autograd.Function):
+    """Where no gradient needs the batch: it is written by the forward, while each row was in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        rows: Rows,
+        inputs: TokenInputs,
+        options: RowOptions,
+        backend: Backend,
+    ) -> Any:
+        stage = TritonStage(rows.token_ids.shape, inputs)
+        check_values(rows)
+        clip = None if inputs.old_logprobs is None else stage.clip()
+        stage.sequences(None, None)
+        gradient = gradient_buffer(logits, options.overwrite_logits)
+        zero_padding(gradient, rows.vocab_size)
+        upstream = Upstream(stage.grad_logprobs, counts=stage.counts, tickets=stage.zero)
+        stats = backend.forward_backward(rows, upstream, gradient, clip)
+        loss, scalars = stage.batch(stats)
+        if options.overwrite_logits:
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(gradient)
+        ctx.edge = edge_of(logits)
+        ctx.vocab_size = rows.vocab_size
+        ctx.nan_source = stage.nan_source(loss, stats)
+        ctx.mark_non_differentiable(scalars, stage.log_ratios, stats.logprobs)
+        ctx.set_materialize_grads(False)
+        return loss, scalars, stage.log_ratios, stats.logprobs
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor | None, *_: Tensor | None) -> Any:
+        if factor is None:
+            return None, None, None, None, None
+        refuse_second_backward(ctx, FROM_LOGITS)
+        (gradient,) = ctx.saved_tensors
+        with torch.no_grad():
+            # Returns at once where the factor is 1 and the loss no NaN.
+            triton_rows.scale(gradient[..., : ctx.vocab_size], factor, ctx.nan_source)
+            torch.autograd.graph.increment_version(gradient)
+        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None, None

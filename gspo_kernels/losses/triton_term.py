@@ -1,0 +1,45 @@
+"""An objective's term in Triton's language: it stands beside the torch terms, and is compiled into the stage's kernel.
+
+    @TritonTerm
+    def reinforce_term(log_ratio, advantage, max_log_ratio, logprob, old_logprob, p0, p1, p2, p3):
+        ratio = exp(tl.minimum(log_ratio, max_log_ratio))
+        return -ratio * advantage, -ratio * advantage, log_ratio != log_ratio, log_ratio != log_ratio
+
+A term is called for a block of units (tokens, or one sequence), in float32, and returns, per unit, the loss, its
+derivative by the log-ratio (the log-probability, which is the same), and whether it was clipped at the lower and at the
+upper bound. The parameters are the objective's fields in their order, run-time values; None arrives as NaN, with which
+every comparison is False. What a term does not use costs nothing. The log-probabilities are those of a token; they are
+0 for a sequence.
+
+Triton is imported with the first term that is compiled. Until then the term's names (`tl`, and the functions of
+`rows.triton_math`) need not be there: import them under TYPE_CHECKING.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+MOST_PARAMETERS = 4
+
+
+class TritonTerm:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The function as Triton's kernels call it."""
+        import triton  # type: ignore
+        import triton.language  # type: ignore
+
+        from ..rows import triton_math
+
+        names = self._function.__globals__
+        for name in self._function.__code__.co_names:
+            if name == "tl":
+                names.setdefault(name, triton.language)
+            elif hasattr(triton_math, name):
+                names.setdefault(name, getattr(triton_math, name))
+        return triton.jit(self._function)

@@ -1,0 +1,111 @@
+"""Outputs of SGLang as packed arrays: the log-probabilities of a rollout, ready to be `old_logprobs`.
+
+SGLang is not imported: outputs are recognised by their fields, as objects or as JSON. Formats:
+`docs/basic_usage/sampling_params.md` and `python/sglang/srt/managers/tokenizer_manager.py`, as of 0.4 and 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .. import checks
+from .parsing import (
+    agreed_prompt,
+    check_count,
+    describe,
+    get,
+    list_outputs,
+    read_ids,
+    read_list,
+    read_logprobs,
+    read_prompts,
+)
+from .rollouts import Response, Rollouts, pack
+
+
+def from_sglang(
+    outputs: Any, *, prompt_ids: Sequence[Sequence[int]] | None = None, missing: str = "refuse", device: Any = None
+) -> Rollouts:
+    """SGLang's outputs as packed arrays.
+
+    Accepted are one output or a sequence of outputs: what `Engine.generate` and `POST /generate` return for
+    `return_logprob=True`, `{"meta_info": {"output_token_logprobs": [(logprob, token id, text or None), ...]}}`; and
+    responses of `/v1/chat/completions` whose choices have such a `meta_info` (`return_meta_info=True`,
+    `logprobs=True`). Other OpenAI responses of SGLang have no token ids and are refused.
+
+    SGLang computes log-probabilities after penalties and after dividing by the temperature, so give the losses the same
+    `temperature`; if the server runs with SGLANG_RETURN_ORIGINAL_LOGPROB, pass `temperature=1.0`. They do not include
+    top-k, top-p and min-p (older versions included top-p): sample without these filters.
+
+    Args:
+        prompt_ids: the prompt's token ids for each element of `outputs`, of which SGLang returns one per response
+            (with n > 1, the n responses to a prompt are adjacent). None: those in `input_token_logprobs`, which
+            `logprob_start_len=0` requests, if any.
+
+    The other arguments, the result and the errors are those of `from_vllm`. Token ids are also compared with
+    `completion_tokens` and `output_ids`, which detects responses that are shifted by one.
+    """
+    return pack(_responses(list_outputs(outputs, ("meta_info", "choices")), prompt_ids), missing, device)
+
+
+def _responses(outputs: list[Any], prompts: Any) -> Iterator[Response]:
+    given = read_prompts(prompts, len(outputs))
+    for k, output in enumerate(outputs):
+        choices = get(output, "choices")
+        if choices is None:
+            yield _response(f"outputs[{k}]", output, None, given[k])
+            continue
+        for j, choice in enumerate(read_list(f"outputs[{k}].choices", choices, "choices")):
+            yield _response(f"outputs[{k}].choices[{j}]", choice, get(output, "prompt_token_ids"), given[k])
+
+
+def _response(where: str, output: Any, prompt: Any, given: list[int] | None) -> Response:
+    """One output or choice with `meta_info`; `prompt`: as its response has it, `given`: as the caller passed it."""
+    meta = get(output, "meta_info")
+    if meta is None:
+        raise ValueError(
+            f"{where}.meta_info: expected what /generate returns, or a chat's choice with return_meta_info=true, "
+            f"because other responses have no token ids; got {describe(output)}"
+        )
+    here = f"{where}.meta_info.output_token_logprobs"
+    rows = get(meta, "output_token_logprobs")
+    if rows is None:
+        raise ValueError(f"{here}: expected [(logprob, token id, text), ...]; got none: send return_logprob=true")
+    reason = get(meta, "finish_reason")
+    if reason is None:
+        raise ValueError(
+            f"{where}.meta_info.finish_reason: expected that of a whole response; got None, a part of a stream"
+        )
+    rows = _rows(here, rows)
+    token_ids = read_ids(here, [token for _, token, *_ in rows], "[1]")
+    logprobs = read_logprobs(here, [logprob for logprob, *_ in rows], "[0]")
+    if (count := get(meta, "completion_tokens")) is not None:
+        named = f"{where}.meta_info.completion_tokens"
+        check_count(here, len(rows), checks.whole(named, count, "how many tokens were sampled"))
+    if (output_ids := get(output, "output_ids")) is not None:
+        output_ids = read_ids(f"{where}.output_ids", output_ids)
+        check_count(here, len(rows), len(output_ids))
+        if output_ids != token_ids:
+            raise ValueError(
+                f"{where}.output_ids: expected the token ids of meta_info.output_token_logprobs; got others"
+            )
+    prompt = get(output, "prompt_token_ids") if prompt is None else prompt
+    inputs = get(meta, "input_token_logprobs")
+    if prompt is None and inputs is not None:
+        here = f"{where}.meta_info.input_token_logprobs"
+        inputs = _rows(here, inputs)
+        if inputs and len(inputs) == get(meta, "prompt_tokens"):  # otherwise they start later in the prompt
+            prompt = read_ids(here, [token for _, token, *_ in inputs], "[1]")
+    kind = str(get(reason, "type") if isinstance(reason, Mapping) else reason)
+    return Response(where, token_ids, logprobs, kind, agreed_prompt(where, prompt, given))
+
+
+def _rows(where: str, values: Any) -> list[Any]:
+    """SGLang's rows (log-probability, token id, text)."""
+    rows = read_list(where, values, "(logprob, token id, text)")
+    of_sequences = all(issubclass(kind, (tuple, list)) for kind in set(map(type, rows)))
+    if not of_sequences or min(map(len, rows), default=2) < 2:
+        at = next(i for i, row in enumerate(rows) if not isinstance(row, (tuple, list)) or len(row) < 2)
+        raise TypeError(f"{where}[{at}]: expected (logprob, token id, text); got {checks.describe(rows[at])}")
+    return rows

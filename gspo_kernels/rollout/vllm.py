@@ -1,0 +1,160 @@
+"""Outputs of vLLM as packed arrays: the log-probabilities of a rollout, ready to be `old_logprobs`.
+
+vLLM is not imported: outputs are recognised by their fields, as objects or as JSON. Formats: `vllm/outputs.py`,
+`vllm/logprobs.py` and `vllm/entrypoints/openai/*/protocol.py`, as of 0.9 to 0.20.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .. import checks
+from .parsing import (
+    agreed_prompt,
+    check_count,
+    describe,
+    get,
+    list_outputs,
+    read_ids,
+    read_list,
+    read_logprobs,
+    read_prompts,
+)
+from .rollouts import Response, Rollouts, pack
+
+_TOKEN = re.compile(r"token_id:(\d+)")
+
+
+def from_vllm(
+    outputs: Any, *, prompt_ids: Sequence[Sequence[int]] | None = None, missing: str = "refuse", device: Any = None
+) -> Rollouts:
+    """vLLM's outputs as packed arrays.
+
+    Accepted are one output or a sequence of outputs, of these kinds:
+
+    - `RequestOutput`, as `LLM.generate` and `AsyncLLM` return it, for `SamplingParams(logprobs=0)` or more: the
+      sampled token's log-probability is always returned. `CompletionOutput.logprobs` may be a list of
+      `{token id: Logprob}` or `FlatLogprobs`;
+    - responses of the server (`/v1/completions`, `/v1/chat/completions`, `/inference/v1/generate`), as parsed JSON or
+      as the OpenAI client's objects, for requests with `logprobs` and `return_token_ids=True`, or
+      `return_tokens_as_token_ids=True`.
+
+    vLLM's default, `logprobs_mode="raw_logprobs"`, gives log-probabilities of the model's own logits, before penalties,
+    temperature, top-k and top-p: pass `temperature=1.0` to the losses. To sample at another temperature, start vLLM
+    with `logprobs_mode="processed_logprobs"` and give the losses the same `temperature`. With top-k or top-p, processed
+    log-probabilities are those of the filtered distribution, which no loss here computes.
+
+    Args:
+        outputs: see above. Requests must have finished; parts of a stream are refused.
+        prompt_ids: the prompt's token ids for each element of `outputs`. None: those that the engine returned, if any.
+        missing: what to do with a sampled token that has no log-probability: it is None, NaN, minus infinity, or at
+            most -9999.0, which a server writes for minus infinity. "refuse" raises; "mask" sets the token's mask to
+            False. Every sampled token has a log-probability, so a missing one means an engine's bug, or a sampling
+            filter that the log-probabilities do not include.
+        device: of the arrays. None: the CPU.
+
+    Raises:
+        ValueError, TypeError: naming the position in `outputs`, what was expected and what came: log-probabilities that
+            were not requested, a count other than that of the tokens, values above 0 (logits), unfinished requests.
+    """
+    return pack(_responses(list_outputs(outputs, ("outputs", "choices")), prompt_ids), missing, device)
+
+
+def _responses(requests: list[Any], prompts: Any) -> Iterator[Response]:
+    given = read_prompts(prompts, len(requests))
+    for k, request in enumerate(requests):
+        where = f"outputs[{k}]"
+        if (choices := get(request, "choices")) is not None:
+            yield from _server_responses(where, request, choices, given[k])
+            continue
+        completions = get(request, "outputs")
+        if not isinstance(completions, Sequence):
+            raise TypeError(
+                f"{where}: expected a RequestOutput, which has a list `outputs`, or a server's response, which has "
+                f"`choices`; got {describe(request)}"
+            )
+        if get(request, "finished") is False:
+            raise ValueError(f"{where}.finished: expected a finished request, no part of a stream; got False")
+        prompt = agreed_prompt(where, get(request, "prompt_token_ids"), given[k])
+        for j, completion in enumerate(completions):
+            here = f"{where}.outputs[{j}]"
+            positions = get(completion, "logprobs")
+            if positions is None:
+                raise ValueError(
+                    f"{here}.logprobs: expected the sampled tokens' log-probabilities; got None: ask for them with "
+                    "SamplingParams(logprobs=0)"
+                )
+            token_ids = read_ids(f"{here}.token_ids", get(completion, "token_ids"))
+            if not hasattr(positions, "__len__") or isinstance(positions, (str, bytes, Mapping)):
+                raise TypeError(
+                    f"{here}.logprobs: expected a list of dicts, or FlatLogprobs; got {checks.describe(positions)}"
+                )
+            check_count(f"{here}.logprobs", len(positions), len(token_ids))
+            values = _sampled_logprobs(here, token_ids, positions)
+            yield Response(here, token_ids, values, str(get(completion, "finish_reason")), prompt)
+
+
+def _sampled_logprobs(where: str, token_ids: list[int], positions: Any) -> list[float]:
+    """The sampled token's log-probability at each position of a list of {token id: Logprob}, or of FlatLogprobs."""
+    starts, ends = get(positions, "start_indices"), get(positions, "end_indices")
+    found: list[Any] = []
+    if starts is not None and ends is not None:  # FlatLogprobs may build its lists at each access
+        candidates, values = list(get(positions, "token_ids")), list(get(positions, "logprobs"))
+        for token, start, end in zip(token_ids, list(starts), list(ends), strict=True):
+            at = next((j for j in range(start, end) if candidates[j] == token), None)
+            found.append(None if at is None else values[at])
+        return read_logprobs(f"{where}.logprobs", found)
+    for i, (token, position) in enumerate(zip(token_ids, positions, strict=True)):
+        if position is not None and not isinstance(position, Mapping):
+            raise TypeError(
+                f"{where}.logprobs[{i}]: expected a dict of token id to Logprob; got {checks.describe(position)}"
+            )
+        entry = None if position is None else position.get(token, position.get(str(token)))  # JSON keys are strings
+        found.append(get(entry, "logprob"))
+    return read_logprobs(f"{where}.logprobs", found)
+
+
+def _server_responses(where: str, response: Any, choices: Any, given: list[int] | None) -> Iterator[Response]:
+    """Choices of a completion (`token_logprobs`, `tokens`), or of a chat or generate response (`content`)."""
+    if str(get(response, "object")).endswith("chunk"):
+        raise ValueError(f"{where}.object: expected that of a whole response; got {get(response, 'object')!r}")
+    for j, choice in enumerate(read_list(f"{where}.choices", choices, "choices")):
+        here = f"{where}.choices[{j}]"
+        reason = get(choice, "finish_reason")
+        if reason is None:
+            raise ValueError(f"{here}.finish_reason: expected that of a whole response; got None, a part of a stream")
+        logprobs = get(choice, "logprobs")
+        by_token, content = get(logprobs, "token_logprobs"), get(logprobs, "content")
+        if by_token is None and content is None:
+            raise ValueError(
+                f"{here}.logprobs: expected `token_logprobs` or `content`; got {describe(logprobs)}: ask for them "
+                "with logprobs=0 (completions) or logprobs=true (chat)"
+            )
+        if by_token is not None:
+            origin, part = f"{here}.logprobs.token_logprobs", ""
+            values, names = read_list(origin, by_token, "log-probabilities"), list(get(logprobs, "tokens") or [])
+            if values and values[0] is None:
+                raise ValueError(
+                    f"{origin}: expected those of the response alone; got None first, as of a "
+                    "prompt's first token: send echo=false"
+                )
+        else:
+            origin, part = f"{here}.logprobs.content", ".logprob"
+            content = read_list(origin, content, "tokens with their log-probabilities")
+            values, names = [get(x, "logprob") for x in content], [get(x, "token") for x in content]
+        token_ids = get(choice, "token_ids")
+        if token_ids is None:
+            named = [_TOKEN.fullmatch(str(name)) for name in names]
+            token_ids = [int(match[1]) for match in named if match]
+            if len(token_ids) != len(values):
+                raise ValueError(
+                    f"{here}.token_ids: expected the sampled tokens' ids, which text does not determine; got none: "
+                    "send return_token_ids=true, or return_tokens_as_token_ids=true"
+                )
+        token_ids = read_ids(f"{here}.token_ids", token_ids)
+        check_count(f"{here}.logprobs", len(values), len(token_ids))
+        prompt = get(choice, "prompt_token_ids")  # a completion's choice has it, a chat's response
+        prompt = agreed_prompt(here, get(response, "prompt_token_ids") if prompt is None else prompt, given)
+        yield Response(here, token_ids, read_logprobs(origin, values, part), str(reason), prompt)

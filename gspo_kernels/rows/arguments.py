@@ -1,0 +1,161 @@
+"""Checks of a caller's arguments about rows: token ids, mask, temperature, vocabulary; and what ranks compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..agreement import Agreement, fingerprint
+from ..layout import as_bool
+from ..scalars import run_time
+from .dispatch import check_name
+from .operators import check_ids_and_temperatures
+from .types import Rows
+from .vocab_shard import VocabShard
+
+
+def rows_of_caller(
+    logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int, backend: str | None
+) -> Rows:
+    """Logits as [outer, inner, columns], packed ones as [1, N, columns], and arrays to match."""
+    check_name(backend)
+    token_ids, mask, temperature = row_arrays(token_ids, mask, temperature)
+    return Rows(logits if logits.ndim == 3 else logits[None], token_ids, mask, temperature, vocab_size)
+
+
+def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """token_ids, mask and temperature in the form that `Rows` takes; checks the temperature."""
+    if isinstance(temperature, Tensor):
+        temperature = _as_rows(_temperatures(temperature, token_ids).float())
+    else:
+        temperature = checks.number(
+            "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
+        )
+        temperature = run_time(temperature, torch.device("cpu"))
+    return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
+
+
+def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
+    """As one per token; given one per token, one per row of a padded batch [B, 1], or one for all []."""
+    checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
+    checks.same_device("temperature", given, token_ids.device)
+    tokens = token_ids.shape
+    by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
+    if given.ndim and given.shape != tokens and not by_row:
+        remedy = (
+            f"or {[tokens[0], 1]} (one per sequence: temperature[:, None])"
+            if len(tokens) == 2
+            else "where one per sequence is temperature.repeat_interleave(cu_seqlens.diff())"
+        )
+        raise ValueError(
+            f"temperature: expected shape {list(tokens)} (one per token), {remedy}; got {list(given.shape)}"
+        )
+    return given.detach().expand(tokens)
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """[B, T], or [N] as [1, N]."""
+    return (values if values.ndim == 2 else values[None]).contiguous()
+
+
+def check_logits(logits: Any, token_ids: Any, overwrite_logits: bool, vocab_size: Any, shard: VocabShard | None) -> int:
+    """Returns the size of the vocabulary."""
+    checks.operand("logits", checks.tensor("logits", logits, "logits [.., vocabulary]"), "logits")
+    checks.flag("overwrite_logits", overwrite_logits, "whether the gradient is written over the logits")
+    if logits.ndim not in (2, 3):
+        raise ValueError(
+            "logits: expected [sequences, tokens, vocabulary] (padded) or [tokens, vocabulary] (packed); got "
+            f"{list(logits.shape)}"
+        )
+    if logits.shape[-1] == 0 and shard is None:
+        raise ValueError(f"logits: expected a vocabulary of at least one token; got {list(logits.shape)}")
+    if overwrite_logits and checks.overlaps(logits):
+        raise ValueError(
+            "overwrite_logits: expected logits of which each has memory of its own; got a view with sizes "
+            f"{list(logits.shape)} and strides {list(logits.stride())}, whose elements share memory (expanded, or "
+            "windows that overlap). Pass its clone(), or overwrite_logits=False"
+        )
+    check_token_ids(token_ids, logits.shape[:-1], logits.device, "row of logits")
+    return check_vocab_size(vocab_size, logits.shape[-1]) if shard is None else shard.vocab_size
+
+
+def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), token_ids.shape, "one per token")
+    checks.same_device("mask", mask, token_ids.device)
+    return as_bool("mask", mask)
+
+
+def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:
+    checks.tensor("token_ids", token_ids, "the token each row predicts")
+    checks.integers("token_ids", token_ids, "the token each row predicts")
+    checks.shape("token_ids", token_ids, shape, f"one per {of_what}; nothing is shifted inside")
+    checks.same_device("token_ids", token_ids, device)
+
+
+def check_vocab_size(vocab_size: Any, columns: int) -> int:
+    """Returns the size of the vocabulary, for logits with this many columns."""
+    if vocab_size is None:
+        return columns
+    size = checks.whole("vocab_size", vocab_size, "how many columns are tokens")
+    if not 1 <= size <= columns:
+        raise ValueError(f"vocab_size: expected from 1 to {columns}, the columns of the logits; got {size}")
+    return size
+
+
+def agree_on_rows(
+    agreement: Agreement,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    vocab: int,
+    shard: VocabShard | None,
+) -> None:
+    """Checks values before ranks compare; over a vocabulary shard's group, all ranks have the same rows."""
+    if not agreement.active:
+        return
+    check_ids_and_temperatures(token_ids, mask, temperature, vocab)  # the operators do, too late for other ranks
+    if shard is None:
+        return
+    counted = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    by_row = temperature if temperature.ndim else temperature.expand(token_ids.shape)
+    group = shard.ranks.argument
+    agreement.compare(group, "vocab_start", (shard.begin, shard.width, shard.vocab_size), _check_tiles)
+    rows = {
+        "token_ids (how many)": token_ids.numel(),
+        "mask": fingerprint(counted),
+        "token_ids": fingerprint(token_ids, mask),
+        "temperature": fingerprint(by_row, mask),
+    }
+    agreement.same(rows, over=group)
+
+
+def _check_tiles(group: str, shards: dict[int, tuple[int, int, int]]) -> None:
+    """Refuses shards (begin, width, vocab_size) of all ranks that are not the vocabulary side by side."""
+    spans = [(begin, begin + width) for begin, width, _ in shards.values()]
+    sizes = [size for *_, size in shards.values()]
+    if len(set(sizes)) > 1 and len({width for _, width, _ in shards.values()}) == 1:
+        raise ValueError(
+            f"vocab_size: expected the same on every rank of {group}; got {', '.join(map(str, sizes))}, in the "
+            "order of its ranks"
+        )
+    reached = 0
+    for begin, end in sorted((begin, min(end, sizes[0])) for begin, end in spans):
+        if begin >= end:  # nothing but padding
+            continue
+        if begin != reached:
+            break
+        reached = end
+    else:
+        if len(set(sizes)) == 1 and reached == sizes[0]:
+            return
+    listed = ", ".join(f"{begin} to {end}" for begin, end in spans)
+    raise ValueError(
+        f"vocab_start: expected shards that are, side by side, the {max(sizes)} columns of the vocabulary; got columns "
+        f"{listed} of {group}'s ranks, in their order. Shards of unequal width need vocab_start, the first column of "
+        "each, and vocab_size, the columns of all"
+    )

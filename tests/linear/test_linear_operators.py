@@ -1,0 +1,109 @@
+"""The contract of the hidden-state path's operators with torch: schema, fakes, autograd, dynamic shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from modes import DEFAULT_MODE, on_device
+from torch import Tensor
+
+from gspo_kernels import GRPO, GSPO
+from gspo_kernels.layout import batch_shape
+from gspo_kernels.linear.operators import LINEAR_LOSS, LINEAR_ROW_GRADIENT, LINEAR_ROW_STATS
+from gspo_kernels.linear.types import HeadArguments, NeedsGrad
+from gspo_kernels.losses.token_stage import TokenInputs, token_inputs
+from gspo_kernels.operators import Operator, _flatten
+from gspo_kernels.rows.types import RowStats, Upstream
+from gspo_kernels.scalars import run_time_list
+
+pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
+
+OPTIONS: dict[str, Any] = {
+    "ref_logprobs": None, "beta": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "importance_weights": None,
+    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0,
+}  # fmt: skip
+MASK = torch.tensor([[True, True, False], [True, True, True]])
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return on_device(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def head() -> HeadArguments:
+    """All operands need a gradient; padding in the head; a mask, and a temperature for each row."""
+    return HeadArguments(
+        hidden=numbers(2, 3, 5).requires_grad_(),
+        weight=numbers(17, 5).requires_grad_(),
+        bias=numbers(17).requires_grad_(),
+        token_ids=on_device(torch.tensor([[0, 3, 14], [7, 1, 2]])),
+        mask=on_device(MASK),
+        temperature=numbers(2, 3).abs() + 0.5,
+        vocab_size=15,
+        dtype=torch.float32,
+        chunk_bytes=4 * 17 * 4,
+        backend=None,
+        shard=None,
+    )
+
+
+def frozen_head() -> HeadArguments:
+    """Only the hidden states need a gradient; nothing is optional."""
+    of_all = torch.ones((), dtype=torch.float64)
+    return replace(head(), weight=numbers(17, 5), bias=None, mask=None, temperature=of_all, vocab_size=17)
+
+
+def inputs(arguments: HeadArguments, everything: bool) -> TokenInputs:
+    batch = batch_shape(arguments.token_ids.shape, arguments.mask, None, arguments.hidden.device)
+    if not everything:
+        return token_inputs(batch, GSPO(), numbers(2), None, **OPTIONS)
+    logprobs = -numbers(2, 3).abs()
+    given = {"ref_logprobs": logprobs, "beta": 0.1, "entropy_coef": 0.01, "importance_weights": numbers(2, 3)}
+    given |= {"normalizer": on_device(torch.tensor(4.0))}
+    return token_inputs(batch, GRPO(), numbers(2, 3), logprobs, **{**OPTIONS, **given})
+
+
+def detached(arguments: HeadArguments) -> HeadArguments:
+    bias = None if arguments.bias is None else arguments.bias.detach()
+    return replace(arguments, hidden=arguments.hidden.detach(), weight=arguments.weight.detach(), bias=bias)
+
+
+def samples(operator: str, everything: bool) -> tuple[Operator[Any], tuple[Any, ...]]:
+    """An operator and the values that it takes."""
+    arguments = head() if everything else frozen_head()
+    needs_grad = NeedsGrad(True, everything, everything)
+    if operator == "loss":
+        return LINEAR_LOSS, (arguments, needs_grad, inputs(arguments, everything))
+    if operator == "row_stats":
+        return LINEAR_ROW_STATS, (arguments, needs_grad)
+    stats = RowStats(-numbers(2, 3).abs(), numbers(2, 3).abs(), numbers(2, 3).double())
+    g = numbers(2, 3, seed=1)
+    return LINEAR_ROW_GRADIENT, (
+        detached(arguments),
+        needs_grad,
+        stats,
+        Upstream(g, g, g) if everything else Upstream(g),
+    )
+
+
+@pytest.mark.parametrize("operator", ["loss", "row_stats", "row_gradient"])
+@pytest.mark.parametrize("everything", [True, False], ids=["every argument", "few"])
+def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
+    """Nothing is aliased or mutated without a declaration; fake tensors, autograd, and dynamic shapes under AOT."""
+    declared, values = samples(operator, everything)
+    given, floats = _flatten(declared._steps, values)
+    if declared._has_numbers:
+        given.append(run_time_list(floats))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if declared is LINEAR_LOSS:
+        tests.pop()  # it compares every output, but the backward has overwritten the gradients among them
+    torch.library.opcheck(declared.operator._opoverload, tuple(given), test_utils=tests)
+
+
+def test_the_arguments_have_the_names_of_the_fields() -> None:
+    """A field that is added to a value becomes an argument of this name."""
+    names = [argument.name for argument in LINEAR_LOSS.operator._opoverload._schema.arguments]
+    for name in ("hidden", "weight", "bias", "chunk_bytes", "needs_grad_weight", "old_logprobs", "aggregation"):
+        assert name in names
