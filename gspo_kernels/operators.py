@@ -18,10 +18,11 @@ method `unpacked` rebuilds the object from it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -146,8 +147,9 @@ class Operator(Generic[Output]):
             for path in self._written_paths:
                 torch.autograd.graph.increment_version(_at(values, path))
             return found
-        results: Any = _Direct.apply(self, values, *(_at(values, path) for path in self._operand_paths))
-        return results if self._tuple is None else self._tuple(*results)  # type: ignore[no-any-return]
+        rest: list[Tensor] = []
+        results: Any = _Direct.apply(self, values, rest, *[_at(values, path) for path in self._operand_paths])
+        return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
 
     # ---- what torch calls, with flat arguments
 
@@ -155,15 +157,21 @@ class Operator(Generic[Output]):
         return self._plain(self.body(*self._rebuilt(given, True)))
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        self.remember(ctx, self._rebuilt(inputs, False), output)
+        if self._outputs is not None:
+            ctx.mark_non_differentiable(*output[self._outputs :])
+        self.remember(ctx, self._rebuilt(inputs, False), output if self._tuple is None else self._tuple(*output))
 
     def remember(self, ctx: Any, values: Sequence[Any], output: Any) -> None:
-        results = (output,) if self._tuple is None else tuple(output)
-        if self._outputs is not None:
-            ctx.mark_non_differentiable(*results[self._outputs :])
         ctx.set_materialize_grads(False)  # else autograd fills zeros for every output that nothing depends on
         assert self._save is not None
-        self._save(ctx, output if self._tuple is None else self._tuple(*results), *values)
+        self._save(ctx, output, *values)
+
+    def differentiable(self, output: Any) -> tuple[Any, Sequence[Tensor]]:
+        """(outputs that are differentiable, the others)"""
+        if self._tuple is None:
+            return output, ()
+        count = len(output) if self._outputs is None else self._outputs
+        return tuple(output[:count]), output[count:]
 
     def gradients(self, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Of the operands, in their order."""
@@ -190,16 +198,20 @@ class Operator(Generic[Output]):
 
 
 class _Direct(torch.autograd.Function):
+    """Outputs that are not differentiable are handed over in `rest`: autograd takes time for each of its own."""
+
     @staticmethod
-    def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], *operands: Tensor) -> Any:
+    def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], rest: list[Tensor], *operands: Tensor) -> Any:
         output = operator.body(*values)
         ctx.operator = operator
         operator.remember(ctx, values, output)
-        return operator._plain(output)
+        found, others = operator.differentiable(output)
+        rest += others
+        return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        return None, None, *ctx.operator.gradients(ctx, upstream)
+        return None, None, None, *ctx.operator.gradients(ctx, upstream)
 
 
 # ---- values between a forward and its backward
@@ -208,47 +220,54 @@ class _Direct(torch.autograd.Function):
 def save_values(ctx: Any, **values: Any) -> None:
     """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`."""
     tensors: list[Tensor] = []
-    ctx.values = {name: _without_tensors(value, tensors) for name, value in values.items()}
+    ctx.values = dict(zip(values, _without_tensors(values.values(), tensors), strict=True))
     ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> dict[str, Any]:
     """What `save_values` kept, by name."""
-    tensors = ctx.saved_tensors
-    return {name: _with_tensors(value, tensors) for name, value in ctx.values.items()}
-
-
-class _Saved(NamedTuple):
-    """Stands for a saved tensor."""
-
-    position: int
+    return dict(zip(ctx.values, _with_tensors(ctx.values.values(), iter(ctx.saved_tensors)), strict=True))
 
 
 class _Parts(NamedTuple):
     """Stands for a dataclass or a named tuple."""
 
     type: Any
-    fields: dict[str, Any]
+    fields: list[Any]
 
 
-def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Saved(len(tensors) - 1)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _Parts(type(value), {n: _without_tensors(x, tensors) for n, x in zip(value._fields, value, strict=True)})
-    if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return _Parts(type(value), {f.name: _without_tensors(getattr(value, f.name), tensors) for f in fields})
-    return value
+_SAVED = object()  # stands for a saved tensor
 
 
-def _with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(value, _Saved):
-        return tensors[value.position]
-    if isinstance(value, _Parts):
-        return value.type(**{name: _with_tensors(part, tensors) for name, part in value.fields.items()})
-    return value
+def _without_tensors(values: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            value = _SAVED
+        elif names := _field_names(type(value)):  # type: ignore[arg-type]
+            value = _Parts(type(value), _without_tensors([getattr(value, name) for name in names], tensors))
+        found.append(value)
+    return found
+
+
+def _with_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
+    found = []
+    for value in values:
+        if value is _SAVED:
+            value = next(tensors)
+        elif type(value) is _Parts:
+            value = value.type(*_with_tensors(value.fields, tensors))
+        found.append(value)
+    return found
+
+
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    """Of a dataclass or a named tuple; none for any other class."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return kind._fields if _is_named_tuple(kind) else ()
 
 
 # ---- how types are declared
