@@ -18,10 +18,11 @@ method `unpacked` rebuilds the object from it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -74,7 +75,8 @@ class Operator(Generic[Output]):
         body: from values to a tensor, a named tuple of tensors or None; its annotations are read.
         fake: the same without computing: outputs of the right shapes and dtypes.
         save: `save(ctx, output, *values)` keeps what `backward` needs.
-        backward: `backward(ctx, *upstream)` returns gradients by the names of `operands`; a missing one is None.
+        backward: `backward(ctx, *upstream)` returns gradients by the names of `operands`; a missing one is None. An
+            operator without one is called under `no_grad`.
         operands: names of the arguments that have a gradient.
         outputs: how many outputs, from the first, are differentiable; None: all.
         mutates: names of the arguments that are written to.
@@ -96,7 +98,7 @@ class Operator(Generic[Output]):
         direct: bool = False,
     ) -> None:
         self.body, self._save, self._backward, self._direct = body, save, backward, direct
-        self._operands, self._mutates, self._outputs = tuple(operands), tuple(mutates), outputs
+        self._operands, self._outputs = tuple(operands), outputs
         hints = typing.get_type_hints(body)
         result = hints.pop("return")
         self._tuple = result if _is_named_tuple(result) else None
@@ -107,12 +109,11 @@ class Operator(Generic[Output]):
         leaves = [leaf for spec in self._specs for leaf in _leaves(spec)]
         self._names = tuple(leaf.name for leaf in leaves)
         self._has_numbers = any(_has_float(spec) for spec in self._specs)
-        # What a direct call needs: the first tensor, the operands, what is written to.
-        first = next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)
-        self._direct_names = list(dict.fromkeys((first, *operands, *mutates)))
         names = iter(self._names)
-        step_of = {next(names): step for step in self._steps if step[2] != "float"}
-        self._direct_steps = tuple(step_of[name] for name in self._direct_names)
+        path_of = {next(names): (position, *path) for position, path, how in self._steps if how != "float"}
+        self._first = path_of[next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)]
+        self._operand_paths = [path_of[name] for name in operands]
+        self._written_paths = [path_of[name] for name in mutates]
         arguments = [_declared(leaf, leaf.name in mutates) for leaf in leaves]
         arguments += ["Tensor numbers"] if self._has_numbers else []
         count = 0 if result in (None, type(None)) else len(self._tuple._fields) if self._tuple is not None else 1
@@ -125,28 +126,30 @@ class Operator(Generic[Output]):
             self.operator.register_autograd(self._derivative, setup_context=self._remember)
 
     def __call__(self, *values: Any) -> Output:
-        if self._direct:
-            tensors, _ = _flatten(self._direct_steps, values)
-            if not watched(tensors[0]):
-                return self._called(values, tensors)
+        if self._direct and not watched(_at(values, self._first)):
+            return self._called(values)
         given, numbers = _flatten(self._steps, values)
         if self._has_numbers:
             given.append(run_time_list(numbers))
-        found = self.operator(*given)
+        if self._backward is None:
+            with torch.no_grad():
+                found = self.operator(*given)
+        else:
+            found = self.operator(*given)
         return found if self._tuple is None else self._tuple(*found)  # type: ignore[no-any-return]
 
     # ---- as a plain function
 
-    def _called(self, values: Sequence[Any], tensors: Sequence[Any]) -> Output:
-        named = dict(zip(self._direct_names, tensors, strict=True))
+    def _called(self, values: Sequence[Any]) -> Output:
         if self._backward is None or not torch.is_grad_enabled():
             with torch.no_grad():
                 found = self.body(*values)
-                for name in self._mutates:
-                    torch.autograd.graph.increment_version(named[name])
+            for path in self._written_paths:
+                torch.autograd.graph.increment_version(_at(values, path))
             return found
-        results: Any = _Direct.apply(self, values, *(named[name] for name in self._operands))
-        return results if self._tuple is None else self._tuple(*results)  # type: ignore[no-any-return]
+        rest: list[Tensor] = []
+        results: Any = _Direct.apply(self, values, rest, *[_at(values, path) for path in self._operand_paths])
+        return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
 
     # ---- what torch calls, with flat arguments
 
@@ -154,15 +157,21 @@ class Operator(Generic[Output]):
         return self._plain(self.body(*self._rebuilt(given, True)))
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        self.remember(ctx, self._rebuilt(inputs, False), output)
+        if self._outputs is not None:
+            ctx.mark_non_differentiable(*output[self._outputs :])
+        self.remember(ctx, self._rebuilt(inputs, False), output if self._tuple is None else self._tuple(*output))
 
     def remember(self, ctx: Any, values: Sequence[Any], output: Any) -> None:
-        results = (output,) if self._tuple is None else tuple(output)
-        if self._outputs is not None:
-            ctx.mark_non_differentiable(*results[self._outputs :])
         ctx.set_materialize_grads(False)  # else autograd fills zeros for every output that nothing depends on
         assert self._save is not None
-        self._save(ctx, output if self._tuple is None else self._tuple(*results), *values)
+        self._save(ctx, output, *values)
+
+    def differentiable(self, output: Any) -> tuple[Any, Sequence[Tensor]]:
+        """(outputs that are differentiable, the others)"""
+        if self._tuple is None:
+            return output, ()
+        count = len(output) if self._outputs is None else self._outputs
+        return tuple(output[:count]), output[count:]
 
     def gradients(self, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Of the operands, in their order."""
@@ -189,16 +198,20 @@ class Operator(Generic[Output]):
 
 
 class _Direct(torch.autograd.Function):
+    """Outputs that are not differentiable are handed over in `rest`: autograd takes time for each of its own."""
+
     @staticmethod
-    def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], *operands: Tensor) -> Any:
+    def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], rest: list[Tensor], *operands: Tensor) -> Any:
         output = operator.body(*values)
         ctx.operator = operator
         operator.remember(ctx, values, output)
-        return operator._plain(output)
+        found, others = operator.differentiable(output)
+        rest += others
+        return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        return None, None, *ctx.operator.gradients(ctx, upstream)
+        return None, None, None, *ctx.operator.gradients(ctx, upstream)
 
 
 # ---- values between a forward and its backward
@@ -207,47 +220,54 @@ class _Direct(torch.autograd.Function):
 def save_values(ctx: Any, **values: Any) -> None:
     """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`."""
     tensors: list[Tensor] = []
-    ctx.values = {name: _without_tensors(value, tensors) for name, value in values.items()}
+    ctx.values = dict(zip(values, _without_tensors(values.values(), tensors), strict=True))
     ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> dict[str, Any]:
     """What `save_values` kept, by name."""
-    tensors = ctx.saved_tensors
-    return {name: _with_tensors(value, tensors) for name, value in ctx.values.items()}
-
-
-class _Saved(NamedTuple):
-    """Stands for a saved tensor."""
-
-    position: int
+    return dict(zip(ctx.values, _with_tensors(ctx.values.values(), iter(ctx.saved_tensors)), strict=True))
 
 
 class _Parts(NamedTuple):
     """Stands for a dataclass or a named tuple."""
 
     type: Any
-    fields: dict[str, Any]
+    fields: list[Any]
 
 
-def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Saved(len(tensors) - 1)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _Parts(type(value), {n: _without_tensors(x, tensors) for n, x in zip(value._fields, value, strict=True)})
-    if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return _Parts(type(value), {f.name: _without_tensors(getattr(value, f.name), tensors) for f in fields})
-    return value
+_SAVED = object()  # stands for a saved tensor
 
 
-def _with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(value, _Saved):
-        return tensors[value.position]
-    if isinstance(value, _Parts):
-        return value.type(**{name: _with_tensors(part, tensors) for name, part in value.fields.items()})
-    return value
+def _without_tensors(values: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            value = _SAVED
+        elif names := _field_names(type(value)):  # type: ignore[arg-type]
+            value = _Parts(type(value), _without_tensors([getattr(value, name) for name in names], tensors))
+        found.append(value)
+    return found
+
+
+def _with_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
+    found = []
+    for value in values:
+        if value is _SAVED:
+            value = next(tensors)
+        elif type(value) is _Parts:
+            value = value.type(*_with_tensors(value.fields, tensors))
+        found.append(value)
+    return found
+
+
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    """Of a dataclass or a named tuple; none for any other class."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return kind._fields if _is_named_tuple(kind) else ()
 
 
 # ---- how types are declared
@@ -332,15 +352,22 @@ def _steps(spec: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
                 yield from _steps(field, (*path, name))
 
 
+def _at(values: Sequence[Any], path: tuple[Any, ...]) -> Any:
+    """The field that a path leads to: the number of a value, then attributes."""
+    position, *names = path
+    value = values[position]
+    for name in names:
+        if value is not None:
+            value = value.packed() if name == _PACKED else getattr(value, name)
+    return value
+
+
 def _flatten(steps: Sequence[tuple[int, tuple[str, ...], str]], values: Sequence[Any]) -> tuple[list[Any], list[float]]:
     """(arguments, floats)"""
     given: list[Any] = []
     numbers: list[float] = []
     for position, path, how in steps:
-        value = values[position]
-        for name in path:
-            if value is not None:
-                value = value.packed() if name == _PACKED else getattr(value, name)
+        value = _at(values, (position, *path))
         if how == "as it is":
             given.append(value)
         elif how == "present":

@@ -42,7 +42,7 @@ class Backend(Protocol):
     def forward_backward(
         self, rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None
     ) -> RowStats:
-        """Both at once, for an upstream gradient that is known beforehand: that of the log-probabilities alone."""
+        """Both at once, for an upstream gradient that is known in advance: that of the log-probabilities alone."""
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         """Multiplies [outer, inner, columns] values in place by a 0-d tensor."""
