@@ -54,7 +54,7 @@ def without_launches() -> Iterator[None]:
     kernels.append(mock.patch.dict(triton_rows.kernels(), dict.fromkeys(triton_rows.LAUNCH, NoKernel())))
     unread: list[Any] = [
         mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False)
-        for module in ("layout", "losses.triton_stage", "rows.operators")
+        for module in ("base.layout", "losses.triton_stage", "rows.operators")
     ]
     able: Any = mock.patch.object(triton_rows, "INTERPRETED", True)
     with ExitStack() as patched:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from .base import checks
 from .linear.from_hidden import explain_plan
 from .losses.clipped import GSPO
 from .losses.objectives import check_objective

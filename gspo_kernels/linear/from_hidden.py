@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..agreement import Agreement
-from ..autograd import refuse_forward_mode, refuse_vmap
-from ..collectives import ranks_of
-from ..documentation import with_arguments_of
-from ..layout import batch_shape
+from ..base import checks
+from ..base.agreement import Agreement
+from ..base.autograd import refuse_forward_mode, refuse_vmap
+from ..base.collectives import ranks_of
+from ..base.documentation import with_arguments_of
+from ..base.layout import batch_shape
 from ..losses.arguments import agree_on_sequences
 from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CLIP_RANGE, CommonOptions, TokenLogprobs, policy_loss

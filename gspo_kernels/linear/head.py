@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import all_reduce_
+from ..base.collectives import all_reduce_
 from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank

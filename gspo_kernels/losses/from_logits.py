@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..agreement import Agreement
-from ..autograd import refuse_forward_mode
-from ..collectives import ranks_of
-from ..documentation import with_arguments_of
-from ..layout import as_bool, batch_shape
+from ..base import checks
+from ..base.agreement import Agreement
+from ..base.autograd import refuse_forward_mode
+from ..base.collectives import ranks_of
+from ..base.documentation import with_arguments_of
+from ..base.layout import as_bool, batch_shape
 from ..rows import vocab_shard
 from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
 from ..rows.dispatch import Backend, backend_for

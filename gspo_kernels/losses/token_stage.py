@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..layout import BatchShape, Layout
-from ..scalars import FINITE, run_time
+from ..base import checks
+from ..base.layout import BatchShape, Layout
+from ..base.scalars import FINITE, run_time
 from . import reduction as aggregate
 from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
 from .stats import Stats, collect

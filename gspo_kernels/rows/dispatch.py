@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .. import checks
-from ..devices import check_float64
+from ..base import checks
+from ..base.devices import check_float64
 from . import cpu_rows, cuda_rows, torch_rows, triton_rows
 from .types import Rows, RowStats, TokenClip, Upstream
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import edge_of, first_derivative, refuse_second_backward
-from ..checks import may_read
-from ..operators import Operator, save_values, saved_values
+from ..base.autograd import edge_of, first_derivative, refuse_second_backward
+from ..base.checks import may_read
+from ..base.operators import Operator, save_values, saved_values
 from .dispatch import backend_for, choose
 from .types import RowOptions, Rows, RowStats, Upstream, empty_stats
 

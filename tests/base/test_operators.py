@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gspo_kernels.operators import Operator, save_values, saved_values
+from gspo_kernels.base.operators import Operator, save_values, saved_values
 
 
 class Shard(NamedTuple):

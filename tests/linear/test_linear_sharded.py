@@ -30,7 +30,7 @@ from test_linear_plans import OfSequence, OverMean
 from torch import Tensor
 
 from gspo_kernels import token_logprobs
-from gspo_kernels.layout import Layout
+from gspo_kernels.base.layout import Layout
 from gspo_kernels.linear import chunked_loss, head
 from gspo_kernels.linear.head import Head
 from gspo_kernels.rows.vocab_shard import VocabShard

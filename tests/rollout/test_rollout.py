@@ -308,7 +308,7 @@ def test_any_log_probability_but_nan_is_a_finite_weight(
     layout: str, level: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Positive log-probabilities, too, which are not checked on a GPU."""
-    monkeypatch.setattr("gspo_kernels.checks.may_read", lambda tensor: False)
+    monkeypatch.setattr("gspo_kernels.base.checks.may_read", lambda tensor: False)
     extremes = [math.inf, -math.inf, 3e38, -3e38, 0.0, -9999.0]
     pairs = list(itertools.product(extremes, extremes))
     case = Case([a for a, _ in pairs], [b for _, b in pairs], [True] * 36, [1] * 12 + [12, 6, 6])

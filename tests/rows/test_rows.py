@@ -15,7 +15,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from gspo_kernels import grpo_loss, linear_token_logprobs, token_logprobs
-from gspo_kernels.collectives import Ranks
+from gspo_kernels.base.collectives import Ranks
 from gspo_kernels.rows import dispatch, vocab_shard
 from gspo_kernels.rows.types import Rows, RowStats, Upstream
 

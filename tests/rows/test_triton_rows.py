@@ -451,7 +451,7 @@ def test_boundaries_that_leave_tokens_out_make_nan_of_all(
     """Boundaries that nobody checked: no memory that was never written may pass for a gradient."""
     monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
     if INTERPRETED:  # a CPU tensor is looked at
-        for module in ("layout", "losses.triton_stage", "rows.operators"):
+        for module in ("base.layout", "losses.triton_stage", "rows.operators"):
             monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
     logits = on_device(torch.randn(7, 11, generator=torch.Generator().manual_seed(0))).requires_grad_()
     old = None if on_policy else on_device(torch.full((7,), -2.0))

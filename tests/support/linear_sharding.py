@@ -22,8 +22,8 @@ from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, 
 from torch import Tensor
 
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, policy_loss
-from gspo_kernels.agreement import Agreement
-from gspo_kernels.checks import is_dtensor
+from gspo_kernels.base.agreement import Agreement
+from gspo_kernels.base.checks import is_dtensor
 from gspo_kernels.linear import chunked_loss, operators
 
 
