@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import sys
 import typing
@@ -110,7 +111,8 @@ class Objective:
     NaN is what `terms` makes of that; torch.clamp would hide it from them.
 
     A frozen dataclass at the top of a module, whose fields are all `float` or `float | None`, works under
-    torch.compile(fullgraph=True) from hidden states as well; changing a field's value recompiles nothing.
+    torch.compile(fullgraph=True) from hidden states as well; changing a field's value recompiles nothing. From hidden
+    states it is rebuilt from its fields, so `__post_init__` runs a second time, on the values that it left.
 
     Attributes:
         ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
@@ -139,13 +141,13 @@ class Objective:
     triton_term: ClassVar[TritonTerm | None] = None
     sequence_value: ClassVar[bool] = False
 
-    def __init_subclass__(cls) -> None:
-        stated = vars(cls)
-        if not stated.keys().isdisjoint(("terms", "ratio_of", "sequence_value", "uses_logprobs")):
-            if "triton_term" not in stated:
-                cls.triton_term = None
-            if "row_clip" not in stated:
-                cls.row_clip = Objective.row_clip  # type: ignore[method-assign]
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        overridden = min(_depth(cls, name) for name in ("terms", "ratio_of", "sequence_value", "uses_logprobs"))
+        if overridden < _depth(cls, "triton_term"):
+            cls.triton_term = None
+        if overridden < _depth(cls, "row_clip"):
+            cls.row_clip = Objective.row_clip  # type: ignore[method-assign]
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""
@@ -179,8 +181,14 @@ class Objective:
             unread: Objective = object.__new__(kind)
             return unread
         of_fields = zip(fields, key.parameters, strict=True)
-        rebuilt: Objective = kind(*(None if optional and math.isnan(x) else x for (_, optional), x in of_fields))
+        values = {name: None if optional and math.isnan(x) else x for (name, optional), x in of_fields}
+        rebuilt: Objective = kind(**values)
         return rebuilt
+
+
+def _depth(kind: type[Objective], attribute: str) -> int:
+    """How far up a class inherits an attribute from: 0 where it states the attribute itself."""
+    return next(i for i, each in enumerate(kind.__mro__) if attribute in vars(each))
 
 
 # ---- how objectives travel
@@ -210,21 +218,22 @@ def carried(objective: Objective) -> AbstractContextManager[Any]:
 @torch.compiler.assume_constant_result
 def _float_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | None:
     """(name, whether it may be None) of the fields that rebuild an instance; None if floats alone do not."""
-    return _found_fields(kind)  # type: ignore[arg-type]
+    if _class_of(_name_of(kind)) is not kind:  # defined in a function, or since defined again (in a notebook)
+        return None
+    return _declared_fields(kind)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _found_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | None:
+def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | None:
     parameters: Any = vars(kind).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return None
-    found: Any = sys.modules.get(kind.__module__)
-    for part in kind.__qualname__.split("."):
-        found = getattr(found, part, None)
-    hints = typing.get_type_hints(kind) if found is kind else {}
+    hints = typing.get_type_hints(kind)
     optional = {float: False, float | None: True}
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    if found is not kind or not all(each.init and hints[each.name] in optional for each in fields):
+    if not all(each.init and hints[each.name] in optional for each in fields):
+        return None
+    if inspect.signature(kind).parameters.keys() != {each.name for each in fields}:  # an InitVar, or an own __init__
         return None
     return tuple((each.name, optional[hints[each.name]]) for each in fields)
 
@@ -234,10 +243,13 @@ def _name_of(kind: type[Objective]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-@functools.cache
 def _class_of(name: str) -> Any:
+    """The class that now has this name; None if there is none."""
     module, qualname = name.split(":")
-    return functools.reduce(getattr, qualname.split("."), sys.modules[module])
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 # ---- checks
@@ -265,6 +277,11 @@ def check_objective(objective: Any) -> None:
         value = getattr(objective, attribute)
         if not isinstance(value, bool):
             raise TypeError(f"{name}.{attribute}: expected True or False; got {checks.describe(value)}")
+    if not (objective.triton_term is None or isinstance(objective.triton_term, TritonTerm)):
+        raise TypeError(
+            f"{name}.triton_term: expected None, or a function decorated with @TritonTerm; got "
+            f"{checks.describe(objective.triton_term)}"
+        )
     if objective.by_sequence_alone and objective.ratio_of != "sequence":
         raise ValueError(f"{name}.by_sequence_alone: expected False, because ratio_of is 'token'; got True")
 

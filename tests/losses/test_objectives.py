@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -196,7 +197,11 @@ def test_what_declared_log_probabilities_are() -> None:
 
 
 def test_frozen_dataclasses_of_floats_are_rebuilt() -> None:
-    for objective in (LikeCISPO(), LikeCISPO(0.5, 0.1), GSPO(), GSPO(0.1, 0.2, 3.0), GRPO(eps_low=0.0)):
+    objectives_of_floats = (
+        LikeCISPO(), LikeCISPO(0.5, 0.1), KeywordsAlone(), KeywordsAlone(third=2.0), GSPO(), GSPO(0.1, 0.2, 3.0),
+        GRPO(eps_low=0.0),
+    )  # fmt: skip
+    for objective in objectives_of_floats:
         key = objective.packed()
         assert not key.is_own and Objective.unpacked(key) == objective
         unread = Objective.unpacked(key._replace(parameters=()))
@@ -208,16 +213,49 @@ class WithTensor(OfToken):
     weights: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeywordsAlone(LikeCISPO):
+    third: float | None = None
+
+
+@dataclass(frozen=True)
+class WithInitVar(LikeCISPO):
+    scale: InitVar[float] = 1.0
+
+    def __post_init__(self, scale: float) -> None:
+        object.__setattr__(self, "eps", self.eps * scale)
+
+
 def test_any_other_objective_is_carried() -> None:
     @dataclass(frozen=True)
     class Local(LikeCISPO):
         pass
 
-    for objective in (OfToken(), Local(), WithTensor(ADVANTAGES)):
+    for objective in (OfToken(), Local(), WithTensor(ADVANTAGES), WithInitVar(0.1, scale=2.0)):
         key = objective.packed()
         assert key.is_own and key.parameters == ()
         with objectives.carried(objective):
             assert Objective.unpacked(key) is objective
+
+
+def test_a_class_that_is_defined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook: each instance is computed by the class that it has, not by another class of the same name."""
+
+    def loss(objective: Objective) -> float:
+        return float(CALLS["hidden"](objective).loss)
+
+    before = LikeCISPO(0.5)
+    expected = loss(before)
+
+    @dataclass(frozen=True)
+    class Negative(LikeCISPO):
+        def terms(self, tokens: TokenBatch) -> Terms:
+            found = super().terms(tokens)
+            return Terms(-found.loss, found.log_ratio)
+
+    Negative.__qualname__ = "LikeCISPO"
+    monkeypatch.setattr(sys.modules[__name__], "LikeCISPO", Negative)
+    assert loss(before) == expected and loss(Negative(0.5)) == -expected
 
 
 @pytest.mark.plain_memory
