@@ -26,7 +26,7 @@ RowRange = slice | Tensor  # of selected rows: neighbours, or any [n] int64
 
 @dataclass
 class Work:
-    """How many rows have been multiplied by the head so far."""
+    """The numbers of `HeadWork`, counted on the host while chunks are computed."""
 
     forward_rows: int = 0
     recomputed_rows: int = 0

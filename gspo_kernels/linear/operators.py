@@ -37,7 +37,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
     if isinstance(inputs.normalizer, Tensor):
         inputs = replace(inputs, normalizer=inputs.normalizer.detach())
     with carried(inputs.objective):
-        found = LINEAR_LOSS(arguments, arguments.needs_grad(), inputs)
+        found = linear_loss_operator(arguments, arguments.needs_grad(), inputs)
     with torch.no_grad():
         stats = Stats(
             **dict(zip(SCALARS, found.scalars.detach().unbind(), strict=True)),
@@ -51,12 +51,12 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
 
 def linear_row_stats(arguments: HeadArguments) -> RowStats:
     """Statistics of each row [outer, inner], differentiable in all three. The backward computes the logits again."""
-    return LINEAR_ROW_STATS(arguments, arguments.needs_grad())
+    return linear_row_stats_operator(arguments, arguments.needs_grad())
 
 
 @contextmanager
 def _inside_an_operator(device: torch.device) -> Iterator[None]:
-    """Switches autograd on, which the token stage needs, and autocast off, which would round products."""
+    """Enables autograd, which the token stage needs, and disables autocast, which would round products."""
     exact = torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
     with autograd_inside_an_operator(), torch.no_grad(), exact:
         yield
@@ -80,11 +80,11 @@ class LinearLoss(NamedTuple):
     """What the operator returns; `loss` alone is differentiable."""
 
     loss: Tensor  # 0-d
-    scalars: Tensor  # [12] fp32, of the stats
-    logprobs: Tensor  # of the stats, and so is log_ratio
-    log_ratio: Tensor
-    head_work: Tensor  # [4] fp32, a `HeadWork`
-    hidden_gradient: Tensor  # [N, D], as `Gradients` has them
+    scalars: Tensor  # fp32, of the stats, in the order of `SCALARS`
+    logprobs: Tensor  # of the stats: token layout
+    log_ratio: Tensor  # of the stats: [sequences] or token layout
+    head_work: Tensor  # fp32, in the order of `HeadWork`
+    hidden_gradient: Tensor  # this and the next two: the fields of `Gradients`
     weight_gradient: Tensor
     bias_gradient: Tensor
 
@@ -109,8 +109,8 @@ def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenI
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
         if needs_grad.hidden:
             chunked_loss.propagate_nan(gradients.hidden, inputs, stage, stats, scalars)
-        counts = (work.forward_rows, work.recomputed_rows, work.backward_rows, work.chunks)
-        head_work = torch.stack([torch.full((), float(n), dtype=torch.float32, device=device) for n in counts])
+        counts = [float(getattr(work, name)) for name in HeadWork._fields]
+        head_work = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in counts])
     return LinearLoss(loss, scalars, logprobs, log_ratio, head_work, *gradients)
 
 
@@ -123,7 +123,9 @@ def _fake_linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: T
     log_ratio = empty(batch.sequences) if inputs.objective.ratio_of == "sequence" else empty(*batch.tokens)
     loss = torch.empty((), dtype=sum_dtype(arguments.dtype), device=device)
     gradients = _empty_gradients(arguments, needs_grad)
-    return LinearLoss(loss, empty(len(SCALARS)), empty(*batch.tokens), log_ratio, empty(4), *gradients)
+    return LinearLoss(
+        loss, empty(len(SCALARS)), empty(*batch.tokens), log_ratio, empty(len(HeadWork._fields)), *gradients
+    )
 
 
 def _save_linear_loss(
@@ -160,7 +162,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.
     return gradient.to(dtype).reshape(shape)
 
 
-LINEAR_LOSS = Operator(
+linear_loss_operator = Operator(
     "linear_loss", _linear_loss, fake=_fake_linear_loss, save=_save_linear_loss, backward=_linear_loss_backward,
     operands=NeedsGrad._fields, outputs=1,
 )  # fmt: skip
@@ -186,7 +188,7 @@ def _linear_row_gradient(
         return head.gradients()
 
 
-LINEAR_ROW_GRADIENT = Operator(
+linear_row_gradient_operator = Operator(
     "linear_row_gradient", _linear_row_gradient,
     fake=lambda arguments, needs_grad, stats, upstream: _empty_gradients(arguments, needs_grad),
 )  # fmt: skip
@@ -214,7 +216,7 @@ def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, 
     operands = (arguments.hidden, arguments.weight, arguments.bias)
     found: dict[str, Tensor | None] = {}
     with torch.no_grad():
-        gradients = LINEAR_ROW_GRADIENT(arguments, needs_grad, saved["stats"], Upstream(*upstream))
+        gradients = linear_row_gradient_operator(arguments, needs_grad, saved["stats"], Upstream(*upstream))
     for name, needed, gradient, operand in zip(NeedsGrad._fields, needs_grad, gradients, operands, strict=True):
         if needed:
             with torch.no_grad():
@@ -223,7 +225,7 @@ def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, 
     return found
 
 
-LINEAR_ROW_STATS = Operator(
+linear_row_stats_operator = Operator(
     "linear_row_stats", _linear_row_stats, fake=_fake_linear_row_stats, save=_save_linear_row_stats,
     backward=_linear_row_stats_backward, operands=NeedsGrad._fields,
 )  # fmt: skip

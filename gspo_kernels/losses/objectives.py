@@ -220,7 +220,7 @@ def _float_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | None:
     """(name, whether it may be None) of the fields that rebuild an instance; None if floats alone do not."""
     if _class_of(_name_of(kind)) is not kind:  # defined in a function, or since defined again (in a notebook)
         return None
-    return _declared_fields(kind)  # type: ignore[arg-type]
+    return _declared_fields(kind)
 
 
 @functools.cache

@@ -16,14 +16,15 @@ from .objectives import Terms
 class HeadWork(NamedTuple):
     """How many rows a loss from hidden states multiplied by the head.
 
-    One row costs 2DV operations each time: once in `forward_rows` and `recomputed_rows`, and in `backward_rows` for the
-    hidden states and for the head if those need a gradient. `explain` says why.
+    A product of one row with the head costs 2DV operations. A row of `forward_rows` or `recomputed_rows` takes one such
+    product; a row of `backward_rows` one for hidden states and one for the head, where these need a gradient. `explain`
+    shows the plan that leads to these counts.
     """
 
-    forward_rows: Tensor  # masked rows, prompt and padding, are never among them
-    recomputed_rows: Tensor  # rows whose logits were computed again: of sequences longer than a chunk
-    backward_rows: Tensor  # with a coefficient: not clipped, not of advantage 0
-    chunks: Tensor  # of logits that were held, one after the other
+    forward_rows: Tensor  # unmasked rows; prompt and padding are never among them
+    recomputed_rows: Tensor  # rows whose logits were computed again, because their sequence is longer than a chunk
+    backward_rows: Tensor  # rows with a gradient: neither clipped nor of advantage 0
+    chunks: Tensor  # how many chunks of logits were computed
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Stats:
     def over(self, group: Any) -> Stats:
         """The scalars of the batch that the ranks of `group` share, as one process would have them.
 
-        One collective, which every rank of the group has to join, also one with an empty batch. For data-parallel
-        ranks: those of a context-parallel group have the same scalars already. The arrays and `head` stay this rank's.
+        One collective; every rank of the group has to call it, even with an empty batch. For data-parallel ranks: the
+        ranks of a context-parallel group have the same scalars already. The arrays and `head` stay this rank's.
 
         Args:
             group: a process group of torch.distributed, or a mesh of one dimension.
@@ -88,9 +89,12 @@ class Stats:
         return replace(self, **scalars)
 
 
-SCALARS = tuple(field.name for field in fields(Stats))[:12]
-# The Triton stage's arrays [sequences]: the sums (extremes) of which the scalars are means (extremes), and those of
-# which the loss is made. A row kernel may count from the zero.
+SCALARS = tuple(
+    field.name for field in fields(Stats) if field.name not in ("logprobs", "log_ratio", "ratio_of", "head")
+)
+_RATIO_MIN, _RATIO_MAX = SCALARS.index("ratio_min"), SCALARS.index("ratio_max")
+# The arrays [sequences] of the Triton stage: the sums (or extremes) behind each scalar, then those behind the loss.
+# "zero" is an array of zeros, which a row kernel may use as its counter.
 PARTIALS = (*SCALARS, "loss", "units", "count", "zero")
 
 
@@ -105,9 +109,9 @@ def collect(
     entropy: Tensor | None,
     max_log_ratio: Tensor,
 ) -> Stats:
-    """`terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens].
+    """The stats of a batch. `terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens].
 
-    Under context parallelism a rank counts its tokens, and of a sequence the part it has; one collective adds them up.
+    Under context parallelism a rank counts its own tokens, and its share of each sequence; one collective adds these.
     """
     log_ratio = terms.log_ratio.detach()
     counted = layout.held if per_sequence else layout.mask
@@ -129,21 +133,25 @@ def collect(
 
     low, high = units(terms.clipped_low), units(terms.clipped_high)
     r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
-    sums = torch.stack(  # in the order of SCALARS
-        [
-            *(low + high, low, high, units(ratio), extreme(torch.inf), extreme(-torch.inf)),
-            *(units(log_ratio > max_log_ratio), tokens(torch.expm1(r) - r), tokens(ref_kl), tokens(entropy)),
-            *(layout.share().sum(), layout.local_lengths.sum()),
-        ]
+    groups = (  # in the order of SCALARS
+        (low + high, low, high, units(ratio)),
+        (extreme(torch.inf), extreme(-torch.inf)),
+        (units(log_ratio > max_log_ratio),),
+        (tokens(torch.expm1(r) - r), tokens(ref_kl), tokens(entropy)),
+        (layout.share().sum(), layout.local_lengths.sum()),
     )
+    sums = torch.stack([value for group in groups for value in group])
     if layout.ranks is not None:
         of_ranks = gather(sums, layout.ranks)
         sums = of_ranks.sum(0)
-        sums[4], sums[5] = of_ranks[:, 4].amin(), of_ranks[:, 5].amax()
-    n = sums[10 if per_sequence else 11]
-    per_unit, per_token = n.clamp(min=1), sums[11].clamp(min=1)
-    scalars = [sums[:4] / per_unit, torch.where(n > 0, sums[4:6], 0.0), sums[6:7] / per_unit, sums[7:10] / per_token]
-    of_batch: dict[str, Any] = dict(zip(SCALARS, torch.cat([*scalars, sums[10:]]).float().unbind(), strict=True))
+        sums[_RATIO_MIN], sums[_RATIO_MAX] = of_ranks[:, _RATIO_MIN].amin(), of_ranks[:, _RATIO_MAX].amax()
+    of_units, extremes, saturated, of_tokens, counts = sums.split([len(group) for group in groups])
+    num_sequences, num_tokens = counts.unbind()
+    num_units = num_sequences if per_sequence else num_tokens
+    per_unit, per_token = num_units.clamp(min=1), num_tokens.clamp(min=1)
+    extremes = torch.where(num_units > 0, extremes, 0.0)
+    scalars = torch.cat([of_units / per_unit, extremes, saturated / per_unit, of_tokens / per_token, counts])
+    of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.float().unbind(), strict=True))
     return Stats(
         **of_batch,
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),

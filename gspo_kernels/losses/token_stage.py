@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base import checks
 from ..base.layout import BatchShape, Layout
 from ..base.scalars import FINITE, run_time
-from . import reduction as aggregate
+from . import reduction
 from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
 from .stats import Stats, collect
 
@@ -116,7 +116,7 @@ class TokenStage:
                 self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
             )
             loss = self._aggregate(
-                self._terms(aggregate.nan_gradient_if_no_count(log_ratio, self.normalizer), None), None, None
+                self._terms(reduction.nan_gradient_if_no_count(log_ratio, self.normalizer), None), None, None
             )
             return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
 
@@ -167,7 +167,7 @@ class TokenStage:
         """[sequences], the weight of each of its tokens' numbers in the loss."""
         if self.shares is not None:
             return self.shares
-        return aggregate.token_shares(self.layout, self.aggregation, self.normalizer)
+        return reduction.token_shares(self.layout, self.aggregation, self.normalizer)
 
     def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """logprobs, entropy: [tokens] as the kernels return them."""
@@ -178,8 +178,8 @@ class TokenStage:
 
     def _value(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Terms, Tensor, Tensor | None]:
         """The loss in float64, the objective's terms, log-ratios and KL per token."""
-        logprobs = aggregate.nan_gradient_if_no_count(logprobs, self.normalizer)
-        entropy = None if entropy is None else aggregate.nan_gradient_if_no_count(entropy, self.normalizer)
+        logprobs = reduction.nan_gradient_if_no_count(logprobs, self.normalizer)
+        entropy = None if entropy is None else reduction.nan_gradient_if_no_count(entropy, self.normalizer)
         new = self._finite(self.layout.select(logprobs.double()))
         old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
         log_ratio = new - old
@@ -233,7 +233,7 @@ class TokenStage:
             loss = (layout.select(sum(per_token[1:], per_token[0])) * layout.spread(shares)).sum()
         if self.objective.ratio_of == "sequence":
             loss = loss + self._of_sequences(terms.loss, shares)
-        return aggregate.nan_if_no_count(loss, layout, self.normalizer)
+        return reduction.nan_if_no_count(loss, layout, self.normalizer)
 
     def _of_sequences(self, of_each: Tensor, shares: Tensor) -> Tensor:
         """The value is weighted by this rank's token count, the gradient by the global count."""
@@ -264,8 +264,8 @@ def token_inputs(
     """The arguments as `TokenInputs`, checked."""
     check_objective(objective)
     aggregation = objective.aggregation if aggregation is None else aggregation
-    normalizer = aggregate.check(aggregation, normalizer, batch.device)
-    aggregate.check_count(normalizer, batch)
+    normalizer = reduction.check(aggregation, normalizer, batch.device)
+    reduction.check_count(normalizer, batch)
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     beta = checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
     entropy_coef = checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")

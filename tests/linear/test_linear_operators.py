@@ -14,7 +14,7 @@ from gspo_kernels import GRPO, GSPO
 from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import Operator, _flatten
 from gspo_kernels.base.scalars import run_time_list
-from gspo_kernels.linear.operators import LINEAR_LOSS, LINEAR_ROW_GRADIENT, LINEAR_ROW_STATS
+from gspo_kernels.linear.operators import linear_loss_operator, linear_row_gradient_operator, linear_row_stats_operator
 from gspo_kernels.linear.types import HeadArguments, NeedsGrad
 from gspo_kernels.losses.token_stage import TokenInputs, token_inputs
 from gspo_kernels.rows.types import RowStats, Upstream
@@ -75,12 +75,12 @@ def samples(operator: str, everything: bool) -> tuple[Operator[Any], tuple[Any, 
     arguments = head() if everything else frozen_head()
     needs_grad = NeedsGrad(True, everything, everything)
     if operator == "loss":
-        return LINEAR_LOSS, (arguments, needs_grad, inputs(arguments, everything))
+        return linear_loss_operator, (arguments, needs_grad, inputs(arguments, everything))
     if operator == "row_stats":
-        return LINEAR_ROW_STATS, (arguments, needs_grad)
+        return linear_row_stats_operator, (arguments, needs_grad)
     stats = RowStats(-numbers(2, 3).abs(), numbers(2, 3).abs(), numbers(2, 3).double())
     g = numbers(2, 3, seed=1)
-    return LINEAR_ROW_GRADIENT, (
+    return linear_row_gradient_operator, (
         detached(arguments),
         needs_grad,
         stats,
@@ -97,13 +97,13 @@ def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
     if declared._has_numbers:
         given.append(run_time_list(floats))
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if declared is LINEAR_LOSS:
+    if declared is linear_loss_operator:
         tests.pop()  # it compares every output, but the backward has overwritten the gradients among them
     torch.library.opcheck(declared.operator._opoverload, tuple(given), test_utils=tests)
 
 
 def test_the_arguments_have_the_names_of_the_fields() -> None:
     """A field that is added to a value becomes an argument of this name."""
-    names = [argument.name for argument in LINEAR_LOSS.operator._opoverload._schema.arguments]
+    names = [argument.name for argument in linear_loss_operator.operator._opoverload._schema.arguments]
     for name in ("hidden", "weight", "bias", "chunk_bytes", "needs_grad_weight", "old_logprobs", "aggregation"):
         assert name in names

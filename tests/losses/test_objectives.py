@@ -330,7 +330,7 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
     function = partial(linear_policy_loss, objective=objective)
     alone = from_hidden(p, "packed", "grpo", function=function)
     arrived, may_go = threading.Event(), threading.Event()
-    operator = operators.LINEAR_LOSS
+    operator = operators.linear_loss_operator
 
     def held(*arguments: Any) -> Any:
         if threading.current_thread() is late:
@@ -338,7 +338,7 @@ def test_threads_that_share_an_objective(monkeypatch: pytest.MonkeyPatch) -> Non
             assert may_go.wait(60)
         return operator(*arguments)
 
-    monkeypatch.setattr(operators, "LINEAR_LOSS", held)
+    monkeypatch.setattr(operators, "linear_loss_operator", held)
     found: list[Any] = []
 
     def work() -> None:
