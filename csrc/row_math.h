@@ -1,6 +1,6 @@
 // The mathematics of one row of logits, host and device: how partial sums combine and what the gradient is.
 //
-// A row holds z_v = x_v / temperature, v = 0..V-1, and one target column y. Kernels walk the row in base 2,
+// A row holds z_v = x_v / temperature, v = 0..V-1, and one target column y. Kernels read the row in base 2,
 // exp z_v = 2^(x_v * scale) with scale = log2(e) / temperature, and leave the target out of their sums. What they
 // find for "the others" and the target logit combine here, in double, without a subtraction of near-equal numbers:
 //

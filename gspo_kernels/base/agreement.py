@@ -1,8 +1,8 @@
 """Arguments over ranks: what one rank refuses, and what differs between ranks, is an error on every rank.
 
-Where values may be read (on the CPU; on a GPU under GSPO_KERNELS_DEBUG=1), each rank sends one dictionary of its
-arguments over its groups before the first collective of a loss, and all ranks come to the same verdict. Elsewhere a
-rank that raises leaves the others waiting in their next collective until it times out.
+Where values may be read (on the CPU; on a GPU under GSPO_KERNELS_DEBUG=1), each rank sends a dictionary of its
+arguments over its groups before the first collective of a loss, and all ranks reach the same verdict. Elsewhere, if
+one rank raises, the others wait in their next collective until it times out.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class Agreement:
     """
 
     def __init__(self, name: str, first: Any, tp: Ranks | None = None, cp: Ranks | None = None) -> None:
-        """`first`: the caller's first argument, of this name; its device is that of the exchange."""
+        """`name`, `first`: the caller's first argument. Ranks exchange their arguments on its device."""
         groups = [] if torch.compiler.is_compiling() else [ranks for ranks in (cp, tp) if ranks is not None]
-        if groups and not isinstance(first, Tensor):  # this rank refuses it; the others' is most likely there
+        if groups and not isinstance(
+            first, Tensor
+        ):  # which is refused; on the device where other ranks most likely have theirs
             on_cpu = "cpu" in device_types_of(groups[0].group()) or not torch.cuda.is_available()
             first = torch.empty(0, device="cpu" if on_cpu else "cuda")
         self._groups = groups if groups and checks.may_read(first) else []
@@ -63,13 +65,13 @@ class Agreement:
         return bool(self._groups)
 
     def same(self, values: dict[str, Any], over: str | None = None) -> None:
-        """What must be equal on all ranks of one group or, without `over`, of every group."""
+        """Adds values that must be equal on all ranks of the group `over`, or of every group if that is None."""
         for argument in self._values:
             if over in (None, argument):
                 self._values[argument] |= values
 
     def compare(self, over: str, name: str, value: Any, check: Check) -> None:
-        """`check` judges the values of all ranks of a group, where everything that was added before is the same."""
+        """Adds a value that `check` compares over the ranks of a group, once all values added before are equal."""
         self.same({name: value}, over)
         self._checks[name] = check
 
@@ -87,7 +89,8 @@ class Agreement:
             mine = ValueError(f"cp_group: expected no rank but this one in tp_group too; got {_listed(both)} in both")
         reports: dict[int, _Report] = {}
         lost = set()  # groups whose exchange has failed
-        # Two exchanges make a whole grid known. The third serves ranks whose neighbours were given other groups.
+        # After two exchanges a rank has the reports of its whole grid. The third is for ranks whose peers passed other
+        # groups.
         for ranks in self._groups if len(self._groups) == 1 else [*self._groups, self._groups[0]]:
             reports[dist.get_rank()] = _Report(mine is not None, self._members, self._values)
             if ranks.argument in lost:
@@ -99,8 +102,8 @@ class Agreement:
                 lost.add(ranks.argument)
                 mine = mine or RuntimeError(
                     f"{ranks.argument}: expected all of its ranks, {_listed(self._members[ranks.argument])}, in this "
-                    "call; the exchange in which they compare their arguments failed, which is so where one has raised "
-                    f"before it, or calls something else: {failure}"
+                    "call; the exchange in which they compare their arguments failed, because one raised before it, or "
+                    f"called something else: {failure}"
                 )
         if error is not None:
             return
@@ -110,7 +113,7 @@ class Agreement:
             raise verdict
 
     def _difference(self, reports: dict[int, _Report]) -> Exception | None:
-        """What differs in a group of this rank or, told in short, in another group of the grid."""
+        """An error for what differs in a group of this rank; a short one for another group of the grid."""
         for argument, mine in self._members.items():
             groups = {tuple(report.members.get(argument, ())) for report in reports.values()}
             errors = {
@@ -125,7 +128,7 @@ class Agreement:
         return None
 
     def _compared(self, argument: str, found: dict[int, dict[str, Any]]) -> Exception | None:
-        """Of one group, in the order of its ranks."""
+        """An error for what differs within one group; `found` is in the order of its ranks."""
         if len({tuple(values) for values in found.values()}) > 1:
             return ValueError(
                 f"{argument}: expected the same function, with the same kinds of arguments, on every rank of the "
@@ -157,7 +160,7 @@ def _listed(ranks: list[int]) -> str:
 
 
 def fingerprint(values: Tensor, mask: Tensor | None = None) -> str:
-    """One text for equal arrays, of integers or of numbers as float64 has them. Masked values do not count."""
+    """A text that is equal for equal arrays: a checksum of integers, or of numbers as float64. Skips masked values."""
     values = values.detach().reshape(-1)
     if values.is_floating_point():
         values = values.double() + 0.0  # not -0.0

@@ -49,14 +49,14 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
 
 
 def transforms_active() -> bool:
-    """Whether torch.func transforms or forward-mode AD may be watching; under torch.compile neither is supported."""
+    """Whether a torch.func transform or forward-mode AD is active; under torch.compile neither is supported."""
     if torch.compiler.is_compiling():
         return False
     return transforms_are_active() or forward_mode_is_on()
 
 
 def refuse_vmap(function: str, **arguments: Any) -> None:
-    """For operators that compute gradients of tensors with requires_grad, which a batched tensor does not show."""
+    """For operators that compute a gradient where requires_grad is True: of a batched tensor it is False."""
     if torch.compiler.is_compiling() or not transforms_are_active():
         return
     for name, value in arguments.items():

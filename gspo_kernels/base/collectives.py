@@ -80,7 +80,7 @@ def gather(values: Tensor, ranks: Ranks) -> Tensor:
 
 
 def gather_objects(value: Any, ranks: Ranks, device: torch.device) -> list[Any]:
-    """Small Python objects, in the order of the ranks; waits for the device. torch's own needs numpy."""
+    """Small Python objects of all ranks, in their order. Waits for the device. torch's own function needs numpy."""
     data = pickle.dumps(value)
     sizes = gather(torch.tensor([len(data)], device=device), ranks).flatten().tolist()
     padded = torch.tensor(list(data.ljust(max(sizes))), dtype=torch.uint8, device=device)
@@ -118,7 +118,7 @@ def sum_over_ranks(values: Tensor, ranks: Ranks, *, crosses: bool) -> Tensor:
 
     Args:
         crosses: whether the incoming gradient is that of this rank's share alone: the backward then sums it over ranks.
-            Otherwise it is that of all ranks' shares already, and passes unchanged.
+            Otherwise it is that of all ranks' shares already, and is returned unchanged.
     """
     return _sum_operator(values, ranks, crosses)
 

@@ -10,7 +10,7 @@ _WITH_KERNELS = ("cpu", "cuda")
 
 
 def check_float64(device: torch.device) -> None:
-    """Raises ValueError on a device without float64, as Apple's MPS. Nothing is read."""
+    """Raises ValueError on a device without float64, such as Apple's MPS. Reads no values."""
     if device.type not in (*_WITH_KERNELS, "meta") and not _has_float64(device):
         raise ValueError(
             f"expected tensors on a device with float64, in which log-ratios, sums and clips are computed; got tensors "

@@ -70,14 +70,15 @@ class BatchShape:
     def is_per_token(self, values: Tensor) -> bool:
         """By its shape. Packed, [S] and [S, 1] are one per sequence, also where N is S; [1, N] is one per token.
 
-        Padded [B, 1] is one per token where T is 1: the numbers are the same, but ranks of a cp_group compare it.
+        Padded [B, 1] with T = 1 counts as one per token: the numbers are the same, but ranks of a cp_group compare the
+        kind.
         """
         if self.cu_seqlens is not None and values.ndim == 2:
             return values.shape == (1, *self.tokens) and values.shape != (self.sequences, 1)
         return values.shape == self.tokens and values.shape != (self.sequences,)
 
     def _lengths_differ_from_1(self) -> bool:
-        """Of a packed batch with as many tokens as sequences; False where the boundaries cannot be read for free."""
+        """Whether not every sequence of a packed batch has one token; False where reading boundaries is not free."""
         boundaries = self.cu_seqlens
         if boundaries is None or not may_read(boundaries) or watched(boundaries):
             return False
@@ -136,7 +137,7 @@ class Layout:
         self._masked = ~self.mask
         self.local_lengths = self.local_sum(torch.ones((), dtype=torch.float64, device=device).expand(count))
         self._lengths = self.local_lengths if self.ranks is None else None
-        self._beside: Tensor | None = None
+        self._weight_sums: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -203,26 +204,27 @@ class Layout:
         """[sequences], the share of its tokens on this rank; the ranks' shares add up to 1, or 0 if it is empty."""
         return self.local_lengths / self.lengths.clamp(min=1)
 
-    def sum_beside(self, values: Tensor) -> None:
-        """Sums these constants [tokens] in the first collective too; `beside` then has their sums."""
-        self._beside = self.local_sum(values)
+    def add_weights(self, weights: Tensor) -> None:
+        """Constants [tokens] that the first collective sums as well: call it before `sum`, `mean` and `lengths`."""
+        self._weight_sums = self.local_sum(weights)
 
     @property
-    def beside(self) -> Tensor:
-        assert self.lengths is not None and self._beside is not None
-        return self._beside
+    def weight_sums(self) -> Tensor:
+        """[sequences], the sums of what `add_weights` was given, over all ranks."""
+        assert self.lengths is not None and self._weight_sums is not None
+        return self._weight_sums
 
     def _over_ranks(self, local: Tensor | None) -> Tensor:
         assert self.ranks is not None
         if self._lengths is not None:
             assert local is not None
             return sum_over_ranks(local, self.ranks, crosses=self._crosses)
-        parts = [x for x in (local, self.local_lengths, self._beside) if x is not None]
+        parts = [x for x in (local, self.local_lengths, self._weight_sums) if x is not None]
         sums = sum_over_ranks(torch.stack(parts), self.ranks, crosses=self._crosses)
         rest = sums[0 if local is None else 1 :].detach()
         self._lengths = rest[0]
-        if self._beside is not None:
-            self._beside = rest[1]
+        if self._weight_sums is not None:
+            self._weight_sums = rest[1]
         return sums[0]
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -297,7 +299,7 @@ def batch_shape(
 
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
-    """A caller's mask as bool. Numbers other than 0 and 1 are refused where reading is free; elsewhere they count."""
+    """A caller's mask as bool. Numbers other than 0 and 1 are refused where reading is free, and are True elsewhere."""
     mask = mask.detach()
     if mask.dtype == torch.bool:
         return mask
@@ -325,7 +327,7 @@ _WRONG_BOUNDARIES = (
 
 
 def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    """Reads the values: for operators, on the CPU or under GSPO_KERNELS_DEBUG=1."""
+    """Refuses wrong boundaries. Reads them: call it where `may_read` allows."""
     if bool(_are_wrong(cu_seqlens, tokens)):
         few = cu_seqlens.numel() <= 16
         got = cu_seqlens.tolist() if few else f"{int(cu_seqlens[0])} ... {int(cu_seqlens[-1])}"
@@ -350,7 +352,7 @@ class Segments(NamedTuple):
 
 
 def _segments(cu_seqlens: Tensor, tokens: int) -> Segments:
-    """Wrong boundaries are replaced, because the sums below trust them, and to refuse them would wait for the GPU."""
+    """Wrong boundaries that may not be read are clamped and sorted, because the sums below index by them."""
     if may_read(cu_seqlens):
         check_boundaries(cu_seqlens, tokens)
     fault = torch.where(_are_wrong(cu_seqlens, tokens), torch.nan, torch.zeros_like(cu_seqlens[0], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Operators of `torch.library` by name: arguments that travel together are one value, flattened and rebuilt here alone.
+"""Operators of `torch.library` whose arguments are values: dataclasses and named tuples, flattened and rebuilt here.
 
 An operator of torch takes tensors, numbers and strings one by one. An `Operator` takes values: a dataclass or a named
 tuple is flattened into one argument per field, named like the field, and rebuilt before the body, the fake and the
@@ -7,10 +7,11 @@ backward see it. A new field is one line where it is declared.
     Operator("row_stats", row_stats, fake=..., save=..., backward=..., operands=("logits",))
 
 Floats are run-time values: all floats of an operator travel as one float64 tensor on the CPU, so that annealing one
-recompiles nothing. Fakes, `save` and `backward` see NaN in their place: what they need to know is a field of its own.
+recompiles nothing. Fakes and `save` may see NaN in place of a float: what they need to know has to be a
+field of another type, such as a bool.
 
-A class that is no dataclass says how it travels: `packed()` returns a string, a number or a value, and the static
-method `unpacked` rebuilds the object from it.
+Any other class defines how it is passed: `packed()` returns a string, a number or a value, and the static method
+`unpacked` rebuilds the object from that.
 
 `save_values` keeps values for a backward, and `saved_values` returns them there.
 """
@@ -37,7 +38,7 @@ _SCHEMA = {
     torch.Size: "SymInt[]", list[int]: "SymInt[]",
 }  # fmt: skip
 _PACKED = "packed()"
-_PARAMETERS = tuple[float, ...]  # a number of floats that is known at run time alone: a tensor of their own
+_PARAMETERS = tuple[float, ...]  # any number of floats, passed as one tensor
 
 
 class _Leaf(NamedTuple):
@@ -49,7 +50,7 @@ class _Leaf(NamedTuple):
 class _Float(NamedTuple):
     """One of the operator's floats; None is NaN."""
 
-    or_tensor: _Leaf | None  # a field that may be a tensor as well has an argument for it
+    or_tensor: _Leaf | None  # the argument for a tensor, where the field may be a float or a tensor
 
 
 class _Value(NamedTuple):
@@ -57,11 +58,11 @@ class _Value(NamedTuple):
 
     type: Any
     fields: tuple[tuple[str, Any], ...]
-    present: _Leaf | None  # for a value that may be None: whether it is there
+    present: _Leaf | None  # the argument that says whether a value that may be None is present
 
 
 class _Packed(NamedTuple):
-    """What a class of its own travels as."""
+    """A class with `packed` and `unpacked`."""
 
     type: Any
     inside: Any
@@ -72,16 +73,16 @@ class Operator(Generic[Output]):
     """`gspo_kernels::name`, called with the values that `body` takes.
 
     Args:
-        body: from values to a tensor, a named tuple of tensors or None; its annotations are read.
-        fake: the same without computing: outputs of the right shapes and dtypes.
+        body: takes values; returns a tensor, a named tuple of tensors, or None. Its annotations declare the arguments.
+        fake: takes the same values; returns empty outputs of the right shapes and dtypes.
         save: `save(ctx, output, *values)` keeps what `backward` needs.
         backward: `backward(ctx, *upstream)` returns gradients by the names of `operands`; a missing one is None. An
             operator without one is called under `no_grad`.
         operands: names of the arguments that have a gradient.
         outputs: how many outputs, from the first, are differentiable; None: all.
         mutates: names of the arguments that are written to.
-        direct: where nothing watches the first tensor, call `body` as a plain function: the dispatcher and its
-            wrappers in Python take 0.1 ms of the host's time.
+        direct: calls `body` as a plain function where no compiler, transform or fake tensor traces the first tensor:
+            the dispatcher and its wrappers in Python take 0.1 ms of the host's time.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class Operator(Generic[Output]):
         return tuple(output[:count]), output[count:]
 
     def gradients(self, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Of the operands, in their order."""
+        """The gradients of the operands, in their order."""
         assert self._backward is not None
         if all(each is None for each in upstream[: self._outputs]):
             return tuple(None for _ in self._operands)
@@ -188,7 +189,7 @@ class Operator(Generic[Output]):
         return tuple(by_name.get(name) for name in names)
 
     def _rebuilt(self, given: Sequence[Any], read: bool) -> list[Any]:
-        """The values; floats are NaN unless they may be read."""
+        """The values; floats are NaN unless `read`."""
         numbers: Iterator[float] = iter(given[-1].tolist()) if self._has_numbers and read else _nans()
         rest = iter(given)
         return [_rebuild(spec, rest, numbers, read) for spec in self._specs]
@@ -198,7 +199,7 @@ class Operator(Generic[Output]):
 
 
 class _Direct(torch.autograd.Function):
-    """Outputs that are not differentiable are handed over in `rest`: autograd takes time for each of its own."""
+    """Calls the body and returns differentiable outputs; the others go to `rest`: autograd takes time for each output."""
 
     @staticmethod
     def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], rest: list[Tensor], *operands: Tensor) -> Any:
@@ -264,13 +265,13 @@ def _with_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]
 
 @functools.cache
 def _field_names(kind: Any) -> tuple[str, ...]:
-    """Of a dataclass or a named tuple; none for any other class."""
+    """The fields of a dataclass or a named tuple; none for any other class."""
     if dataclasses.is_dataclass(kind):
         return tuple(field.name for field in dataclasses.fields(kind))
     return kind._fields if _is_named_tuple(kind) else ()
 
 
-# ---- how types are declared
+# ---- types as a schema
 
 
 def _spec(name: str, kind: Any, taken: set[str], optional: bool, prefix: str = "") -> Any:
@@ -333,11 +334,11 @@ def _is_named_tuple(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-# ---- how values travel
+# ---- values as arguments
 
 
 def _steps(spec: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(attributes from a value to its field, how that is handed over): plain strings, which torch.compile follows."""
+    """(path of attributes to a field, how the field is passed), as strings, which torch.compile can trace."""
     if isinstance(spec, _Leaf):
         yield path, "floats" if spec.type == _PARAMETERS else "size" if spec.type is torch.Size else "as it is"
     elif isinstance(spec, _Float):
@@ -353,7 +354,7 @@ def _steps(spec: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _at(values: Sequence[Any], path: tuple[Any, ...]) -> Any:
-    """The field that a path leads to: the number of a value, then attributes."""
+    """The field at a path: the value's position, then attributes."""
     position, *names = path
     value = values[position]
     for name in names:

@@ -109,9 +109,10 @@ def linear_policy_loss(
             their tokens are in none of the stats. Not with a KL term or an entropy bonus, to which such sequences
             contribute.
 
-    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. A NaN reaches
-    the gradients of the same rows of hidden as `policy_loss` says of logits; the gradients of weight and bias are sums
-    over rows, and NaN throughout. The result and the errors are those of `policy_loss`; torch.func.vmap raises too.
+    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
+    propagates to the gradient of hidden in the rows that `policy_loss` names for logits; the gradients of weight and
+    bias are sums over rows, and become NaN everywhere. The result and the errors are those of `policy_loss`;
+    torch.func.vmap raises too.
     """
     refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode(

@@ -31,10 +31,17 @@ def clipped_surrogate(
 ) -> Terms:
     """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
 
-    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). Decided on the deviation `s - 1`, taken by
-    expm1, which near 1 is exact where `s` itself has lost the digits the clip range lives in. On a bound is unclipped.
+    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). The decision compares `s - 1`, computed by
+    expm1: near 1, `s` itself has too few digits for a clip range of 3e-4. A ratio on a bound is not clipped.
 
-    Returns: the loss and where it is held at a bound, one number per log-ratio.
+    Args:
+        log_ratio: [units] float64, differentiable: one per sequence or per token.
+        advantages: [units], constant.
+        eps_low, eps_high: the clip range of the ratio, from 1 - eps_low to 1 + eps_high.
+        dual_clip: the largest ratio that counts for a negative advantage; None: no bound.
+        max_log_ratio: 0-d; above it the ratio is constant and has no gradient.
+
+    Returns: `Terms` [units]: the loss, and where it is held at a bound.
     """
     device = log_ratio.device
     lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
@@ -53,7 +60,7 @@ def clipped_surrogate(
 def clipped_term(  # type: ignore[no-untyped-def]
     log_ratio, advantage, max_log_ratio, logprob, old_logprob, eps_low, eps_high, dual_clip, unused
 ):
-    """`clipped_surrogate` in Triton."""
+    """`clipped_surrogate` in Triton; dual_clip is NaN for none."""
     saturated = log_ratio > max_log_ratio
     bounded = tl.where(saturated, max_log_ratio, log_ratio)
     deviation, ratio = expm1(bounded), exp(bounded)

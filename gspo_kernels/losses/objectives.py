@@ -78,7 +78,7 @@ class TokenBatch:
 class Terms:
     """An objective's result. A unit is what has a ratio: a sequence or a token."""
 
-    loss: Tensor  # per unit, to be minimised; before weights, KL, entropy and aggregation. A sequence's: for each token
+    loss: Tensor  # per unit, minimised; before weights, KL, entropy, aggregation. A sequence's is that of each token
     log_ratio: Tensor  # per unit: log of its importance ratio
     clipped_low: Tensor | None = None  # bool per unit: held at the lower bound, no gradient
     clipped_high: Tensor | None = None  # bool per unit: held at an upper bound, no gradient
@@ -93,7 +93,7 @@ class RowClip(NamedTuple):
 
 
 class ObjectiveKey(NamedTuple):
-    """How an objective travels through an operator, which takes strings and floats but no objects."""
+    """How an operator takes an objective: as a string and floats, because it takes no objects."""
 
     name: str  # "module:qualname" of a class that is rebuilt from its parameters, or "own"
     parameters: tuple[float, ...]  # the fields in order, None as NaN; () where they cannot be read (fakes)
@@ -107,8 +107,8 @@ class ObjectiveKey(NamedTuple):
 class Objective:
     """Base of all objectives.
 
-    NaN in a log-probability (old, current, or reference with `beta`) makes its log-ratio NaN. Which gradients become
-    NaN is what `terms` makes of that; torch.clamp would hide it from them.
+    NaN in a log-probability (old, current, or reference with `beta`) makes its log-ratio NaN. `terms` decides which
+    gradients become NaN: `at_most` and `within` let NaN reach them, torch.clamp does not.
 
     A frozen dataclass at the top of a module, whose fields are all `float` or `float | None`, works under
     torch.compile(fullgraph=True) from hidden states as well; changing a field's value recompiles nothing. From hidden
@@ -156,12 +156,13 @@ class Objective:
     def row_clip(self) -> RowClip | None:
         """For a loss that is proportional to the token's advantage and clips the token's ratio: its bounds.
 
-        A kernel then computes its gradient from that at ratio 1 while it reads the row: no gradient where clipped,
-        else multiplied by the ratio. `triton_term` computes the loss for advantages of 1 and -1.
+        A kernel that reads the row once then multiplies the token's gradient at ratio 1 by its ratio, or sets it to 0
+        where clipped. The loss is |advantage| times what `triton_term` returns for the advantage's sign.
         """
         return None
 
     def packed(self) -> ObjectiveKey:
+        """How operators take this objective."""
         fields = _float_fields(type(self))
         if fields is not None:
             values = [getattr(self, name) for name, _ in fields]
@@ -172,7 +173,7 @@ class Objective:
 
     @staticmethod
     def unpacked(key: ObjectiveKey) -> Objective:
-        """The objective; where no parameter can be read, an instance of which only the class's attributes are set."""
+        """The objective; without parameters (in fakes), an instance that has the class's attributes alone."""
         if key.is_own:
             return _OWN.get()
         kind = _class_of(key.name)
@@ -191,13 +192,15 @@ def _depth(kind: type[Objective], attribute: str) -> int:
     return next(i for i, each in enumerate(kind.__mro__) if attribute in vars(each))
 
 
-# ---- how objectives travel
+# ---- objectives as arguments of operators
 
 _OWN_NAME = "own"
 _OWN: ContextVar[Objective] = ContextVar("own objective")
 
 
 class _Carried:
+    """A context manager that torch.compile can trace."""
+
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._before: Token[Objective] | None = None
@@ -211,7 +214,7 @@ class _Carried:
 
 
 def carried(objective: Objective) -> AbstractContextManager[Any]:
-    """Within it operators get this very object, if it has no name and parameters to be rebuilt from."""
+    """A context in which operators use this object itself, if a name and parameters cannot rebuild it."""
     return _Carried(objective) if objective.packed().is_own else nullcontext()
 
 

@@ -23,8 +23,8 @@ def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | 
     - "sequence_sum":  sum over a sequence's unmasked tokens, mean over sequences.
 
     A sequence without an unmasked token is not counted. `normalizer` replaces the local count (of sequences, or of
-    tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole. One that is
-    no count stands for 1 here: the two functions below make the loss and its gradient NaN.
+    tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole. An
+    invalid one is replaced by 1 here: the two functions below make the loss and its gradient NaN.
 
     Returns: [sequences] float64, NaN where the layout's lengths are.
     """
@@ -41,7 +41,7 @@ def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | 
 
 
 def nan_if_no_count(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> Tensor:
-    """The loss, or NaN if the normalizer is no count; 0 is one where nothing counts."""
+    """The loss, or NaN if the normalizer is no count. 0 is a count where every token is masked."""
     if not isinstance(normalizer, Tensor):
         return loss
     is_count = _counts(normalizer) | ((normalizer == 0) & (layout.num_tokens == 0))
@@ -90,7 +90,7 @@ def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Te
 
 
 def check_count(normalizer: Any, batch: BatchShape, name: str = "normalizer") -> None:
-    """The value of a tensor, where it can be read for free."""
+    """Refuses a tensor that is no count, where reading it is free."""
     if not isinstance(normalizer, Tensor):
         return
     if not all(checks.may_read(x) and not checks.watched(x) for x in (normalizer, batch.mask) if x is not None):
@@ -121,19 +121,19 @@ def global_count(
     masks add up too. One collective over `group`, and one over `cp_group`; no host sync.
 
     Args:
-        mask: [B, T] or packed [N], True (or 1) where a token counts: what the losses are given on this rank. A rank
-            with an empty batch passes an empty mask, and still takes part.
+        mask: [B, T] or packed [N], True (or 1) where a token counts: the masks of the losses on this rank. A rank with
+            an empty batch passes an empty mask: the collectives need every rank.
         cu_seqlens: [S + 1], of packed sequences.
         aggregation: what the losses have. "token_mean" (PPO's) counts tokens; "sequence_mean" and "sequence_sum" count
             sequences that have an unmasked token.
         group: the ranks whose gradients are summed or averaged: data-parallel and, if there are any, context-parallel
             ones. None: this rank alone.
         cp_group: the ranks of `group` that have tokens of the same sequences.
-        averaged: for what averages gradients over `group` instead of summing them, as DDP and FSDP do: the count is
-            then divided by its number of ranks.
+        averaged: whether gradients are averaged over `group` instead of summed, as by DDP and FSDP: the count is then
+            divided by its number of ranks.
 
-    Returns: 0-d float64, on the mask's device. 0 where nothing counts, of which losses make 0. NaN for wrong boundaries
-    that could not be checked.
+    Returns: 0-d float64, on the mask's device. 0 where every token is masked; the losses are 0 then. NaN for wrong
+    boundaries that could not be checked.
     """
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     checks.tensor("mask", mask, "True or 1 at the tokens that count")

@@ -46,7 +46,7 @@ class TokenInputs:
     max_log_ratio: float
 
     def versions(self) -> list[int]:
-        """Of the arrays; they change when one is written to."""
+        """Version counters of the arrays: writing to an array changes its own."""
         batch = self.batch
         arrays = (
             batch.mask, batch.cu_seqlens, self.advantages, self.old_logprobs, self.ref_logprobs,
@@ -60,7 +60,7 @@ class TokenInputs:
         return self.old_logprobs is None and plain and not self.objective.uses_logprobs
 
     def stage(self) -> TokenStage:
-        """In torch, for any objective."""
+        """The stage in torch, for any objective."""
         layout = self.batch.layout(crosses=not self.objective.by_sequence_alone)
 
         def numbers(values: Tensor | None, per_token: bool) -> Tensor | None:
@@ -135,7 +135,7 @@ class TokenStage:
     def differentiable_gradient(
         self, logprobs: Tensor, entropy: Tensor | None, factor: Tensor
     ) -> dict[str, Tensor | None]:
-        """The gradient of factor times the loss, in the layout of the arguments, to be differentiated again."""
+        """The gradient of factor times the loss, in the shapes of the arguments; itself differentiable."""
         with torch.enable_grad():
             operands = {"logprobs": logprobs}
             if entropy is not None and self.entropy_coef != 0.0:
@@ -191,7 +191,7 @@ class TokenStage:
 
     @staticmethod
     def _finite(logprobs: Tensor) -> Tensor:
-        """Within +-FINITE. The gradient is that of the identity: on-policy, an infinite number has a ratio of 1."""
+        """Within +-FINITE, with the identity's gradient: on-policy, an infinite log-probability has a ratio of 1."""
         slope = torch.where(logprobs.isinf(), 0.0, logprobs)
         return within(logprobs.detach(), FINITE) + (slope - slope.detach())
 
@@ -204,7 +204,7 @@ class TokenStage:
 
     def _terms(self, log_ratio: Tensor, values: TokenValues | None) -> Terms:
         if self.importance_weights is not None and self.layout.ranks is not None:
-            self.layout.sum_beside(self.importance_weights)
+            self.layout.add_weights(self.importance_weights)
         tokens = TokenBatch(log_ratio, self.advantages, self.layout, self.max_log_ratio, values)
         terms = self.objective.terms(tokens)
         check_terms(self.objective, terms, tokens=log_ratio.shape[0], sequences=self.layout.sequences)
@@ -241,7 +241,7 @@ class TokenStage:
         local = layout.local_lengths if self.importance_weights is None else layout.local_sum(self.importance_weights)
         if layout.ranks is None or not self.objective.by_sequence_alone:
             return (of_each * shares * local).sum()
-        everywhere = layout.lengths if self.importance_weights is None else layout.beside
+        everywhere = layout.lengths if self.importance_weights is None else layout.weight_sums
         value, slope = of_each.detach(), of_each - of_each.detach()
         return (value * shares * local).sum() + (slope * shares * everywhere).sum()
 

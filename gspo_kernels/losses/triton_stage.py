@@ -1,7 +1,7 @@
 """The token stage in Triton: two launches from the statistics of rows to the loss, its gradient and the stats.
 
-One for the sequences, one for the batch: triton_stage_kernels.py. They run any objective that has a `triton_term`. What
-they do not support takes the stage in torch; the tests hold both to the same oracle.
+One for the sequences, one for the batch: triton_stage_kernels.py. They run any objective that has a `triton_term`.
+Other losses take the stage in torch; the tests compare both with the same oracle.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _contiguous(array: Tensor | None) -> Tensor | None:
 
 
 def _float32(array: Tensor | None) -> Tensor | None:
-    """Of float64 and integers too: a factor of the loss, which is computed in float32."""
+    """A factor of the loss, which is computed in float32, from any dtype."""
     return None if array is None else array.to(torch.float32).contiguous()
 
 

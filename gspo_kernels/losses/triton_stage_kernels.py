@@ -23,7 +23,7 @@ from .triton_sums import add, in_two, leading_digits, maxima4, sums4, sums8, sum
 SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 10,000 of them would not fit float32
 FINITE = tl.constexpr(_FINITE)
 
-# What `sequence_kernel` leaves for `batch_kernel`, one array [sequences] each.
+# What `sequence_kernel` passes to `batch_kernel`, one array [sequences] each.
 PARTIALS = tl.constexpr(len(_PARTIALS))
 CLIPPED, LOW, HIGH = (tl.constexpr(_PARTIALS.index(f"clip_fraction{side}")) for side in ("", "_low", "_high"))
 RATIO_SUM, RATIO_MIN, RATIO_MAX = (tl.constexpr(_PARTIALS.index(f"ratio_{name}")) for name in ("mean", "min", "max"))
@@ -146,8 +146,7 @@ def sequence_kernel(
     `logprobs` before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an
     entropy bonus; `token_advantages`, each token's advantage, unless a row kernel clips (a ratio per token).
 
-    Advantages (GSPO's never) and weights may be per token. That is no compile-time choice: with as many sequences as
-    tokens, numbers per token are taken for numbers per sequence, and lengths must not compile a kernel.
+    Whether advantages and weights are per token is a run-time argument, so that it triggers no recompilation.
 
     TERM: the objective's `triton_term`, with parameters p0 to p3. RATIO: "sequence", "token", or "sequence_by_token":
     a ratio per token with the value of the sequence's.
@@ -316,7 +315,7 @@ def batch_kernel(
     p0, p1, p2, p3, max_log_ratio, log_ratios, loss, scalars,
     TERM: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss and the stats' scalars, in the order of `Stats`, from what the sequences left.
+    """The loss and the stats' scalars, in the order of `Stats`, from the partial sums of the sequences.
 
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
     makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that

@@ -39,7 +39,7 @@ def in_two(total, rest, largest):
     return leading, (total - leading) + rest
 
 
-# Warps exchange what they have found through shared memory, at a fixed price: reductions are therefore stacked.
+# A reduction over warps goes through shared memory at a fixed cost: several are therefore stacked into one.
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""An objective's term in Triton's language: it stands beside the torch terms, and is compiled into the stage's kernel.
+"""An objective's term in Triton's language, which is compiled into the kernels of the token stage.
 
     @TritonTerm
     def reinforce_term(log_ratio, advantage, max_log_ratio, logprob, old_logprob, p0, p1, p2, p3):
@@ -11,8 +11,8 @@ upper bound. The parameters are the objective's fields in their order, run-time 
 every comparison is False. What a term does not use costs nothing. The log-probabilities are those of a token; they are
 0 for a sequence.
 
-Triton is imported with the first term that is compiled. Until then the term's names (`tl`, and the functions of
-`rows.triton_math`) need not be there: import them under TYPE_CHECKING.
+Triton is imported when the first term is compiled. `tl` and the functions of `rows.triton_math` are added to the
+module's names then: import them under TYPE_CHECKING, for type checkers alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MOST_PARAMETERS = 4
 
 
 class TritonTerm:
+    """Decorates a term: a class attribute of an objective that is no method, compiled at its first use."""
+
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 

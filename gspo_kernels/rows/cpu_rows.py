@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extension import why_missing
-from .types import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
+from .extension import KERNEL_DTYPES, address, row_arguments, stats_addresses, why_missing
+from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
 from .types import scaled_logits as scaled_logits
 
 try:
@@ -58,7 +58,7 @@ def multiplies_bfloat16() -> bool:
 
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
-    _bind(rows).forward(**_stats(stats))
+    _bind(rows).forward(**stats_addresses(stats))
     return stats
 
 
@@ -70,7 +70,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(
-        **_stats(stats),
+        **stats_addresses(stats),
         grad_logprobs=address(grad_logprobs),
         grad_entropy=address(grad_entropy),
         grad_lse=address(grad_lse),
@@ -87,7 +87,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     _request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(
-        **_stats(stats),
+        **stats_addresses(stats),
         grad_logprobs=address(grad_logprobs),
         gradient=gradient.data_ptr(),
         outer_stride=gradient.stride(0),
@@ -97,41 +97,24 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    outer, inner, columns = values.shape
-    view = _view(values, outer, inner, columns)
-    _native.Rows(**view).scale(float(factor))  # a CPU tensor: reading it waits for nothing
+    outer, inner, vocab = values.shape
+    sizes = {"dtype": KERNEL_DTYPES[values.dtype], "outer": outer, "inner": inner, "vocab": vocab}
+    _native.Rows(**sizes, **_memory(values)).scale(float(factor))  # a CPU tensor: reading it waits for nothing
 
 
 def _bind(rows: Rows) -> _native.Rows:
     """The rows as the kernels take them."""
-    per_row = rows.temperature.ndim > 0
-    outer, inner = rows.token_ids.shape
-    return _native.Rows(
-        **_view(rows.logits, outer, inner, rows.vocab_size),
-        token_ids=rows.token_ids.data_ptr(),
-        mask=address(rows.mask),
-        temperature=1.0 if per_row else float(rows.temperature),
-        row_temperature=address(rows.temperature if per_row else None),
-        row_indices=address(rows.row_indices),
-    )
+    return _native.Rows(**row_arguments(rows), **_memory(rows.logits), row_indices=address(rows.row_indices))
 
 
-def _view(logits: Tensor, outer: int, inner: int, vocab: int) -> dict[str, Any]:
-    """Address, sizes and strides of [outer, inner, vocab] numbers, and on how many threads to visit them."""
+def _memory(logits: Tensor) -> dict[str, Any]:
+    """Address and strides of [outer, inner, vocab] numbers, and the number of threads."""
     return {
-        "dtype": KERNEL_DTYPES[logits.dtype],
         "logits": logits.data_ptr(),
-        "outer": outer,
-        "inner": inner,
-        "vocab": vocab,
         "outer_stride": logits.stride(0),
         "inner_stride": logits.stride(1),
         "threads": torch.get_num_threads(),
     }
-
-
-def _stats(stats: RowStats) -> dict[str, int]:
-    return {name: array.data_ptr() for name, array in stats._asdict().items()}
 
 
 def _request_huge_pages(gradient: Tensor) -> None:

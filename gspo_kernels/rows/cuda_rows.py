@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from . import cpu_rows, triton_rows
+from .extension import address, row_arguments, stats_addresses
 from .triton_rows import backward as backward
 from .triton_rows import forward as forward
 from .triton_rows import scale as scale
 from .triton_rows import scaled_logits as scaled_logits
-from .types import KERNEL_DTYPES, Rows, RowStats, TokenClip, Upstream, address, empty_stats
+from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
 
 try:
     _native: ModuleType | None = importlib.import_module("gspo_kernels._native")
@@ -78,21 +79,11 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     tickets = upstream.tickets
     if tickets is None or tickets.numel() == 0:  # empty in a batch without sequences
         tickets = torch.zeros(1, dtype=torch.int32, device=rows.logits.device)
-    per_row = rows.temperature.ndim > 0
     with triton_rows.on_device(rows.logits):
         _native.cuda_one_read(
-            dtype=KERNEL_DTYPES[rows.logits.dtype],
+            **row_arguments(rows),
+            **stats_addresses(stats),
             logits=_view(rows.logits),
-            outer=rows.token_ids.shape[0],
-            inner=rows.token_ids.shape[1],
-            vocab=rows.vocab_size,
-            token_ids=rows.token_ids.data_ptr(),
-            mask=address(rows.mask),
-            temperature=1.0 if per_row else float(rows.temperature),
-            row_temperature=address(rows.temperature if per_row else None),
-            logprobs=stats.logprobs.data_ptr(),
-            entropy=stats.entropy.data_ptr(),
-            lse=stats.lse.data_ptr(),
             grad_logprobs=upstream.logprobs.data_ptr(),
             factor=address(upstream.factor),
             counts=address(counts),

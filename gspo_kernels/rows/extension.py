@@ -1,12 +1,49 @@
-"""Why the C++ extension, `gspo_kernels._native`, could not be imported, and what to do about it."""
+"""The C++ extension, `gspo_kernels._native`: how it takes rows, and why it could not be imported."""
 
 from __future__ import annotations
 
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import Rows, RowStats
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+# ---- arguments of its kernels
+
+KERNEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def address(array: Tensor | None) -> int:
+    return 0 if array is None else array.data_ptr()
+
+
+def row_arguments(rows: Rows) -> dict[str, Any]:
+    """Sizes and arrays of the rows; their logits are passed in another form by each backend."""
+    outer, inner = rows.token_ids.shape
+    per_row = rows.temperature.ndim > 0
+    return {
+        "dtype": KERNEL_DTYPES[rows.logits.dtype],
+        "outer": outer,
+        "inner": inner,
+        "vocab": rows.vocab_size,
+        "token_ids": rows.token_ids.data_ptr(),
+        "mask": address(rows.mask),
+        "temperature": 1.0 if per_row else float(rows.temperature),  # a CPU tensor: reading it waits for nothing
+        "row_temperature": address(rows.temperature if per_row else None),
+    }
+
+
+def stats_addresses(stats: RowStats) -> dict[str, int]:
+    return {name: array.data_ptr() for name, array in stats._asdict().items()}
+
+
+# ---- why it is missing
 
 
 def why_missing(error: ImportError, package: Path = _PACKAGE) -> str:

@@ -19,8 +19,8 @@ class Rows:
     To add an optional field: one line here (None: absent), its name in `honours` of every backend that computes with
     it. All other backends refuse rows that have it, by name.
 
-    A gradient may have another dtype than the logits. It may lie over them, if row i of it overlaps no other row of
-    them than row i.
+    A gradient may have another dtype than the logits. It may share their memory, if its row i overlaps row i of the
+    logits alone.
     """
 
     logits: Tensor  # [outer, inner, columns], any strides
@@ -87,11 +87,11 @@ class Upstream(NamedTuple):
         return functools.reduce(torch.logical_or, given)
 
     def at(self, rows: Tensor) -> Upstream:
-        """Of some rows, where arrays are [rows]."""
+        """The upstream gradients of some rows; arrays are [rows]."""
         return self._with(None if x is None else x.index_select(0, rows) for x in self[:3])
 
     def rows(self) -> Upstream:
-        """Arrays [rows] as [1, rows]."""
+        """The same with arrays [1, rows] instead of [rows]."""
         return self._with(None if x is None else x[None] for x in self[:3])
 
     def contiguous(self) -> Upstream:
@@ -116,14 +116,6 @@ class Upstream(NamedTuple):
         # Selected: a factor of NaN or infinity leaves rows without a gradient alone.
         scaled = (None if g is None else torch.where(g != 0, g * common, 0.0).to(g.dtype) for g in arrays)
         return tuple(scaled)  # type: ignore[return-value]
-
-
-KERNEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of the C++ kernels
-
-
-def address(array: Tensor | None) -> int:
-    """As the C++ kernels take it."""
-    return 0 if array is None else array.data_ptr()
 
 
 def stats_dtype(logits: Tensor) -> torch.dtype:
