@@ -199,7 +199,7 @@ class Operator(Generic[Output]):
 
 
 class _Direct(torch.autograd.Function):
-    """Calls the body and returns differentiable outputs; the others go to `rest`: autograd takes time for each output."""
+    """Calls the body. Outputs that are not differentiable go to `rest`: autograd takes time for each of its outputs."""
 
     @staticmethod
     def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], rest: list[Tensor], *operands: Tensor) -> Any:
