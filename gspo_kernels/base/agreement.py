@@ -88,18 +88,20 @@ class Agreement:
         if mine is None and len(self._groups) > 1 and len(both) > 1:
             mine = ValueError(f"cp_group: expected no rank but this one in tp_group too; got {_listed(both)} in both")
         reports: dict[int, _Report] = {}
-        lost = set()  # groups whose exchange has failed
+        closed = set()  # groups without another exchange
         # After two exchanges a rank has the reports of its whole grid. The third is for ranks whose peers passed other
         # groups.
         for ranks in self._groups if len(self._groups) == 1 else [*self._groups, self._groups[0]]:
             reports[dist.get_rank()] = _Report(mine is not None, self._members, self._values)
-            if ranks.argument in lost:
+            if ranks.argument in closed:
                 continue
             try:
                 for found in gather_objects(reports, ranks, self._device):
+                    if any(each.members.keys() != self._members.keys() for each in found.values()):
+                        closed.add(ranks.argument)  # a rank that passed one group alone joins one exchange
                     reports |= {rank: each for rank, each in found.items() if each.refuses or rank not in reports}
             except Exception as failure:
-                lost.add(ranks.argument)
+                closed.add(ranks.argument)
                 mine = mine or RuntimeError(
                     f"{ranks.argument}: expected all of its ranks, {_listed(self._members[ranks.argument])}, in this "
                     "call; the exchange in which they compare their arguments failed, because one raised before it, or "

@@ -648,6 +648,22 @@ def test_of_a_grid_nobody_hangs_for_a_rank_that_does_not_come() -> None:
         assert refusal.message.startswith(("cp_group: expected", "tp_group: expected")), f"rank {rank}: {refusal}"
 
 
+def half_of_a_grid_forgets_a_group(rank: int) -> Refused | None:
+    at = At(rank, 2, 2, *groups_of(rank, 2, 2))
+    arguments = given(at)
+    if rank >= 2:
+        arguments |= {"tp_group": None, "token_ids": torch.zeros_like(arguments["token_ids"])}
+    found = refused(lambda: called("gspo_loss", arguments))
+    dist.barrier()
+    return found
+
+
+def test_ranks_that_forget_a_group_are_told_at_once() -> None:
+    for rank, refusal in enumerate(ranks.run(4, half_of_a_grid_forgets_a_group, timeout=TIMEOUT)):
+        assert refusal is not None and refusal.seconds < SOON, f"rank {rank}: {refusal}"
+        assert refusal.type == "ValueError" and refusal.message.startswith("tp_group (how many ranks)"), refusal
+
+
 # --- counts and stats over ranks --------------------------------------------------------------------------------------
 
 
