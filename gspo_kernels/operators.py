@@ -18,10 +18,11 @@ method `unpacked` rebuilds the object from it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -207,47 +208,54 @@ class _Direct(torch.autograd.Function):
 def save_values(ctx: Any, **values: Any) -> None:
     """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`."""
     tensors: list[Tensor] = []
-    ctx.values = {name: _without_tensors(value, tensors) for name, value in values.items()}
+    ctx.values = _without_tensors(dict, values.items(), tensors)
     ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> dict[str, Any]:
     """What `save_values` kept, by name."""
-    tensors = ctx.saved_tensors
-    return {name: _with_tensors(value, tensors) for name, value in ctx.values.items()}
-
-
-class _Saved(NamedTuple):
-    """Stands for a saved tensor."""
-
-    position: int
+    values: dict[str, Any] = _with_tensors(ctx.values, ctx.saved_tensors)
+    return values
 
 
 class _Parts(NamedTuple):
-    """Stands for a dataclass or a named tuple."""
+    """Stands for a value: what it is rebuilt from, but for its tensors."""
 
     type: Any
     fields: dict[str, Any]
+    tensors: list[tuple[str, int]]  # (field, number of the saved tensor)
+    values: list[str]  # fields that stand for a value themselves
 
 
-def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Saved(len(tensors) - 1)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _Parts(type(value), {n: _without_tensors(x, tensors) for n, x in zip(value._fields, value, strict=True)})
-    if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return _Parts(type(value), {f.name: _without_tensors(getattr(value, f.name), tensors) for f in fields})
-    return value
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...] | None:
+    """Of a dataclass or a named tuple."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return kind._fields if _is_named_tuple(kind) else None
 
 
-def _with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(value, _Saved):
-        return tensors[value.position]
-    if isinstance(value, _Parts):
-        return value.type(**{name: _with_tensors(part, tensors) for name, part in value.fields.items()})
-    return value
+def _without_tensors(kind: Any, fields: Iterable[tuple[str, Any]], tensors: list[Tensor]) -> _Parts:
+    parts = _Parts(kind, {}, [], [])
+    for name, value in fields:
+        if isinstance(value, Tensor):
+            parts.tensors.append((name, len(tensors)))
+            tensors.append(value)
+            value = None
+        elif value is not None and (names := _field_names(of := type(value))) is not None:  # type: ignore[arg-type]
+            value = _without_tensors(of, [(each, getattr(value, each)) for each in names], tensors)
+            parts.values.append(name)
+        parts.fields[name] = value
+    return parts
+
+
+def _with_tensors(parts: _Parts, tensors: Sequence[Tensor]) -> Any:
+    fields = dict(parts.fields)
+    for name, index in parts.tensors:
+        fields[name] = tensors[index]
+    for name in parts.values:
+        fields[name] = _with_tensors(fields[name], tensors)
+    return parts.type(**fields)
 
 
 # ---- how types are declared
