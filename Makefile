@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
-.PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry clean
+.PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -77,11 +77,11 @@ gpu-more:
 
 # For a GPU machine without a network: the peers as wheels for Python 3.12, into carried/.
 gpu-wheels:
-	$(PYTHON) -m benchmarks.gpu.carried wheels
+	$(PYTHON) -m benchmarks.gpu_carried wheels
 
 # The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
 gpu-carry:
-	$(PYTHON) -m benchmarks.gpu.carried build
+	$(PYTHON) -m benchmarks.gpu_carried build
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -91,6 +91,10 @@ lint: .venv/test
 # The kernel tests on an extension built with address and undefined-behaviour sanitizers.
 sanitize: .venv/test
 	PYTHON=$(CURDIR)/$(BIN)/python tests/support/sanitize.sh
+
+# The documentation site, into build/site. A broken link, or a public name without a page, fails the build.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -104,7 +108,7 @@ bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
 
 bench-precision: .venv/bench
-	$(BIN)/python -m benchmarks.linear.precision $(ARGS)
+	$(BIN)/python -m benchmarks.linear_precision $(ARGS)
 
 # Into .venv, as pinned: torch stays the build that it is. Without dependencies where a peer asks for what its functions
 # here do not need, or for versions that another refuses.
@@ -122,7 +126,7 @@ bench-peers: .venv/peers
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-.venv/test .venv/bench .venv/demo: .venv/%: .venv/base
+.venv/test .venv/bench .venv/demo .venv/docs: .venv/%: .venv/base
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 

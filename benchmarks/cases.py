@@ -1,32 +1,36 @@
 """The one list of benchmark cases, and the inputs of each: seeded, off-policy, with sequences that clip.
 
-A batch has eight sequences (on a GPU more, see `gpu/works.py`). Padded: [8, rows / 8], all full. Packed: ragged, by
-`LENGTHS`. Logits are normal with one likelier column a row, the token that was sampled. Which rows have a coefficient:
+A case starts from logits, or (where it has a width) from hidden states and a head. Its rows are laid out
 
-- `forward`, `forward_backward`, `on_policy`: every row;
-- `masked_60`: the tails of all sequences are masked, as prompts and padding are, 60% of all rows; nothing reads them;
-- `inactive_60`: sequence 1 is clipped, sequence 3 has advantage 0, and the tails of the other six are masked until
-  exactly 60% of all rows have a coefficient of zero. Those of sequences 1 and 3 are still read once, by the forward.
+- padded: [sequences, rows / sequences], all full;
+- packed: ragged sequences one after another, by `LENGTHS`;
+- ragged: padded, the shortest response a quarter of the longest, the rest masked.
+
+Logits are normal with one likelier column a row, the token that was sampled. Rows without a coefficient are masked (no
+kernel reads them), of a clipped sequence, or of a sequence whose advantage is 0 (the forward reads these once).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import oracle
 import torch
 from torch import Tensor
-
-from .exact import LOSSES, means
 
 ROWS = int(os.environ.get("GSPO_BENCH_ROWS", "2048"))
 SMOKE_ROWS = 64
 SEQUENCES = 8
 LENGTHS = (3, 9, 5, 14, 8, 6, 12, 7)  # of packed sequences, in shares of 64
 SEED = 20250725
+BLOCK = 8_192  # columns of a head that are in float64 at a time
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a ratio may fall short of 1, and exceed it.
+EPSILONS = {name: (objective.eps_low, objective.eps_high) for name, objective in oracle.OBJECTIVES.items()}
 
 
 @dataclass(frozen=True)
@@ -34,21 +38,56 @@ class Work:
     name: str
     title: str
     gradient: bool = True
-    objective: str = "gspo"  # or "grpo", "ppo": a ratio per token
+    objective: str = "gspo"  # grpo and ppo have a ratio per token
     on_policy: bool = False
+    frozen_head: bool = False
     no_advantage: float = 0.0  # share of sequences whose advantage is zero
     clipped: float = 0.0  # share of the other sequences that are clipped
     inactive: float = 0.0  # masks take tails until this share of rows has a coefficient of zero
+    far: bool = False  # log-ratios are 100 to 200 clip ranges: rounding cannot change which sequences are clipped
+    spread: float = 0.6  # otherwise they are uniform within +-spread clip ranges
+    outside: float = 1 / 12  # share of tokens far outside, where the ratio is per token
+
+    @property
+    def ratio_per_token(self) -> bool:
+        return self.objective in ("grpo", "ppo")
 
     @property
     def one_read(self) -> bool:
         """A row's coefficient is known once it has been read, or before: the gradient needs no second read."""
         return self.gradient and (self.on_policy or self.ratio_per_token)
 
-    @property
-    def ratio_per_token(self) -> bool:
-        return self.objective in ("grpo", "ppo")
+    def products(self, active: float = 1.0) -> float:
+        """From hidden states: multiplications and additions needed, in units of rows x width x vocabulary."""
+        return 2.0 + (2.0 if self.frozen_head else 4.0) * active if self.gradient else 2.0
 
+
+@dataclass(frozen=True)
+class Case:
+    work: Work
+    dtype: str
+    vocab: int
+    layout: str = "padded"
+    sequences: int = SEQUENCES
+    spare: int = 0  # rows of logits after each padded sequence that nothing reads, as after `logits[:, :-1]`
+    rows: int = ROWS
+    width: int = 0  # of the hidden states; 0: the case starts from logits
+
+    @property
+    def id(self) -> str:
+        return f"{self.work.name}-{self.dtype}-{self.vocab}" + ("" if self.width else f"-{self.layout}")
+
+    @property
+    def from_logits(self) -> bool:
+        return not self.width
+
+    @property
+    def unit(self) -> float:
+        """rows x width x vocabulary."""
+        return float(self.rows) * self.width * self.vocab
+
+
+# ---- from logits: test_speed.py, compare.py, plot.py
 
 WORKS = (
     Work("forward", "loss alone", gradient=False),
@@ -63,23 +102,7 @@ WORKS = (
         inactive=0.6,
     ),
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    work: Work
-    dtype: str
-    vocab: int
-    layout: str
-    sequences: int = SEQUENCES
-    spare: int = 0  # rows of logits after each padded sequence that nothing reads, as after `logits[:, :-1]`
-
-    @property
-    def id(self) -> str:
-        return f"{self.work.name}-{self.dtype}-{self.vocab}-{self.layout}"
-
-
-# Cases that share logits stand together: they are built once and kept until others are asked for.
+# Cases that share logits stand together: the logits are built once and kept until others are needed.
 CASES = tuple(
     Case(work, dtype, vocab, layout)
     for vocab in (32_000, 151_936)
@@ -88,7 +111,6 @@ CASES = tuple(
     for work in WORKS
     if work.name != "masked_60" or vocab == 151_936
 )
-
 # Every work, dtype, vocabulary and layout at least once, with as few compilations as that takes.
 SMOKE = tuple(
     Case(work, dtype, vocab, layout)
@@ -101,44 +123,111 @@ SMOKE = tuple(
     )
 )
 
+# ---- from hidden states: linear.py, gpu_linear.py
+# A library that rounds its logits to bf16 has a ratio that is off by more than the clip range. `far` makes all of them
+# compute the same gradient; linear_precision.py measures who decides rightly near the bounds.
+
+DENSE = Work("dense", "loss and gradients", far=True)
+INACTIVE = Work(
+    "inactive",
+    "loss and gradients, 45% of sequences of no advantage, 15% of the rest clipped",
+    no_advantage=0.45,
+    clipped=0.15,
+    far=True,
+)
+FROZEN = Work("frozen_head", "loss and gradient of the hidden states alone", frozen_head=True, far=True)
+FORWARD = Work("forward", "log-probabilities, no gradient", gradient=False, far=True)
+LINEAR_WORKS = (DENSE, INACTIVE, FROZEN, FORWARD)
+LINEAR_VOCABS = (151_936, 32_000)
+
+
+def linear_case(work: Work, dtype: str, vocab: int, rows: int = 2_048, width: int = 1_024) -> Case:
+    return Case(work, dtype, vocab, sequences=64, rows=rows, width=width)
+
+
+def linear_smoke(work: Work, dtype: str) -> Case:
+    return linear_case(work, dtype, 600, 128, 32)
+
+
+LINEAR_CASES = tuple(
+    linear_case(work, dtype, vocab) for vocab in LINEAR_VOCABS for dtype in ("bf16", "fp32") for work in LINEAR_WORKS
+)
+# Every work and dtype, with as few compilations as that takes.
+LINEAR_SMOKE = tuple(
+    linear_smoke(work, dtype)
+    for dtype, works in (("bf16", (DENSE, FROZEN)), ("fp32", (INACTIVE, FORWARD)))
+    for work in works
+)
+
+# ---- side by side: peers.py
+
+GSPO = Work("gspo", "GSPO, a third of the responses outside the clip range", spread=1.5)
+GRPO = Work("grpo", "GRPO, a third of the tokens outside the clip range", objective="grpo", spread=1.5, outside=0.0)
+_RAGGED = functools.partial(Case, layout="ragged", sequences=16, rows=512)
+_SMALL = functools.partial(Case, layout="ragged", sequences=4, rows=32)
+PEER_CASES = (
+    *(_RAGGED(GSPO, dtype, 151_936) for dtype in DTYPES),
+    _RAGGED(GRPO, "fp32", 151_936),
+    *(_RAGGED(GSPO, dtype, 151_936, width=896) for dtype in DTYPES),
+)
+PEER_SMOKE = (_SMALL(GSPO, "bf16", 1_000), _SMALL(GRPO, "fp32", 1_000), _SMALL(GSPO, "fp32", 1_000, width=32))
+HARD_CASES = {"logits": _SMALL(GSPO, "fp32", 1_000), "hidden": _SMALL(GSPO, "fp32", 1_000, width=32)}
+
+
+# ---- inputs
+
 
 @dataclass(frozen=True)
 class Sampled:
-    """Logits, the token sampled from each row, and what float64 says of it."""
+    """What a loss starts from, the token sampled at each row, and what float64 says of it."""
 
-    pristine: Tensor  # [rows and spare rows, vocab]
-    working: Tensor  # the same, in memory that a contestant may overwrite
+    pristine: tuple[Tensor, ...]  # logits [rows and spare rows, vocab]; or hidden [rows, width], weight [vocab, width]
+    working: tuple[Tensor, ...]  # the same; logits are in memory of their own that a contestant may overwrite
     token_ids: Tensor  # [rows]
     logprobs: Tensor  # [rows] float64
     lse: Tensor  # [rows] float64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A case's inputs, as the losses take them, and what is known of the answer."""
 
     case: Case
-    rows: int
     sampled: Sampled
-    logits: Tensor  # [sequences, T, vocab] or [rows, vocab]: a leaf over `sampled.working`
+    leaves: tuple[
+        Tensor, ...
+    ]  # over `sampled.working`: logits [sequences, T, vocab] or [rows, vocab]; hidden and weight
     token_ids: Tensor  # [sequences, T] or [rows], like every token array
     mask: Tensor
     old_logprobs: Tensor | None
-    advantages: Tensor  # [sequences]
+    advantages: Tensor  # [sequences]; [sequences, T] for an advantage per token
     cu_seqlens: Tensor | None
     sequence_of: Tensor  # [rows], the sequence that each row belongs to
     loss: float  # in float64
     coefficients: Tensor  # [rows] float64, dL/dlogprob
 
     @property
+    def logits(self) -> Tensor:
+        return self.leaves[0]
+
+    @property
+    def rows(self) -> int:
+        return self.case.rows
+
+    @property
     def logits_bytes(self) -> int:
         return self.logits.numel() * self.logits.element_size()
 
     @property
+    def active(self) -> float:
+        """Share of rows with a coefficient."""
+        return float((self.coefficients != 0).double().mean())
+
+    @property
     def visits(self) -> float:
         """Passes over the logits that arithmetic needs: one is all rows; masked and inactive ones are not visited."""
-        unmasked, active = float(self.mask.double().mean()), float((self.coefficients != 0).double().mean())
-        return unmasked + active if self.case.work.gradient else unmasked
+        unmasked = float(self.mask.double().mean())
+        return unmasked + self.active if self.case.work.gradient else unmasked
 
     @property
     def units(self) -> float:
@@ -150,104 +239,191 @@ class Problem:
             return self.visits
         return (float(self.mask.double().mean()) if self.case.work.one_read else self.visits) + 1.0
 
+    @property
+    def flops(self) -> float:
+        """Of the matrix products from hidden states, on rows with a coefficient alone where that is possible."""
+        return self.case.work.products(self.active) * self.case.unit
+
     def exact_logits(self, rows: Tensor) -> Tensor:
         """[rows] -> [rows, vocab], in float64."""
         case = self.case
-        spare = rows // (self.rows // case.sequences) * case.spare if case.spare else 0
-        return self.sampled.pristine[rows + spare].double()
+        spare = rows // (case.rows // case.sequences) * case.spare if case.spare else 0
+        return self.sampled.pristine[0][rows + spare].double()
 
     def restore(self) -> None:
         """Undoes what a contestant wrote over the logits."""
-        with torch.no_grad():
-            self.sampled.working.copy_(self.sampled.pristine)
+        if self.case.from_logits:
+            with torch.no_grad():
+                self.sampled.working[0].copy_(self.sampled.pristine[0])
+
+    def solved(self) -> Problem:
+        """With the loss and the coefficients that the inputs have now, by tests/oracle.py."""
+        rows: list[list[int]] = [[] for _ in self.advantages]
+        for row, sequence in enumerate(self.sequence_of.tolist()):
+            rows[sequence].append(row)
+        advantages = self.advantages.double().tolist()
+        if self.advantages.ndim == 1:
+            advantages = [[advantage] * len(own) for advantage, own in zip(advantages, rows, strict=True)]
+        found = oracle.evaluate(
+            self.case.work.objective,
+            rows,
+            self.mask.flatten().tolist(),
+            self.sampled.logprobs.tolist(),
+            advantages,
+            oracle.OBJECTIVES[self.case.work.objective].options(),
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs.double().flatten().tolist(),
+        )
+        coefficients = torch.tensor(found.d_logprobs, dtype=torch.float64, device=self.mask.device)
+        return replace(self, loss=found.loss, coefficients=coefficients)
 
 
-def build(case: Case, rows: int = ROWS, device: str = "cpu") -> Problem:
-    sequences, work = case.sequences, case.work
+def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
+    """`rows`: others than the case's own."""
+    case = replace(case, rows=rows or case.rows)
+    work, rows, sequences = case.work, case.rows, case.sequences
     least = SMOKE_ROWS if work.inactive or case.layout == "packed" else sequences
     if rows % sequences or rows < least:
         raise ValueError(f"rows: expected a multiple of {sequences}, at least {least}; got {rows}")
-    sampled = sample(case.vocab, case.dtype, rows, sequences, case.spare, device)
-    sampled.working.copy_(sampled.pristine)
+    sampled = sample(case.vocab, case.dtype, rows, case.width, sequences, case.spare, device)
     generator = torch.Generator().manual_seed(SEED)
 
-    shares = torch.ones(sequences, dtype=torch.int64) if case.layout == "padded" else torch.tensor(LENGTHS)
+    packed, tokens = case.layout == "packed", rows // sequences
+    shares = torch.tensor(LENGTHS) if packed else torch.ones(sequences, dtype=torch.int64)
     boundaries = torch.nn.functional.pad(shares.cumsum(0) * rows // shares.sum(), (1, 0))
     sequence_of = torch.arange(sequences).repeat_interleave(boundaries.diff())
 
     advantages = torch.linspace(-1.5, 1.5, sequences)[torch.randperm(sequences, generator=generator)]
-    mask = torch.ones(rows, dtype=torch.bool)
     clipped, no_advantage = _inactive_sequences(work, sequences)
-    advantages[clipped], advantages[no_advantage] = 1.0, 0.0
+    advantages[no_advantage] = 0.0
+    mask = torch.ones(rows, dtype=torch.bool)
     if work.inactive:
         mask = _masked_tails(sequence_of, round(work.inactive * rows), clipped + no_advantage)
+    if case.layout == "ragged":
+        lengths = torch.linspace(tokens // 4, tokens, sequences).round()[torch.randperm(sequences, generator=generator)]
+        mask = (torch.arange(tokens) < lengths[:, None]).flatten()
+    logprobs = sampled.logprobs.cpu()
+    old = None
+    if not work.on_policy:
+        old = (
+            logprobs - _log_ratios(work, logprobs, mask, sequence_of, advantages.double(), clipped, generator)
+        ).float()
 
-    log_ratio = (torch.rand(sequences, generator=generator, dtype=torch.float64) - 0.5) * 4e-4  # inside the window
-    log_ratio[clipped] = 2e-3
-    logprobs = sampled.logprobs
-    noise = torch.randn(rows, generator=generator, dtype=torch.float64) * 0.02
-    if work.ratio_per_token:  # one token in twelve far outside, the others far inside
-        outside = torch.rand(rows, generator=generator) < 1 / 12
-        noise = torch.where(outside, noise + 0.5 * noise.sign(), noise)
-        noise = torch.where(noise < logprobs.cpu(), -noise, noise)  # no old log-probability is above 0
+    shape = (rows,) if packed else (sequences, tokens)
+    leaves: tuple[Tensor, ...]
+    if case.from_logits:
+        logits = sampled.working[0].view(*((rows,) if packed else (sequences, tokens + case.spare)), case.vocab)
+        leaves = ((logits[:, :tokens] if case.spare else logits).detach().requires_grad_(),)
     else:
-        uncertain = uncertainty(logprobs.cpu())
-        excess = means(noise * uncertain, mask, sequence_of, sequences)
-        excess = excess / means(uncertain, mask, sequence_of, sequences).clamp(min=1e-9)
-        noise = (noise - excess[sequence_of]) * uncertain
-    noise, log_ratio, advantages, mask, sequence_of, boundaries = (
-        x.to(device) for x in (noise, log_ratio, advantages, mask, sequence_of, boundaries)
-    )
-    old = (logprobs - log_ratio[sequence_of] - noise).float()
-    of_tokens = (logprobs - (logprobs if work.on_policy else old.double())) * mask
-    loss, coefficients = LOSSES[work.objective](of_tokens, advantages.double(), mask, sequence_of)
-
-    shape = (sequences, rows // sequences) if case.layout == "padded" else (rows,)
-    padded = (sequences, rows // sequences + case.spare) if case.layout == "padded" else (rows,)
-    logits = sampled.working.view(*padded, case.vocab)
-    return Problem(
+        hidden, weight = sampled.working
+        leaves = (
+            hidden.view(*shape, case.width).detach().requires_grad_(work.gradient),
+            weight.detach().requires_grad_(work.gradient and not work.frozen_head),
+        )
+    problem = Problem(
         case=case,
-        rows=rows,
         sampled=sampled,
-        logits=(logits[:, : shape[1]] if case.spare else logits).detach().requires_grad_(),
+        leaves=leaves,
         token_ids=sampled.token_ids.view(shape),
-        mask=mask.view(shape),
-        old_logprobs=None if work.on_policy else old.view(shape),
-        advantages=advantages,
-        cu_seqlens=None if case.layout == "padded" else boundaries,
-        sequence_of=sequence_of,
-        loss=loss,
-        coefficients=coefficients,
+        mask=mask.to(device).view(shape),
+        old_logprobs=None if old is None else old.to(device).view(shape),
+        advantages=advantages.to(device),
+        cu_seqlens=boundaries.to(device) if packed else None,
+        sequence_of=sequence_of.to(device),
+        loss=0.0,
+        coefficients=torch.empty(0),
     )
+    problem.restore()
+    return problem.solved()
 
 
-def uncertainty(logprobs: Tensor) -> Tensor:
-    """From 0 to 1, what log-ratios are multiplied by: a token that is nearly certain was hardly likelier before."""
-    return (logprobs / -0.2).clamp(max=1.0)
+def _log_ratios(
+    work: Work,
+    logprobs: Tensor,
+    mask: Tensor,
+    sequence_of: Tensor,
+    advantages: Tensor,
+    clipped: list[int],
+    generator: torch.Generator,
+) -> Tensor:
+    """[rows] in float64, drawn in units of the clip range: 1 and -1 are its bounds; no sequence is within 3% of one."""
+
+    def uniform(size: int) -> Tensor:
+        return torch.rand(size, generator=generator, dtype=torch.float64)
+
+    def of_ranges(ranges: Tensor) -> Tensor:
+        low, high = EPSILONS[work.objective]
+        return torch.where(ranges < 0, ranges * low, ranges * high)
+
+    ranges = (2.0 * uniform(len(mask) if work.ratio_per_token else len(advantages)) - 1.0) * work.spread
+    ranges = torch.where((ranges.abs() - 1.0).abs() < 0.07, ranges * 0.9, ranges)
+    if work.ratio_per_token:
+        ranges = torch.where(uniform(len(mask)) < work.outside, 2.5 * ranges.sign(), ranges)
+        found = of_ranges(ranges)
+        return torch.where(found < logprobs, of_ranges(ranges.abs()), found)  # no old log-probability is above 0
+    if work.far:
+        ranges = (
+            -advantages.sign() * 100.0 * (1.0 + uniform(len(advantages)))
+        )  # on the side where min() takes the ratio
+    ranges[clipped] = advantages[clipped].sign() * (150.0 if work.far else 5.0)
+
+    # The mean of a sequence is exact, its tokens have noise. A token of probability near 1 has a log-ratio near 0.
+    uncertain = (logprobs / -0.2).clamp(max=1.0)
+    share = uncertain / means(uncertain, mask, sequence_of, len(advantages)).clamp(min=1e-9)[sequence_of]
+    noise = torch.randn(len(mask), generator=generator, dtype=torch.float64) * 0.02 * uncertain
+    noise = noise - means(noise, mask, sequence_of, len(advantages))[sequence_of] * share
+    return of_ranges(ranges)[sequence_of] * share + noise
+
+
+def means(values: Tensor, mask: Tensor, sequence_of: Tensor, sequences: int) -> Tensor:
+    """[rows] -> [sequences], over unmasked rows."""
+    sums = torch.zeros(sequences, dtype=torch.float64).index_add_(0, sequence_of, values * mask)
+    return sums / sequence_of[mask].bincount(minlength=sequences).clamp(min=1)
 
 
 @functools.lru_cache(maxsize=1)
-def sample(vocab: int, dtype: str, rows: int, sequences: int, spare: int, device: str) -> Sampled:
+def sample(vocab: int, dtype: str, rows: int, width: int, sequences: int, spare: int, device: str) -> Sampled:
     generator = torch.Generator(device).manual_seed(SEED)
     token_ids = torch.randint(vocab, (rows,), generator=generator, device=device)
+    if width:
+        weight = torch.randn(vocab, width, generator=generator, device=device).mul_(2.0 / math.sqrt(width))
+        operands = tuple(x.to(DTYPES[dtype]) for x in (likely_hidden(weight, token_ids, generator), weight))
+        logprobs, lse = exact_logprobs(operands[0], operands[1], token_ids)
+        return Sampled(operands, operands, token_ids, logprobs, lse)
     pristine = torch.empty(rows + sequences * spare, vocab, dtype=DTYPES[dtype], device=device)
     logprobs, lse = torch.empty(2, rows, dtype=torch.float64, device=device)
-    places = torch.arange(rows, device=device)
+    row_indices = torch.arange(rows, device=device)
     if spare:
         pristine.view(sequences, -1, vocab)[:, -spare:] = 0.0
-        places += places // (rows // sequences) * spare
+        row_indices += row_indices // (rows // sequences) * spare
     for begin in range(0, rows, 64):  # in blocks, so that no float64 copy of the whole is made
         block = slice(begin, min(begin + 64, rows))
         size = block.stop - begin
         values = torch.randn(size, vocab, generator=generator, device=device) * 2.0
         likely = torch.rand(size, 1, generator=generator, device=device) * 11.0 + 4.0
-        values.scatter_(1, token_ids[block, None], likely)
-        stored = values.to(pristine.dtype)
-        pristine[places[block]] = stored
+        stored = values.scatter_(1, token_ids[block, None], likely).to(pristine.dtype)
+        pristine[row_indices[block]] = stored
         exact = stored.double()
         lse[block] = exact.logsumexp(1)
         logprobs[block] = exact.gather(1, token_ids[block, None])[:, 0] - lse[block]
-    return Sampled(pristine, pristine.clone(), token_ids, logprobs, lse)
+    return Sampled((pristine,), (pristine.clone(),), token_ids, logprobs, lse)
+
+
+def likely_hidden(weight: Tensor, token_ids: Tensor, generator: torch.Generator) -> Tensor:
+    """[rows, width]; logits of deviation 2, but for the sampled token's, which is likelier: up to p = 0.9."""
+    (rows,), (vocab, width) = token_ids.shape, weight.shape
+    likely = 4.0 + math.log(vocab) * torch.rand(rows, 1, generator=generator, device=weight.device)
+    directions = weight[token_ids]
+    hidden = torch.randn(rows, width, generator=generator, device=weight.device)
+    return hidden.add_(directions * (likely / directions.square().sum(1, keepdim=True)))
+
+
+def exact_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and logsumexps [rows], in float64."""
+    exact = hidden.double()
+    lse = torch.full((len(hidden),), -math.inf, dtype=torch.float64, device=hidden.device)
+    for block in weight.split(BLOCK):
+        lse = torch.logaddexp(lse, (exact @ block.double().T).logsumexp(1))
+    return (exact * weight[token_ids].double()).sum(1) - lse, lse
 
 
 def _inactive_sequences(work: Work, sequences: int) -> tuple[list[int], list[int]]:

@@ -1,11 +1,11 @@
-"""This tree against another commit: both built, run in alternation, and failed on if it is slower beyond the noise.
+"""This tree against another commit: both are built and run in turn. Fails if this tree is slower beyond the noise.
 
     python -m benchmarks.compare <commit>
 
-Each round is two fresh processes, one a commit, in the order A B, B A, A B, ...: a drift of the machine's speed falls
-on both alike. A round gives one ratio a case, and a case fails where the median ratio exceeds 1 by more than 5% and by
+Each round is two fresh processes, one a commit, in the order A B, B A, A B, ...: a drift of the machine's speed affects
+both alike. A round gives one ratio a case, and a case fails where the median ratio exceeds 1 by more than 5% and by
 more than three standard errors of that median, estimated from the median absolute deviation. Both commits run this
-tree's benchmarks, by way of the public API alone; files that git does not know yet are part of this tree.
+tree's benchmarks, which use the public API alone; files that git does not know yet are part of this tree.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 from .cases import CASES, Case, build
 from .contestants import BY_NAME
 from .race import Rounds, race
+from .results import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = 256
 LEAST_SLOWDOWN = 0.05
 STANDARD_ERRORS = 3.0
@@ -93,7 +93,7 @@ def alternate(ours: Path, theirs: Path, rounds: int, only: str) -> dict[str, lis
 def report(ratios: dict[str, list[float]], base: str) -> int:
     """Prints a line per case; 1 if any is slower beyond the noise."""
     if not ratios:
-        print("no case was selected")
+        print("no case has that word in its name")
         return 2
     print(f"time of this tree / time of {base[:12]}, {ROWS} rows\n")
     print(f"{'case':<48} {'median':>7} {'spread':>15} {'limit':>7}")
@@ -149,6 +149,8 @@ def _build(source: Path, target: Path) -> None:
     if built.returncode:
         raise SystemExit(f"the build of {source.name} failed:\n{built.stdout}{built.stderr}")
     shutil.copytree(REPOSITORY / "benchmarks", target / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    (target / "tests").mkdir(exist_ok=True)
+    shutil.copy2(REPOSITORY / "tests" / "oracle.py", target / "tests")
 
 
 def _run_worker(tree: Path, only: str) -> dict[str, float]:

@@ -1,23 +1,36 @@
-"""Options of the benchmark run, its cases, and its report: one table, and a JSON where one was asked for."""
+"""Options of `pytest benchmarks`, its cases, and its report: one table, and a JSON with --save-results."""
 
 from __future__ import annotations
 
 import functools
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from .cases import CASES, ROWS, SMOKE, SMOKE_ROWS, Case, build
+from .cases import CASES, ROWS, SEQUENCES, SMOKE, SMOKE_ROWS, Case, Problem, build
 from .contestants import BY_NAME, Contestant, contestants_of
 from .race import SMOKE_ROUNDS, Outcome, Rounds, race
-from .results import CaseResult, case_result, machine, save
+from .results import machine, save, times, title
 
-FINISHED = pytest.StashKey[list[CaseResult]]()
+FINISHED = pytest.StashKey[list[dict[str, Any]]]()
 COMPILED = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+# How to read the numbers; stored with them.
+MEANINGS = {
+    "units": "passes over the logits that must go through memory (forward reads; the backward reads again and writes)",
+    "visits": "passes over the logits that arithmetic needs: masked and inactive rows are not visited",
+    "copy_seconds": "time to move `units` at the speed of a plain copy (one copy moves two units)",
+    "fraction_of_copy": "copy_seconds / median",
+    "gb_per_s": "units * bytes of the logits / median",
+    "gelem_per_s_per_core": "visits * elements of the logits / median / threads",
+    "extra_bytes": "peak resident memory beyond the inputs, a fresh gradient included",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,7 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def outcomes_of(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Outcome]]:
-    """What a case's selected contestants made of it; all are measured, in turn, when the first is asked for."""
+    """What a case's selected contestants made of it; all are measured, in turn, at the first of their tests."""
     config = request.config
     selected: dict[Case, list[Contestant]] = {}
     for item in request.session.items:
@@ -77,10 +90,47 @@ def outcomes_of(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Ou
     return measure
 
 
+def case_result(problem: Problem, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """Of the contestants that were timed; one that failed its check has no numbers."""
+    case = problem.case
+    copies = outcomes["copy"].seconds if "copy" in outcomes else []
+    a_unit = statistics.median(copies) / 2 if copies else None
+
+    def measured(name: str, outcome: Outcome) -> dict[str, Any]:
+        seconds, extra = times(outcome), outcome.extra_bytes
+        units, visits = (2.0, 2.0) if name == "copy" else (problem.units, problem.visits)
+        median = seconds["median"]
+        return {
+            **seconds,
+            "fraction_of_copy": None if a_unit is None else a_unit * units / median,
+            "gb_per_s": units * problem.logits_bytes / median / 1e9,
+            "gelem_per_s_per_core": visits * problem.logits.numel() / median / torch.get_num_threads() / 1e9,
+            "extra_bytes": extra,
+            "extra_in_logits": None if extra is None else extra / problem.logits_bytes,
+            "compile_seconds": outcome.compile_seconds,
+        }
+
+    return {
+        "id": case.id,
+        "work": case.work.name,
+        "dtype": case.dtype,
+        "vocab": case.vocab,
+        "layout": case.layout,
+        "rows": problem.rows,
+        "logits_bytes": problem.logits_bytes,
+        "units": problem.units,
+        "visits": problem.visits,
+        "copy_seconds": None if a_unit is None else a_unit * problem.units,
+        "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
+    }
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("save_results")
-    if path and session.config.stash[FINISHED] and session.testsfailed == 0:
-        save(path, rows_of(session.config), session.config.stash[FINISHED])
+    config = session.config
+    path, finished = config.getoption("save_results"), config.stash[FINISHED]
+    if path and finished and session.testsfailed == 0:
+        sizes = {"rows": rows_of(config), "sequences": SEQUENCES}
+        save(path, {"machine": machine(), **sizes, "meanings": MEANINGS, "cases": finished})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -88,22 +138,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not finished:
         return
     write = terminalreporter.write_line
-    about = machine()
     terminalreporter.section("benchmarks")
-    write(
-        f"{about['cpu']}, {about['threads']} threads, {about['backend']}, torch {about['torch']}, "
-        f"commit {about['commit']}, {rows_of(config):,} rows"
-    )
+    write(f"{title(machine())}, {rows_of(config):,} rows")
     write("of copy: a memory copy of the same bytes / time. extra: peak memory beyond the inputs, in logits' sizes.")
     for case in finished:
         write("")
-        write(f"{case.id:<44} {'ms':>9} {'min':>9} {'max':>9} {'rounds':>6} {'of copy':>8} {'extra':>7} {'GB/s':>6}")
-        for name, m in case.contestants.items():
-            of_copy = "" if m.fraction_of_copy is None else f"{m.fraction_of_copy:.0%}"
-            extra = "" if m.extra_in_logits is None else f"{m.extra_in_logits:.2f}x"
-            times = " ".join(f"{seconds * 1e3:9.2f}" for seconds in (m.median, m.min, m.max))
-            label = BY_NAME[name].label_in(case.work)
-            write(f"  {label:<42} {times} {m.rounds:6} {of_copy:>8} {extra:>7} {m.gb_per_s:6.1f}")
+        write(f"{case['id']:<44} {'ms':>9} {'min':>9} {'max':>9} {'rounds':>6} {'of copy':>8} {'extra':>7} {'GB/s':>6}")
+        for name, m in case["contestants"].items():
+            of_copy = "" if m["fraction_of_copy"] is None else f"{m['fraction_of_copy']:.0%}"
+            extra = "" if m["extra_in_logits"] is None else f"{m['extra_in_logits']:.2f}x"
+            seconds = " ".join(f"{m[key] * 1e3:9.2f}" for key in ("median", "min", "max"))
+            label = BY_NAME[name].label_in(case["work"])
+            write(f"  {label:<42} {seconds} {m['rounds']:6} {of_copy:>8} {extra:>7} {m['gb_per_s']:6.1f}")
     path = config.getoption("save_results")
     if path:
         write("")

@@ -1,10 +1,10 @@
-"""The host's own time for a loss and its backward: what it takes before, between and after the launches.
+"""The host's own time for a loss and its backward: Python before, between and after the launches.
 
     python -m benchmarks.host             medians, in milliseconds
     python -m benchmarks.host --profile   where the time goes, by function
 
 Below some thousand rows a GPU waits for the host. The Triton kernels do nothing here and the tensors are on the CPU, so
-that any machine can measure; Triton's own launcher and the driver come on top, for each of the four launches.
+that any machine can measure. The time of Triton's own launcher and of the driver is to be added for each launch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import gspo_kernels
 from gspo_kernels.losses import triton_stage_kernels
 from gspo_kernels.rows import triton_rows
 
-GOAL = 0.25  # milliseconds, forward and backward off-policy
 LOSSES: dict[str, Callable[..., Any]] = {
     "gspo": gspo_kernels.gspo_loss,
     "gspo_token": gspo_kernels.gspo_token_loss,
@@ -46,7 +45,7 @@ class NoKernel:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """CPU tensors take the way of a GPU's: Triton's launches, which do nothing, and no look at any value."""
+    """CPU tensors are treated like a GPU's: Triton launches, which do nothing here, and no value is read."""
     kernels: list[Any] = [
         mock.patch.object(triton_stage_kernels, name, NoKernel())
         for name in vars(triton_stage_kernels)
@@ -55,7 +54,7 @@ def without_launches() -> Iterator[None]:
     kernels.append(mock.patch.dict(triton_rows.kernels(), dict.fromkeys(triton_rows.LAUNCH, NoKernel())))
     unread: list[Any] = [
         mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False)
-        for module in ("layout", "losses.triton_stage", "rows.operators")
+        for module in ("base.layout", "losses.triton_stage", "rows.operators")
     ]
     able: Any = mock.patch.object(triton_rows, "INTERPRETED", True)
     with ExitStack() as patched:
@@ -65,7 +64,7 @@ def without_launches() -> Iterator[None]:
 
 
 def step_of(name: str, on_policy: bool) -> Callable[[], None]:
-    """Forward and backward of a padded batch with a mask; sizes play no part."""
+    """Forward and backward of a padded batch with a mask; its sizes do not matter."""
     sequences, tokens, vocab = 8, 16, 64
     logits = torch.zeros(sequences, tokens, vocab, requires_grad=True)
     ids = torch.zeros(sequences, tokens, dtype=torch.int64)
@@ -98,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with without_launches():
-        print(f"milliseconds forward + backward, launches left out; goal {GOAL} off-policy\n")
+        print("milliseconds forward + backward, launches left out\n")
         print(f"{'loss':<12}{'policy':<8}{'median':>8}{'fastest':>9}")
         for name in LOSSES:
             for on_policy in (False, True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ _RESET = Path("/proc/self/clear_refs")
 def peak_extra_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
     """The call's result, which is counted, and the peak of resident memory above its start; None where not Linux.
 
-    Free heap goes back to the system first, so that nothing hides in it: big blocks are mapped afresh by each call.
+    Free heap goes back to the system first, so that nothing hides in it: each call maps its big blocks afresh.
     """
     gc.collect()
     if not (sys.platform.startswith("linux") and _RESET.exists()):
@@ -30,16 +31,26 @@ def peak_extra_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
     return result, max(_status("VmHWM") - before, 0)
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """From now on memory that this process frees stays with it and serves its next calls, as allocators made for
-    training keep it; or goes back to the system. With glibc alone: elsewhere nothing changes.
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Memory that this process frees stays with it and serves its next calls, as with allocators made for training.
 
-    Else a call that follows another's waits for pages: what lies free the host of a virtual machine takes back, and to
-    get a gigabyte again can cost more than what is to be measured.
+    With glibc alone: elsewhere nothing changes.
+
+    Otherwise a call waits for pages: a virtual machine's host takes back what is free, and to get a gigabyte again can
+    cost more than what is to be measured.
     """
+    _keep_freed_memory(True)
+    try:
+        yield
+    finally:
+        _keep_freed_memory(False)
+
+
+def _keep_freed_memory(keep: bool) -> None:
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_MAX, 0 if keep else 1 << 16)  # big blocks come from the heap, too
-        libc.mallopt(_TRIM_THRESHOLD, -1 if keep else 1 << 17)  # whose end is not given back
+        libc.mallopt(_TRIM_THRESHOLD, -1 if keep else 1 << 17)  # whose end is not returned to the system
 
 
 def _status(field: str) -> int:

@@ -1,6 +1,6 @@
 """Draws the README's plot from committed results and prints the table of docs/cpu.md; it measures nothing itself.
 
-Run as `python -m benchmarks.plot [results.json] [plot.png]`.
+python -m benchmarks.plot [results.json] [plot.png]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .cases import DTYPES, WORKS
 from .contestants import BY_NAME, CONTESTANTS
-from .results import CaseResult, Results, load, newest
+from .results import load, newest, size
 
 VOCAB, LAYOUT = 151_936, "padded"
 LABELS = {
@@ -35,10 +35,10 @@ INK, FAINT = "#222222", "#707070"
 GAP = 1.1  # between the bars of one dtype and those of the next
 
 
-def figure(results: Results) -> Figure:
+def figure(results: dict[str, Any]) -> Figure:
     """Time and peak extra memory of loss and gradient, at the largest vocabulary."""
-    cases = [case for dtype in DTYPES if (case := results.find("forward_backward", dtype, VOCAB, LAYOUT))]
-    if len(cases) < len(DTYPES) or not all(case.contestants.keys() >= LABELS.keys() | {"copy"} for case in cases):
+    cases = [results["cases"].get(f"forward_backward-{dtype}-{VOCAB}-{LAYOUT}") for dtype in DTYPES]
+    if not all(case and case["contestants"].keys() >= LABELS.keys() | {"copy"} for case in cases):
         raise SystemExit(f"the results lack forward_backward at V = {VOCAB:,}, {LAYOUT}: run all the benchmarks")
     plt.rcParams.update({"font.size": 10, "text.color": INK, "xtick.color": FAINT, "ytick.color": INK})
     title: dict[str, Any] = {"loc": "left", "fontsize": 10.5, "color": INK, "pad": 8}
@@ -53,15 +53,15 @@ def figure(results: Results) -> Figure:
         axes.set_axisbelow(True)
         for side in ("top", "right", "bottom", "left"):
             axes.spines[side].set_visible(False)
-    times.set_yticks([y for i in range(len(cases)) for y in _places(i)], list(LABELS.values()) * len(cases))
+    times.set_yticks([y for i in range(len(cases)) for y in _heights(i)], list(LABELS.values()) * len(cases))
     times.invert_yaxis()
     for i, case in enumerate(cases):
-        times.text(-0.27, sum(_places(i)) / len(LABELS), case.dtype, transform=times.get_yaxis_transform(),
+        times.text(-0.27, sum(_heights(i)) / len(LABELS), case["dtype"], transform=times.get_yaxis_transform(),
                    ha="right", va="center", fontsize=12, weight="bold")  # fmt: skip
 
-    about = results.machine
-    size = f"{results.rows:,} tokens {TIMES} {VOCAB:,} vocabulary"
-    drawing.suptitle(f"GSPO straight from the logits: {size}", x=0.012, ha="left", fontsize=13, weight="bold")
+    about = results["machine"]
+    sizes = f"{results['rows']:,} tokens {TIMES} {VOCAB:,} vocabulary"
+    drawing.suptitle(f"GSPO straight from the logits: {sizes}", x=0.012, ha="left", fontsize=13, weight="bold")
     note = (
         f"{about['cpu']}, {about['threads']} threads, {about['backend']}, torch {about['torch']}, "
         f"gspo-kernels {about['gspo_kernels']} at {about['commit']}, {about['date']}. "
@@ -72,45 +72,45 @@ def figure(results: Results) -> Figure:
     return drawing
 
 
-def _places(block: int) -> list[float]:
+def _heights(block: int) -> list[float]:
     return [block * (len(LABELS) + GAP) + i for i in range(len(LABELS))]
 
 
-def _draw_times(axes: Axes, cases: list[CaseResult]) -> None:
-    longest = max(case.contestants[name].max for case in cases for name in LABELS) * 1e3
+def _draw_times(axes: Axes, cases: list[dict[str, Any]]) -> None:
+    longest = max(case["contestants"][name]["max"] for case in cases for name in LABELS) * 1e3
     for i, case in enumerate(cases):
-        found = case.contestants
-        for y, name in zip(_places(i), LABELS, strict=True):
+        found = case["contestants"]
+        for y, name in zip(_heights(i), LABELS, strict=True):
             m = found[name]
-            axes.barh(y, m.median * 1e3, height=0.78, color=COLOURS[name])
-            axes.plot([m.min * 1e3, m.max * 1e3], [y, y], color=INK, linewidth=0.9, alpha=0.7)
-            text = f"{m.median * 1e3:,.0f} ms"
+            axes.barh(y, m["median"] * 1e3, height=0.78, color=COLOURS[name])
+            axes.plot([m["min"] * 1e3, m["max"] * 1e3], [y, y], color=INK, linewidth=0.9, alpha=0.7)
+            text = f"{m['median'] * 1e3:,.0f} ms"
             if name.startswith("ours"):
-                eager, compiled = (found[other].median / m.median for other in ("eager", "compile"))
+                eager, compiled = (found[other]["median"] / m["median"] for other in ("eager", "compile"))
                 text += f"   {eager:.1f}{TIMES} as fast as eager, {compiled:.1f}{TIMES} compile"
-            end = max(m.median, m.max) * 1e3
+            end = max(m["median"], m["max"]) * 1e3
             _write(axes, end + longest * 0.015, y, text, bold=name == "ours")
-        assert case.copy_seconds is not None
-        places = _places(i)
-        top, bottom = places[0] - 0.6, places[-1] + 0.6
-        axes.plot([case.copy_seconds * 1e3] * 2, [top, bottom], color=INK, linewidth=1.4, linestyle=(0, (3, 2)))
-        text = f"memory copy of the same bytes: {case.copy_seconds * 1e3:,.0f} ms"
-        _write(axes, case.copy_seconds * 1e3 + longest * 0.01, bottom + 0.2, text, size=8)
+        copy = case["copy_seconds"] * 1e3
+        heights = _heights(i)
+        top, bottom = heights[0] - 0.6, heights[-1] + 0.6
+        axes.plot([copy] * 2, [top, bottom], color=INK, linewidth=1.4, linestyle=(0, (3, 2)))
+        text = f"memory copy of the same bytes: {copy:,.0f} ms"
+        _write(axes, copy + longest * 0.01, bottom + 0.2, text, size=8)
     axes.set_xlim(0, longest * 1.18)
     axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g} s" if x else "0")
 
 
-def _draw_memory(axes: Axes, cases: list[CaseResult]) -> None:
-    largest = max(case.contestants[name].extra_bytes or 0 for case in cases for name in LABELS) / 1e9
+def _draw_memory(axes: Axes, cases: list[dict[str, Any]]) -> None:
+    largest = max(case["contestants"][name]["extra_bytes"] or 0 for case in cases for name in LABELS) / 1e9
     for i, case in enumerate(cases):
-        for y, name in zip(_places(i), LABELS, strict=True):
-            size = (case.contestants[name].extra_bytes or 0) / 1e9
-            axes.barh(y, size, height=0.78, color=COLOURS[name])
-            text = _bytes(size * 1e9)
-            if size >= 0.1:
-                text += f"   {size * 1e9 / case.logits_bytes:.1f} {TIMES} logits"
-            _write(axes, size + largest * 0.02, y, text, bold=name == "ours")
+        for y, name in zip(_heights(i), LABELS, strict=True):
+            extra = case["contestants"][name]["extra_bytes"] or 0
+            axes.barh(y, extra / 1e9, height=0.78, color=COLOURS[name])
+            text = size(extra)
+            if extra >= 1e8:
+                text += f"   {extra / case['logits_bytes']:.1f} {TIMES} logits"
+            _write(axes, extra / 1e9 + largest * 0.02, y, text, bold=name == "ours")
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlim(0, largest * 1.4)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g} GB" if x else "0")
@@ -122,36 +122,28 @@ def _write(axes: Axes, x: float, y: float, text: str, *, bold: bool = False, siz
     axes.text(x, y, text, va="center", fontsize=size, weight="bold" if bold else "normal", bbox=box, zorder=1.5)
 
 
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def markdown(results: Results) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """Every work at the largest vocabulary: time, and peak memory beyond the inputs."""
-    names = [c.name for c in CONTESTANTS]
-    heads = [BY_NAME[name].label for name in names[:-1]] + ["memory copy of the same bytes"]
+    names = [c.name for c in CONTESTANTS if c.name != "copy"]
+    heads = [BY_NAME[name].label for name in names] + ["memory copy of the same bytes"]
     lines = ["| work | dtype | " + " | ".join(heads) + " |", "|---|---|" + "--:|" * len(heads)]
     for work in WORKS:
         for dtype in DTYPES:
-            case = results.find(work.name, dtype, VOCAB, LAYOUT)
-            if case is None:
-                continue
-            cells = [_cell(case, name) for name in names[:-1]]
-            cells.append("" if case.copy_seconds is None else f"{case.copy_seconds * 1e3:,.0f} ms")
-            lines.append(f"| {work.title} | {dtype} | " + " | ".join(cells) + " |")
+            if case := results["cases"].get(f"{work.name}-{dtype}-{VOCAB}-{LAYOUT}"):
+                cells = [_cell(case["contestants"].get(name)) for name in names]
+                cells.append("" if case["copy_seconds"] is None else f"{case['copy_seconds'] * 1e3:,.0f} ms")
+                lines.append(f"| {work.title} | {dtype} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(case: CaseResult, name: str) -> str:
-    measured = case.contestants.get(name)
-    if measured is None:
+def _cell(m: dict[str, Any] | None) -> str:
+    if m is None:
         return ""
-    extra = "" if measured.extra_bytes is None else f", {_bytes(measured.extra_bytes)}"
-    return f"{measured.median * 1e3:,.0f} ms{extra}"
+    return f"{m['median'] * 1e3:,.0f} ms" + ("" if m["extra_bytes"] is None else f", {size(m['extra_bytes'])}")
 
 
 def main(arguments: list[str]) -> None:
-    source = Path(arguments[0]) if arguments else newest()
+    source = Path(arguments[0]) if arguments else newest("cpu")
     results, target = load(source), Path(arguments[1]) if len(arguments) > 1 else source.with_suffix(".png")
     options: dict[str, Any] = {"metadata": {"Software": None}}  # the same results give the same bytes
     figure(results).savefig(target, dpi=160, facecolor="white", **options)

@@ -1,7 +1,8 @@
-"""The machinery of `benchmarks.gpu`, without a GPU: what breaks is recorded, and takes nothing else along."""
+"""The machinery of `benchmarks.gpu`, without a GPU: what breaks is recorded, and nothing else is lost."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,15 +16,14 @@ from typing import Any
 
 import pytest
 
-from gspo_kernels.rows import cuda_rows
-
-from .gpu import __main__ as program
-from .gpu import carried, faster, goals, page, parts, worker
-from .gpu.context import Context
-from .gpu.parts import REPOSITORY, Part, Starter, run
-from .gpu.report import Report
-from .gpu.runs import ONE_READ, runs
-from .gpu.suite import Suite
+from . import gpu as program
+from . import gpu_carried as carried
+from . import gpu_page as page
+from . import gpu_parts as parts
+from . import gpu_profile, gpu_speed
+from .gpu import ONE_READ, runs
+from .gpu_parts import REPOSITORY, Context, Part, Report, Starter, run
+from .gpu_suite import Suite
 
 RUNS = runs()
 # A worker in a few lines. What goes wrong is in FAULT, <what>:<item>; of a part without items the item is empty.
@@ -99,15 +99,16 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
 
 
-EVERY = [(run.name, part) for run in RUNS.values() for part in run.parts]
-by_part = pytest.mark.parametrize("part", [part for _, part in EVERY], ids=[f"{run}-{p.name}" for run, p in EVERY])
 GOOD = Part("good", command=(sys.executable, "-c", WORKER, "good"), items=("a",))
+# Of the parts of both runs one of each kind, by what decides how a fault is handled.
+EVERY = [part for run in RUNS.values() for part in run.parts]
+KINDS = {(bool(p.items), p.together, p.fallback, p.patience >= p.limit): p for p in EVERY}
 
 
-@by_part
-@pytest.mark.parametrize("fault", ["crash", "hang"])
-def test_a_fault_costs_one_item(bench: Bench, part: Part, fault: str) -> None:
-    """Of the part's own; a part that runs all items together loses what came behind, and no other part does."""
+@pytest.mark.parametrize("part", KINDS.values(), ids=[part.name for part in KINDS.values()])
+@pytest.mark.parametrize("fault", ["crash", "raise", "hang"])
+def test_a_fault_loses_one_item(bench: Bench, part: Part, fault: str) -> None:
+    """A part that runs all items at once loses those that follow; no other part loses anything."""
     part = fake(part)
     culprit = part.items[0] if part.items else ""
     status = bench.part(part, f"{part.name}:{fault}:{culprit}", jump=part.patience + 1)
@@ -118,16 +119,18 @@ def test_a_fault_costs_one_item(bench: Bench, part: Part, fault: str) -> None:
         expected |= {culprit + part.fallback: "done"} if part.fallback else {}
         expected |= {item: "done" for item in part.items[1:]}
     assert bench.cases(part) == expected
-    words = {"crash": "died by SIGABRT", "hang": "its time was over" if hung else "nothing heard for"}
+    words = {
+        "crash": "died by SIGABRT",
+        "raise": "exit code 1: ValueError: no such luck",
+        "hang": "its time was over" if hung else "nothing heard for",
+    }
     assert f"at the middle of {culprit}: {words[fault]}" in bench.reason(part)
     assert bench.part(GOOD) == "ok"
 
 
-@by_part
-def test_what_is_missing_is_said(bench: Bench, part: Part) -> None:
-    part = fake(part)
-    culprit = part.items[0] if part.items else ""
-    assert bench.part(part, f"{part.name}:absent:{culprit}") == "absent"
+def test_an_absent_part_has_its_reason(bench: Bench) -> None:
+    part = fake(Part("peers", items=("a", "b")))
+    assert bench.part(part, "peers:absent:a") == "absent"
     assert bench.reason(part) == "ImportError: no such peer"
     assert bench.part(GOOD) == "ok"
 
@@ -138,7 +141,10 @@ def test_the_table_of_parts(name: str) -> None:
     names = [part.name for part in chosen.parts]
     assert names[:2] == ["environment", "extension"] and len(set(names)) == len(names)
     for part in chosen.parts:
-        assert (part.worker or part.name) in worker.MODULES
+        for file in part.items if part.worker == "gpu_suite.run" else ():
+            assert len(list((REPOSITORY / "tests").rglob(file))) == 1, file
+        module, _, function = part.worker.partition(".")
+        assert callable(getattr(importlib.import_module(f"benchmarks.{module}"), function))
         assert part.least <= part.takes <= part.limit or part.name == "extension"
         assert part.takes > 0 and part.patience <= part.limit
     assert sum(part.takes for part in chosen.parts) <= chosen.seconds
@@ -146,10 +152,13 @@ def test_the_table_of_parts(name: str) -> None:
     assert [part.name for part in runs(smoke=True)[name].parts] == names
 
 
-def test_the_runs_share_the_one_read_cases() -> None:
-    found = [item for run in RUNS.values() for part in run.parts if part.worker in ("", "one_read")
-             for item in part.items if item in ONE_READ]  # fmt: skip
+def test_items_are_known() -> None:
+    """The runs share out the cases of `one_read`; items of profiles name works and contestants."""
+    found = [item for part in EVERY if part.worker == "gpu_speed.one_read" for item in part.items]
     assert sorted(found) == sorted(ONE_READ)
+    for item in program.PROFILED:
+        work, contestant = gpu_profile.contestant_of(item)
+        assert work in gpu_speed.WORKS and contestant in gpu_speed.OURS
 
 
 def test_a_part_and_its_items_are_chosen() -> None:
@@ -165,13 +174,6 @@ def test_a_part_and_its_items_are_chosen() -> None:
     assert one_read.items == ("grpo-bf16-151936-4096",)
 
 
-def test_a_raised_error_is_quoted(bench: Bench) -> None:
-    part = fake(Part("works", items=("a", "b", "c")))
-    assert bench.part(part, "works:raise:b") == "failed"
-    assert bench.cases(part) == {"a": "done", "b": "begun", "c": "done"}
-    assert "at the middle of b: exit code 1: ValueError: no such luck" in bench.reason(part)
-
-
 def test_limit_is_kept(bench: Bench) -> None:
     part = fake(Part("slow", limit=30.0, least=0.5, patience=60.0, items=("a", "b")))
     assert bench.part(part, "slow:hang:b", jump=31.0) == "timed out"
@@ -182,6 +184,17 @@ def test_limit_is_kept(bench: Bench) -> None:
         "slow": "timed out",
         "late": "skipped",
     }
+
+
+def test_no_record_is_lost_when_its_reader_is_interrupted(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    records = parts.Records(path)
+    for _ in records:
+        break
+    assert list(records) == [{"a": 1}, {"a": 2}]
+    path.write_text(path.read_text() + ": 3}\n")
+    assert list(records) == [{"a": 3}]
 
 
 def test_children_of_a_part_end_with_it(bench: Bench) -> None:
@@ -204,14 +217,14 @@ FAKE_RUN = """
 import sys
 repository, worker, *arguments = sys.argv[1:]
 sys.path.insert(0, repository)
-from benchmarks.gpu import __main__ as program
-from benchmarks.gpu.parts import Part
-from benchmarks.gpu.runs import Run
+from benchmarks import gpu as program, gpu_carried
+from benchmarks.gpu import Run
+from benchmarks.gpu_parts import Part
 parts = [Part(name, command=(sys.executable, "-c", worker, name), items=("a", "b"))
          for name in ("environment", "first", "second")]
 program.runs = lambda smoke: {name: Run(name, 240.0, tuple(parts)) for name in ("gpu", "gpu-more")}
-program.carried.use = lambda environment: {}
-program.print_goals = lambda content: None
+gpu_carried.use = lambda environment: {}
+sys.modules["benchmarks.gpu_page"] = type("Page", (), {"tables": str, "ahead": str})
 sys.exit(program.main(arguments))
 """
 
@@ -283,10 +296,10 @@ def test_a_worker_that_waits_takes_the_next_part(tmp_path: Path) -> None:
         starter.ahead = False
         waiting = starter._waiting
         assert waiting is not None
-        part = Part("extension", arguments=("--smoke",), limit=120.0)
+        part = Part("extension", "gpu_carried.extension", arguments=("--smoke",), limit=120.0)
         assert run(part, report, time.monotonic() + 120, starter) == "absent"
         assert waiting.returncode == parts.ABSENT
-        assert "==== extension" in starter.log.read_text()
+        assert "==== gpu_carried.extension" in starter.log.read_text()
     finally:
         starter.close()
 
@@ -452,16 +465,14 @@ def test_smoke_run_of_peers_that_do_not_import(tmp_path: Path) -> None:
     assert {"ours", "products", "eager"} <= dense["contestants"].keys()
     assert not dense["contestants"]["ours"]["wrong"]
     assert "no such peer" in {**dense["errors"], **dense["absent"]}["liger"]
-    with pytest.raises(KeyError, match="no such peer"):
-        goals.ahead("liger", "median")(found)
 
 
 # --- a cache for a GPU that is elsewhere ------------------------------------------------------------------------------
 
 WARM = """
 import torch, gspo_kernels
-from benchmarks.gpu import warm
-warm.pretend(90)
+from benchmarks import gpu_carried
+gpu_carried.pretend(90)
 logits = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
 gspo_kernels.token_logprobs(logits, torch.zeros(1, 2, dtype=torch.int64), backend="triton")
 """
@@ -484,17 +495,18 @@ def test_a_cache_is_made_without_a_gpu(tmp_path: Path) -> None:
 def test_the_pages_show_the_committed_results() -> None:
     for name, block in page.PAGES.items():
         text = (REPOSITORY / name).read_text()
-        assert page.filled(text, block(page.committed())) == text, f"{name}: python -m benchmarks.gpu.page"
-    assert page.BEGIN in (REPOSITORY / "docs" / "gpu.md").read_text()
+        assert page.filled(text, block(page.committed())) == text, f"{name}: python -m benchmarks.gpu_page"
+    assert page.MARKED.search((REPOSITORY / "docs" / "gpu.md").read_text())
 
 
 def test_the_tables_have_what_was_measured() -> None:
     kernels = [{"name": "_forward_kernel", "seconds": 0.0009, "bytes": 1, "share_of_copy": 0.92},
                {"name": "_backward_kernel", "seconds": 0.0018, "bytes": 1}]  # fmt: skip
+    contestants = {"copy": {"median": 0.00166}, "ours": {"median": 0.002727}}
     content = {
         "machine": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "abc", "date": "2026-11-26"},
         "bandwidth": {"copy": {"bytes_per_second": 3e12}},
-        "cases": {"gspo-8192": case_of(ours=times(3, 0.913, 3e12))},
+        "cases": {"gspo-8192": {"contestants": contestants, "logits_bytes": 8_192 * 151_936 * 2}},
         "profile": {"gspo": {"kernels": kernels}, "gspo_on_policy": {"error": "no CUPTI"}},
     }
     lines = page.tables([content]).splitlines()
@@ -509,146 +521,3 @@ def test_the_tables_have_what_was_measured() -> None:
     content["linear"] = {"cases": {}, "chunks": {"dense": {str(1 << 30): {"median": 0.05}}}}
     assert "| dense | 50.0 |" in page.tables([content]), "chunks are shown where the case itself was not measured"
     assert all(line.endswith("| unmeasured |") for line in page.tables([]).splitlines() if line.startswith("| G"))
-
-
-# --- goals ------------------------------------------------------------------------------------------------------------
-
-BY_TEXT = {goal.text: goal for goal in goals.GOALS}
-LOGITS_BYTES = 8_192 * 151_936 * 2
-
-
-def times(units: float, share: float, copy: float, extra: int = 0) -> dict[str, Any]:
-    """Of a contestant that moves so many passes at a share of the speed of a copy, in bytes a second."""
-    return {"median": units * LOGITS_BYTES / (share * copy), "extra_bytes": extra, "launches": 4}
-
-
-def case_of(copy: float = 3e12, **contestants: dict[str, Any]) -> dict[str, Any]:
-    found = {"copy": times(2, 1.0, copy), **contestants}
-    return {
-        "contestants": found, "rows": 8_192, "logits_bytes": LOGITS_BYTES,
-        "absent": {"liger": "ImportError: none"}, "errors": {},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("copy", [3.0e12, 4.3e12], ids=["H100", "H200"])
-def test_goals_are_shares_of_the_copy(copy: float) -> None:
-    def judged(text: str, units: float, share: float) -> bool:
-        ours = times(units, share, copy)
-        cases = {f"{work}-8192": case_of(copy, ours=ours) for work in ("forward", "gspo", "gspo_on_policy", "grpo")}
-        one_read = {f"{work}-bf16-151936-8192": case_of(copy, ours=ours, ours_cuda=ours)
-                    for work in ("gspo_on_policy", "grpo", "ppo")}  # fmt: skip
-        return BY_TEXT[text].judge({"cases": cases, "one_read": {"cases": one_read}})[0]
-
-    for text, units, share in (
-        ("forward, share of copy on 1u", 1, 0.9),
-        ("off-policy GSPO, forward and backward, on 3u", 3, 0.9),
-        ("on-policy GSPO in CUDA C++, on 2u", 2, 0.88),
-        ("GRPO, a ratio per token, in CUDA C++, on 2u", 2, 0.88),
-        ("PPO in CUDA C++, on 2u", 2, 0.88),
-        ("on-policy GSPO in Triton, on 2u", 2, 0.75),
-        ("GRPO, a ratio per token, in Triton, on 3u", 3, 0.9),
-        ("PPO in Triton, on 3u", 3, 0.9),
-    ):
-        assert judged(text, units, share + 0.005) and not judged(text, units, share - 0.005), text
-
-
-def test_goals_of_time_and_memory() -> None:
-    ours, eager = times(3, 0.95, 3e12), times(20, 0.95, 3e12, extra=600)
-    content = {"cases": {"gspo-8192": case_of(ours=ours, ours_fresh={**ours, "extra_bytes": 100}, eager=eager)}}
-    assert BY_TEXT["time against eager, every case"].judge(content)[0]
-    memory = BY_TEXT["peak memory against eager, every case"]
-    assert memory.judge(content) == (True, "equal in gspo-8192"), "statistics are no difference"
-    for theirs, ours_too in ((LOGITS_BYTES, 0), (0, LOGITS_BYTES)):
-        more = {**ours, "extra_bytes": ours_too}
-        content["cases"]["gspo-8192"] = case_of(ours=more, ours_fresh=more, eager={**eager, "extra_bytes": theirs})
-        assert memory.judge(content)[0] == (theirs > ours_too)
-    more = {**ours, "extra_bytes": 100_000}  # 98 bytes a row of 1,024
-    fewer_rows = {**case_of(ours=more, ours_fresh=more, eager={**eager, "extra_bytes": 0}), "rows": 1_024}
-    assert not memory.judge({"cases": {"gspo-1024": fewer_rows}})[0]
-    with pytest.raises(KeyError, match="ImportError: none"):
-        BY_TEXT["time against liger, every case"].judge(content)
-    inactive = BY_TEXT["45% of no advantage, 15% of the rest clipped, against dense"]
-    for ratio in (0.84, 0.86):
-        less = {**ours, "median": ours["median"] * ratio}
-        content["cases"]["gspo_inactive-8192"] = case_of(ours=less)
-        assert inactive.judge(content)[0] == (ratio < 0.85)
-
-
-def test_a_copy_of_the_bandwidth_part_will_do() -> None:
-    case = case_of(ours=times(1, 0.95, 3e12))
-    del case["contestants"]["copy"]
-    content = {"cases": {"forward-8192": case}, "bandwidth": {"copy": {"bytes_per_second": 3e12}}}
-    assert BY_TEXT["forward, share of copy on 1u"].judge(content) == (True, "95.0%, 0.873 ms")
-
-
-def test_goals_of_the_linear_part() -> None:
-    def content(dense: float, inactive: float = 20.0, frozen: float = 20.0, wrong: str = "") -> dict[str, Any]:
-        def case(ours: float) -> dict[str, Any]:
-            contestants = {"ours": ours, "products": 40.0, "eager": 60.0}
-            found = {name: {"median": ms / 1e3, "extra_bytes": 10, "wrong": ""} for name, ms in contestants.items()}
-            found["ours"]["wrong"] = wrong
-            return {"contestants": found, "absent": {"liger": "ImportError: none"}, "errors": {}}
-
-        cases = {"dense": case(dense), "inactive": case(inactive), "frozen_head": case(frozen)}
-        return {"linear": {"cases": cases}}
-
-    dense = BY_TEXT["from hidden states, D = 4,096, dense, against bare products"]
-    assert dense.judge(content(43.9))[0] and not dense.judge(content(44.1))[0]
-    assert not dense.judge(content(43.9, wrong="loss"))[0]
-    inactive = BY_TEXT["the same, 45% of no advantage and 15% clipped, against dense"]
-    assert inactive.judge(content(40.0, inactive=27.9))[0] and not inactive.judge(content(40.0, inactive=28.1))[0]
-    frozen = BY_TEXT["the same, head frozen, against dense"]
-    assert frozen.judge(content(40.0, frozen=28.7))[0] and not frozen.judge(content(40.0, frozen=28.9))[0]
-    assert BY_TEXT["linear, time against eager"].judge(content(43.0))[0]
-    assert not BY_TEXT["linear, time against eager"].judge(content(43.0, wrong="loss"))[0]
-    assert not BY_TEXT["linear, memory against eager"].judge(content(43.0))[0]
-    with pytest.raises(KeyError, match="ImportError: none"):
-        BY_TEXT["linear, time against liger"].judge(content(43.0))
-
-
-def test_cuda_that_was_not_built_is_said() -> None:
-    case = case_of(ours=times(3, 0.9, 3e12))
-    case["absent"]["ours_cuda"] = "the CUDA kernels were not built"
-    with pytest.raises(KeyError, match="not built"):
-        BY_TEXT["PPO in CUDA C++, on 2u"].judge({"one_read": {"cases": {"ppo-bf16-151936-8192": case}}})
-
-
-def one_read(milliseconds: float, rivals: float = 2.0, gpu: str = "NVIDIA H200") -> dict[str, Any]:
-    def case() -> dict[str, Any]:
-        names = {"ours": rivals, "ours_fresh": rivals, "ours_cuda": milliseconds, "ours_cuda_fresh": milliseconds}
-        measured = {name: {"median": ms / 1e3, "launches": 4} for name, ms in names.items()}
-        return {"contestants": measured, "absent": {}, "errors": {}}
-
-    parts = {"one_read": {"status": "ok"}, "one_read-more": {"status": "ok"}}
-    return {"machine": {"gpu": gpu}, "one_read": {"cases": {name: case() for name in ONE_READ}}, "parts": parts}
-
-
-def test_launches_are_a_goal_for_triton_and_counted_for_cuda() -> None:
-    goal = BY_TEXT["launches of forward and backward"]
-    content = {
-        "profile": {"gspo": {"launches": 4}, "grpo_cuda": {"launches": 5}, "ppo_cuda": {"absent": "not built"}},
-        "cases": {"gspo-1024": case_of(ours=times(3, 0.9, 3e12))},
-    }
-    assert goal.judge(content) == (True, "4 (gspo); in CUDA C++ 5 (grpo)")
-    content["profile"]["gspo"]["launches"] = 11
-    assert not goal.judge(content)[0]
-
-
-def test_the_line_for_the_package_is_printed_where_cuda_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(named: set[str], milliseconds: float) -> str:
-        monkeypatch.setattr(cuda_rows, "FASTER_ON", frozenset(named))
-        return faster.lines(one_read(milliseconds))[-1]
-
-    other, this = "NVIDIA GH200", "NVIDIA H200"
-    assert said(set(), 1.3) == 'FASTER_ON: frozenset[str] = frozenset({"NVIDIA H200"})'
-    assert said({other}, 1.3) == 'FASTER_ON: frozenset[str] = frozenset({"NVIDIA GH200", "NVIDIA H200"})'
-    assert said({this}, 2.1) == "FASTER_ON: frozenset[str] = frozenset()"
-    assert "rightly" in said({this}, 1.3) and "not ahead" in said({other}, 2.1)
-    lines = faster.lines(one_read(1.6))
-    assert sum("1.250x" in line for line in lines) == len(ONE_READ)
-    assert faster.lines({"machine": None}) == ["CUDA C++ against Triton: not measured"]
-
-
-def test_goals_without_results(capsys: pytest.CaptureFixture[str]) -> None:
-    assert goals.print_goals(None) == len(goals.GOALS)
-    assert capsys.readouterr().out.count("not measured") == len(goals.GOALS)

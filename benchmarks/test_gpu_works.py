@@ -1,11 +1,11 @@
-"""What the GPU run's works do, as far as a CPU can show it: what is counted, swept, parsed and restored."""
+"""What the parts of a GPU run compute, as far as a CPU can test it: what is counted, swept, parsed and restored."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gspo_kernels.rows import cuda_rows
 from gspo_kernels.rows.triton_rows import LAUNCH, Launch
 
+from . import gpu_counters as counters
+from . import gpu_linear as linear
+from . import gpu_meter as meter
+from . import gpu_profile as profile
+from . import gpu_sanitizer as sanitizer
+from . import gpu_speed as speed
+from . import gpu_variants as variants
+from . import libraries
+from .cases import DENSE, build, linear_smoke
 from .contestants import BY_NAME as AT_HOME
-from .gpu import contestants, counters, linear, memcheck, meter, profile, speed, variants, works
-from .gpu.context import Absent, Context
-from .linear import peers
-from .linear.cases import SMOKE_ROWS, SMOKE_VOCAB, SMOKE_WIDTH, WORKS
-from .linear.cases import Case as LinearCase
-from .linear.cases import build as build_linear
-from .linear.contestants import BY_NAME as LINEAR
+from .gpu_parts import Absent, Context
+from .linear import BY_NAME as LINEAR
 
 
 class Counting(TorchDispatchMode):
@@ -39,26 +43,25 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["ours", "ours_fresh", "eager"])
+def prepared(name: str) -> tuple[Callable[[], object], Tensor]:
+    """A contestant that is ready to run, and a leaf."""
+    if name.startswith("linear_"):
+        of_hidden = build(linear_smoke(DENSE, "fp32"))
+        return LINEAR[name.removeprefix("linear_")].prepare(of_hidden), of_hidden.leaves[0]
+    problem = speed.build_on("cpu", "gspo", 16)
+    return AT_HOME[name].prepare(problem), problem.logits
+
+
+@pytest.mark.parametrize("name", ["ours", "ours_fresh", "eager", "linear_ours", "linear_eager"])
 def test_no_call_makes_the_root_of_its_backward(name: str) -> None:
-    """`autograd.grad` without one fills a tensor of the loss's shape: a launch that is not the contestant's."""
-    problem = works.build_on("cpu", works.BY_NAME["gspo"], 16)
-    run = AT_HOME[name].prepare(problem)
+    """Without a given root `autograd.grad` fills a tensor of the loss's shape: a launch that no contestant needs."""
+    run, leaf = prepared(name)
     with Counting() as counting:
         run()
     assert counting.counts["aten.ones_like"] == 0
     with Counting() as counting:
-        torch.autograd.grad((problem.logits * 1.0).sum(), problem.logits)
-    assert counting.counts["aten.ones_like"] == 1  # what is counted here
-
-
-@pytest.mark.parametrize("name", ["ours", "eager"])
-def test_no_linear_call_makes_the_root_of_its_backward(name: str) -> None:
-    problem = build_linear(LinearCase(WORKS[0], "fp32", SMOKE_VOCAB, SMOKE_ROWS, SMOKE_WIDTH))
-    run = LINEAR[name].prepare(problem)
-    with Counting() as counting:
-        run()
-    assert counting.counts["aten.ones_like"] == 0
+        torch.autograd.grad((leaf * 1.0).sum(), leaf)
+    assert counting.counts["aten.ones_like"] == 1  # the operator that is counted
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def test_l2_is_swept_by_reads_before_the_timed_call(l2: int, swept: int, monkeyp
 
 
 def test_out_of_memory_costs_one_contestant(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As eager torch is at 32,768 rows: its error is recorded, whoever comes after it is measured."""
+    """As of eager torch at 32,768 rows: its error is recorded, and the contestants after it are measured."""
 
     def fail(problem: Any) -> Any:
         def run() -> Any:
@@ -124,17 +127,17 @@ def test_out_of_memory_costs_one_contestant(context: Context, monkeypatch: pytes
         return run
 
     eager = dataclasses.replace(AT_HOME["eager"], prepare=fail)
-    chosen = (contestants.BY_NAME["ours"], eager, contestants.BY_NAME["copy"])
+    chosen = (speed.BY_NAME["ours"], eager, speed.BY_NAME["copy"])
     monkeypatch.setattr(speed, "CONTESTANTS", chosen)
     context.arguments = ["16", "0", "gspo"]
-    assert speed.run(context)
+    assert speed.speed(context)
     found = recorded(context)["cases", "gspo-16"]
     assert found["errors"] == {"eager": "out of memory"} and found["contestants"].keys() == {"ours", "copy"}
 
 
 def test_this_package_and_the_copy_alone(context: Context) -> None:
     context.arguments = ["16", "0", "forward:ours"]
-    assert speed.run(context)
+    assert speed.speed(context)
     found = recorded(context)["cases", "forward-16"]
     assert found["contestants"].keys() == {"ours", "copy"} and {"eager", "liger", "trl"} <= found["absent"].keys()
 
@@ -171,7 +174,7 @@ def test_a_profile_has_what_ran_between_the_waits() -> None:
 
 
 def test_summary_of_a_profile() -> None:
-    problem = works.build_on("cpu", works.BY_NAME["gspo"], 16)
+    problem = speed.build_on("cpu", "gspo", 16)
     size = problem.logits_bytes
     fill = (
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul>>(int)"
@@ -191,7 +194,7 @@ def test_summary_of_a_profile() -> None:
 
 
 def test_bytes_of_kernels_follow_mask_and_coefficients() -> None:
-    problem = works.build_on("cpu", works.BY_NAME["gspo_inactive"], 16)
+    problem = speed.build_on("cpu", "gspo_inactive", 16)
     size, active = problem.logits_bytes, float((problem.coefficients != 0).double().mean())
     assert 0.0 < active < 1.0
     assert profile.bytes_of("forward_kernel", problem) == size
@@ -200,12 +203,6 @@ def test_bytes_of_kernels_follow_mask_and_coefficients() -> None:
     assert profile.bytes_of("void gspo::gpu::one_read<__nv_bfloat16, 256>(gspo::gpu::OneRead)", problem) == 2.0 * size
     assert profile.bytes_of("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8>(float*)", problem) is None
     assert profile.bytes_of("Memcpy DtoD (Device -> Device)", problem) is None
-
-
-@pytest.mark.parametrize("item", profile.ITEMS)
-def test_items_of_a_profile_are_works_and_contestants(item: str) -> None:
-    work, contestant = profile.contestant_of(item)
-    assert work in works.BY_NAME and contestant in contestants.OURS
 
 
 def test_profile_without_cupti_keeps_the_time_of_the_whole(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,16 +367,16 @@ def test_children_try_each_variant(context: Context, launches: dict[str, Launch]
     )
 
 
-# ---- memcheck
+# ---- compute-sanitizer
 
 
-@pytest.mark.parametrize("layout", memcheck.LAYOUTS)
-@pytest.mark.parametrize("dtype", memcheck.DTYPES)
-@pytest.mark.parametrize("vocab", memcheck.VOCABS)
+@pytest.mark.parametrize("layout", sanitizer.LAYOUTS)
+@pytest.mark.parametrize("dtype", sanitizer.DTYPES)
+@pytest.mark.parametrize("vocab", sanitizer.VOCABS)
 def test_whole_groups_around_each_row_are_allocated(layout: str, dtype: torch.dtype, vocab: int) -> None:
     """The kernels read groups of 16 bytes: those that hold a row's first and last column must be in the allocation."""
-    logits = memcheck.logits_of(layout, memcheck.TOKENS, vocab, dtype, "cpu")
-    assert logits.shape == (memcheck.SEQUENCES, memcheck.TOKENS, vocab) and logits.is_leaf
+    logits = sanitizer.logits_of(layout, sanitizer.TOKENS, vocab, dtype, "cpu")
+    assert logits.shape == (sanitizer.SEQUENCES, sanitizer.TOKENS, vocab) and logits.is_leaf
     memory = logits.untyped_storage()
     last = logits[-1, -1, -1]
     end = (last.storage_offset() + 1) * dtype.itemsize
@@ -388,10 +385,6 @@ def test_whole_groups_around_each_row_are_allocated(layout: str, dtype: torch.dt
         assert memory.nbytes() - end < 16
     if layout == "unaligned":
         assert logits.storage_offset() == 1
-
-
-def test_memcheck_makes_few_calls() -> None:
-    assert len(memcheck.DTYPES) * len(memcheck.VOCABS) * len(memcheck.LAYOUTS) * len(memcheck.TRITON_CALLS) <= 40
 
 
 # ---- from hidden states
@@ -422,7 +415,7 @@ def test_cut_cross_entropy_runs_its_own_kernel_on_a_gpu(
         used.append((reduction, impl))
         return torch.ones(2)
 
-    monkeypatch.setattr(peers, "_find", lambda module, name: function)
+    monkeypatch.setattr(libraries, "_find", lambda module, name: function)
     hidden: Any = type("Hidden", (), {"is_cuda": is_cuda})()
-    assert peers.cut_cross_entropy()(hidden, None, None).tolist() == [-1.0, -1.0]  # type: ignore[arg-type]
+    assert libraries.cut_cross_entropy()(hidden, None, None).tolist() == [-1.0, -1.0]  # type: ignore[arg-type]
     assert used == [("none", impl)]

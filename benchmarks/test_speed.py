@@ -27,6 +27,7 @@ def test_speed(
     benchmark: BenchmarkFixture, outcomes_of: Callable[[Case], dict[str, Outcome]], case: Case, contestant: Contestant
 ) -> None:
     outcome = outcomes_of(case)[contestant.name]
+    assert not outcome.absent
     if outcome.error is not None:
         raise outcome.error
     times = iter(outcome.seconds or [0.0])

@@ -138,7 +138,7 @@ struct Rows {
     });
   }
 
-  // Multiplies the logits (a saved gradient, say) in place; by exactly 1 there is nothing to do.
+  // Multiplies the numbers (such as a saved gradient) in place; a factor of exactly 1 writes nothing.
   void scale(double factor) const {
     if (factor == 1.0) return;
     for_each([&](int64_t begin, int64_t end) {

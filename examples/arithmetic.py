@@ -1,17 +1,18 @@
-"""The task of the examples, and the model that learns it: sums, answered at once or worked out, and a tiny Qwen3.
+"""The task and the model of the examples: sums, answered directly or worked out, and a tiny Qwen3.
 
-A supervised warm-up shows two habits and leaves both half-learned: to blurt the sum out, `47+85=132`, and to work it
-out digit by digit first, `47+85=7+5=12,4+8+1=13:132`. What a training does with it from there is the training's.
+A supervised warm-up teaches two ways to answer, both incompletely: directly, `47+85=132`, and digit by digit first,
+`47+85=7+5=12,4+8+1=13:132`. The trainings of the examples start from there.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and tokenizer are made here: nothing is downloaded
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and tokenizer are built here; nothing is downloaded
 
 import torch
 import transformers
@@ -20,14 +21,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from gspo_kernels import group_advantages, next_token_targets, token_logprobs
+from gspo_kernels import (
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    gspo_token_loss,
+    next_token_targets,
+    ppo_loss,
+    token_logprobs,
+)
+
+LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
 
 MAX_RESPONSE = 32  # tokens; 999+999, worked out, takes 30
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything. The command line changes the first five."""
+    """Sizes of a training. The command line changes the first five."""
 
     warmup_steps: int = 400
     steps: int = 160  # of reinforcement learning
@@ -42,7 +53,7 @@ class Settings:
     digits: int = 3  # of the longest number
     max_response: int = MAX_RESPONSE  # tokens; more digits take more
     held_out: int = 500
-    evaluations: int = 10  # during the training, beside the one before it
+    evaluations: int = 10  # during the training, after one at the start
 
     def learning_rate_at(self, step: int) -> float:
         return self.learning_rate * (1 - 0.9 * (step - 1) / self.steps)
@@ -54,8 +65,28 @@ class Settings:
 QUICK = Settings(warmup_steps=40, steps=4, groups=8, samples=8, digits=1, held_out=20, evaluations=2)
 
 
+def settings_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace, default: Settings) -> Settings:
+    """`default` with what the command line changes; ends the program where that is impossible."""
+    names = ("warmup_steps", "steps", "groups", "samples", "learning_rate")
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    settings = replace(default, **given)
+    if settings.samples < 2:
+        parser.error("--samples must be at least 2: an advantage compares the responses to one problem")
+    if settings.groups % settings.mini_batches:
+        parser.error(f"--groups must be a multiple of {settings.mini_batches}, the updates per step")
+    return settings
+
+
+def count(text: str) -> int:
+    """The type of an option that is a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
 class Problems:
-    """Sums such as `47+5=`. Some are set aside at the start and never drawn again."""
+    """Sums such as `47+5=`. Some are held out at the start and never drawn again."""
 
     def __init__(self, rng: random.Random, digits: int, held_out: int) -> None:
         self.rng, self.digits = rng, digits
@@ -81,8 +112,8 @@ def work_out(problem: str) -> str:
     """The sum by columns, lowest first, as in `7+5=12,4+8+1=13:132`."""
     numbers = [number[::-1] for number in problem.rstrip("=").split("+")]
     columns, carry = [], 0
-    for place in range(max(map(len, numbers))):
-        digits = [int(number[place]) for number in numbers if place < len(number)] + [1] * carry
+    for column in range(max(map(len, numbers))):
+        digits = [int(number[column]) for number in numbers if column < len(number)] + [1] * carry
         columns.append("+".join(map(str, digits)) + f"={sum(digits)}")
         carry = int(sum(digits) > 9)
     return ",".join(columns) + ":" + solve(problem)
@@ -115,9 +146,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwe
 
 @dataclass
 class Batch:
-    """Problems, padded on the left, then responses, padded on the right: all responses begin in one column.
+    """Problems padded on the left, then responses padded on the right, so that all responses start in one column.
 
-    Positions count from the first column, padding included, which is harmless: rotary embeddings are relative.
+    Positions count from the first column, padding included. That has no effect, because rotary embeddings are relative.
     """
 
     input_ids: Tensor  # [B, T]
@@ -157,12 +188,12 @@ def encode(
     return found.to(device)
 
 
-def sample(logits: Tensor, place: int) -> Tensor:
-    """At temperature 1."""
+def sample(logits: Tensor, position: int) -> Tensor:
+    """Next tokens [B, 1] at temperature 1."""
     return torch.multinomial(logits.softmax(-1), 1)
 
 
-def most_likely(logits: Tensor, place: int) -> Tensor:
+def most_likely(logits: Tensor, position: int) -> Tensor:
     return logits.argmax(-1, keepdim=True)
 
 
@@ -177,8 +208,8 @@ def generate(
 ) -> tuple[Batch, list[str]]:
     """One response to each problem, token by token with a key-value cache.
 
-    `choose` finds the next tokens [B, 1] from logits [B, V] and the tokens' place in the responses. `width` is that of
-    the problems with their padding; None: of the longest.
+    `choose` returns the next tokens [B, 1] from logits [B, V] and the tokens' position in the responses. `width` is
+    the number of tokens that problems are padded to; None: that of the longest.
     """
     prompt = encode(tokenizer, problems, "left", model.device, width)
     tokens, attention_mask, cache = prompt.input_ids, prompt.attention_mask, None
@@ -197,14 +228,14 @@ def generate(
 
 
 def grade(problems: list[str], responses: list[str]) -> Tensor:
-    """Rewards: 1 if what follows the working, where there is any, is the sum; else 0."""
+    """Rewards: 1 if the answer after the working, if any, is the sum; otherwise 0."""
     pairs = zip(problems, responses, strict=True)
     return torch.tensor([float(response.split(":")[-1] == solve(problem)) for problem, response in pairs])
 
 
 @dataclass
 class Rollout:
-    """Responses to each of some problems, in groups, and what a policy loss takes of them."""
+    """Responses to some problems, in groups, with the inputs of a policy loss."""
 
     batch: Batch
     rewards: Tensor  # [B]
@@ -219,7 +250,7 @@ class Rollout:
 def roll_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Problems, settings: Settings
 ) -> Rollout:
-    """`samples` responses to each of `groups` problems, graded, and compared within their group."""
+    """`samples` responses to each of `groups` new problems, with rewards and group advantages."""
     return answer(model, tokenizer, problems.draw(settings.groups), settings)
 
 
@@ -231,11 +262,11 @@ def answer(
     choose: Callable[[Tensor, int], Tensor] = sample,
 ) -> Rollout:
     """`samples` responses to each of the problems."""
-    asked = [problem for problem in problems for _ in range(settings.samples)]
-    batch, responses = generate(model, tokenizer, asked, choose, max_response=settings.max_response)
-    rewards = grade(asked, responses).to(model.device)
-    # The old log-probabilities are computed as the loss computes the new ones. Those of another code path, such as
-    # the sampler's, may differ by more than GSPO's clip range, 3e-4 below 1 to 4e-4 above.
+    repeated = [problem for problem in problems for _ in range(settings.samples)]
+    batch, responses = generate(model, tokenizer, repeated, choose, max_response=settings.max_response)
+    rewards = grade(repeated, responses).to(model.device)
+    # The old log-probabilities are computed by the same function as the loss's. Those of another code path, such as the
+    # sampler's, may differ by more than GSPO's clip range, 3e-4 below 1 to 4e-4 above.
     with torch.no_grad():
         token_ids, mask = batch.targets()
         old_logprobs = token_logprobs(batch.logits(model), token_ids, mask=mask).logprobs
@@ -259,7 +290,7 @@ def update(
     max_grad_norm: float,
     clip_gradients: Callable[[Iterable[Tensor], float], Tensor] = torch.nn.utils.clip_grad_norm_,
 ) -> Tensor:
-    """-> the gradient's norm, before it is clipped"""
+    """One optimizer step -> the gradient's norm before clipping."""
     optimizer.zero_grad()
     loss.backward()
     norm = clip_gradients(model.parameters(), max_grad_norm)
@@ -276,7 +307,7 @@ def warm_up(
     settings: Settings,
     quiet: bool = False,
 ) -> None:
-    """Supervised: the negative log-probability of example responses, most of them without working."""
+    """Supervised training on example responses, most of them without working."""
     optimizer = build_optimizer(model)
     bar = tqdm(range(settings.warmup_steps), desc="warm-up", unit="step", disable=quiet)
     for step in bar:

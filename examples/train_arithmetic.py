@@ -1,15 +1,14 @@
 """GSPO end to end on a CPU: a tiny Qwen3 learns to add from nothing but "right" and "wrong".
 
-A supervised warm-up shows two habits and leaves both half-learned: to blurt the sum out, `47+85=132`, and to work it
-out digit by digit first, `47+85=7+5=12,4+8+1=13:132`. From then on there are no examples. Each step the model answers
-a few problems many times over, a response earns 1 if its sum is right and 0 if not, and its advantage says how it
-compares with the other responses to the same problem (GSPO, https://arxiv.org/abs/2507.18071). The model finds out by
-itself that working pays, and gets better at it. One batch of responses feeds four updates: from the second on the
-policy is no longer the one that sampled, its ratios leave 1, and the clip range has work to do.
+A supervised warm-up teaches two ways to answer, both incompletely: directly, `47+85=132`, and digit by digit first,
+`47+85=7+5=12,4+8+1=13:132`. After it there are no examples. In each step the model answers a few problems many times. A
+response has reward 1 if its sum is right and 0 if not, and its advantage compares it with the other responses to the
+same problem (GSPO, https://arxiv.org/abs/2507.18071). The model learns that working a sum out is rewarded more often,
+and gets better at it. One batch of responses feeds four updates: from the second on, the policy is not the one that
+sampled, ratios differ from 1, and some are clipped.
 
-The plot shows, step by step: the reward (the share of sampled responses that are right); the accuracy of greedy
-decoding on problems kept out of all training; and the share of responses (gspo) or tokens (the others) held at the
-clip range.
+The plot shows for each step: the reward (the share of sampled responses that are right); the accuracy of greedy
+decoding on held-out problems; and the share of responses (gspo) or tokens (the others) that are clipped.
 
     python examples/train_arithmetic.py                  # two minutes on one CPU core
     python examples/train_arithmetic.py --loss grpo      # the same training with another loss
@@ -22,23 +21,26 @@ import json
 import platform
 import random
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matplotlib
 import torch
 import transformers
 from arithmetic import (
+    LOSSES,
     QUICK,
     Problems,
     Settings,
     build_model,
     build_optimizer,
     build_tokenizer,
+    count,
     generate,
     greedy_accuracy,
     most_likely,
     roll_out,
+    settings_of,
     update,
     warm_up,
 )
@@ -46,18 +48,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gspo_kernels
-from gspo_kernels import grpo_loss, gspo_loss, gspo_token_loss, ppo_loss
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
-
 
 @dataclass
 class History:
-    """What the plot shows, and the JSON file keeps."""
+    """The numbers of the plot and the JSON file."""
 
     reward: list[float] = field(default_factory=list)  # one number per step
     clip_fraction: list[float] = field(default_factory=list)  # mean over the step's updates
@@ -94,7 +93,7 @@ def reinforce(
     bar = tqdm(range(1, settings.steps + 1), desc=loss_name, unit="step")
     for step in bar:
         rollout = roll_out(model, tokenizer, problems, settings)
-        # The first update is on-policy, the ones after it less and less so.
+        # The first update is on-policy; each later one is further off-policy.
         clip_fractions = []
         for part in rollout.chunk(settings.mini_batches):
             token_ids, mask = part.batch.targets()
@@ -114,7 +113,7 @@ def reinforce(
 
 
 def draw_plot(history: History, title: str, clip_unit: str, path: Path) -> None:
-    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by colour-blind readers too
+    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#666666"  # distinct for colour-blind readers
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     steps = range(1, len(history.reward) + 1)
 
@@ -138,7 +137,7 @@ def draw_plot(history: History, title: str, clip_unit: str, path: Path) -> None:
     middle.legend(loc="lower right", frameon=False)
 
     draw_curve(right, history.clip_fraction, orange)
-    right.set(title="Clip fraction", ylabel=f"{clip_unit} held at the clip range")
+    right.set(title="Clip fraction", ylabel=f"{clip_unit} that are clipped")
     right.set_ylim(bottom=0)
     right.legend(loc="upper right", frameon=False)
 
@@ -160,15 +159,8 @@ def positive(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
-
-
 def parse_arguments(parser: argparse.ArgumentParser, output: Path) -> tuple[argparse.Namespace, Settings]:
-    """What any training here is asked, beside the options that `parser` has already."""
+    """Adds the options of every training to those of `parser`, and parses the command line."""
     default = Settings()
     parser.add_argument("--warmup-steps", type=count, help=f"supervised steps (default: {default.warmup_steps})")
     parser.add_argument("--steps", type=count, help=f"steps of reinforcement learning (default: {default.steps})")
@@ -182,13 +174,7 @@ def parse_arguments(parser: argparse.ArgumentParser, output: Path) -> tuple[argp
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
     arguments = parser.parse_args()
 
-    names = ("warmup_steps", "steps", "groups", "samples", "learning_rate")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    settings = replace(QUICK if arguments.quick else default, **given)
-    if settings.samples < 2:
-        parser.error("--samples must be at least 2: an advantage compares the responses to one problem")
-    if settings.groups % settings.mini_batches:
-        parser.error(f"--groups must be a multiple of {settings.mini_batches}, the updates per step")
+    settings = settings_of(parser, arguments, QUICK if arguments.quick else default)
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:

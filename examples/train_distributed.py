@@ -5,14 +5,13 @@
     torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --parallel vocabulary
     python examples/train_distributed.py --compare                                # the three curves in one figure
 
-`data` is FSDP2: each rank answers and learns from its part of the groups. `vocabulary` shards the LM head: each rank
+`data` is FSDP2: each rank samples and learns from its part of the groups. `vocabulary` shards the LM head: each rank
 has some rows of it, no rank ever has all logits of the training, and the body is the same on every rank.
 
-Nothing that is drawn depends on the number of ranks. All of them draw all problems, and for every token of every
-response a number from 0 to 1, which picks the token by the inverse of the cumulative distribution; a rank then uses
-what belongs to its responses. So curves differ by rounding alone, until a number falls between two distributions that
-rounding has moved apart, or a ratio between two sides of a clip range; from such a step on the trainings are as good
-as each other, and not equal. `--dtype float64` puts that off beyond the end of the training.
+No random number depends on the number of ranks. Every rank draws all problems, and for every token of every response a
+number from 0 to 1, which selects the token by the inverse of the cumulative distribution; a rank uses the numbers of
+its own responses. So curves differ only by rounding, until rounding changes a sampled token or a clip decision; from
+that step on the trainings are equally good, but not equal. With `--dtype float64` this happens only after the end.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on GPUs replicas stay alike only if sums have one order
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on GPUs replicas stay equal only with deterministic sums
 
 import torch
 import torch.distributed as dist
@@ -67,14 +66,14 @@ from gspo_kernels import (
 
 
 class Policy:
-    """One process, with the whole model and the whole batch: what the others have to equal."""
+    """One process with the whole model and the whole batch: the reference of the others."""
 
     name = "one process"
-    share, shares = 0, 1  # which part of every batch this rank has, of how many
+    share, shares = 0, 1  # (index of this rank's part of every batch, number of parts)
 
     def __init__(self, model: Qwen3ForCausalLM) -> None:
         self.model = model
-        self.sampler = copy.deepcopy(model)  # whole on every rank, as that of an inference engine
+        self.sampler = copy.deepcopy(model)  # whole on every rank, like an inference engine's
 
     @torch.no_grad()
     def refresh_sampler(self) -> None:
@@ -95,20 +94,20 @@ class Policy:
         return loss, stats.clip_fraction
 
     def clip_gradients(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """By the norm of the whole model's gradient, which is returned."""
+        """Clips by the norm of the whole model's gradient, and returns it."""
         return clip_grad_norm_(parameters, max_norm)
 
     def summed(self, numbers: Tensor) -> Tensor:
-        """Over the ranks that share a batch out."""
+        """Summed over the ranks that have parts of a batch."""
         return numbers
 
     def disagreement(self) -> float:
-        """The largest difference between ranks, in parameters and gradients of which each has a copy of its own."""
+        """The largest difference between ranks in replicated parameters and their gradients."""
         return 0.0
 
 
 class DataParallel(Policy):
-    """FSDP2: the ranks share out the batch, and every parameter."""
+    """FSDP2: the batch and every parameter are sharded over the ranks."""
 
     name = "data parallel"
 
@@ -142,8 +141,8 @@ class DataParallel(Policy):
 class VocabularyParallel(Policy):
     """The head is sharded over the vocabulary. All ranks have the same batch and the same body.
 
-    The loss gives every rank the gradient of the hidden states from all of the vocabulary, so the gradients of the
-    body are the same on all ranks without another collective, and replicas that start alike remain alike.
+    The loss gives every rank the gradient of the hidden states from the whole vocabulary. So the gradients of the body
+    are equal on all ranks without another collective, and replicas that start equal stay equal.
     """
 
     name = "vocabulary parallel"
@@ -179,7 +178,7 @@ class VocabularyParallel(Policy):
         return loss, stats.clip_fraction
 
     def clip_gradients(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """The norm is that of the body, which every rank has, together with that of all ranks' shards of the head."""
+        """The norm is that of the body, which every rank has, and of all ranks' shards of the head."""
         of_body = get_total_norm([parameter.grad for parameter in self.model.model.parameters()])
         of_head = self.of_all_ranks(self.model.lm_head.weight.grad).norm()
         norm = (of_body**2 + of_head**2).sqrt()
@@ -193,7 +192,7 @@ class VocabularyParallel(Policy):
 
 
 def to_float64(model: Qwen3ForCausalLM) -> None:
-    """With norms that compute in it: Qwen3's round to float32 whatever they are given, enough to part the curves."""
+    """With norms that compute in float64: Qwen3's always round to float32, which would make the curves differ."""
     model.double()
     for module in list(model.modules()):
         for name, norm in module.named_children():
@@ -205,20 +204,20 @@ def to_float64(model: Qwen3ForCausalLM) -> None:
 
 @dataclass
 class SharedHistory(History):
-    responses: list[int] = field(default_factory=list)  # per step a checksum of all responses, in whatever order
+    responses: list[int] = field(default_factory=list)  # per step a checksum of all responses, in any order
     gradient_norm: list[float] = field(default_factory=list)  # mean over the step's updates, before clipping
 
 
 def choose_by(numbers: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Sampling by numbers [B, MAX_RESPONSE] from 0 to 1, and not by a generator that serves as many rows as there are.
+    """Samples by numbers [B, MAX_RESPONSE] from 0 to 1, so that a row's tokens do not depend on the other rows.
 
     A token is the first at which the cumulative distribution exceeds its number.
     """
 
-    def choose(logits: Tensor, place: int) -> Tensor:
+    def choose(logits: Tensor, position: int) -> Tensor:
         cumulative = logits.double().softmax(-1).cumsum(-1)
-        below = cumulative <= numbers[:, place, None]
-        return below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # should they add up to less than 1
+        below = cumulative <= numbers[:, position, None]
+        return below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # where the sum is below 1
 
     return choose
 
@@ -235,23 +234,23 @@ def reinforce(
     optimizer = build_optimizer(model)
     history = SharedHistory()
     history.add_evaluation(0, greedy_accuracy(sampler, tokenizer, problems.held_out))
-    # Of each mini-batch this rank has a part, whole groups, so that each update is that of one process.
+    # This rank has a part of each mini-batch, in whole groups, so that each update equals that of one process.
     responses_per_step = settings.groups * settings.samples
     mine = torch.arange(responses_per_step).view(settings.mini_batches, policy.shares, -1)[:, policy.share].flatten()
     bar = tqdm(range(1, settings.steps + 1), desc=policy.name, unit="step", disable=quiet)
     for step in bar:
-        # Roll out: drawn for all responses, used for this rank's.
-        asked = [problem for problem in problems.draw(settings.groups) for _ in range(settings.samples)]
-        drawn = torch.rand(len(asked), MAX_RESPONSE, generator=numbers, dtype=torch.float64)[mine]
-        width = max(map(len, asked))  # a token a character; other padding would mean other positions, and rounding
-        asked = [asked[i] for i in mine]
-        batch, responses = generate(sampler, tokenizer, asked, choose_by(drawn.to(model.device)), width)
-        rewards = grade(asked, responses).to(model.device)
+        # Roll out: numbers are drawn for all responses, and used for this rank's.
+        repeated = [problem for problem in problems.draw(settings.groups) for _ in range(settings.samples)]
+        drawn = torch.rand(len(repeated), MAX_RESPONSE, generator=numbers, dtype=torch.float64)[mine]
+        width = max(map(len, repeated))  # one token per character; other padding would change positions, and rounding
+        repeated = [repeated[i] for i in mine]
+        batch, responses = generate(sampler, tokenizer, repeated, choose_by(drawn.to(model.device)), width)
+        rewards = grade(repeated, responses).to(model.device)
         advantages = group_advantages(rewards, group_size=settings.samples)
         with torch.no_grad():
             old_logprobs = policy.logprobs(batch)
 
-        # Learn, and hand the sampler what has been learned.
+        # Learn, then copy the new weights to the sampler.
         clip_fractions, norms = [], []
         parts = (whole.chunk(settings.mini_batches) for whole in (batch, advantages, old_logprobs))
         for part, part_advantages, part_old_logprobs in zip(*parts, strict=True):
@@ -261,7 +260,7 @@ def reinforce(
             clip_fractions.append(clip_fraction)
         policy.refresh_sampler()
 
-        checksum = sum(zlib.crc32(f"{pair}".encode()) for pair in zip(asked, responses, strict=True))
+        checksum = sum(zlib.crc32(f"{pair}".encode()) for pair in zip(repeated, responses, strict=True))
         found = torch.tensor([rewards.sum(), batch.response_mask.sum(), checksum], dtype=torch.float64)  # whole numbers
         right, tokens, checksum = policy.summed(found.to(model.device)).tolist()
         history.reward.append(right / responses_per_step)
@@ -276,10 +275,10 @@ def reinforce(
 
 
 POLICIES = {"single": Policy, "data": DataParallel, "vocabulary": VocabularyParallel}  # names of the files, too
-CURVES = {  # to compare, with what is to be written above and beside them
+CURVES = {  # history -> (title, label of the axis)
     "reward": ("Reward", "sampled responses\nthat are right"),
     "held_out_accuracy": ("Held-out accuracy", "problems solved\nby greedy decoding"),
-    "clip_fraction": ("Clip fraction", "responses held\nat the clip range"),
+    "clip_fraction": ("Clip fraction", "responses\nthat are clipped"),
 }
 
 
@@ -288,7 +287,7 @@ def largest_difference(ours: list[float], theirs: list[float], *, relative: bool
 
 
 def draw_comparison(histories: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
-    styles = {  # thick below thin: where curves are equal, all of them are seen
+    styles = {  # thick below thin, so that equal curves are all visible
         "single": {"color": "#BBBBBB", "linewidth": 7},
         "data": {"color": "#0072B2", "linewidth": 2.5},
         "vocabulary": {"color": "#F5A000", "linewidth": 1.2, "linestyle": (0, (4, 4))},
@@ -312,7 +311,7 @@ def draw_comparison(histories: dict[str, dict[str, list[float]]], title: str, pa
 
 
 def compare(folder: Path) -> None:
-    """The three curves in one figure, and how far apart they are."""
+    """Draws the three curves in one figure, and prints their differences."""
     paths = {kind: folder / f"{kind}.json" for kind in POLICIES}
     if missing := [str(path) for path in paths.values() if not path.exists()]:
         raise SystemExit(f"--compare: expected the results of three runs; missing {', '.join(missing)}")
@@ -349,7 +348,7 @@ def join_ranks(device: str) -> DeviceMesh:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Writes a plot and a JSON file.")
-    parser.add_argument("--parallel", choices=("data", "vocabulary"), help="what the ranks of torchrun share out")
+    parser.add_argument("--parallel", choices=("data", "vocabulary"), help="what is sharded over the ranks of torchrun")
     parser.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="after the warm-up (default: %(default)s)"
     )
@@ -363,13 +362,13 @@ def main() -> None:
     if launched and arguments.parallel is None:
         parser.error("--parallel: expected data or vocabulary, because torchrun has started ranks")
     if arguments.parallel and not launched:
-        parser.error(f"--parallel {arguments.parallel}: expected ranks; start me by torchrun --nproc-per-node 2")
+        parser.error(f"--parallel {arguments.parallel}: expected ranks; start it with torchrun --nproc-per-node 2")
     if launched and arguments.device not in ("cpu", "cuda"):
         parser.error(f"--device {arguments.device}: expected cpu, or cuda, of which each rank takes its own")
     if arguments.parallel == "data" and settings.groups % (settings.mini_batches * ranks):
         parser.error(f"--groups must be a multiple of {settings.mini_batches * ranks}: updates per step, times ranks")
     if arguments.parallel == "vocabulary" and len(tokenizer) % ranks:
-        parser.error(f"--parallel vocabulary: {ranks} ranks cannot share {len(tokenizer)} tokens out evenly")
+        parser.error(f"--parallel vocabulary: {ranks} ranks cannot shard {len(tokenizer)} tokens evenly")
 
     started = time.perf_counter()
     torch.set_num_threads(arguments.threads)
@@ -377,7 +376,7 @@ def main() -> None:
     mesh = join_ranks(arguments.device) if launched else None
     quiet = mesh is not None and mesh.get_local_rank() != 0
 
-    # Every rank does the whole warm-up, from the same seed: it is not what this is about.
+    # Every rank does the whole warm-up from the same seed; only the training after it is parallel.
     torch.manual_seed(arguments.seed)
     problems = Problems(random.Random(arguments.seed), settings.digits, settings.held_out)
     model = build_model(tokenizer, tied=False).to(arguments.device)  # the head has parameters of its own to shard

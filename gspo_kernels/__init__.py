@@ -1,6 +1,6 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
-from .layout import Layout
+from .base.layout import Layout
 from .linear.from_hidden import (
     linear_grpo_loss,
     linear_gspo_loss,

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from .base import checks
 from .linear.from_hidden import explain_plan
 from .losses.clipped import GSPO
 from .losses.objectives import check_objective
 from .losses.triton_stage import stage_reason
 from .rows.dispatch import check_name, compare, pick
+from .rows.types import OPTIONAL_FIELDS
 
 
 def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> str:
@@ -32,8 +33,9 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     context_parallel = options.get("cp_group") is not None
     head = arguments[0] if arguments else options.get("weight")
     if not (isinstance(head, Tensor) and head.is_floating_point()):
-        stage = stage_reason(objective, pick(logits, backend), context_parallel=context_parallel)
-        return f"{compare(logits, backend)}\n{stage}"
+        fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
+        stage = stage_reason(objective, pick(logits, backend, fields), context_parallel=context_parallel)
+        return f"{compare(logits, backend, fields)}\n{stage}"
     options.pop("weight", None)
     wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
     chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)

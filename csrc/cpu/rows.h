@@ -17,7 +17,7 @@ struct RowKernels {
                    const LogitsView& gradient, int64_t begin, int64_t end);
   void (*backward_bfloat16)(const RowShape&, const RowInputs&, const RowOutputs& saved, const UpstreamArrays&,
                             const LogitsView& gradient, int64_t begin, int64_t end);
-  // Both in one visit to each row, for a gradient that is known beforehand: the second read comes from the cache.
+  // Both for one row after the other, for a gradient that is known in advance: the second read comes from the cache.
   void (*forward_backward)(const RowShape&, const RowInputs&, const RowOutputs&, const UpstreamArrays&,
                            const LogitsView& gradient, int64_t begin, int64_t end);
   void (*scale)(const RowShape&, const LogitsView&, float factor, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-// A row's columns as vectors of 16 bytes, whatever the address a row begins at.
+// A row's columns as vectors of 16 bytes, for rows that begin at any address.
 //
 // Columns before the first 16-byte boundary, and after the last one, are an edge each: read and written one by one.
 #pragma once

@@ -1,5 +1,5 @@
-// What needs instructions of the GPU, one function each, with an equivalent for the host. The kernels use the GPU by
-// these alone, so that tests can run the same source as threads of a process and look for races (GSPO_ON_HOST).
+// The GPU's instructions that the kernels use, one function each, with an equivalent for the host. So tests can run the
+// same source as threads of a process and look for races (GSPO_ON_HOST).
 #pragma once
 
 #include <cmath>
@@ -169,17 +169,17 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
-// The same if it is wanted, without a branch.
-__device__ __forceinline__ void copy_async_if(bool wanted, void* shared, const void* global) {
+// The same if `needed`, without a branch.
+__device__ __forceinline__ void copy_async_if(bool needed, void* shared, const void* global) {
 #if defined(GSPO_PTX)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile(
       "{\n\t.reg .pred p;\n\t"
       "setp.ne.u32 p, %2, 0;\n\t"
       "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}"
-      : : "r"(address), "l"(global), "r"(static_cast<uint32_t>(wanted)) : "memory");
+      : : "r"(address), "l"(global), "r"(static_cast<uint32_t>(needed)) : "memory");
 #elif defined(GSPO_ON_HOST)
-  if (wanted) on_host::copy_async(shared, global);
+  if (needed) on_host::copy_async(shared, global);
 #endif
 }
 

@@ -134,7 +134,7 @@ Layout choose(int64_t vocab, int device, const Variant& variant, const std::stri
   int clusters = 0;
   const Configuration configuration(layout, nullptr);
   check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), name);
-  if (clusters < 1) return again;  // a part of a GPU, say, that has no room for a cluster
+  if (clusters < 1) return again;  // such as a part of a GPU that is too small for a cluster
   layout.clusters = clusters;
   return layout;
 }

@@ -1,8 +1,8 @@
-// One read of each row: its statistics and, where the coefficient needs no other row, its gradient.
+// One read of each row: its statistics and, where the gradient depends on no other row, its gradient.
 //
-// A cluster of blocks has a row: each block a slice of the columns, which stays in its shared memory for both passes,
-// the sums and the gradient (`Resident`). Where there are no clusters, a block has the whole row and reads it twice,
-// the second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h.
+// A cluster of blocks processes a row: each block holds a slice of the columns in its shared memory for both passes,
+// the sums and the gradient (`Resident`). Without clusters, a block processes the whole row and reads it twice, the
+// second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h.
 //
 // A cluster takes its next row by a ticket as soon as it is done with one: rows that are masked or have no gradient
 // cost little. The blocks of a cluster exchange their sums once a row. A thread reads the vectors that it copied
@@ -40,8 +40,8 @@ class Resident {
     copy_edges(slice);
   }
 
-  __device__ __forceinline__ void start_vector_if(bool wanted, int v, const Vector* from) const {
-    copy_async_if(wanted, buffer_ + v, from + v);
+  __device__ __forceinline__ void start_vector_if(bool needed, int v, const Vector* from) const {
+    copy_async_if(needed, buffer_ + v, from + v);
   }
 
   __device__ __forceinline__ void copy_edges(const Slice<T>& slice) const {

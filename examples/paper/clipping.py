@@ -1,9 +1,9 @@
 """Clip fractions: what GSPO and GRPO clip, by token and by sequence, with off-policy depth, length and time.
 
-Figure 2 of the GSPO paper, from the trainings of `stability.py`: it draws from their record, and has them run first
-where the folder has none of the settings asked for. GSPO-token is left out: what it clips is what GSPO clips.
+Figure 2 of the GSPO paper, from the record of `stability.py`. Where the folder has no record with these settings, its
+trainings run first. GSPO-token is left out, because it clips as GSPO does.
 
-    python examples/paper/clipping.py                    # at once after stability.py, else as long as it
+    python examples/paper/clipping.py                    # seconds after stability.py, otherwise as long as it
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 
 import lab
 import stability
-from lab import COLORS, NAMES
+from lab import COLORS, NAMES, mean
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from stability import chosen
+from stability import CLIPPING, chosen
 
-RECORD = "stability"  # whose record this is drawn from
-LOSSES = ("gspo", "grpo", "ppo")
+RECORD = "stability"  # the experiment whose record this draws
 UNITS = {"tokens": "-", "sequences": "--"}
-FEWEST = 100  # responses that a point needs
+FEWEST = 100  # responses needed for a point
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -32,7 +31,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     )
     for row, (updates, rate) in enumerate(record["arms"]):
         by_depth, by_length, by_stage = axes[3 * row : 3 * row + 3]
-        for loss in LOSSES:
+        for loss in CLIPPING:
             found = [run["clipping"] for run in chosen(record, [updates, rate], loss)]
             stages = len(found[0]["stage"]["responses"])
             for unit, line in UNITS.items():
@@ -47,7 +46,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     for each in axes:
         each.set(yscale="log", ylim=(1e-4, 1))
         each.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    handles = [Line2D([], [], color=COLORS[loss], label=NAMES[loss]) for loss in LOSSES]
+    handles = [Line2D([], [], color=COLORS[loss], label=NAMES[loss]) for loss in CLIPPING]
     handles += [Line2D([], [], color=lab.GREY, linestyle=line, label=f"of {unit}") for unit, line in UNITS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     arguments.name = "clipping"
@@ -55,14 +54,14 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def curve(
-    axes: Any, places: Sequence[float], runs: list[dict[str, Any]], along: str, loss: str, unit: str, line: str
+    axes: Any, x: Sequence[float], runs: list[dict[str, Any]], along: str, loss: str, unit: str, line: str
 ) -> None:
-    """Where all runs have enough responses, and the axis, which is logarithmic, a place."""
+    """Draws the points for which all runs have enough responses."""
     counts = zip(*(run[along]["responses"] for run in runs), strict=True)
-    on_policy = along == "depth"  # the first update, which clips nothing
-    kept = [i for i, count in enumerate(counts) if min(count) >= FEWEST][on_policy:]
-    values = [[run[along][loss][unit][i] for i in kept] for run in runs]
-    lab.spread(axes, [places[i] for i in kept], values, COLORS[loss], "", linestyle=line, marker=".")
+    first = 1 if along == "depth" else 0  # the first update is on-policy and clips nothing, which has no logarithm
+    kept = [i for i, count in enumerate(counts) if min(count) >= FEWEST][first:]
+    values = [[run[along][unit][i] for i in kept] for run in runs]
+    lab.spread(axes, [x[i] for i in kept], values, COLORS[loss], "", linestyle=line, marker=".")
 
 
 def section(record: dict[str, Any]) -> str:
@@ -79,33 +78,27 @@ def section(record: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for arm in record["arms"]:
-        for loss in LOSSES:
+        for loss in CLIPPING:
             found = [run["clipping"] for run in chosen(record, arm, loss)]
 
-            def share(along: str, index: int, rule: str = loss, unit: str = "tokens", runs: Any = found) -> str:
-                return percent([run[along][rule][unit][index] for run in runs])
-
             name = f"| {arm[0]}, {arm[1]:g} | {NAMES[loss]} |"
-            drift = sum(run["all"]["drift"][0] for run in found) / len(found)
-            cells = [
-                share("all", 0),
-                share("all", 0, unit="sequences"),
-                share("all", 0, "gspo"),
-                share("all", 0, "grpo"),
-            ]
-            whole.append(f"{name} {' | '.join(cells)} | {drift:.4f} |")
-            places = [("depth", 1), ("depth", -1), ("length", 0), ("length", -1), ("stage", 0), ("stage", -1)]
-            parts.append(f"{name} {' | '.join(share(*place) for place in places)} |")
+            shown = [(loss, "tokens"), (loss, "sequences"), ("gspo", "tokens"), ("grpo", "tokens")]
+            cells = [percent([run["all"][rule][unit] for run in found]) for rule, unit in shown]
+            whole.append(f"{name} {' | '.join(cells)} | {mean([run['drift'] for run in found]):.4f} |")
+            ends = [("depth", 1), ("depth", -1), ("length", 0), ("length", -1), ("stage", 0), ("stage", -1)]
+            cells = [percent([run[along]["tokens"][index] for run in found]) for along, index in ends]
+            parts.append(f"{name} {' | '.join(cells)} |")
     whole += ["| 4, the paper's | GSPO | 15% | | | | |", "| 4, the paper's | GRPO | 0.13% | | | | |"]
     return "\n".join([*whole, "", *parts])
 
 
 def percent(values: list[float | None]) -> str:
-    """The mean over seeds, the least and the largest."""
-    if None in values:
+    """Mean, smallest and largest over seeds, with two digits; empty where a seed has no such responses."""
+    present = [100 * value for value in values if value is not None]
+    if len(present) < len(values):
         return ""
-    mean, low, high = (f"{100 * value:.2g}" for value in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean}% ({low} to {high})" if len(values) > 1 else f"{mean}%"
+    average, *others = f"{mean(present):.2g}", f"{min(present):.2g}", f"{max(present):.2g}"
+    return f"{average}% ({' to '.join(others)})" if len(values) > 1 else f"{average}%"
 
 
 def main() -> None:

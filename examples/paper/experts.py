@@ -1,10 +1,10 @@
 """Mixture of experts: choices that change under one rollout, token ratios, GRPO with and without routing replay.
 
-Section 5.3 of the GSPO paper: a router's choices move with every update, so a token's new likelihood comes from other
-experts than its old one, and its ratio says little about the policy. Three trainings of a tiny Qwen3-MoE, each of which
-starts from the same warmed-up model: GSPO, GRPO, and GRPO with routing replay, which forces the experts of the old
-policy on the new one. At some steps the whole rollout is looked at after each update: which choices have changed, and
-what the log ratios are with the model's own choices and, by the same weights, with the old ones forced.
+Section 5.3 of the GSPO paper: a router's choices change with every update, so a token's new likelihood comes from other
+experts than its old one, and its ratio says little about the policy. Three trainings of a tiny Qwen3-MoE start from the
+same warmed-up model: GSPO, GRPO, and GRPO with routing replay, which forces the old policy's experts on the new one.
+At some steps the whole rollout is measured after each update: which choices have changed, and the log ratios with the
+model's own choices and, with the same weights, with the old choices forced (`look` in `routing.py`).
 
     python examples/paper/experts.py
     python examples/paper/experts.py --seeds 8 --steps 200 --device cuda     # larger
@@ -23,42 +23,27 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import (
-    Batch,
-    Rollout,
-    Settings,
-    build_optimizer,
-    greedy_accuracy,
-)
-from lab import COLORS, GREEN, GREY, Learner, smooth, tick
+from arithmetic import Settings, build_optimizer, greedy_accuracy
+from lab import COLORS, GREEN, GREY, Learner, mean, ranged, smooth, tick
 from matplotlib.ticker import PercentFormatter
-from routing import RoutedBatch, RoutingReplay, changed, roll_out_routed
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from routing import GROUPS, SIZES, Sums, add, look, roll_out_routed
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gspo_kernels import grpo_loss, gspo_loss, token_logprobs
+from gspo_kernels import GRPO, GSPO, grpo_loss, gspo_loss
 
 LAYERS, EXPERTS, CHOSEN = 2, 32, 4
 SETTINGS = Settings(
     steps=60, groups=16, digits=2, held_out=200, evaluations=6, max_response=24
 )  # shorter sums than the examples': a Qwen3-MoE takes several times as long
 QUICK = replace(lab.QUICK, mini_batches=2)
-LEARNING_RATES = (2e-4, 8e-4)  # at the second one experts change more
-RAMP = 5  # steps in which the learning rate rises: Adam's first ones are the largest
-LOOKS = 10  # steps of a training at which the whole rollout is looked at after each update
+LEARNING_RATES = (2e-4, 8e-4)  # experts change more at the second
+RAMP = 5  # steps in which the learning rate rises, because Adam's first steps are the largest
+LOOKS = 10  # steps of a training at which the whole rollout is measured after each update
+DISTRIBUTIONS = {"rerouted": COLORS["grpo"], "rerouted_replayed": GREEN, "kept": GREY, "sequences": COLORS["gspo"]}
+SEQUENCES = ("sequences", "sequences_replayed")
+BEYOND = int(torch.searchsorted(SIZES, GSPO.eps_low))  # the first size outside GSPO's clip range
 METHODS = {"gspo": "GSPO", "grpo": "GRPO", "replay": "GRPO with routing replay"}
 LINES = {"gspo": COLORS["gspo"], "grpo": COLORS["grpo"], "replay": GREEN}
-GROUPS = {  # of log ratios under the present weights; rerouted: a token some of whose experts have changed
-    "tokens": "tokens",
-    "tokens_replayed": "tokens, experts replayed",
-    "rerouted": "rerouted tokens",
-    "rerouted_replayed": "rerouted tokens, experts replayed",
-    "kept": "tokens of unchanged experts",
-    "kept_replayed": "tokens of unchanged experts, experts replayed",
-    "sequences": "sequences",
-    "sequences_replayed": "sequences, experts replayed",
-}
-SIZES = torch.logspace(-4, 1, 41)  # of log ratios, where their distribution is recorded
 
 
 def build_experts(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
@@ -81,67 +66,6 @@ def build_experts(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config)
 
 
-# --- what updates have done to a rollout ------------------------------------------------------------------------------
-
-Sums = dict[str, Tensor]
-
-
-@torch.no_grad()
-def look(model: PreTrainedModel, rollout: Rollout, routed: RoutedBatch) -> Sums:
-    """The experts and the log ratios of all response tokens under the present weights, as sums over tokens.
-
-    The same weights give the ratios twice: by the model's own choices, and with those of the rollout replayed.
-    """
-    token_ids, mask = routed.targets()
-    response, lengths = mask.bool(), mask.sum(1)
-    plain = Batch(routed.input_ids, routed.attention_mask, routed.response_mask)
-
-    def log_ratios(batch: Batch) -> tuple[Tensor, Tensor]:
-        ratios = token_logprobs(batch.logits(model), token_ids, mask=mask).logprobs - rollout.old_logprobs
-        ratios = ratios.where(response, 0.0)
-        return ratios[response], ratios.sum(1) / lengths
-
-    with RoutingReplay(model).record() as choices:
-        own, own_sequences = log_ratios(plain)
-    forced, forced_sequences = log_ratios(routed)
-    moved = changed(torch.stack(choices, dim=1), routed.experts.flatten(0, 1))[
-        response.flatten()
-    ]  # [tokens, layers, k]
-    rerouted = moved.flatten(1).any(1)
-    groups = dict(
-        zip(
-            GROUPS,
-            (
-                own,
-                forced,
-                own[rerouted],
-                forced[rerouted],
-                own[~rerouted],
-                forced[~rerouted],
-                own_sequences,
-                forced_sequences,
-            ),
-            strict=True,
-        )
-    )
-    return {
-        "moved": moved.float().mean(2).sum(0),
-        "count": torch.tensor([len(group) for group in groups.values()]),
-        "squares": torch.stack([group.double().square().sum() for group in groups.values()]),
-        "outside": torch.stack([_outside(group, 0.2, 0.27) for group in groups.values()]),
-        "larger": torch.stack([(group.abs() > size).sum() for group in groups.values() for size in SIZES]),
-    }
-
-
-def _outside(log_ratios: Tensor, eps_low: float, eps_high: float) -> Tensor:
-    ratios = log_ratios.exp()
-    return ((ratios < 1 - eps_low) | (ratios > 1 + eps_high)).sum()
-
-
-def add(some: Sums | None, more: Sums) -> Sums:
-    return more if some is None else {name: some[name] + more[name] for name in some}
-
-
 # --- trainings --------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +76,7 @@ def looks(settings: Settings) -> set[int]:
 def train(learner: Learner, settings: Settings, method: str) -> dict[str, Any]:
     policy_loss = gspo_loss if method == "gspo" else grpo_loss
     optimizer = build_optimizer(learner.model)
-    looked_at = looks(settings)
+    measured = looks(settings)
     by_depth: list[Sums | None] = [None] * settings.mini_batches
     found: dict[str, list[float]] = {
         name: [] for name in ("reward", "clip_fraction", "gradient_norm", "changed", "held_out")
@@ -168,14 +92,14 @@ def train(learner: Learner, settings: Settings, method: str) -> dict[str, Any]:
         for depth, (_, stats, norm) in enumerate(updates):
             clipped.append(stats.clip_fraction.item())
             norms.append(norm.item())
-            if step in looked_at:
+            if step in measured:
                 sums = look(learner.model, rollout, routed)
                 by_depth[depth] = add(by_depth[depth], sums)
                 if depth == 0:
                     found["changed"].append((sums["moved"].mean() / sums["count"][0]).item())
         found["reward"].append(rollout.rewards.mean().item())
-        found["clip_fraction"].append(sum(clipped) / len(clipped))
-        found["gradient_norm"].append(sum(norms) / len(norms))
+        found["clip_fraction"].append(mean(clipped))
+        found["gradient_norm"].append(mean(norms))
         if settings.is_evaluated(step):
             found["held_out"].append(evaluate())
         tick()
@@ -203,24 +127,32 @@ def load(learner: Learner, settings: Settings) -> list[list[float]]:
     return (counts / counts.sum(1, keepdim=True)).sort(descending=True).values.tolist()
 
 
-# --- record, figure, tables -------------------------------------------------------------------------------------------
+# --- record -----------------------------------------------------------------------------------------------------------
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one method at one learning rate; a run for each seed."""
-    first = [run["by_depth"][0] for run in runs]
-    larger = torch.tensor([sums["larger"] for sums in first]).sum(0).view(len(GROUPS), -1)
-    count = torch.tensor([sums["count"] for sums in first]).sum(0)
-    shares = (larger / count.clamp(min=1)[:, None]).tolist()
+def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    """What figure and tables show of one method at one learning rate; `runs`: one for each seed."""
+    depths = [pooled(list(map(shares, of_seeds))) for of_seeds in zip(*(run["by_depth"] for run in runs), strict=True)]
+    ratios = {name: [depth.pop(name) for depth in depths] for name in ("rms", "outside")}
     return {
-        **{name: [run[name] for run in runs] for name in ("reward", "held_out", "changed")},
-        **{name: [_mean(run[name]) for run in runs] for name in ("clip_fraction", "gradient_norm")},
-        "by_depth": [[_shares(sums) for sums in run["by_depth"]] for run in runs],
-        "larger": dict(zip(GROUPS, shares, strict=True)),  # share of log ratios above each of the sizes, one update on
+        "reward": [run["reward"] for run in runs],
+        "held_out": [run["held_out"][-1] for run in runs],  # at the end
+        "changed": [mean(step) for step in zip(*(run["changed"] for run in runs), strict=True)],  # by one update
+        **{name: mean([mean(run[name]) for run in runs]) for name in ("clip_fraction", "gradient_norm")},
+        "by_depth": depths,
+        **(ratios if method == "grpo" else {}),  # by depth, too
     }
 
 
-def _shares(sums: dict[str, list[float]]) -> dict[str, Any]:
+def larger(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The share of log ratios above each of the sizes after one update, over all seeds."""
+    first = [run["by_depth"][0] for run in runs]
+    above = torch.tensor([sums["larger"] for sums in first]).sum(0).view(len(GROUPS), -1)
+    count = torch.tensor([sums["count"] for sums in first]).sum(0)
+    return dict(zip(GROUPS, (above / count.clamp(min=1)[:, None]).tolist(), strict=True))
+
+
+def shares(sums: dict[str, list[float]]) -> dict[str, Any]:
     count = dict(zip(GROUPS, sums["count"], strict=True))
 
     def share(name: str) -> dict[str, float]:
@@ -234,8 +166,16 @@ def _shares(sums: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def pooled(values: Sequence[Any]) -> Any:
+    """The mean over seeds of numbers, or of lists and dicts of numbers."""
+    if isinstance(values[0], dict):
+        return {name: pooled([value[name] for value in values]) for name in values[0]}
+    if isinstance(values[0], list):
+        return [pooled(column) for column in zip(*values, strict=True)]
+    return mean(values)
+
+
+# --- figure and tables ------------------------------------------------------------------------------------------------
 
 
 def draw(record: dict[str, Any], arguments: Namespace) -> None:
@@ -253,10 +193,8 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     for (rate, methods), style in zip(rates.items(), ("-", "--"), strict=True):
         for method, found in methods.items():
             line = {"color": LINES[method], "linestyle": style, "label": f"{METHODS[method]}, {float(rate):g}"}
-            by_depth = [_mean(_pooled(found, update - 1)["changed"]) for update in updates]
-            depths.plot(updates, by_depth, marker="o", **line)
-            changed = [_mean(column) for column in zip(*found["changed"], strict=True)]
-            over_time.plot(record["looks"], changed, **line)
+            depths.plot(updates, [mean(depth["changed"]) for depth in found["by_depth"]], marker="o", **line)
+            over_time.plot(record["looks"], found["changed"], **line)
     depths.set(title="Choices changed since the rollout", xlabel="updates since the rollout", xticks=list(updates))
     over_time.set(title="Choices changed by a rollout's first update", xlabel="step")
     for axis in (depths, over_time):
@@ -265,10 +203,12 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     depths.legend(frameon=False, fontsize="small", loc="lower right")
 
     rate = next(iter(rates))
-    colors = {"rerouted": COLORS["grpo"], "rerouted_replayed": GREEN, "kept": GREY, "sequences": COLORS["gspo"]}
-    for group, color in colors.items():
-        distribution.loglog(record["sizes"], rates[rate]["grpo"]["larger"][group], color=color, label=GROUPS[group])
-    for bound, name, color in ((0.2, "GRPO's clip range", GREY), (3e-4, "GSPO's", COLORS["gspo"])):
+    for group, color in DISTRIBUTIONS.items():
+        distribution.loglog(record["sizes"], record["larger"][group], color=color, label=GROUPS[group])
+    for bound, name, color in (
+        (GRPO.eps_low, "GRPO's clip range", GREY),
+        (GSPO.eps_low, "GSPO's", COLORS["gspo"]),
+    ):
         distribution.axvline(bound, color=color, linestyle=":", label=name)
     distribution.set(
         title="Log ratios after one update",
@@ -281,7 +221,7 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
 
     for group, color in {"tokens": COLORS["grpo"], "sequences": COLORS["gspo"]}.items():
         for name, style in ((group, "-"), (f"{group}_replayed", "--")):
-            values = [_pooled(rates[rate]["grpo"], update - 1)["rms"][name] for update in updates]
+            values = [rms[name] for rms in rates[rate]["grpo"]["rms"]]
             growth.plot(updates, values, color=color, linestyle=style, marker="o", label=GROUPS[name])
     growth.set(title="Spread of log ratios", xlabel=f"updates since the rollout (GRPO, {rate})")
     growth.set(ylabel="root mean square", xticks=list(updates), ylim=(0, None))
@@ -302,39 +242,38 @@ def section(record: dict[str, Any]) -> str:
 
 
 def _model(record: dict[str, Any]) -> Iterator[str]:
-    model, layers = record["model"], [shares for load in record["load"] for shares in load]
-    carriers = [sum(total < 0.9 for total in accumulate(shares)) + 1 for shares in layers]
+    model, load = record["model"], record["load"]
     yield (
         f"The model has {model['parameters']:,} parameters, {model['layers']} layers, and in each {model['experts']} "
         f"experts, {model['chosen']} to a token. After the warm-up a layer's busiest expert has on average "
-        f"{_mean([shares[0] for shares in layers]):.0%} of its choices, and {min(carriers)} to {max(carriers)} experts "
-        "have 90% of them."
+        f"{load['busiest']:.0%} of its choices, and {load['fewest']} to {load['most']} experts have 90% of them."
     )
 
 
 def _changes(record: dict[str, Any]) -> Iterator[str]:
     last = record["settings"]["mini_batches"]
     yield (
-        "Choices that the new policy makes for a rollout's tokens and the old one did not. A token is rerouted if it "
-        "has one or more such choices, in any layer:\n"
+        "Share of the new policy's choices for a rollout's tokens that the old policy did not make. A token is "
+        "rerouted if it has such a choice in any layer:\n"
     )
     yield (
         "| learning rate | training | changed after 1 update | by layer "
         f"| after {last} updates | rerouted tokens after 1, {last} |\n|---|---|--:|---|--:|--:|"
     )
     for rate, method, found in _trainings(record):
-        one, all_ = (_pooled(found, depth) for depth in (0, -1))
+        one, *_, all_ = found["by_depth"]
         layers = ", ".join(f"{share:.1%}" for share in one["changed"])
         yield (
-            f"| {rate} | {METHODS[method]} | {_mean(one['changed']):.1%} | {layers} | {_mean(all_['changed']):.1%} "
+            f"| {rate} | {METHODS[method]} | {mean(one['changed']):.1%} | {layers} | {mean(all_['changed']):.1%} "
             f"| {one['rerouted']:.0%}, {all_['rerouted']:.0%} |"
         )
 
 
 def _spreads(record: dict[str, Any]) -> Iterator[str]:
     yield (
-        "Root mean square of log ratios in GRPO's training, and in brackets the share of ratios outside of its clip "
-        "range, 0.8 to 1.27. Replayed: the same weights, the old choices forced:\n"
+        "Root mean square of log ratios in GRPO's training, and in brackets the share of ratios outside its clip "
+        f"range, {1 - GRPO.eps_low:g} to {1 + GRPO.eps_high:g}. Replayed: with the same weights and "
+        "the old choices forced:\n"
     )
     yield (
         "| learning rate | updates | tokens | replayed | rerouted tokens | replayed | other tokens | replayed "
@@ -343,46 +282,34 @@ def _spreads(record: dict[str, Any]) -> Iterator[str]:
     last = record["settings"]["mini_batches"]
     for rate, methods in record["trainings"].items():
         for updates in (1, last):
-            found = _pooled(methods["grpo"], updates - 1)
-            cells = (f"{found['rms'][group]:.3f} ({found['outside'][group]:.1%})" for group in GROUPS)
+            rms, outside = (methods["grpo"][name][updates - 1] for name in ("rms", "outside"))
+            cells = (f"{rms[group]:.3f} ({outside[group]:.1%})" for group in GROUPS)
             yield f"| {rate} | {updates} | {' | '.join(cells)} |"
+    own, replayed = (record["gspo_larger"][group] for group in SEQUENCES)
+    yield (
+        f"\nIn GSPO's training at {next(iter(record['trainings']))}, log ratios of {own:.0%} of the sequences are "
+        f"larger than {record['sizes'][BEYOND]:.1e} after one update, {replayed:.0%} with the old choices forced."
+    )
 
 
 def _learning(record: dict[str, Any]) -> Iterator[str]:
     quarter = max(1, record["settings"]["steps"] // 4)
-    yield "The mean over seeds, in brackets from the least to the largest:\n"
+    yield "Mean over seeds, with the smallest and the largest in brackets:\n"
     yield (
         f"| learning rate | training | reward, last {quarter} steps | held-out accuracy at the end "
         "| clipped | gradient's norm |\n|---|---|--:|--:|--:|--:|"
     )
     for rate, method, found in _trainings(record):
-        rewards = [_mean(run[-quarter:]) for run in found["reward"]]
+        rewards = [mean(run[-quarter:]) for run in found["reward"]]
         unit = "responses" if method == "gspo" else "tokens"
         yield (
-            f"| {rate} | {METHODS[method]} | {_range(rewards)} | {_range([run[-1] for run in found['held_out']])} "
-            f"| {_mean(found['clip_fraction']):.1%} of {unit} | {_mean(found['gradient_norm']):.2f} |"
+            f"| {rate} | {METHODS[method]} | {ranged(rewards, '.1%')} | {ranged(found['held_out'], '.1%')} "
+            f"| {found['clip_fraction']:.1%} of {unit} | {found['gradient_norm']:.2f} |"
         )
 
 
 def _trainings(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     return [(rate, method, found) for rate, methods in record["trainings"].items() for method, found in methods.items()]
-
-
-def _pooled(found: dict[str, Any], depth: int) -> dict[str, Any]:
-    """The mean over seeds."""
-
-    def mean(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {name: mean([value[name] for value in values]) for name in values[0]}
-        if isinstance(values[0], list):
-            return [mean(column) for column in zip(*values, strict=True)]
-        return _mean(values)
-
-    return mean([run[depth] for run in found["by_depth"]])  # type: ignore[no-any-return]
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{_mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
 
 
 def main() -> None:
@@ -392,13 +319,18 @@ def main() -> None:
         jobs = [(seed, settings, arguments.device) for seed in range(arguments.seeds)]
         total = len(jobs) * len(LEARNING_RATES) * len(METHODS) * settings.steps
         runs = lab.side_by_side(run, jobs, total, arguments.workers, "experts")
+        gspo, grpo = (larger([found[LEARNING_RATES[0], method] for found in runs]) for method in ("gspo", "grpo"))
+        layers = [of_layer for found in runs for of_layer in found["load"]]
+        many = [sum(total < 0.9 for total in accumulate(of_layer)) + 1 for of_layer in layers]  # have 90% of them
         content = {
             "model": {"layers": LAYERS, "experts": EXPERTS, "chosen": CHOSEN, "parameters": runs[0]["parameters"]},
-            "load": [found["load"] for found in runs],
+            "load": {"busiest": mean([of_layer[0] for of_layer in layers]), "fewest": min(many), "most": max(many)},
             "looks": sorted(looks(settings)),
             "sizes": SIZES.tolist(),
+            "larger": {group: grpo[group] for group in DISTRIBUTIONS},
+            "gspo_larger": {group: gspo[group][BEYOND] for group in SEQUENCES},
             "trainings": {
-                f"{rate:g}": {method: summary([found[rate, method] for found in runs]) for method in METHODS}
+                f"{rate:g}": {method: summary([found[rate, method] for found in runs], method) for method in METHODS}
                 for rate in LEARNING_RATES
             },
         }

@@ -1,7 +1,7 @@
-"""What the experiments of this folder share: their command line, runs side by side, records, and one look for figures.
+"""What the experiments of this folder share: command line, parallel runs, records and the style of figures.
 
-An experiment is a script of one command. It trains the model of `arithmetic.py` from several seeds, a process each,
-writes `<name>.json` with every number behind its figure, and draws `<name>.png` from that file alone.
+An experiment is one script. It trains the model of `arithmetic.py` from several seeds, one process each, writes
+`<name>.json` with the numbers behind its figure and tables and no others, and draws `<name>.png` from that file alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import os
 import platform
 import queue
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ from arithmetic import (
     Settings,
     build_model,
     build_tokenizer,
+    count,
+    settings_of,
     update,
     warm_up,
 )
@@ -43,14 +44,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gspo_kernels
-from gspo_kernels import Stats, grpo_loss, gspo_loss, gspo_token_loss, ppo_loss
+from gspo_kernels import Stats
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
 NAMES = {"gspo": "GSPO", "gspo_token": "GSPO-token", "grpo": "GRPO", "ppo": "PPO-clip"}
-COLORS = {"gspo": "#0072B2", "gspo_token": "#56B4E9", "grpo": "#D55E00", "ppo": "#CC79A7"}  # colour-blind readers too
+COLORS = {
+    "gspo": "#0072B2",
+    "gspo_token": "#56B4E9",
+    "grpo": "#D55E00",
+    "ppo": "#CC79A7",
+}  # distinct for colour-blind readers
 GREEN, GREY = "#009E73", "#666666"
 
 
@@ -59,14 +64,14 @@ GREEN, GREY = "#009E73", "#666666"
 
 @dataclass
 class Learner:
-    """A model, what it is asked, and how its words are spelled."""
+    """A model, its tokenizer and its problems."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     problems: Problems
 
     def copy(self) -> Learner:
-        """Another one that is asked the same problems."""
+        """Another learner, which draws the same problems."""
         return Learner(copy.deepcopy(self.model), self.tokenizer, copy.deepcopy(self.problems))
 
 
@@ -76,7 +81,7 @@ def warmed_up(
     device: str = "cpu",
     build: Callable[[PreTrainedTokenizerFast], PreTrainedModel] = build_model,
 ) -> Learner:
-    """After the supervised part, which is the same for whatever is compared afterwards."""
+    """A learner after the supervised warm-up, which all compared trainings start from."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     problems = Problems(random.Random(seed), settings.digits, settings.held_out)
@@ -96,7 +101,7 @@ def learn(
 ) -> Iterator[tuple[Rollout, Stats, Tensor]]:
     """One update for each mini-batch of a rollout -> the mini-batch, the loss's stats, the gradient's norm.
 
-    The first is on-policy, the ones after it less and less so.
+    The first update is on-policy; each later one is further off-policy.
     """
     for part in rollout.chunk(settings.mini_batches):
         token_ids, mask = part.batch.targets()
@@ -116,34 +121,21 @@ def parse(
     quick: Settings = QUICK,
     parser: argparse.ArgumentParser | None = None,
 ) -> tuple[argparse.Namespace, Settings]:
-    """What every experiment is asked, beside the options that `parser` has already."""
+    """Adds the options of every experiment to those of `parser`, and parses the command line."""
     parser = parser or argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--seeds", type=_count, help=f"how many, from 0 on (default: {seeds})")
-    parser.add_argument("--steps", type=_count, help=f"of reinforcement learning (default: {settings.steps})")
-    parser.add_argument("--groups", type=_count, help=f"problems per step (default: {settings.groups})")
-    parser.add_argument("--samples", type=_count, help=f"responses per problem (default: {settings.samples})")
+    parser.add_argument("--seeds", type=count, help=f"how many, from 0 on (default: {seeds})")
+    parser.add_argument("--steps", type=count, help=f"of reinforcement learning (default: {settings.steps})")
+    parser.add_argument("--groups", type=count, help=f"problems per step (default: {settings.groups})")
+    parser.add_argument("--samples", type=count, help=f"responses per problem (default: {settings.samples})")
     parser.add_argument("--device", default="cpu", help="where torch runs: cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--workers", type=_count, default=_cores(), help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=count, default=_cores(), help="processes (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
     parser.add_argument("--redraw", action="store_true", help=f"only the figure, from the folder's {name}.json")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or (1 if arguments.quick else seeds)
     arguments.name = name
-    given = {key: value for key in ("steps", "groups", "samples") if (value := getattr(arguments, key)) is not None}
-    settings = replace(quick if arguments.quick else settings, **given)
-    if settings.samples < 2:
-        parser.error("--samples must be at least 2: an advantage compares the responses to one problem")
-    if settings.groups % settings.mini_batches:
-        parser.error(f"--groups must be a multiple of {settings.mini_batches}, the updates per step")
-    return arguments, settings
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
+    return arguments, settings_of(parser, arguments, quick if arguments.quick else settings)
 
 
 def _cores() -> int:
@@ -157,7 +149,7 @@ _ticks: Any = None
 
 
 def tick(count: int = 1) -> None:
-    """To be called by a run as it gets on: moves the progress bar."""
+    """Called by a run for each step: moves the progress bar."""
     if _ticks is not None:
         _ticks.put(count)
 
@@ -171,7 +163,7 @@ def _begin(ticks: Any) -> None:
 def side_by_side(run: Callable[..., Any], jobs: Sequence[Job], total: int, workers: int, title: str) -> list[Any]:
     """`run(*job)` for each job, in processes of one thread -> results in the jobs' order; `total`: all runs' ticks.
 
-    `run` must be a function of a module's top level, for processes are started afresh.
+    `run` must be a function of a module's top level, because each process imports it.
     """
     context = multiprocessing.get_context("spawn")
     ticks = context.Queue()
@@ -197,7 +189,7 @@ def side_by_side(run: Callable[..., Any], jobs: Sequence[Job], total: int, worke
 
 
 def save(arguments: argparse.Namespace, settings: Settings, began: float, content: dict[str, Any]) -> dict[str, Any]:
-    """-> the record, as it was written"""
+    """Writes the record -> the record, as `load` reads it."""
     record = {
         "experiment": arguments.name,
         "seeds": arguments.seeds,
@@ -213,7 +205,7 @@ def save(arguments: argparse.Namespace, settings: Settings, began: float, conten
     }
     path = arguments.output / f"{arguments.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_NUMBERS.sub(_on_one_line, json.dumps(rounded(record), indent=1)) + "\n")
+    path.write_text(as_text(rounded(record)) + "\n")
     print(f"numbers: {path}")
     return load(arguments)
 
@@ -223,15 +215,23 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-_NUMBERS = re.compile(r"\[[^][{}\"]+\]")
-
-
-def _on_one_line(found: re.Match[str]) -> str:
-    return "[" + " ".join(found[0][1:-1].split()) + "]"
+def as_text(value: Any, indent: str = "") -> str:
+    """JSON: what fits on a line, and a list of numbers, is one line."""
+    line = json.dumps(value)
+    if not isinstance(value, dict | list) or len(indent + line) <= 120:
+        return line
+    if isinstance(value, list) and not any(isinstance(item, dict | list | str) for item in value):
+        return line
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    items = value.values() if isinstance(value, dict) else value
+    inner = indent + " "
+    lines = [f"{inner}{name}{as_text(item, inner)}" for name, item in zip(names, items, strict=True)]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n" + ",\n".join(lines) + f"\n{indent}{closing}"
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """All that a record holds, its floats to so many significant digits."""
+    """`value` with all floats rounded to `digits` significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
@@ -262,19 +262,25 @@ def panels(columns: int, title: str, rows: int = 1) -> tuple[plt.Figure, list[pl
 
 
 def spread(
-    axes: plt.Axes, places: Sequence[float], runs: Sequence[Sequence[float]], color: str, label: str, **style: Any
+    axes: plt.Axes, x: Sequence[float], runs: Sequence[Sequence[float]], color: str, label: str, **style: Any
 ) -> None:
-    """The mean over seeds, and a band from the least to the largest of them."""
+    """The mean over seeds, and a band from the smallest to the largest."""
     columns = list(zip(*runs, strict=True))
-    axes.plot(places, [sum(column) / len(column) for column in columns], color=color, label=label, **style)
+    axes.plot(x, list(map(mean, columns)), color=color, label=label, **style)
     if len(runs) > 1:
-        axes.fill_between(places, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0)
+        axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, lw=0)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """The mean of the last `window` values, of fewer at the start."""
-    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+def axis_of_lengths(axes: plt.Axes) -> None:
+    """A logarithmic axis of response lengths."""
+    axes.set_xscale("log")
+    axes.set_xticks((5, 10, 20, 40), (5, 10, 20, 40))
+    axes.minorticks_off()
 
 
 def write(figure: plt.Figure, arguments: argparse.Namespace) -> None:
@@ -282,3 +288,19 @@ def write(figure: plt.Figure, arguments: argparse.Namespace) -> None:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     print(f"figure: {path}")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def ranged(values: Sequence[float], form: str | None = None) -> str:
+    """Mean, smallest and largest; in the format `form`, or with two digits."""
+
+    def text(value: float) -> str:
+        return format(value, form or (".2g" if abs(value) < 100 else ".0f"))
+
+    return f"{text(mean(values))} ({text(min(values))} to {text(max(values))})" if len(values) > 1 else text(values[0])

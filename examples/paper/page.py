@@ -1,7 +1,7 @@
-"""What docs/paper.md shows of each experiment, from the records in docs/paper: the figure, its tables, where it ran.
+"""Fills docs/paper.md from the records in docs/paper: each experiment's figure, its tables and where it ran.
 
-Fills the page's blocks, `<!-- name -->` to `<!-- end -->`, by the experiments' `section(record)`. Nothing else of the
-page is touched: conclusions are written by hand. A block whose experiment has no record stays as it is.
+A block from `<!-- name -->` to `<!-- end -->` gets the experiment's `section(record)`. The rest of the page, with the
+conclusions, is written by hand. A block whose experiment has no record stays unchanged.
 
     python examples/paper/page.py
 """
@@ -25,7 +25,7 @@ def fill(page: str, folder: Path) -> str:
         if not module_file.exists():
             return found[0]
         module = importlib.import_module(name)
-        path = folder / f"{getattr(module, 'RECORD', name)}.json"  # RECORD: where it draws from another one's
+        path = folder / f"{getattr(module, 'RECORD', name)}.json"  # RECORD: the experiment whose record it draws
         if not path.exists():
             return found[0]
         record = json.loads(path.read_text())

@@ -1,14 +1,9 @@
 """Lower precision: rollouts and old log-probabilities from a bf16 or 8-bit copy of the policy, recomputed or not.
 
-An inference engine's place is taken by a copy of the policy that samples and says with which log-probabilities:
-
-- fp32: the same weights; token by token with a key-value cache, where the trainer has one forward pass;
-- bf16: weights, activations and logits in bfloat16;
-- int8: the layers' weights in 8 bits, symmetric, a scale per output channel; embeddings, norms and head as is.
-
-Its log-probabilities are the loss's old ones (direct), or the trainer recomputes them (recomputed). Measured are how
-far the two are apart before any update, by the length of the response (sums of up to six digits, worked out); how many
-clip decisions differ while the policy learns (three digits); and the learning curves.
+A copy of the policy stands for an inference engine (`engines.py`): it samples and returns log-probabilities. They are
+the loss's old ones (direct), or the trainer recomputes them (recomputed). Measured are the distance between the two
+before any update, by the length of the response (sums of up to six digits, worked out); how many clip decisions differ
+while the policy learns (three digits); and the learning curves.
 
     python examples/paper/precision.py                                    # minutes on two cores
     python examples/paper/precision.py --seeds 5 --steps 300 --groups 32
@@ -17,30 +12,28 @@ clip decisions differ while the policy learns (three digits); and the learning c
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from statistics import mean
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import lab
 import torch
-from arithmetic import QUICK, Rollout, Settings, build_optimizer, generate, grade, greedy_accuracy, sample
+from arithmetic import LOSSES, QUICK, Settings, build_optimizer, greedy_accuracy
+from engines import PRECISIONS, copy_of, roll_out
+from estimators import LogWeights, by_length, stacked
+from lab import mean, ranged
 from matplotlib.ticker import PercentFormatter
-from noise import LogWeights, by_length, plain_lengths, ranged, stacked
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO, clipped_surrogate, group_advantages, rollout_mismatch, token_logprobs
+from gspo_kernels import GRPO, GSPO, clipped_surrogate, rollout_mismatch
 
 LONG = Settings(
     warmup_steps=300, warmup_batch=64, warmup_worked=1.0, steps=4, digits=6, max_response=80, held_out=0
-)  # rollouts before any update, which need not be right
-EDGES = (2, 3, 5, 8, 13, 20, 30, 42, 56, 81)  # of the bins of their lengths, in tokens
+)  # for rollouts before any update
+EDGES = (2, 3, 5, 8, 13, 20, 30, 42, 56, 81)  # of the bins of lengths, in tokens
 SHORT = Settings(steps=32, groups=16, evaluations=1)
-PRECISIONS = ("fp32", "bf16", "int8")
-ARMS = (  # whose rollouts, and whose old log-probabilities
+ARMS = (  # (precision of the rollouts, origin of the old log-probabilities)
     ("fp32", "direct"),
     ("bf16", "direct"),
     ("bf16", "recomputed"),
@@ -48,75 +41,15 @@ ARMS = (  # whose rollouts, and whose old log-probabilities
     ("int8", "recomputed"),
 )
 OBJECTIVES = {"gspo": GSPO(), "grpo": GRPO()}
-MISMATCH = ("kl_k1", "kl_k3", "noise", "flip_fraction", "token_effective_fraction", "sequence_effective_fraction")
-
-# --- copies of the policy ---------------------------------------------------------------------------------------------
-
-
-class Int8Weight(NamedTuple):
-    """Symmetric, a scale per output channel: weight = codes * scales."""
-
-    codes: Tensor  # int8 [out, in], from -127 to 127
-    scales: Tensor  # [out, 1]
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Int8Weight:
-        scales = weight.abs().amax(1, keepdim=True) / 127
-        return cls((weight / scales.where(scales > 0, 1.0)).round().to(torch.int8), scales)
-
-    def weight(self) -> Tensor:
-        return self.codes * self.scales
-
-
-@torch.no_grad()
-def copy_of(policy: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """What an inference engine would be loaded with."""
-    engine = copy.deepcopy(policy)
-    if precision == "bf16":
-        for parameter in engine.parameters():  # not the buffers: engines keep the rotary frequencies in fp32
-            parameter.data = parameter.data.to(torch.bfloat16)
-    elif precision == "int8":
-        for layer in engine.model.layers.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.copy_(Int8Weight.of(layer.weight).weight())
-    return engine
-
-
-@dataclass
-class Sampler:
-    """Draws tokens at temperature 1, and keeps the log-probabilities that they were drawn with."""
-
-    logprobs: list[Tensor] = field(default_factory=list)  # [B, 1] each
-
-    def __call__(self, logits: Tensor, place: int) -> Tensor:
-        logits = logits.float()
-        tokens = sample(logits, place)
-        self.logprobs.append(logits.log_softmax(-1).gather(-1, tokens))
-        return tokens
-
-
-def roll_out(
-    engine: PreTrainedModel, policy: PreTrainedModel, learner: lab.Learner, settings: Settings
-) -> tuple[Rollout, Tensor]:
-    """The engine's answers with its own log-probabilities as the old ones -> and those that the policy recomputes."""
-    asked = [p for p in learner.problems.draw(settings.groups) for _ in range(settings.samples)]
-    sampler = Sampler()
-    batch, responses = generate(engine, learner.tokenizer, asked, sampler, max_response=settings.max_response)
-    rewards = grade(asked, responses).to(policy.device)
-    token_ids, mask = batch.targets()
-    direct = torch.zeros(mask.shape, device=policy.device)
-    drawn = torch.cat(sampler.logprobs, dim=1)
-    direct[:, -1 - drawn.shape[1] : -1] = drawn  # row t predicts token t + 1
-    with torch.no_grad():
-        recomputed = token_logprobs(batch.logits(policy), token_ids, mask=mask).logprobs
-    return Rollout(batch, rewards, group_advantages(rewards, group_size=settings.samples), direct), recomputed
+WEIGHTS = ("length", "token", "mean")  # statistics of log-weights that are recorded for every bin
+MISMATCH = ("kl_k3", "flip_fraction", "sequence_effective_fraction")  # of the shortest, the longest and all responses
 
 
 # --- before any update ------------------------------------------------------------------------------------------------
 
 
 def measure(seed: int, settings: Settings, device: str) -> dict[str, Any]:
-    """How far the engines' log-probabilities are from the policy's: nothing has been learnt, all of it is noise."""
+    """How far the engines' log-probabilities are from the policy's before any update, where all of it is noise."""
     learner = lab.warmed_up(seed, settings, device)
     found: dict[str, Any] = {"seed": seed}
     for precision in PRECISIONS:
@@ -129,16 +62,26 @@ def measure(seed: int, settings: Settings, device: str) -> dict[str, Any]:
             masks += mask.unbind()
             lab.tick()
         log_ratio, mask = stacked(ratios), stacked(masks)
-        found[precision] = {"all": apart(log_ratio, mask)}
-        found[precision]["bins"] = [apart(log_ratio[held], mask[held]) for held in by_length(mask, EDGES)]
+        bins = [(log_ratio[held], mask[held]) for held in by_length(mask, EDGES)] or [(log_ratio, mask)]
+        found[precision] = {
+            "all": apart(log_ratio, mask),
+            "shortest": apart(*bins[0]),
+            "longest": apart(*bins[-1]),
+        }
+        if precision != "fp32":
+            of_bins = [LogWeights.of(*each) for each in bins]
+            found[precision]["bins"] = [{name: getattr(each, name) for name in WEIGHTS} for each in of_bins]
     return found
 
 
 def apart(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
-    mismatch = rollout_mismatch(log_ratio, torch.zeros_like(log_ratio), mask=mask)
+    """How far log-probabilities are apart; both [B, T]."""
+    weights = LogWeights.of(log_ratio, mask)
+    new, old = log_ratio.clamp(max=0.0), (-log_ratio).clamp(max=0.0)  # log-probabilities with these log ratios
+    mismatch = rollout_mismatch(new, old, mask=mask)
     ratios = torch.expm1(log_ratio[mask.bool()])
     return {
-        **vars(LogWeights.of(log_ratio, mask)),
+        **{name: getattr(weights, name) for name in (*WEIGHTS, "drift")},
         **{name: getattr(mismatch, name).item() for name in MISMATCH},
         "responses_outside": mismatch.clip_fraction.item(),
         "tokens_outside": ((ratios < -GRPO.eps_low) | (ratios > GRPO.eps_high)).float().mean().item(),
@@ -149,7 +92,7 @@ def apart(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
 
 
 def decisions(log_ratio: Tensor, mask: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """Which units each loss clips, of those with an advantage: GSPO's responses, GRPO's tokens."""
+    """What each loss clips, of the units with an advantage other than 0: responses for GSPO, tokens for GRPO."""
     mask, found = mask.bool(), {}
     r = torch.where(mask, log_ratio, 0.0)
     units = {
@@ -167,11 +110,11 @@ def decisions(log_ratio: Tensor, mask: Tensor, advantages: Tensor) -> dict[str, 
 
 @dataclass
 class Decisions:
-    """Counts of a loss's units at each depth, which is how many updates the policy is past the one that was copied."""
+    """Counts of a loss's units by depth, the number of updates since the policy was copied."""
 
     units: list[int]
-    direct: list[int]  # clipped, by the engine's log-probabilities
-    recomputed: list[int]  # clipped, by the trainer's
+    direct: list[int]  # clipped with the engine's log-probabilities
+    recomputed: list[int]  # clipped with the trainer's
     differ: list[int]
 
     @classmethod
@@ -189,29 +132,30 @@ class Decisions:
 def train(learner: lab.Learner, seed: int, loss: str, precision: str, old: str, settings: Settings) -> dict[str, Any]:
     torch.manual_seed(seed)
     policy, optimizer = learner.model, build_optimizer(learner.model)
-    counts = {name: Decisions.none(settings.mini_batches) for name in OBJECTIVES}
-    rewards, noise, drift = [], [], []
+    counts = Decisions.none(settings.mini_batches)
+    rewards, noise = [], []
     for step in range(1, settings.steps + 1):
         rollout, recomputed = roll_out(copy_of(policy, precision), policy, learner, settings)
         _, mask = rollout.batch.targets()
-        mismatch = rollout_mismatch(recomputed, rollout.old_logprobs, mask=mask)
         rewards.append(rollout.rewards.mean().item())
-        noise.append(mismatch.noise.item())
-        drift.append(mismatch.kl_k3.item())
+        noise.append(rollout_mismatch(recomputed, rollout.old_logprobs, mask=mask).noise.item())
         used = rollout if old == "direct" else replace(rollout, old_logprobs=recomputed)
         both = zip(rollout.chunk(settings.mini_batches), recomputed.chunk(settings.mini_batches), strict=True)
-        updates = lab.learn(policy, optimizer, used, settings, settings.learning_rate_at(step), lab.LOSSES[loss])
+        updates = lab.learn(policy, optimizer, used, settings, settings.learning_rate_at(step), LOSSES[loss])
         for depth, ((part, again), (_, stats, _)) in enumerate(zip(both, updates, strict=True)):
             _, mask = part.batch.targets()
             direct, exact = (decisions(stats.logprobs - o, mask, part.advantages) for o in (part.old_logprobs, again))
-            for name in OBJECTIVES:
-                counts[name].add(depth, direct[name], exact[name])
+            counts.add(depth, direct[loss], exact[loss])
         lab.tick()
-    return {
-        "seed": seed, "loss": loss, "precision": precision, "old": old, "reward": rewards, "noise": noise, "kl": drift,
+    quarter = max(1, settings.steps // 4)
+    record = {
+        "seed": seed, "loss": loss, "precision": precision, "old": old, "reward": rewards,
+        "noise": [mean(noise[:quarter]), mean(noise[-quarter:])],  # first and last quarter
         "held_out_accuracy": greedy_accuracy(policy, learner.tokenizer, learner.problems.held_out),
-        "decisions": {name: vars(found) for name, found in counts.items()},
     }  # fmt: skip
+    if old == "direct" and precision != "fp32":
+        record["decisions"] = vars(counts)
+    return record
 
 
 def train_all(seed: int, settings: Settings, device: str) -> list[dict[str, Any]]:
@@ -238,13 +182,13 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
         before.plot(lengths, [root(b["mean"]) for b in bins], "o", color=color, ms=4, label=f"{precision}: log s_i")
     before.axhspan(GSPO.eps_low, GSPO.eps_high, color=lab.GREEN, alpha=0.6, label="GSPO's clip range")
     before.axhspan(GRPO.eps_low, GRPO.eps_high, color=lab.GREY, alpha=0.4, label="GRPO's clip range")
-    before.set(title="Before any update", xlabel="tokens in the response", xscale="log", yscale="log")
+    before.set(title="Before any update", xlabel="tokens in the response", yscale="log")
     before.set(ylabel="standard deviation, nats")
-    plain_lengths(before)
+    lab.axis_of_lengths(before)
 
     for loss, style in (("gspo", "-"), ("grpo", "--")):
         for precision in PRECISIONS[1:]:
-            shares = [differing(run["decisions"][loss]) for run in runs(record, loss, precision, "direct")]
+            shares = [differing(run["decisions"]) for run in runs(record, loss, precision, "direct")]
             depths = range(len(shares[0]))
             lab.spread(differ, depths, shares, COLOR[precision], f"{lab.NAMES[loss]}, {precision}")
             differ.lines[-1].set_linestyle(style)
@@ -273,9 +217,9 @@ COLOR = {"fp32": lab.GREY, "bf16": "#0072B2", "int8": "#D55E00"}
 
 
 def runs(record: dict[str, Any], loss: str, precision: str, old: str) -> list[dict[str, Any]]:
-    """Of each seed."""
-    wanted = {"loss": loss, "precision": precision, "old": old}
-    return [run for run in record["training"] if wanted.items() <= run.items()]
+    """The trainings of each seed."""
+    arm = {"loss": loss, "precision": precision, "old": old}
+    return [run for run in record["training"] if all(run[name] == value for name, value in arm.items())]
 
 
 def root(variance: float) -> float:
@@ -289,41 +233,36 @@ def differing(counts: dict[str, list[int]]) -> list[float]:
 def section(record: dict[str, Any]) -> str:
     lines = [
         "| before any update | tokens in the response | standard deviation of log w_t | of log s_i"
-        " | mean of log s_i | tokens outside of GRPO's range | responses outside of GSPO's | flip fraction"
-        " | KL (k3), nats a token | effective sample size of responses |",
+        " | mean of log s_i | tokens outside GRPO's range | responses outside GSPO's | flip fraction"
+        " | KL (k3), nats per token | effective sample size of responses |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for precision in PRECISIONS:
-        of_seeds = [seed[precision] for seed in record["before"]]
-        places = [
-            ("shortest", [each["bins"][0] for each in of_seeds]),
-            ("longest", [each["bins"][-1] for each in of_seeds]),
-        ]
-        for place, found in [("all", [each["all"] for each in of_seeds]), *places]:
+        for group in ("all", "shortest", "longest"):
+            found = [seed[precision][group] for seed in record["before"]]
             m = {name: mean([each[name] for each in found]) for name in found[0]}
             lines.append(
-                f"| {precision}, {place} | {m['length']:.0f} | {root(m['token']):.1e} | {root(m['mean']):.1e}"
+                f"| {precision}, {group} | {m['length']:.0f} | {root(m['token']):.1e} | {root(m['mean']):.1e}"
                 f" | {ranged([each['drift'] for each in found], '.1e')} | {m['tokens_outside']:.2%}"
                 f" | {m['responses_outside']:.0%} | {m['flip_fraction']:.0%} | {m['kl_k3']:.1e}"
                 f" | {m['sequence_effective_fraction']:.1%} |"
             )
     lines += [
         "",
-        "| clipped by | updates | bf16: direct | recomputed | decided otherwise | int8: direct | recomputed"
-        " | decided otherwise |",
+        "| clipped by | updates | bf16: direct | recomputed | decisions that differ | int8: direct | recomputed"
+        " | decisions that differ |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for loss in OBJECTIVES:
         for depth in range(record["settings"]["mini_batches"]):
             cells = []
             for precision in PRECISIONS[1:]:
-                counts = [run["decisions"][loss] for run in runs(record, loss, precision, "direct")]
+                counts = [run["decisions"] for run in runs(record, loss, precision, "direct")]
                 for kind in ("direct", "recomputed", "differ"):
                     clipped = sum(c[kind][depth] for c in counts) / max(1, sum(c["units"][depth] for c in counts))
                     cells.append(f"{clipped:.2%}")
             lines.append(f"| {lab.NAMES[loss]} | {depth} | " + " | ".join(cells) + " |")
     quarter = max(1, record["settings"]["steps"] // 4)
-    ends = slice(quarter), slice(-quarter, None)
     lines += [
         "",
         "| loss | rollouts | old log-probabilities | reward, all steps | last quarter | held-out accuracy"
@@ -335,7 +274,7 @@ def section(record: dict[str, Any]) -> str:
             found = runs(record, loss, precision, old)
             rewards = [[mean(run["reward"]) for run in found], [mean(run["reward"][-quarter:]) for run in found]]
             cells = [ranged(values, ".1%") for values in (*rewards, [run["held_out_accuracy"] for run in found])]
-            first, last = (mean(mean(run["noise"][part]) for run in found) for part in ends)
+            first, last = map(mean, zip(*(run["noise"] for run in found), strict=True))
             lines.append(
                 f"| {lab.NAMES[loss]} | {precision} | {old} | {' | '.join(cells)} | {first:.1e} to {last:.1e} |"
             )

@@ -1,6 +1,7 @@
 """Routing replay, GRPO's remedy in section 5.3 of the GSPO paper: the old policy's experts, forced on the new one.
 
-A router's choices are written down when a rollout is made, and its batch brings them to every later forward pass.
+The routers' choices are recorded with a rollout, and its batch replays them in every later forward pass. `look`
+measures what updates have changed: choices, and log ratios with the model's own choices and with replayed ones.
 """
 
 from __future__ import annotations
@@ -19,11 +20,25 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from gspo_kernels import GRPO, token_logprobs
+
+GROUPS = {  # of log ratios; a token is rerouted if some of its experts have changed
+    "tokens": "tokens",
+    "tokens_replayed": "tokens, experts replayed",
+    "rerouted": "rerouted tokens",
+    "rerouted_replayed": "rerouted tokens, experts replayed",
+    "kept": "tokens of unchanged experts",
+    "kept_replayed": "tokens of unchanged experts, experts replayed",
+    "sequences": "sequences",
+    "sequences_replayed": "sequences, experts replayed",
+}
+SIZES = torch.logspace(-4, 1, 41)  # of log ratios, at which their distribution is recorded
+
 
 class RoutingReplay:
-    """The experts that a model's routers choose: written down in one forward pass, forced in another.
+    """The experts that a model's routers choose: recorded in one forward pass, forced in another.
 
-    A forced router still weighs: by its own softmax, normalised over the experts it is given, so it gets a gradient.
+    A forced router still computes the experts' weights, by its own softmax over them, so it gets a gradient.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -31,7 +46,7 @@ class RoutingReplay:
 
     @contextmanager
     def record(self) -> Iterator[list[Tensor]]:
-        """-> a list to be filled by layer: the last pass's choices [B * T, k], most likely expert first"""
+        """-> a list that a forward pass fills by layer: its choices [B * T, k], most likely expert first"""
         choices: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(self.routers)
 
         def write(layer: int, router: Qwen3MoeTopKRouter, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -42,7 +57,7 @@ class RoutingReplay:
 
     @contextmanager
     def replay(self, choices: Sequence[Tensor]) -> Iterator[None]:
-        """`choices`: [B * T, k] for each layer, of the tokens of the pass to come."""
+        """`choices`: [B * T, k] for each layer, of the tokens of the next forward pass."""
 
         def force(
             layer: int, router: Qwen3MoeTopKRouter, inputs: Any, output: tuple[Tensor, Tensor, Tensor]
@@ -69,7 +84,7 @@ class RoutingReplay:
 
 @dataclass
 class RoutedBatch(Batch):
-    """A batch whose tokens keep the experts that they had when it was rolled out, whatever the model's weights."""
+    """A batch whose tokens keep the experts that they had in the rollout, whatever the model's weights."""
 
     experts: Tensor  # [B, T, layers, k]
 
@@ -86,10 +101,59 @@ def roll_out_routed(learner: Learner, settings: Settings) -> tuple[Rollout, Rout
     """-> a rollout, and its batch with the experts that gave the old log-probabilities"""
     with RoutingReplay(learner.model).record() as choices:
         rollout = roll_out(learner.model, learner.tokenizer, learner.problems, settings)
-    experts = torch.stack(choices, dim=1).unflatten(0, rollout.batch.input_ids.shape)  # the last pass was that of all
+    experts = torch.stack(choices, dim=1).unflatten(
+        0, rollout.batch.input_ids.shape
+    )  # the last forward pass had all tokens
     return rollout, RoutedBatch(**vars(rollout.batch), experts=experts)
 
 
 def changed(new: Tensor, old: Tensor) -> Tensor:
-    """Which choices [..., k] of the new policy are not among those of the old one, in whatever order."""
+    """The choices [..., k] of the new policy that are not among those of the old one, in any order."""
     return (new[..., :, None] != old[..., None, :]).all(-1)
+
+
+# --- what updates have changed ----------------------------------------------------------------------------------------
+
+Sums = dict[str, Tensor]
+
+
+@torch.no_grad()
+def look(model: PreTrainedModel, rollout: Rollout, routed: RoutedBatch) -> Sums:
+    """Changed choices and log ratios of all response tokens under the model's current weights, as sums over tokens.
+
+    The ratios are computed twice with these weights: with the model's own choices, and with the rollout's replayed.
+    """
+    token_ids, mask = routed.targets()
+    response, lengths = mask.bool(), mask.sum(1)
+    plain = Batch(routed.input_ids, routed.attention_mask, routed.response_mask)
+
+    def log_ratios(batch: Batch) -> tuple[Tensor, Tensor]:
+        ratios = token_logprobs(batch.logits(model), token_ids, mask=mask).logprobs - rollout.old_logprobs
+        ratios = ratios.where(response, 0.0)
+        return ratios[response], ratios.sum(1) / lengths
+
+    with RoutingReplay(model).record() as choices:
+        own, own_sequences = log_ratios(plain)
+    forced, forced_sequences = log_ratios(routed)
+    moved = changed(torch.stack(choices, dim=1), routed.experts.flatten(0, 1))
+    moved = moved[response.flatten()]  # [tokens, layers, k]
+    rerouted = moved.flatten(1).any(1)
+    of_tokens = (own, forced, own[rerouted], forced[rerouted], own[~rerouted], forced[~rerouted])
+    groups = dict(zip(GROUPS, (*of_tokens, own_sequences, forced_sequences), strict=True))
+    return {
+        "moved": moved.float().mean(2).sum(0),
+        "count": torch.tensor([len(group) for group in groups.values()]),
+        "squares": torch.stack([group.double().square().sum() for group in groups.values()]),
+        "outside": torch.stack([_outside(group) for group in groups.values()]),
+        "larger": torch.stack([(group.abs() > size).sum() for group in groups.values() for size in SIZES]),
+    }
+
+
+def _outside(log_ratios: Tensor) -> Tensor:
+    """How many ratios are outside GRPO's clip range."""
+    ratios = log_ratios.exp()
+    return ((ratios < 1 - GRPO.eps_low) | (ratios > 1 + GRPO.eps_high)).sum()
+
+
+def add(some: Sums | None, more: Sums) -> Sums:
+    return more if some is None else {name: some[name] + more[name] for name in some}

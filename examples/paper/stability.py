@@ -1,11 +1,11 @@
 """Stability and efficiency: GSPO, GSPO-token, GRPO and PPO-clip on one task, from one model, with one budget.
 
-Figure 1 of the GSPO paper. All have their own clip ranges and the demo's learning rate; nothing is tuned here. A
-rollout feeds 4 updates, as in the paper, or 16, whose last ones are further off-policy; 16 also at a quarter of the
-rate, and so about as far from the rollout in the end as 4. All four get the same problems, and the same compute where
-the number of responses is the same: each is sampled once and is in one mini-batch.
+Figure 1 of the GSPO paper. Each loss has its own clip range, and all have the demo's learning rate; nothing is tuned
+here. A rollout feeds 4 updates, as in the paper, or 16, of which the last are further off-policy; 16 updates also run
+at a quarter of the rate, which ends about as far from the rollout as 4. All losses get the same problems, and the same
+compute for the same number of responses: each response is sampled once and is in one mini-batch.
 
-Every update is also measured by three rules of clipping, whichever it follows itself: that is for `clipping.py`.
+The clip rules of GSPO, GRPO and PPO are also applied to every update, whichever loss trains: `clipping.py` shows them.
 
     python examples/paper/stability.py                                    # eleven minutes on two cores
     python examples/paper/stability.py --seeds 8 --steps 320 --device cuda
@@ -20,8 +20,8 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
-from lab import COLORS, NAMES, Learner
+from arithmetic import LOSSES, QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
+from lab import COLORS, NAMES, Learner, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from weights import token_weights
@@ -37,6 +37,7 @@ RULES: dict[str, Objective] = {"gspo": GSPO(), "grpo": GRPO(), "ppo": PPO()}
 RULE_OF = {"gspo": "gspo", "gspo_token": "gspo", "grpo": "grpo", "ppo": "ppo"}
 LENGTHS = ((1, 5), (6, 10), (11, 15), (16, 20), (21, 25), (26, 32))  # tokens; a sum without working takes 2 to 5
 STAGES = 10  # of a training
+CLIPPING = ("gspo", "grpo", "ppo")  # losses whose clipping is recorded; GSPO-token clips as GSPO does
 
 
 # --- what is clipped --------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class Meter:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.rows: list[Tensor] = []  # [B, columns]: stage, depth, length, learns, |log s|, clipped by each rule
+        self.rows: list[Tensor] = []  # [B, columns]: stage, depth, length, |log s|, tokens clipped by each rule
 
     def add(self, step: int, depth: int, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> None:
         length = mask.sum(1)
@@ -55,39 +56,41 @@ class Meter:
             torch.full_like(length, (step - 1) * STAGES // self.steps),
             torch.full_like(length, depth),
             length,
-            advantages != 0,
             (((logprobs - old) * mask).sum(1) / length).abs(),
             *((token_weights(rule, logprobs, old, advantages, mask) == 0).sum(1) for rule in RULES.values()),
         ]
         self.rows.append(torch.stack([column.float() for column in columns], dim=1).cpu())
 
-    def shares(self) -> dict[str, Any]:
-        """Of all updates, by stage of the training, by depth and by length."""
+    def shares(self, loss: str) -> dict[str, Any]:
+        """Clipped by the loss's own rule, by stage of the training, depth and length; by all rules in all updates."""
         rows = torch.cat(self.rows)
-        stage, depth, length = rows[:, :3].unbind(1)
+        stage, depth, length, drift, *_ = rows.unbind(1)
+        own = RULE_OF[loss]
         return {
-            "all": shares([rows]),
-            "stage": shares([rows[stage == value] for value in stage.unique()]),
-            "depth": shares([rows[depth == value] for value in depth.unique()]),
-            "length": shares([rows[(low <= length) & (length <= high)] for low, high in LENGTHS]),
+            "drift": drift.mean().item(),
+            "all": {rule: dict(zip(("tokens", "sequences"), share(rule, rows), strict=True)) for rule in RULES},
+            "stage": clipped(own, [rows[stage == value] for value in stage.unique()]),
+            "depth": clipped(own, [rows[depth == value] for value in depth.unique()]),
+            "length": clipped(own, [rows[(low <= length) & (length <= high)] for low, high in LENGTHS]),
         }
 
 
-def shares(parts: list[Tensor]) -> dict[str, Any]:
-    """Of each part: its responses, the share with an advantage, mean |log s|, clipped tokens and sequences by rule.
+def share(rule: str, rows: Tensor) -> tuple[float | None, float | None]:
+    """Of a meter's rows, the shares of tokens and of sequences that a rule clips.
 
     A sequence counts as clipped if any of its tokens is. By GSPO's rule all or none are.
     """
+    if not len(rows):
+        return None, None
+    _, _, length, _, *by_rule = rows.unbind(1)
+    tokens = dict(zip(RULES, by_rule, strict=True))[rule]
+    return (tokens.sum() / length.sum()).item(), (tokens > 0).float().mean().item()
 
-    def mean(column: int, above: float | None = None) -> list[float | None]:
-        columns = [rows[:, column] if above is None else (rows[:, column] > above).float() for rows in parts]
-        return [values.mean().item() if len(values) else None for values in columns]
 
-    found: dict[str, Any] = {"responses": [len(rows) for rows in parts], "learns": mean(3), "drift": mean(4)}
-    for column, rule in enumerate(RULES, start=5):
-        tokens = [(rows[:, column].sum() / rows[:, 2].sum()).item() if len(rows) else None for rows in parts]
-        found[rule] = {"tokens": tokens, "sequences": mean(column, above=0)}
-    return found
+def clipped(rule: str, parts: list[Tensor]) -> dict[str, Any]:
+    """For each part of a meter's rows, the number of responses and the shares clipped."""
+    tokens, sequences = zip(*(share(rule, rows) for rows in parts), strict=True)
+    return {"responses": [len(rows) for rows in parts], "tokens": list(tokens), "sequences": list(sequences)}
 
 
 # --- the trainings ----------------------------------------------------------------------------------------------------
@@ -95,28 +98,26 @@ def shares(parts: list[Tensor]) -> dict[str, Any]:
 
 def warmed_up(seed: int, settings: Settings, device: str) -> Learner:
     learner = lab.warmed_up(seed, settings, device)
-    learner.model.cpu()  # to travel to other processes
+    learner.model.cpu()  # for other processes
     lab.tick()
     return learner
 
 
 def train(learner: Learner, seed: int, loss: str, settings: Settings, device: str) -> dict[str, Any]:
-    learner = learner.copy()  # tensors come in memory that all processes share
+    learner = learner.copy()  # its tensors are in memory that all processes share
     torch.manual_seed(seed)
     model, tokenizer, problems = learner.model.to(device), learner.tokenizer, learner.problems
     optimizer, meter = build_optimizer(model), Meter(settings.steps)
-    reward, tokens = [], [0]
+    reward, tokens = [], 0
     at, accuracy = [0], [greedy_accuracy(model, tokenizer, problems.held_out)]
     began = time.process_time()
     for step in range(1, settings.steps + 1):
         rollout = roll_out(model, tokenizer, problems, settings)
         rate = settings.learning_rate_at(step)
-        for depth, (part, stats, _) in enumerate(
-            lab.learn(model, optimizer, rollout, settings, rate, lab.LOSSES[loss])
-        ):
+        for depth, (part, stats, _) in enumerate(lab.learn(model, optimizer, rollout, settings, rate, LOSSES[loss])):
             meter.add(step, depth, stats.logprobs, part.old_logprobs, part.advantages, part.batch.targets()[1])
         reward.append(rollout.rewards.mean().item())
-        tokens.append(tokens[-1] + int(rollout.batch.response_mask.sum()))
+        tokens += int(rollout.batch.response_mask.sum())
         if settings.is_evaluated(step):
             at.append(step)
             accuracy.append(greedy_accuracy(model, tokenizer, problems.held_out))
@@ -129,8 +130,8 @@ def train(learner: Learner, seed: int, loss: str, settings: Settings, device: st
         "reward": reward,  # of each step
         "held_out_step": at,
         "held_out_accuracy": accuracy,
-        "held_out_tokens": [tokens[step] for step in at],  # sampled, and learned from, until then
-        "clipping": lab.rounded(meter.shares(), 3),
+        "tokens": tokens,  # sampled, and learned from
+        **({"clipping": lab.rounded(meter.shares(loss), 3)} if loss in CLIPPING else {}),
     }
 
 
@@ -143,23 +144,23 @@ def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         (learners[seed], seed, loss, replace(settings, mini_batches=updates, learning_rate=rate), device)
         for updates, rate in ARMS
         for seed in seeds
-        for loss in lab.LOSSES
+        for loss in LOSSES
     ]
     runs = lab.side_by_side(train, trainings, len(trainings) * settings.steps, workers, "trainings")
     return lab.save(arguments, settings, began, {"arms": ARMS, "lengths": LENGTHS, "runs": runs})
 
 
 def recorded(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """The folder's record if it is of these settings; else they are run."""
+    """The folder's record if it has these settings; otherwise the result of a new run."""
     if (arguments.output / f"{arguments.name}.json").exists():
         record = lab.load(arguments)
-        asked = {"settings": asdict(settings), "seeds": arguments.seeds, "arms": [list(arm) for arm in ARMS]}
-        if all(record[name] == value for name, value in asked.items()):
+        expected = {"settings": asdict(settings), "seeds": arguments.seeds, "arms": [list(arm) for arm in ARMS]}
+        if all(record[name] == value for name, value in expected.items()):
             return record
     return run(arguments, settings)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- figure and table -------------------------------------------------------------------------------------------------
 
 
 def chosen(record: dict[str, Any], arm: list[float], loss: str) -> list[dict[str, Any]]:
@@ -173,17 +174,17 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     columns = len(record["arms"])
     figure, axes = lab.panels(columns, f"One task, model and budget: mean and range of {record['seeds']} seeds", rows=2)
     for column, (updates, rate) in enumerate(record["arms"]):
-        above, below = axes[column], axes[columns + column]
-        for loss in lab.LOSSES:
+        upper, lower = axes[column], axes[columns + column]
+        for loss in LOSSES:
             runs = chosen(record, [updates, rate], loss)
             style = {"color": COLORS[loss], "label": NAMES[loss], "linestyle": "--" if loss == "gspo_token" else "-"}
             rewards = [lab.smooth(each["reward"], max(1, steps // 16)) for each in runs]
-            lab.spread(above, [responses * step for step in range(1, steps + 1)], rewards, **style)
+            lab.spread(upper, [responses * step for step in range(1, steps + 1)], rewards, **style)
             accuracies = [each["held_out_accuracy"] for each in runs]
-            lab.spread(below, [responses * step for step in runs[0]["held_out_step"]], accuracies, **style)
-        above.set(title=f"{updates} updates per rollout, learning rate {rate:g}")
-        below.set(xlabel="thousand responses")
-        for each in (above, below):
+            lab.spread(lower, [responses * step for step in runs[0]["held_out_step"]], accuracies, **style)
+        upper.set(title=f"{updates} updates per rollout, learning rate {rate:g}")
+        lower.set(xlabel="thousand responses")
+        for each in (upper, lower):
             each.set_ylim(0, 1)
             each.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0].set(ylabel="training reward")
@@ -199,17 +200,17 @@ def section(record: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for arm in record["arms"]:
-        for loss in lab.LOSSES:
+        for loss in LOSSES:
             runs = chosen(record, arm, loss)
             accuracy = [each["held_out_accuracy"] for each in runs]
             tenth = max(1, record["settings"]["steps"] // 10)
             cells = [
-                percent([each[-1] for each in accuracy]),
-                percent([sum(each[1:]) / len(each[1:]) for each in accuracy]),
-                percent([largest_fall(each) for each in accuracy]),
-                percent([sum(each["reward"][-tenth:]) / tenth for each in runs]),
-                f"{sum(each['held_out_tokens'][-1] for each in runs) / len(runs) / 1e3:.0f}",
-                f"{sum(each['cpu_seconds'] for each in runs) / len(runs):.0f}",
+                ranged([each[-1] for each in accuracy], ".0%"),
+                ranged([mean(each[1:]) for each in accuracy], ".0%"),
+                ranged([largest_fall(each) for each in accuracy], ".0%"),
+                ranged([mean(each["reward"][-tenth:]) for each in runs], ".0%"),
+                f"{mean([each['tokens'] for each in runs]) / 1e3:.0f}",
+                f"{mean([each['cpu_seconds'] for each in runs]):.0f}",
             ]
             lines.append(f"| {arm[0]}, {arm[1]:g} | {NAMES[loss]} | " + " | ".join(cells) + " |")
     pairs = [
@@ -225,14 +226,8 @@ def section(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def percent(values: list[float]) -> str:
-    """The mean, the least and the largest."""
-    mean = sum(values) / len(values)
-    return f"{mean:.0%} ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else f"{mean:.0%}"
-
-
 def largest_fall(values: list[float]) -> float:
-    """Below the best so far."""
+    """The largest distance of a value below the largest value before it."""
     return max(max(values[: i + 1]) - value for i, value in enumerate(values))
 
 

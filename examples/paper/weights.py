@@ -1,8 +1,8 @@
 """Weights of tokens: what GRPO and GSPO make of each token of one batch, as in section 4.2 of the GSPO paper.
 
 The gradient of either loss is a sum over tokens of `weight * advantage / length * grad log pi`. The weight is the
-token's own ratio in GRPO, the response's in GSPO, and 0 where clipped. Here it is read off the gradients of both
-losses for one mini-batch, the last of the four that a rollout feeds, after a few steps of GRPO.
+token's own ratio in GRPO, the response's in GSPO, and 0 where clipped. Here it is computed from the gradients of both
+losses for one mini-batch, the last of the four of a rollout, after a few steps of GRPO.
 
     python examples/paper/weights.py                     # a minute
 """
@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO, Objective, policy_loss_from_logprobs
+from gspo_kernels import GRPO, GSPO, Objective, grpo_loss, policy_loss_from_logprobs
 
 SETTINGS = Settings(steps=10, groups=64)
 SMOKE = replace(QUICK, steps=2)
@@ -37,9 +37,9 @@ LABELS = {"grpo": "of a token, $w_{i,t}$: GRPO's weight", "gspo": "of the respon
 def token_weights(
     objective: Objective, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
 ) -> Tensor:
-    """What a loss makes of each token [B, T]: `-weight * advantage / length` is its gradient, but for the mean's 1/B.
+    """The weight of each token [B, T] in a loss: its gradient is `-weight * advantage / length`, times the mean's 1/B.
 
-    The ratio, or 0 where it is clipped; NaN where there is no gradient anyhow: masked, or of advantage 0.
+    The weight is the ratio, or 0 where clipped; NaN where the gradient is always 0: masked tokens, advantage 0.
     """
     logprobs = logprobs.detach().clone().requires_grad_()
     loss, _ = policy_loss_from_logprobs(
@@ -51,13 +51,13 @@ def token_weights(
 
 
 def measure(settings: Settings, device: str) -> list[dict[str, Any]]:
-    """Of each response of the mini-batch that has an advantage: that, its tokens, and their weights by each loss."""
+    """For each response of the mini-batch with an advantage other than 0: its tokens, their ratios and weights."""
     learner = lab.warmed_up(0, settings, device)
     torch.manual_seed(0)
     optimizer = build_optimizer(learner.model)
     for _ in range(settings.steps):
         rollout = roll_out(learner.model, learner.tokenizer, learner.problems, settings)
-        *_, last = lab.learn(learner.model, optimizer, rollout, settings, settings.learning_rate, lab.LOSSES["grpo"])
+        *_, last = lab.learn(learner.model, optimizer, rollout, settings, settings.learning_rate, grpo_loss)
         lab.tick()
     part, stats, _ = last  # the stats are from before the update
     token_ids, mask = part.batch.targets()
@@ -84,25 +84,34 @@ def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     began = time.perf_counter()
     arguments.workers = 1
     (responses,) = lab.side_by_side(measure, [(settings, arguments.device)], settings.steps, 1, arguments.name)
-    return lab.save(arguments, settings, began, {"responses": responses})
+    shown = max(responses, key=farthest)
+    content = {"shown": responses.index(shown), "words": shown["tokens"]}
+    for response in responses:
+        del response["tokens"]
+    return lab.save(arguments, settings, began, {**content, "responses": responses})
+
+
+def farthest(response: dict[str, Any]) -> float:
+    """The largest deviation of a token's ratio from 1."""
+    return max(abs(ratio - 1) for ratio in response["ratio"])
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     responses = record["responses"]
-    figure, (one, each, together) = lab.panels(3, "What the two losses make of the tokens of one mini-batch")
+    figure, (one, each, joint) = lab.panels(3, "What the two losses make of the tokens of one mini-batch")
 
-    shown = max(responses, key=lambda response: max(abs(ratio - 1) for ratio in response["ratio"]))
-    words = ["end" if word == "<eos>" else word for word in shown["tokens"].split()]
-    places = range(len(words))
-    one.vlines(places, 1, shown["ratio"], color=COLORS["grpo"], lw=0.8)
-    dots(one, places, shown["ratio"], shown["grpo"], "grpo")
-    dots(one, places, [sequence_ratio(shown)] * len(words), shown["gspo"], "gspo")
-    one.set_xticks(places, words, fontsize=7)
+    shown = responses[record["shown"]]
+    words = ["end" if word == "<eos>" else word for word in record["words"].split()]
+    x = range(len(words))
+    one.vlines(x, 1, shown["ratio"], color=COLORS["grpo"], lw=0.8)
+    dots(one, x, shown["ratio"], shown["grpo"], "grpo")
+    dots(one, x, [sequence_ratio(shown)] * len(words), shown["gspo"], "gspo")
+    one.set_xticks(x, words, fontsize=7)
     one.set(title=f"One response, of advantage {shown['advantage']:+.2f}", xlabel="token", ylabel="ratio")
     one.legend(frameon=False, fontsize=8)
 
     ordered = sorted(responses, key=sequence_ratio)
-    of_token = [place for place, response in enumerate(ordered) for _ in response["ratio"]]
+    of_token = [i for i, response in enumerate(ordered) for _ in response["ratio"]]
     ratios, weights = (list(chain(*(response[key] for response in ordered))) for key in ("ratio", "grpo"))
     dots(each, of_token, ratios, weights, "grpo")
     first = [response["gspo"][0] for response in ordered]
@@ -111,18 +120,18 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
 
     for loss in LOSSES:
         off = sorted((abs(weight - 1) for weight in kept_weights(responses, loss)), reverse=True)
-        together.step(off, [(i + 1) / len(off) for i in range(len(off))], color=COLORS[loss], label=NAMES[loss])
-    together.set(title="All tokens with a gradient", xlabel="x", ylabel="share with |weight - 1| above x")
-    together.set(xscale="log", xlim=(1e-5, 1))
-    together.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    together.legend(frameon=False, fontsize=8)
+        joint.step(off, [(i + 1) / len(off) for i in range(len(off))], color=COLORS[loss], label=NAMES[loss])
+    joint.set(title="All tokens with a gradient", xlabel="x", ylabel="share with |weight - 1| above x")
+    joint.set(xscale="log", xlim=(1e-5, 1))
+    joint.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    joint.legend(frameon=False, fontsize=8)
     lab.write(figure, arguments)
 
 
-def dots(axes: Axes, places: Sequence[int], ratios: Sequence[float], weights: Sequence[float], loss: str) -> None:
+def dots(axes: Axes, x: Sequence[int], ratios: Sequence[float], weights: Sequence[float], loss: str) -> None:
     """Hollow where the weight is 0."""
     fill = [COLORS[loss] if weight else "none" for weight in weights]
-    axes.scatter(places, ratios, s=12, facecolor=fill, edgecolor=COLORS[loss], lw=0.8, zorder=3)
+    axes.scatter(x, ratios, s=12, facecolor=fill, edgecolor=COLORS[loss], lw=0.8, zorder=3)
     axes.plot([], [], "o", ms=4, color=COLORS[loss], label=LABELS[loss])
 
 
@@ -136,7 +145,8 @@ def sequence_ratio(response: dict[str, Any]) -> float:
 
 def section(record: dict[str, Any]) -> str:
     lines = [
-        "| loss | advantage | responses | tokens | clipped | least weight | largest | at most apart in one response |",
+        "| loss | advantage | responses | tokens | clipped | smallest weight | largest "
+        "| largest quotient in one response |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for loss in LOSSES:
@@ -148,7 +158,7 @@ def section(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {NAMES[loss]} | {'above' if sign > 0 else 'below'} 0 | {len(responses)} | {tokens} "
                 f"| {1 - len(weights) / tokens:.1%} | {min(weights):.4f} | {max(weights):.4f} "
-                f"| {max(apart):.3g} times |"
+                f"| {max(apart):.3g} |"
             )
     return "\n".join(lines)
 

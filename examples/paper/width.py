@@ -1,8 +1,8 @@
 """Width of the clip range: GSPO with the paper's range and with wider ones beside GRPO, on responses of 2 to 32 tokens.
 
-Not a claim of the paper, which has one range, for long responses of large models. In `stability.py` it clips a fifth of
-all tokens, and GSPO learns more slowly than GRPO; here is what becomes of that as the range is widened on both sides.
-Model, data and budget are those of its first setting.
+The paper makes no claim about this: it has one range, for long responses of large models. In `stability.py` that range
+clips a fifth of all tokens, and GSPO learns more slowly than GRPO; here the range is widened on both sides. Model, data
+and budget are those of the first setting there.
 
     python examples/paper/width.py
 """
@@ -18,26 +18,24 @@ import lab
 import stability
 import torch
 from arithmetic import Settings, build_optimizer, greedy_accuracy, roll_out
-from lab import COLORS, Learner
+from lab import COLORS, Learner, mean, ranged
 from matplotlib.ticker import PercentFormatter
-from stability import percent
 
-from gspo_kernels import GSPO
+from gspo_kernels import GRPO, GSPO, grpo_loss, gspo_loss
 
 WIDTHS = (1, 3, 10, 30, 100, 300)  # times the paper's range
-GRPO_ITSELF = 0  # in the place of a width: GRPO with its own range
+GRPO_ITSELF = 0  # stands for GRPO with its own range
 SETTINGS = replace(stability.SETTINGS, mini_batches=4)
 SMOKE = replace(stability.SMOKE, mini_batches=4)
 
 
 def train(learner: Learner, seed: int, width: int, settings: Settings, device: str) -> dict[str, Any]:
-    learner = learner.copy()  # tensors come in memory that all processes share
+    learner = learner.copy()  # its tensors are in memory that all processes share
     torch.manual_seed(seed)
     model, tokenizer, problems = learner.model.to(device), learner.tokenizer, learner.problems
     optimizer = build_optimizer(model)
-    loss = lab.LOSSES["gspo" if width else "grpo"]
-    usual = GSPO()
-    clip = {"eps_low": width * usual.eps_low, "eps_high": width * usual.eps_high} if width else {}
+    loss = gspo_loss if width else grpo_loss
+    clip = {"eps_low": width * GSPO.eps_low, "eps_high": width * GSPO.eps_high} if width else {}
     reward, clipped = [], []
     accuracy = [greedy_accuracy(model, tokenizer, problems.held_out)]
     for step in range(1, settings.steps + 1):
@@ -51,9 +49,10 @@ def train(learner: Learner, seed: int, width: int, settings: Settings, device: s
     return {
         "seed": seed,
         "width": width,
-        "clip_fraction": sum(clipped) / len(clipped),  # of responses, GRPO's of tokens
-        "reward": reward,
-        "held_out_accuracy": accuracy,
+        "clip_fraction": mean(clipped),  # of responses, GRPO's of tokens
+        "reward": mean(reward[-max(1, settings.steps // 10) :]),  # of the last tenth
+        "accuracy": mean(accuracy[1:]),  # held-out, after the start
+        "last_accuracy": accuracy[-1],
     }
 
 
@@ -62,26 +61,15 @@ def chosen(record: dict[str, Any], width: int) -> list[dict[str, Any]]:
     return [run for run in record["runs"] if run["width"] == width]
 
 
-def of_training(run: dict[str, Any]) -> float:
-    """The mean held-out accuracy after the start."""
-    later: list[float] = run["held_out_accuracy"][1:]
-    return sum(later) / len(later)
-
-
-def at_the_end(run: dict[str, Any]) -> float:
-    found: float = run["held_out_accuracy"][-1]
-    return found
-
-
 def draw(record: dict[str, Any], arguments: Namespace) -> None:
     figure, (left, right) = lab.panels(2, f"GSPO with wider clip ranges: mean and range of {record['seeds']} seeds")
     seeds = range(record["seeds"])
     widths = record["widths"]
     runs = [chosen(record, width) for width in widths]
-    grpo = [of_training(run) for run in chosen(record, GRPO_ITSELF)]
-    left.axhline(sum(grpo) / len(grpo), color=COLORS["grpo"], label="GRPO, its own range")
+    grpo = [run["accuracy"] for run in chosen(record, GRPO_ITSELF)]
+    left.axhline(mean(grpo), color=COLORS["grpo"], label="GRPO, its own range")
     left.axhspan(min(grpo), max(grpo), color=COLORS["grpo"], alpha=0.15, lw=0)
-    accuracies = [[of_training(column[seed]) for column in runs] for seed in seeds]
+    accuracies = [[column[seed]["accuracy"] for column in runs] for seed in seeds]
     lab.spread(left, widths, accuracies, COLORS["gspo"], "GSPO", marker="o")
     left.set(title="Held-out accuracy, mean of the training")
     left.legend(frameon=False, loc="lower right")
@@ -89,7 +77,7 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     lab.spread(right, widths, fractions, COLORS["gspo"], "GSPO", marker="o")
     right.set(title="Responses clipped", ylim=(0, None))
     for axes in (left, right):
-        axes.set(xscale="log", xlabel="width of the range, times 3e-4 and 4e-4")
+        axes.set(xscale="log", xlabel=f"width of the range, times {GSPO.eps_low:g} and {GSPO.eps_high:g}")
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -101,18 +89,12 @@ def section(record: dict[str, Any]) -> str:
         "| clip range | clipped | held-out accuracy at the end | mean of the training | reward, last tenth |",
         "|---|--:|--:|--:|--:|",
     ]
-    tenth = max(1, record["settings"]["steps"] // 10)
     for width in (*record["widths"], GRPO_ITSELF):
         runs = chosen(record, width)
-        usual = GSPO()
-        name = f"GSPO, {width * usual.eps_low:.2g} and {width * usual.eps_high:.2g}" if width else "GRPO, 0.2 and 0.27"
-        fraction = sum(run["clip_fraction"] for run in runs) / len(runs)
-        cells = [
-            f"{fraction:.2%} of {'responses' if width else 'tokens'}",
-            percent([at_the_end(run) for run in runs]),
-            percent([of_training(run) for run in runs]),
-            percent([sum(run["reward"][-tenth:]) / tenth for run in runs]),
-        ]
+        loss, times, unit = (GSPO, width, "responses") if width else (GRPO, 1, "tokens")
+        name = f"{loss.__name__}, {times * loss.eps_low:.2g} and {times * loss.eps_high:.2g}"
+        cells = [f"{mean([run['clip_fraction'] for run in runs]):.2%} of {unit}"]
+        cells += [ranged([run[key] for run in runs], ".0%") for key in ("last_accuracy", "accuracy", "reward")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

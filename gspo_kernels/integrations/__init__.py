@@ -1,1 +1,1 @@
-"""Our losses in the trainers of other libraries: a module for each, imported only where it is asked for."""
+"""The losses in other libraries' trainers: one module each, which is imported only by its users."""

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..layout import as_bool
+from ..base import checks
+from ..base.layout import as_bool
 from ..losses.clipped import GRPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
+
+__all__ = ["policy_loss"]
 
 REFUSED = (
     "allgather_cp",

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..layout import as_bool, batch_shape
+from ..base import checks
+from ..base.layout import as_bool, batch_shape
 from ..losses.clipped import GSPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
+
+__all__ = ["gspo", "gspo_token", "log_probs_and_entropy", "register"]
 
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # VERL_ENGINE_VENDOR with this value selects the engines below

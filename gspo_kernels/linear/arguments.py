@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..agreement import Agreement
-from ..collectives import Ranks
-from ..devices import autocasts
+from ..base import checks
+from ..base.agreement import Agreement
+from ..base.collectives import Ranks
+from ..base.devices import autocasts
 from ..rows.arguments import check_token_ids, check_vocab_size
 from ..rows.dispatch import check_name, choose
 from ..rows.vocab_shard import VocabShard, VocabularyShard, shard_of, tp_ranks

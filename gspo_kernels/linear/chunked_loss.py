@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..collectives import gather
-from ..layout import BatchShape
+from ..base.collectives import gather
+from ..base.layout import BatchShape
 from ..losses import triton_stage
 from ..losses.stats import SCALARS
 from ..losses.token_stage import TokenInputs, TokenStage

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..agreement import Agreement
-from ..autograd import refuse_forward_mode, refuse_vmap
-from ..collectives import ranks_of
-from ..documentation import with_arguments_of
-from ..layout import batch_shape
+from ..base import checks
+from ..base.agreement import Agreement
+from ..base.autograd import refuse_forward_mode, refuse_vmap
+from ..base.collectives import ranks_of
+from ..base.documentation import with_arguments_of
+from ..base.layout import batch_shape
 from ..losses.arguments import agree_on_sequences
 from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CLIP_RANGE, CommonOptions, TokenLogprobs, policy_loss
@@ -75,10 +75,10 @@ def linear_policy_loss(
 
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
     one chunk at a time, in float32 from the product's accumulator on; where a sequence fits into a chunk, nothing is
-    computed twice. Masked rows never meet the head; rows that turn out to be clipped or of advantage 0 are left out of
+    computed twice. Masked rows are not multiplied; rows that turn out to be clipped or of advantage 0 are left out of
     the backward products. `stats.head` counts rows and `explain(hidden, weight, ...)` shows the plan.
 
-    Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and handed over by the
+    Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
     backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
     for a count in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows
     are computed.
@@ -247,7 +247,7 @@ def linear_token_logprobs(
 
     Args: the batch
         token_ids: integers [B, T] or [N].
-        mask: masked rows never meet the head, and give 0.
+        mask: masked rows are not multiplied, and give 0.
 
     The errors are those of `policy_loss`.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import all_reduce_
+from ..base.collectives import all_reduce_
 from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
@@ -59,7 +59,9 @@ class Head:
         self._stride = row_stride(vocab, device.type)
         buffer_rows = max_rows + self._products.max_padding
         self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
-        self.backend: Backend = choose(self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend)
+        self.backend: Backend = choose(
+            self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, ["row_indices"]
+        )
         # Where one thread computes a whole row, it writes the gradient over the logits that it has read.
         self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
         self._gradient_buffer = self._logits_buffer.view(self._products.gradient_dtype)

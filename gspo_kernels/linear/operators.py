@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import edge_of, first_derivative, refuse_second_backward
-from ..checks import watched
-from ..devices import autocasts
+from ..base.autograd import edge_of, first_derivative, refuse_second_backward
+from ..base.checks import watched
+from ..base.devices import autocasts
+from ..base.operators import Operator, save_values, saved_values
+from ..base.torch_internals import autograd_inside_an_operator
 from ..losses import triton_stage
 from ..losses.objectives import carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
-from ..operators import Operator, save_values, saved_values
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
-from ..torch_internals import autograd_inside_an_operator
 from . import chunked_loss
 from .head import Head
 from .products import sum_dtype

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..base.torch_internals import MklGemm, mkl_gemm
 from ..rows import cpu_rows
-from ..torch_internals import MklGemm, mkl_gemm
 
 # The head is multiplied in blocks of this many bytes, in the dtype of the sums. On a CPU a block stays near the cache;
 # everywhere it is large enough for a fast product.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import checks
+from ..base import checks
 from .products import default_chunk_bytes, gradients_are_half_width, sum_dtype
 
 _ROUND = 64  # rows, and on a GPU columns: products are fastest at multiples of it

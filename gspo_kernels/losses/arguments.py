@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..agreement import Agreement, fingerprint
+from ..base.agreement import Agreement, fingerprint
 from .token_stage import TokenInputs
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..scalars import run_time
+from ..base import checks
+from ..base.scalars import run_time
 from .objectives import Objective, RowClip, Terms, TokenBatch, at_most
 from .triton_term import TritonTerm
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..agreement import Agreement
-from ..autograd import refuse_forward_mode
-from ..collectives import ranks_of
-from ..documentation import with_arguments_of
-from ..layout import as_bool, batch_shape
+from ..base import checks
+from ..base.agreement import Agreement
+from ..base.autograd import refuse_forward_mode
+from ..base.collectives import ranks_of
+from ..base.documentation import with_arguments_of
+from ..base.layout import as_bool, batch_shape
 from ..rows import vocab_shard
 from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
 from ..rows.dispatch import Backend, backend_for
-from ..rows.operators import needs_operators, row_stats, row_stats_and_gradient, with_gradient
+from ..rows.operators import row_stats, row_stats_and_gradient, with_gradient
 from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
 from . import fused_loss
@@ -212,7 +212,7 @@ def policy_loss(
         _gradient_is_known(inputs, logits, fused)
         and logits.requires_grad
         and torch.is_grad_enabled()
-        and not needs_operators(logits)
+        and not checks.watched(logits)
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
     if fused is not None:

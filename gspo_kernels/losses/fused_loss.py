@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
-from ..operators import Operator, save_values, saved_values
+from ..base.autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
+from ..base.operators import Operator, save_values, saved_values
 from ..rows import triton_rows
 from ..rows.dispatch import Backend, backend_for
 from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gradient, zero_padding

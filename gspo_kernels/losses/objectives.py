@@ -19,8 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..layout import Layout
+from ..base import checks
+from ..base.layout import Layout
 from .reduction import AGGREGATIONS
 from .triton_term import TritonTerm
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..collectives import ranks_of, sum_over_ranks
-from ..layout import BatchShape, Layout, batch_shape
+from ..base import checks
+from ..base.collectives import ranks_of, sum_over_ranks
+from ..base.layout import BatchShape, Layout, batch_shape
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum")
 

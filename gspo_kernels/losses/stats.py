@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..collectives import gather, ranks_of
-from ..layout import Layout
+from ..base.collectives import gather, ranks_of
+from ..base.layout import Layout
 from .objectives import Terms
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..layout import BatchShape, Layout
-from ..scalars import FINITE, run_time
+from ..base import checks
+from ..base.layout import BatchShape, Layout
+from ..base.scalars import FINITE, run_time
 from . import reduction as aggregate
 from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
 from .stats import Stats, collect
@@ -19,6 +19,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 class LossOutput(NamedTuple):
+    """What every loss returns; it unpacks as `loss, stats = ...`."""
+
     loss: Tensor  # 0-d, differentiable; float32 (float64 for float64 inputs)
     stats: Stats
 

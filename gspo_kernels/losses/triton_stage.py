@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import may_read
-from ..layout import check_boundaries
+from ..base.checks import may_read
+from ..base.layout import check_boundaries
 from ..rows import triton_rows
 from ..rows.dispatch import Backend
 from ..rows.triton_rows import Launch, NanSource

@@ -15,8 +15,8 @@ import functools
 import triton
 import triton.language as tl
 
+from ..base.scalars import FINITE as _FINITE
 from ..rows.triton_math import INFINITY, exp, expm1, quotient, two_sum
-from ..scalars import FINITE as _FINITE
 from .stats import PARTIALS as _PARTIALS
 from .triton_sums import add, in_two, leading_digits, maxima4, sums4, sums8, sums_and_extremes
 

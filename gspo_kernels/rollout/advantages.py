@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..base import checks
 
 
 def group_advantages(

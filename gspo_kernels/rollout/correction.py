@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..agreement import Agreement
-from ..collectives import gather, ranks_of
-from ..layout import BatchShape, Layout, batch_shape
+from ..base import checks
+from ..base.agreement import Agreement
+from ..base.collectives import gather, ranks_of
+from ..base.layout import BatchShape, Layout, batch_shape
+from ..base.scalars import FINITE, run_time
 from ..losses.clipped import GSPO, clipped_surrogate
-from ..scalars import FINITE, run_time
 
 LEVELS = ("token", "sequence_sum", "sequence_mean")
 MODES = ("truncate", "mask")
@@ -49,6 +49,8 @@ class RolloutWeightStats(_Scalars):
 
 
 class RolloutWeights(NamedTuple):
+    """Correction weights, and what they were before their bounds; it unpacks as `weights, stats = ...`."""
+
     weights: Tensor  # per token or [sequences], for the losses' `importance_weights`; 0 where masked or empty
     stats: RolloutWeightStats
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks
+from ..base import checks
 
 HIGHEST_ID = 2**63 - 1  # of int64
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..base import checks
 
 # Stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
 LOWEST = -9999.0

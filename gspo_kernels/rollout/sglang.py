@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import checks
+from ..base import checks
 from .parsing import (
     agreed_prompt,
     check_count,

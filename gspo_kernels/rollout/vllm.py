@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import checks
+from ..base import checks
 from .parsing import (
     agreed_prompt,
     check_count,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..agreement import Agreement, fingerprint
-from ..layout import as_bool
-from ..scalars import run_time
+from ..base import checks
+from ..base.agreement import Agreement, fingerprint
+from ..base.layout import as_bool
+from ..base.scalars import run_time
 from .dispatch import check_name
 from .operators import check_ids_and_temperatures
 from .types import Rows

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .. import checks
-from ..devices import check_float64
+from ..base import checks
+from ..base.devices import check_float64
 from . import cpu_rows, cuda_rows, torch_rows, triton_rows
 from .types import Rows, RowStats, TokenClip, Upstream
 
@@ -42,7 +42,7 @@ class Backend(Protocol):
     def forward_backward(
         self, rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None
     ) -> RowStats:
-        """Both at once, for an upstream gradient that is known beforehand: that of the log-probabilities alone."""
+        """Both at once, for an upstream gradient that is known in advance: that of the log-probabilities alone."""
 
     def scale(self, values: Tensor, factor: Tensor) -> None:
         """Multiplies [outer, inner, columns] values in place by a 0-d tensor."""

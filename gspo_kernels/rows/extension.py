@@ -1,4 +1,4 @@
-"""Why the C++ extension, `gspo_kernels._native`, could not be imported: what was looked for, and what to do."""
+"""Why the C++ extension, `gspo_kernels._native`, could not be imported, and what to do about it."""
 
 from __future__ import annotations
 

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import edge_of, first_derivative, refuse_second_backward
-from ..checks import may_read, watched
-from ..operators import Operator, save_values, saved_values
+from ..base.autograd import edge_of, first_derivative, refuse_second_backward
+from ..base.checks import may_read
+from ..base.operators import Operator, save_values, saved_values
 from .dispatch import backend_for, choose
 from .types import RowOptions, Rows, RowStats, Upstream, empty_stats
 
 FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, for error messages
-
-needs_operators = watched  # whether a compiler, a transform or a fake tensor has to see these logits in an operator
 
 
 # ---- statistics
@@ -67,13 +65,8 @@ def _row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Ten
     backend_for(rows, backend).backward(rows, stats, upstream.contiguous(), gradient)
 
 
-_row_gradient_ = Operator("row_gradient_", _row_gradient, fake=lambda *values: None, mutates=("gradient",), direct=True)
-
-
-def row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor, backend: str | None) -> None:
-    """Writes the gradient of all columns; those of the padding are zero. Not differentiable."""
-    with torch.no_grad():
-        _row_gradient_(rows, stats, upstream, gradient, backend)
+# Writes the gradient of all columns; those of the padding are zero. Not differentiable.
+row_gradient = Operator("row_gradient_", _row_gradient, fake=lambda *values: None, mutates=("gradient",), direct=True)
 
 
 def gradient_buffer(logits: Tensor, overwrite: bool) -> Tensor:

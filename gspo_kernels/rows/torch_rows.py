@@ -1,9 +1,9 @@
-"""The row mathematics in plain torch, for any device, dtype and strides: the fallback, and what kernels are held to.
+"""The row mathematics in plain torch, for any device, dtype and strides: the fallback and the kernels' reference.
 
 Follows csrc/row_math.h: the target stays out of the sums, sums are taken in float64, and `log p = -softplus(d)` with
 `d = logsumexp(others) - z_target`, so a confident row keeps its relative accuracy. The gradient finds the
 row's maximum again and is relative to it, so logits may be as large as their dtype allows. Works through blocks of
-rows, so the extra memory is one block whatever the number of rows.
+rows, so the extra memory is one block for any number of rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gradient of a row of logits from those of its statistics, in Triton. One program a row."""
+"""The gradient of a row of logits from those of its statistics, in Triton. One program per row."""
 
 # mypy: ignore-errors
 # The bodies below are Triton's language, which is typed by Triton's compiler.
@@ -175,7 +175,9 @@ def backward_kernel(
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each row from those of its statistics. Reads a row once and writes it; a row without one is zeroed.
-    Row i is that of the logits or, with `row_indices`, row row_indices[i] of them; the gradient may have another dtype.
+
+    Row i belongs to row i of the logits, or with `row_indices` to their row row_indices[i]. The gradient may have
+    another dtype.
 
     The last rows come first: the forward read them last, so the cache may still have them.
     """

@@ -1,4 +1,4 @@
-"""Where the columns of a row lie, and how Triton kernels load them. One program a row.
+"""Addresses of a row's columns, and how the Triton kernels load them. One program per row.
 
 A row may start at any address and have any length. It is read in blocks of [REPEAT, LANES, WIDTH] columns: WIDTH
 columns are one 16-byte access, each thread is a lane and holds REPEAT such accesses in registers.
@@ -39,7 +39,7 @@ def columns_before_boundary(pointer, vocab, WIDTH: tl.constexpr):
 def column_pointers(pointer, at, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     """Addresses of the columns `at` from `pointer`, a block of whole 16-byte accesses if ALIGNED.
 
-    The compiler cannot know the alignment and is told. Told of an argument instead of this sum, it would forget.
+    Alignment hints must be attached to the sum itself; Triton drops them from arguments.
     """
     here = pointer + at
     if ALIGNED:
@@ -49,7 +49,7 @@ def column_pointers(pointer, at, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def block_pointers(pointer, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """Addresses of the block that starts at `pointer`, on a 16-byte boundary. What they hold is an input of `widen`."""
+    """Addresses of the block that starts at `pointer`, on a 16-byte boundary. `widen` takes what is loaded there."""
     if PTX and pointer.dtype.element_ty.primitive_bitwidth == 16:
         return column_pointers(pointer.to(tl.pointer_type(tl.int32)), tl.arange(0, BLOCK // 2), WIDTH // 2, True)
     else:
@@ -78,7 +78,7 @@ def first_block(row, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.co
 @triton.jit
 def load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SHIFTED: tl.constexpr,
                  WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
-    """A block from column `start` of a row that begins `phase` columns behind a 16-byte boundary; input of `widen`.
+    """A block from column `start` of a row that begins `phase` columns after a 16-byte boundary, as `widen` takes it.
 
     If not WHOLE, columns past the row's end have undefined values. Every 16-byte access contains a column of the row.
     """
@@ -97,7 +97,7 @@ def load_columns(row, phase, start, vocab, BLOCK: tl.constexpr, WHOLE: tl.conste
                 x = join_columns(x, tl.load(high), phase, PTX)
         else:
             left = vocab + phase - start  # columns from the boundary on
-            ITEMS: tl.constexpr = BLOCK // low.shape[0]  # columns an item that is loaded
+            ITEMS: tl.constexpr = BLOCK // low.shape[0]  # columns per loaded item
             group = tl.arange(0, BLOCK // ITEMS) // (WIDTH // ITEMS) * WIDTH
             x = tl.load(low, mask=group < left, other=0)
             if SHIFTED:
@@ -133,8 +133,8 @@ def is_active(mask, row):
         return tl.load(mask + row) != 0
 
 
-# What varies from call to call selects no other compiled kernel. Integers have declared types: without one Triton takes
-# 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
+# Arguments that vary from call to call do not trigger recompilation. Integers have declared types: otherwise Triton
+# chooses 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = [
     "outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error", "gradient_outer_stride",

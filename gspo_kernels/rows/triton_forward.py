@@ -1,4 +1,4 @@
-"""Statistics of a row of logits, in Triton. One program a row.
+"""Statistics of a row of logits, in Triton. One program per row.
 
 The mathematics is that of csrc/row_math.h, in float32 and in base 2: exp z_v = 2^(x_v scale) with
 scale = log2(e) / temperature. The sums leave out the target; the rounding error of the logsumexp is kept.
@@ -78,8 +78,8 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
                 PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
 
-    With the `first` block given, a block is loaded before the previous one is summed; the sums have the same bits.
-    Right where |top| is less than FAR: `statistics` sees to all other rows. NaN or +inf gives NaN.
+    If the `first` block is given, a block is loaded before the previous one is summed; the sums have the same bits.
+    Valid where |top| is less than FAR; `statistics` handles the other rows. NaN or +inf gives NaN.
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
@@ -177,7 +177,9 @@ def statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEAT
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
-    target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)  # a caller's error, no certainty
+    target_logit = tl.where(
+        target_logit == INFINITY, float("nan"), target_logit
+    )  # an error of the caller: it must not look like p = 1
     base, total, weighted = _sum_others(pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH)
     reference, power = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
     others_far = tl.abs(base) >= FAR  # also where nothing is above the floor

@@ -1,4 +1,4 @@
-"""Statistics and gradient of a row of logits in one launch, in Triton, where the upstream gradient is known before."""
+"""Statistics and gradient of a row of logits in one launch, in Triton, for an upstream gradient known in advance."""
 
 # mypy: ignore-errors
 # The bodies below are Triton's language, which is typed by Triton's compiler.
@@ -67,7 +67,7 @@ def forward_backward_kernel(
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
     PREFETCH: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Both at once, for a gradient by the log-probability that is known beforehand: the second read hits the cache.
+    """Both at once, for a gradient by the log-probability that is known in advance: the second read hits the cache.
 
     Of 16-bit logits, PREFETCH more blocks are prefetched to the L2 cache while a row is summed; the first KEPT blocks
     stay in registers and are not read a second time.

@@ -1,10 +1,10 @@
 """Arithmetic that Triton kernels share: float32 alone, to the last digits where a row or a sequence needs them.
 
 A number that float32 cannot hold is a pair `(hi, lo)`, their unevaluated sum. Products that enter an error-free sum are
-taken by `product`, which no compiler merges into the addition that follows. Nothing here makes a float64 instruction:
-consumer GPUs have next to none, so a float64 result (`lse`) is put together from its bits.
+computed by `product`, which no compiler fuses with the addition that follows. Nothing here makes a float64 instruction:
+consumer GPUs have almost no float64 units, so a float64 result (`lse`) is assembled from its bits.
 
-Written for scalars of a row and for blocks alike; shapes are whatever comes in.
+The functions take scalars of a row and blocks alike.
 """
 
 # mypy: ignore-errors
@@ -23,7 +23,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("
 
 LN2_HI, LN2_LO = tl.constexpr(0.6931471824645996), tl.constexpr(-1.904654323148236e-09)
 LOG2E_HI, LOG2E_LO = tl.constexpr(1.4426950216293335), tl.constexpr(1.925963033500011e-08)
-TINY = tl.constexpr(2.0**-126)  # smaller gradients are zeros: a subnormal slows the next GEMM and is worth nothing
+TINY = tl.constexpr(2.0**-126)  # smaller gradients are set to zero: a subnormal slows the next GEMM
 LOWEST = tl.constexpr(-1e20)  # stands for a logit of -inf, finite: no inf - inf, no 0 times inf can arise
 FLOOR = tl.constexpr(-1e9)  # a running maximum over nothing yet, in base 2: logits below it count as -inf
 INFINITY = tl.constexpr(float("inf"))
@@ -163,7 +163,7 @@ def halves(x, dtype: tl.constexpr):
 
 @triton.jit
 def widen(x, PTX: tl.constexpr, dtype: tl.constexpr):
-    """float32 of a block of logits as `_load_columns` loads them."""
+    """float32 of a block of logits as `load_columns` loads them."""
     if PTX and dtype.primitive_bitwidth == 16:  # two logits an int32
         low, high = halves(x, dtype)
         return tl.reshape(tl.join(low, high), [2 * x.shape[0]])

@@ -48,8 +48,8 @@ class Launch:
 class NanSource(NamedTuple):
     """Which rows make the loss NaN. A gradient that was written before the loss was known is then set to NaN there."""
 
-    loss: Tensor  # 0-d
-    numbers: Tensor  # fp32, one per row: NaN where the row makes the loss NaN
+    loss: Tensor | None  # 0-d; None: no row is set to NaN
+    numbers: Tensor | None  # fp32, one per row: NaN where the row makes the loss NaN
     mask: Tensor | None  # uint8
     cu_seqlens: Tensor | None
     whole_sequences: bool  # NaN of a row propagates to all rows of its sequence
@@ -127,37 +127,52 @@ def _too_old(device: torch.device) -> bool:
 
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
-    _launch("forward", _one_program_each(rows), rows.logits, **_of_rows(rows), **_of_stats(stats))
+    _launch("forward", _one_program_each(rows), rows.logits, {**_of_rows(rows), **_of_stats(stats)})
     return stats
 
 
 def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
-    _launch(
-        "backward", _one_program_each(rows), gradient, **_of_rows(rows), row_indices=rows.row_indices,
-        **_of_stats(stats), g_entropies=upstream.entropy, g_lses=None if upstream.lse is None else upstream.lse.float(),
-        factor=upstream.factor, **_of_logprobs(upstream), **_of_gradient(gradient),
-    )  # fmt: skip
+    arguments = {
+        **_of_rows(rows),
+        "row_indices": rows.row_indices,
+        **_of_stats(stats),
+        **_of_logprobs(upstream),
+        "g_entropies": upstream.entropy,
+        "g_lses": None if upstream.lse is None else upstream.lse.float(),
+        "factor": upstream.factor,
+        **_of_gradient(gradient),
+    }
+    _launch("backward", _one_program_each(rows), gradient, arguments)
 
 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
     assert clip is None
     stats = empty_stats(rows.logits)
-    _launch(
-        "forward_backward", _one_program_each(rows), rows.logits, **_of_rows(rows), **_of_stats(stats),
-        **_of_logprobs(upstream), **_of_gradient(gradient),
-    )  # fmt: skip
+    arguments = {**_of_rows(rows), **_of_stats(stats), **_of_logprobs(upstream), **_of_gradient(gradient)}
+    _launch("forward_backward", _one_program_each(rows), rows.logits, arguments)
     return stats
 
 
 def scale(values: Tensor, factor: Tensor, nan_source: NanSource | None = None) -> None:
     outer, inner, columns = values.shape
     outer_stride, inner_stride, _ = values.stride()
-    rows, (loss, numbers, mask, cu_seqlens, whole) = outer * inner, nan_source or (None, None, None, None, False)
-    _launch(
-        "scale", min(rows, MOST_SCALE_PROGRAMS), values, values=values, outer_stride=outer_stride,
-        inner_stride=inner_stride, inner=inner, vocab=columns, rows=rows, factor=factor, loss=loss, numbers=numbers,
-        mask=mask, cu_seqlens=cu_seqlens, sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, WHOLE=whole,
-    )  # fmt: skip
+    rows, source = outer * inner, nan_source or NanSource(None, None, None, None, False)
+    arguments = {
+        "values": values,
+        "outer_stride": outer_stride,
+        "inner_stride": inner_stride,
+        "inner": inner,
+        "vocab": columns,
+        "rows": rows,
+        "factor": factor,
+        "loss": source.loss,
+        "numbers": source.numbers,
+        "mask": source.mask,
+        "cu_seqlens": source.cu_seqlens,
+        "sequences": 0 if source.cu_seqlens is None else source.cu_seqlens.shape[0] - 1,
+        "WHOLE": source.whole_sequences,
+    }
+    _launch("scale", min(rows, MOST_SCALE_PROGRAMS), values, arguments)
 
 
 def scaled_logits(rows: Rows, logits: Tensor) -> Tensor:
@@ -227,7 +242,7 @@ def _scale(temperature: float) -> tuple[float, float]:
 
 
 def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dict[str, int]:
-    """A kernel's compile-time arguments: 16 bytes an access, one lane a thread."""
+    """A kernel's compile-time arguments: 16 bytes per access, one lane per thread."""
     width = 16 // element_size
     if kernel == "scale":
         return {"BLOCK": layout.elements, "WIDTH": width}
@@ -241,13 +256,13 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
 
 
 def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[str, Any]:
-    """What Triton's compiler is told. Fusing multiply and add is most of what keeps a column at seven instructions."""
+    """Options of Triton's compiler. Seven instructions per column need multiply and add to be fused."""
     limited = layout.max_registers is not None and element_size == 2 and nvidia
     registers = {"maxnreg": layout.max_registers} if limited else {}
     return {"num_warps": layout.num_warps, "enable_fp_fusion": True, **registers}
 
 
-def _launch(kernel: str, programs: int, aligned: Tensor, **arguments: Any) -> None:
+def _launch(kernel: str, programs: int, aligned: Tensor, arguments: dict[str, Any]) -> None:
     """The kernel moves 16 bytes of `aligned` at a time."""
     if programs == 0:
         return

@@ -18,10 +18,10 @@ def scale_kernel(
     loss, numbers, mask, cu_seqlens, sequences: tl.int32,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies rows in place by `factor[0]`; by exactly 1 there is nothing to do. A program scales several rows.
+    """Multiplies rows in place by `factor[0]`; a factor of exactly 1 writes nothing. A program scales several rows.
 
-    If there is a `loss` and it is NaN: a row whose `numbers` are NaN becomes NaN, and if WHOLE, with it all other rows
-    of its sequence that count. The sequences are rows of `inner` or, with `cu_seqlens`, as these say.
+    If there is a `loss` and it is NaN, an active row whose `numbers` are NaN becomes NaN. If WHOLE, NaN propagates to
+    all active rows of its sequence: `inner` rows or, with `cu_seqlens`, the rows between two boundaries.
     """
     DTYPE: tl.constexpr = values.dtype.element_ty
     by = tl.load(factor).to(tl.float32)
@@ -55,7 +55,7 @@ def scale_kernel(
 
 @triton.jit
 def _sequence_of(row, inner, cu_seqlens, sequences, rows):
-    """First row of a row's sequence, and the row behind its last; never outside of the `rows`."""
+    """First row of a row's sequence, and the row after its last one; never outside of the `rows`."""
     if cu_seqlens is None:
         begin = row // inner * inner
         end = begin + inner

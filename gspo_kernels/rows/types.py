@@ -95,6 +95,8 @@ class Upstream(NamedTuple):
         return self._with(None if x is None else x[None] for x in self[:3])
 
     def contiguous(self) -> Upstream:
+        if all(x is None or x.is_contiguous() for x in self[:3]):
+            return self
         return self._with(None if x is None else x.contiguous() for x in self[:3])
 
     def _with(self, arrays: Iterable[Tensor | None]) -> Upstream:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..autograd import first_derivative, refuse_second_backward
-from ..collectives import Ranks, gather, ranks_of
-from ..operators import Operator, save_values, saved_values
+from ..base import checks
+from ..base.autograd import first_derivative, refuse_second_backward
+from ..base.collectives import Ranks, gather, ranks_of
+from ..base.operators import Operator, save_values, saved_values
 from . import operators
 from .dispatch import Backend, backend_for
 from .types import RowOptions, Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gspo_kernels
-from gspo_kernels.documentation import documented_arguments, with_arguments_of
+from gspo_kernels.base.documentation import documented_arguments, with_arguments_of
 from gspo_kernels.linear.from_hidden import LinearLossOptions
 from gspo_kernels.losses.from_logits import LossOptions
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gspo_kernels.operators import Operator
+from gspo_kernels.base.operators import Operator, save_values, saved_values
 
 
 class Shard(NamedTuple):
@@ -150,3 +150,39 @@ def test_two_arguments_of_one_name_are_told_apart() -> None:
     given = Two(Shard(1, 2), Shard(3, 4), torch.ones(1))
     operator(given)
     assert found[0][:2] == given[:2]
+
+
+def test_saved_values_come_back_as_they_were() -> None:
+    class Saving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            save_values(ctx, inputs=FULL, x=x, name="n", absent=None)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> Tensor:
+            found = saved_values(ctx)
+            inputs = found["inputs"]
+            assert type(inputs) is Inputs and inputs.shard == Shard(3, 4) and inputs.kind is FULL.kind
+            assert inputs.mask is FULL.mask or torch.equal(inputs.mask, FULL.mask)
+            assert (found["name"], found["absent"]) == ("n", None)
+            return upstream * found["x"]
+
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    Saving.apply(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["by the dispatcher", "directly"])
+def test_an_operator_without_a_backward_writes_under_no_grad(direct: bool) -> None:
+    def add(x: Tensor, into: Tensor) -> None:
+        into.add_(x)
+
+    add.__annotations__ = {"x": Tensor, "into": Tensor, "return": None}
+    operator = Operator(
+        f"test_operators_add_{direct}", add, fake=lambda x, into: None, mutates=("into",), direct=direct
+    )
+    into, x = torch.zeros(2), torch.ones(2, requires_grad=True)
+    version = into._version
+    operator(x, into)
+    assert into.tolist() == [1.0, 1.0] and not into.requires_grad and into._version > version

@@ -46,7 +46,7 @@ def args(**changes: Any) -> SimpleNamespace:
 
 
 def whole(by_token: bool = False) -> dict[str, Any]:
-    """Samples as they are before anything is shared out: a response's arrays are [response], logits [total, VOCAB]."""
+    """Samples before they are sharded: a response's arrays are [response], logits [total, VOCAB]."""
     g = torch.Generator().manual_seed(3)
     batch: dict[str, Any] = {
         "total_lengths": [p + r for p, r in SAMPLES],
@@ -75,7 +75,7 @@ def whole(by_token: bool = False) -> dict[str, Any]:
 
 
 def plain(batch: dict[str, Any], opt: SimpleNamespace, denominators: list[int] | None) -> Found:
-    """The loss, what is logged and the gradient in float64, sample by sample."""
+    """The loss, the log and the gradient in float64, sample by sample."""
     leaves = [x.double().requires_grad_() for x in batch["logits"]]
     sums = dict.fromkeys(("pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl", "kl_loss"), torch.zeros(()))
     for i, (prompt, response) in enumerate(SAMPLES):
@@ -111,7 +111,7 @@ def plain(batch: dict[str, Any], opt: SimpleNamespace, denominators: list[int] |
 
 
 def positions(total: int, cp_rank: int, cp: int) -> list[int]:
-    """Which positions of a sample a rank has, in order; those from `total` on are Megatron's padding."""
+    """The positions of a sample on a rank, in order; those from `total` on are Megatron's padding."""
     if cp == 1:
         return list(range(total))
     width = math.ceil(total / (2 * cp))
@@ -160,15 +160,15 @@ def stand_ins(tp: int, cp: int, groups: Any, rank: int) -> dict[str, Any]:
 def share(
     rank: int, tp: int, cp: int, changes: dict[str, Any], by_token: bool, denominators: list[int] | None
 ) -> Found:
-    """What the hook finds, and its gradient, put back to the positions of samples; rows of padding are NaN before."""
+    """The hook's loss, log and gradient on a rank, with each row's (sample, position); rows of padding are NaN."""
     cp_rank, tp_rank = divmod(rank, tp)
     batch, opt = whole(by_token), args(**changes)
-    rows, places = [], []
+    rows, positions_of_rows = [], []
     for i, total in enumerate(batch["total_lengths"]):
         mine = positions(total, cp_rank, cp)
         padded = F.pad(batch["logits"][i], (0, 0, 0, 4 * cp), value=math.nan)
         rows.append(padded[torch.tensor(mine, dtype=torch.int64)])
-        places += [(i, p) for p in mine]
+        positions_of_rows += [(i, p) for p in mine]
     rows.append(torch.full((PADDING, VOCAB), math.nan))
     leaf = torch.cat(rows)[None].chunk(tp, -1)[tp_rank].clone().requires_grad_()
     given = dict(batch)
@@ -184,7 +184,7 @@ def share(
         loss.backward()
     assert leaf.grad is not None
     assert torch.equal(logits.detach(), leaf.grad) != opt.recompute_loss_function, "written over, unless still needed"
-    return {"loss": loss, "log": log, "gradient": leaf.grad[0], "places": places}
+    return {"loss": loss, "log": log, "gradient": leaf.grad[0], "positions_of_rows": positions_of_rows}
 
 
 CASES: dict[str, tuple[dict[str, Any], bool, list[int] | None]] = {
@@ -209,29 +209,29 @@ def test_shares_of_all_ranks_are_the_whole(tp: int, cp: int, case: str) -> None:
     changes, by_token, denominators = CASES[case]
     found = ranks.run(tp * cp, share, tp, cp, changes, by_token, denominators)
     batch, opt = whole(by_token), args(**changes)
-    wanted = plain(batch, opt, denominators)
+    reference = plain(batch, opt, denominators)
     first = found[::tp]
-    size = sum(abs(float(x)) for x in wanted["log"].values())
+    size = sum(abs(float(x)) for x in reference["log"].values())
     # Means, or sums over all tokens: each token's number is good to 1e-6, and AVX2 rounds otherwise than AVX-512.
     terms = sum(int(mask.sum()) for mask in batch["loss_masks"]) if opt.calculate_per_token_loss else 1
-    check_number("loss", sum(float(one["loss"]) for one in first), float(wanted["loss"]), 1e-6 * size)
-    for name, x in wanted["log"].items():
+    check_number("loss", sum(float(one["loss"]) for one in first), float(reference["loss"]), 1e-6 * size)
+    for name, x in reference["log"].items():
         if name == "kl_loss" and not opt.use_kl_loss:
             assert all(name not in one["log"] for one in first)
             continue
         check_number(name, sum(float(one["log"][name]) for one in first), float(x), 1e-6 * (terms + abs(float(x))))
-    assert 0 < float(wanted["log"]["pg_clipfrac"]) < len(SAMPLES) or opt.calculate_per_token_loss
+    assert 0 < float(reference["log"]["pg_clipfrac"]) < len(SAMPLES) or opt.calculate_per_token_loss
     for c, t in itertools.product(range(cp), range(tp)):
         one = found[c * tp + t]
         assert torch.equal(one["loss"], found[c * tp]["loss"]), "the ranks of a tp group agree"
         width = VOCAB // tp
-        for row, (sample, position) in enumerate(one["places"]):
+        for row, (sample, position) in enumerate(one["positions_of_rows"]):
             gradient = one["gradient"][row].double()
             if position >= batch["total_lengths"][sample]:
                 assert bool((gradient == 0).all()), "a row of padding"
                 continue
-            expected = wanted["gradient"][sample][position, t * width : (t + 1) * width]
-            if bool((wanted["gradient"][sample][position] == 0).all()):
+            expected = reference["gradient"][sample][position, t * width : (t + 1) * width]
+            if bool((reference["gradient"][sample][position] == 0).all()):
                 assert bool((gradient == 0).all()), "a row that no response has"
                 continue
             # Each column by its own size, p, or 1 - p of the token. Log-probabilities near -10 have 1e-6 in float32,
@@ -239,23 +239,23 @@ def test_shares_of_all_ranks_are_the_whole(tp: int, cp: int, case: str) -> None:
             own = torch.softmax(batch["logits"][sample][position].double() / TEMPERATURE, -1)
             token = int(batch["unconcat_tokens"][sample][position + 1])
             own[token] = 1 - own[token]
-            coefficient = wanted["gradient"][sample][position, token].abs() / own[token]
+            coefficient = reference["gradient"][sample][position, token].abs() / own[token]
             slack = own[t * width : (t + 1) * width] * (2e-7 + 5e-6 * coefficient) + 3e-6 * expected.abs()
             check_close(f"sample {sample}, row {position}", gradient, expected, slack)
-        assert bool((one["gradient"][len(one["places"]) :] == 0).all()), "rows beyond the last sample"
+        assert bool((one["gradient"][len(one["positions_of_rows"]) :] == 0).all()), "rows beyond the last sample"
 
 
 def test_on_policy_without_old_log_probs() -> None:
-    """slime leaves them out where the policy is the one that sampled: all ratios are 1, and nothing clips."""
+    """slime has none where the policy is the one that sampled: all ratios are 1, and nothing is clipped."""
     batch = {k: x for k, x in whole().items() if k != "log_probs"}
     leaf = F.pad(torch.cat(batch["logits"]), (0, 0, 0, PADDING))[None].requires_grad_()
     opt = args(use_kl_loss=False, entropy_coef=0.0, recompute_loss_function=True)
     with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)):
         loss, log = slime.policy_loss(opt, batch, leaf, reducer(batch, 0, 1, opt, None))
-    wanted = sum(
+    reference = sum(
         -(a * m).sum() / m.sum().clamp(min=1) for a, m in zip(batch["advantages"], batch["loss_masks"], strict=True)
     )
-    check_number("loss", float(loss.detach()), float(wanted), 1e-6)
+    check_number("loss", float(loss.detach()), float(reference), 1e-6)
     assert float(log["pg_clipfrac"]) == 0 and float(log["ppo_kl"]) == 0
 
 
@@ -270,7 +270,7 @@ def test_refusals_name_the_option(option: str, value: Any) -> None:
 
 
 def hook(batch: dict[str, Any]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
-    """On one rank, with all terms."""
+    """The hook on one rank, with all terms."""
     opt = args(recompute_loss_function=True)
     leaf = F.pad(torch.cat(batch["logits"]), (0, 0, 0, PADDING))[None]
     return partial(slime.policy_loss, opt, batch, leaf, reducer(batch, 0, 1, opt, None))
@@ -288,7 +288,7 @@ def test_rounded_arrays_are_refused(name: str) -> None:
 
 
 def test_float64_arrays_keep_their_digits() -> None:
-    """Advantages and log-probabilities reach the loss as they came; one sample in float64 makes all float64."""
+    """Advantages and log-probabilities reach the loss unrounded; one sample in float64 makes all float64."""
     batch = whole()
     batch["advantages"][0] = batch["advantages"][0].double() + 1e-12
     batch["log_probs"] = [x.double() - 1e-12 for x in batch["log_probs"]]

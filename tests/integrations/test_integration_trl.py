@@ -1,4 +1,4 @@
-"""gspo_kernels.integrations.trl against TRL's own GRPOTrainer: one model, one batch, both trainers, all that they say.
+"""gspo_kernels.integrations.trl against TRL's own GRPOTrainer: loss, gradients and metrics of one batch.
 
 Everything is real but the size: Qwen3 and Qwen3-MoE of two layers, a tokenizer of sums, a reward that is checked.
 """
@@ -137,7 +137,7 @@ def classes() -> tuple[Any, Any]:
 
 
 def batch_of(trainer: Any, off_policy: float = 1e-3) -> dict[str, Any]:
-    """A micro-batch that the trainer generated: rewarded, its old log-probabilities a little beside the model's."""
+    """A micro-batch that the trainer generated, with old log-probabilities close to the model's."""
     torch.manual_seed(1)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
@@ -174,7 +174,7 @@ def said(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor
 
 
 def assert_equal(theirs: Any, ours: Any, factor: float = 1.0) -> None:
-    """`factor`: what their loss and gradients are to be multiplied by."""
+    """`factor`: multiplies their loss and gradients."""
     (loss, gradients, metrics), (our_loss, our_gradients, our_metrics) = theirs, ours
     assert our_loss.item() == pytest.approx(factor * loss.item(), rel=LOSS, abs=LOSS), "loss"
     assert our_gradients.keys() == gradients.keys()
@@ -275,7 +275,7 @@ def test_rollout_correction(build: Build, level: str, per_token: bool, beta: flo
 
 
 def test_sequence_token(build: Build) -> None:
-    """The level that TRL has not: with an advantage per sequence it is "sequence"; it takes one per token as well."""
+    """A level that TRL lacks: equal to "sequence" with one advantage per sequence; takes one per token as well."""
     _, cls = classes()
     trl, _ = build(classes()[0], **LEVELS["sequence"], loss_type="grpo"), None
     options = {**LEVELS["sequence"], "loss_type": "grpo"}
@@ -324,7 +324,7 @@ def history(trainer: Any) -> list[dict[str, float]]:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_training_is_the_same(build: Build, kind: str, level: str, beta: float) -> None:
-    """Six optimizer steps of two micro-batches, two to a generation: the same samples, metrics and parameters."""
+    """Six optimizer steps of two micro-batches, two per generation: the same samples, metrics and parameters."""
     options = {**LEVELS[level], "loss_type": "grpo", "beta": beta, "max_steps": 6, "steps_per_generation": 4}
     options["gradient_checkpointing"] = kind == "qwen3"
     trl, ours = (build(cls, kind, **options) for cls in classes())
@@ -344,7 +344,7 @@ def test_training_is_the_same(build: Build, kind: str, level: str, beta: float) 
 
 
 def test_accumulation(build: Build) -> None:
-    """Micro-batches of 4 that are added up are a batch of 8, whatever their lengths and whichever are empty."""
+    """Accumulated micro-batches of 4 equal a batch of 8, with any lengths and empty rows."""
     _, cls = classes()
     whole = build(cls, **LEVELS["sequence"], loss_type="grpo", gradient_accumulation_steps=1)
     parts = build(cls, **LEVELS["sequence"], loss_type="grpo", gradient_accumulation_steps=2)
@@ -380,7 +380,7 @@ def test_adapters(build: Build) -> None:
 
 
 def test_bf16(build: Build) -> None:
-    """Under autocast TRL rounds logits to bf16: what that does to log-probabilities is far beyond GSPO's clip range."""
+    """Under autocast TRL rounds logits to bf16, which changes log-probabilities by far more than GSPO's clip range."""
     trl, ours = (build(cls, bf16=True, importance_sampling_level="sequence", loss_type="grpo") for cls in classes())
     inputs = batch_of(trl, off_policy=0.0)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -407,7 +407,7 @@ FSDP2 = ("head with the rest", "head alone")
 
 
 def on_ranks(folder: Path) -> None:
-    """Under torchrun: DDP trains as TRL's does; gradients under FSDP2 are the mean of those of the ranks."""
+    """Under torchrun: DDP trains as with TRL; gradients under FSDP2 are the mean over the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -476,7 +476,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def test_empty_rows_are_not_counted(build: Build) -> None:
-    """TRL divides by them, and has them in its metrics."""
+    """TRL counts them in its divisor and its metrics."""
     trl, ours = (build(cls, **LEVELS["sequence"], loss_type="grpo") for cls in classes())
     inputs = batch_of(trl)
     assert inputs["old_per_token_logps"].shape[0] == 8
@@ -498,7 +498,7 @@ def test_empty_rows_are_not_counted(build: Build) -> None:
 
 
 def test_truncated_completions(build: Build) -> None:
-    """`mask_truncated_completions` makes empty rows; those left are counted over the whole generation batch."""
+    """`mask_truncated_completions` makes empty rows; the others are counted over the generation batch."""
     _, cls = classes()
     ours = build(cls, **LEVELS["sequence"], loss_type="grpo", mask_truncated_completions=True, max_steps=4)
     seen, compute = [], ours._compute_loss
@@ -516,19 +516,19 @@ def test_truncated_completions(build: Build) -> None:
 
 
 def test_nan_in_the_padding(build: Build) -> None:
-    """Hidden states at padding are anybody's. TRL multiplies their gradients by 0 on a CPU, and NaN times 0 is NaN."""
+    """Hidden states at padding are undefined. TRL multiplies their gradients by 0, and NaN times 0 is NaN."""
     trl, ours = (build(cls, **LEVELS["sequence"], loss_type="grpo") for cls in classes())
     inputs = batch_of(trl)
     clean = said(ours, inputs)
     attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     nowhere = attended == 0
 
-    def spoil(module: Any, args: Any, output: Tensor) -> Tensor:
+    def nan_at_padding(module: Any, args: Any, output: Tensor) -> Tensor:
         return output.masked_fill(nowhere[:, :, None], torch.nan)
 
     found = []
     for trainer in (trl, ours):
-        hook = trainer.model.model.norm.register_forward_hook(spoil)
+        hook = trainer.model.model.norm.register_forward_hook(nan_at_padding)
         found.append(said(trainer, inputs))
         hook.remove()
     assert found[0][1]["lm_head.weight"].isnan().any()
@@ -538,7 +538,7 @@ def test_nan_in_the_padding(build: Build) -> None:
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_far_off_policy(build: Build, advantage: float) -> None:
-    """A ratio that overflows: TRL's gradient is NaN. Ours is none, of a sequence that is clipped or saturated."""
+    """A ratio that overflows: TRL's gradient is NaN. Ours is 0, because the sequence is clipped or saturated."""
     trl, ours = (build(cls, **LEVELS["sequence"], loss_type="grpo") for cls in classes())
     inputs = batch_of(trl)
     inputs["old_per_token_logps"][0] -= 200.0
@@ -560,7 +560,7 @@ def test_nan_of_masked_tokens(build: Build, name: str) -> None:
 
 
 def test_completions_of_one_token(build: Build) -> None:
-    """TRL takes [B, 1] for one number per sequence, and has masked tokens in its means."""
+    """TRL reads [B, 1] as one number per sequence, and counts masked tokens in its means."""
     trl, ours = (build(cls, **LEVELS["token"], loss_type="bnpo") for cls in classes())
     inputs = {n: x[:, :1] if n.startswith(("completion", "old")) else x for n, x in batch_of(trl).items()}
     assert_equal(said(trl, inputs), said(ours, inputs))
@@ -663,7 +663,7 @@ def test_images_are_refused(build: Build) -> None:
 
 
 def test_the_head_still_makes_logits(build: Build, models: dict[str, str], tmp_path: Path) -> None:
-    """For generation, and for who loads what was saved."""
+    """For generation, and after the model is saved and loaded."""
     from transformers import AutoModelForCausalLM
 
     ours = build(classes()[1])

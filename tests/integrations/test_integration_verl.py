@@ -40,7 +40,7 @@ needs_verl = pytest.mark.skipif(not VERL, reason="verl is not installed (pip ins
 
 
 def needs(module: str) -> pytest.MarkDecorator:
-    """A module of verl that asks for more than its losses do."""
+    """Skips where a module of verl, which needs more packages than its losses, cannot be imported."""
     found = None
     if VERL:
         with suppress(ImportError):
@@ -133,7 +133,7 @@ def call(name: str, given: dict[str, Any], **more: Any) -> tuple[Tensor, Tensor,
 
 
 def options_of(mode: str, info: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    """Of the oracle: what verl divides by, in plain words; gradients are averaged over dp_size ranks afterwards."""
+    """The oracle's options for verl's divisor; gradients are averaged over dp_size ranks afterwards."""
     kept = [sum(bool(batch.mask[t]) for t in rows) for rows in batch.sequences]
     tokens, sequences = info.get("batch_num_tokens", sum(kept)), info.get("global_batch_size", sum(map(bool, kept)))
     factor = info.get("loss_scale_factor") or max(batch.lengths) + 1
@@ -160,9 +160,9 @@ def test_every_aggregation_against_the_oracle(name: str, mode: str, info: Any, w
     loss, gradient, metrics = call(name, given, loss_agg_mode=mode, config=config(global_batch_info=dict(info)))
     expected = batch.expected(objective, dual_clip=3.0, **options_of(mode, info, batch))
     check_number("loss", float(loss), expected.loss, 1e-12 * expected.loss_size)
-    wanted = to_padded(torch.tensor(expected.d_logprobs, dtype=torch.float64), batch.lengths, 0.0)
+    reference = to_padded(torch.tensor(expected.d_logprobs, dtype=torch.float64), batch.lengths, 0.0)
     size = to_padded(torch.tensor(expected.d_logprobs_size, dtype=torch.float64), batch.lengths, 0.0)
-    check_close("gradient", gradient, wanted, 1e-12 * size)
+    check_close("gradient", gradient, reference, 1e-12 * size)
     check_metrics(metrics, batch, expected, objective)
 
 
@@ -200,7 +200,7 @@ def sequence_ratio(batch: Batch, rows: range) -> float:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_shares_of_ranks_and_micro_batches_are_the_whole(name: str, mode: str) -> None:
-    """verl sums micro-batches, and averages ranks: what they return makes the loss of one process (verl #5798)."""
+    """verl sums over micro-batches and averages over ranks: the result equals one process (verl #5798)."""
     objective = LOSSES[name]
     batch = ragged_batch(objective)
     whole = arguments(batch)
@@ -223,7 +223,7 @@ def test_shares_of_ranks_and_micro_batches_are_the_whole(name: str, mode: str) -
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_in_which_nothing_counts(name: str, mode: str) -> None:
-    """verl rejects whole responses by their mask: locally it divides 0 by 0 then."""
+    """verl rejects whole responses by their mask; its local mean is then 0 / 0."""
     given = arguments(ragged_batch(LOSSES[name])) | {"response_mask": torch.zeros(13, 8, dtype=torch.bool)}
     for info in ({}, {"dp_size": 2, "batch_num_tokens": 0, "global_batch_size": 0}):
         loss, gradient, metrics = call(name, given, loss_agg_mode=mode, config=config(global_batch_info=info))
@@ -234,7 +234,7 @@ def test_a_batch_in_which_nothing_counts(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("side", ["low", "high"])
 def test_the_edge_of_the_clip_range(name: str, side: str) -> None:
-    """Ratios 3e-8 from the edge, float32 log-probabilities: what clips is what clips in the oracle."""
+    """Ratios 3e-8 from the edge, float32 log-probabilities: decisions equal the oracle's."""
     batch = edge_batch(LOSSES[name], side)
     given = arguments(batch, dtype=torch.float32)
     kept = given["response_mask"]
@@ -277,7 +277,7 @@ TOKEN_ARRAYS = ["log_prob", "old_log_prob", "advantages", "response_mask", "roll
 @pytest.mark.parametrize("array", TOKEN_ARRAYS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_token_arrays_are_refused_by_verls_names(name: str, array: str) -> None:
-    """Nothing is broadcast: [B], [B, 1], [1, T], [B, T + 1] are as wrong as no tensor."""
+    """Nothing is broadcast: [B], [B, 1], [1, T] and [B, T + 1] are refused."""
     given = arguments(ragged_batch(LOSSES[name], weights="token"), clean=True)
     right = given[array].detach()
     wider = torch.cat((right, right[:, :1]), 1)
@@ -336,7 +336,7 @@ def test_other_divisors_of_nothing(name: str, value: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_verls_gspo(name: str, dtype: torch.dtype, mode: str, info: Any, weights: str | None) -> None:
-    """Without a dual clip, which verl's GSPO leaves out whatever clip_ratio_c is, and with a clean padding."""
+    """Without a dual clip, because verl's GSPO ignores clip_ratio_c, and with zeros in the padding."""
     by_token = name == "gspo_token_kernels"
     if weights == "token" and not by_token:
         weights = "sequence"  # see test_weights_per_token_in_gspo
@@ -357,7 +357,7 @@ def test_equals_verls_gspo(name: str, dtype: torch.dtype, mode: str, info: Any, 
 
 @needs_verl
 def test_clip_ratio_c_of_verl_is_never_read() -> None:
-    """verl's scripts set clip_ratio_c for GSPO, "dual-clip guard": its loss has the same bits without. Ours has it."""
+    """verl's scripts set clip_ratio_c for GSPO ("dual-clip guard"), but its loss ignores it. Ours honours it."""
     given = arguments(ragged_batch("gspo"), clean=True)
     theirs = [call("gspo", given, config=config(clip_ratio_c=c))[0] for c in (1.5, 10.0)]
     assert torch.equal(*theirs)
@@ -367,7 +367,7 @@ def test_clip_ratio_c_of_verl_is_never_read() -> None:
 
 @needs_verl
 def test_garbage_in_the_padding() -> None:
-    """One NaN of an old log-probability where the mask is False: verl's loss is NaN in every mode that has means."""
+    """One NaN in old_log_prob where the mask is False: verl's loss is NaN in every mode with a mean."""
     batch = ragged_batch("gspo")
     given = arguments(batch, clean=True)
     outside = torch.nonzero(~given["response_mask"] & given["response_mask"].any(1, keepdim=True))[0]
@@ -387,14 +387,14 @@ def test_a_stale_response() -> None:
     none = config(clip_ratio_c=None)
     assert bool((call("gspo", given, config=none)[1][i] == 0).all())
     kept = given["response_mask"][i]
-    wanted = -given["advantages"][i] * math.exp(11) / (kept.sum() * given["response_mask"].any(1).sum())
-    check_close("gradient", call("gspo_kernels", given, config=none)[1][i], wanted, 1e-9 * wanted.abs())
+    reference = -given["advantages"][i] * math.exp(11) / (kept.sum() * given["response_mask"].any(1).sum())
+    check_close("gradient", call("gspo_kernels", given, config=none)[1][i], reference, 1e-9 * reference.abs())
     assert bool((call("gspo_kernels", given)[1][i] == 0).all()), "held at clip_ratio_c"
 
 
 @needs_verl
 def test_weights_per_token_in_gspo() -> None:
-    """GSPO's ratio is the response's: weights of its tokens add up. verl's form weighs each token's gradient alone."""
+    """GSPO's ratio is the response's, so its tokens' weights are averaged. verl weights each token's gradient."""
     given = arguments(ragged_batch("gspo", weights="token"), clean=True)
     none = {"config": config(clip_ratio_c=None)}
     ours, theirs = call("gspo_kernels", given, **none), call("gspo", given, **none)
@@ -408,7 +408,7 @@ def test_weights_per_token_in_gspo() -> None:
 
 @needs_verl
 def test_rejected_responses_count_where_verl_counts_them() -> None:
-    """A response without an unmasked token: left out of verl's local count, but not of global_batch_size."""
+    """A response without unmasked tokens is not in verl's local count, but in global_batch_size."""
     given = arguments(ragged_batch("gspo"), clean=True)
     given["response_mask"][0, 0] = False  # masked first, and a response all the same
     responses = len(given["response_mask"])
@@ -513,30 +513,30 @@ def peaky(shape: tuple[int, ...], vocab: int = 97, seed: int = 0) -> tuple[Tenso
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5)])
 def test_provider_is_token_logprobs(shape: tuple[int, ...]) -> None:
-    """With a temperature per row, of which padding has 0: finite there, as verl's clamp makes it."""
+    """With a temperature per row, which is 0 at padding: results there are finite, as with verl's clamp."""
     logits, labels = peaky(shape)
     temperature = torch.rand(shape) + 0.5
     temperature[0] = 0.0
     leaf = logits.clone().requires_grad_()
     found = integration().log_probs_and_entropy(leaf, labels, temperature)
-    wanted = token_logprobs(logits, labels, temperature=temperature.clamp(min=1e-6))
-    assert torch.equal(found[0], wanted.logprobs) and torch.equal(found[1], wanted.entropy)
+    reference = token_logprobs(logits, labels, temperature=temperature.clamp(min=1e-6))
+    assert torch.equal(found[0], reference.logprobs) and torch.equal(found[1], reference.entropy)
     (found[0].sum() + found[1].sum()).backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_provider_takes_whole_temperatures(dtype: torch.dtype) -> None:
-    """As numbers, whatever torch's default dtype is; 0 at padding is raised as in verl. A mask is no temperature."""
+    """Integers are accepted under any default dtype; 0 at padding is raised as in verl. Bool is refused."""
     logits, labels = peaky((4,))
     temperature = torch.tensor([1, 2, 0, 3])
-    wanted = token_logprobs(logits, labels, temperature=temperature.double().clamp(min=1e-6))
+    reference = token_logprobs(logits, labels, temperature=temperature.double().clamp(min=1e-6))
     torch.set_default_dtype(torch.bfloat16)  # clamp() brings integers into the default dtype
     try:
         found = integration().log_probs_and_entropy(logits, labels, temperature.to(dtype))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found[0], wanted.logprobs) and torch.equal(found[1], wanted.entropy)
+    assert torch.equal(found[0], reference.logprobs) and torch.equal(found[1], reference.entropy)
     with pytest.raises(TypeError, match=r"^temperature: expected .* an integer dtype; got torch\.bool"):
         integration().log_probs_and_entropy(logits, labels, temperature.bool())
 
@@ -553,7 +553,7 @@ def test_provider_writes_over_the_logits_if_asked(inplace: bool) -> None:
 @needs_verl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_provider_against_verls_functions(dtype: torch.dtype) -> None:
-    """In float32 the same numbers; in bf16 the same as verl's on the float32 values, which verl's own are not."""
+    """In float32 equal to verl's. For bf16 logits equal to verl's on the same values in float32."""
     from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 
     logits, labels = peaky((64,))
@@ -621,7 +621,7 @@ def micro_batch(remove_padding: bool, per_sample: bool) -> tuple[Any, dict[str, 
 
 
 def bare(cls: type) -> Any:
-    """An engine without a model: what turns logits into log-probabilities asks for no more."""
+    """An engine without a model, which is enough for log-probabilities from logits."""
     engine = cls.__new__(cls)
     engine.use_ulysses_sp = False
     engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
@@ -636,7 +636,7 @@ def bare(cls: type) -> Any:
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("remove_padding", [False, True])
 def test_fsdp_engine_against_verls(remove_padding: bool, per_sample: bool, autocast: bool) -> None:
-    """Packed and padded logits, one temperature and one a sample, within the autocast that verl's engine opens."""
+    """Packed and padded logits, one temperature or one per sample, under autocast as in verl's engine."""
     registry = registered_engines()
     engines = registry._engines["language_model"]["fsdp"]
     found = []
@@ -686,7 +686,7 @@ def test_fsdp_engine_refuses_by_name(option: str) -> None:
 
 
 class Megatron:
-    """Of verl's engine what our part of it asks for."""
+    """The parts of verl's engine that ours needs."""
 
     engine_config = SimpleNamespace(use_fused_kernels=False)
 
@@ -724,18 +724,18 @@ def test_megatron_logits_over_two_ranks(mark: int) -> None:
     logits, labels = peaky((2, 9), vocab=96)
     temperature = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) + 0.5
     leaf = logits.clone().requires_grad_()
-    wanted = token_logprobs(leaf, labels, temperature=temperature)
-    (wanted.logprobs.sum() + 0.1 * wanted.entropy.sum()).backward()
+    reference = token_logprobs(leaf, labels, temperature=temperature)
+    (reference.logprobs.sum() + 0.1 * reference.entropy.sum()).backward()
     for one in found:
-        check_close("log_probs", one["log_probs"], wanted.logprobs, 1e-6 * (1 + wanted.logprobs.abs()))
-        check_close("entropy", one["entropy"], wanted.entropy, 1e-6 * (1 + wanted.entropy))
+        check_close("log_probs", one["log_probs"], reference.logprobs, 1e-6 * (1 + reference.logprobs.abs()))
+        check_close("entropy", one["entropy"], reference.entropy, 1e-6 * (1 + reference.entropy))
     gradient = torch.cat([one["gradient"] for one in found], -1)
     assert leaf.grad is not None
     check_close("gradient", gradient, leaf.grad, 2e-6 * leaf.grad.abs() + 1e-7)
 
 
 def beside_verls(rank: int) -> list[dict[str, Tensor]]:
-    """In a rank: ours, and what verl has for Megatron's logits: its own entropy, and Megatron's cross entropy."""
+    """In a rank: ours, and verl's for Megatron's logits: its entropy, and Megatron's cross entropy."""
     from megatron.core import parallel_state
     from verl.utils.megatron import tensor_parallel
 
@@ -766,7 +766,7 @@ def test_against_verls_vocabulary_parallel_functions(mark: int) -> None:
 
 
 def on_a_dtensor(rank: int) -> list[dict[str, Tensor]]:
-    """In a rank: both engines on logits that are a DTensor, which verl's own gathers and ours does not."""
+    """In a rank: both engines on DTensor logits, which verl's engine gathers and ours does not."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -808,7 +808,7 @@ def test_megatron_engine_refuses_its_fused_head() -> None:
 
 
 def load(**environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that imports verl, and prints the names of its losses."""
+    """A process that imports verl and prints the names of its losses."""
     code = "import verl; import verl.trainer.ppo.core_algos as c; print('losses:', *c.POLICY_LOSS_REGISTRY)"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -827,7 +827,7 @@ def test_loaded_as_an_external_module() -> None:
 @needs_verl
 @pytest.mark.parametrize("broken", [False, True])
 def test_loaded_as_a_plugin(tmp_path: Path, broken: bool) -> None:
-    """By an entry point as pyproject.toml has it. verl swallows what a plugin raises; the log does not."""
+    """By the entry point in pyproject.toml. verl swallows a plugin's exception; our log reports it."""
     root = Path(__file__).parents[2]
     text = (root / "pyproject.toml").read_text()
     assert '[project.entry-points."verl.plugins"]\ngspo_kernels = "gspo_kernels.integrations.verl"\n' in text

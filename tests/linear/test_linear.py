@@ -26,7 +26,7 @@ TWO = sized(OBJECTIVES, ["gspo", "ppo"])
 
 
 def run_and_check(batch: Batch, layout: str, objective: str, rows: int | None, frozen: bool, **options: Any) -> None:
-    """bf16 and fp16 may be rounded twice: as an operand of the products, and when the gradient is handed over."""
+    """bf16 and fp16 may be rounded twice: as an operand of the products, and when the gradient is returned."""
     function = Identity(objective, rows, frozen)
     backend, upstream = options.pop("backend", None), options.pop("upstream", 1.0)
     outcome = run(batch, layout, objective, function=function, upstream=upstream, backend=backend, **options)
@@ -105,7 +105,7 @@ def test_a_large_odd_vocabulary(objective: str, backend: str, frozen: bool) -> N
 
 
 def test_every_exported_linear_loss_has_an_oracle() -> None:
-    """An objective that is given away from hidden states is tested from hidden states."""
+    """Every objective with a public loss from hidden states is tested from hidden states."""
     exported = {
         name.removesuffix("_loss").removeprefix("linear_")
         for name in gspo_kernels.__all__

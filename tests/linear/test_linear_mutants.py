@@ -47,7 +47,7 @@ def check(frozen: bool = False, rows: int = 3, **setting: Any) -> None:
 
 
 def wrap(patch: Patch, where: Any, name: str, around: Callable[..., Any]) -> None:
-    """`around(original, *arguments)` in the place of `where.name`."""
+    """`around(original, *arguments)` replaces `where.name`."""
     original = getattr(where, name)
     patch.setattr(where, name, lambda *given, **named: around(original, *given, **named))
 

@@ -11,13 +11,13 @@ from modes import DEFAULT_MODE, on_device
 from torch import Tensor
 
 from gspo_kernels import GRPO, GSPO
-from gspo_kernels.layout import batch_shape
+from gspo_kernels.base.layout import batch_shape
+from gspo_kernels.base.operators import Operator, _flatten
+from gspo_kernels.base.scalars import run_time_list
 from gspo_kernels.linear.operators import LINEAR_LOSS, LINEAR_ROW_GRADIENT, LINEAR_ROW_STATS
 from gspo_kernels.linear.types import HeadArguments, NeedsGrad
 from gspo_kernels.losses.token_stage import TokenInputs, token_inputs
-from gspo_kernels.operators import Operator, _flatten
 from gspo_kernels.rows.types import RowStats, Upstream
-from gspo_kernels.scalars import run_time_list
 
 pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
 

@@ -127,14 +127,14 @@ def test_chunk_size_where_gradients_stay(held: int, rows: tuple[int, int], monke
 def expected_work(p: Problem, objective: str, most: int, frozen: bool, **options: Any) -> tuple[int, int, int, int]:
     """forward, recomputed, backward rows and chunks, from the oracle's coefficients and the rule said in words."""
     truth = p.batch.expected(objective, **options)
-    live = [[t for t in rows if p.batch.mask[t]] for rows in p.batch.sequences]
+    selected = [[t for t in rows if p.batch.mask[t]] for rows in p.batch.sequences]
     active = {t for t, (g, h) in enumerate(zip(truth.d_logprobs, truth.d_entropy, strict=True)) if g or h}
-    total = sum(map(len, live))
+    total = sum(map(len, selected))
     on_policy = p.batch.old_logprobs is None and not options.get("beta") and not options.get("entropy_coef")
     if on_policy or objective in ("grpo", "ppo"):  # a row needs no other
         return total, 0, len(active), -(-total // most)
     again = backward = chunks = held = 0
-    for rows in live:
+    for rows in selected:
         some = [t for t in rows if t in active]
         if len(rows) <= most:
             backward += len(some)
@@ -183,10 +183,10 @@ def test_rows_are_multiplied_as_often_as_needed(objective: str, option: str, fro
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_without_a_gradient_there_is_one_product(objective: str) -> None:
     p = problem(objective, seed=61)
-    live = int(p.batch.mask.sum())
-    for rows, chunks in ((1, live), (live, 1), (100, 1)):
+    selected = int(p.batch.mask.sum())
+    for rows, chunks in ((1, selected), (selected, 1), (100, 1)):
         found = from_hidden(p, "packed", objective, rows=rows, needs_grad=())
-        assert rows_of_work(found.stats) == (live, 0, 0, chunks)
+        assert rows_of_work(found.stats) == (selected, 0, 0, chunks)
 
 
 @NOT_INTERPRETED
@@ -260,15 +260,15 @@ def test_an_objective_of_ones_own(objective: gspo_kernels.Objective, frozen: boo
     """At any chunk the loss and the gradients of the whole batch; what fits is computed once."""
     p = problem("grpo", seed=64, lengths=(5, 1, 0, 4, 3))
     truth = from_logits(p, layout, "grpo", function=partial(policy_loss, objective=objective))
-    live = int(p.batch.mask.sum())
-    for rows in (1, 3, live - 1, live):
+    selected = int(p.batch.mask.sum())
+    for rows in (1, 3, selected - 1, selected):
         found = from_hidden(
             p, layout, "grpo", rows=rows, function=partial(linear_policy_loss, objective=objective),
             needs_grad=["hidden"] if frozen else ["hidden", "weight"],
         )  # fmt: skip
         check_same(found, truth, p)
         _, again, _, chunks = rows_of_work(found.stats)
-        if rows == live:
+        if rows == selected:
             assert (again, chunks) == (0, 1)
         elif objective.depends_on == "batch":
             assert (again > 0) == (not frozen)

@@ -1,4 +1,4 @@
-"""Why the head is part of the loss: logits in fp32, and a head's gradient that many chunks do not wear down."""
+"""Why the head is part of the loss: logits in fp32, and a head gradient that loses no digits over many chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gspo_kernels import grpo_loss, gspo_loss, linear_grpo_loss, linear_gspo_los
 pytestmark = NOT_INTERPRETED  # thousands of rows
 
 TARGETS = 64  # of the vocabulary, the others are never a token
-# Tensor cores cut off the last bits where a CPU rounds: 256 products add up to 5e-6 (on an H200) in place of 2e-6.
+# Tensor cores cut off the last bits where a CPU rounds: 256 products err by 5e-6 (on an H200) instead of 2e-6.
 EXACT = 8e-6 if ON_GPU else 4e-6
 
 

@@ -1,7 +1,6 @@
-"""Losses from hidden states whose head, or whose tokens, lie on several ranks, against one process in float64.
+"""Losses from hidden states whose head or tokens are sharded over ranks, against one process in float64.
 
-Real processes over gloo. A world is started once a test and goes through many cases; what its ranks found is put
-together and checked here.
+Real processes over gloo. Each test starts its ranks once and runs many cases; results are checked here.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from test_linear_plans import OfSequence, OverMean
 from torch import Tensor
 
 from gspo_kernels import token_logprobs
-from gspo_kernels.layout import Layout
+from gspo_kernels.base.layout import Layout
 from gspo_kernels.linear import chunked_loss, head
 from gspo_kernels.linear.head import Head
 from gspo_kernels.rows.vocab_shard import VocabShard
@@ -281,17 +280,17 @@ def test_another_plan_on_one_rank_is_refused(at: HeadGrid) -> None:
 
 
 def hidden_gradient_of_this_rank(patch: Patch) -> None:
-    patch.setattr(Head, "_add_up_hidden", lambda self, shard: None)
+    patch.setattr(Head, "_sum_hidden_gradient", lambda self, shard: None)
 
 
-def hidden_gradient_added_up_twice(patch: Patch) -> None:
-    once = Head._add_up_hidden
+def hidden_gradient_summed_twice(patch: Patch) -> None:
+    once = Head._sum_hidden_gradient
 
-    def add_up(self: Head, shard: Any) -> None:
+    def sum_twice(self: Head, shard: Any) -> None:
         once(self, shard)
         once(self, shard)
 
-    patch.setattr(Head, "_add_up_hidden", add_up)
+    patch.setattr(Head, "_sum_hidden_gradient", sum_twice)
 
 
 def rank_not_told_of_other_columns(patch: Patch) -> None:
@@ -343,7 +342,7 @@ def plan_of_this_rank(patch: Patch) -> None:
 
 
 TP_MUTANTS = [
-    hidden_gradient_of_this_rank, hidden_gradient_added_up_twice, rank_not_told_of_other_columns,
+    hidden_gradient_of_this_rank, hidden_gradient_summed_twice, rank_not_told_of_other_columns,
     statistics_of_this_rank, padding_multiplied,
 ]  # fmt: skip
 CP_MUTANTS = [chunks_of_this_rank, gradients_that_stay, gradients_that_cross_twice, count_of_this_rank]
@@ -377,7 +376,7 @@ def sizes(collectives: Sequence[Collective], when: str, kind: str, group: str) -
     return [c.numbers for c in collectives if (c.when, c.kind, c.group) == (when, kind, group)]
 
 
-def live(case: Case) -> int:
+def selected(case: Case) -> int:
     return int(linear_sharding.problem_of(case).batch.mask.sum())
 
 
@@ -436,10 +435,12 @@ def test_collectives_of_token_logprobs() -> None:
     at = HeadGrid(tp=2)
     for of_rank in ranks.run(at.size, linear_sharding.counted, at, LOGPROBS, True):
         for case, (_, collectives) in zip(LOGPROBS, of_rank, strict=True):
-            assert sum(sizes(collectives, "loss", "gather", "tp")) == A_ROW * live(case), collectives
+            assert sum(sizes(collectives, "loss", "gather", "tp")) == A_ROW * selected(case), collectives
             assert not sizes(collectives, "loss", "reduce", "tp")
             reduced = (
-                [live(case) * linear_sharding.problem_of(case).hidden.shape[1]] if "hidden" in case.needs_grad else []
+                [selected(case) * linear_sharding.problem_of(case).hidden.shape[1]]
+                if "hidden" in case.needs_grad
+                else []
             )
             assert sizes(collectives, "backward", "reduce", "tp") == reduced
             assert not sizes(collectives, "backward", "gather", "tp")

@@ -119,7 +119,7 @@ def test_a_tied_head_gets_both_shares(on_policy: bool) -> None:
 
 @on_and_off
 def test_gradients_accumulate(on_policy: bool) -> None:
-    """Two micro-batches into the same leaves; what the first backward handed out is added to."""
+    """Two micro-batches into the same leaves: the second backward adds to the gradients of the first."""
     p = problem("gspo", seed=84, lengths=LENGTHS, bias=True, on_policy=on_policy)
     alone = from_hidden(p, "packed", "gspo", rows=3)
     hidden, weight, bias, loss = given(p)
@@ -305,5 +305,5 @@ def test_many_threads_at_once() -> None:
 
     alone = [work(p) for p in problems]
     with ThreadPoolExecutor(6) as pool:
-        for together, by_itself in zip(pool.map(work, problems), alone, strict=True):
-            assert equal(together, by_itself)
+        for in_pool, by_itself in zip(pool.map(work, problems), alone, strict=True):
+            assert equal(in_pool, by_itself)

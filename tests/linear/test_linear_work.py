@@ -1,4 +1,4 @@
-"""What it costs: multiplications counted where they are made, and memory measured by the operating system."""
+"""The cost: operations counted at each product, and memory measured by the operating system."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_no_row_is_multiplied_without_need(objective: str, layout: str, dtype: t
     """Masked rows not at all, clipped ones and those of advantage 0 not in the backward, no fitting sequence twice."""
     p = problem(objective, seed=71, dtype=dtype)
     truth = p.batch.expected(objective)
-    live, active = int(p.batch.mask.sum()), sum(g != 0 for g in truth.d_logprobs)
-    assert 0 < active < live < len(p.hidden), "some of each"
+    selected, active = int(p.batch.mask.sum()), sum(g != 0 for g in truth.d_logprobs)
+    assert 0 < active < selected < len(p.hidden), "some of each"
     found = from_hidden(p, layout, objective, rows=8)
     forward, again, backward, _ = rows_of_work(found.stats)
     assert counted.operations == (forward + again + 2 * backward) * ONE, "stats.head tells what was done"
     if not ON_GPU:  # where gradient rows come in multiples
-        assert counted.operations == (live + 2 * active) * ONE
-    assert (forward, again) == (live, 0)
+        assert counted.operations == (selected + 2 * active) * ONE
+    assert (forward, again) == (selected, 0)
 
 
 @NOT_INTERPRETED

@@ -238,8 +238,10 @@ def test_statistics_of_a_row_do_not_depend_on_chunk_batch_or_threads(
     for start, stop in ((0, 1), (2, 5), (1, len(p.hidden))):
         some = p.hidden[start:stop], p.weight, p.batch.token_ids[start:stop].clamp(min=0)
         alone = gspo_kernels.linear_token_logprobs(*some, bias=p.bias, chunk_bytes=chunk_bytes).logprobs
-        live = p.batch.mask[start:stop]
-        same = torch.equal(alone.to(expected.dtype)[live], expected[start:stop][live])  # of float64, stats have float32
+        selected = p.batch.mask[start:stop]
+        same = torch.equal(
+            alone.to(expected.dtype)[selected], expected[start:stop][selected]
+        )  # of float64, stats have float32
         assert same, "of a part of the batch"
 
 

@@ -16,7 +16,7 @@ from modes import DEFAULT_MODE, NOT_INTERPRETED, on_device, sized
 from torch import Tensor
 
 import gspo_kernels
-from gspo_kernels import checks
+from gspo_kernels.base import checks
 
 B, T, V, D = 2, 3, 5, 4
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gspo_kernels import policy_loss, token_logprobs
-from gspo_kernels.collectives import Ranks
+from gspo_kernels.base.collectives import Ranks
 
 pytestmark = pytest.mark.plain_memory  # inductor warns about, and slows down under, deterministic fills
 

@@ -264,7 +264,7 @@ def test_cu_seqlens_of_both_widths(dtype: torch.dtype) -> None:
 
 def test_no_sequence_for_some_rows_is_refused_by_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nothing reads the boundaries, and kernels would get arrays of no sequences."""
-    monkeypatch.setattr("gspo_kernels.layout.may_read", lambda tensor: False)
+    monkeypatch.setattr("gspo_kernels.base.layout.may_read", lambda tensor: False)
     one_entry = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "advantages": torch.ones(0)}
     for old in (None, torch.full((6,), -1.0)):
         with pytest.raises(ValueError, match=r"cu_seqlens: expected boundaries that end at 6.*; got one entry"):

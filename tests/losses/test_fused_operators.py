@@ -10,12 +10,12 @@ from modes import KERNELS, on_device
 from torch import Tensor
 
 from gspo_kernels import GRPO, GSPO
-from gspo_kernels.layout import batch_shape
+from gspo_kernels.base.layout import batch_shape
+from gspo_kernels.base.operators import _flatten
+from gspo_kernels.base.scalars import run_time_list
 from gspo_kernels.losses.fused_loss import fused_loss, fused_stage
 from gspo_kernels.losses.token_stage import TokenInputs, token_inputs
-from gspo_kernels.operators import _flatten
 from gspo_kernels.rows.types import RowOptions, Rows
-from gspo_kernels.scalars import run_time_list
 
 pytestmark = [
     pytest.mark.plain_memory,

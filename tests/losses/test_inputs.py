@@ -14,8 +14,8 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import GRPO, GSPO, GSPOToken, global_count, policy_loss_from_logprobs
-from gspo_kernels.checks import INTEGERS
-from gspo_kernels.layout import find_segments
+from gspo_kernels.base.checks import INTEGERS
+from gspo_kernels.base.layout import find_segments
 
 VOCAB, WIDTH = 7, 3
 
@@ -28,7 +28,7 @@ def checks_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no check reads a value."""
-    for module in ("checks", "layout", "losses.triton_stage", "rows.operators"):
+    for module in ("base.checks", "base.layout", "losses.triton_stage", "rows.operators"):
         monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
 
 

@@ -23,7 +23,7 @@ LARGE = [5.0, -5.0, 19.0, 21.0, -21.0, 80.0, -80.0]
 @pytest.fixture(autouse=True)
 def unread_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where positive ones are not looked for: there too the loss is finite."""
-    monkeypatch.setattr("gspo_kernels.checks.may_read", lambda tensor: False)
+    monkeypatch.setattr("gspo_kernels.base.checks.may_read", lambda tensor: False)
 
 
 @st.composite

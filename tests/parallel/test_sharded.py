@@ -351,7 +351,7 @@ def counted(rank: int, cases: Sequence[Case]) -> list[tuple[int, int]]:
     groups = ranks.grid(rank, 2, 2)
     with (
         mock.patch(f"torch.distributed.{real.__name__}", gather),
-        mock.patch("gspo_kernels.checks.may_read", lambda tensor: False),
+        mock.patch("gspo_kernels.base.checks.may_read", lambda tensor: False),
     ):
         for case in cases:
             for at in (Grid(tp=2), Grid(cp=2), Grid(tp=2, cp=2)):

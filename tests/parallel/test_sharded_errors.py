@@ -23,7 +23,7 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import VocabularyShard
-from gspo_kernels.agreement import fingerprint
+from gspo_kernels.base.agreement import fingerprint
 
 pytestmark = ranks.mark
 

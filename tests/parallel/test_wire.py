@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from benchmarks import wire
-from benchmarks.wire import Layout, Model, Step
+import wire  # docs/scripts/wire.py
+from wire import Step
 
 # Small enough for the head: 2 responses a GPU of 4 rows each, so 8 rows.
-SMALL = Step(Model("small", hidden=3, vocabulary=10), Layout(tensor=2, context=4, data=3), responses=6, tokens=16)
+SMALL = Step(tensor=2, context=4, data=3, responses=6, tokens=16, hidden=3, vocabulary=10)
 
 
 def test_a_small_step() -> None:
-    assert (SMALL.layout.gpus, SMALL.micro_batches, SMALL.rows) == (24, 2, 8)
+    assert (SMALL.gpus, SMALL.micro_batches, SMALL.rows) == (24, 2, 8)
     assert wire.gathered_logits(SMALL) == 8 * 5 * 2  # rows, the other rank's columns, bf16
     assert wire.megatron_cross_entropy(SMALL) == 8 * (1 + 2) * 4  # over 2 ranks a ring brings 2 x 1/2 of the size
     assert wire.our_rows(SMALL) == 8 * 16  # one other rank's 16 bytes a row
@@ -27,7 +27,7 @@ def test_a_small_step() -> None:
 
 
 def test_qwen_on_64_gpus() -> None:
-    step = next(step for step in wire.STEPS if step.layout.gpus == 64)
+    step = next(step for step in wire.STEPS if step.gpus == 64)
     assert step.rows == 1_048_576  # 128 responses of 8,192 rows
     assert wire.gathered_logits(step) == 3 * 1_048_576 * 37_984 * 2
     assert wire.our_rows(step) == 1_048_576 * 48
@@ -36,17 +36,15 @@ def test_qwen_on_64_gpus() -> None:
 
 
 def test_one_rank_receives_nothing() -> None:
-    alone = Step(SMALL.model, Layout(1, 1, 1), responses=6, tokens=16)
+    alone = replace(SMALL, tensor=1, context=1, data=1)
     assert wire.gathered_logits(alone) == wire.megatron_cross_entropy(alone) == wire.our_rows(alone) == 0
     assert wire.slime_log_probs(alone) == wire.our_sequences(alone) == wire.our_count(alone) == 0
 
 
 def test_every_layout_shares_the_step_evenly() -> None:
-    assert [step.layout.gpus for step in wire.STEPS] == [8, 16, 32, 64, 128, 256, 512]
+    assert [step.gpus for step in wire.STEPS] == [8, 16, 32, 64, 128, 256, 512]
     for step in wire.STEPS:
-        layout = step.layout
-        assert (step.responses % layout.data, step.tokens % layout.context) == (0, 0)
-        assert step.model.vocabulary % layout.tensor == 0
+        assert (step.responses % step.data, step.tokens % step.context, step.vocabulary % step.tensor) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -69,4 +67,4 @@ def test_three_digits(count: float, words: str) -> None:
 def test_the_page_has_the_tables() -> None:
     page = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text()
     for table in wire.markdown():
-        assert table in page, "python -m benchmarks.wire prints the tables of docs/parallel.md"
+        assert table in page, "python docs/scripts/wire.py prints the tables of docs/parallel.md"

@@ -1,7 +1,7 @@
-"""examples/train_distributed.py as it is started: one process, and two ranks under torchrun, have one learning curve.
+"""examples/train_distributed.py as users run it: one process and two ranks under torchrun have equal learning curves.
 
-What is drawn depends on no number of ranks, and float64 keeps rounding out of what is sampled and clipped: all of it is
-equal. Half a minute on two cores that are free, most of it imports.
+Random numbers do not depend on the number of ranks, and in float64 rounding changes no sampled token and no clip
+decision, so all curves are equal. Half a minute on two idle cores, most of it imports.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def trained(path: Path, *arguments: str) -> Any:
-    """The JSON file `path` of a quick run."""
+    """The content of the JSON file `path` after a quick run."""
     found = run(*arguments, "--quick", "--output", str(path.parent))
     assert found.returncode == 0, found.stderr
     return json.loads(path.read_text())
 
 
 def test_two_ranks_learn_as_one_process_does(tmp_path: Path) -> None:
-    """One test, and not three: workers of pytest-xdist would each train the reference."""
+    """One test instead of three, because each worker of pytest-xdist would train the reference."""
     one = trained(tmp_path / "single.json", SCRIPT)
     expected = one["history"]
     assert len(set(expected["responses"])) == one["settings"]["steps"], "each step has responses of its own"
@@ -65,7 +65,7 @@ def test_two_ranks_learn_as_one_process_does(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_ranks_are_asked_for_where_there_are_none() -> None:
+def test_parallel_without_ranks_is_refused() -> None:
     found = run(SCRIPT, "--parallel", "data")
     assert found.returncode == 2
     assert "--parallel data: expected ranks" in found.stderr and "torchrun" in found.stderr

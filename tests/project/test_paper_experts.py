@@ -1,4 +1,4 @@
-"""examples/paper/experts.py: routing replay replays, and changes nothing else."""
+"""examples/paper/routing.py and experts.py: routing replay replays, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ pytestmark = [
 
 
 def experts() -> Any:
-    """Imported by the first test that runs, for it takes seconds."""
+    """Imported by the first test that runs, because it takes seconds."""
     folder = str(Path(__file__).parents[2] / "examples" / "paper")
     if folder not in sys.path:
         sys.path.append(folder)
     return import_module("experts")
 
 
+def routing() -> Any:
+    experts()
+    return import_module("routing")
+
+
 @pytest.fixture(autouse=True)
 def one_thread(threads: None) -> None:
-    """Products this small have no use for a second."""
+    """Products this small gain nothing from a second thread."""
     torch.set_num_threads(1)
 
 
@@ -53,7 +58,7 @@ def batch() -> Any:
     attention, response = torch.ones_like(tokens), torch.ones_like(tokens)
     attention[1, :2] = attention[2, 9:] = 0
     response[:, :4] = response[2, 9:] = 0
-    return experts().Batch(tokens, attention, response)
+    return routing().Batch(tokens, attention, response)
 
 
 def moved(model: Any) -> Any:
@@ -68,10 +73,10 @@ def moved(model: Any) -> Any:
 
 def routed(model: Any, batch: Any) -> tuple[Tensor, Any]:
     """-> the logits, and the batch with the experts that gave them"""
-    with experts().RoutingReplay(model).record() as choices:
+    with routing().RoutingReplay(model).record() as choices:
         logits = batch.logits(model)
     chosen = torch.stack(choices, dim=1).unflatten(0, batch.input_ids.shape)
-    return logits, experts().RoutedBatch(**vars(batch), experts=chosen)
+    return logits, routing().RoutedBatch(**vars(batch), experts=chosen)
 
 
 def gradients(model: Any, logits: Tensor) -> list[Tensor]:
@@ -94,7 +99,7 @@ def test_forced_experts_are_used_and_weighed_by_the_new_router(model: Any, batch
     _, old = routed(model, batch)
     new = moved(model)
     own_logits, own = routed(new, batch)
-    assert experts().changed(own.experts, old.experts).float().mean() > 0.1, "nothing to replay"
+    assert routing().changed(own.experts, old.experts).float().mean() > 0.1, "nothing to replay"
 
     seen = Seen(new)
     logits = old.logits(new)
@@ -131,7 +136,7 @@ def test_the_gradient_is_that_of_the_forced_network(model: Any, batch: Any) -> N
 
     slope = sum(float((gradient * change).sum()) for gradient, change in zip(found, direction, strict=True))
     there, back = along(3e-3), along(-3e-3)
-    assert experts().changed(routed(there, batch)[1].experts, routed(back, batch)[1].experts).any()
+    assert routing().changed(routed(there, batch)[1].experts, routed(back, batch)[1].experts).any()
     with torch.no_grad():
         rise = float(((old.logits(there) - old.logits(back)).flatten() * picked).sum())
     assert rise / 6e-3 == pytest.approx(slope, rel=1e-2)
@@ -154,7 +159,7 @@ def test_without_normalisation_weights_are_the_softmax(model: Any, batch: Any) -
 
 def test_hooks_go_even_after_an_error(model: Any, batch: Any) -> None:
     _, old = routed(model, batch)
-    replay = experts().RoutingReplay(moved(model))
+    replay = routing().RoutingReplay(moved(model))
     with pytest.raises(RuntimeError, match="an error"), replay.replay(old.experts.flatten(0, 1).unbind(1)):
         raise RuntimeError("an error")
     assert not any(router._forward_hooks for router in replay.routers)
@@ -170,18 +175,18 @@ def test_mini_batches_keep_their_experts(model: Any, batch: Any) -> None:
 def test_changed_looks_at_sets_of_experts() -> None:
     old = torch.tensor([[[0, 1], [2, 3], [4, 5]]])
     new = torch.tensor([[[1, 0], [2, 7], [8, 9]]])
-    assert experts().changed(new, old).tolist() == [[[False, False], [False, True], [True, True]]]
+    assert routing().changed(new, old).tolist() == [[[False, False], [False, True], [True, True]]]
 
 
 def test_one_update_is_seen_by_a_look() -> None:
     """Before an update no choice has changed and all ratios are 1; afterwards replay has ratios of its own."""
     settings = replace(experts().QUICK, warmup_steps=1, warmup_batch=4, groups=2, samples=2)
     learner = experts().lab.warmed_up(0, settings, build=experts().build_experts)
-    rollout, old = experts().roll_out_routed(learner, settings)
-    before = experts().look(learner.model, rollout, old)
+    rollout, old = routing().roll_out_routed(learner, settings)
+    before = routing().look(learner.model, rollout, old)
     assert before["moved"].sum() == before["squares"].sum() == before["outside"].sum() == 0
     learner.model = moved(learner.model)
-    after = dict(zip(experts().GROUPS, experts().look(learner.model, rollout, old)["squares"].tolist(), strict=True))
+    after = dict(zip(routing().GROUPS, routing().look(learner.model, rollout, old)["squares"].tolist(), strict=True))
     assert after["tokens"] == pytest.approx(after["rerouted"] + after["kept"])
     assert after["tokens_replayed"] == pytest.approx(after["rerouted_replayed"] + after["kept_replayed"])
     assert after["tokens"] != after["tokens_replayed"] > 0

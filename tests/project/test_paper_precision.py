@@ -1,4 +1,4 @@
-"""examples/paper/noise.py and precision.py: estimators on known data, copies of a policy, what is compared."""
+"""examples/paper/noise.py and precision.py: estimators on known data, copies of a policy, clip decisions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def imported(name: str) -> Any:
-    """By the first test that runs, for it takes seconds."""
+    """By the first test that runs, because it takes seconds."""
     folder = str(Path(__file__).parents[2] / "examples" / "paper")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -42,14 +42,14 @@ def precision() -> Any:
 
 @pytest.fixture(autouse=True)
 def seeded(threads: None) -> None:
-    """And on one thread: products this small have no use for a second."""
+    """And on one thread: products this small gain nothing from a second one."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def learner(precision: Any) -> Any:
-    """Not trained, but with opinions: of equal logits a shifted row would pass for the right one."""
+    """Not trained, but with large logits: with equal ones a shifted row would pass for the right one."""
     lab = precision.lab
     tokenizer = lab.build_tokenizer()
     model = lab.build_model(tokenizer, tied=False)
@@ -61,10 +61,10 @@ def learner(precision: Any) -> Any:
 # --- copies of the policy ---------------------------------------------------------------------------------------------
 
 
-def test_8_bit_weights_are_within_half_a_step_of_their_channel(precision: Any) -> None:
+def test_8_bit_weights_are_within_half_a_step_of_their_channel() -> None:
     weight = torch.randn(5, 64) * torch.tensor([[1e-4], [1.0], [1e4], [0.0], [1.0]])  # sizes far apart, and a zero
     weight[4] = torch.linspace(-1, 1, 64)  # its ends are codes
-    found = precision.Int8Weight.of(weight)
+    found = imported("engines").Int8Weight.of(weight)
     assert found.codes.dtype == torch.int8 and found.codes.abs().max() == 127
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((found.weight() - weight).abs() <= step * 0.5001).all()
@@ -116,11 +116,20 @@ def test_decisions_are_those_of_the_losses(precision: Any) -> None:
     assert len(precision.decisions(new - old, mask, advantages)["gspo"]) == 32, "no advantage, no decision"
 
 
+def test_distance_of_log_ratios_of_both_signs(precision: Any) -> None:
+    log_ratio = 0.1 * torch.randn(50, 8)
+    mask = torch.ones(50, 8)
+    found = precision.apart(log_ratio, mask)
+    assert found["drift"] == pytest.approx(log_ratio.mean().item(), rel=1e-5)
+    assert found["token"] == pytest.approx(log_ratio.double().var().item(), rel=1e-5)
+    assert found["kl_k3"] == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
+
+
 # --- estimators -------------------------------------------------------------------------------------------------------
 
 
 def test_log_weights_of_independent_tokens(noise: Any) -> None:
-    """0.1 a token: sums grow with length, means fall; what stands in the padding is not looked at."""
+    """0.1 per token: sums grow with length, means fall; padding has no effect."""
     lengths = torch.tensor([4, 32]).repeat_interleave(20_000)
     mask = torch.arange(32) < lengths[:, None]
     log_ratio = torch.where(mask, 0.1 * torch.randn(mask.shape) + 0.01, torch.nan)

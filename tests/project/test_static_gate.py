@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from modes import DEFAULT_MODE
 
-from benchmarks.static_gate import cuda_kernels, gate, sass, triton_kernels
-from benchmarks.static_gate.cuda_kernels import Kernel
-from benchmarks.static_gate.figures import ITEM_BYTES, Figures, Hot
-from benchmarks.static_gate.gate import Measured
+from benchmarks import static_cuda, static_gate, static_sass, static_triton
+from benchmarks.static_cuda import Kernel
+from benchmarks.static_gate import Measured
+from benchmarks.static_sass import ITEM_BYTES, Figures, Hot
 
 pytestmark = DEFAULT_MODE
 
@@ -35,7 +35,7 @@ def loop(body: list[str], label: str = ".L_x_1") -> list[str]:
 
 
 def problems(*parts: Iterable[str], kind: str = "read", ptx: str = "fma.rn.f32") -> str:
-    return "; ".join(triton_kernels.read_sass(listing(*parts), ptx, [kind], "bf16", COLUMNS)[1])
+    return "; ".join(static_triton.read_sass(listing(*parts), ptx, [kind], "bf16", COLUMNS)[1])
 
 
 def replaced(body: list[str], old: str, new: str) -> list[str]:
@@ -43,7 +43,7 @@ def replaced(body: list[str], old: str, new: str) -> list[str]:
 
 
 def test_instructions_are_taken_apart() -> None:
-    instructions, labels = sass.parse(
+    instructions, labels = static_sass.parse(
         listing(
             ["MOV R1, c[0x0][0x28]", ".L_x_12:", "@!P0 LDG.E.128 R4, desc[UR4][R2.64+0x800]", "@!UP1 UIADD3 UR4, UR4"]
         )
@@ -57,25 +57,25 @@ def test_instructions_are_taken_apart() -> None:
     ("opcode", "size"), [("LDG.E.U16", 2), ("LDG.E", 4), ("LDG.E.64", 8), ("LDG.E.128", 16), ("STG.E.ENL2.256", 32)]
 )
 def test_the_size_of_an_access(opcode: str, size: int) -> None:
-    assert sass.Instruction("", opcode, "").bytes == size
+    assert static_sass.Instruction("", opcode, "").bytes == size
 
 
 def test_figures_of_a_good_loop() -> None:
     masked = replaced([*READ, *["ISETP.GE.AND P1, PT, R4, R5, PT"] * 30], "LDG", "@P1 LDG")
     text = listing(["MOV R1, R2"], loop(READ), loop(masked, ".L_x_2"), [".L_x_3:", "BRA `(.L_x_3)"])
-    hot, wrong = triton_kernels.read_sass(text, "fma.rn.f32", ["read"], "bf16", COLUMNS)
+    hot, wrong = static_triton.read_sass(text, "fma.rn.f32", ["read"], "bf16", COLUMNS)
     assert (hot, wrong) == ({"read": Hot(5.125, 1.125, 8, 9)}, [])
     assert not problems(loop(WRITE), kind="write")
 
 
 def test_an_unrolled_loop_has_more_columns() -> None:
-    hot, _ = triton_kernels.read_sass(listing(loop(READ * 3)), "fma.rn.f32", ["read"], "bf16", COLUMNS)
+    hot, _ = static_triton.read_sass(listing(loop(READ * 3)), "fma.rn.f32", ["read"], "bf16", COLUMNS)
     assert hot["read"].elements == 3 * COLUMNS
 
 
 def test_a_shifted_row_is_read_twice() -> None:
     shifted = [READ[0], *READ]
-    hot, wrong = triton_kernels.read_sass(
+    hot, wrong = static_triton.read_sass(
         listing(loop(READ), loop(shifted, ".L_x_2")), "fma.rn.f32", ["read", "shifted"], "bf16", COLUMNS
     )
     assert not wrong
@@ -86,13 +86,13 @@ def test_a_shifted_row_is_read_twice() -> None:
 def test_of_several_paths_the_plain_one_counts() -> None:
     """A block without the target jumps over what the target needs."""
     extra = ["@!P1 BRA `(.L_x_2)", *["FSEL R4, R5, R6, P2"] * 50, ".L_x_2:"]
-    hot, _ = triton_kernels.read_sass(listing(loop([*READ, *extra])), "fma.rn.f32", ["read"], "bf16", COLUMNS)
+    hot, _ = static_triton.read_sass(listing(loop([*READ, *extra])), "fma.rn.f32", ["read"], "bf16", COLUMNS)
     assert hot["read"].instructions == 42 / COLUMNS
 
 
 def test_a_path_that_skips_the_work_does_not_count() -> None:
     body = ["@!P1 BRA `(.L_x_2)", *READ, ".L_x_2:", "IADD3 R1, R1, 0x1, RZ"]
-    hot, _ = triton_kernels.read_sass(listing(loop(body)), "fma.rn.f32", ["read"], "bf16", COLUMNS)
+    hot, _ = static_triton.read_sass(listing(loop(body)), "fma.rn.f32", ["read"], "bf16", COLUMNS)
     assert hot["read"].instructions == 43 / COLUMNS
 
 
@@ -108,7 +108,7 @@ def test_a_path_that_skips_the_work_does_not_count() -> None:
     ],
 )
 def test_exponentials_while_loads_are_under_way(body: list[str], covered: int) -> None:
-    (found,) = sass.find_loops(listing(loop(body)))
+    (found,) = static_sass.find_loops(listing(loop(body)))
     assert found.covered == covered
 
 
@@ -139,7 +139,7 @@ def test_spills_outside_of_the_loop_are_refused() -> None:
 
 def test_a_kernel_may_be_allowed_a_few_spills_outside_of_loops() -> None:
     def said(*parts: Iterable[str], allowed: int) -> str:
-        _, found = triton_kernels.read_sass(listing(*parts), "fma.rn.f32", ["read"], "bf16", COLUMNS, allowed=allowed)
+        _, found = static_triton.read_sass(listing(*parts), "fma.rn.f32", ["read"], "bf16", COLUMNS, allowed=allowed)
         return "; ".join(found)
 
     assert "local memory" not in said(["LDL R4, [R1]"], loop(READ), allowed=1)
@@ -167,47 +167,47 @@ GOOD = Figures(96, 16, {"read": Hot(7.5, 1.031, 32, 32)})
 )
 def test_regressions(change: Callable[[Figures], Figures], said: str) -> None:
     then = dataclasses.replace(GOOD, wide_accesses=4)
-    assert gate.judge({"kernel": then}, {"kernel": then}) == []
-    assert said in "; ".join(gate.judge({"kernel": change(then)}, {"kernel": then}))
+    assert static_gate.judge({"kernel": then}, {"kernel": then}) == []
+    assert said in "; ".join(static_gate.judge({"kernel": change(then)}, {"kernel": then}))
 
 
 def test_small_changes_pass() -> None:
     near = Figures(104, 16, {"read": Hot(7.72, 1.031, 32, 28)})
-    assert gate.judge({"kernel": near}, {"kernel": GOOD}) == []
+    assert static_gate.judge({"kernel": near}, {"kernel": GOOD}) == []
 
 
 def test_another_triton_is_held_to_the_budgets_alone() -> None:
     worse = Figures(200, 16, {"read": Hot(7.9, 1.2, 32)})
-    assert gate.judge({"kernel": worse}, None) == []
+    assert static_gate.judge({"kernel": worse}, None) == []
     spilling = dataclasses.replace(worse, problems=("2 accesses to local memory: spills",))
-    assert gate.judge({"kernel": spilling}, None) == ["kernel: 2 accesses to local memory: spills"]
+    assert static_gate.judge({"kernel": spilling}, None) == ["kernel: 2 accesses to local memory: spills"]
 
 
 def test_a_new_kernel_wants_figures() -> None:
-    assert "add it by --write" in gate.judge({"new": GOOD}, {"kernel": GOOD})[0]
+    assert "add it by --write" in static_gate.judge({"new": GOOD}, {"kernel": GOOD})[0]
 
 
 def test_the_committed_figures_name_every_kernel_and_keep_the_budgets() -> None:
-    committed = gate.load()["Triton"].figures
-    assert list(committed) == [job.name for job in triton_kernels.jobs()]
-    for job in triton_kernels.jobs():
+    committed = static_gate.load()["Triton"].figures
+    assert list(committed) == [job.name for job in static_triton.jobs()]
+    for job in static_triton.jobs():
         hot = committed[job.name].loops
-        assert set(hot) == (set(job.variant.loops) if job.target in sass.NVIDIA else set())
+        assert set(hot) == (set(job.variant.loops) if job.target in static_sass.NVIDIA else set())
         for kind, figures in hot.items():
-            assert figures.instructions <= triton_kernels.budget(kind, job.dtype)
+            assert figures.instructions <= static_triton.budget(kind, job.dtype)
 
 
 def test_the_page_has_the_committed_figures() -> None:
     page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
-    for table in gate.markdown():
+    for table in static_gate.markdown():
         assert table in page, "python -m benchmarks.static_gate --markdown prints its tables"
 
 
 def test_figures_are_read_as_they_are_written(tmp_path: Path) -> None:
     measured = {"Triton": Measured("1.2.3", {"one": GOOD, "two": Figures(8, 0, wide_accesses=3)})}
     measured["nvcc"] = Measured("13.0", {"three": GOOD})
-    gate.save(measured, tmp_path / "static.json")
-    assert gate.load(tmp_path / "static.json") == measured
+    static_gate.save(measured, tmp_path / "static.json")
+    assert static_gate.load(tmp_path / "static.json") == measured
 
 
 # ---- CUDA C++: out of shared memory, 32 columns of bf16 a thread and iteration, one look at the maximum
@@ -227,7 +227,7 @@ def resident(
 
 
 def figures_of(text: str, dtype: str = "bf16", **usage: int) -> Figures:
-    return cuda_kernels.read_kernel(text, {**USAGE, **usage}, RESIDENT, dtype)
+    return static_cuda.read_kernel(text, {**USAGE, **usage}, RESIDENT, dtype)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def figures_of(text: str, dtype: str = "bf16", **usage: int) -> Figures:
     ],
 )
 def test_a_template_instance_has_a_readable_name(symbol: str, name: str) -> None:
-    assert cuda_kernels.Instance.of(symbol, "sm_90").name == name
+    assert static_cuda.Instance.of(symbol, "sm_90").name == name
 
 
 def test_figures_of_a_good_cuda_kernel() -> None:
@@ -301,32 +301,32 @@ def test_every_dtype_has_the_same_budget(dtype: str) -> None:
 
 
 def test_the_kernels_are_those_of_the_cubin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "KERNELS", (RESIDENT, Kernel("one_read", "Again", (), "LDG", ("sm_80",))))
+    monkeypatch.setattr(static_cuda, "KERNELS", (RESIDENT, Kernel("one_read", "Again", (), "LDG", ("sm_80",))))
     unknown = SYMBOL.replace("8Resident", "5Other")
     again = SYMBOL.replace("8Resident", "5Again")
     text = "\n".join(resident().replace("kernel", symbol) for symbol in (SYMBOL, unknown, again))
     printed = f"\n Function {SYMBOL}:\n  REG:64 STACK:0 SHARED:1536 LOCAL:0 CONSTANT[0]:768 TEXTURE:0\n"
-    figures = cuda_kernels.read_cubin(text, sass.read_resources(printed), "sm_90")
+    figures = static_cuda.read_cubin(text, static_sass.read_resources(printed), "sm_90")
     assert {name: f.problems for name, f in figures.items()} == {
         "one_read, Resident 256, bf16, sm_90": (),
         "one_read, Other 256, bf16, sm_90": ("KERNELS does not say what loops it must have",),
         "one_read, Resident, fp16, sm_90": ("not in rows.cu",),
         "one_read, Resident, fp32, sm_90": ("not in rows.cu",),
     }
-    assert list(cuda_kernels.in_order([{"a, sm_90": GOOD}, {"a, b, sm_80": GOOD, "a, sm_80": GOOD}])) == [
+    assert list(static_cuda.in_order([{"a, sm_90": GOOD}, {"a, b, sm_80": GOOD, "a, sm_80": GOOD}])) == [
         "a, sm_80", "a, sm_90", "a, b, sm_80"
     ]  # fmt: skip
 
 
 def test_the_committed_figures_name_every_cuda_kernel_and_keep_the_budgets() -> None:
-    if "nvcc" not in gate.load():
+    if "nvcc" not in static_gate.load():
         pytest.skip("no figures by nvcc yet")
-    wanted = {(row, dtype, target) for row in cuda_kernels.KERNELS for dtype in ITEM_BYTES for target in row.targets}
-    for name, figures in gate.load()["nvcc"].figures.items():
+    wanted = {(row, dtype, target) for row in static_cuda.KERNELS for dtype in ITEM_BYTES for target in row.targets}
+    for name, figures in static_gate.load()["nvcc"].figures.items():
         kernel, words, dtype, target = name.split(", ")
-        row = cuda_kernels.Instance(kernel, tuple(words.split()), dtype, target).row
+        row = static_cuda.Instance(kernel, tuple(words.split()), dtype, target).row
         assert row is not None
         assert set(figures.loops) == set(row.loops)
-        assert all(hot.instructions <= cuda_kernels.budget(kind, dtype) for kind, hot in figures.loops.items())
+        assert all(hot.instructions <= static_cuda.budget(kind, dtype) for kind, hot in figures.loops.items())
         wanted.discard((row, dtype, target))
     assert not wanted

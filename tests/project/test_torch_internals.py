@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gspo_kernels
-from gspo_kernels import torch_internals
+from gspo_kernels.base import torch_internals
 
 PACKAGE = Path(gspo_kernels.__file__).parent
 PRIVATE = re.compile(

@@ -147,7 +147,7 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
 def test_flags_on_macos(
     machine: str, archflags: str | None, sources: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One processor a build, whatever Python was built for; an Apple processor gets none of Intel's flags."""
+    """A build is for one processor, also where Python was built for two; arm64 gets no x86 flags."""
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("setuptools.setup", lambda **_: None)

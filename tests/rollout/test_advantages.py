@@ -1,4 +1,4 @@
-"""What stands before a loss: group advantages, and targets rolled left by one."""
+"""Inputs of a loss: group advantages, and targets rolled left by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ rewards_and_groups = st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integ
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor | None = None, **options: Any) -> Tensor:
-    """On the device, and back."""
+    """Computed on the device, returned on the CPU."""
     ids = None if group_ids is None else on_device(group_ids)
     return gspo_kernels.group_advantages(on_device(rewards), group_ids=ids, **options).cpu()
 
@@ -51,7 +51,7 @@ def test_group_size_is_neighbours_together(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("normalize", ["std", "none"])
 def test_equal_rewards_have_exactly_no_advantage(value: float, size: int, normalize: str) -> None:
-    """A mean that misses by one bit, over a deviation near zero, is an advantage out of nothing."""
+    """A mean that is wrong by one bit, divided by a deviation near 0, would give a large advantage."""
     rewards = torch.full((size,), value)
     assert torch.equal(group_advantages(rewards, group_size=size, normalize=normalize), torch.zeros(size))
 

@@ -38,7 +38,7 @@ FLAT = [(k, j) for k in range(2) for j in range(2)]
 
 
 def top(token: int, logprob: float) -> list[tuple[int, float]]:
-    """The sampled token's slot, then the 2 likeliest: vLLM's order, the sampled one twice if it is among them."""
+    """The sampled token, then the 2 likeliest, in vLLM's order; the sampled one twice if it is among them."""
     likely = [(token, logprob)] if logprob > -1 else [(90 + token, -0.3)]
     return [(token, logprob), *likely, (70, -4.0)]
 
@@ -95,7 +95,7 @@ class RequestOutput:
 
 @dataclass
 class FlatLogprobs:
-    """Of vLLM 0.11 and later, with `SamplingParams(flat_logprobs=True)`: lists for all positions, a dict when asked."""
+    """vLLM 0.11 and later, with `SamplingParams(flat_logprobs=True)`: lists for all positions, dicts on access."""
 
     start_indices: list[int] = field(default_factory=list)
     end_indices: list[int] = field(default_factory=list)
@@ -119,10 +119,10 @@ class FlatLogprobs:
 
 
 class ColumnLogprobs:
-    """Of later vLLM: columns of numpy, of which each attribute makes a new list whenever it is asked."""
+    """Later versions of vLLM: numpy columns; each read of an attribute builds a new list."""
 
     def __init__(self, flat: FlatLogprobs) -> None:
-        self.flat, self.asked = flat, 0
+        self.flat, self.reads = flat, 0
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -130,7 +130,7 @@ class ColumnLogprobs:
     def __getattr__(self, name: str) -> list[Any]:
         if name not in ("start_indices", "end_indices", "token_ids", "logprobs"):
             raise AttributeError(name)
-        self.asked += 1
+        self.reads += 1
         return list(getattr(self.flat, name))
 
 
@@ -176,14 +176,14 @@ def test_request_outputs(container: Callable[..., Any]) -> None:
 
 
 def test_columns_are_asked_for_once() -> None:
-    """A new list of all positions for every position would be quadratic."""
+    """Building a list of all positions for every position would be quadratic."""
     outputs = request_outputs(as_columns)
     from_vllm(outputs)
-    assert all(completion.logprobs.asked <= 4 for output in outputs for completion in output.outputs)
+    assert all(completion.logprobs.reads <= 4 for output in outputs for completion in output.outputs)
 
 
 def test_one_request_output_and_its_json() -> None:
-    """Dumped to JSON and read again, token ids that were keys are strings."""
+    """In JSON, token ids that are keys become strings."""
     one = request_outputs()[0]
     found = from_vllm(one)
     assert found.cu_seqlens.tolist() == [0, 3, 4] and found.group_ids is not None and found.group_ids.tolist() == [0, 0]
@@ -200,7 +200,7 @@ def test_no_prompt_ids_no_groups() -> None:
 
 
 def test_equal_prompts_are_one_group_wherever_they_stand() -> None:
-    """SGLang's advice, and TRL's habit: a prompt is sent n times, not once with n."""
+    """As SGLang recommends and TRL does, a prompt is sent n times, not once with n."""
     first, second = request_outputs()
     again = request_outputs()[0]
     found = from_vllm([first, second, again])
@@ -273,7 +273,7 @@ def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
 
 
 def as_objects(value: Any) -> Any:
-    """As the OpenAI client has it: fields that it does not know are attributes too."""
+    """As the OpenAI client returns it: unknown fields are attributes, too."""
     if isinstance(value, dict):
         return SimpleNamespace(**{name: as_objects(x) for name, x in value.items()})
     return [as_objects(x) for x in value] if isinstance(value, list) else value
@@ -301,7 +301,7 @@ def test_the_generate_endpoint() -> None:
 
 
 def generate_json(k: int, j: int, inputs: bool = False, output_ids: bool = True) -> dict[str, Any]:
-    """One element of what POST /generate returns for return_logprob=true; logprob_start_len=0 for `inputs`."""
+    """One output of POST /generate with return_logprob=true; `inputs`: with logprob_start_len=0."""
     tokens, logprobs = RESPONSES[k][j]
     prompt: list[Any] = [(None, PROMPTS[k][0], None), *((-1.0, t, None) for t in PROMPTS[k][1:])]
     reason = {"type": REASONS[k][j], "matched": 0} if REASONS[k][j] == "stop" else {"type": REASONS[k][j], "length": 1}
@@ -332,7 +332,7 @@ def test_generate(output_ids: bool) -> None:
 
 
 def test_a_part_of_the_prompt_is_not_the_prompt() -> None:
-    """With logprob_start_len > 0 fewer tokens come back."""
+    """With logprob_start_len > 0 fewer prompt tokens are returned."""
     output = generate_json(0, 0, inputs=True)
     del output["meta_info"]["input_token_logprobs"][0]
     assert from_sglang(output).prompt_ids is None
@@ -356,7 +356,7 @@ ABSENT = [None, math.nan, -math.inf, -9999.0, -999999999.0, float(torch.finfo(to
 
 
 def with_value(engine: str, value: Any) -> tuple[Callable[..., Rollouts], Any]:
-    """The second token of the first response has this in place of its log-probability."""
+    """An output whose second token of the first response has `value` as its log-probability."""
     if engine == "vllm":
         outputs = request_outputs()
         outputs[0].outputs[0].logprobs[1][3] = Logprob(value)
@@ -390,7 +390,7 @@ def test_an_absent_log_probability_is_refused_or_masked(engine: str, value: Any)
 
 @pytest.mark.parametrize("engine", ["vllm", "flat", "server", "sglang"])
 def test_logits_are_refused(engine: str) -> None:
-    """vLLM's logprobs_mode raw_logits or processed_logits returns them under the same name. No mask helps."""
+    """vLLM's logprobs_mode raw_logits and processed_logits return logits under the same name; refused in every mode."""
     for missing in ("refuse", "mask"):
         convert, outputs = with_value(engine, 17.25)
         with pytest.raises(ValueError) as error:
@@ -418,17 +418,19 @@ def test_the_sampled_token_is_not_among_those_of_its_position(container: Callabl
 def changed(of: Any, path: str, value: Any) -> Any:
     """`of` with another value at a path such as "0.outputs.1.logprobs"; ... removes it."""
     *before, last = path.split(".")
-    place = of
+    target = of
     for name in before:
-        place = place[int(name)] if name.isdigit() else place[name] if isinstance(place, dict) else getattr(place, name)
+        target = (
+            target[int(name)] if name.isdigit() else target[name] if isinstance(target, dict) else getattr(target, name)
+        )
     if value is ...:
-        del place[last]
-    elif isinstance(place, dict):
-        place[last] = value
-    elif isinstance(place, list):
-        place[int(last)] = value
+        del target[last]
+    elif isinstance(target, dict):
+        target[last] = value
+    elif isinstance(target, list):
+        target[int(last)] = value
     else:
-        setattr(place, last, value)
+        setattr(target, last, value)
     return of
 
 
@@ -589,7 +591,7 @@ NO_TOKENS = [3.7, True, -1, 2**63, "3", None, np.float32(3), np.True_, torch.ten
 
 @pytest.mark.parametrize("value", NO_TOKENS, ids=repr)
 def test_what_is_no_token_is_refused_where_it_stands(value: Any) -> None:
-    """None is cast: of responses, of prompts, given and returned."""
+    """Token ids are never cast, whether of responses or of prompts, given or returned."""
     outputs = request_outputs()
     outputs[0].outputs[0].token_ids = [3, value, 0]
     prompted = changed(request_outputs(), "0.prompt_token_ids", [5, value, 7])
@@ -675,7 +677,7 @@ def test_with_prompts_needs_them() -> None:
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_an_engine_samples_has_ratio_one(engine: str, temperature: float) -> None:
-    """A model of one table, which an engine samples from at a temperature: to the loss all is on-policy."""
+    """An engine samples from a table of logits at a temperature: for the loss all ratios are 1."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(12, 12, generator=generator) * 2
     logp = (table / temperature).log_softmax(-1)

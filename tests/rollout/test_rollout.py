@@ -37,7 +37,7 @@ Options = dict[str, Any]
 
 
 class Case:
-    """Log-probabilities by token of ragged sequences, and which tokens count."""
+    """Log-probabilities of ragged sequences by token, and the mask."""
 
     def __init__(
         self, new: Sequence[float], rollout: Sequence[float], mask: Sequence[bool], lengths: Sequence[int]
@@ -76,15 +76,15 @@ def true_weights(
     max_log_ratio: float = 20.0,
     wrong: str = "",
 ) -> tuple[list[float], dict[str, float]]:
-    """Weights by token or by sequence (0 where nothing counts), and the statistics."""
+    """Weights by token or sequence (0 where masked or empty), and the statistics."""
     r = ratio_logs(case, wrong)
     if level == "token":
-        places, logs = list(r), list(r.values())
+        indices, logs = list(r), list(r.values())
     else:
-        places = [i for i, s in enumerate(case.sequences) if s]
-        sums = [math.fsum(r[t] for t in case.sequences[i]) for i in places]
+        indices = [i for i, s in enumerate(case.sequences) if s]
+        sums = [math.fsum(r[t] for t in case.sequences[i]) for i in indices]
         counts = [
-            case.lengths[i] if wrong == "padding in the length" else len(case.sequences[i]) for i in places
+            case.lengths[i] if wrong == "padding in the length" else len(case.sequences[i]) for i in indices
         ]  # fmt: skip
         by_mean = (level == "sequence_mean") != (wrong == "sum for mean")
         logs = [x / n for x, n in zip(sums, counts, strict=True)] if by_mean else sums
@@ -109,8 +109,8 @@ def true_weights(
         "applied_mean": mean(applied),
     }
     weights = [0.0] * (len(case.mask) if level == "token" else len(case.sequences))
-    for place, w in zip(places, applied, strict=True):
-        weights[place] = w
+    for index, w in zip(indices, applied, strict=True):
+        weights[index] = w
     return weights, stats
 
 
@@ -179,7 +179,7 @@ def true_mismatch(
 
 
 def ragged(seed: int, spread: float, lengths: Sequence[int] = (7, 0, 12, 1, 5, 3, 30, 2), dtype: Any = None) -> Case:
-    """Masked tokens within, a sequence of none, one wholly masked; what fp32 has rounded is the truth's input too."""
+    """Masked tokens, an empty sequence, a fully masked one. The reference gets the inputs as rounded to float32."""
     generator = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     highest = -torch.rand(n, generator=generator, dtype=torch.float64) * 4 - 1e-3  # of the two
@@ -194,13 +194,13 @@ def ragged(seed: int, spread: float, lengths: Sequence[int] = (7, 0, 12, 1, 5, 3
 
 
 def given(case: Case, layout: str, dtype: torch.dtype = torch.float32, garbage: bool = True) -> tuple[Any, Options]:
-    """(logprobs, rollout_logprobs), and mask with cu_seqlens if packed; garbage stands where nothing counts."""
+    """(logprobs, rollout_logprobs), the mask, and cu_seqlens if packed; garbage where masked."""
     mask = torch.tensor(case.mask, dtype=torch.bool)
     arrays = [torch.tensor(x, dtype=dtype) for x in (case.new, case.rollout)]
     if garbage:
         for values, rubbish in zip(arrays, ((math.nan, math.inf), (-math.inf, 1e38)), strict=True):
-            places = (~mask).nonzero()[:, 0]
-            values[places] = torch.tensor([rubbish[k % 2] for k in range(len(places))], dtype=dtype)
+            indices = (~mask).nonzero()[:, 0]
+            values[indices] = torch.tensor([rubbish[k % 2] for k in range(len(indices))], dtype=dtype)
     keywords: Options = {}
     if layout == "padded":
         arrays = [to_padded(x, case.lengths, math.nan) for x in arrays]
@@ -211,14 +211,14 @@ def given(case: Case, layout: str, dtype: torch.dtype = torch.float32, garbage: 
 
 
 def flat(values: Tensor, case: Case, layout: str) -> Tensor:
-    """Token values back to [N]."""
+    """Token values as [N]."""
     if layout == "packed":
         return values.cpu()
     return from_padded(values.cpu(), case.lengths)[0]
 
 
 def differences(actual: dict[str, Any], expected: dict[str, float], tolerance: float = 1e-6) -> list[str]:
-    """float32 statistics; a difference of logarithms near 0 may lose what the fp32 inputs have lost, so: 1e-9 nats."""
+    """Tolerance of float32 statistics; differences of logarithms near 0 have an absolute one of 1e-9 nats."""
     assert set(actual) == set(expected)
     assert all(x.dtype == torch.float32 and x.ndim == 0 and not x.requires_grad for x in actual.values())
     return [
@@ -307,8 +307,8 @@ def test_a_weight_on_a_bound_is_within_it(mode: str) -> None:
 def test_any_log_probability_but_nan_is_a_finite_weight(
     layout: str, level: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Positive ones too, which a GPU does not look for."""
-    monkeypatch.setattr("gspo_kernels.checks.may_read", lambda tensor: False)
+    """Positive log-probabilities, too, which are not checked on a GPU."""
+    monkeypatch.setattr("gspo_kernels.base.checks.may_read", lambda tensor: False)
     extremes = [math.inf, -math.inf, 3e38, -3e38, 0.0, -9999.0]
     pairs = list(itertools.product(extremes, extremes))
     case = Case([a for a, _ in pairs], [b for _, b in pairs], [True] * 36, [1] * 12 + [12, 6, 6])
@@ -323,7 +323,7 @@ def test_any_log_probability_but_nan_is_a_finite_weight(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 def test_nan_is_not_hidden_and_stays_in_its_sequence(level: str, mode: str) -> None:
-    """A weight of 0 in its place would make of a broken rollout a quiet one."""
+    """A weight of 0 instead of NaN would hide a broken rollout."""
     case = Case([-1.0, math.nan, -1.0, -1.0], [-1.0] * 4, [True] * 4, [2, 2])
     arrays, keywords = given(case, "packed")
     weights, stats = rollout_weights(*arrays, **keywords, level=level, mode=mode, lower=0.5)
@@ -423,7 +423,7 @@ def test_a_wrong_mismatch_is_found(wrong: str) -> None:
 
 
 def edge_case() -> Case:
-    """Four tokens a sequence, R at the given distance from an edge; advantages are -1.5, 0.5, 0, 2, -0.25."""
+    """Four tokens per sequence, R at the given distance from an edge; advantages are -1.5, 0.5, 0, 2, -0.25."""
     low, high = math.log1p(-3e-4), math.log1p(4e-4)
     means = [low + 4e-4, high + 4e-4, high, high - 6e-4, low - 6e-4, low - 4e-4, 0.0, low, high]
     new = [x - 1.0 for x in means for _ in range(4)]
@@ -455,7 +455,7 @@ def test_equal_policies_have_no_mismatch() -> None:
 
 
 def test_noise_alone_flips_what_it_is_said_to_flip() -> None:
-    """Decisions taken twice, with independent errors of the very size: they differ about as often as is foretold.
+    """Two decisions with independent errors of this size differ about as often as predicted.
 
     A decision at distance d from the edge differs with probability 2 p (1 - p), p = Phi(-d / u); `flip_fraction` counts
     those with d < u, about twice as many, and no fewer.
@@ -494,7 +494,7 @@ def test_compiles_without_a_break() -> None:
 
 
 def split(case: Case, rank: int, size: int) -> tuple[list[int], list[int]]:
-    """Rank's tokens, every size-th of those there are but those of sequence 2, which rank 0 has alone; and lengths."""
+    """A rank's tokens and lengths: every size-th token, except sequence 2, which rank 0 has alone."""
     ends = [0, *itertools.accumulate(case.lengths)]
     mine = [
         [t for t in range(a, b) if (rank == 0 if i == 2 else t % size == rank)]
@@ -504,7 +504,7 @@ def split(case: Case, rank: int, size: int) -> tuple[list[int], list[int]]:
 
 
 def sharded(rank: int, seed: int, spread: float) -> Any:
-    """In a rank: weights of every level with the tokens that they belong to, the statistics, the mismatch."""
+    """In a rank: weights of every level with their tokens, the statistics, and the mismatch."""
     group = dist.group.WORLD
     case = ragged(seed, spread)
     tokens, lengths = split(case, rank, dist.get_world_size())
@@ -522,7 +522,7 @@ def sharded(rank: int, seed: int, spread: float) -> Any:
 
 
 def refusals(rank: int) -> list[ranks.Refused | None]:
-    """In a rank: what one rank alone has wrong, and what they have differently."""
+    """In a rank: errors of one rank alone, and arguments that differ between ranks."""
     group = dist.group.WORLD
     values, other = torch.full((2, 3), -1.0), torch.full((2, 3), -1.5)
     calls: list[Callable[[], object]] = [
@@ -547,10 +547,10 @@ class TestOverContext:
             expected, stats = true_weights(case, level, "truncate", 0.7, 1.5)
             for rank in found:
                 weights, said = rank[level]
-                places = rank["tokens"] if level == "token" else range(len(case.lengths))
-                for place, w in zip(places, weights.tolist(), strict=True):
-                    has = level == "token" or any(case.mask[t] and t in rank["tokens"] for t in case.sequences[place])
-                    assert not has or w == pytest.approx(expected[place], rel=1e-6)
+                indices = rank["tokens"] if level == "token" else range(len(case.lengths))
+                for index, w in zip(indices, weights.tolist(), strict=True):
+                    has = level == "token" or any(case.mask[t] and t in rank["tokens"] for t in case.sequences[index])
+                    assert not has or w == pytest.approx(expected[index], rel=1e-6)
                 assert not differences(said, stats)
             assert found[0][level][1] == found[1][level][1], "the same bits on every rank"
         for name, noise in (("mismatch", None), ("with noise", 1e-3)):

@@ -1,4 +1,4 @@
-"""What varies from call to call is no part of what Triton compiles: asked of Triton itself, without a GPU.
+"""Arguments that vary from call to call do not trigger recompilation by Triton. Needs no GPU.
 
 Every launch is taken to the point where Triton looks up whether it has compiled this before, for an imagined GPU.
 """

@@ -33,7 +33,7 @@ def an_nvcc(folder: Path, script: str) -> str:
 
 
 def test_kernels_that_nvcc_refuses_are_left_out_and_that_is_said(tmp_path: Path) -> None:
-    """The host's compiler only makes the files that it is asked for here: what it is asked for is the question."""
+    """A stand-in for the host's compiler writes empty files; the test looks at the commands."""
     path = an_nvcc(
         tmp_path, 'test "$1" = --list-gpu-code && echo sm_80 && exit 0\necho "unsupported GNU version" >&2; exit 1'
     )

@@ -66,7 +66,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-ASKED = [  # of the options: what a token's coefficient or clip depends on, and what takes the one pass away
+CLIP_OPTIONS = [  # of the options: what a token's coefficient or clip depends on, and what takes the one pass away
     *("defaults", "token mean", "normalizer", "dual clip", "saturation", "sequence weights", "token weights"),
     *("temperature by token", "ref without beta", "k3", "entropy"),
 ]
@@ -75,7 +75,9 @@ by_token_objective = pytest.mark.parametrize("objective", ["grpo", "ppo"])
 
 
 @by_token_objective
-@pytest.mark.parametrize(("layout", "option"), [(LAYOUTS[k % len(LAYOUTS)], option) for k, option in enumerate(ASKED)])
+@pytest.mark.parametrize(
+    ("layout", "option"), [(LAYOUTS[k % len(LAYOUTS)], option) for k, option in enumerate(CLIP_OPTIONS)]
+)
 def test_a_ratio_per_token(objective: str, layout: str, option: str, launches: list[bool]) -> None:
     """In one pass, clipped by the kernel, unless a term needs the log-probabilities or entropies first."""
     build, options = OPTIONS[option]
@@ -154,7 +156,7 @@ def test_on_the_edge_of_the_clip(side: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_over_the_logits_with_padding_columns(dtype: torch.dtype) -> None:
-    """The gradient takes the place of the logits of a view; columns beyond the vocabulary become zero."""
+    """The gradient is written over the logits of a view; columns beyond the vocabulary become zero."""
     batch = ragged_batch("grpo", seed=38, vocab=333, dtype=dtype, lengths=(3, 4, 2))
     args = arguments(batch, "padded")
     plain = args.logits.detach().clone().requires_grad_()
@@ -207,7 +209,7 @@ def test_a_row_without_a_distribution_is_not_hidden(bad: str) -> None:
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
 @pytest.mark.parametrize("masked", [False, True], ids=["no advantage", "masked"])
 def test_a_nan_in_a_row_without_a_gradient(masked: bool, on_policy: bool) -> None:
-    """Masked, it has no effect. Where the row counts, the loss is NaN, and so is the row, whatever its advantage is."""
+    """Masked, it has no effect. In an active row it makes the loss and the row NaN, for any advantage."""
     logits = on_device(torch.randn(3, 40))
     logits[1, 5] = torch.nan
     ids, old = on_device(torch.tensor([1, 2, 3])), on_device(torch.full((3,), -3.0))
@@ -223,7 +225,7 @@ def test_a_nan_in_a_row_without_a_gradient(masked: bool, on_policy: bool) -> Non
 
 @pytest.mark.parametrize("objective", ["gspo", "grpo"])
 def test_from_hidden_states(objective: str, launches: list[bool]) -> None:
-    """Its rows are Triton's, whatever the gradient needs."""
+    """Triton computes its rows, for every gradient."""
     for on_policy in (True, False):
         batch = ragged_batch(objective, seed=42, lengths=SHORT, on_policy=on_policy)
         function = Identity(objective)
@@ -275,7 +277,9 @@ def a_loss(backend: str | None = "cuda") -> None:
     gspo_loss(leaf, ids, torch.ones(1, device=DEVICE), backend=backend).loss.backward()
 
 
-def test_unmeasured_hardware_runs_triton_and_is_told_so(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmeasured_hardware_runs_triton_and_explain_says_so(
+    launches: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_rows, "FASTER_ON", frozenset())
     a_loss(None)
     assert launches == []
@@ -285,7 +289,7 @@ def test_unmeasured_hardware_runs_triton_and_is_told_so(launches: list[bool], mo
     assert gspo_kernels.explain(LOGITS, backend="cuda").startswith("cuda (CUDA C++, ")
 
 
-def test_where_it_was_measured_to_be_faster_it_runs_unasked(
+def test_where_it_was_measured_to_be_faster_it_is_the_default(
     launches: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = torch.cuda.get_device_name(DEVICE) if ON_GPU else "this machine's threads"
@@ -298,7 +302,7 @@ def test_where_it_was_measured_to_be_faster_it_runs_unasked(
 def test_rows_off_a_boundary_run_by_triton_unless_it_is_named(
     launches: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row has the same bits in every batch: where V is odd, its place in memory differs from batch to batch."""
+    """A row has the same bits in every batch: where V is odd, its address differs from batch to batch."""
     name = torch.cuda.get_device_name(DEVICE) if ON_GPU else "this machine's threads"
     monkeypatch.setattr(cuda_rows, "FASTER_ON", frozenset({name}))
     whole = torch.zeros(2, 4, 20, device=DEVICE)
@@ -316,7 +320,7 @@ def test_a_failure_of_cuda_is_an_exception_with_its_words(kernels: Any) -> None:
     kernels.fail_next("cudaLaunchKernelEx", 719)
     with pytest.raises(RuntimeError, match=r"one_read, float32: unspecified launch failure"):
         a_loss()
-    assert kernels.last_error() == 0  # or the next caller, torch perhaps, would be told of it
+    assert kernels.last_error() == 0  # or the next caller, torch perhaps, would get the error
     a_loss()
 
 
@@ -374,7 +378,7 @@ def variant(request: pytest.FixtureRequest, kernels: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("variant", ["four blocks of 256"], indirect=True)
 def test_variants(variant: str, launches: list[bool]) -> None:
-    """Of rows with clusters, clipped and masked, from addresses of every alignment."""
+    """Rows with clusters, clipped and masked, at addresses of every alignment."""
     batch = ragged_batch("grpo", seed=45, vocab=773, lengths=(3, 0, 2), dtype=torch.bfloat16)
     outcome = run(batch, "padded", "grpo", backend="cuda")
     check_outcome(outcome, batch, "grpo", roundings=2)
@@ -407,7 +411,7 @@ def test_a_multiprocessor_prefers_shared_memory(kernels: Any) -> None:
 
 
 def test_an_empty_array_has_no_ticket(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of no sequences hands one over, and a count of none; the counter must be somewhere all the same."""
+    """A batch without sequences passes an empty array; the kernel still needs a counter."""
     seen: list[dict[str, Any]] = []
     launch = kernels.cuda_one_read
     monkeypatch.setattr(kernels, "cuda_one_read", lambda **keywords: seen.append(keywords))

@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run unasked they were measured to be ahead of Triton's, and the other way round."""
+"""The CUDA kernels are the default on those GPUs where committed results have them ahead of Triton's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from modes import DEFAULT_MODE
 
-from benchmarks.gpu import faster
-from benchmarks.gpu.goals import FOLDER
-from benchmarks.gpu.runs import ONE_READ
+from benchmarks import gpu_page
+from benchmarks.gpu import FOLDER, ONE_READ
 from gspo_kernels.rows.cuda_rows import FASTER_ON
 
 pytestmark = DEFAULT_MODE
@@ -35,39 +34,39 @@ def test_the_files_and_the_package_agree() -> None:
     for path in FOLDER.glob("gpu-*.json"):
         content = json.loads(path.read_text())
         if content.get("one_read") and content.get("machine"):
-            ahead.setdefault(content["machine"]["gpu"], []).append(faster.everywhere(content))
+            ahead.setdefault(content["machine"]["gpu"], []).append(gpu_page.everywhere(content))
     assert {gpu for gpu, found in ahead.items() if all(found)} == FASTER_ON
 
 
 def test_ahead_in_every_case() -> None:
-    assert faster.everywhere(contents())
-    first, *_, last = faster.ratios(contents(ours_cuda=1.6)).values()
+    assert gpu_page.everywhere(contents())
+    first, *_, last = gpu_page.ratios(contents(ours_cuda=1.6)).values()
     assert (first, last) == pytest.approx((2.0 / 1.5, 2.0 / 1.6))
 
 
 @pytest.mark.parametrize("times", [{"ours_cuda": 2.0}, {"ours_cuda_fresh": 2.2}, {"ours": 1.4}, {"ours_fresh": 1.3}])
 def test_behind_in_one_case(times: dict[str, float]) -> None:
-    assert not faster.everywhere(contents(**times))
+    assert not gpu_page.everywhere(contents(**times))
 
 
 @pytest.mark.parametrize("name", ["ours", "ours_fresh", "ours_cuda", "ours_cuda_fresh"])
 def test_one_was_not_timed(name: str) -> None:
-    assert not faster.everywhere(contents(**{name: 0.0}))
+    assert not gpu_page.everywhere(contents(**{name: 0.0}))
 
 
 def test_the_part_did_not_come_to_its_end() -> None:
     for name, status in itertools.product(("one_read", "one_read-more"), ("failed", "timed out", "running")):
         content = copy.deepcopy(contents())
         content["parts"][name]["status"] = status
-        assert not faster.everywhere(content)
+        assert not gpu_page.everywhere(content)
 
 
 def test_the_second_run_is_missing() -> None:
     content = contents()
     del content["parts"]["one_read-more"], content["one_read"]["cases"][ONE_READ[-1]]
-    assert not faster.everywhere(content)
+    assert not gpu_page.everywhere(content)
 
 
 def test_nothing_measured() -> None:
-    assert not faster.everywhere({})
-    assert not faster.everywhere({"one_read": {"cases": {}}, "parts": {"one_read": {"status": "ok"}}})
+    assert not gpu_page.everywhere({})
+    assert not gpu_page.everywhere({"one_read": {"cases": {}}, "parts": {"one_read": {"status": "ok"}}})

@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "gradient is wrong: bfloat16, resident",
     ),
     "the next row not copied at all": (
-        {"copy_async_if(wanted, buffer_": "copy_async_if(false, buffer_"},
+        {"copy_async_if(needed, buffer_": "copy_async_if(false, buffer_"},
         "logprob is wrong: bfloat16, resident",
     ),
     "no wait for the copies": ({"      source.await();\n": ""}, "logprob is wrong: bfloat16, resident"),
@@ -145,7 +145,7 @@ RACES: dict[str, Mutant | None] = {
     },
     "no barrier before the next row's copies": {"        __syncthreads();  // every thread is done": "//"},
     "the next row's vector copied by another thread": {
-        "copy_async_if(wanted, buffer_ + v, from + v)": "copy_async_if(wanted, buffer_ + (v ^ 1), from + (v ^ 1))"
+        "copy_async_if(needed, buffer_ + v, from + v)": "copy_async_if(needed, buffer_ + (v ^ 1), from + (v ^ 1))"
     },
     "the next row's number read late": {
         "static_cast<int64_t>(next_row)": "static_cast<int64_t>(shared.exchange.next[turn])"

@@ -18,9 +18,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gspo_kernels.base.scalars import run_time
 from gspo_kernels.rows import cuda_rows, triton_rows
 from gspo_kernels.rows.types import Rows, RowStats, Upstream, empty_stats
-from gspo_kernels.scalars import run_time
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
@@ -83,7 +83,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(cuda_rows, "forward_backward", one_read)
     monkeypatch.setattr(cuda_rows, "unsupported_reasons", lambda logits: [])
     monkeypatch.setattr(triton_rows, "unsupported_reasons", lambda logits: [])
-    for module in ("checks", "layout", "losses.triton_stage", "rows.operators"):
+    for module in ("base.checks", "base.layout", "losses.triton_stage", "rows.operators"):
         monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
     with seen:
         yield seen.names

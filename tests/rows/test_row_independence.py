@@ -1,4 +1,4 @@
-"""What a row may not depend on: neighbours, place, strides and address, threads, the run, who wants gradients."""
+"""A row is independent of neighbours, position, strides, address, threads, the run, and of who needs gradients."""
 
 from __future__ import annotations
 

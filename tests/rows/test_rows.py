@@ -15,7 +15,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from gspo_kernels import grpo_loss, linear_token_logprobs, token_logprobs
-from gspo_kernels.collectives import Ranks
+from gspo_kernels.base.collectives import Ranks
 from gspo_kernels.rows import dispatch, vocab_shard
 from gspo_kernels.rows.types import Rows, RowStats, Upstream
 
@@ -187,7 +187,7 @@ class Shards:
         self.local = [self.kernels.forward(rows) for rows in self.rows]
 
     def gathered(self, *_: object) -> tuple[Tensor, ...]:
-        """What each rank sends, in place of the collective."""
+        """What each rank sends; stands for the collective."""
         sent = [
             (stats.lse, stats.entropy.double(), torch.where(owns, stats.logprobs, vocab_shard._ELSEWHERE).double())
             for stats, owns in zip(self.local, self.owns, strict=True)
@@ -201,9 +201,9 @@ class Shards:
         stats, found = self.merged(), []
         for part, owns, of_rank in zip(self.parts, self.owns, self.rows, strict=True):
             upstream = Upstream(*(torch.full_like(x, k) for x, k in zip(stats, scales, strict=True)))
-            told = vocab_shard.of_this_rank(stats, upstream, owns, of_rank, self.kernels)
+            stats_here, upstream_here = vocab_shard.of_this_rank(stats, upstream, owns, of_rank, self.kernels)
             found.append(torch.empty_like(part))
-            self.kernels.backward(of_rank, *told, found[-1])
+            self.kernels.backward(of_rank, stats_here, upstream_here, found[-1])
         return torch.cat(found, -1)[0]
 
 
@@ -213,7 +213,7 @@ class Shards:
 def test_the_largest_logits_of_shards(
     backend: str, dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What two or three ranks send tells ties of the same number from each other."""
+    """The numbers that two or three ranks send distinguish ties of the same logit."""
     logits = far(dtype, temperature, 300)
     for ends, target in [([0, 6, 7, 300], 6), ([0, 4, 300], 0), *sized([([0, 4, 300], 5), ([0, 6, 7, 300], 5)], [])]:
         shards = Shards(logits, ends, target, temperature, backend)
@@ -359,7 +359,7 @@ def test_a_row_of_minus_infinity_in_a_loss(backend: str) -> None:
 @by_combination
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_with_zero_coefficients_is_exactly_zero(backend: str, dtype: torch.dtype, bad: float) -> None:
-    """inf * 0 is NaN: a row that the loss does not use is selected away, whatever its logits are."""
+    """inf * 0 is NaN: a row that the loss does not use is selected away, for any logits."""
     batch = rows(peaked(4, 300).to(dtype))
     leaf = on_device(batch.logits.clone())
     leaf[2] = bad

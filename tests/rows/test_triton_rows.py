@@ -359,7 +359,7 @@ def test_a_loss_of_far_logits_is_finite(objective: str, on_policy: bool) -> None
     [("logits on-policy", "padded"), ("logits on-policy", "packed"), ("logits", "padded"), ("old_logprobs", "packed"),
      ("ref_logprobs", "padded")],
 )  # fmt: skip
-def test_a_nan_spoils_its_sequence_alone(objective: str, where: str, layout: str) -> None:
+def test_nan_propagates_to_its_sequence_alone(objective: str, where: str, layout: str) -> None:
     """Or, where each token has a ratio, its row. Sequences of 3, 1 and 2 tokens; one is masked, one has advantage 0."""
     generator = torch.Generator().manual_seed(0)
     packed, name = layout == "packed", where.split()[0]
@@ -369,11 +369,11 @@ def test_a_nan_spoils_its_sequence_alone(objective: str, where: str, layout: str
     def shaped(x: Tensor) -> Tensor:
         return on_device(x[inside] if packed else x)
 
-    def gradient(spoilt: bool) -> tuple[float, Tensor]:
+    def gradient(with_nan: bool) -> tuple[float, Tensor]:
         generator.manual_seed(0)
         logits = torch.randn(3, 3, 21, generator=generator)
         old, ref = torch.full((3, 3), -2.5), torch.full((3, 3), -3.5)
-        if spoilt:
+        if with_nan:
             array = {"logits": logits, "old_logprobs": old, "ref_logprobs": ref}[name]
             array[0, 1], array[0, 2] = math.nan, math.nan  # the second is masked
         leaf = shaped(logits).requires_grad_()
@@ -406,7 +406,9 @@ def test_a_nan_spoils_its_sequence_alone(objective: str, where: str, layout: str
 
 @by_dtype
 @pytest.mark.parametrize("bad", [-1, -100, 67, 2**40 + 3, -(2**62)])
-def test_an_unchecked_token_spoils_its_own_row(dtype: torch.dtype, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchecked_token_makes_nan_of_its_own_row(
+    dtype: torch.dtype, bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without GSPO_KERNELS_DEBUG nobody looks at the ids on a GPU: NaN in that row, and all else as it should be."""
     monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
     if INTERPRETED:  # a CPU tensor is looked at
@@ -449,7 +451,7 @@ def test_boundaries_that_leave_tokens_out_make_nan_of_all(
     """Boundaries that nobody checked: no memory that was never written may pass for a gradient."""
     monkeypatch.delenv("GSPO_KERNELS_DEBUG", raising=False)
     if INTERPRETED:  # a CPU tensor is looked at
-        for module in ("layout", "losses.triton_stage", "rows.operators"):
+        for module in ("base.layout", "losses.triton_stage", "rows.operators"):
             monkeypatch.setattr(f"gspo_kernels.{module}.may_read", lambda tensor: False)
     logits = on_device(torch.randn(7, 11, generator=torch.Generator().manual_seed(0))).requires_grad_()
     old = None if on_policy else on_device(torch.full((7,), -2.0))
@@ -595,7 +597,7 @@ by_call = pytest.mark.parametrize("call", CALLS)
 
 
 def training_step(objective: str, args: Arguments, options: dict[str, Any]) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Forward and backward as a function of nothing; the root gradient is there beforehand."""
+    """Forward and backward as a function of nothing; the root gradient exists already."""
     root = torch.ones((), device=DEVICE)
 
     def work() -> tuple[Tensor, Tensor]:
@@ -696,7 +698,7 @@ def test_launches(objective: str, layout: str, call: str, no_debug: None) -> Non
 @by_layout
 @by_call
 def test_kernels_are_compiled_once(layout: str, call: str, no_debug: None) -> None:
-    """Triton compiles an integer of 1, and one that 16 divides, anew unless it is told not to."""
+    """Triton recompiles for an integer of 1, and for multiples of 16, unless it is told not to specialise on them."""
     build, options = CALLS[call]
 
     def step(lengths: list[int], **changed: Any) -> None:

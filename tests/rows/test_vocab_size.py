@@ -106,7 +106,7 @@ def test_policy_loss_takes_it_too() -> None:
 @on_and_off
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_overwritten_logits(backend: str, layout: str, on_policy: bool, dtype: torch.dtype) -> None:
-    """The gradient takes the place of all columns: zeros where garbage was."""
+    """The gradient is written over all columns: zeros over the garbage."""
     batch = ragged_batch("gspo", seed=42, lengths=SHORT, dtype=dtype, on_policy=on_policy)
     args = arguments(wide_batch(batch, 66), layout)
     options = {**args.keywords, "vocab_size": 61, "backend": backend}

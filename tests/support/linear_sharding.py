@@ -1,4 +1,4 @@
-"""Losses from hidden states over a grid of ranks: what each finds, put together again, and the truth it is held to.
+"""Losses from hidden states over a grid of ranks: the parts that ranks find, reassembled, and the expected result.
 
 The truth is that of `linear.py`, one process in float64, by way of the logits; so are the bounds.
 """
@@ -22,8 +22,8 @@ from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, 
 from torch import Tensor
 
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, policy_loss
-from gspo_kernels.agreement import Agreement
-from gspo_kernels.checks import is_dtensor
+from gspo_kernels.base.agreement import Agreement
+from gspo_kernels.base.checks import is_dtensor
 from gspo_kernels.linear import chunked_loss, operators
 
 
@@ -43,7 +43,7 @@ class HeadGrid(Grid):
             return super()._part(rows, sequence, c)
         return [] if c == self.cp - 1 else Grid(cp=self.cp - 1, tokens=self.tokens)._part(rows, sequence, c)
 
-    def places(self, batch: Batch) -> list[Tensor]:
+    def row_indices(self, batch: Batch) -> list[Tensor]:
         """[cp], which rows of the batch."""
         return [torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64) for rows in self.rows(batch)]
 
@@ -110,10 +110,12 @@ class Operands:
         return {name: g if g is None or not is_dtensor(g) else g.to_local() for name, g in grads.items()}
 
 
-def operands(rank: int, at: HeadGrid, case: Case, p: Problem, batch: Batch, places: Tensor, groups: Any) -> Operands:
-    """`p` is the whole problem, `batch` and `places` say which rows of it are here."""
+def operands(
+    rank: int, at: HeadGrid, case: Case, p: Problem, batch: Batch, row_indices: Tensor, groups: Any
+) -> Operands:
+    """`p` is the whole problem, `batch` and `row_indices` say which rows of it are here."""
     vocab = p.weight.shape[0]
-    local: list[Any] = [p.hidden[places], p.weight, p.bias]
+    local: list[Any] = [p.hidden[row_indices], p.weight, p.bias]
     if case.layout == "padded":
         local[0] = to_padded(local[0], batch.lengths, float("nan"), batch.padding)
     if at.tp > 1:
@@ -144,7 +146,7 @@ def hidden_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
     p = problem_of(case)
     c = rank // at.tp
     batch = part(p.batch, at.rows(p.batch)[c])
-    given = operands(rank, at, case, p, batch, at.places(p.batch)[c], groups)
+    given = operands(rank, at, case, p, batch, at.row_indices(p.batch)[c], groups)
     args = arguments(batch, case.layout)
     options = {**case.options}
     function = LINEAR[case.objective]
@@ -184,7 +186,7 @@ def recorded_steps(patch: Patch) -> list[tuple[str, int, int]]:
 def logprobs_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
     """`linear_token_logprobs`, and the gradient of all three outputs; without one, of none."""
     p = problem_of(case)
-    given = operands(rank, at, case, p, p.batch, at.places(p.batch)[0], groups)
+    given = operands(rank, at, case, p, p.batch, at.row_indices(p.batch)[0], groups)
     args = arguments(p.batch, case.layout)
     keywords = {name: x for name, x in given.keywords.items() if name != "cp_group"}
     keywords |= {name: args.keywords[name] for name in ("mask", "temperature")}
@@ -211,10 +213,10 @@ def logprobs_from_hidden(rank: int, at: HeadGrid, cases: Sequence[Case]) -> list
 
 
 def odd_one_out(rank: int, at: HeadGrid, case: Case) -> dict[str, Any]:
-    """How each loss was refused whose last rank would have gone through other chunks; and what a sound one explains."""
+    """How each loss is refused whose last rank would take other chunks; and the plan of one that is not refused."""
     groups, p = grid(rank, at.tp, at.cp), problem_of(case)
     batch = part(p.batch, at.rows(p.batch)[rank // at.tp])
-    given = operands(rank, at, case, p, batch, at.places(p.batch)[rank // at.tp], groups)
+    given = operands(rank, at, case, p, batch, at.row_indices(p.batch)[rank // at.tp], groups)
     args, odd = arguments(batch, case.layout), rank == at.size - 1
     keywords = {**args.keywords, **given.keywords}
 
@@ -307,7 +309,7 @@ def problem_of(case: Case) -> Problem:
 
 @dataclass(frozen=True)
 class FlatStats:
-    """What `linear.check_same_stats` asks of stats, tokens without a layout."""
+    """`linear.check_same_stats` for stats whose tokens have no layout."""
 
     scalars: dict[str, Tensor]
     logprobs: Tensor  # [N]
@@ -355,14 +357,14 @@ def put_together(found: Sequence[Found], at: HeadGrid, case: Case, p: Problem) -
     """Of the whole problem, from what all ranks found."""
     agreed(found, at, case)
     n, vocab = len(p.hidden), p.weight.shape[0]
-    places = at.places(p.batch)
-    assert sorted(torch.cat(places).tolist()) == list(range(n)), "every row is on one cp rank"
+    row_indices = at.row_indices(p.batch)
+    assert sorted(torch.cat(row_indices).tolist()) == list(range(n)), "every row is on one cp rank"
     by_sequence = found[0]["by_sequence"]
     logprobs = torch.full((n,), torch.nan)
     log_ratio = found[0]["log_ratio"] if by_sequence else torch.full((n,), torch.nan)
     hidden = torch.full_like(p.hidden, torch.nan)
     for r, one in enumerate(found):
-        rows, first = places[r // at.tp], found[r // at.tp * at.tp]
+        rows, first = row_indices[r // at.tp], found[r // at.tp * at.tp]
         assert one["steps"] == first["steps"], f"{case}: ranks of a tp group took other steps"
         logprobs[rows] = one["logprobs"]
         if not by_sequence:

@@ -159,7 +159,7 @@ def one_pass() -> None:
 def refused() -> None:
     """A device that has no float64, as Apple's MPS, is refused in words before anything runs."""
     import gspo_kernels
-    from gspo_kernels import devices
+    from gspo_kernels.base import devices
 
     given, operands = problem(packed=False)
     there, operands_there = ({n: on_npu(x) for n, x in d.items()} for d in (given, operands))

@@ -1,4 +1,4 @@
-"""The model's LM head, which computes what it is given as a job in place of logits."""
+"""An LM head that can apply a given function to its hidden states instead of computing logits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,191 @@
+"""The losses from hidden states on a GPU: each work of the linear benchmarks at a model's size, checked, then timed."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gspo_kernels
+
+from .cases import DENSE, LINEAR_WORKS, Case, Problem, Work, build, linear_case, linear_smoke
+from .contestants import Contestant, ours
+from .gpu_meter import finish, meter_of
+from .gpu_parts import Context
+from .linear import CONTESTANTS, PEERS, case_result
+from .race import Meter, Rounds, admit, take_turns, words
+from .truth import WrongAnswer, check
+
+BY_NAME = {work.name: work for work in LINEAR_WORKS}
+ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
+CHUNK_BYTES = {  # a row has 594 KiB; default_chunk_bytes of gspo_kernels/linear/products.py decides
+    "dense": (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20),
+    "frozen_head": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
+    "forward": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
+}
+SMOKE_CHUNK_BYTES = tuple(rows * linear_smoke(DENSE, "bf16").vocab * 4 for rows in (16, 64))
+
+
+def case_of(work: Work, smoke: bool = False) -> Case:
+    return linear_smoke(work, "bf16") if smoke else linear_case(work, "bf16", 151_936, rows=8_192, width=4_096)
+
+
+def run(context: Context) -> bool:
+    """Arguments: the items, which are names of works and three more.
+
+    `products` times cuBLAS, and what float32 logits cost it. `rows` times the row kernels on float32 logits.
+    `chunks_<work>` times a work with chunks of several sizes. `<work>:ours` times this package and the bare products
+    alone, after somebody else broke the process.
+    """
+    good = True
+    for item in context.arguments:
+        name, _, only_ours = item.partition(":")
+        context.at(f"{name}, building its inputs")
+        chunked = name.startswith("chunks_")
+        work = BY_NAME.get(name.removeprefix("chunks_"), DENSE)
+        problem = build(case_of(work, context.smoke), device=context.device)
+        if name == "products":
+            _products(context, problem)
+        elif name == "rows":
+            _rows(context, problem)
+        elif chunked:
+            good &= _chunks(context, problem)
+        else:
+            good &= _case(context, problem, bool(only_ours))
+        context.finished(item)
+        del problem
+        gc.collect()
+    return good
+
+
+def taking_part(device: str) -> list[Contestant]:
+    """Without those that take long to compile; on a GPU cut-cross-entropy has kernels of its own."""
+    return [c for c in CONTESTANTS if not c.compiles or (c.name == "cce" and device == "cuda")]
+
+
+def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
+    work, meter = problem.case.work, meter_of(context.device)
+
+    def why_not(contestant: Contestant) -> str:
+        context.at(f"{work.name}, first calls of {contestant.name}")
+        return "this package alone was measured here" if only_ours and contestant.name in PEERS else ""
+
+    outcomes, runs = admit(problem, taking_part(context.device), meter, why_not, keep_wrong=True)
+    context.at(f"{work.name}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
+    rounds = SMOKE_ROUNDS if context.smoke else ROUNDS
+    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
+        outcomes[name].seconds = seconds
+    finish()
+    found = case_result(problem, outcomes)
+    context.put("linear", "cases", work.name, value=found)
+    context.say(_line(work.name, found))
+    return "ours" in found["contestants"] and not found["contestants"]["ours"]["wrong"]
+
+
+def _products(context: Context, problem: Problem) -> None:
+    """Each product alone, bf16 to bf16 and to fp32; and logits rounded to bf16 under this package's row kernels."""
+    (hidden, weight), token_ids = problem.sampled.pristine, problem.sampled.token_ids
+    meter = meter_of(context.device)
+    gradient = torch.zeros(len(hidden), len(weight), dtype=torch.bfloat16, device=hidden.device)
+    pairs = {
+        "logits": (hidden, weight.T),
+        "hidden_gradient": (gradient, weight),
+        "weight_gradient": (gradient.T, hidden),
+    }
+
+    def rounded_forward() -> None:
+        gspo_kernels.token_logprobs(torch.mm(hidden, weight.T), token_ids)
+
+    def exact_forward() -> None:
+        gspo_kernels.linear_token_logprobs(hidden, weight, token_ids)
+
+    works: dict[str, Callable[[], object]] = {"forward, bf16 logits": rounded_forward, "forward": exact_forward}
+    for name, (left, right) in pairs.items():
+        works[f"{name}, bf16"] = functools.partial(torch.mm, left, right)
+        works[f"{name}, fp32"] = functools.partial(torch.mm, left, right, out_dtype=torch.float32)
+    for name, work in works.items():
+        found = _timed(context, meter, f"products, {name}", work)
+        if "median" in found:
+            found["flop_per_s"] = 2 * problem.case.unit / found["median"]
+            context.say(f"{name}: {found['median'] * 1e3:.3f} ms, {found['flop_per_s'] / 1e12:.1f} TFLOP/s")
+        context.put("linear", "products", name, value=found)
+
+
+def _rows(context: Context, problem: Problem) -> None:
+    """The row kernels on a usual chunk: float32 logits, and the same rows in bf16, half the bytes."""
+    count = 16 if context.smoke else 2_048
+    (hidden, weight), token_ids = problem.sampled.pristine, problem.sampled.token_ids[:count]
+    rounded = torch.mm(hidden[:count], weight.T)
+    advantages = torch.ones(1, device=hidden.device)
+    root = torch.ones((), device=hidden.device)
+    meter = meter_of(context.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = rounded.to(dtype)[None].requires_grad_()
+        old = gspo_kernels.token_logprobs(logits, token_ids[None]).logprobs.detach()
+
+        def forward(logits: Tensor = logits) -> None:
+            with torch.no_grad():
+                gspo_kernels.token_logprobs(logits, token_ids[None])
+
+        def both(logits: Tensor = logits, old: Tensor = old) -> None:
+            loss = gspo_kernels.gspo_loss(logits, token_ids[None], advantages, old).loss
+            torch.autograd.grad(loss, logits, root)
+
+        size, kind = logits.numel() * logits.element_size(), str(dtype).removeprefix("torch.")
+        for name, passes, work in (("forward", 1, forward), ("forward and gradient", 3, both)):
+            found = _timed(context, meter, f"rows, {name}, {kind}", work)
+            if "median" in found:
+                found["bytes_per_second"] = passes * size / found["median"]
+                rate = f"{found['bytes_per_second'] / 1e12:.3f} TB/s"
+                context.say(f"rows, {name}, {kind}: {found['median'] * 1e3:.3f} ms, {rate}")
+            context.put("linear", "rows", f"{name}, {kind}", value=found)
+
+
+def _chunks(context: Context, problem: Problem) -> bool:
+    """A work with chunks of several sizes, each answer checked."""
+    meter, good, work = meter_of(context.device), True, problem.case.work.name
+    for chunk_bytes in SMOKE_CHUNK_BYTES if context.smoke else CHUNK_BYTES[work]:
+        name = str(chunk_bytes)
+        run = ours(problem, chunk_bytes=chunk_bytes)
+        context.at(f"chunks of {chunk_bytes} bytes")
+        wrong = ""
+        try:
+            answer, extra = meter.peak_extra_bytes(run)
+            if answer is not None:
+                check(problem, *answer)
+            del answer
+        except WrongAnswer as error:
+            wrong, good = str(error), False
+        except Exception as error:  # out of memory, for one
+            meter.forget()
+            context.put("linear", "chunks", work, name, value={"error": words(error)})
+            continue
+        found = _timed(context, meter, f"chunks of {chunk_bytes} bytes", run)
+        if "median" in found:
+            context.say(f"{work}, chunks of {chunk_bytes / 2**30:.3f} GiB: {found['median'] * 1e3:.3f} ms")
+        context.put("linear", "chunks", work, name, value={**found, "extra_bytes": extra, "wrong": wrong})
+    return good
+
+
+def _timed(context: Context, meter: Meter, at: str, work: Callable[[], object]) -> dict[str, Any]:
+    context.at(at)
+    try:
+        seconds = [meter.timed(work) for _ in range(2 if context.smoke else 8)][1:]
+    except Exception as error:  # torch before 2.8, or a CPU, has no products into fp32
+        meter.forget()
+        return {"error": words(error)}
+    return {"median": statistics.median(seconds), "min": min(seconds)}
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    parts = []
+    for contestant, m in found["contestants"].items():
+        wrong = ", WRONG" if m["wrong"] else ""
+        parts.append(f"{contestant} {m['median'] * 1e3:.3f} ms ({m['flop_per_s'] / 1e12:.1f} TFLOP/s{wrong})")
+    parts += [f"{contestant}: {error.splitlines()[0][:80]}" for contestant, error in found["errors"].items()]
+    return f"{name}: {', '.join(parts)}"

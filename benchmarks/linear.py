@@ -1,0 +1,239 @@
+"""The losses from hidden states against their own matrix products and against every library that starts there too.
+
+    python -m benchmarks.linear                             20 minutes, 10 GB; writes results/linear-cpu-<name>.json
+    python -m benchmarks.linear --smoke                     tiny sizes, half a minute: does it run at all?
+    python -m benchmarks.linear --only dense bf16           cases whose names have all these words
+    python -m benchmarks.linear --markdown [results.json]   the table of all cases, from results
+
+A wrong answer is timed all the same, and marked. `make bench-peers` installs the libraries; one that is not there is
+recorded as absent. `gpu_linear.py` measures the same cases on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import libraries
+from .cases import (
+    DENSE,
+    DTYPES,
+    LINEAR_CASES,
+    LINEAR_SMOKE,
+    LINEAR_VOCABS,
+    LINEAR_WORKS,
+    Case,
+    Problem,
+    build,
+    linear_smoke,
+)
+from .contestants import COMPILED, EAGER, PRODUCTS, Contestant, on_logprobs, ours
+from .race import Outcome, Rounds, admit, race, words
+from .results import default_path, load, machine, newest, save, size, times, title
+
+KIND = "linear-cpu"
+ROUNDS, SMOKE_ROUNDS = Rounds(least=2, most=6, seconds=40.0), Rounds(least=1, most=1)
+
+# How to read the numbers; stored with them.
+MEANINGS = {
+    "products": "the matrix products that a loss needs (3, 2 with a frozen head, 1 without a gradient), of all rows",
+    "times_products": "median / that of the products",
+    "flop_per_s": "operations that arithmetic needs, on rows with a coefficient alone where it can be so, / median",
+    "extra_bytes": "peak resident memory beyond the inputs, returned gradients included",
+    "beyond_gradients": "extra_bytes less the returned gradients",
+    "first_call_seconds": "of a contestant that compiles, on a cache that may be warm",
+    "wrong": "what is wrong with the answer: timed all the same, and not to be compared",
+}
+
+
+def _gspo_on(name: str, label: str, find: Callable[[], libraries.Logprobs], compiles: bool = False) -> Contestant:
+    """A library's log-probabilities, and GSPO in torch on top."""
+
+    def logprobs(problem: Problem) -> Tensor:
+        hidden, weight = problem.leaves
+        return find()(hidden, weight, problem.token_ids)
+
+    return Contestant(name, label, on_logprobs(logprobs), compiles=compiles)
+
+
+OURS = Contestant("ours", "gspo-kernels", ours)
+CONTESTANTS = (
+    OURS,
+    PRODUCTS,
+    dataclasses.replace(EAGER, label="torch eager, all logits"),
+    dataclasses.replace(COMPILED, label="torch.compile, all logits"),
+    _gspo_on("cce", "cut-cross-entropy, torch_compile", libraries.cut_cross_entropy, compiles=True),
+    Contestant("liger", "Liger, fused linear GRPO", libraries.liger_from_hidden),
+    _gspo_on("trl", "TRL, chunked log-probabilities", libraries.trl),
+    _gspo_on("torch", "torch linear_cross_entropy, chunked", libraries.torch_chunked),
+)
+BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
+PEERS = tuple(c.name for c in CONTESTANTS if c not in (OURS, PRODUCTS))
+
+
+def left_out(contestant: Contestant, case: Case) -> str:
+    """Why a contestant says nothing new in a case, or "": minutes are spent where something is to be learned."""
+    large = case.vocab == max(LINEAR_VOCABS)
+    if contestant.name not in PEERS or case.work is DENSE:
+        return ""
+    if contestant.compiles and (large or case.work.gradient):
+        return "compiled in the dense case alone, and at the small vocabulary for log-probabilities"
+    if large and case.work.gradient:
+        return "measured at the small vocabulary: no library looks at coefficients"
+    return ""
+
+
+def measured(case: Case, rounds: Rounds) -> dict[str, Any]:
+    problem = build(case)
+    outcomes = race(
+        problem,
+        CONTESTANTS,
+        rounds,
+        why_not=lambda contestant: left_out(contestant, case),
+        keep_wrong=True,
+        warm_up=False,  # a call takes up to half a minute, and `warm_up` has been there before
+        heap_kept=True,
+    )
+    return case_result(problem, outcomes)
+
+
+def warm_up() -> None:
+    """Libraries are loaded, and products made ready for each dtype, before anything counts."""
+    for dtype in DTYPES:
+        admit(build(linear_smoke(DENSE, dtype)), [c for c in CONTESTANTS if not c.compiles], keep_wrong=True)
+
+
+def case_result(problem: Problem, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    case, products = problem.case, outcomes.get("products", Outcome()).seconds
+
+    def of(name: str, outcome: Outcome) -> dict[str, Any]:
+        seconds, extra = times(outcome), outcome.extra_bytes
+        flops = case.work.products() * case.unit if name == "products" else problem.flops
+        return {
+            **seconds,
+            "times_products": seconds["median"] / statistics.median(products) if products else None,
+            "flop_per_s": flops / seconds["median"],
+            "extra_bytes": extra,
+            "beyond_gradients": None if extra is None else max(extra - outcome.gradient_bytes, 0),
+            "first_call_seconds": outcome.compile_seconds,
+            "wrong": outcome.wrong,
+        }
+
+    return {
+        "id": case.id,
+        "work": case.work.name,
+        "title": case.work.title,
+        "dtype": case.dtype,
+        "vocab": case.vocab,
+        "rows": case.rows,
+        "width": case.width,
+        "sequences": case.sequences,
+        "active": problem.active,
+        "contestants": {name: of(name, o) for name, o in outcomes.items() if o.seconds and not o.error},
+        "absent": {name: o.absent for name, o in outcomes.items() if o.absent},
+        "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
+    }
+
+
+def lines(case: dict[str, Any]) -> Iterator[str]:
+    """For a terminal."""
+    sizes = f"{case['rows']:,} rows, D = {case['width']:,}, {case['sequences']} sequences"
+    yield f"{case['id']}: {case['title']}; {sizes}, {case['active']:.0%} of rows active"
+    yield (
+        f"  {'seconds':<36} {'median':>8} {'min':>8} {'max':>8} {'rounds':>6} {'products':>8} {'GFLOP/s':>8} "
+        f"{'extra':>9} {'- grads':>9}"
+    )
+    for name, m in case["contestants"].items():
+        seconds = " ".join(f"{m[key]:8.3f}" for key in ("median", "min", "max"))
+        of_products = "" if m["times_products"] is None else f"{m['times_products']:.2f}x"
+        yield (
+            f"  {BY_NAME[name].label:<36} {seconds} {m['rounds']:6} {of_products:>8} {m['flop_per_s'] / 1e9:8,.0f} "
+            f"{size(m['extra_bytes']):>9} {size(m['beyond_gradients']):>9}"
+        )
+        if m["wrong"]:
+            yield f"    wrong answer: {m['wrong']}"
+    for name, reason in case["errors"].items():
+        yield f"  {BY_NAME[name].label:<36} error: {reason.splitlines()[0][:150]}"
+    for reason in dict.fromkeys(case["absent"].values()):
+        names = (BY_NAME[name].label.split(",")[0] for name, other in case["absent"].items() if other == reason)
+        yield f"  not here: {', '.join(names)}: {reason.splitlines()[0][:150]}"
+
+
+def markdown(cases: Mapping[str, dict[str, Any]]) -> str:
+    """One table a vocabulary: a line a contestant, a column a work and dtype; time, memory beside the gradients."""
+    return "\n\n".join(_table(cases, vocab) for vocab in sorted({case["vocab"] for case in cases.values()}))
+
+
+def _table(cases: Mapping[str, dict[str, Any]], vocab: int) -> str:
+    ids = [f"{work.name}-{dtype}-{vocab}" for work in LINEAR_WORKS for dtype in DTYPES]
+    chosen = [cases[id] for id in ids if id in cases]
+    heads = [f"{case['work'].replace('_', ' ')}, {case['dtype']}" for case in chosen]
+    found = [f"| V = {vocab:,} | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for contestant in CONTESTANTS:
+        cells = [_cell(case["contestants"].get(contestant.name)) for case in chosen]
+        if any(cells):
+            found.append(f"| {contestant.label} | " + " | ".join(cells) + " |")
+    return "\n".join(found)
+
+
+def _cell(m: dict[str, Any] | None) -> str:
+    if m is None:
+        return ""
+    seconds = f"{m['median']:.2f} s" if m["median"] >= 1 else f"{m['median'] * 1e3:,.0f} ms"
+    memory = "" if m["beyond_gradients"] is None else f", {size(m['beyond_gradients'])}"
+    return f"{seconds}{memory}" + (" (wrong)" if m["wrong"] else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names have all these words")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="a whole run's: results/linear-cpu-<name>.json")
+    parser.add_argument(
+        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
+    )
+    options = parser.parse_args(arguments)
+    if options.markdown is not None:
+        print(markdown(load(options.markdown if options.markdown.name else newest(KIND))["cases"]))
+        return 0
+    all_cases = LINEAR_SMOKE if options.smoke else LINEAR_CASES
+    cases = [case for case in all_cases if all(word in case.id for word in options.only)]
+    if not cases:
+        raise SystemExit(f"no case has all of {', '.join(options.only)}: they are {', '.join(c.id for c in all_cases)}")
+    about = machine(libraries.PACKAGES)
+    print(title(about), flush=True)
+    began, finished = time.perf_counter(), []
+    if options.smoke:
+        warm_up()
+    for case in cases:
+        finished.append(measured(case, SMOKE_ROUNDS) if options.smoke else _in_a_process(case))
+        print("", *lines(finished[-1]), sep="\n", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} s")
+    path = options.save or (None if options.smoke or options.only else default_path(KIND))
+    if path:
+        save(path, {"machine": about, "meanings": MEANINGS, "cases": finished})
+        print(f"\nresults: {path}")
+    failed = [case["id"] for case in finished if case["contestants"].get("ours", {"wrong": "failed"})["wrong"]]
+    if failed:
+        print(f"\ngspo-kernels failed or gave a wrong answer: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _in_a_process(case: Case) -> dict[str, Any]:
+    """Of its own: what a case leaves in a heap would change what the next one seems to need."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), warm_up) as executor:
+        return executor.submit(measured, case, ROUNDS).result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

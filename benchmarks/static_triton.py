@@ -1,0 +1,309 @@
+"""The Triton kernels, compiled for GPUs of NVIDIA and AMD in every way they are called, and figures of their code.
+
+No kernel may have float64 in its PTX or spills to local memory, except for `SPILLS`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .static_sass import (
+    EXCHANGES,
+    ITEM_BYTES,
+    NVIDIA,
+    Figures,
+    Hot,
+    Loop,
+    disassemble,
+    examine,
+    find_loops,
+    resources,
+    spills,
+)  # fmt: skip
+
+AMD = ("gfx942",)
+CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
+
+# Instructions a column, by what a hot loop does: "read" sums up a row, "write" writes a gradient. No budget have
+# "shifted", which sums up a row that does not start on a 16-byte boundary, and "scale".
+BUDGETS = {"read": 8.0, "write": 7.0}
+# fp16 has no number low enough to stand for -inf at any temperature: one more instruction keeps 0 times -inf away.
+BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
+
+# Spills outside of all loops happen once a row, which moves 600 KB: they cost no time. On sm_100 a kernel that keeps
+# blocks of a row in registers has them. Accesses a thread, bytes of its stack.
+SPILLS = {"forward": (2, 8), "forward_backward": (48, 128)}
+
+TABLE = {  # a row's words: (kernel and variant, its loop)
+    "statistics of a row: log-probability, entropy, logsumexp": ("forward, plain", "read"),
+    "the same, of a row that starts off a 16-byte boundary": ("forward, plain", "shifted"),
+    "gradient of a loss": ("backward, loss", "write"),
+    "gradient of a loss from hidden states, out of float32 logits": ("backward, linear", "write"),
+    "gradient with an entropy bonus": ("backward, everything", "write"),
+    "on-policy, one launch: statistics": ("forward_backward, plain", "read"),
+    "on-policy, one launch: gradient": ("forward_backward, plain", "write"),
+}
+
+
+def budget(kind: str, dtype: str) -> float:
+    return (BUDGETS_FP16 if dtype == "fp16" else BUDGETS).get(kind, math.inf)
+
+
+@cache
+def prepare() -> str:
+    """Sets the environment so that Triton compiles as it does for a user; returns its version."""
+    for name in ("TRITON_INTERPRET", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_DEFAULT_FP_FUSION"):
+        os.environ.pop(name, None)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    import triton
+
+    return str(triton.__version__).split("+")[0]
+
+
+# ---- what is compiled
+
+# Types of the arguments as the launcher passes them; *T has the dtype of the logits. Nothing is specialised on the
+# values of integers or the alignment of addresses. An argument that is missing here is a constant.
+ROW_TYPES = {
+    "logits": "*T", "outer_stride": "i64", "inner_stride": "i64", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
+    "mask": "*u8", "temperature": "*fp32", "row_indices": "*i64", "scale": "fp32", "scale_error": "fp32",
+    "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
+    "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
+    "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
+    "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32",
+}  # fmt: skip
+TOKEN_TYPES = {
+    "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
+    "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
+    "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "p0": "fp32", "p1": "fp32",
+    "p2": "fp32", "p3": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
+    "g_logprobs": "*fp32", "g_entropies": "*fp32",
+    "token_advantages": "*fp32", "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way a kernel is called: which optional arguments are absent, which types differ from the usual ones."""
+
+    kernel: str
+    name: str
+    absent: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    types: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    loops: tuple[str, ...] = ()  # the hot loops it must have
+
+
+_ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
+_PLACED, _GRADIENTS = (*_ROWS, "row_indices"), ("g_entropies", "g_lses", "factor")
+_FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
+_TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3"}
+_OPTIONAL = (
+    "old_logprobs",
+    "ref_logprobs",
+    "weights",
+    "mask",
+    "cu_seqlens",
+    "global_count",
+    "g_entropies",
+    "token_advantages",
+)
+_UNKNOWN = ("logprobs", "entropies")
+_CLIPPED = ("old_logprobs", "token_advantages", "g_logprobs", "log_ratios")
+VARIANTS = (
+    Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
+    Variant("forward", "masked", (), loops=("read", "shifted")),
+    Variant("backward", "plain", (*_PLACED, "g_entropies", "g_lses", "factor", "counts"), loops=("write",)),
+    Variant("backward", "entropy", (*_PLACED, "g_lses", "factor", "counts"), loops=("write",)),
+    Variant("backward", "loss", (*_PLACED, "g_entropies", "g_lses"), loops=("write",)),
+    Variant("backward", "everything", ("row_indices",), _BF16, loops=("write",)),
+    Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
+    Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
+    Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
+    Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
+    Variant("sequence", "gspo", _OPTIONAL[1:], ("fp32",), constants={"RATIO": "sequence"}),
+    Variant("sequence", "gspo on-policy", (*_UNKNOWN, *_OPTIONAL), ("fp32",), constants={"RATIO": "sequence"}),
+    Variant("sequence", "gspo_token everything", _OPTIONAL[-1:], ("fp32",),
+            constants={"RATIO": "sequence_by_token"}),
+    Variant("sequence", "ppo everything", _OPTIONAL[-1:], ("fp32",), constants={"RATIO": "token"}),
+    Variant("sequence", "grpo before the rows", (*_UNKNOWN, *_OPTIONAL[:-1]), ("fp32",), constants={"RATIO": "token"}),
+    Variant("batch", "off-policy", ("logprobs", "ref_logprobs", "entropies", "mask", *_CLIPPED), ("fp32",)),
+    Variant("batch", "on-policy", _CLIPPED, ("fp32",)),
+    Variant("batch", "ratio per token", (), ("fp32",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    variant: Variant
+    dtype: str
+    target: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.kernel}, {self.variant.name}, {self.dtype}, {self.target}"
+
+
+def jobs(only: str = "") -> list[Job]:
+    every = [Job(v, dtype, target) for v in VARIANTS for dtype in v.dtypes for target in (*NVIDIA, *AMD)]
+    return [job for job in every if only in job.name]
+
+
+def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compiler's options and the constants that a kernel is launched with."""
+    from gspo_kernels.losses import clipped, triton_stage
+    from gspo_kernels.rows import triton_rows
+
+    kernel, nvidia = job.variant.kernel, job.target in NVIDIA
+    if kernel in triton_stage.LAUNCH:
+        of_stage = triton_stage.LAUNCH[kernel]
+        options = {"num_warps": of_stage.num_warps, "enable_fp_fusion": True}
+        term = clipped.clipped_term.compiled if "log_ratios" not in job.variant.absent else None
+        return options, {"BLOCK": of_stage.elements, "TERM": term, **_TOKENS, **job.variant.constants}
+    layout = triton_rows.LAUNCH[kernel]
+    element_size = ITEM_BYTES[job.dtype]
+    sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)
+    return triton_rows.compiler_options(layout, element_size, nvidia), {**sizes, "PTX": nvidia, **job.variant.constants}
+
+
+def compile_kernel(job: Job) -> Any:
+    """Triton's compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gspo_kernels.losses import triton_stage_kernels
+    from gspo_kernels.rows import triton_rows
+
+    rows = job.variant.kernel in triton_rows.LAUNCH
+    kernel = job.variant.kernel
+    function = triton_rows.kernels()[kernel] if rows else getattr(triton_stage_kernels, f"{kernel}_kernel")
+    options, constants = launch(job)
+    types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
+    constants = {name: constants[name] for name in function.arg_names if name not in types}
+    constants |= dict.fromkeys(job.variant.absent)
+    signature = {
+        name: "constexpr" if name in constants else types[name].replace("T", job.dtype) for name in function.arg_names
+    }
+    if job.target in NVIDIA:
+        target = GPUTarget("cuda", int(job.target.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", job.target, 64)
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs={})
+    return triton.compile(source, target=target, options=options)
+
+
+# ---- figures
+
+_LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
+
+
+def kind_of(loop: Loop) -> str:
+    """ "read", "write" and "scale" as in `Variant`; "zeros" only stores; or "other"."""
+    if loop.count(*_STORES):
+        return "zeros" if not loop.count(*_LOADS) else "write" if loop.exponentials else "scale"
+    return "read" if loop.count(*_LOADS) and loop.exponentials else "other"
+
+
+def hot_loop(
+    loops: Iterable[Loop], kind: str, dtype: str, per_thread: int, read_bytes: int | None = None
+) -> tuple[Hot | None, list[str]]:
+    """The loop of this kind over whole blocks, without a mask, the shortest of several; and what is wrong with it.
+
+    `read_bytes`: the size of a number that is read, where its dtype is another one.
+    """
+    item = ITEM_BYTES[dtype]
+    read = item if read_bytes is None else read_bytes
+
+    def columns(loop: Loop) -> int:
+        if kind == "scale":
+            return loop.moved(_STORES) // item
+        return loop.exponentials // per_thread * per_thread  # a lane's running maximum costs one more
+
+    def fits(loop: Loop) -> bool:
+        if kind == "scale":
+            return kind_of(loop) == "scale"
+        same = kind_of(loop) == ("write" if kind == "write" else "read") and not loop.guarded and columns(loop) > 0
+        return same and loop.moved(_LOADS) == columns(loop) * read * (2 if kind == "shifted" else 1)
+
+    found = [loop for loop in loops if fits(loop)]
+    if not found:
+        return None, [f"no {kind} loop over whole blocks"]
+    loop = min(found, key=lambda loop: len(loop.body) / columns(loop))
+    # A lane keeps what it reads: shared memory is for exchanges.
+    return examine(loop, kind, columns(loop), budget(kind, dtype), (*_LOADS, *_STORES), (*EXCHANGES, "LDS", "STS"))
+
+
+def read_sass(
+    listing: str,
+    ptx: str,
+    kinds: Sequence[str],
+    dtype: str,
+    per_thread: int,
+    read_bytes: int | None = None,
+    allowed: int = 0,
+) -> tuple[dict[str, Hot], list[str]]:
+    """The hot loops, and what is wrong with the kernel; `allowed`: accesses to local memory outside of loops."""
+    loops, problems, hot = find_loops(listing), [], {}
+    for kind in kinds:
+        found, wrong = hot_loop(loops, kind, dtype, per_thread, read_bytes)
+        problems += wrong
+        if found is not None:
+            hot[kind] = found
+    inside, outside = spills(listing)
+    if inside or outside > allowed:
+        problems.append(f"{inside + outside} accesses to local memory, {inside} of them in loops: spills")
+    if ".f64" in ptx:
+        problems.append(f"float64 in the PTX: {next(line.strip() for line in ptx.splitlines() if '.f64' in line)}")
+    if set(kinds) & set(BUDGETS) and "fma.rn" not in ptx:
+        problems.append("no fma in the PTX: is fusion on?")
+    return hot, problems
+
+
+def measure(job: Job) -> Figures:
+    """Compiles and reads."""
+    kernel = compile_kernel(job)
+    if job.target in AMD:
+        return _read_amd(kernel.asm["amdgcn"], kernel.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        listing = disassemble(Path(file.name))
+        (usage,) = resources(Path(file.name)).values()
+    _, constants = launch(job)
+    per_thread = constants.get("REPEAT", 1) * constants.get("WIDTH", 1)
+    read_bytes = ITEM_BYTES["fp32"] if job.variant.types.get("logits") == "*fp32" else None
+    accesses, stack = SPILLS.get(job.variant.kernel, (0, 0))
+    hot, problems = read_sass(
+        listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread, read_bytes, accesses
+    )
+    if usage["STACK"] > stack or usage["LOCAL"]:
+        problems.append(f"{usage['STACK']} bytes of stack, {usage['LOCAL']} of local memory")
+    return Figures(usage["REG"], kernel.metadata.shared, hot, None, tuple(problems))
+
+
+def _read_amd(assembly: str, shared: int) -> Figures:
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+
+    problems = []
+    if number("vgpr_spill_count") or number("private_segment_fixed_size"):  # scalar registers spill to vector registers
+        problems.append(f"{number('vgpr_spill_count')} spills, {number('private_segment_fixed_size')} bytes of scratch")
+    wide = len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", assembly))
+    return Figures(number("vgpr_count"), shared, {}, wide, tuple(problems))
+
+
+def measure_or_say_why(job: Job) -> Figures:
+    try:
+        return measure(job)
+    except Exception as error:
+        return Figures(0, 0, problems=(f"does not compile: {type(error).__name__}: {error}",))

@@ -1,0 +1,82 @@
+"""Every command of this folder runs at tiny sizes, reads what it writes, and the pages have the committed numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gspo_kernels.losses import triton_stage_kernels
+
+from . import host, linear, linear_precision, peers, plot
+from .cases import DENSE, INACTIVE, linear_case
+from .results import load, newest
+
+
+def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "linear.json"
+    assert linear.main(["--smoke", "--save", str(path)]) == 0
+    cases = load(path)["cases"]
+    assert len(cases) == 4
+    for case in cases.values():
+        found = case["contestants"]
+        assert {"ours", "products", "eager"} <= found.keys() and not found["eager"]["wrong"]
+        assert found.keys() | case["absent"].keys() | case["errors"].keys() == linear.BY_NAME.keys()
+    capsys.readouterr()
+    assert linear.main(["--markdown", str(path)]) == 0
+    assert "| gspo-kernels |" in capsys.readouterr().out
+    assert "| V = 151,936 | dense, fp32 |" in linear.markdown(load(newest(linear.KIND))["cases"])
+
+
+def test_libraries_take_part_where_something_is_to_be_learned() -> None:
+    eager = linear.BY_NAME["eager"]
+    large, small, dense = (
+        linear_case(w, "fp32", v) for w, v in ((INACTIVE, 151_936), (INACTIVE, 32_000), (DENSE, 151_936))
+    )
+    assert linear.left_out(eager, large) and not linear.left_out(eager, small) and not linear.left_out(eager, dense)
+    assert not any(linear.left_out(linear.BY_NAME[name], large) for name in ("ours", "products"))
+
+
+def test_linear_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "precision.json"
+    assert linear_precision.main(["--smoke", "--save", str(path)]) == 0
+    (found,) = json.loads(path.read_text())["lengths"].values()
+    assert found["truly_clipped"] > 0
+    assert found["contestants"]["ours"]["wrong"] == 0
+    assert found["contestants"]["ours"]["log_ratio_error"] < 1e-6 < found["contestants"]["eager"]["log_ratio_error"]
+    capsys.readouterr()
+    assert linear_precision.main(["--markdown"]) == 0  # of the committed results
+    assert "| gspo-kernels | " in capsys.readouterr().out
+
+
+def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["--smoke", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = tuple(f"| {hard.title} |" for hard in peers.HARD.values())
+    hard = [line.split(" | ") for line in lines if line.startswith(titles)]
+    assert len(hard) == 2 * len(peers.HARD) - 1, "columns of -inf have no hidden states"
+    assert {cells[1] for cells in hard} == {"right", "finite, no gradient from it"}
+
+
+def test_the_page_of_peers_has_the_newest_numbers() -> None:
+    page = peers.PAGE.read_text()
+    assert page == peers.fill(page, load(newest("peers"))), "python -m benchmarks.peers --write fills in docs/peers.md"
+
+
+def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot.main([str(newest("cpu")), str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "| loss and gradient | fp32 |" in capsys.readouterr().out
+
+
+def test_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every loss is timed, and no stub is left behind."""
+    kernel = triton_stage_kernels.batch_kernel
+    monkeypatch.setattr(sys, "argv", ["host", "--calls", "2", "--profile"])
+    host.main()
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"\n{name:<12}") == 2 for name in host.LOSSES)
+    assert "function calls" in printed
+    assert triton_stage_kernels.batch_kernel is kernel

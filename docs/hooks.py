@@ -1,0 +1,64 @@
+"""Hooks of the documentation's build: the repository's own pages join the site, and every public name must be in it.
+
+A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. The check only
+reads the source and the built pages, so neither torch nor a trainer needs to be installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gspo_kernels"
+FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
+
+documented: set[str] = set()  # anchors of the pages that this build has written
+
+
+def public_names() -> Iterator[str]:
+    modules = [PACKAGE / "__init__.py", *sorted((PACKAGE / "integrations").glob("[!_]*"))]
+    for path in modules:
+        source = path / "__init__.py" if path.is_dir() else path
+        if source.suffix == ".py" and source.exists():
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            yield from (f"{module}.{name}" for name in exported(source))
+
+
+def exported(source: Path) -> list[str]:
+    for statement in ast.parse(source.read_text()).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(statement.value)
+            return names
+    raise ValueError(f"{source}: expected __all__, the list of its public names")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File  # where the tests import this file there is no mkdocs
+
+    for name in FROM_ROOT:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links are written for the repository, where a page of the root is not beside those of docs/."""
+    if page.file.src_uri in FROM_ROOT:
+        return markdown.replace("](docs/", "](")
+    for name in FROM_ROOT:
+        markdown = markdown.replace(f"](../{name}", f"]({name}")
+    return markdown
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> None:
+    if page.file.src_uri.startswith("api/"):
+        documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', html))
+
+
+def on_post_build(**_: Any) -> None:
+    missing = [name for name in public_names() if name not in documented]
+    if missing:
+        raise SystemExit(f"docs/api: expected every public name; there is no `::: {'`, `::: '.join(missing)}`")

@@ -1,0 +1,176 @@
+"""The documentation: its examples run, its links lead somewhere, and no public name or setting is missing from it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from modes import DEFAULT_MODE
+
+import gspo_kernels
+from gspo_kernels.rows.dispatch import Backend
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md")
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+pytestmark = DEFAULT_MODE
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_the_examples_of_a_page_run_in_order(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one namespace: the first block needs nothing, and each later one may use what came before it."""
+    blocks = blocks_of(ROOT / page)
+    assert blocks
+    names: dict[str, Any] = {"__name__": "example"}
+    with torch.random.fork_rng():
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"{page}, example {number + 1}", "exec", dont_inherit=True), names)
+    if page == "README.md":
+        losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+        assert len(losses) == 3 and losses[-1] < losses[0], "the first example is three steps of training"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+def test_every_python_block_is_python(page: Path) -> None:
+    for block in blocks_of(page):
+        ast.parse(block)
+
+
+def test_the_readme_is_short_and_begins_with_what_it_is_speed_and_memory() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    first = "\n".join(lines[:40])
+    assert "## Speed and memory" in first and "![" in first and "<!-- measured: end -->" in first
+    assert all(not line.startswith("    ") for line in first.splitlines()), "code is fenced"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name).resolve() if name else page
+        assert found.exists() and found.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors_of(found), target
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """In backticks, such as `csrc/row_math.h`; in a log of changes too."""
+    names = re.findall(r"`((?:gspo_kernels|csrc|tests|benchmarks|examples|docs)/[\w/.-]+)`", page.read_text())
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def documented() -> set[str]:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    return set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE))
+
+
+def test_the_reference_has_every_public_name_and_no_other() -> None:
+    assert documented() == set(hooks().public_names())
+
+
+def test_the_public_names_are_those_of_the_package() -> None:
+    names = {name.removeprefix("gspo_kernels.") for name in hooks().public_names()}
+    own = {name for name in names if not name.startswith("integrations.")}
+    assert own == set(gspo_kernels.__all__)
+    assert {name.split(".")[1] for name in names - own} == {"trl", "verl", "slime"}
+
+
+@pytest.mark.parametrize("name", gspo_kernels.__all__)
+def test_a_public_name_is_described(name: str) -> None:
+    value = getattr(gspo_kernels, name)
+    text = inspect.getdoc(value)
+    assert text and not text.startswith(f"{name}("), "a dataclass's generated docstring says nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in gspo_kernels.__all__ if name.islower()])
+def test_a_function_has_the_arguments_that_its_docstring_describes(name: str) -> None:
+    function = getattr(gspo_kernels, name)
+    sections = re.findall(r"^Args:(.*)\n((?: {4}.*\n?|\n)*)", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    assert all(re.fullmatch(r"( [\w ]+)?", title) for title, _ in sections), "the reference drops it"
+    lists = [names for _, text in sections for names in re.findall(r"^ {4}(\w[\w, ]*):", text, flags=re.MULTILINE)]
+    assert {name for names in lists for name in names.split(", ")} <= set(inspect.signature(function).parameters)
+
+
+def test_a_name_without_a_page_fails_the_build() -> None:
+    module = hooks()
+    module.documented.update(module.public_names())
+    module.on_post_build()
+    module.documented.remove("gspo_kernels.gspo_loss")
+    with pytest.raises(SystemExit, match=r"`::: gspo_kernels\.gspo_loss`"):
+        module.on_post_build()
+
+
+def test_an_integration_says_which_of_its_names_are_public(tmp_path: Path) -> None:
+    source = tmp_path / "trainer.py"
+    source.write_text("def policy_loss(): ...\n")
+    with pytest.raises(ValueError, match="expected __all__"):
+        hooks().exported(source)
+
+
+def in_tables(page: str, *headings: str) -> set[str]:
+    """The names that begin the rows of the tables under these headings."""
+    sections = re.split(r"^#+ ", (ROOT / page).read_text(), flags=re.MULTILINE)
+    text = "\n".join(section for section in sections if section.split("\n", 1)[0] in headings)
+    return set(
+        re.findall(r"`(?:tokens\.)?(\w+)(?:\(.*?\))?`", "\n".join(re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)))
+    )
+
+
+def test_the_tables_of_what_to_implement_are_complete() -> None:
+    public = {name for name in vars(Backend) if not name.startswith("_")} | set(inspect.get_annotations(Backend))
+    assert in_tables("docs/extending.md", "A kernel") == public
+    assert in_tables("docs/extending.md", "What a class declares") == set(
+        inspect.get_annotations(gspo_kernels.Objective)
+    )
+
+
+# --- the settings -----------------------------------------------------------------------------------------------------
+
+READ = re.compile(r"""(?:environ(?:\.get|\.setdefault)?|getenv|getenv_or)\W{1,3}["'](\w+)["']""")
+OWN = re.compile(r"\b(GSPO_(?:KERNELS|BENCH|CUDA|WARM)_[A-Z_]*[A-Z])\b")
+
+
+def test_the_page_of_environment_variables_has_all_of_ours() -> None:
+    """Those that Python or C++ reads; macros of the C++ source are not among them."""
+    folders = ("gspo_kernels", "csrc", "benchmarks", "examples", "tests/support", "tests")
+    files = [ROOT / "setup.py", *(path for name in folders for path in (ROOT / name).rglob("*.*"))]
+    source = [path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h", ".sh")]
+    ours = {name for text in source for name in (*READ.findall(text), *OWN.findall(text)) if name.startswith("GSPO_")}
+    assert len(ours) > 8
+    page = (ROOT / "docs" / "environment.md").read_text()
+    tests_own = {"GSPO_RANKS_TEST"}
+    assert {name for name in ours - tests_own if f"`{name}`" not in page} == set()
+    rows = re.findall(r"^\| `(GSPO_\w+)`", page, flags=re.MULTILINE)
+    assert set(rows) <= ours, "a variable that nothing reads any more"
