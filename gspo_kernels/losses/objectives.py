@@ -7,7 +7,9 @@ not be differentiated detached, and guard before an unsafe operation (`at_most` 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import math
 import sys
 import typing
@@ -38,12 +40,19 @@ class TokenBatch:
     """What `Objective.terms` is computed from. Token arrays are [tokens] in float64, 0 where masked.
 
     `logprobs`, `old_logprobs` and `entropy` are there for objectives that declare `uses_logprobs`.
+
+    Attributes:
+        log_ratio: [tokens], `log pi(y_t) - log pi_old(y_t)`, differentiable; NaN where a log-probability is NaN, else
+            finite.
+        advantages: [tokens] if the objective's `advantages_per_token`, else [sequences].
+        layout: sums, means and spreads over sequences; `layout.mask` is [tokens].
+        max_log_ratio: 0-d. Above it a ratio saturates: it is constant and has no gradient.
     """
 
-    log_ratio: Tensor  # [tokens], `log pi(y_t) - log pi_old(y_t)`, finite; differentiable
-    advantages: Tensor  # [tokens] if the objective's `advantages_per_token`, else [sequences]
-    layout: Layout  # sums, means and spreads over sequences; `layout.mask` is [tokens]
-    max_log_ratio: Tensor  # 0-d: above it a ratio saturates, which is constant and has no gradient
+    log_ratio: Tensor
+    advantages: Tensor
+    layout: Layout
+    max_log_ratio: Tensor
     values: TokenValues | None = None  # None unless declared
 
     @property
@@ -75,12 +84,20 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Terms:
-    """An objective's result. A unit is what has a ratio: a sequence or a token."""
+    """An objective's result. A unit is what has a ratio: a sequence or a token.
 
-    loss: Tensor  # per unit, to be minimised; before weights, KL, entropy and aggregation. A sequence's: for each token
-    log_ratio: Tensor  # per unit: log of its importance ratio
-    clipped_low: Tensor | None = None  # bool per unit: held at the lower bound, no gradient
-    clipped_high: Tensor | None = None  # bool per unit: held at an upper bound, no gradient
+    Attributes:
+        loss: float64 per unit, to be minimized, before weights, KL, entropy and aggregation. All tokens of a sequence
+            have the loss of the sequence.
+        log_ratio: float64 per unit, the logarithm of its importance ratio.
+        clipped_low: bool per unit, whether it is clipped at the lower bound; None: never. For `stats` alone.
+        clipped_high: the same at an upper bound.
+    """
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped_low: Tensor | None = None
+    clipped_high: Tensor | None = None
 
 
 class RowClip(NamedTuple):
@@ -141,6 +158,7 @@ class Objective:
 
     def __init_subclass__(cls) -> None:
         stated = vars(cls)
+        check_class(cls)
         if not stated.keys().isdisjoint(("terms", "ratio_of", "sequence_value", "uses_logprobs")):
             if "triton_term" not in stated:
                 cls.triton_term = None
@@ -149,7 +167,7 @@ class Objective:
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.terms: expected a method terms(self, tokens); got none")
 
     def row_clip(self) -> RowClip | None:
         """For a loss that is proportional to the token's advantage and clips the token's ratio: its bounds.
@@ -251,6 +269,39 @@ _FLAGS = ("advantages_per_token", "uses_logprobs", "by_sequence_alone", "sequenc
 _FIELDS = (
     ("loss", torch.float64), ("log_ratio", torch.float64), ("clipped_low", torch.bool), ("clipped_high", torch.bool)
 )  # fmt: skip
+
+
+_KNOWN = (*_CHOICES, *_FLAGS, "triton_term")
+
+
+def check_class(kind: type[Objective]) -> None:
+    """Refuses, where a class is defined, attributes whose names are misspelt and `terms` with other arguments."""
+    stated = vars(kind)
+    for name, value in stated.items():
+        if name.startswith("_") or name in _KNOWN or inspect.isroutine(value):
+            continue
+        meant = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85)
+        if not meant and "ClassVar" in str(stated.get("__annotations__", {}).get(name, "ClassVar")):  # not a field
+            meant = [known for known, allowed in _CHOICES.items() if isinstance(value, str) and value in allowed]
+        if meant:
+            raise TypeError(
+                f"{kind.__name__}: expected {' or '.join(meant)}; got {name} = {value!r}, which no Objective has and "
+                "which would be ignored. An attribute of your own is a field of a dataclass, or begins with _"
+            )
+    term, terms = stated.get("triton_term"), stated.get("terms")
+    if term is not None and not isinstance(term, TritonTerm):
+        raise TypeError(
+            f"{kind.__name__}.triton_term: expected a function under @TritonTerm; got {checks.describe(term)}"
+        )
+    if inspect.isfunction(terms):
+        signature = inspect.signature(terms)
+        try:
+            signature.bind("self", "tokens")
+        except TypeError:
+            raise TypeError(
+                f"{kind.__name__}.terms: expected terms(self, tokens), where tokens is a TokenBatch with log_ratio, "
+                f"advantages, layout and max_log_ratio; got terms{signature}"
+            ) from None
 
 
 def check_objective(objective: Any) -> None:
