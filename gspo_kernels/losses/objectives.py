@@ -133,18 +133,18 @@ class Objective:
         ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
         advantages_per_token: whether an advantage per token makes sense; `terms` then always gets [tokens].
         aggregation: the default of `aggregation=`.
-        depends_on: what `terms` of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
-            is always right. From hidden states a loss is computed in parts, and the less its terms depend on, the less
-            is recomputed. If `terms` depends on more than is declared, gradients are wrong.
+        depends_on: what the term of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
+            is always right. From hidden states a loss is computed in chunks, and a narrower value avoids computing
+            logits twice. If `terms` depends on more than is declared, gradients are wrong.
         uses_logprobs: whether `terms` reads `tokens.logprobs`, `tokens.old_logprobs` or `tokens.entropy`. A loss that
             reads the log-ratio alone has a gradient that is known on-policy before any logit is read.
-        by_sequence_alone: whether `terms` come from sums over each sequence and nothing else, and `ratio_of` is
-            "sequence". Under context parallelism the gradient through a sum then crosses no ranks.
-        triton_term: `terms` in Triton's language (see `TritonTerm`), which a GPU runs in one kernel with everything
-            else that has one number per token. None: `terms` runs there, in torch. A class that overrides `terms` or
-            says otherwise what a ratio is inherits no term; it states its own.
-        sequence_value: for `triton_term` with a ratio per token: whether its value is the sequence's mean log-ratio,
-            and only its gradient the token's (GSPO-token).
+        by_sequence_alone: whether `terms` is computed from sums over each sequence alone, and `ratio_of` is "sequence".
+            Context parallelism then needs no collective in the backward.
+        triton_term: `terms` in Triton's language (see `TritonTerm`): a GPU then runs the loss in four launches. None:
+            `terms` runs there, in torch. A class that defines `terms`, `ratio_of`, `sequence_value` or `uses_logprobs`
+            does not inherit it.
+        sequence_value: for a `triton_term` with a ratio per token: whether the value of a token's log-ratio is the
+            mean of its sequence, and the gradient is the token's own (GSPO-token).
     """
 
     ratio_of: ClassVar[str] = "token"
@@ -170,10 +170,11 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__}.terms: expected a method terms(self, tokens); got none")
 
     def row_clip(self) -> RowClip | None:
-        """For a loss that is proportional to the token's advantage and clips the token's ratio: its bounds.
+        """Between which bounds of its ratio a token has a gradient; None where the gradient has another form.
 
-        A kernel then computes its gradient from that at ratio 1 while it reads the row: no gradient where clipped,
-        else multiplied by the ratio. `triton_term` computes the loss for advantages of 1 and -1.
+        Only for a ratio per token, and a loss that is proportional to the size of the advantage: its derivative by the
+        log-probability is `-ratio * advantage` within the bounds, and 0 outside. The CUDA kernels then write a row's
+        gradient while they read the row, and `triton_term` is called with advantages of 1 and -1.
         """
         return None
 
