@@ -294,6 +294,8 @@ def check_class(kind: type[Objective]) -> None:
         raise TypeError(
             f"{kind.__name__}.triton_term: expected a function under @TritonTerm; got {checks.describe(term)}"
         )
+    if term is not None and term.reads_logprobs() and not kind.uses_logprobs:
+        raise TypeError(f"{kind.__name__}.uses_logprobs: expected True, because triton_term reads them; got False")
     if inspect.isfunction(terms):
         signature = inspect.signature(terms)
         try:

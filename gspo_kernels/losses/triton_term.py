@@ -20,16 +20,30 @@ Triton is imported with the first term that is compiled. Until then the term's n
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 MOST_PARAMETERS = 4
+_GIVEN = ("log_ratio", "advantage", "max_log_ratio", "logprob", "old_logprob")
 
 
 class TritonTerm:
     def __init__(self, function: Callable[..., Any]) -> None:
+        if function.__code__.co_argcount != len(_GIVEN) + MOST_PARAMETERS:
+            raise TypeError(
+                f"{function.__name__}: expected {len(_GIVEN) + MOST_PARAMETERS} parameters: {', '.join(_GIVEN)} and "
+                f"{MOST_PARAMETERS} more for fields of the objective; got {inspect.signature(function)}"
+            )
         self._function = function
+
+    def reads_logprobs(self) -> bool:
+        """Whether it uses the fourth or the fifth parameter."""
+        loaded = [each.argval for each in dis.get_instructions(self._function) if each.opname.startswith("LOAD_FAST")]
+        names = {name for value in loaded for name in ((value,) if isinstance(value, str) else value)}
+        return not names.isdisjoint(self._function.__code__.co_varnames[3:5])
 
     @functools.cached_property
     def compiled(self) -> Any:

@@ -88,8 +88,8 @@ def test_a_misspelt_attribute_is_refused_by_name(
         CALLS[call](objective)
 
 
-def own_term(log_ratio: Any, advantage: Any, *rest: Any) -> Any:
-    return log_ratio, advantage, None, None
+def own_term(log_ratio: Any, advantage: Any, bound: Any, new: Any, old: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    return log_ratio, new * advantage, None, None
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,7 @@ def own_term(log_ratio: Any, advantage: Any, *rest: Any) -> Any:
         ({"reduction": "token_mean"}, r"expected aggregation; got reduction = 'token_mean'"),
         ({"use_logprobs": True}, r"expected uses_logprobs; got use_logprobs = True"),
         ({"triton_terms": TritonTerm(own_term)}, r"expected triton_term; got triton_terms = "),
+        ({"triton_term": TritonTerm(own_term)}, r"\.uses_logprobs: expected True, because triton_term reads them"),
         ({"triton_term": own_term}, r"\.triton_term: expected a function under @TritonTerm; got function"),
         (
             {"terms": lambda self, log_ratio, advantages, layout, max_log_ratio: None},
@@ -113,6 +114,14 @@ def test_a_class_that_would_compute_another_loss_is_refused(attributes: dict[str
     """Where it is defined: a misspelt attribute would be ignored."""
     with pytest.raises(TypeError, match=f"^Wrong:? ?{message}"):
         type("Wrong", (Objective,), attributes)
+
+
+def test_a_term_has_nine_parameters() -> None:
+    with pytest.raises(TypeError, match=r"short: expected 9 parameters: log_ratio, .*; got \(log_ratio"):
+
+        @TritonTerm
+        def short(log_ratio: Any, advantage: Any) -> Any:
+            return log_ratio, advantage
 
 
 def test_attributes_of_ones_own_are_accepted() -> None:
