@@ -1,22 +1,4 @@
-"""An objective's term in Triton's language: it stands beside the torch terms, and is compiled into the stage's kernel.
-
-    @TritonTerm
-    def unclipped_term(log_ratio, advantage, max_log_ratio, logprob, old_logprob, p0, p1, p2, p3):
-        saturated = log_ratio > max_log_ratio
-        ratio = exp(tl.where(saturated, max_log_ratio, log_ratio))
-        slope = tl.where(saturated, 0.0, -ratio * advantage)
-        never = ratio < 0.0
-        return -ratio * advantage, slope, never, never
-
-A term is called for a block of units (tokens, or one sequence), in float32, and returns, per unit, the loss, its
-derivative by the log-ratio (the log-probability, which is the same), and whether it was clipped at the lower and at the
-upper bound. The parameters are the objective's fields in their order, run-time values; None arrives as NaN, with which
-every comparison is False. What a term does not use costs nothing. The log-probabilities are those of a token (0 for a
-sequence); a class whose term uses them declares `uses_logprobs`.
-
-Triton is imported with the first term that is compiled. Until then the term's names (`tl`, and the functions of
-`rows.triton_math`) need not be there: import them under TYPE_CHECKING.
-"""
+"""An objective's term in Triton's language: beside the torch terms, and compiled into the token stage's kernel."""
 
 from __future__ import annotations
 
@@ -31,6 +13,26 @@ _GIVEN = ("log_ratio", "advantage", "max_log_ratio", "logprob", "old_logprob")
 
 
 class TritonTerm:
+    """Decorates a function that computes `Objective.terms` in Triton's language, for `Objective.triton_term`.
+
+        @TritonTerm
+        def unclipped_term(log_ratio, advantage, max_log_ratio, logprob, old_logprob, p0, p1, p2, p3):
+            saturated = log_ratio > max_log_ratio
+            ratio = exp(tl.where(saturated, max_log_ratio, log_ratio))
+            slope = tl.where(saturated, 0.0, -ratio * advantage)
+            never = ratio < 0.0
+            return -ratio * advantage, slope, never, never
+
+    A term is called for a block of units (tokens, or one sequence), in float32. It returns, per unit, the loss, its
+    derivative by the log-ratio (which is that by the log-probability), and whether the unit is clipped at the lower and
+    at the upper bound. The last four parameters are the objective's fields in their order, as run-time values; None
+    arrives as NaN, with which every comparison is False. What a term does not use costs nothing. The log-probabilities
+    are those of a token (0 for a sequence); a class whose term uses them declares `uses_logprobs`.
+
+    Triton is imported when the first term is compiled. Until then the names that a term uses (`tl`, and the functions
+    of `gspo_kernels.rows.triton_math`) need not exist: import them under TYPE_CHECKING.
+    """
+
     def __init__(self, function: Callable[..., Any]) -> None:
         if function.__code__.co_argcount != len(_GIVEN) + MOST_PARAMETERS:
             raise TypeError(
