@@ -74,9 +74,9 @@ def linear_policy_loss(
     """Policy loss of any objective from hidden states and the LM head, without the logits `hidden @ weight.T + bias`.
 
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
-    one chunk at a time, in float32 from the product's accumulator on; where a sequence fits into a chunk, nothing is
-    computed twice. Masked rows are not multiplied; rows that turn out to be clipped or of advantage 0 are left out of
-    the backward products. `stats.head` counts rows and `explain(hidden, weight, ...)` shows the plan.
+    one chunk at a time, in float32 as the product returns them. If a sequence fits into a chunk, nothing is computed
+    twice. Masked rows are not multiplied; rows that are clipped or have advantage 0 are left out of the backward
+    products. `stats.head` counts rows and `explain(hidden, weight, ...)` shows the plan.
 
     Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
     backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
@@ -110,9 +110,9 @@ def linear_policy_loss(
             their tokens are in none of the stats. Not with a KL term or an entropy bonus, to which such sequences
             contribute.
 
-    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. A NaN reaches
-    the gradients of the same rows of hidden as `policy_loss` says of logits; the gradients of weight and bias are sums
-    over rows, and NaN throughout. The result and the errors are those of `policy_loss`; torch.func.vmap raises too.
+    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. A NaN
+    makes the gradient NaN in the rows of hidden that `policy_loss` names for logits; the gradients of weight and bias
+    are sums over rows, and NaN throughout. The result and the errors are those of `policy_loss`; torch.func.vmap raises too.
     """
     refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode(

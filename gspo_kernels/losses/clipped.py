@@ -31,10 +31,10 @@ def clipped_surrogate(
 ) -> Terms:
     """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
 
-    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). Decided on the deviation `s - 1`, taken by
-    expm1, which near 1 is exact where `s` itself has lost the digits the clip range lives in. On a bound is unclipped.
+    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). The comparison is of deviations `s - 1` by
+    expm1: near 1 they are exact, where `s` itself has lost the digits of the clip range. On a bound `s` is not clipped.
 
-    Returns: the loss and where it is held at a bound, one number per log-ratio.
+    Returns: the loss and whether it is clipped at either bound, one number per log-ratio.
     """
     device = log_ratio.device
     lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
