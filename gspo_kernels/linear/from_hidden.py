@@ -112,7 +112,8 @@ def linear_policy_loss(
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. A NaN
     makes the gradient NaN in the rows of hidden that `policy_loss` names for logits; the gradients of weight and bias
-    are sums over rows, and NaN throughout. The result and the errors are those of `policy_loss`; torch.func.vmap raises too.
+    are sums over rows, and NaN throughout. The result and the errors are those of `policy_loss`; torch.func.vmap raises
+    too.
     """
     refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode(
