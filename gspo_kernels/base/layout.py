@@ -209,6 +209,7 @@ class Layout:
 
     @property
     def beside(self) -> Tensor:
+        """[sequences], the sums of the values given to `sum_beside`, over all ranks."""
         assert self.lengths is not None and self._beside is not None
         return self._beside
 

@@ -31,10 +31,10 @@ def clipped_surrogate(
 ) -> Terms:
     """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
 
-    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). Decided on the deviation `s - 1`, taken by
-    expm1, which near 1 is exact where `s` itself has lost the digits the clip range lives in. On a bound is unclipped.
+    With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). The comparison is of deviations `s - 1` by
+    expm1: near 1 they are exact, where `s` itself has lost the digits of the clip range. On a bound `s` is not clipped.
 
-    Returns: the loss and where it is held at a bound, one number per log-ratio.
+    Returns: the loss and whether it is clipped at either bound, one number per log-ratio.
     """
     device = log_ratio.device
     lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
@@ -67,9 +67,9 @@ def clipped_term(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Clipped(Objective):
-    eps_low: float
-    eps_high: float
-    dual_clip: float | None = None
+    eps_low: float  # a ratio is clipped to the range from 1 - eps_low to 1 + eps_high,
+    eps_high: float  # on the side that the sign of the advantage penalizes
+    dual_clip: float | None = None  # the largest ratio that counts for a negative advantage; None: no bound
 
     def __post_init__(self) -> None:
         found: dict[str, float] = {
