@@ -25,6 +25,7 @@ from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
+from .losses.triton_term import TritonTerm
 from .report import explain
 from .rollout.advantages import group_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
@@ -53,6 +54,7 @@ __all__ = [
     "Terms",
     "TokenBatch",
     "TokenLogprobs",
+    "TritonTerm",
     "VocabularyShard",
     "clipped_surrogate",
     "explain",

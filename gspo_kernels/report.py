@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import checks
-from .linear.from_hidden import explain_plan
+from .linear.from_hidden import explain_plan, linear_gspo_loss
 from .losses.clipped import GSPO
+from .losses.from_logits import gspo_loss
 from .losses.objectives import check_objective
 from .losses.triton_stage import stage_reason
 from .rows.dispatch import check_name, compare, pick
@@ -26,8 +28,13 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     Returns:
         A few lines of text, the chosen backend first; then which token stage runs, and why if it is the slower one.
     """
-    checks.tensor("logits", logits, "logits [.., vocabulary], or hidden states and then a head", sharded=True)
+    meaning = "logits [.., vocabulary], or hidden states and then a head"
+    checks.operand("logits", checks.tensor("logits", logits, meaning, sharded=True), meaning)
     check_name(backend)
+    known = {"objective", *inspect.signature(gspo_loss).parameters, *inspect.signature(linear_gspo_loss).parameters}
+    unknown = sorted(options.keys() - known - set(OPTIONAL_FIELDS))
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)}: expected the arguments of a loss; got a name that no loss has")
     objective = options.get("objective", GSPO())
     check_objective(objective)
     context_parallel = options.get("cp_group") is not None

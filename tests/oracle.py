@@ -155,6 +155,7 @@ class Objective:
     aggregation: str
     per_sequence: bool  # the unit is the sequence
     of_tokens: bool = False  # each token has a ratio of its own
+    is_surrogate: bool = True  # -min(s A, clip(s) A): where a ratio is clipped or saturated there is no gradient
 
     def options(self, **changes: object) -> Options:
         defaults = {"eps_low": self.eps_low, "eps_high": self.eps_high, "aggregation": self.aggregation}

@@ -44,6 +44,9 @@ def tensor(name: str, value: Any, meaning: str, *, sharded: bool = False) -> Ten
     """A plain, dense tensor; with `sharded`, a DTensor too."""
     if not isinstance(value, Tensor):
         remedy = "; torch.as_tensor makes one of it" if isinstance(value, list) or hasattr(value, "__array__") else ""
+        for attribute in ("logits", "weight"):  # what a model returns, and an LM head
+            if isinstance(getattr(value, attribute, None), Tensor):
+                remedy = f"; pass its {attribute}"
         raise TypeError(f"{name}: expected {meaning}, a torch.Tensor; got {describe(value)}{remedy}")
     if is_dtensor(value) and not sharded:
         raise TypeError(
@@ -81,7 +84,7 @@ def operand(name: str, value: Tensor, meaning: str) -> None:
 def numbers(name: str, value: Tensor) -> None:
     """Refuses dtypes other than float32, float64 and integers."""
     if value.dtype not in FLOATS and value.dtype not in INTEGERS:
-        cast = " Where their rounding does not matter, pass their float()." if value.is_floating_point() else ""
+        cast = ". Where rounding does not matter, pass their float()" if value.is_floating_point() else ""
         raise TypeError(f"{name}: expected float32, float64 or an integer dtype; got {_why(value)}{cast}")
 
 
@@ -104,9 +107,8 @@ def _why(value: Tensor) -> str:
         return f"{value.dtype}. Where 0 and 1 are meant, pass its float()"
     if value.dtype.is_floating_point:
         return (
-            f"{value.dtype}, whose rounding no cast reverts. Keep them in the dtype that they were computed in: "
-            "FSDP2's default cast_forward_inputs=True rounds what passes through a module; its remedy is "
-            "MixedPrecisionPolicy(cast_forward_inputs=False)."
+            f"{value.dtype}. A cast does not restore the digits: do not round them in the first place. FSDP2 rounds "
+            "what passes through a module, unless it has MixedPrecisionPolicy(cast_forward_inputs=False)"
         )
     return str(value.dtype)
 

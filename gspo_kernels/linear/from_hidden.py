@@ -74,9 +74,9 @@ def linear_policy_loss(
     """Policy loss of any objective from hidden states and the LM head, without the logits `hidden @ weight.T + bias`.
 
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
-    one chunk at a time, in float32 from the product's accumulator on; where a sequence fits into a chunk, nothing is
-    computed twice. Masked rows are not multiplied; rows that turn out to be clipped or of advantage 0 are left out of
-    the backward products. `stats.head` counts rows and `explain(hidden, weight, ...)` shows the plan.
+    one chunk at a time, in float32 as the product returns them. If a sequence fits into a chunk, nothing is computed
+    twice. Masked rows are not multiplied; rows that are clipped or have advantage 0 are left out of the backward
+    products. `stats.head` counts rows and `explain(hidden, weight, ...)` shows the plan.
 
     Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
     backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
@@ -96,15 +96,16 @@ def linear_policy_loss(
             out of the model, and not through a layer that sums it again (Megatron's copy to the tensor-parallel
             region). A DTensor weight with Shard(0) is taken as it is if `hidden` is a replicated DTensor on its mesh,
             or `tp_group` is its group.
-        vocab_size: rows of the weight from this one on are padding: not multiplied, gradient 0.
+        vocab_size: how many rows of the weight are tokens. The rows after them are padding: they are not multiplied,
+            and their gradient is 0. None: all are tokens.
         cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
             into a chunk, and there is a collective for each chunk and two before the first.
 
     Args: memory and backend
         chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 300
-            MiB, or 448 MiB if 16-bit operands need gradients. A longer sequence takes a second product for its active
-            rows, if the head needs a gradient. A CPU multiplies rows in blocks of 16, and at least 4 a thread: the last
-            block may need memory for that many more rows.
+            MiB, or 448 MiB if 16-bit operands need gradients. If a sequence is longer than a chunk and the head needs a
+            gradient, the logits of its active rows are computed twice. A CPU multiplies blocks of 16 rows, and at least
+            4 rows per thread: the last block may exceed `chunk_bytes` by that many rows.
         skip_zero_advantage: leaves out sequences whose advantages are all 0: the loss and gradients are the same, but
             their tokens are in none of the stats. Not with a KL term or an entropy bonus, to which such sequences
             contribute.
@@ -292,7 +293,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
     lengths = inputs.batch.layout().lengths_on_host()
-    lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of a sequence that is skipped")
+    lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of advantage 0 (skip_zero_advantage)")
     steps = plan_for(inputs, lengths, chunk, needed)
     for mode, meaning in _MODES.items():
         found = [step for step in steps if step.mode == mode]
@@ -309,10 +310,10 @@ _TOKEN_OPTIONS = (
     "max_log_ratio",
 )  # fmt: skip
 _MODES = {
-    "statistics": "no operand needs a gradient; one product",
-    "single_pass": "coefficients are known while the logits exist; gradient products of the active rows",
-    "deferred_scale": "the head needs no gradient; hidden-state gradients are multiplied by coefficients afterwards",
-    "recompute": "longer than a chunk; logits of the active rows are computed again for the gradient",
+    "statistics": "nothing needs a gradient",
+    "single_pass": "gradients are computed while the logits of the chunk are in memory",
+    "deferred_scale": "the head needs no gradient; the gradient of hidden is scaled once the loss is known",
+    "recompute": "sequences longer than a chunk; the logits of their active rows are computed twice",
 }
 
 

@@ -74,9 +74,9 @@ def clipped_term(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Clipped(Objective):
-    eps_low: float
-    eps_high: float
-    dual_clip: float | None = None
+    eps_low: float  # a ratio is clipped to the range from 1 - eps_low to 1 + eps_high,
+    eps_high: float  # on the side that the sign of the advantage penalizes
+    dual_clip: float | None = None  # the largest ratio that counts for a negative advantage; None: no bound
 
     def __post_init__(self) -> None:
         found: dict[str, float] = {

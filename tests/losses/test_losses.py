@@ -111,7 +111,7 @@ def test_every_exported_objective_has_an_oracle() -> None:
         for name in gspo_kernels.__all__
         if name.endswith("_loss") and not name.startswith(("linear_", "policy"))
     }
-    assert exported == set(oracle.OBJECTIVES) == set(PUBLIC)
+    assert exported <= set(oracle.OBJECTIVES) == set(PUBLIC)  # a named loss is optional
     public = [getattr(gspo_kernels, name) for name in gspo_kernels.__all__]
     classes = {each for each in public if inspect.isclass(each) and issubclass(each, gspo_kernels.Objective)}
     found = {each.__name__.lower() for each in classes - {gspo_kernels.Objective}}

@@ -374,7 +374,7 @@ def test_a_mutant_is_rejected_and_the_sound_model_is_not(bug: str) -> None:
         MUTANTS[bug](bug)
 
 
-@pytest.mark.parametrize("objective", oracle.OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name, each in oracle.OBJECTIVES.items() if each.is_surrogate])
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum"])
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 def test_the_oracle_agrees_with_autograd_of_the_formulas(objective: str, aggregation: str, kl_estimator: str) -> None:

@@ -29,6 +29,7 @@ from gspo_kernels import (
 )
 from gspo_kernels.linear import operators
 from gspo_kernels.losses import objectives
+from gspo_kernels.losses.triton_term import TritonTerm
 
 pytestmark = NOT_INTERPRETED  # an objective of one's own is computed by torch
 
@@ -86,6 +87,69 @@ def test_a_misspelt_attribute_is_refused_by_name(
         setattr(objective, attribute, value)
     with pytest.raises(kind, match=rf"{type(objective).__name__}\.{attribute}: expected .*; got "):
         CALLS[call](objective)
+
+
+def own_term(log_ratio: Any, advantage: Any, bound: Any, new: Any, old: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    return log_ratio, new * advantage, None, None
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"depend_on": "token"}, r"expected depends_on; got depend_on = 'token'"),
+        ({"together": "token"}, r"expected ratio_of or depends_on; got together = 'token'"),
+        ({"reduction": "token_mean"}, r"expected aggregation; got reduction = 'token_mean'"),
+        ({"use_logprobs": True}, r"expected uses_logprobs; got use_logprobs = True"),
+        ({"triton_terms": TritonTerm(own_term)}, r"expected triton_term; got triton_terms = "),
+        ({"triton_term": TritonTerm(own_term)}, r"\.uses_logprobs: expected True, because triton_term reads them"),
+        ({"triton_term": own_term}, r"\.triton_term: expected a function under @TritonTerm; got function"),
+        (
+            {"terms": lambda self, log_ratio, advantages, layout, max_log_ratio: None},
+            r"\.terms: expected terms\(self, tokens\), .*; got terms\(self, log_ratio, advantages, layout, max_log",
+        ),
+        ({"terms": lambda self: None}, r"\.terms: expected terms\(self, tokens\), .*; got terms\(self\)"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_a_class_that_would_compute_another_loss_is_refused(attributes: dict[str, Any], message: str) -> None:
+    """Where it is defined: a misspelt attribute would be ignored."""
+    with pytest.raises(TypeError, match=f"^Wrong:? ?{message}"):
+        type("Wrong", (Objective,), attributes)
+
+
+def test_a_term_has_nine_parameters() -> None:
+    with pytest.raises(TypeError, match=r"short: expected 9 parameters: log_ratio, .*; got \(log_ratio"):
+
+        @TritonTerm
+        def short(log_ratio: Any, advantage: Any) -> Any:
+            return log_ratio, advantage
+
+
+def test_attributes_of_ones_own_are_accepted() -> None:
+    @dataclass(frozen=True)
+    class Own(OfToken):
+        level: str = "token"  # a field
+        eps_high: float = 0.2
+        name: ClassVar[str] = "own"
+        strict: ClassVar[bool] = True
+        _level: ClassVar[str] = "token"
+
+        def terms(self, tokens: TokenBatch, *, scale: float = 1.0) -> Terms:
+            return super().terms(tokens)
+
+        @property
+        def bound(self) -> float:
+            return self.eps_high
+
+    CALLS["logits"](Own())
+
+
+def test_a_class_without_terms_is_refused_by_name() -> None:
+    class Empty(Objective):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Empty\.terms: expected a method terms\(self, tokens\); got none"):
+        CALLS["logits"](Empty())
 
 
 @by_call

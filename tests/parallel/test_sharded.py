@@ -146,9 +146,9 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], Grid]] = {
     "plain all-reduce": ("rows.vocab_shard.of_this_rank", not_the_owner_not_touched, Grid(tp=2)),
     "everybody owns": ("rows.vocab_shard.of_this_rank", everybody_owns, Grid(tp=2)),
     "entropies added": ("rows.vocab_shard.merged", entropies_added, Grid(tp=2)),
-    "own sums": ("layout.sum_over_ranks", own_sums, Grid(cp=2)),
+    "own sums": ("base.layout.sum_over_ranks", own_sums, Grid(cp=2)),
     "own share of the gradient": ("losses.token_stage.TokenStage._of_sequences", own_share_of_the_gradient, Grid(cp=2)),
-    "gradient as often as ranks": ("layout.sum_over_ranks", as_often_as_ranks, Grid(cp=2)),
+    "gradient as often as ranks": ("base.layout.sum_over_ranks", as_often_as_ranks, Grid(cp=2)),
 }
 
 
