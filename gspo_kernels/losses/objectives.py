@@ -249,7 +249,10 @@ def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | No
     parameters: Any = vars(kind).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return None
-    hints = typing.get_type_hints(kind)
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # an annotation that is imported for type checkers alone
+        return None
     optional = {float: False, float | None: True}
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if not all(each.init and hints[each.name] in optional for each in fields):

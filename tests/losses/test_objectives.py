@@ -283,6 +283,11 @@ class KeywordsAlone(LikeCISPO):
 
 
 @dataclass(frozen=True)
+class ForTypeCheckers(LikeCISPO):
+    source: ClassVar[ImportedForTypeCheckersAlone | None] = None  # type: ignore # noqa: F821
+
+
+@dataclass(frozen=True)
 class WithInitVar(LikeCISPO):
     scale: InitVar[float] = 1.0
 
@@ -295,7 +300,7 @@ def test_any_other_objective_is_carried() -> None:
     class Local(LikeCISPO):
         pass
 
-    for objective in (OfToken(), Local(), WithTensor(ADVANTAGES), WithInitVar(0.1, scale=2.0)):
+    for objective in (OfToken(), Local(), WithTensor(ADVANTAGES), WithInitVar(0.1, scale=2.0), ForTypeCheckers()):
         key = objective.packed()
         assert key.is_own and key.parameters == ()
         with objectives.carried(objective):
