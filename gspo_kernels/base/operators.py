@@ -80,8 +80,8 @@ class Operator(Generic[Output]):
         operands: names of the arguments that have a gradient.
         outputs: how many outputs, from the first, are differentiable; None: all.
         mutates: names of the arguments that are written to.
-        direct: where nothing watches the first tensor, call `body` as a plain function: the dispatcher and its
-            wrappers in Python take 0.1 ms of the host's time.
+        direct: where nothing watches the first of `operands` (or of `mutates`), call `body` as a plain function: the
+            dispatcher and its wrappers in Python take 0.1 ms of the host's time.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Operator(Generic[Output]):
         mutates: Sequence[str] = (),
         direct: bool = False,
     ) -> None:
-        self.body, self._save, self._backward, self._direct = body, save, backward, direct
-        self._operands, self._outputs = tuple(operands), outputs
+        self.body, self.save, self._backward, self._direct = body, save, backward, direct
+        self._operands = tuple(operands)
         hints = typing.get_type_hints(body)
         result = hints.pop("return")
         self._tuple = result if _is_named_tuple(result) else None
@@ -111,12 +111,12 @@ class Operator(Generic[Output]):
         self._has_numbers = any(_has_float(spec) for spec in self._specs)
         names = iter(self._names)
         path_of = {next(names): (position, *path) for position, path, how in self._steps if how != "float"}
-        self._first = path_of[next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)]
-        self._operand_paths = [path_of[name] for name in operands]
-        self._written_paths = [path_of[name] for name in mutates]
+        self._direct_paths = [path_of[name] for name in operands or mutates] if direct else []
         arguments = [_declared(leaf, leaf.name in mutates) for leaf in leaves]
         arguments += ["Tensor numbers"] if self._has_numbers else []
         count = 0 if result in (None, type(None)) else len(self._tuple._fields) if self._tuple is not None else 1
+        self.outputs = count if outputs is None else outputs  # how many are differentiable
+        self._all_outputs = count
         schema = f"({', '.join(arguments)}) -> {'Tensor' if count == 1 and self._tuple is None else _tensors(count)}"
         self.operator = torch.library.custom_op(
             f"gspo_kernels::{name}", self._run, mutates_args=tuple(mutates), schema=schema
@@ -126,8 +126,10 @@ class Operator(Generic[Output]):
             self.operator.register_autograd(self._derivative, setup_context=self._remember)
 
     def __call__(self, *values: Any) -> Output:
-        if self._direct and not watched(_at(values, self._first)):
-            return self._called(values)
+        if self._direct:
+            tensors = [functools.reduce(getattr, fields, values[position]) for position, *fields in self._direct_paths]
+            if not watched(tensors[0]):
+                return self._called(values, tensors)
         given, numbers = _flatten(self._steps, values)
         if self._has_numbers:
             given.append(run_time_list(numbers))
@@ -140,16 +142,17 @@ class Operator(Generic[Output]):
 
     # ---- as a plain function
 
-    def _called(self, values: Sequence[Any]) -> Output:
-        if self._backward is None or not torch.is_grad_enabled():
-            with torch.no_grad():
-                found = self.body(*values)
-            for path in self._written_paths:
-                torch.autograd.graph.increment_version(_at(values, path))
-            return found
-        rest: list[Tensor] = []
-        results: Any = _Direct.apply(self, values, rest, *[_at(values, path) for path in self._operand_paths])
-        return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
+    def _called(self, values: Sequence[Any], tensors: Sequence[Tensor]) -> Output:
+        """`tensors`: the operands or, of an operator without a backward, what it writes to."""
+        if self._backward is not None and torch.is_grad_enabled():
+            rest: list[Tensor] = []
+            results: Any = _Direct.apply(self, values, rest, *tensors)
+            return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            found = self.body(*values)
+        if self._backward is None:
+            torch.autograd.graph.increment_version(tensors)
+        return found
 
     # ---- what torch calls, with flat arguments
 
@@ -157,28 +160,19 @@ class Operator(Generic[Output]):
         return self._plain(self.body(*self._rebuilt(given, True)))
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._outputs is not None:
-            ctx.mark_non_differentiable(*output[self._outputs :])
-        self.remember(ctx, self._rebuilt(inputs, False), output if self._tuple is None else self._tuple(*output))
-
-    def remember(self, ctx: Any, values: Sequence[Any], output: Any) -> None:
+        if self.outputs < self._all_outputs:
+            ctx.mark_non_differentiable(*output[self.outputs :])
         ctx.set_materialize_grads(False)  # else autograd fills zeros for every output that nothing depends on
-        assert self._save is not None
-        self._save(ctx, output, *values)
-
-    def differentiable(self, output: Any) -> tuple[Any, Sequence[Tensor]]:
-        """(outputs that are differentiable, the others)"""
-        if self._tuple is None:
-            return output, ()
-        count = len(output) if self._outputs is None else self._outputs
-        return tuple(output[:count]), output[count:]
+        assert self.save is not None
+        self.save(ctx, output if self._tuple is None else self._tuple(*output), *self._rebuilt(inputs, False))
 
     def gradients(self, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Of the operands, in their order."""
         assert self._backward is not None
-        if all(each is None for each in upstream[: self._outputs]):
+        upstream = upstream[: self.outputs]
+        if all(each is None for each in upstream):
             return tuple(None for _ in self._operands)
-        found = self._backward(ctx, *upstream[: self._outputs])
+        found = self._backward(ctx, *upstream)
         assert set(found) <= set(self._operands), (set(found), self._operands)
         return tuple(found.get(name) for name in self._operands)
 
@@ -202,12 +196,14 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], rest: list[Tensor], *operands: Tensor) -> Any:
-        output = operator.body(*values)
         ctx.operator = operator
-        operator.remember(ctx, values, output)
-        found, others = operator.differentiable(output)
-        rest += others
-        return found
+        ctx.set_materialize_grads(False)
+        output = operator.body(*values)
+        operator.save(ctx, output, *values)
+        if isinstance(output, Tensor):
+            return output
+        rest += output[operator.outputs :]
+        return output[: operator.outputs]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -218,56 +214,54 @@ class _Direct(torch.autograd.Function):
 
 
 def save_values(ctx: Any, **values: Any) -> None:
-    """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`."""
+    """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`.
+
+    A value is a tensor, a dataclass or a named tuple with tensors among its fields, or something without tensors.
+    """
     tensors: list[Tensor] = []
-    ctx.values = dict(zip(values, _without_tensors(values.values(), tensors), strict=True))
+    ctx.values = {}
+    for name, value in values.items():
+        fields = _field_names(type(value))  # type: ignore[arg-type]
+        parts = [getattr(value, field) for field in fields] if fields else [value]
+        for i, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                tensors.append(part)
+                parts[i] = _SAVED
+        ctx.values[name] = type(value) if fields else None, parts
     ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> dict[str, Any]:
     """What `save_values` kept, by name."""
-    return dict(zip(ctx.values, _with_tensors(ctx.values.values(), iter(ctx.saved_tensors)), strict=True))
-
-
-class _Parts(NamedTuple):
-    """Stands for a dataclass or a named tuple."""
-
-    type: Any
-    fields: list[Any]
+    tensors, found = iter(ctx.saved_tensors), {}
+    for name, (kind, parts) in ctx.values.items():
+        parts = [next(tensors) if part is _SAVED else part for part in parts]
+        found[name] = parts[0] if kind is None else kind(*parts)
+    return found
 
 
 _SAVED = object()  # stands for a saved tensor
 
 
-def _without_tensors(values: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            value = _SAVED
-        elif names := _field_names(type(value)):  # type: ignore[arg-type]
-            value = _Parts(type(value), _without_tensors([getattr(value, name) for name in names], tensors))
-        found.append(value)
-    return found
-
-
-def _with_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    found = []
-    for value in values:
-        if value is _SAVED:
-            value = next(tensors)
-        elif type(value) is _Parts:
-            value = value.type(*_with_tensors(value.fields, tensors))
-        found.append(value)
-    return found
-
-
 @functools.cache
 def _field_names(kind: Any) -> tuple[str, ...]:
     """Of a dataclass or a named tuple; none for any other class."""
-    if dataclasses.is_dataclass(kind):
-        return tuple(field.name for field in dataclasses.fields(kind))
-    return kind._fields if _is_named_tuple(kind) else ()
+    if not (dataclasses.is_dataclass(kind) or _is_named_tuple(kind)):
+        return ()
+    for name, hint in typing.get_type_hints(kind).items():
+        for inner in (hint, *typing.get_args(hint)):
+            holds_tensors = any(_has_tensor(each) for each in _hints_of(inner))
+            assert not holds_tensors, f"{kind.__name__}.{name}: the tensors of its fields would not be saved"
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else kind._fields
+
+
+def _hints_of(kind: Any) -> Iterable[Any]:
+    """Types of the fields of a dataclass or a named tuple."""
+    return typing.get_type_hints(kind).values() if dataclasses.is_dataclass(kind) or _is_named_tuple(kind) else ()
+
+
+def _has_tensor(hint: Any) -> bool:
+    return hint is Tensor or Tensor in typing.get_args(hint)
 
 
 # ---- how types are declared

@@ -23,6 +23,7 @@ from ..losses import triton_stage
 from ..losses.objectives import carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
+from ..rows.dispatch import choose
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
 from . import chunked_loss
@@ -154,7 +155,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.
     if type(gradient) is not Tensor:  # traced by a compiler, which decides itself what is done in place
         return (gradient * upstream).to(dtype).reshape(shape)
     rows = gradient[None] if gradient.ndim == 2 else gradient[None, None]
-    scale(rows, upstream, None)  # returns at once where upstream is 1
+    scale(rows, upstream, choose(rows, None).name)  # returns at once where upstream is 1
     if gradient.dtype == dtype:
         return gradient.detach().reshape(shape)
     return gradient.to(dtype).reshape(shape)

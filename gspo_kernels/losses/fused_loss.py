@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
 from ..base.operators import Operator, save_values, saved_values
 from ..rows import triton_rows
-from ..rows.dispatch import Backend, backend_for
+from ..rows.dispatch import Backend, by_name
 from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gradient, zero_padding
 from ..rows.types import RowOptions, Rows, RowStats, Upstream, empty_stats
 from .stats import PARTIALS, SCALARS, Stats
@@ -28,16 +28,15 @@ from .token_stage import LossOutput, TokenInputs
 from .triton_stage import TritonStage, takes, unsupported_reason
 
 
-def backend_of(inputs: TokenInputs, rows: Rows, backend: str | None) -> Backend | None:
-    """The backend of the rows if the stage in Triton runs beside it for this loss."""
-    chosen = backend_for(rows, backend)
-    if not chosen.runs_stage_in_triton:
-        return None
-    if takes(inputs):
-        return chosen
-    if rows.logits.is_cuda and inputs.batch.ranks is None and not torch.compiler.is_compiling():
-        _warn(unsupported_reason(inputs.objective, False))
-    return None
+def takes_rows_of(backend: Backend, inputs: TokenInputs) -> bool:
+    """Whether the stage in Triton computes this loss beside the backend of the rows."""
+    if not backend.runs_stage_in_triton:
+        return False
+    reason = unsupported_reason(inputs.objective, inputs.batch.ranks is not None)
+    on_gpu = inputs.batch.device.type == "cuda"
+    if reason and on_gpu and inputs.batch.ranks is None and not torch.compiler.is_compiling():
+        _warn(reason)
+    return not reason
 
 
 @functools.cache
@@ -60,10 +59,10 @@ def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
     return alone and of_float32 and backend.clips_rows and inputs.objective.row_clip() is not None
 
 
-def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool, backend: Backend) -> LossOutput:
-    """By `backend`, beside which the stage in Triton runs."""
+def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool) -> LossOutput:
+    """For a backend beside which the stage in Triton runs."""
     if one_pass:
-        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options, backend)
+        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options)
     else:
         found = fused_loss(rows, inputs, options)
         loss, scalars, log_ratios, logprobs = found.loss, found.scalars, found.log_ratios, found.logprobs
@@ -134,14 +133,15 @@ def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
     )
 
 
-def _upstream(found: FusedStage, entropy_bonus: bool, factor: Tensor) -> Upstream:
-    counts = found.partials[PARTIALS.index("count")]
-    return Upstream(found.grad_logprobs, found.grad_entropy if entropy_bonus else None, factor=factor, counts=counts)
+def _upstream(found: FusedStage | FusedLoss, inputs: TokenInputs) -> Upstream:
+    """Of the rows' statistics, but for the factor, which the backward knows."""
+    grad_entropy = found.grad_entropy if inputs.entropy_bonus else None
+    return Upstream(found.grad_logprobs, grad_entropy, counts=found.partials[PARTIALS.index("count")])
 
 
 def _save_stage(ctx: Any, found: FusedStage, logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> None:
-    save_values(ctx, found=found, logprobs=logprobs, entropy=entropy)
-    ctx.entropy_bonus, ctx.inputs = inputs.entropy_bonus, None
+    save_values(ctx, upstream=_upstream(found, inputs), logprobs=logprobs, entropy=entropy)
+    ctx.inputs = None
     if not math.isnan(inputs.max_log_ratio):  # numbers are unknown while a compiler traces this
         ctx.inputs, ctx.versions = inputs, inputs.versions()  # not saved: they may have come from inference_mode
 
@@ -154,7 +154,7 @@ def _gradient_of_stage(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
             raise RuntimeError("policy_loss_from_logprobs: an argument was written to before its second derivative")
         return ctx.inputs.stage().differentiable_gradient(logprobs, entropy, factor)  # type: ignore[no-any-return]
     with torch.no_grad():
-        found = _upstream(saved["found"], ctx.entropy_bonus, factor).by_statistic()
+        found = saved["upstream"]._replace(factor=factor).by_statistic()
     g_logprobs, g_entropy = (
         None if g is None else first_derivative(g, FROM_LOGITS, logprobs, entropy, factor) for g in found[:2]
     )
@@ -193,23 +193,23 @@ class FusedLoss(NamedTuple):
 def _fused_loss(rows: Rows, inputs: TokenInputs, options: RowOptions) -> FusedLoss:
     stage = TritonStage(rows.token_ids.shape, inputs)
     check_values(rows)
-    stats = triton_rows.forward(rows)
+    stats = by_name(options.backend).forward(rows)
     stage.sequences(stats.logprobs, stats.entropy)
     return FusedLoss(*_results(stage), *stats)
 
 
 def _save_loss(ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, options: RowOptions) -> None:
-    save_values(ctx, rows=rows, stats=RowStats(found.logprobs, found.entropy, found.lse), found=FusedStage(*found[:6]))
-    ctx.entropy_bonus, ctx.overwrite_logits = inputs.entropy_bonus, options.overwrite_logits
+    stats = RowStats(found.logprobs, found.entropy, found.lse)
+    save_values(ctx, rows=rows, stats=stats, upstream=_upstream(found, inputs), options=options)
 
 
 def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
     saved = saved_values(ctx)
-    rows, stats, upstream = saved["rows"], saved["stats"], _upstream(saved["found"], ctx.entropy_bonus, factor)
-    if ctx.overwrite_logits:
+    rows, options, upstream = saved["rows"], saved["options"], saved["upstream"]._replace(factor=factor)
+    if options.overwrite_logits:
         refuse_second_backward(ctx, FROM_LOGITS)
-    gradient = gradient_buffer(rows.logits, ctx.overwrite_logits)
-    row_gradient(rows, stats, upstream, gradient, triton_rows.name)
+    gradient = gradient_buffer(rows.logits, options.overwrite_logits)
+    row_gradient(rows, saved["stats"], upstream, gradient, options.backend)
     return {"logits": first_derivative(gradient, FROM_LOGITS, rows.logits, factor)}
 
 
@@ -240,7 +240,6 @@ class _OnePass(torch.autograd.Function):
         rows: Rows,
         inputs: TokenInputs,
         options: RowOptions,
-        backend: Backend,
     ) -> Any:
         stage = TritonStage(rows.token_ids.shape, inputs)
         check_values(rows)
@@ -249,7 +248,7 @@ class _OnePass(torch.autograd.Function):
         gradient = gradient_buffer(logits, options.overwrite_logits)
         zero_padding(gradient, rows.vocab_size)
         upstream = Upstream(stage.grad_logprobs, counts=stage.counts, tickets=stage.zero)
-        stats = backend.forward_backward(rows, upstream, gradient, clip)
+        stats = by_name(options.backend).forward_backward(rows, upstream, gradient, clip)
         loss, scalars = stage.batch(stats)
         if options.overwrite_logits:
             torch.autograd.graph.increment_version(logits)
@@ -264,11 +263,11 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor | None, *_: Tensor | None) -> Any:
         if factor is None:
-            return None, None, None, None, None
+            return None, None, None, None
         refuse_second_backward(ctx, FROM_LOGITS)
         (gradient,) = ctx.saved_tensors
         with torch.no_grad():
             # Returns at once where the factor is 1 and the loss no NaN.
             triton_rows.scale(gradient[..., : ctx.vocab_size], factor, ctx.nan_source)
             torch.autograd.graph.increment_version(gradient)
-        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None, None
+        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None

@@ -36,11 +36,11 @@ def unsupported_reason(objective: Objective, context_parallel: bool) -> str:
     name = type(objective).__name__
     if objective.triton_term is None:
         return f"{name} has no triton_term"
-    key = objective.packed()
-    if key.is_own:
+    parameters = objective.packed_parameters()
+    if parameters is None:
         return f"{name} is not a frozen dataclass at the top of a module, with fields that are all floats or None"
-    if len(key.parameters) > MOST_PARAMETERS:
-        return f"{name} has {len(key.parameters)} fields, a triton_term takes up to {MOST_PARAMETERS}"
+    if len(parameters) > MOST_PARAMETERS:
+        return f"{name} has {len(parameters)} fields, a triton_term takes up to {MOST_PARAMETERS}"
     if objective.uses_logprobs and (objective.ratio_of == "sequence" or objective.sequence_value):
         return f"{name} reads log-probabilities, of which a sequence's ratio has none"
     return "sequences are shared out over cp_group" if context_parallel else ""
@@ -98,7 +98,7 @@ class TritonStage:
         self.global_count = normalizer.detach() if isinstance(normalizer, Tensor) else None  # any dtype of numbers
         self.normalizer = 0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer)
         self.ratio = "sequence_by_token" if objective.sequence_value else objective.ratio_of
-        parameters = objective.packed().parameters
+        parameters = objective.packed_parameters() or ()
         parameters = (*parameters, *(0.0,) * (MOST_PARAMETERS - len(parameters)))
         self.numbers = {"max_log_ratio": inputs.max_log_ratio, **{f"p{i}": x for i, x in enumerate(parameters)}}
 

@@ -41,8 +41,8 @@ OPTIONAL_FIELDS = tuple(field.name for field in dataclasses.fields(Rows) if fiel
 class RowOptions(NamedTuple):
     """How rows are computed; no number depends on it but by rounding."""
 
-    overwrite_logits: bool = False  # whether the gradient is written over the logits
-    backend: str | None = None  # None: the best that runs
+    overwrite_logits: bool  # whether the gradient is written over the logits
+    backend: str  # the name of the backend that was chosen for them
 
 
 class RowStats(NamedTuple):
@@ -126,13 +126,13 @@ def address(array: Tensor | None) -> int:
     return 0 if array is None else array.data_ptr()
 
 
-def stats_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def stats_dtype(logits: torch.dtype) -> torch.dtype:
+    return torch.float64 if logits == torch.float64 else torch.float32
 
 
 def empty_stats(logits: Tensor) -> RowStats:
     """Buffers for the statistics of [outer, inner, columns] logits."""
-    logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits), device=logits.device)
+    logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits.dtype), device=logits.device)
     return RowStats(logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.float64))
 
 
