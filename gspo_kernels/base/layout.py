@@ -298,9 +298,9 @@ def batch_shape(
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
     """A caller's mask as bool. Numbers other than 0 and 1 are refused where reading is free; elsewhere they count."""
-    mask = mask.detach()
     if mask.dtype == torch.bool:
         return mask
+    mask = mask.detach()
     if mask.is_complex():
         raise TypeError(f"{name}: expected bool, or 0 and 1; got {mask.dtype}")
     counts = mask != 0

@@ -22,7 +22,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -110,7 +110,7 @@ class Operator(Generic[Output]):
         self._names = tuple(leaf.name for leaf in leaves)
         self._has_numbers = any(_has_float(spec) for spec in self._specs)
         names = iter(self._names)
-        path_of = {next(names): (position, *path) for position, path, how in self._steps if how != "float"}
+        path_of = {next(names): (position, path) for position, path, how in self._steps if how != "float"}
         self._direct_paths = [path_of[name] for name in operands or mutates] if direct else []
         arguments = [_declared(leaf, leaf.name in mutates) for leaf in leaves]
         arguments += ["Tensor numbers"] if self._has_numbers else []
@@ -127,9 +127,18 @@ class Operator(Generic[Output]):
 
     def __call__(self, *values: Any) -> Output:
         if self._direct:
-            tensors = [functools.reduce(getattr, fields, values[position]) for position, *fields in self._direct_paths]
+            # The operands or, of an operator without a backward, what it writes to.
+            tensors = [functools.reduce(getattr, fields, values[position]) for position, fields in self._direct_paths]
             if not watched(tensors[0]):
-                return self._called(values, tensors)
+                if self._backward is not None and torch.is_grad_enabled():
+                    rest: list[Tensor] = []
+                    results: Any = _Direct.apply(self, values, rest, *tensors)
+                    return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
+                with torch.no_grad():
+                    output = self.body(*values)
+                if self._backward is None:
+                    torch.autograd.graph.increment_version(tensors)
+                return output
         given, numbers = _flatten(self._steps, values)
         if self._has_numbers:
             given.append(run_time_list(numbers))
@@ -139,20 +148,6 @@ class Operator(Generic[Output]):
         else:
             found = self.operator(*given)
         return found if self._tuple is None else self._tuple(*found)  # type: ignore[no-any-return]
-
-    # ---- as a plain function
-
-    def _called(self, values: Sequence[Any], tensors: Sequence[Tensor]) -> Output:
-        """`tensors`: the operands or, of an operator without a backward, what it writes to."""
-        if self._backward is not None and torch.is_grad_enabled():
-            rest: list[Tensor] = []
-            results: Any = _Direct.apply(self, values, rest, *tensors)
-            return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
-        with torch.no_grad():
-            found = self.body(*values)
-        if self._backward is None:
-            torch.autograd.graph.increment_version(tensors)
-        return found
 
     # ---- what torch calls, with flat arguments
 
@@ -173,8 +168,8 @@ class Operator(Generic[Output]):
         if all(each is None for each in upstream):
             return tuple(None for _ in self._operands)
         found = self._backward(ctx, *upstream)
-        assert set(found) <= set(self._operands), (set(found), self._operands)
-        return tuple(found.get(name) for name in self._operands)
+        assert found.keys() <= set(self._operands), (set(found), self._operands)
+        return tuple([found.get(name) for name in self._operands])
 
     def _derivative(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         by_name = dict(zip(self._operands, self.gradients(ctx, upstream), strict=True))
@@ -199,6 +194,7 @@ class _Direct(torch.autograd.Function):
         ctx.operator = operator
         ctx.set_materialize_grads(False)
         output = operator.body(*values)
+        assert operator.save is not None
         operator.save(ctx, output, *values)
         if isinstance(output, Tensor):
             return output
@@ -221,22 +217,22 @@ def save_values(ctx: Any, **values: Any) -> None:
     tensors: list[Tensor] = []
     ctx.values = {}
     for name, value in values.items():
-        fields = _field_names(type(value))  # type: ignore[arg-type]
-        parts = [getattr(value, field) for field in fields] if fields else [value]
-        for i, part in enumerate(parts):
-            if isinstance(part, Tensor):
-                tensors.append(part)
-                parts[i] = _SAVED
-        ctx.values[name] = type(value) if fields else None, parts
+        positions = _tensor_positions(type(value))  # type: ignore[arg-type]
+        fields = [value] if positions is None else list(value if isinstance(value, tuple) else vars(value).values())
+        for i in (0,) if positions is None else positions:
+            if isinstance(fields[i], Tensor):
+                tensors.append(fields[i])
+                fields[i] = _SAVED
+        ctx.values[name] = None if positions is None else type(value), fields
     ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> dict[str, Any]:
     """What `save_values` kept, by name."""
     tensors, found = iter(ctx.saved_tensors), {}
-    for name, (kind, parts) in ctx.values.items():
-        parts = [next(tensors) if part is _SAVED else part for part in parts]
-        found[name] = parts[0] if kind is None else kind(*parts)
+    for name, (kind, kept) in ctx.values.items():
+        fields = [next(tensors) if field is _SAVED else field for field in kept]
+        found[name] = fields[0] if kind is None else kind(*fields)
     return found
 
 
@@ -244,24 +240,15 @@ _SAVED = object()  # stands for a saved tensor
 
 
 @functools.cache
-def _field_names(kind: Any) -> tuple[str, ...]:
-    """Of a dataclass or a named tuple; none for any other class."""
-    if not (dataclasses.is_dataclass(kind) or _is_named_tuple(kind)):
-        return ()
-    for name, hint in typing.get_type_hints(kind).items():
-        for inner in (hint, *typing.get_args(hint)):
-            holds_tensors = any(_has_tensor(each) for each in _hints_of(inner))
-            assert not holds_tensors, f"{kind.__name__}.{name}: the tensors of its fields would not be saved"
-    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else kind._fields
-
-
-def _hints_of(kind: Any) -> Iterable[Any]:
-    """Types of the fields of a dataclass or a named tuple."""
-    return typing.get_type_hints(kind).values() if dataclasses.is_dataclass(kind) or _is_named_tuple(kind) else ()
-
-
-def _has_tensor(hint: Any) -> bool:
-    return hint is Tensor or Tensor in typing.get_args(hint)
+def _tensor_positions(kind: Any) -> tuple[int, ...] | None:
+    """Which fields of a dataclass or a named tuple may be tensors; None for any other class."""
+    if not _has_fields(kind):
+        return None
+    hints = list(typing.get_type_hints(kind).values())
+    for hint in hints:
+        for inner in filter(_has_fields, (hint, *typing.get_args(hint))):
+            assert not _tensor_positions(inner), f"{inner.__name__} inside {kind.__name__}: its tensors are not saved"
+    return tuple(i for i, hint in enumerate(hints) if hint is Tensor or Tensor in typing.get_args(hint))
 
 
 # ---- how types are declared
@@ -280,7 +267,7 @@ def _spec(name: str, kind: Any, taken: set[str], optional: bool, prefix: str = "
     if kind in _SCHEMA or kind == _PARAMETERS:
         return _Leaf(_unused(name, prefix, taken), kind, optional)
     present = _Leaf(_unused(f"has_{name}", prefix, taken), bool, False) if optional else None
-    if dataclasses.is_dataclass(kind) or _is_named_tuple(kind):
+    if _has_fields(kind):
         hints = typing.get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
         return _Value(kind, tuple((each, _spec(each, hints[each], taken, optional, name)) for each in names), present)
@@ -321,6 +308,10 @@ def _declared(leaf: _Leaf, written: bool) -> str:
 
 def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
+
+
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or _is_named_tuple(kind)
 
 
 def _is_named_tuple(kind: Any) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error me
 
 def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
     if isinstance(inputs.normalizer, Tensor):
-        inputs = replace(inputs, normalizer=inputs.normalizer.detach())
+        inputs = inputs._replace(normalizer=inputs.normalizer.detach())
     with carried(inputs.objective):
         found = LINEAR_LOSS(arguments, arguments.needs_grad(), inputs)
     with torch.no_grad():

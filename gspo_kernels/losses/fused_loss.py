@@ -81,9 +81,9 @@ def loss_of_rows(inputs: TokenInputs, logprobs: Tensor, entropy: Tensor | None) 
 
 
 def _output(inputs: TokenInputs, loss: Tensor, scalars: Tensor, logprobs: Tensor, log_ratios: Tensor) -> LossOutput:
+    """Of tensors of which the loss alone is differentiable."""
     shape, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
-    logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
-    of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.detach().unbind(), strict=True))
+    of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.unbind(), strict=True))
     stats = Stats(
         **of_batch,
         logprobs=logprobs if logprobs.shape == shape else logprobs.reshape(shape),
@@ -133,14 +133,24 @@ def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
     )
 
 
-def _upstream(found: FusedStage | FusedLoss, inputs: TokenInputs) -> Upstream:
-    """Of the rows' statistics, but for the factor, which the backward knows."""
-    grad_entropy = found.grad_entropy if inputs.entropy_bonus else None
-    return Upstream(found.grad_logprobs, grad_entropy, counts=found.partials[PARTIALS.index("count")])
+class StageGradient(NamedTuple):
+    """Of a `FusedStage`, what its backward needs."""
+
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None
+    partials: Tensor
+
+    def upstream(self, factor: Tensor) -> Upstream:
+        counts = self.partials[PARTIALS.index("count")]
+        return Upstream(self.grad_logprobs, self.grad_entropy, factor=factor, counts=counts)
+
+
+def _stage_gradient(found: FusedStage | FusedLoss, inputs: TokenInputs) -> StageGradient:
+    return StageGradient(found.grad_logprobs, found.grad_entropy if inputs.entropy_bonus else None, found.partials)
 
 
 def _save_stage(ctx: Any, found: FusedStage, logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> None:
-    save_values(ctx, upstream=_upstream(found, inputs), logprobs=logprobs, entropy=entropy)
+    save_values(ctx, stage=_stage_gradient(found, inputs), logprobs=logprobs, entropy=entropy)
     ctx.inputs = None
     if not math.isnan(inputs.max_log_ratio):  # numbers are unknown while a compiler traces this
         ctx.inputs, ctx.versions = inputs, inputs.versions()  # not saved: they may have come from inference_mode
@@ -154,7 +164,7 @@ def _gradient_of_stage(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
             raise RuntimeError("policy_loss_from_logprobs: an argument was written to before its second derivative")
         return ctx.inputs.stage().differentiable_gradient(logprobs, entropy, factor)  # type: ignore[no-any-return]
     with torch.no_grad():
-        found = saved["upstream"]._replace(factor=factor).by_statistic()
+        found = saved["stage"].upstream(factor).by_statistic()
     g_logprobs, g_entropy = (
         None if g is None else first_derivative(g, FROM_LOGITS, logprobs, entropy, factor) for g in found[:2]
     )
@@ -200,12 +210,12 @@ def _fused_loss(rows: Rows, inputs: TokenInputs, options: RowOptions) -> FusedLo
 
 def _save_loss(ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, options: RowOptions) -> None:
     stats = RowStats(found.logprobs, found.entropy, found.lse)
-    save_values(ctx, rows=rows, stats=stats, upstream=_upstream(found, inputs), options=options)
+    save_values(ctx, rows=rows, stats=stats, stage=_stage_gradient(found, inputs), options=options)
 
 
 def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
     saved = saved_values(ctx)
-    rows, options, upstream = saved["rows"], saved["options"], saved["upstream"]._replace(factor=factor)
+    rows, options, upstream = saved["rows"], saved["options"], saved["stage"].upstream(factor)
     if options.overwrite_logits:
         refuse_second_backward(ctx, FROM_LOGITS)
     gradient = gradient_buffer(rows.logits, options.overwrite_logits)

@@ -24,6 +24,7 @@ from .stats import PARTIALS, SCALARS
 from .token_stage import TokenInputs
 from .triton_term import MOST_PARAMETERS
 
+_PARAMETERS = tuple(f"p{i}" for i in range(MOST_PARAMETERS))
 _COUNT, _ZERO = PARTIALS.index("count"), PARTIALS.index("zero")
 # `elements` tokens, or sequences, at a time. With more of either some variants of the sequence kernel spill registers.
 # The batch is one program of sixteen warps, each with one of the sixteen partials.
@@ -100,7 +101,7 @@ class TritonStage:
         self.ratio = "sequence_by_token" if objective.sequence_value else objective.ratio_of
         parameters = objective.packed_parameters() or ()
         parameters = (*parameters, *(0.0,) * (MOST_PARAMETERS - len(parameters)))
-        self.numbers = {"max_log_ratio": inputs.max_log_ratio, **{f"p{i}": x for i, x in enumerate(parameters)}}
+        self.numbers = {"max_log_ratio": inputs.max_log_ratio, **dict(zip(_PARAMETERS, parameters, strict=True))}
 
         self.grad_logprobs = torch.empty((outer, inner), dtype=torch.float32, device=batch.device)
         self.grad_entropy = torch.empty_like(self.grad_logprobs) if inputs.entropy_bonus else None
@@ -218,7 +219,9 @@ def _contiguous(array: Tensor | None) -> Tensor | None:
 
 def _float32(array: Tensor | None) -> Tensor | None:
     """Of float64 and integers too: a factor of the loss, which is computed in float32."""
-    return None if array is None else array.to(torch.float32).contiguous()
+    if array is None or array.dtype == torch.float32:
+        return _contiguous(array)
+    return array.to(torch.float32).contiguous()
 
 
 @functools.cache

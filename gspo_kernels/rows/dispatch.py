@@ -69,31 +69,27 @@ def by_name(name: str) -> Backend:
     return _BY_NAME[name]
 
 
-def choose(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> Backend:
+def choose(logits: Tensor, backend: str | None, fields: Collection[str] = (), warn: bool = True) -> Backend:
     """The backend to run. Raises ValueError with every reason if the named one does not support these rows.
 
     Args:
         fields: optional fields of `Rows` that the backend must honour.
+        warn: whether to warn, once, where the default is slower than it could be.
     """
     check_float64(logits.device)
-    chosen = pick(logits, backend, fields)
-    if backend is None:
-        if not chosen.has_kernels and (reason := _no_kernels_reason(logits, fields)):
-            _warn(f"gspo_kernels runs on plain torch, many times slower: {reason}")
-        if reason := cuda_rows.unavailable_reason(logits.device):
-            _warn(f"gspo_kernels does without its CUDA kernels: {reason}")
-    return chosen
-
-
-def pick(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> Backend:
-    """`choose`, without a warning."""
-    if backend is None:
-        able = (each for each in BACKENDS if not (_not_honoured(each, fields) or each.unsupported_reasons(logits)))
-        return next(each for each in able if not each.reason_not_default(logits))
-    check_name(backend)
-    chosen = by_name(backend)
-    if reasons := [*chosen.unsupported_reasons(logits), *_not_honoured(chosen, fields)]:
-        raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}")
+    if backend is not None:
+        check_name(backend)
+        chosen = by_name(backend)
+        if reasons := [*chosen.unsupported_reasons(logits), *_not_honoured(chosen, fields)]:
+            listed = "; ".join(reasons)
+            raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {listed}")
+        return chosen
+    able = (each for each in BACKENDS if not (_not_honoured(each, fields) or each.unsupported_reasons(logits)))
+    chosen = next(each for each in able if not each.reason_not_default(logits))
+    if warn and not chosen.has_kernels and (reason := _no_kernels_reason(logits, fields)):
+        _warn(f"gspo_kernels runs on plain torch, many times slower: {reason}")
+    if warn and (reason := cuda_rows.unavailable_reason(logits.device)):
+        _warn(f"gspo_kernels does without its CUDA kernels: {reason}")
     return chosen
 
 
@@ -130,7 +126,7 @@ def _warn(message: str) -> None:
 
 def compare(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> str:
     """Which backend runs for these logits, and why the others do not."""
-    chosen = pick(logits, backend, fields)
+    chosen = choose(logits, backend, fields, warn=False)
     why = "as requested" if backend is not None else "the first that takes these logits"
     lines = [f"{chosen.name} ({chosen.describe()}): runs, {why}"]
     for other in BACKENDS:

@@ -2,8 +2,8 @@
 
 The layers above call `row_stats` or, where the gradient is known before a logit is read, `row_stats_and_gradient`.
 Both run operators of `torch.library`, so torch's dispatcher, `torch.compile` and CUDA graphs see them; the operators
-run on the backend that `RowOptions` names. Values that have to be read to be checked (token ids, temperatures) are checked here: always on the
-CPU, on a GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
+run on the backend that was chosen before, by its name. Values that have to be read to be checked (token ids,
+temperatures) are checked here: always on the CPU, on a GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
 """
 
 from __future__ import annotations

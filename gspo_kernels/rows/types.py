@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Logits, and everything that defines the numbers of each row. Arrays are contiguous, `[outer, inner]`.
 
     To add an optional field: one line here (None: absent), its name in `honours` of every backend that computes with
@@ -35,7 +32,7 @@ class Rows:
         return [name for name in OPTIONAL_FIELDS if getattr(self, name) is not None]
 
 
-OPTIONAL_FIELDS = tuple(field.name for field in dataclasses.fields(Rows) if field.default is None)
+OPTIONAL_FIELDS = tuple(Rows._field_defaults)
 
 
 class RowOptions(NamedTuple):

@@ -17,7 +17,6 @@ the target.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +59,7 @@ class VocabShard:
     def local(self, rows: Rows) -> tuple[Tensor, Rows]:
         """(whether this rank has the token, the rows of its columns alone)."""
         owns, token_ids = self.local_ids(rows.token_ids)
-        return owns, dataclasses.replace(rows, token_ids=token_ids, vocab_size=self.columns)
+        return owns, rows._replace(token_ids=token_ids, vocab_size=self.columns)
 
 
 @dataclass(frozen=True)
