@@ -8,7 +8,6 @@ more at the end. The difference of those two is noise.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -89,7 +88,7 @@ def launches_of(kernel: str) -> list[Launch]:
     current = LAUNCH[kernel]
     found: dict[str, Launch] = {}
     for changes in ({}, *CHANGES[kernel]):
-        launch = dataclasses.replace(current, **changes)
+        launch = current._replace(**changes)
         found.setdefault(_compiled(kernel, launch), launch)
     return list(found.values())
 
@@ -102,10 +101,10 @@ def _compiled(kernel: str, launch: Launch) -> str:
 def name_of(launch: Launch) -> str:
     """The sizes, and other fields that differ from their defaults."""
     words = [f"{launch.num_warps} warps", f"{launch.elements} elements"]
-    for field in dataclasses.fields(launch)[2:]:
-        value = getattr(launch, field.name)
-        if value != field.default:
-            words.append(field.name if value is True else f"{field.name} {value}")
+    for name, default in Launch._field_defaults.items():
+        value = getattr(launch, name)
+        if value != default:
+            words.append(name if value is True else f"{name} {value}")
     return ", ".join(words)
 
 

@@ -14,7 +14,7 @@ from .losses.clipped import GSPO
 from .losses.from_logits import gspo_loss
 from .losses.objectives import check_objective
 from .losses.triton_stage import stage_reason
-from .rows.dispatch import check_name, compare, pick
+from .rows.dispatch import check_name, choose, compare
 from .rows.types import OPTIONAL_FIELDS
 
 
@@ -41,10 +41,10 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     head = arguments[0] if arguments else options.get("weight")
     if not (isinstance(head, Tensor) and head.is_floating_point()):
         fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
-        stage = stage_reason(objective, pick(logits, backend, fields), context_parallel=context_parallel)
+        stage = stage_reason(objective, choose(logits, backend, fields, warn=False), context_parallel=context_parallel)
         return f"{compare(logits, backend, fields)}\n{stage}"
     options.pop("weight", None)
     wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
     chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)
-    stage = stage_reason(objective, pick(chunk, backend), context_parallel=context_parallel)
+    stage = stage_reason(objective, choose(chunk, backend, warn=False), context_parallel=context_parallel)
     return f"{compare(chunk, backend)}\n{stage}\n{explain_plan(logits, head, *arguments[1:], **options)}"

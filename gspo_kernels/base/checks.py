@@ -117,7 +117,9 @@ def log_probabilities(name: str, value: Tensor, mask: Tensor | None) -> None:
     """Refuses positive ones where the mask is set, if values may be read; NaN and -inf pass. Shapes must agree."""
     if not may_read(value) or watched(value):
         return
-    bad = value.detach() > HIGHEST_LOGPROB
+    bad = value > HIGHEST_LOGPROB
+    if not bool(bad.any()):
+        return
     if mask is not None:
         bad = bad & mask
     if bool(bad.any()):

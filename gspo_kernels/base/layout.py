@@ -300,9 +300,9 @@ def batch_shape(
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
     """A caller's mask as bool. Numbers other than 0 and 1 are refused where reading is free, and are True elsewhere."""
-    mask = mask.detach()
     if mask.dtype == torch.bool:
         return mask
+    mask = mask.detach()
     if mask.is_complex():
         raise TypeError(f"{name}: expected bool, or 0 and 1; got {mask.dtype}")
     counts = mask != 0

@@ -23,7 +23,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -81,8 +81,8 @@ class Operator(Generic[Output]):
         operands: names of the arguments that have a gradient.
         outputs: how many outputs, from the first, are differentiable; None: all.
         mutates: names of the arguments that are written to.
-        direct: calls `body` as a plain function where no compiler, transform or fake tensor traces the first tensor:
-            the dispatcher and its wrappers in Python take 0.1 ms of the host's time.
+        direct: calls `body` as a plain function where no compiler, transform or fake tensor traces the first of
+            `operands` (or of `mutates`): the dispatcher and its wrappers in Python take 0.1 ms of the host's time.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Operator(Generic[Output]):
         mutates: Sequence[str] = (),
         direct: bool = False,
     ) -> None:
-        self.body, self._save, self._backward, self._direct = body, save, backward, direct
-        self._operands, self._outputs = tuple(operands), outputs
+        self.body, self.save, self._backward, self._direct = body, save, backward, direct
+        self._operands = tuple(operands)
         hints = typing.get_type_hints(body)
         result = hints.pop("return")
         self._tuple = result if _is_named_tuple(result) else None
@@ -111,13 +111,13 @@ class Operator(Generic[Output]):
         self._names = tuple(leaf.name for leaf in leaves)
         self._has_numbers = any(_has_float(spec) for spec in self._specs)
         names = iter(self._names)
-        path_of = {next(names): (position, *path) for position, path, how in self._steps if how != "float"}
-        self._first = path_of[next(leaf.name for leaf in leaves if leaf.type is Tensor and not leaf.optional)]
-        self._operand_paths = [path_of[name] for name in operands]
-        self._written_paths = [path_of[name] for name in mutates]
+        path_of = {next(names): (position, path) for position, path, how in self._steps if how != "float"}
+        self._direct_paths = [path_of[name] for name in operands or mutates] if direct else []
         arguments = [_declared(leaf, leaf.name in mutates) for leaf in leaves]
         arguments += ["Tensor numbers"] if self._has_numbers else []
         count = 0 if result in (None, type(None)) else len(self._tuple._fields) if self._tuple is not None else 1
+        self.outputs = count if outputs is None else outputs  # how many are differentiable
+        self._all_outputs = count
         schema = f"({', '.join(arguments)}) -> {'Tensor' if count == 1 and self._tuple is None else _tensors(count)}"
         self.operator = torch.library.custom_op(
             f"gspo_kernels::{name}", self._run, mutates_args=tuple(mutates), schema=schema
@@ -127,8 +127,19 @@ class Operator(Generic[Output]):
             self.operator.register_autograd(self._derivative, setup_context=self._remember)
 
     def __call__(self, *values: Any) -> Output:
-        if self._direct and not watched(_at(values, self._first)):
-            return self._called(values)
+        if self._direct:
+            # The operands or, of an operator without a backward, what it writes to.
+            tensors = [functools.reduce(getattr, fields, values[position]) for position, fields in self._direct_paths]
+            if not watched(tensors[0]):
+                if self._backward is not None and torch.is_grad_enabled():
+                    rest: list[Tensor] = []
+                    results: Any = _Direct.apply(self, values, rest, *tensors)
+                    return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
+                with torch.no_grad():
+                    output = self.body(*values)
+                if self._backward is None:
+                    torch.autograd.graph.increment_version(tensors)
+                return output
         given, numbers = _flatten(self._steps, values)
         if self._has_numbers:
             given.append(run_time_list(numbers))
@@ -139,49 +150,27 @@ class Operator(Generic[Output]):
             found = self.operator(*given)
         return found if self._tuple is None else self._tuple(*found)  # type: ignore[no-any-return]
 
-    # ---- as a plain function
-
-    def _called(self, values: Sequence[Any]) -> Output:
-        if self._backward is None or not torch.is_grad_enabled():
-            with torch.no_grad():
-                found = self.body(*values)
-            for path in self._written_paths:
-                torch.autograd.graph.increment_version(_at(values, path))
-            return found
-        rest: list[Tensor] = []
-        results: Any = _Direct.apply(self, values, rest, *[_at(values, path) for path in self._operand_paths])
-        return results if self._tuple is None else self._tuple(*results, *rest)  # type: ignore[no-any-return]
-
     # ---- what torch calls, with flat arguments
 
     def _run(self, *given: Any) -> Any:
         return self._plain(self.body(*self._rebuilt(given, True)))
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._outputs is not None:
-            ctx.mark_non_differentiable(*output[self._outputs :])
-        self.remember(ctx, self._rebuilt(inputs, False), output if self._tuple is None else self._tuple(*output))
-
-    def remember(self, ctx: Any, values: Sequence[Any], output: Any) -> None:
+        if self.outputs < self._all_outputs:
+            ctx.mark_non_differentiable(*output[self.outputs :])
         ctx.set_materialize_grads(False)  # else autograd fills zeros for every output that nothing depends on
-        assert self._save is not None
-        self._save(ctx, output, *values)
-
-    def differentiable(self, output: Any) -> tuple[Any, Sequence[Tensor]]:
-        """(outputs that are differentiable, the others)"""
-        if self._tuple is None:
-            return output, ()
-        count = len(output) if self._outputs is None else self._outputs
-        return tuple(output[:count]), output[count:]
+        assert self.save is not None
+        self.save(ctx, output if self._tuple is None else self._tuple(*output), *self._rebuilt(inputs, False))
 
     def gradients(self, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of the operands, in their order."""
         assert self._backward is not None
-        if all(each is None for each in upstream[: self._outputs]):
+        upstream = upstream[: self.outputs]
+        if all(each is None for each in upstream):
             return tuple(None for _ in self._operands)
-        found = self._backward(ctx, *upstream[: self._outputs])
-        assert set(found) <= set(self._operands), (set(found), self._operands)
-        return tuple(found.get(name) for name in self._operands)
+        found = self._backward(ctx, *upstream)
+        assert found.keys() <= set(self._operands), (set(found), self._operands)
+        return tuple([found.get(name) for name in self._operands])
 
     def _derivative(self, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         by_name = dict(zip(self._operands, self.gradients(ctx, upstream), strict=True))
@@ -203,12 +192,15 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator[Any], values: Sequence[Any], rest: list[Tensor], *operands: Tensor) -> Any:
-        output = operator.body(*values)
         ctx.operator = operator
-        operator.remember(ctx, values, output)
-        found, others = operator.differentiable(output)
-        rest += others
-        return found
+        ctx.set_materialize_grads(False)
+        output = operator.body(*values)
+        assert operator.save is not None
+        operator.save(ctx, output, *values)
+        if isinstance(output, Tensor):
+            return output
+        rest += output[operator.outputs :]
+        return output[: operator.outputs]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -219,56 +211,45 @@ class _Direct(torch.autograd.Function):
 
 
 def save_values(ctx: Any, **values: Any) -> None:
-    """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`."""
+    """Keeps values for the backward: their tensors as autograd saves them, everything else on `ctx`.
+
+    A value is a tensor, a dataclass or a named tuple with tensors among its fields, or something without tensors.
+    """
     tensors: list[Tensor] = []
-    ctx.values = dict(zip(values, _without_tensors(values.values(), tensors), strict=True))
+    ctx.values = {}
+    for name, value in values.items():
+        positions = _tensor_positions(type(value))  # type: ignore[arg-type]
+        fields = [value] if positions is None else list(value if isinstance(value, tuple) else vars(value).values())
+        for i in (0,) if positions is None else positions:
+            if isinstance(fields[i], Tensor):
+                tensors.append(fields[i])
+                fields[i] = _SAVED
+        ctx.values[name] = None if positions is None else type(value), fields
     ctx.save_for_backward(*tensors)
 
 
 def saved_values(ctx: Any) -> dict[str, Any]:
     """What `save_values` kept, by name."""
-    return dict(zip(ctx.values, _with_tensors(ctx.values.values(), iter(ctx.saved_tensors)), strict=True))
-
-
-class _Parts(NamedTuple):
-    """Stands for a dataclass or a named tuple."""
-
-    type: Any
-    fields: list[Any]
+    tensors, found = iter(ctx.saved_tensors), {}
+    for name, (kind, kept) in ctx.values.items():
+        fields = [next(tensors) if field is _SAVED else field for field in kept]
+        found[name] = fields[0] if kind is None else kind(*fields)
+    return found
 
 
 _SAVED = object()  # stands for a saved tensor
 
 
-def _without_tensors(values: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            value = _SAVED
-        elif names := _field_names(type(value)):  # type: ignore[arg-type]
-            value = _Parts(type(value), _without_tensors([getattr(value, name) for name in names], tensors))
-        found.append(value)
-    return found
-
-
-def _with_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    found = []
-    for value in values:
-        if value is _SAVED:
-            value = next(tensors)
-        elif type(value) is _Parts:
-            value = value.type(*_with_tensors(value.fields, tensors))
-        found.append(value)
-    return found
-
-
 @functools.cache
-def _field_names(kind: Any) -> tuple[str, ...]:
-    """The fields of a dataclass or a named tuple; none for any other class."""
-    if dataclasses.is_dataclass(kind):
-        return tuple(field.name for field in dataclasses.fields(kind))
-    return kind._fields if _is_named_tuple(kind) else ()
+def _tensor_positions(kind: Any) -> tuple[int, ...] | None:
+    """Which fields of a dataclass or a named tuple may be tensors; None for any other class."""
+    if not _has_fields(kind):
+        return None
+    hints = list(typing.get_type_hints(kind).values())
+    for hint in hints:
+        for inner in filter(_has_fields, (hint, *typing.get_args(hint))):
+            assert not _tensor_positions(inner), f"{inner.__name__} inside {kind.__name__}: its tensors are not saved"
+    return tuple(i for i, hint in enumerate(hints) if hint is Tensor or Tensor in typing.get_args(hint))
 
 
 # ---- types as a schema
@@ -287,7 +268,7 @@ def _spec(name: str, kind: Any, taken: set[str], optional: bool, prefix: str = "
     if kind in _SCHEMA or kind == _PARAMETERS:
         return _Leaf(_unused(name, prefix, taken), kind, optional)
     present = _Leaf(_unused(f"has_{name}", prefix, taken), bool, False) if optional else None
-    if dataclasses.is_dataclass(kind) or _is_named_tuple(kind):
+    if _has_fields(kind):
         hints = typing.get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
         return _Value(kind, tuple((each, _spec(each, hints[each], taken, optional, name)) for each in names), present)
@@ -328,6 +309,10 @@ def _declared(leaf: _Leaf, written: bool) -> str:
 
 def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
+
+
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or _is_named_tuple(kind)
 
 
 def _is_named_tuple(kind: Any) -> bool:

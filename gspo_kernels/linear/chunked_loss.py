@@ -7,7 +7,6 @@ then computes the gradients of the rows from them.
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -139,9 +138,8 @@ class Coefficients:
         if fused:
             layout = stage.layout
             count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
-            self._fused = replace(
-                _part_of(inputs, selected, indices, slice(None)),
-                normalizer=count if inputs.normalizer is None else inputs.normalizer,
+            self._fused = _part_of(inputs, selected, indices, slice(None))._replace(
+                normalizer=count if inputs.normalizer is None else inputs.normalizer
             )
 
     def on_policy(self, dtype: torch.dtype) -> Tensor:
@@ -169,8 +167,7 @@ def _part_of(inputs: TokenInputs, batch: BatchShape, tokens: Tensor | slice, seq
         return values.reshape(-1)[tokens] if per_token else values[sequences]
 
     old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
-    return replace(
-        inputs,
+    return inputs._replace(
         batch=batch,
         advantages=part(inputs.advantages, inputs.advantages_per_token),
         old_logprobs=None if old is None else part(old, True),

@@ -327,8 +327,7 @@ def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
         some = layout.of_sequences(inputs.advantages) != 0.0
     kept = layout.spread(some.double()) != 0.0
     count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
-    return replace(
-        inputs,
+    return inputs._replace(
         batch=replace(batch, mask=kept.reshape(batch.tokens)),
         normalizer=count.clamp(min=1.0) if inputs.normalizer is None else inputs.normalizer,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from ..losses import triton_stage
 from ..losses.objectives import carried
 from ..losses.stats import SCALARS, HeadWork, Stats
 from ..losses.token_stage import LossOutput, TokenInputs
+from ..rows.dispatch import choose
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
 from . import chunked_loss
@@ -35,7 +35,7 @@ _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error me
 
 def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
     if isinstance(inputs.normalizer, Tensor):
-        inputs = replace(inputs, normalizer=inputs.normalizer.detach())
+        inputs = inputs._replace(normalizer=inputs.normalizer.detach())
     with carried(inputs.objective):
         found = linear_loss_operator(arguments, arguments.needs_grad(), inputs)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.
     if type(gradient) is not Tensor:  # traced by a compiler, which decides itself what is done in place
         return (gradient * upstream).to(dtype).reshape(shape)
     rows = gradient[None] if gradient.ndim == 2 else gradient[None, None]
-    scale(rows, upstream, None)  # returns at once where upstream is 1
+    scale(rows, upstream, choose(rows, None).name)  # returns at once where upstream is 1
     if gradient.dtype == dtype:
         return gradient.detach().reshape(shape)
     return gradient.to(dtype).reshape(shape)

@@ -16,7 +16,7 @@ from ..base.documentation import with_arguments_of
 from ..base.layout import as_bool, batch_shape
 from ..rows import vocab_shard
 from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
-from ..rows.dispatch import Backend, backend_for
+from ..rows.dispatch import Backend, choose
 from ..rows.operators import row_stats, row_stats_and_gradient, with_gradient
 from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
@@ -196,30 +196,29 @@ def policy_loss(
             kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
             aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, columns, backend)
-        if agreement.active:
-            backend_for(rows, backend)  # refuses here, before other ranks go on
+        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, columns)
+        chosen = choose(rows.logits, backend, rows.fields_set())
         agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
         agree_on_sequences(agreement, inputs)
-    options = RowOptions(overwrite_logits, backend)
-    fused = fused_loss.backend_of(inputs, rows, backend)
+    options = RowOptions(overwrite_logits, chosen.name)
+    fused = fused_loss.takes_rows_of(chosen, inputs)
     if shard is not None:
         found = vocab_shard.row_stats(rows, shard, options)
-        if fused is None:
+        if not fused:
             return _loss(inputs, found)
         return fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
     one_pass = (
-        _gradient_is_known(inputs, logits, fused)
+        _gradient_is_known(inputs, chosen, fused)
         and logits.requires_grad
         and torch.is_grad_enabled()
         and not checks.watched(logits)
         and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
     )
-    if fused is not None:
-        return fused_loss.policy_loss(rows, inputs, options, one_pass, fused)
+    if fused:
+        return fused_loss.policy_loss(rows, inputs, options, one_pass)
     if one_pass:
         stage = inputs.stage()
-        upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits)).reshape(rows.token_ids.shape))
+        upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits.dtype)).reshape(rows.token_ids.shape))
         found, gradient = row_stats_and_gradient(rows, upstream, options)
         with torch.no_grad():
             statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
@@ -227,7 +226,7 @@ def policy_loss(
             if bool(stats.approx_kl.isnan()):  # the same on every rank; read on a CPU alone
                 has_nan = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
                 gradient[..., :columns][has_nan] = torch.nan
-        return LossOutput(with_gradient(value, logits, gradient, backend), stats)
+        return LossOutput(with_gradient(value, logits, gradient, options.backend), stats)
     return _loss(inputs, row_stats(rows, options))
 
 
@@ -392,11 +391,10 @@ def token_logprobs(
     with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
         logits, shard = shard_of("logits", logits, -1, vocabulary)
         columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
-        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, columns, backend)
-        if agreement.active:
-            backend_for(rows, backend)  # refuses here, before other ranks go on
+        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, columns)
+        chosen = choose(rows.logits, backend, rows.fields_set())
         agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
-    options = RowOptions(overwrite_logits, backend)
+    options = RowOptions(overwrite_logits, chosen.name)
     found = row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
@@ -426,9 +424,9 @@ def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
     return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
 
 
-def _gradient_is_known(inputs: TokenInputs, logits: Tensor, fused: Backend | None) -> bool:
+def _gradient_is_known(inputs: TokenInputs, backend: Backend, fused: bool) -> bool:
     """Whether a row's gradient can be written while the row is read for the first time."""
-    if fused is not None:
-        return inputs.depends_on_log_ratio_alone() or fused_loss.clips_row_by_row(inputs, fused)
+    if fused:
+        return inputs.depends_on_log_ratio_alone() or fused_loss.clips_row_by_row(inputs, backend)
     # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
-    return inputs.depends_on_log_ratio_alone() and logits.device.type == "cpu"
+    return inputs.depends_on_log_ratio_alone() and inputs.batch.device.type == "cpu"

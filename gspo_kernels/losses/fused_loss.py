@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
 from ..base.operators import Operator, save_values, saved_values
 from ..rows import triton_rows
-from ..rows.dispatch import Backend, backend_for
+from ..rows.dispatch import Backend, by_name
 from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gradient, zero_padding
 from ..rows.types import RowOptions, Rows, RowStats, Upstream, empty_stats
 from .stats import PARTIALS, SCALARS, Stats
@@ -28,16 +28,15 @@ from .token_stage import LossOutput, TokenInputs
 from .triton_stage import TritonStage, takes, unsupported_reason
 
 
-def backend_of(inputs: TokenInputs, rows: Rows, backend: str | None) -> Backend | None:
-    """The backend of the rows if the stage in Triton runs beside it for this loss."""
-    chosen = backend_for(rows, backend)
-    if not chosen.runs_stage_in_triton:
-        return None
-    if takes(inputs):
-        return chosen
-    if rows.logits.is_cuda and inputs.batch.ranks is None and not torch.compiler.is_compiling():
-        _warn(unsupported_reason(inputs.objective, False))
-    return None
+def takes_rows_of(backend: Backend, inputs: TokenInputs) -> bool:
+    """Whether the stage in Triton computes this loss beside the backend of the rows."""
+    if not backend.runs_stage_in_triton:
+        return False
+    reason = unsupported_reason(inputs.objective, inputs.batch.ranks is not None)
+    on_gpu = inputs.batch.device.type == "cuda"
+    if reason and on_gpu and inputs.batch.ranks is None and not torch.compiler.is_compiling():
+        _warn(reason)
+    return not reason
 
 
 @functools.cache
@@ -60,10 +59,10 @@ def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
     return alone and of_float32 and backend.clips_rows and inputs.objective.row_clip() is not None
 
 
-def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool, backend: Backend) -> LossOutput:
-    """By `backend`, beside which the stage in Triton runs."""
+def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool) -> LossOutput:
+    """For a backend beside which the stage in Triton runs."""
     if one_pass:
-        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options, backend)
+        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options)
     else:
         found = fused_loss(rows, inputs, options)
         loss, scalars, log_ratios, logprobs = found.loss, found.scalars, found.log_ratios, found.logprobs
@@ -82,9 +81,9 @@ def loss_of_rows(inputs: TokenInputs, logprobs: Tensor, entropy: Tensor | None) 
 
 
 def _output(inputs: TokenInputs, loss: Tensor, scalars: Tensor, logprobs: Tensor, log_ratios: Tensor) -> LossOutput:
+    """Of tensors of which the loss alone is differentiable."""
     shape, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
-    logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
-    of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.detach().unbind(), strict=True))
+    of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.unbind(), strict=True))
     stats = Stats(
         **of_batch,
         logprobs=logprobs if logprobs.shape == shape else logprobs.reshape(shape),
@@ -134,23 +133,24 @@ def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
     )
 
 
-class _Gradients(NamedTuple):
-    """What is saved of a stage."""
+class StageGradient(NamedTuple):
+    """Of a `FusedStage`, what its backward needs."""
 
-    logprobs: Tensor
-    entropy: Tensor | None
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None
     partials: Tensor
 
     def upstream(self, factor: Tensor) -> Upstream:
-        return Upstream(self.logprobs, self.entropy, factor=factor, counts=self.partials[PARTIALS.index("count")])
+        counts = self.partials[PARTIALS.index("count")]
+        return Upstream(self.grad_logprobs, self.grad_entropy, factor=factor, counts=counts)
 
 
-def _gradients(found: FusedStage | FusedLoss, entropy_bonus: bool) -> _Gradients:
-    return _Gradients(found.grad_logprobs, found.grad_entropy if entropy_bonus else None, found.partials)
+def _stage_gradient(found: FusedStage | FusedLoss, inputs: TokenInputs) -> StageGradient:
+    return StageGradient(found.grad_logprobs, found.grad_entropy if inputs.entropy_bonus else None, found.partials)
 
 
 def _save_stage(ctx: Any, found: FusedStage, logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> None:
-    save_values(ctx, gradients=_gradients(found, inputs.entropy_bonus), logprobs=logprobs, entropy=entropy)
+    save_values(ctx, stage=_stage_gradient(found, inputs), logprobs=logprobs, entropy=entropy)
     ctx.inputs = None
     if not math.isnan(inputs.max_log_ratio):  # numbers are unknown while a compiler traces this
         ctx.inputs, ctx.versions = inputs, inputs.versions()  # not saved: they may have come from inference_mode
@@ -164,7 +164,7 @@ def _gradient_of_stage(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
             raise RuntimeError("policy_loss_from_logprobs: an argument was written to before its second derivative")
         return ctx.inputs.stage().differentiable_gradient(logprobs, entropy, factor)  # type: ignore[no-any-return]
     with torch.no_grad():
-        found = saved["gradients"].upstream(factor).by_statistic()
+        found = saved["stage"].upstream(factor).by_statistic()
     g_logprobs, g_entropy = (
         None if g is None else first_derivative(g, FROM_LOGITS, logprobs, entropy, factor) for g in found[:2]
     )
@@ -203,24 +203,23 @@ class FusedLoss(NamedTuple):
 def _fused_loss(rows: Rows, inputs: TokenInputs, options: RowOptions) -> FusedLoss:
     stage = TritonStage(rows.token_ids.shape, inputs)
     check_values(rows)
-    stats = triton_rows.forward(rows)
+    stats = by_name(options.backend).forward(rows)
     stage.sequences(stats.logprobs, stats.entropy)
     return FusedLoss(*_results(stage), *stats)
 
 
 def _save_loss(ctx: Any, found: FusedLoss, rows: Rows, inputs: TokenInputs, options: RowOptions) -> None:
     stats = RowStats(found.logprobs, found.entropy, found.lse)
-    save_values(ctx, rows=rows, stats=stats, gradients=_gradients(found, inputs.entropy_bonus))
-    ctx.overwrite_logits = options.overwrite_logits
+    save_values(ctx, rows=rows, stats=stats, stage=_stage_gradient(found, inputs), options=options)
 
 
 def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
     saved = saved_values(ctx)
-    rows, upstream = saved["rows"], saved["gradients"].upstream(factor)
-    if ctx.overwrite_logits:
+    rows, options, upstream = saved["rows"], saved["options"], saved["stage"].upstream(factor)
+    if options.overwrite_logits:
         refuse_second_backward(ctx, FROM_LOGITS)
-    gradient = gradient_buffer(rows.logits, ctx.overwrite_logits)
-    row_gradient(rows, saved["stats"], upstream, gradient, triton_rows.name)
+    gradient = gradient_buffer(rows.logits, options.overwrite_logits)
+    row_gradient(rows, saved["stats"], upstream, gradient, options.backend)
     return {"logits": first_derivative(gradient, FROM_LOGITS, rows.logits, factor)}
 
 
@@ -251,7 +250,6 @@ class _OnePass(torch.autograd.Function):
         rows: Rows,
         inputs: TokenInputs,
         options: RowOptions,
-        backend: Backend,
     ) -> Any:
         stage = TritonStage(rows.token_ids.shape, inputs)
         check_values(rows)
@@ -260,7 +258,7 @@ class _OnePass(torch.autograd.Function):
         gradient = gradient_buffer(logits, options.overwrite_logits)
         zero_padding(gradient, rows.vocab_size)
         upstream = Upstream(stage.grad_logprobs, counts=stage.counts, tickets=stage.zero)
-        stats = backend.forward_backward(rows, upstream, gradient, clip)
+        stats = by_name(options.backend).forward_backward(rows, upstream, gradient, clip)
         loss, scalars = stage.batch(stats)
         if options.overwrite_logits:
             torch.autograd.graph.increment_version(logits)
@@ -275,11 +273,11 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor | None, *_: Tensor | None) -> Any:
         if factor is None:
-            return None, None, None, None, None
+            return None, None, None, None
         refuse_second_backward(ctx, FROM_LOGITS)
         (gradient,) = ctx.saved_tensors
         with torch.no_grad():
             # Returns at once where the factor is 1 and the loss no NaN.
             triton_rows.scale(gradient[..., : ctx.vocab_size], factor, ctx.nan_source)
             torch.autograd.graph.increment_version(gradient)
-        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None, None
+        return first_derivative(gradient, FROM_LOGITS, ctx.edge, factor), None, None, None

@@ -179,15 +179,22 @@ class Objective:
         """
         return None
 
+    def packed_parameters(self) -> tuple[float, ...] | None:
+        """The fields in order, None as NaN; None if floats alone do not rebuild the objective."""
+        fields, parameters = _float_fields(type(self)), []
+        if fields is None:
+            return None
+        for name, _ in fields:
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, (float, int))):
+                return None
+            parameters.append(math.nan if value is None else value)
+        return tuple(parameters)
+
     def packed(self) -> ObjectiveKey:
         """How operators take this objective."""
-        fields = _float_fields(type(self))
-        if fields is not None:
-            values = [getattr(self, name) for name, _ in fields]
-            if all(value is None or isinstance(value, (float, int)) for value in values):
-                parameters = tuple(math.nan if value is None else value for value in values)
-                return ObjectiveKey(_name_of(type(self)), parameters)
-        return ObjectiveKey(_OWN_NAME, ())
+        parameters = self.packed_parameters()
+        return ObjectiveKey(_OWN_NAME, ()) if parameters is None else ObjectiveKey(_name_of(type(self)), parameters)
 
     @staticmethod
     def unpacked(key: ObjectiveKey) -> Objective:

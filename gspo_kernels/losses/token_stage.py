@@ -25,8 +25,7 @@ class LossOutput(NamedTuple):
     stats: Stats
 
 
-@dataclass(frozen=True)
-class TokenInputs:
+class TokenInputs(NamedTuple):
     """The caller's arguments that have one number per token, per sequence or per batch; checked."""
 
     batch: BatchShape

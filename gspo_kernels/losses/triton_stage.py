@@ -24,6 +24,7 @@ from .stats import PARTIALS, SCALARS
 from .token_stage import TokenInputs
 from .triton_term import MOST_PARAMETERS
 
+_PARAMETERS = tuple(f"p{i}" for i in range(MOST_PARAMETERS))
 _COUNT, _ZERO = PARTIALS.index("count"), PARTIALS.index("zero")
 # `elements` tokens, or sequences, at a time. With more of either some variants of the sequence kernel spill registers.
 # The batch is one program of sixteen warps, each with one of the sixteen partials.
@@ -36,11 +37,11 @@ def unsupported_reason(objective: Objective, context_parallel: bool) -> str:
     name = type(objective).__name__
     if objective.triton_term is None:
         return f"{name} has no triton_term"
-    key = objective.packed()
-    if key.is_own:
+    parameters = objective.packed_parameters()
+    if parameters is None:
         return f"{name} is not a frozen dataclass at the top of a module, with fields that are all floats or None"
-    if len(key.parameters) > MOST_PARAMETERS:
-        return f"{name} has {len(key.parameters)} fields, a triton_term takes up to {MOST_PARAMETERS}"
+    if len(parameters) > MOST_PARAMETERS:
+        return f"{name} has {len(parameters)} fields, a triton_term takes up to {MOST_PARAMETERS}"
     if objective.uses_logprobs and (objective.ratio_of == "sequence" or objective.sequence_value):
         return f"{name} reads log-probabilities, of which a sequence's ratio has none"
     return "sequences are shared out over cp_group" if context_parallel else ""
@@ -98,9 +99,9 @@ class TritonStage:
         self.global_count = normalizer.detach() if isinstance(normalizer, Tensor) else None  # any dtype of numbers
         self.normalizer = 0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer)
         self.ratio = "sequence_by_token" if objective.sequence_value else objective.ratio_of
-        parameters = objective.packed().parameters
+        parameters = objective.packed_parameters() or ()
         parameters = (*parameters, *(0.0,) * (MOST_PARAMETERS - len(parameters)))
-        self.numbers = {"max_log_ratio": inputs.max_log_ratio, **{f"p{i}": x for i, x in enumerate(parameters)}}
+        self.numbers = {"max_log_ratio": inputs.max_log_ratio, **dict(zip(_PARAMETERS, parameters, strict=True))}
 
         self.grad_logprobs = torch.empty((outer, inner), dtype=torch.float32, device=batch.device)
         self.grad_entropy = torch.empty_like(self.grad_logprobs) if inputs.entropy_bonus else None
@@ -218,7 +219,9 @@ def _contiguous(array: Tensor | None) -> Tensor | None:
 
 def _float32(array: Tensor | None) -> Tensor | None:
     """A factor of the loss, which is computed in float32, from any dtype."""
-    return None if array is None else array.to(torch.float32).contiguous()
+    if array is None or array.dtype == torch.float32:
+        return _contiguous(array)
+    return array.to(torch.float32).contiguous()
 
 
 @functools.cache

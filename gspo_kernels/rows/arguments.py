@@ -11,17 +11,13 @@ from ..base import checks
 from ..base.agreement import Agreement, fingerprint
 from ..base.layout import as_bool
 from ..base.scalars import run_time
-from .dispatch import check_name
 from .operators import check_ids_and_temperatures
 from .types import Rows
 from .vocab_shard import VocabShard
 
 
-def rows_of_caller(
-    logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int, backend: str | None
-) -> Rows:
+def rows_of_caller(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int) -> Rows:
     """Logits as [outer, inner, columns], packed ones as [1, N, columns], and arrays to match."""
-    check_name(backend)
     token_ids, mask, temperature = row_arrays(token_ids, mask, temperature)
     return Rows(logits if logits.ndim == 3 else logits[None], token_ids, mask, temperature, vocab_size)
 

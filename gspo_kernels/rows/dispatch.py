@@ -1,4 +1,7 @@
-"""Which backend runs: the one that the caller names, or the first of the list that supports the rows."""
+"""Which backend runs: the one that the caller names, or the first of the list that supports the rows.
+
+A public function chooses it once. From there on its name travels, in `RowOptions`, and `by_name` finds it.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ class Backend(Protocol):
 
 BACKENDS: tuple[Backend, ...] = (cuda_rows, triton_rows, cpu_rows, torch_rows)  # the last supports everything
 NAMES = tuple(backend.name for backend in BACKENDS)
+_BY_NAME = dict(zip(NAMES, BACKENDS, strict=True))
 
 
 def check_name(backend: str | None) -> None:
@@ -60,44 +64,42 @@ def check_name(backend: str | None) -> None:
         checks.choice("backend", backend, NAMES)
 
 
-def backend_for(rows: Rows, backend: str | None) -> Backend:
-    return choose(rows.logits, backend, rows.fields_set())
+def by_name(name: str) -> Backend:
+    """The backend that `choose` returned; checks nothing."""
+    return _BY_NAME[name]
 
 
-def choose(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> Backend:
+def choose(logits: Tensor, backend: str | None, fields: Collection[str] = (), warn: bool = True) -> Backend:
     """The backend to run. Raises ValueError with every reason if the named one does not support these rows.
 
     Args:
         fields: optional fields of `Rows` that the backend must honour.
+        warn: whether to warn, once, where the default is slower than it could be.
     """
     check_float64(logits.device)
-    chosen = pick(logits, backend, fields)
-    if backend is None:
-        if not chosen.has_kernels and (reason := _no_kernels_reason(logits, fields)):
-            _warn(f"gspo_kernels runs on plain torch, many times slower: {reason}")
-        if reason := cuda_rows.unavailable_reason(logits.device):
-            _warn(f"gspo_kernels does without its CUDA kernels: {reason}")
+    if backend is not None:
+        check_name(backend)
+        chosen = by_name(backend)
+        if reasons := [*chosen.unsupported_reasons(logits), *_not_honoured(chosen, fields)]:
+            listed = "; ".join(reasons)
+            raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {listed}")
+        return chosen
+    able = (each for each in BACKENDS if not (_not_honoured(each, fields) or each.unsupported_reasons(logits)))
+    chosen = next(each for each in able if not each.reason_not_default(logits))
+    if warn and not chosen.has_kernels and (reason := _no_kernels_reason(logits, fields)):
+        _warn(f"gspo_kernels runs on plain torch, many times slower: {reason}")
+    if warn and (reason := cuda_rows.unavailable_reason(logits.device)):
+        _warn(f"gspo_kernels does without its CUDA kernels: {reason}")
     return chosen
 
 
-def pick(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> Backend:
-    """`choose`, without a warning."""
-    if backend is None:
-        able = (candidate for candidate in BACKENDS if not _unsupported_reasons(candidate, logits, fields))
-        return next(candidate for candidate in able if not candidate.reason_not_default(logits))
-    chosen = BACKENDS[NAMES.index(backend)]
-    reasons = _unsupported_reasons(chosen, logits, fields)
-    if reasons:
-        raise ValueError(f"backend: expected one that takes these logits; got {backend!r}, but {'; '.join(reasons)}")
-    return chosen
-
-
-def _unsupported_reasons(backend: Backend, logits: Tensor, fields: Collection[str]) -> list[str]:
-    reasons = backend.unsupported_reasons(logits)
+def _not_honoured(backend: Backend, fields: Collection[str]) -> list[str]:
+    """Why a backend cannot take rows with these fields; empty if it can."""
+    reasons = []
     for field in fields:
         if field not in backend.honours:
             able = [repr(other.name) for other in BACKENDS if field in other.honours]
-            reasons = [*reasons, f"it does not support {field}; {' and '.join(able) or 'no backend'} does"]
+            reasons.append(f"it does not support {field}; {' and '.join(able) or 'no backend'} does")
     return reasons
 
 
@@ -124,12 +126,12 @@ def _warn(message: str) -> None:
 
 def compare(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> str:
     """Which backend runs for these logits, and why the others do not."""
-    chosen = pick(logits, backend, fields)
+    chosen = choose(logits, backend, fields, warn=False)
     why = "as requested" if backend is not None else "the first that takes these logits"
     lines = [f"{chosen.name} ({chosen.describe()}): runs, {why}"]
     for other in BACKENDS:
         if other is not chosen:
-            reasons = _unsupported_reasons(other, logits, fields)
+            reasons = [*other.unsupported_reasons(logits), *_not_honoured(other, fields)]
             reasons = reasons or [other.reason_not_default(logits) or "could run, not chosen"]
             lines.append(f"{other.name} ({other.describe()}): {'; '.join(reasons)}")
     return "\n".join(lines)

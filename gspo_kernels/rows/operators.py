@@ -2,8 +2,8 @@
 
 The layers above call `row_stats` or, where the gradient is known before a logit is read, `row_stats_and_gradient`.
 Both run operators of `torch.library`, so torch's dispatcher, `torch.compile` and CUDA graphs see them; the operators
-choose a backend. Values that have to be read to be checked (token ids, temperatures) are checked here: always on the
-CPU, on a GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
+run on the backend that was chosen before, by its name. Values that have to be read to be checked (token ids,
+temperatures) are checked here: always on the CPU, on a GPU under GSPO_KERNELS_DEBUG=1, and before anything is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.autograd import edge_of, first_derivative, refuse_second_backward
 from ..base.checks import may_read
 from ..base.operators import Operator, save_values, saved_values
-from .dispatch import backend_for, choose
+from .dispatch import by_name
 from .types import RowOptions, Rows, RowStats, Upstream, empty_stats
 
 FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, for error messages
@@ -27,7 +27,7 @@ FROM_LOGITS = "policy_loss or token_logprobs"  # whose derivatives these are, fo
 
 def _row_stats(rows: Rows, options: RowOptions) -> RowStats:
     check_values(rows)
-    return backend_for(rows, options.backend).forward(rows)
+    return by_name(options.backend).forward(rows)
 
 
 def _save(ctx: Any, stats: RowStats, rows: Rows, options: RowOptions) -> None:
@@ -60,9 +60,9 @@ row_stats = Operator(
 # ---- gradient
 
 
-def _row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor, backend: str | None) -> None:
+def _row_gradient(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor, backend: str) -> None:
     zero_padding(gradient, rows.vocab_size)
-    backend_for(rows, backend).backward(rows, stats, upstream.contiguous(), gradient)
+    by_name(backend).backward(rows, stats, upstream.contiguous(), gradient)
 
 
 # Writes the gradient of all columns; those of the padding are zero. Not differentiable.
@@ -84,10 +84,10 @@ def zero_padding(gradient: Tensor, vocab_size: int) -> None:
 # ---- both in one pass
 
 
-def _row_stats_and_gradient(rows: Rows, upstream: Upstream, gradient: Tensor, backend: str | None) -> RowStats:
+def _row_stats_and_gradient(rows: Rows, upstream: Upstream, gradient: Tensor, backend: str) -> RowStats:
     check_values(rows)
     zero_padding(gradient, rows.vocab_size)
-    return backend_for(rows, backend).forward_backward(rows, upstream.contiguous(), gradient)
+    return by_name(backend).forward_backward(rows, upstream.contiguous(), gradient)
 
 
 _row_stats_and_gradient_ = Operator(
@@ -107,14 +107,14 @@ def row_stats_and_gradient(rows: Rows, upstream: Upstream, options: RowOptions) 
     return _row_stats_and_gradient_(rows, upstream, gradient, options.backend), gradient
 
 
-def _scale(values: Tensor, factor: Tensor, backend: str | None) -> None:
-    choose(values, backend).scale(values, factor)
+def _scale(values: Tensor, factor: Tensor, backend: str) -> None:
+    by_name(backend).scale(values, factor)
 
 
 scale = Operator("scale_", _scale, fake=lambda values, factor, backend: None, mutates=("values",), direct=True)
 
 
-def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
+def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str) -> Tensor:
     """`value`, with this gradient by the logits. It is scaled in place and supports one backward pass."""
     found: Tensor = _KnownGradient.apply(logits, value, gradient, backend)
     return found
@@ -122,7 +122,7 @@ def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str 
 
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, backend: str | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.edge, ctx.backend = edge_of(logits), backend
         ctx.set_materialize_grads(False)

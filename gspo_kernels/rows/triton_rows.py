@@ -12,7 +12,6 @@ import math
 import os
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +32,7 @@ _OLDEST = (3, 3)
 _NOTHING = contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """How a kernel is compiled: blocks of `elements` columns, summed or written by `num_warps` warps."""
 
     num_warps: int

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Logits, and everything that defines the numbers of each row. Arrays are contiguous, `[outer, inner]`.
 
     To add an optional field: one line here (None: absent), its name in `honours` of every backend that computes with
@@ -35,14 +32,14 @@ class Rows:
         return [name for name in OPTIONAL_FIELDS if getattr(self, name) is not None]
 
 
-OPTIONAL_FIELDS = tuple(field.name for field in dataclasses.fields(Rows) if field.default is None)
+OPTIONAL_FIELDS = tuple(Rows._field_defaults)
 
 
 class RowOptions(NamedTuple):
     """How rows are computed; no number depends on it but by rounding."""
 
-    overwrite_logits: bool = False  # whether the gradient is written over the logits
-    backend: str | None = None  # None: the best that runs
+    overwrite_logits: bool  # whether the gradient is written over the logits
+    backend: str  # the name of the backend that was chosen for them
 
 
 class RowStats(NamedTuple):
@@ -118,13 +115,13 @@ class Upstream(NamedTuple):
         return tuple(scaled)  # type: ignore[return-value]
 
 
-def stats_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def stats_dtype(logits: torch.dtype) -> torch.dtype:
+    return torch.float64 if logits == torch.float64 else torch.float32
 
 
 def empty_stats(logits: Tensor) -> RowStats:
     """Buffers for the statistics of [outer, inner, columns] logits."""
-    logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits), device=logits.device)
+    logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits.dtype), device=logits.device)
     return RowStats(logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.float64))
 
 

@@ -17,7 +17,6 @@ the target.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from ..base.autograd import first_derivative, refuse_second_backward
 from ..base.collectives import Ranks, gather, ranks_of
 from ..base.operators import Operator, save_values, saved_values
 from . import operators
-from .dispatch import Backend, backend_for
+from .dispatch import Backend, by_name
 from .types import RowOptions, Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
 
 
@@ -60,7 +59,7 @@ class VocabShard:
     def local(self, rows: Rows) -> tuple[Tensor, Rows]:
         """(whether this rank has the token, the rows of its columns alone)."""
         owns, token_ids = self.local_ids(rows.token_ids)
-        return owns, dataclasses.replace(rows, token_ids=token_ids, vocab_size=self.columns)
+        return owns, rows._replace(token_ids=token_ids, vocab_size=self.columns)
 
 
 @dataclass(frozen=True)
@@ -244,8 +243,8 @@ def of_this_rank(
 def _row_stats(rows: Rows, shard: VocabShard, options: RowOptions) -> RowStats:
     operators.check_values(rows)
     owns, local = shard.local(rows)
-    found = backend_for(local, options.backend).forward(local) if shard.columns else None
-    return merged(found, owns, rows.mask, shard, stats_dtype(rows.logits))
+    found = by_name(options.backend).forward(local) if shard.columns else None
+    return merged(found, owns, rows.mask, shard, stats_dtype(rows.logits.dtype))
 
 
 def _save(ctx: Any, stats: RowStats, rows: Rows, shard: VocabShard, options: RowOptions) -> None:
@@ -266,7 +265,7 @@ def _gradient_of_stats(
         return {"logits": first_derivative(gradient, operators.FROM_LOGITS, rows.logits)}
     owns, local = shard.local(rows)
     upstream = Upstream(grad_logprobs, grad_entropy, grad_lse)
-    stats, upstream = of_this_rank(saved["stats"], upstream, owns, local, backend_for(local, options.backend))
+    stats, upstream = of_this_rank(saved["stats"], upstream, owns, local, by_name(options.backend))
     operators.row_gradient(local, stats, upstream, gradient, options.backend)
     connected = (rows.logits, grad_logprobs, grad_entropy, grad_lse)
     return {"logits": first_derivative(gradient, operators.FROM_LOGITS, *connected)}

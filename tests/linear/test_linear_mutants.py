@@ -228,7 +228,7 @@ def scale_deferred_with_an_entropy_bonus(patch: Patch) -> None:
         patch,
         chunked_loss,
         "plan_for",
-        lambda original, inputs, *rest: original(replace(inputs, entropy_coef=0.0), *rest),
+        lambda original, inputs, *rest: original(inputs._replace(entropy_coef=0.0), *rest),
     )
 
 
@@ -254,7 +254,7 @@ def fitting_sequences_computed_twice(patch: Patch) -> None:
 def skipped_sequences_not_counted(patch: Patch) -> None:
     wrap(
         patch, from_hidden_module, "_without_zero_advantage",
-        lambda original, inputs: replace(original(inputs), normalizer=inputs.normalizer),
+        lambda original, inputs: original(inputs)._replace(normalizer=inputs.normalizer),
     )  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "temperature": hot,
         "vocab_size": 17,
         "overwrite_logits": False,
-        "backend": None,
+        "backend": BACKENDS[0],
         "logprobs": torch.zeros_like(hot),
         "entropy": torch.zeros_like(hot),
         "lse": logits.logsumexp(-1).double(),

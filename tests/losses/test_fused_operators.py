@@ -56,7 +56,7 @@ def rows(everything: bool) -> Rows:
 def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
     """Nothing is aliased or mutated without a declaration; fake tensors, autograd, and dynamic shapes under AOT."""
     declared: Any = {"loss": fused_loss, "stage": fused_stage}[operator]
-    values: tuple[Any, ...] = (rows(everything), inputs(everything), RowOptions())
+    values: tuple[Any, ...] = (rows(everything), inputs(everything), RowOptions(False, "triton"))
     if operator == "stage":
         entropy = numbers(2, 3).requires_grad_() if everything else None
         values = ((-numbers(2, 3)).requires_grad_(), entropy, inputs(everything))

@@ -9,6 +9,11 @@ from modes import DEFAULT_MODE
 from gspo_kernels.rows import cpu_rows, dispatch, torch_rows
 from gspo_kernels.rows.types import OPTIONAL_FIELDS, Rows
 
+
+def choose(rows: Rows, backend: str | None) -> dispatch.Backend:
+    return dispatch.choose(rows.logits, backend, rows.fields_set())
+
+
 pytestmark = DEFAULT_MODE
 LOGITS = torch.zeros(1, 3, 5)
 ROWS = Rows(LOGITS, torch.zeros(1, 3, dtype=torch.int64), None, torch.ones((), dtype=torch.float64), 5)
@@ -20,21 +25,21 @@ def only_torch_honours(monkeypatch: pytest.MonkeyPatch) -> Rows:
     for backend in dispatch.BACKENDS:
         monkeypatch.setattr(backend, "honours", frozenset({"row_indices"} if backend is torch_rows else ()))
     dispatch._warn.cache_clear()
-    return Rows(**{**vars(ROWS), "row_indices": torch.arange(3)})
+    return ROWS._replace(row_indices=torch.arange(3))
 
 
 def test_a_field_that_a_backend_does_not_honour_is_refused_by_name(only_torch_honours: Rows) -> None:
     expected = r"backend: expected .* got 'native', but .*it does not support row_indices; 'reference' does"
     with pytest.raises(ValueError, match=expected):
-        dispatch.backend_for(only_torch_honours, "native")
-    assert dispatch.backend_for(only_torch_honours, "reference") is torch_rows
+        choose(only_torch_honours, "native")
+    assert choose(only_torch_honours, "reference") is torch_rows
 
 
 @pytest.mark.skipif(bool(cpu_rows.unavailable_reason()), reason="the C++ extension is not built")
 def test_a_backend_that_does_not_honour_a_field_is_not_chosen(only_torch_honours: Rows) -> None:
-    assert dispatch.backend_for(ROWS, None) is cpu_rows
+    assert choose(ROWS, None) is cpu_rows
     with pytest.warns(UserWarning, match="plain torch, many times slower: 'native' does not support row_indices"):
-        assert dispatch.backend_for(only_torch_honours, None) is torch_rows
+        assert choose(only_torch_honours, None) is torch_rows
     lines = dispatch.compare(LOGITS, None, only_torch_honours.fields_set()).splitlines()
     assert lines[0].startswith("reference")
     assert any(line.startswith("native") and "does not support row_indices" in line for line in lines)

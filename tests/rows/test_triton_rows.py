@@ -5,7 +5,6 @@ Runs in the interpreter and on a GPU. No sync, launches, graphs, recompilation, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -150,8 +149,8 @@ def test_blocks_kept_in_registers_and_prefetched_ones_have_the_same_bits(
 ) -> None:
     """Targets in kept blocks, between them, behind them; rows of fewer blocks, of any phase; over the logits or not."""
     plain = triton_rows.INTERPRETED_LAUNCH if INTERPRETED else triton_rows.LAUNCH["forward_backward"]
-    plain = dataclasses.replace(plain, prefetch=0, kept=0)
-    changed = dataclasses.replace(plain, prefetch=2, kept=2)
+    plain = plain._replace(prefetch=0, kept=0)
+    changed = plain._replace(prefetch=2, kept=2)
     block, vocab = plain.elements, blocks * plain.elements + 24
     ids = on_device(torch.tensor([0, min(block, vocab - 1), min(2 * block + 1, vocab - 1), vocab - 1]))
     values = on_device(peaked(4, vocab).to(dtype))
@@ -282,9 +281,7 @@ def test_far_logits_in_one_launch_and_in_a_gradient_of_another_dtype(dtype: torc
     check_far([x[0] for x in (*stats, gradient)], logits, ids, temperatures, (0.7,))
     if dtype == torch.float32:
         narrow = torch.full_like(gradient, math.nan, dtype=torch.bfloat16)
-        flipped = dataclasses.replace(
-            batch, logits=batch.logits.flip(1), row_indices=on_device(torch.arange(n)).flip(0)
-        )
+        flipped = batch._replace(logits=batch.logits.flip(1), row_indices=on_device(torch.arange(n)).flip(0))
         triton_rows.backward(flipped, stats, Upstream(upstream), narrow)
         assert torch.equal(narrow, gradient.bfloat16())
 
@@ -481,7 +478,7 @@ def test_more_counts_than_one_access_takes() -> None:
     logits, ids = on_device(peaked(2, 33)).view(1, 2, 33), on_device(torch.tensor([[3, 4]]))
     one = torch.ones((), dtype=torch.float64)
     batch = Rows(logits, ids, None, one, 33)
-    stats = row_stats(batch, RowOptions(backend="triton"))
+    stats = row_stats(batch, RowOptions(False, "triton"))
     upstream = on_device(torch.ones(1, 2))
     gradients = []
     for counts in (None, on_device(torch.ones(2500))):
