@@ -197,12 +197,7 @@ def bandwidth(context: Context) -> bool:
             meter.timed(work)
         seconds = [meter.timed(work) for _ in range(repeats)]
         rates = [passes * elements * 2 / s for s in seconds]
-        found = {
-            "bytes_per_second": statistics.median(rates),
-            "min": min(rates),
-            "max": max(rates),
-            "repeats": repeats,
-        }
+        found = {"bytes_per_second": statistics.median(rates), "min": min(rates), "max": max(rates), "repeats": repeats}
         context.put("bandwidth", name, value=found)
         context.say(f"{name:<6} {found['bytes_per_second'] / 1e12:.3f} TB/s")
     return True

@@ -62,12 +62,7 @@ def measured(case: Case, device: str, smoke: bool) -> dict[str, Any]:
     """Each one's distance from the truth and peak memory, then as many rounds of all as there is time for."""
     problem, start = build(case, device=device), start_of(case)
     outcomes = race(
-        problem,
-        CONTESTANTS[start],
-        SMOKE_ROUNDS if smoke else ROUNDS,
-        meter_of(device),
-        judge=distance,
-        heap_kept=True,
+        problem, CONTESTANTS[start], SMOKE_ROUNDS if smoke else ROUNDS, meter_of(device), judge=distance, heap_kept=True
     )
     exact_gradients.cache_clear()
     found = {
