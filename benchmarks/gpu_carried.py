@@ -1,6 +1,6 @@
 """What a GPU run may find in carried/, which git ignores: peers as wheels, a built extension, a Triton cache.
 
-    make gpu-wheels                               carried/wheels/: the peers, and what they import, for Python 3.12
+    make gpu-wheels                               carried/wheels/: the peers, what they import, and pytest-xdist, for Python 3.12
     make gpu-carry PYTHON=python3.12              carried/_native*.so: the extension with CUDA kernels; needs nvcc
     python -m benchmarks.gpu_carried cache [90]   carried/triton-cache.tar for a compute capability, without a GPU
     make gpu ARGS="--save-cache carried/triton-cache.tar"    the same file from a run on a GPU
@@ -33,7 +33,7 @@ MOST_BYTES = 14_000_000  # of a saved cache
 _NEEDED = (".json", ".cubin", ".so")  # of an entry, to launch its kernel
 PEERS = (
     "liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1", "datasets==5.2.0", "dill==0.4.1",
-    "multiprocess==0.70.19",
+    "multiprocess==0.70.19", "pytest-xdist==3.8.0", "execnet==2.1.2",
 )  # fmt: skip
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 # Loads the extension alone, without torch, in a process that may crash.
