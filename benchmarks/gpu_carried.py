@@ -1,6 +1,6 @@
 """What a GPU run may find in carried/, which git ignores: peers as wheels, a built extension, a Triton cache.
 
-    make gpu-wheels                               carried/wheels/: the peers, what they import, and pytest-xdist, for Python 3.12
+    make gpu-wheels                               carried/wheels/: peers, their imports, pytest-xdist; Python 3.12
     make gpu-carry PYTHON=python3.12              carried/_native*.so: the extension with CUDA kernels; needs nvcc
     python -m benchmarks.gpu_carried cache [90]   carried/triton-cache.tar for a compute capability, without a GPU
     make gpu ARGS="--save-cache carried/triton-cache.tar"    the same file from a run on a GPU

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,13 @@ def rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [rounded(item) for item in value]
     return value
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: str = "---|", right: str = "--:|") -> list[str]:
+    """Lines of Markdown; `left`: how the first columns are aligned, `right` each of the others."""
+    rule = "|" + left + right * (len(heads) - left.count("|"))
+    head = "".join(f"| {word} " if word else "| " for word in heads) + "|"
+    return [head, rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 # ---- a part and its process

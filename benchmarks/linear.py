@@ -38,6 +38,7 @@ from .cases import (
     linear_smoke,
 )
 from .contestants import COMPILED, EAGER, PRODUCTS, Contestant, on_logprobs, ours
+from .gpu_parts import table
 from .race import Outcome, Rounds, admit, race, words
 from .results import default_path, load, machine, newest, save, size, times, title
 
@@ -178,12 +179,8 @@ def _table(cases: Mapping[str, dict[str, Any]], vocab: int) -> str:
     ids = [f"{work.name}-{dtype}-{vocab}" for work in LINEAR_WORKS for dtype in DTYPES]
     chosen = [cases[id] for id in ids if id in cases]
     heads = [f"{case['work'].replace('_', ' ')}, {case['dtype']}" for case in chosen]
-    found = [f"| V = {vocab:,} | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
-    for contestant in CONTESTANTS:
-        cells = [_cell(case["contestants"].get(contestant.name)) for case in chosen]
-        if any(cells):
-            found.append(f"| {contestant.label} | " + " | ".join(cells) + " |")
-    return "\n".join(found)
+    rows = [[c.label, *(_cell(case["contestants"].get(c.name)) for case in chosen)] for c in CONTESTANTS]
+    return "\n".join(table([f"V = {vocab:,}", *heads], [row for row in rows if any(row[1:])]))
 
 
 def _cell(m: dict[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import gspo_kernels
 from . import libraries
 from .cases import EPSILONS, SEED, exact_logprobs, likely_hidden
 from .contestants import Unfit
+from .gpu_parts import table
 from .race import words
 from .results import default_path, machine, newest, save, title
 
@@ -140,19 +141,22 @@ def measure(smoke: bool) -> dict[str, Any]:
     return {"machine": about, "meanings": MEANINGS, **sizes, "lengths": lengths, "absent": absent, "errors": errors}
 
 
-def markdown(content: dict[str, Any]) -> Iterator[str]:
+def markdown(content: dict[str, Any]) -> list[str]:
     of_lengths = content["lengths"].values()
-    heads = "error of a log-probability (rms)", f"of log s, mean, at {', '.join(content['lengths'])} tokens"
-    yield f"| D = {content['width']:,}, V = {content['vocab']:,} | {' | '.join(heads)} | wrong clips of {SEQUENCES} |"
-    yield "|---|--:|--:|--:|"
+    rows = []
     for name, (label, _) in CONTESTANTS.items():
         found = [of_length["contestants"].get(name) for of_length in of_lengths]
         if all(found):
             errors = ", ".join(f"{x['log_ratio_error']:.1e}" for x in found)
-            wrong = ", ".join(str(x["wrong"]) for x in found)
-            yield f"| {label} | {max(x['rms'] for x in found):.1e} | {errors} | {wrong} |"
+            rows.append(
+                [label, f"{max(x['rms'] for x in found):.1e}", errors, ", ".join(str(x["wrong"]) for x in found)]
+            )
     truth = ", ".join(f"{x['true_log_ratio']:.1e}" for x in of_lengths)
-    yield f"| (the true log s, and clips) | | {truth} | {', '.join(str(x['truly_clipped']) for x in of_lengths)} |"
+    clips = ", ".join(str(x["truly_clipped"]) for x in of_lengths)
+    of_log_s = f"of log s, mean, at {', '.join(content['lengths'])} tokens"
+    heads = ["error of a log-probability (rms)", of_log_s, f"wrong clips of {SEQUENCES}"]
+    sizes = f"D = {content['width']:,}, V = {content['vocab']:,}"
+    return table([sizes, *heads], [*rows, ["(the true log s, and clips)", "", truth, clips]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from . import libraries
 from .cases import HARD_CASES, PEER_CASES, PEER_SMOKE, Case, Problem, build, exact_logprobs, sample
 from .contestants import COMPILED, EAGER, OVERWRITES, Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import meter_of
+from .gpu_parts import table
 from .race import Rounds, race, words
 from .results import FOLDER, REPOSITORY, load, machine, newest, save, times
 from .truth import distance, exact_gradients
@@ -262,30 +263,26 @@ def _case(case: dict[str, Any]) -> str:
     width = f", D = {case['width']}" if case["width"] else ""
     what = "logits" if case["start"] == "logits" else "hidden states and weight"
     parts = list(next(iter(case["contestants"].values()))["gradient_error"])
-    lines = [
-        f"{case['objective'].upper()}, {what} in {case['dtype']}, V = {case['vocab']:,}{width}, {case['rows']} tokens, "
-        f"{case['unmasked']} of them unmasked:",
-        "",
-        f"| | loss off by | {' | '.join(f'gradient, {part}' for part in parts)} | time | memory |",
-        "|---|" + "--:|" * (len(parts) + 3),
-    ]
+    rows = []
     for name, label in LABELS.items():
-        m = case["contestants"].get(name)
-        if m is None:
-            lines.append(f"| {label} | {case['absent'].get(name, 'failed')} |" + " |" * (len(parts) + 2))
-            continue
-        errors = " | ".join(f"{m['gradient_error'][part]:.1e}" for part in parts)
-        memory = "" if m["extra_bytes"] is None else f"{m['extra_bytes'] / 1e9:.2f} GB"
-        lines.append(f"| {label} | {m['loss_error']:.1e} | {errors} | {m['median'] * 1e3:,.0f} ms | {memory} |")
-    return "\n".join(lines)
+        if m := case["contestants"].get(name):
+            errors = [f"{m['gradient_error'][part]:.1e}" for part in parts]
+            memory = "" if m["extra_bytes"] is None else f"{m['extra_bytes'] / 1e9:.2f} GB"
+            rows.append([label, f"{m['loss_error']:.1e}", *errors, f"{m['median'] * 1e3:,.0f} ms", memory])
+        else:
+            rows.append([label, case["absent"].get(name, "failed"), *[""] * (len(parts) + 2)])
+    about = (
+        f"{case['objective'].upper()}, {what} in {case['dtype']}, V = {case['vocab']:,}{width}, {case['rows']} tokens, "
+        f"{case['unmasked']} of them unmasked:"
+    )
+    heads = ["", "loss off by", *(f"gradient, {part}" for part in parts), "time", "memory"]
+    return "\n".join([about, "", *table(heads, rows)])
 
 
-def _hard(cases: dict[str, Any]) -> Iterator[str]:
+def _hard(cases: dict[str, Any]) -> list[str]:
     names = [name for name in LABELS if any(case.get(name) for case in cases.values())]
-    yield f"| | {' | '.join(LABELS[name] for name in names)} |"
-    yield "|---|" + "---|" * len(names)
-    for key, case in cases.items():
-        yield f"| {HARD[key].title} | {' | '.join(case.get(name) or '-' for name in names)} |"
+    rows = [[HARD[key].title, *(case.get(name) or "-" for name in names)] for key, case in cases.items()]
+    return table(["", *(LABELS[name] for name in names)], rows, right="---|")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

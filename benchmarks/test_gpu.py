@@ -515,4 +515,3 @@ def test_the_tables_have_what_was_measured() -> None:
     assert "| GSPO, off-policy | H100 | 2.73 (91%) |" in page.summary([content])
     content["linear"] = {"cases": {}, "chunks": {"dense": {str(1 << 30): {"median": 0.05}}}}
     assert "| dense | 50.0 |" in page.tables([content]), "chunks are shown where the case itself was not measured"
-    assert all(line.endswith("| unmeasured |") for line in page.tables([]).splitlines() if line.startswith("| G"))
