@@ -16,6 +16,7 @@ each answer before it times it. A peer that does not import is reported as absen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -240,20 +241,17 @@ def _with_items(part: Part, names: Sequence[str]) -> Part:
 
 
 def _name(options: argparse.Namespace, report: Report) -> None:
-    """Names the results after the GPU, and adds them to earlier results of the same GPU (--before, --only, --more)."""
-    gpu = _gpu(report.content)
-    path = options.output / f"gpu-{slug(gpu)}.json"
+    """Names the results after the GPU. --only and --more add to the results that are there."""
+    gpu = (report.content.get("machine") or {}).get("gpu") or "unknown"
+    path = options.output / f"gpu-{slug(str(gpu))}.json"
     new, log = report.path.with_suffix(".log"), path.with_suffix(".log")
-    before = options.before or (path if options.only or options.more else None)
-    if before is not None and before.exists():
-        earlier = _read(before)
-        if _gpu(earlier) == gpu:
-            report.content = _merged(earlier, report.content)
-        else:
-            print(f"{before}: not added to, it is of {_gpu(earlier)}", file=sys.stderr)
+    add = (options.only or options.more) and path.exists()
+    if add:
+        with contextlib.suppress(ValueError):
+            report.content = _merged(json.loads(path.read_text()), report.content)
     report.path.unlink(missing_ok=True)
     report.path = path
-    with log.open("ab" if log.exists() and before == path else "wb") as file:
+    with log.open("ab" if add else "wb") as file:
         file.write(new.read_bytes())
     new.unlink()
     report.save()
@@ -265,18 +263,6 @@ def _merged(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     for key in now.keys() & earlier.keys() - {"machine"}:
         if isinstance(now[key], dict) and isinstance(earlier[key], dict):
             found[key] = {**earlier[key], **now[key]}
-    return found
-
-
-def _gpu(content: dict[str, Any]) -> str:
-    return str((content.get("machine") or {}).get("gpu") or "unknown")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError:
-        return {}
     return found
 
 
@@ -322,7 +308,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--more", action="store_true", help="the second run: peers, linear, other sizes, sanitizers")
     parser.add_argument("--seconds", type=float, help="for everything (default: the run's own limit)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results; smoke: a new one")
-    parser.add_argument("--before", type=Path, metavar="FILE", help="earlier results, which this run adds to")
     part = "PART[:ITEM,...]"
     parser.add_argument("--only", nargs="+", default=[], metavar=part, help="speed, one_read:grpo-bf16-151936-8192")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PART")

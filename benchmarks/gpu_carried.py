@@ -49,14 +49,13 @@ print(json.dumps(hasattr(native, "cuda_one_read")))
 def use(environment: dict[str, str]) -> dict[str, str]:
     """Unpacks what is carried, changes `environment` for the parts of the run, and says of each what was used."""
     found = {}
-    steps: dict[str, Callable[[], str]] = {
-        "wheels": lambda: _use_wheels(environment),
-        "triton cache": lambda: _use_cache(environment),
-        "extension": use_extension,
-    }
-    for name, prepare in steps.items():
+    for name, prepare in (
+        ("wheels", _use_wheels),
+        ("triton cache", _use_cache),
+        ("extension", lambda _: use_extension()),
+    ):
         try:
-            found[name] = prepare()
+            found[name] = prepare(environment)
         except Exception as error:  # a damaged file loses only its own content
             found[name] = f"not used: {type(error).__name__}: {error}"[:300]
     return found
@@ -107,44 +106,34 @@ def unpack_cache(path: Path, folder: Path) -> int:
 def save_cache(folder: Path, path: Path) -> str:
     """Compressed, without the stages of compilation that nothing reads. Beyond `MOST_BYTES` nothing is saved."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()] if folder.is_dir() else []
-    with tarfile.open(beside, "w:xz", preset=1) as archive:
-        for entry in entries:
-            archive.add(entry, entry.name, filter=_needed)
-    size = beside.stat().st_size
+    entries = [entry for entry in sorted(folder.glob("*")) if entry.is_dir()]
+    with tarfile.open(path, "w:xz", preset=1) as archive:
+        for file in (file for entry in entries for file in sorted(entry.iterdir()) if file.suffix in _NEEDED):
+            archive.add(file, file.relative_to(folder))
+    size = path.stat().st_size
     if size > MOST_BYTES:
-        beside.unlink()
+        path.unlink()
         return f"Triton's cache is not saved: {size / 1e6:.1f} MB, {MOST_BYTES / 1e6:.0f} MB are allowed"
-    os.replace(beside, path)
     return f"Triton's cache: {len(entries)} entries, {size / 1e6:.1f} MB in {path}"
-
-
-def _needed(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return member if member.isdir() or Path(member.name).suffix in _NEEDED else None
 
 
 def use_extension() -> str:
     """Installs the carried extension if it is of these sources and loads; says which extension is used."""
     target = installed()
     carried = FOLDER / target.name
-    reason = _why_not(carried)
+    if not carried.exists():
+        reason = "none for this Python"
+    elif SOURCES.exists() and SOURCES.read_text().strip() != sources():
+        reason = "the sources have changed since"
+    else:
+        reason = probe(carried)
     if not reason:
-        if not target.exists() or target.read_bytes() != carried.read_bytes():
-            beside = target.with_name(target.name + ".new")
-            shutil.copyfile(carried, beside)
-            os.replace(beside, target)
+        beside = target.with_name(target.name + ".new")  # a process may have the old one loaded
+        shutil.copyfile(carried, beside)
+        os.replace(beside, target)
         return f"carried: {target.name}"
     there = probe(target) if target.exists() else "not built"
     return f"none: carried, {reason}; in place, {there}" if there else f"in place: {target.name}; carried, {reason}"
-
-
-def _why_not(carried: Path) -> str:
-    if not carried.exists():
-        return "none for this Python"
-    if SOURCES.exists() and SOURCES.read_text().strip() != sources():
-        return "the sources have changed since"
-    return probe(carried)
 
 
 def installed() -> Path:
@@ -154,9 +143,8 @@ def installed() -> Path:
 
 def probe(path: Path) -> str:
     """Why an extension is of no use on a GPU; empty if it is."""
-    command = [sys.executable, "-c", _PROBE, str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", _PROBE, str(path)], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "it hangs"
     if done.returncode:

@@ -24,8 +24,8 @@ from .contestants import Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import finish, idle_seconds, launches, meter_of
 from .gpu_parts import Context
 from .libraries import liger_from_logits, trl_from_logits
-from .race import Outcome, Rounds, Runs, admit, take_turns, words
-from .results import times
+from .race import Outcome, Rounds, Runs, admit, take_turns
+from .results import record
 
 # ---- what is timed
 
@@ -213,13 +213,11 @@ def _record(
     if not bandwidth and copies:
         bandwidth = 2 * problem.logits_bytes / statistics.median(copies)
 
-    def measured(name: str, outcome: Outcome) -> dict[str, Any]:
-        seconds, extra = times(outcome), outcome.extra_bytes
-        median = seconds["median"]
+    def of(name: str, outcome: Outcome) -> dict[str, Any]:
+        median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
         moved = units(BY_NAME[name], problem) * problem.logits_bytes
         return {
             "units": moved / problem.logits_bytes,
-            **seconds,
             "times_floor": median * bandwidth / moved if bandwidth else None,
             "bytes_per_second": moved / median,
             "idle_median": statistics.median(idle[name]) if idle.get(name) else None,
@@ -228,22 +226,9 @@ def _record(
             "first_call_seconds": outcome.compile_seconds,
         }
 
-    case = problem.case
-    return {
-        "work": case.work.name,
-        "title": case.work.title,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "rows": problem.rows,
-        "sequences": case.sequences,
-        "logits_bytes": problem.logits_bytes,
-        "held_bytes": 2 * problem.logits_bytes,  # the logits, and the copy that restores them
-        "units": problem.units,
-        "floor_seconds": problem.units * problem.logits_bytes / bandwidth if bandwidth else None,
-        "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
-        "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
-        "absent": {name: o.absent for name, o in outcomes.items() if o.absent},
-    }
+    floor = problem.units * problem.logits_bytes / bandwidth if bandwidth else None
+    size = problem.logits_bytes
+    return record(problem, outcomes, of, logits_bytes=size, units=problem.units, floor_seconds=floor)
 
 
 def _line(key: str, found: dict[str, Any]) -> str:

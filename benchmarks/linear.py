@@ -39,8 +39,8 @@ from .cases import (
 )
 from .contestants import COMPILED, EAGER, PRODUCTS, Contestant, on_logprobs, ours
 from .gpu_parts import table
-from .race import Outcome, Rounds, admit, race, words
-from .results import default_path, load, machine, newest, save, size, times, title
+from .race import Outcome, Rounds, admit, race
+from .results import default_path, load, machine, newest, record, save, size, title
 
 KIND = "linear-cpu"
 ROUNDS, SMOKE_ROUNDS = Rounds(least=2, most=6, seconds=40.0), Rounds(least=1, most=1)
@@ -118,32 +118,18 @@ def case_result(problem: Problem, outcomes: Mapping[str, Outcome]) -> dict[str, 
     case, products = problem.case, outcomes.get("products", Outcome()).seconds
 
     def of(name: str, outcome: Outcome) -> dict[str, Any]:
-        seconds, extra = times(outcome), outcome.extra_bytes
+        median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
         flops = case.work.products() * case.unit if name == "products" else problem.flops
         return {
-            **seconds,
-            "times_products": seconds["median"] / statistics.median(products) if products else None,
-            "flop_per_s": flops / seconds["median"],
+            "times_products": median / statistics.median(products) if products else None,
+            "flop_per_s": flops / median,
             "extra_bytes": extra,
             "beyond_gradients": None if extra is None else max(extra - outcome.gradient_bytes, 0),
             "first_call_seconds": outcome.compile_seconds,
             "wrong": outcome.wrong,
         }
 
-    return {
-        "id": case.id,
-        "work": case.work.name,
-        "title": case.work.title,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "rows": case.rows,
-        "width": case.width,
-        "sequences": case.sequences,
-        "active": problem.active,
-        "contestants": {name: of(name, o) for name, o in outcomes.items() if o.seconds and not o.error},
-        "absent": {name: o.absent for name, o in outcomes.items() if o.absent},
-        "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
-    }
+    return record(problem, outcomes, of, width=case.width, active=problem.active)
 
 
 def lines(case: dict[str, Any]) -> Iterator[str]:

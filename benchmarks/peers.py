@@ -30,8 +30,8 @@ from .cases import HARD_CASES, PEER_CASES, PEER_SMOKE, Case, Problem, build, exa
 from .contestants import COMPILED, EAGER, OVERWRITES, Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import meter_of
 from .gpu_parts import table
-from .race import Rounds, race, words
-from .results import FOLDER, REPOSITORY, load, machine, newest, save, times
+from .race import Outcome, Rounds, race
+from .results import FOLDER, REPOSITORY, load, machine, newest, record, save
 from .truth import distance, exact_gradients
 
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=9, seconds=20.0), Rounds(least=1, most=1)
@@ -66,30 +66,18 @@ def measured(case: Case, device: str, smoke: bool) -> dict[str, Any]:
         problem, CONTESTANTS[start], SMOKE_ROUNDS if smoke else ROUNDS, meter_of(device), judge=distance, heap_kept=True
     )
     exact_gradients.cache_clear()
-    found = {
-        name: {
-            "loss_error": o.judged.loss,
-            "gradient_error": o.judged.gradient,
-            "extra_bytes": o.extra_bytes,
-            **times(o),
-        }
-        for name, o in outcomes.items()
-        if o.seconds and not o.error
-    }
-    return {
-        "id": f"{start}-{case.work.name}-{case.dtype}-{case.vocab}",
-        "start": start,
-        "objective": case.work.objective,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "width": case.width,
-        "rows": case.rows,
-        "unmasked": int(problem.mask.sum()),
-        "contestants": found,
-        "absent": {
-            name: words(o.error) if o.error else o.absent for name, o in outcomes.items() if o.error or o.absent
-        },
-    }
+
+    def of(name: str, outcome: Outcome) -> dict[str, Any]:
+        judged = outcome.judged
+        return {"loss_error": judged.loss, "gradient_error": judged.gradient, "extra_bytes": outcome.extra_bytes}
+
+    unmasked = int(problem.mask.sum())
+    found = record(
+        problem, outcomes, of, start=start, objective=case.work.objective, width=case.width, unmasked=unmasked
+    )
+    found["id"] = f"{start}-{case.work.name}-{case.dtype}-{case.vocab}"
+    found["absent"] |= found.pop("errors")
+    return found
 
 
 def start_of(case: Case) -> str:

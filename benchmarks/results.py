@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,33 @@ import torch
 
 import gspo_kernels
 
+from .cases import Problem
 from .gpu_parts import rounded
-from .race import Outcome
+from .race import Outcome, words
 
 FOLDER = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def record(
+    problem: Problem, outcomes: Mapping[str, Outcome], of: Callable[[str, Outcome], dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """A case: its sizes, each contestant that was timed (seconds and what `of` says), and why others were not."""
+    case = problem.case
+    timed = {name: outcome for name, outcome in outcomes.items() if outcome.seconds and not outcome.error}
+    return {
+        "id": case.id,
+        "work": case.work.name,
+        "title": case.work.title,
+        "dtype": case.dtype,
+        "vocab": case.vocab,
+        "rows": problem.rows,
+        "sequences": case.sequences,
+        **more,
+        "contestants": {name: {**times(outcome), **of(name, outcome)} for name, outcome in timed.items()},
+        "errors": {name: words(outcome.error) for name, outcome in outcomes.items() if outcome.error},
+        "absent": {name: outcome.absent for name, outcome in outcomes.items() if outcome.absent},
+    }
 
 
 def times(outcome: Outcome) -> dict[str, Any]:

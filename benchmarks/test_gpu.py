@@ -270,18 +270,6 @@ def test_the_second_run_adds_to_the_first(tmp_path: Path) -> None:
     assert both["parts"].keys() == {"environment", "first", "second"}
     assert both["cases"]["first"] == first["cases"]["first"] and both["cases"]["second"]["a"] == "done"
 
-    elsewhere = tmp_path / "earlier.json"
-    path.rename(elsewhere)
-    assert done("--only", "second", "--before", str(elsewhere))[0] == 0
-    assert json.loads(path.read_text())["parts"].keys() == {"environment", "first", "second"}
-    other = json.loads(elsewhere.read_text())
-    other["machine"] = {"gpu": "another"}
-    elsewhere.write_text(json.dumps(other))
-    path.unlink()
-    _, text = done("--only", "second", "--before", str(elsewhere))
-    assert "not added to, it is of another" in text
-    assert json.loads(path.read_text())["parts"].keys() == {"environment", "second"}
-
 
 def test_a_worker_that_waits_takes_the_next_part(tmp_path: Path) -> None:
     log = tmp_path / "log"
