@@ -109,11 +109,7 @@ def _products(context: Context, problem: Problem) -> None:
         works[f"{name}, bf16"] = functools.partial(torch.mm, left, right)
         works[f"{name}, fp32"] = functools.partial(torch.mm, left, right, out_dtype=torch.float32)
     for name, work in works.items():
-        found = _timed(context, meter, f"products, {name}", work)
-        if "median" in found:
-            found["flop_per_s"] = 2 * problem.case.unit / found["median"]
-            context.say(f"{name}: {found['median'] * 1e3:.3f} ms, {found['flop_per_s'] / 1e12:.1f} TFLOP/s")
-        context.put("linear", "products", name, value=found)
+        _timed(context, meter, ("products", name), work, flop_per_s=2 * problem.case.unit)
 
 
 def _rows(context: Context, problem: Problem) -> None:
@@ -138,12 +134,7 @@ def _rows(context: Context, problem: Problem) -> None:
 
         size, kind = logits.numel() * logits.element_size(), str(dtype).removeprefix("torch.")
         for name, passes, work in (("forward", 1, forward), ("forward and gradient", 3, both)):
-            found = _timed(context, meter, f"rows, {name}, {kind}", work)
-            if "median" in found:
-                found["bytes_per_second"] = passes * size / found["median"]
-                rate = f"{found['bytes_per_second'] / 1e12:.3f} TB/s"
-                context.say(f"rows, {name}, {kind}: {found['median'] * 1e3:.3f} ms, {rate}")
-            context.put("linear", "rows", f"{name}, {kind}", value=found)
+            _timed(context, meter, ("rows", f"{name}, {kind}"), work, bytes_per_second=passes * size)
 
 
 def _chunks(context: Context, problem: Problem) -> bool:
@@ -165,21 +156,31 @@ def _chunks(context: Context, problem: Problem) -> bool:
             meter.forget()
             context.put("linear", "chunks", work, name, value={"error": words(error)})
             continue
-        found = _timed(context, meter, f"chunks of {chunk_bytes} bytes", run)
-        if "median" in found:
-            context.say(f"{work}, chunks of {chunk_bytes / 2**30:.3f} GiB: {found['median'] * 1e3:.3f} ms")
-        context.put("linear", "chunks", work, name, value={**found, "extra_bytes": extra, "wrong": wrong})
+        _timed(context, meter, ("chunks", work, name), run, {"extra_bytes": extra, "wrong": wrong})
     return good
 
 
-def _timed(context: Context, meter: Meter, at: str, work: Callable[[], object]) -> dict[str, Any]:
-    context.at(at)
+def _timed(
+    context: Context,
+    meter: Meter,
+    at: tuple[str, ...],
+    work: Callable[[], object],
+    more: dict[str, Any] | None = None,
+    **amounts: float,
+) -> None:
+    """Writes the time, `more`, and each amount per second."""
+    context.at(", ".join(at))
     try:
         seconds = [meter.timed(work) for _ in range(2 if context.smoke else 8)][1:]
+        median = statistics.median(seconds)
+        rates = {name: amount / median for name, amount in amounts.items()}
+        found: dict[str, Any] = {"median": median, "min": min(seconds), **rates}
+        said = [f"{median * 1e3:.3f} ms", *(f"{rate / 1e12:.3f} T {name}" for name, rate in rates.items())]
+        context.say(f"{', '.join(at)}: {', '.join(said)}")
     except Exception as error:  # torch before 2.8, or a CPU, has no products into fp32
         meter.forget()
-        return {"error": words(error)}
-    return {"median": statistics.median(seconds), "min": min(seconds)}
+        found = {"error": words(error)}
+    context.put("linear", *at, value={**found, **(more or {})})
 
 
 def _line(name: str, found: dict[str, Any]) -> str:
