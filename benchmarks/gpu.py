@@ -75,7 +75,6 @@ class Run:
 
 ENVIRONMENT = Part("environment", "gpu_meter.environment", limit=40.0, least=5.0, takes=10.0, patience=40.0)
 EXTENSION = Part("extension", "gpu_carried.extension", limit=100.0, least=3.0, takes=3.0, patience=100.0, light=True)
-_SIZE = (str(ROWS), "{bandwidth}")
 
 # `Part` says what the fields mean. The parts before one leave it its `least` seconds.
 FIRST_RUN = Run(
@@ -87,13 +86,13 @@ FIRST_RUN = Run(
         Part("bandwidth", "gpu_meter.bandwidth", limit=20.0, least=5.0, takes=5.0, patience=20.0),
         Part("tests", "gpu_suite.run", limit=70.0, least=20.0, takes=65.0, patience=40.0, items=TESTS, together=True,
              light=True),
-        Part("profile", "gpu_profile.run", limit=40.0, least=12.0, takes=15.0, patience=25.0, arguments=_SIZE,
+        Part("profile", "gpu_profile.run", limit=40.0, least=12.0, takes=15.0, patience=25.0, arguments=(str(ROWS),),
              items=PROFILED),
-        Part("speed", "gpu_speed.speed", limit=42.0, least=15.0, takes=25.0, patience=25.0, arguments=_SIZE,
+        Part("speed", "gpu_speed.speed", limit=42.0, least=15.0, takes=25.0, patience=25.0, arguments=(str(ROWS),),
              items=tuple(f"{work}:ours" for work in WORKS)),
         # A process of its own: a fault of these kernels loses no other number.
         Part("one_read", "gpu_speed.one_read", limit=40.0, least=12.0, takes=25.0, patience=25.0,
-             arguments=("{bandwidth}",), items=ONE_READ[:6]),
+             items=ONE_READ[:6]),
         Part("variants", "gpu_variants.run", limit=48.0, least=15.0, takes=40.0, patience=30.0, items=KERNELS),
         Part("counters", "gpu_counters.run", limit=60.0, least=15.0, takes=40.0, patience=60.0,
              items=KERNELS),  # silent while ncu runs
@@ -105,16 +104,16 @@ SECOND_RUN = Run(
     (
         ENVIRONMENT,
         EXTENSION,
-        Part("peers", "gpu_speed.speed", limit=75.0, least=20.0, takes=60.0, patience=40.0, arguments=_SIZE,
+        Part("peers", "gpu_speed.speed", limit=75.0, least=20.0, takes=60.0, patience=40.0, arguments=(str(ROWS),),
              items=WORKS, fallback=":ours"),
         Part("linear", "gpu_linear.run", limit=80.0, least=20.0, takes=60.0, patience=40.0, items=LINEAR,
              fallback=":ours"),
         Part("speed-1024", "gpu_speed.speed", limit=35.0, least=10.0, takes=25.0, patience=20.0,
-             arguments=("1024", "{bandwidth}"), items=WORKS, fallback=":ours"),
+             arguments=("1024",), items=WORKS, fallback=":ours"),
         Part("speed-32768", "gpu_speed.speed", limit=45.0, least=15.0, takes=35.0, patience=25.0,
-             arguments=("32768", "{bandwidth}"), items=WORKS, fallback=":ours"),
+             arguments=("32768",), items=WORKS, fallback=":ours"),
         Part("one_read-more", "gpu_speed.one_read", limit=60.0, least=15.0, takes=40.0, patience=20.0,
-             arguments=("{bandwidth}",), items=ONE_READ[6:]),
+             items=ONE_READ[6:]),
         Part("tests-more", "gpu_suite.run", limit=40.0, least=15.0, takes=30.0, patience=35.0, items=MORE_TESTS,
              together=True, light=True),
         Part("memcheck", "gpu_sanitizer.run", limit=60.0, least=15.0, takes=20.0, patience=60.0,
@@ -201,7 +200,6 @@ def _run(
         print(f"  {name}: {said}", flush=True)
 
     for number, part in enumerate(parts):
-        part = _with_bandwidth(part, report)
         starter.ahead = number + 1 < len(parts)
         kept = sum(later.least for later in parts[number + 1 :])
         print(f"{part.name}, {max(deadline - time.monotonic(), 0):.0f} s left", flush=True)
@@ -278,12 +276,6 @@ def _close_killed(report: Report, chosen: Run, began: float) -> None:
         if part.get("status") == "running":
             part |= {"status": "failed", "reason": f"the run was ended at {part.pop('at', '') or 'its start'}"}
     _put_run(report, chosen, began)
-
-
-def _with_bandwidth(part: Part, report: Report) -> Part:
-    bandwidth = report.get("bandwidth", "copy", "bytes_per_second") or 0
-    arguments = tuple(str(bandwidth) if word == "{bandwidth}" else word for word in part.arguments)
-    return replace(part, arguments=arguments)
 
 
 def _environment(smoke: bool) -> dict[str, str]:

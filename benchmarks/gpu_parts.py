@@ -36,7 +36,7 @@ _POLL = 0.05
 MEANINGS = {
     "units": "passes over the logits that must go through memory; token-level and on-policy losses need no second read"
     "; a contestant's: as many as its way takes; Triton's kernels read twice for a ratio per token, off-policy",
-    "floor_seconds": "time to move a case's `units` at the bandwidth of a device-to-device copy",
+    "floor_seconds": "time to move a case's `units` at the speed of its own copy, timed in turn with the contestants",
     "times_floor": "median / the same time for the contestant's own `units`",
     "median, min, max": "seconds on the device's clock, the host running ahead of it as it does in training",
     "idle_median": "seconds by the host's clock from an idle device to an idle device, launches and Python included",

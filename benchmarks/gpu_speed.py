@@ -133,19 +133,18 @@ COMPILED_ROWS = 8_192  # torch.compile takes part at one size: half a minute of 
 
 
 def speed(context: Context) -> bool:
-    """Arguments: rows, bytes per second of a copy (0: unknown, the case's own copy is used), then the items.
+    """Arguments: rows, then the items.
 
     Items are names of works. `<work>:ours` times this package and the copy alone: for a run that is short of time, or
     after somebody else's kernel broke the process.
     """
-    rows, bandwidth = int(context.arguments[0]), float(context.arguments[1])
-    good = True
-    for item in context.arguments[2:]:
+    rows, good = int(context.arguments[0]), True
+    for item in context.arguments[1:]:
         name, _, only_ours = item.partition(":")
         context.at(f"{name}, building its inputs")
         problem = build_on(context.device, name, rows)
         why_not = functools.partial(_left_out, context, rows, bool(only_ours))
-        good &= measure(context, problem, CONTESTANTS, bandwidth, ("cases", f"{name}-{rows}"), why_not)
+        good &= measure(context, problem, CONTESTANTS, ("cases", f"{name}-{rows}"), why_not)
         context.finished(item)
         del problem
         gc.collect()
@@ -156,7 +155,6 @@ def measure(
     context: Context,
     problem: Problem,
     contestants: tuple[Contestant, ...],
-    bandwidth: float,
     at: tuple[str, ...],
     why_not: Callable[[Contestant], str] = lambda contestant: "",
 ) -> bool:
@@ -176,7 +174,7 @@ def measure(
     idle = take_turns(problem, runs, idle_rounds, outcomes, meter, idle_seconds)
     finish()
 
-    found = _record(problem, outcomes, idle, bandwidth)
+    found = _record(problem, outcomes, idle)
     context.put(*at, value=found)
     context.say(_line(key, found))
     if context.device == "cuda" and problem.rows == COUNTED_ROWS:
@@ -206,12 +204,9 @@ def _count_launches(context: Context, problem: Problem, runs: Runs, at: tuple[st
             context.put(*at, "contestants", contestant.name, "launches", value=count)
 
 
-def _record(
-    problem: Problem, outcomes: dict[str, Outcome], idle: dict[str, list[float]], bandwidth: float
-) -> dict[str, Any]:
+def _record(problem: Problem, outcomes: dict[str, Outcome], idle: dict[str, list[float]]) -> dict[str, Any]:
     copies = outcomes["copy"].seconds if "copy" in outcomes else []
-    if not bandwidth and copies:
-        bandwidth = 2 * problem.logits_bytes / statistics.median(copies)
+    bandwidth = 2 * problem.logits_bytes / statistics.median(copies) if copies else None
 
     def of(name: str, outcome: Outcome) -> dict[str, Any]:
         median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
@@ -243,17 +238,17 @@ def one_read(context: Context) -> bool:
 
     Those at a model's size are on the pages. The others say whether CUDA C++ is ahead everywhere, also on rows that do
     not begin on 16-byte boundaries: then it becomes the default (`FASTER_ON` in gspo_kernels/rows/cuda_rows.py).
-    Arguments: bytes per second of a copy (0: unknown, the case's own copy is used), then the items, `build_named`'s.
+    Arguments: the items, `build_named`'s.
     """
     good = True
     logits = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=context.device)
     context.put("one_read", "explain", value=gspo_kernels.explain(logits).splitlines())
-    for item in context.arguments[1:]:
+    for item in context.arguments:
         context.at(f"{item}, building its inputs")
         problem = build_named(context.device, item)
         if not cuda_rows.unsupported_reasons(problem.logits):
             context.put("one_read", "layouts", item, value=_layout(problem))
-        good &= measure(context, problem, ONE_READ, float(context.arguments[0]), ("one_read", "cases", item))
+        good &= measure(context, problem, ONE_READ, ("one_read", "cases", item))
         context.finished(item)
         del problem
         gc.collect()

@@ -129,14 +129,14 @@ def test_out_of_memory_costs_one_contestant(context: Context, monkeypatch: pytes
     eager = dataclasses.replace(AT_HOME["eager"], prepare=fail)
     chosen = (speed.BY_NAME["ours"], eager, speed.BY_NAME["copy"])
     monkeypatch.setattr(speed, "CONTESTANTS", chosen)
-    context.arguments = ["16", "0", "gspo"]
+    context.arguments = ["16", "gspo"]
     assert speed.speed(context)
     found = recorded(context)["cases", "gspo-16"]
     assert found["errors"] == {"eager": "out of memory"} and found["contestants"].keys() == {"ours", "copy"}
 
 
 def test_this_package_and_the_copy_alone(context: Context) -> None:
-    context.arguments = ["16", "0", "forward:ours"]
+    context.arguments = ["16", "forward:ours"]
     assert speed.speed(context)
     found = recorded(context)["cases", "forward-16"]
     assert found["contestants"].keys() == {"ours", "copy"} and {"eager", "liger", "trl"} <= found["absent"].keys()
@@ -210,7 +210,7 @@ def test_profile_without_cupti_keeps_the_time_of_the_whole(context: Context, mon
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
 
     monkeypatch.setattr(profile, "_on_the_cpu", refuse)
-    context.arguments = ["16", "0", "gspo", "grpo_cuda"]
+    context.arguments = ["16", "gspo", "grpo_cuda"]
     assert profile.run(context)
     found = recorded(context)
     assert "INSUFFICIENT" in found["profile", "gspo"]["error"] and found["profile", "gspo"]["whole_seconds"] > 0
