@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,11 @@ import gspo_kernels
 
 from .cases import DENSE, LINEAR_WORKS, Case, Problem, Work, build, linear_case, linear_smoke
 from .contestants import Contestant, ours
-from .gpu_meter import finish, meter_of
+from .gpu_meter import meter_of
 from .gpu_parts import Context
+from .gpu_speed import compete, problems
 from .linear import CONTESTANTS, PEERS, case_result
-from .race import Meter, Rounds, admit, take_turns, words
+from .race import Meter, Rounds, words
 from .truth import WrongAnswer, check
 
 BY_NAME = {work.name: work for work in LINEAR_WORKS}
@@ -42,24 +42,21 @@ def run(context: Context) -> bool:
     `chunks_<work>` times a work with chunks of several sizes. `<work>:ours` times this package and the bare products
     alone, after somebody else broke the process.
     """
+
+    def built(name: str) -> Problem:
+        return build(case_of(BY_NAME.get(name.removeprefix("chunks_"), DENSE), context.smoke), device=context.device)
+
     good = True
-    for item in context.arguments:
+    for item, problem in problems(context, context.arguments, built):
         name, _, only_ours = item.partition(":")
-        context.at(f"{name}, building its inputs")
-        chunked = name.startswith("chunks_")
-        work = BY_NAME.get(name.removeprefix("chunks_"), DENSE)
-        problem = build(case_of(work, context.smoke), device=context.device)
         if name == "products":
             _products(context, problem)
         elif name == "rows":
             _rows(context, problem)
-        elif chunked:
+        elif name.startswith("chunks_"):
             good &= _chunks(context, problem)
         else:
             good &= _case(context, problem, bool(only_ours))
-        context.finished(item)
-        del problem
-        gc.collect()
     return good
 
 
@@ -69,18 +66,13 @@ def taking_part(device: str) -> list[Contestant]:
 
 
 def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
-    work, meter = problem.case.work, meter_of(context.device)
+    work, rounds = problem.case.work, SMOKE_ROUNDS if context.smoke else ROUNDS
 
     def why_not(contestant: Contestant) -> str:
-        context.at(f"{work.name}, first calls of {contestant.name}")
         return "this package alone was measured here" if only_ours and contestant.name in PEERS else ""
 
-    outcomes, runs = admit(problem, taking_part(context.device), meter, why_not, keep_wrong=True)
-    context.at(f"{work.name}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
-    rounds = SMOKE_ROUNDS if context.smoke else ROUNDS
-    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
-        outcomes[name].seconds = seconds
-    finish()
+    chosen = taking_part(context.device)
+    outcomes, _ = compete(context, problem, chosen, work.name, rounds, why_not, keep_wrong=True)
     found = case_result(problem, outcomes)
     context.put("linear", "cases", work.name, value=found)
     context.say(_line(work.name, found))

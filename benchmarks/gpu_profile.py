@@ -6,7 +6,6 @@ that what restores the logits is not counted. Where CUPTI fails, the time of the
 
 from __future__ import annotations
 
-import gc
 import re
 import statistics
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from .cases import Problem
 from .contestants import Run, Unfit
 from .gpu_meter import CudaMeter, finish, idle_seconds, meter_of, on_device
 from .gpu_parts import Context
-from .gpu_speed import BY_NAME, build_on, units
+from .gpu_speed import BY_NAME, build_on, problems, units
 from .race import words
 from .truth import WrongAnswer, check
 
@@ -44,21 +43,18 @@ def run(context: Context) -> bool:
     An item is a work: this package in Triton with the gradient over the logits. `<work>_fresh` has a fresh gradient;
     `<work>_cuda` and `<work>_cuda_fresh` run CUDA C++.
     """
-    rows, good = int(context.arguments[0]), True
-    for item in context.arguments[1:]:
-        context.at(f"{item}, building its inputs")
-        work, contestant = contestant_of(item)
-        problem = build_on(context.device, work, rows)
+    rows, *items = context.arguments
+    good = True
+    for item, problem in problems(
+        context, items, lambda item: build_on(context.device, contestant_of(item)[0], int(rows))
+    ):
         try:
-            found = _profile(context, problem, item, contestant)
+            found = _profile(context, problem, item, contestant_of(item)[1])
             good &= not found["wrong"]
             context.put("profile", item, value=found)
             context.say(_line(item, found))
         except Unfit as reason:
             context.put("profile", item, value={"absent": str(reason)})
-        context.finished(item)
-        del problem
-        gc.collect()
     return good
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -138,17 +138,46 @@ def speed(context: Context) -> bool:
     Items are names of works. `<work>:ours` times this package and the copy alone: for a run that is short of time, or
     after somebody else's kernel broke the process.
     """
-    rows, good = int(context.arguments[0]), True
-    for item in context.arguments[1:]:
+    rows, *items = context.arguments
+    good = True
+    for item, problem in problems(context, items, lambda name: build_on(context.device, name, int(rows))):
         name, _, only_ours = item.partition(":")
-        context.at(f"{name}, building its inputs")
-        problem = build_on(context.device, name, rows)
-        why_not = functools.partial(_left_out, context, rows, bool(only_ours))
+        why_not = functools.partial(_left_out, context, int(rows), bool(only_ours))
         good &= measure(context, problem, CONTESTANTS, ("cases", f"{name}-{rows}"), why_not)
-        context.finished(item)
-        del problem
-        gc.collect()
     return good
+
+
+def problems(context: Context, items: list[str], build: Callable[[str], Problem]) -> Iterator[tuple[str, Problem]]:
+    """Builds each item's problem (by the word before a colon), and says which item runs and which has finished."""
+    for item in items:
+        context.at(f"{item}, building its inputs")
+        yield item, build(item.partition(":")[0])
+        context.finished(item)
+        gc.collect()
+
+
+def compete(
+    context: Context,
+    problem: Problem,
+    contestants: Sequence[Contestant],
+    key: str,
+    rounds: Rounds,
+    why_not: Callable[[Contestant], str],
+    keep_wrong: bool = False,
+) -> tuple[dict[str, Outcome], Runs]:
+    """What becomes of each contestant, those that run measured in turn; `why_not` as in `admit`."""
+    meter = meter_of(context.device)
+
+    def about_to_call(contestant: Contestant) -> str:
+        context.at(f"{key}, first calls of {contestant.name}")
+        return why_not(contestant)
+
+    outcomes, runs = admit(problem, contestants, meter, about_to_call, keep_wrong=keep_wrong)
+    context.at(f"{key}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
+    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
+        outcomes[name].seconds = seconds
+    finish()
+    return outcomes, runs
 
 
 def measure(
@@ -159,18 +188,10 @@ def measure(
     why_not: Callable[[Contestant], str] = lambda contestant: "",
 ) -> bool:
     """Writes one case into the results at `at`, whose last word is its name; False if this package failed in it."""
-    key, meter = at[-1], meter_of(context.device)
+    key, smoke = at[-1], context.smoke
     chosen = [c for c in contestants if problem.case.work.gradient or not c.gradient_only]
-
-    def about_to_call(contestant: Contestant) -> str:
-        context.at(f"{key}, first calls of {contestant.name}")
-        return why_not(contestant)
-
-    outcomes, runs = admit(problem, chosen, meter, about_to_call)
-    rounds, idle_rounds = (SMOKE_ROUNDS, SMOKE_ROUNDS) if context.smoke else (ROUNDS, IDLE_ROUNDS)
-    context.at(f"{key}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
-    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
-        outcomes[name].seconds = seconds
+    outcomes, runs = compete(context, problem, chosen, key, SMOKE_ROUNDS if smoke else ROUNDS, why_not)
+    idle_rounds, meter = SMOKE_ROUNDS if smoke else IDLE_ROUNDS, meter_of(context.device)
     idle = take_turns(problem, runs, idle_rounds, outcomes, meter, idle_seconds)
     finish()
 
@@ -243,26 +264,15 @@ def one_read(context: Context) -> bool:
     good = True
     logits = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=context.device)
     context.put("one_read", "explain", value=gspo_kernels.explain(logits).splitlines())
-    for item in context.arguments:
-        context.at(f"{item}, building its inputs")
-        problem = build_named(context.device, item)
+    for item, problem in problems(context, context.arguments, lambda name: build_named(context.device, name)):
         if not cuda_rows.unsupported_reasons(problem.logits):
             context.put("one_read", "layouts", item, value=_layout(problem))
         good &= measure(context, problem, ONE_READ, ("one_read", "cases", item))
-        context.finished(item)
-        del problem
-        gc.collect()
     return good
 
 
-def _layout(problem: Problem) -> dict[str, object]:
+def _layout(problem: Problem) -> Any:
     """Whether clusters of blocks hold a row in shared memory or a block reads it twice, and how many at once."""
-    logits, native = problem.logits, cuda_rows._native
-    assert native is not None
-    found: dict[str, object] = native.cuda_layout(
-        dtype=str(logits.dtype).removeprefix("torch."),
-        vocab=problem.case.vocab,
-        rows=problem.rows,
-        device=logits.device.index or 0,
-    )
-    return found
+    native: Any = cuda_rows._native
+    dtype, index = str(problem.logits.dtype).removeprefix("torch."), problem.logits.device.index or 0
+    return native.cuda_layout(dtype=dtype, vocab=problem.case.vocab, rows=problem.rows, device=index)
