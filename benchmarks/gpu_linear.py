@@ -19,6 +19,7 @@ from .gpu_parts import Context
 from .gpu_speed import compete, problems
 from .linear import CONTESTANTS, PEERS, case_result
 from .race import Meter, Rounds, words
+from .results import line
 from .truth import WrongAnswer, check
 
 BY_NAME = {work.name: work for work in LINEAR_WORKS}
@@ -75,7 +76,7 @@ def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
     outcomes, _ = compete(context, problem, chosen, work.name, rounds, why_not, keep_wrong=True)
     found = case_result(problem, outcomes)
     context.put("linear", "cases", work.name, value=found)
-    context.say(_line(work.name, found))
+    context.say(line(work.name, found))
     return "ours" in found["contestants"] and not found["contestants"]["ours"]["wrong"]
 
 
@@ -173,12 +174,3 @@ def _timed(
         meter.forget()
         found = {"error": words(error)}
     context.put("linear", *at, value={**found, **(more or {})})
-
-
-def _line(name: str, found: dict[str, Any]) -> str:
-    parts = []
-    for contestant, m in found["contestants"].items():
-        wrong = ", WRONG" if m["wrong"] else ""
-        parts.append(f"{contestant} {m['median'] * 1e3:.3f} ms ({m['flop_per_s'] / 1e12:.1f} TFLOP/s{wrong})")
-    parts += [f"{contestant}: {error.splitlines()[0][:80]}" for contestant, error in found["errors"].items()]
-    return f"{name}: {', '.join(parts)}"

@@ -25,7 +25,7 @@ from .gpu_meter import finish, idle_seconds, launches, meter_of
 from .gpu_parts import Context
 from .libraries import liger_from_logits, trl_from_logits
 from .race import Outcome, Rounds, Runs, admit, take_turns
-from .results import record
+from .results import line, record
 
 # ---- what is timed
 
@@ -197,7 +197,7 @@ def measure(
 
     found = _record(problem, outcomes, idle)
     context.put(*at, value=found)
-    context.say(_line(key, found))
+    context.say(line(key, found))
     if context.device == "cuda" and problem.rows == COUNTED_ROWS:
         _count_launches(context, problem, runs, at)
     return not any(name in found["errors"] for name in OURS)
@@ -245,13 +245,6 @@ def _record(problem: Problem, outcomes: dict[str, Outcome], idle: dict[str, list
     floor = problem.units * problem.logits_bytes / bandwidth if bandwidth else None
     size = problem.logits_bytes
     return record(problem, outcomes, of, logits_bytes=size, units=problem.units, floor_seconds=floor)
-
-
-def _line(key: str, found: dict[str, Any]) -> str:
-    parts = [f"{name} {m['median'] * 1e3:.3f} ms" for name, m in found["contestants"].items()]
-    parts += [f"{name}: {error.splitlines()[0][:80]}" for name, error in found["errors"].items()]
-    floor = "" if found["floor_seconds"] is None else f" (floor {found['floor_seconds'] * 1e3:.3f} ms)"
-    return f"{key}{floor}: {', '.join(parts)}"
 
 
 def one_read(context: Context) -> bool:

@@ -12,13 +12,11 @@ the true ratio is 0.0005 in size on average, and both signs of advantages occur.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from .cases import EPSILONS, SEED, exact_logprobs, likely_hidden
 from .contestants import Unfit
 from .gpu_parts import table
 from .race import words
-from .results import default_path, machine, newest, save, title
+from .results import arguments_of, default_path, machine, newest, save, title
 
 KIND = "linear-precision-cpu"
 SEQUENCES = 64
@@ -160,13 +158,7 @@ def markdown(content: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_precision")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--save", type=Path, metavar="FILE", help=f"default: results/{KIND}-<name>.json")
-    parser.add_argument(
-        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
-    )
-    options = parser.parse_args(arguments)
+    options = arguments_of("linear_precision", __doc__, KIND).parse_args(arguments)
     if options.markdown is not None:
         path = options.markdown if options.markdown.name else newest(KIND)
         print(*markdown(json.loads(path.read_text())), sep="\n")

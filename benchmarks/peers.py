@@ -12,7 +12,6 @@ own functions (`libraries.py`); only its trainer is left out.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import re
@@ -31,7 +30,7 @@ from .contestants import COMPILED, EAGER, OVERWRITES, Contestant, Run, Unfit, on
 from .gpu_meter import meter_of
 from .gpu_parts import table
 from .race import Outcome, Rounds, race
-from .results import FOLDER, REPOSITORY, load, machine, newest, record, save
+from .results import FOLDER, REPOSITORY, arguments_of, load, machine, newest, record, save
 from .truth import distance, exact_gradients
 
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=9, seconds=20.0), Rounds(least=1, most=1)
@@ -274,8 +273,7 @@ def _hard(cases: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    parser = arguments_of("peers", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--write", metavar="NAME", help="results/peers-<NAME>.json, and the tables of docs/peers.md")
     options = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -45,6 +46,27 @@ def record(
         "errors": {name: words(outcome.error) for name, outcome in outcomes.items() if outcome.error},
         "absent": {name: outcome.absent for name, outcome in outcomes.items() if outcome.absent},
     }
+
+
+def line(key: str, found: dict[str, Any]) -> str:
+    """A case in one line, for a terminal."""
+    parts = [
+        f"{name} {m['median'] * 1e3:,.3f} ms" + (f" (wrong: {m['wrong'][:80]})" if m.get("wrong") else "")
+        for name, m in found["contestants"].items()
+    ]
+    parts += [f"{name}: {error.splitlines()[0][:80]}" for name, error in found["errors"].items()]
+    return f"{key}: {', '.join(parts)}"
+
+
+def arguments_of(module: str, doc: str | None, kind: str = "") -> argparse.ArgumentParser:
+    """What the commands of this folder have in common; of those that save results of a `kind` more."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=(doc or "").split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    if kind:
+        parser.add_argument("--save", type=Path, metavar="FILE", help=f"a whole run's: results/{kind}-<name>.json")
+        table = {"nargs": "?", "type": Path, "const": Path(), "metavar": "FILE", "help": "print results that exist"}
+        parser.add_argument("--markdown", **table)
+    return parser
 
 
 def times(outcome: Outcome) -> dict[str, Any]:
