@@ -161,7 +161,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     chosen: Run = runs(options.smoke)["gpu-more" if options.more else "gpu"]
     began = time.monotonic()
-    deadline = began + (options.seconds or chosen.seconds) - AT_THE_END
     signal.signal(signal.SIGTERM, _terminated)
     environment = _environment(options.smoke)
     brought = {} if options.smoke else gpu_carried.use(environment)
@@ -173,17 +172,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.put(("carried",), brought)
     starter = Starter(environment, log)
     try:
-        return _run(options, chosen, report, began, deadline, starter)
+        return _run(options, chosen, report, began, starter)
     except BaseException:
-        _close_killed(report, chosen, began)
+        for part in (report.get("parts") or {}).values():
+            if part.get("status") == "running":
+                part |= {"status": "failed", "reason": f"the run was ended at {part.pop('at', '') or 'its start'}"}
+        _put_run(report, chosen, began)
         raise
     finally:
         starter.close()
 
 
-def _run(
-    options: argparse.Namespace, chosen: Run, report: Report, began: float, deadline: float, starter: Starter
-) -> int:
+def _run(options: argparse.Namespace, chosen: Run, report: Report, began: float, starter: Starter) -> int:
+    deadline = began + (options.seconds or chosen.seconds) - AT_THE_END
     first, *parts = selected(chosen, options.only, options.skip)
     statuses = {first.name: run(first, report, deadline, starter)}
     if statuses[first.name] == "absent":
@@ -226,16 +227,14 @@ def selected(chosen: Run, only: Sequence[str], skip: Sequence[str]) -> list[Part
     for word in only:
         name, _, items = word.partition(":")
         named.setdefault(name, []).extend(filter(None, items.split(",")))
-    found = [part for part in others if part.name not in skip and (not only or part.name in named)]
-    return [first, *(_with_items(part, named.get(part.name, [])) for part in found)]
-
-
-def _with_items(part: Part, names: Sequence[str]) -> Part:
-    """An item may be named without its suffix (gspo for gspo:ours). One that is not in the table is tried as it is."""
-    if not names:
-        return part
-    full = {item.partition(":")[0]: item for item in part.items} | {item: item for item in part.items}
-    return replace(part, items=tuple(full.get(name, name) for name in names))
+    found = [first]
+    for part in others:
+        if part.name not in skip and (not only or part.name in named):
+            # An item may be named without its suffix (gspo for gspo:ours). An unknown one is tried as it is.
+            full = {item.partition(":")[0]: item for item in part.items} | {item: item for item in part.items}
+            chosen_items = tuple(full.get(name, name) for name in named.get(part.name, []))
+            found.append(replace(part, items=chosen_items or part.items))
+    return found
 
 
 def _name(options: argparse.Namespace, report: Report) -> None:
@@ -268,14 +267,6 @@ def _put_run(report: Report, chosen: Run, began: float, **more: Any) -> None:
     seconds = round(time.monotonic() - began, 1)
     report.put(("runs", chosen.name), {"limit": chosen.seconds, "seconds": seconds, "finished": False, **more})
     report.save()
-
-
-def _close_killed(report: Report, chosen: Run, began: float) -> None:
-    """Records which part was running when the run was ended from outside."""
-    for part in (report.get("parts") or {}).values():
-        if part.get("status") == "running":
-            part |= {"status": "failed", "reason": f"the run was ended at {part.pop('at', '') or 'its start'}"}
-    _put_run(report, chosen, began)
 
 
 def _environment(smoke: bool) -> dict[str, str]:

@@ -95,12 +95,8 @@ class Hard:
     loss_counts: bool = True  # False: the paper's loss is infinite here, and any finite one will do
 
 
-def _empty_response(problem: Problem) -> None:
-    problem.mask[1] = False
-
-
-def _nothing_at_all(problem: Problem) -> None:
-    problem.mask[:] = False
+def _mask_out(which: Any) -> Callable[[Problem], None]:
+    return lambda problem: problem.mask.__setitem__(which, False)
 
 
 def _overflow(advantage: float) -> Callable[[Problem], None]:
@@ -138,8 +134,8 @@ def _advantages_by_token(problem: Problem) -> Problem:
 
 
 HARD = {
-    "empty_response": Hard("a response without an unmasked token", _empty_response),
-    "nothing_at_all": Hard("no unmasked token in the batch", _nothing_at_all),
+    "empty_response": Hard("a response without an unmasked token", _mask_out(1)),
+    "nothing_at_all": Hard("no unmasked token in the batch", _mask_out(slice(None))),
     "overflow_clipped": Hard("a log-ratio of 100, advantage above 0", _overflow(1.0)),
     "overflow_unclipped": Hard("a log-ratio of 100, advantage below 0", _overflow(-1.0), loss_counts=False),
     "nan_in_padding": Hard("NaN in the padding's logits or hidden states", _nan_in_padding),
