@@ -158,7 +158,7 @@ def _git(*arguments: str) -> str:
 
 
 def _output(command: list[str], what: str, **options: Any) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
         raise SystemExit(f"{what} failed:\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -96,7 +96,8 @@ def find_ncu() -> str | None:
 
 def _count(context: Context, tool: str, items: Sequence[str]) -> tuple[dict[str, dict[str, float]], str]:
     """Metrics by item; or {}, and the reason. A second try leaves out the metrics that ncu does not know."""
-    metrics, reason = METRICS, ""
+    metrics: tuple[str, ...] = METRICS
+    reason = ""
     for _ in range(3):
         output = _run(tool, items, metrics, min(_LIMIT, context.left() - 2.0))
         print(output, flush=True)  # into the log

@@ -42,9 +42,10 @@ class NoKernel:
 @contextmanager
 def without_launches() -> Iterator[None]:
     """CPU tensors are treated like a GPU's: Triton launches, which do nothing here, and no value is read."""
-    stage = [name for name in vars(triton_stage_kernels) if name.endswith("_kernel") and not name.startswith("_")]
+    names = [name for name in vars(triton_stage_kernels) if name.endswith("_kernel") and not name.startswith("_")]
+    stage: Any = dict.fromkeys(names, NoKernel())
     with ExitStack() as patched:
-        patched.enter_context(mock.patch.multiple(triton_stage_kernels, **dict.fromkeys(stage, NoKernel())))
+        patched.enter_context(mock.patch.multiple(triton_stage_kernels, **stage))
         patched.enter_context(mock.patch.dict(triton_rows.kernels(), dict.fromkeys(triton_rows.LAUNCH, NoKernel())))
         for module in ("base.layout", "losses.triton_stage", "rows.operators"):
             patched.enter_context(mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False))

@@ -64,8 +64,8 @@ def arguments_of(module: str, doc: str | None, kind: str = "") -> argparse.Argum
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     if kind:
         parser.add_argument("--save", type=Path, metavar="FILE", help=f"a whole run's: results/{kind}-<name>.json")
-        table = {"nargs": "?", "type": Path, "const": Path(), "metavar": "FILE", "help": "print results that exist"}
-        parser.add_argument("--markdown", **table)
+        exist = "print results that exist"
+        parser.add_argument("--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help=exist)
     return parser
 
 
