@@ -108,7 +108,6 @@ class Part:
     arguments: tuple[str, ...] = ()
     items: tuple[str, ...] = ()
     fallback: str = ""  # added to an item that failed, to try it once more in a safer way
-    together: bool = False  # one process runs all items at once, and watches them itself
     light: bool = False  # its worker needs no torch: it does not use up the process that has imported torch
     command: tuple[str, ...] = ()  # in place of a worker
 
@@ -186,7 +185,7 @@ def run(part: Part, report: Report, deadline: float, starter: Starter) -> str:
         where = report.get(*entry, "at")
         running = not part.items or culprit is not None
         reasons.append(f"at {where}: {why}" if where and running else why)
-        if culprit is None or part.together:
+        if culprit is None:
             break
         items = items[items.index(culprit) + 1 :]
         if part.fallback and not culprit.endswith(part.fallback):

@@ -1,8 +1,8 @@
 """Files of the package's own tests on the device, by pytest, in several processes where pytest-xdist is installed.
 
-A test whose process dies fails, and a fresh process goes on with the others. What is known is written after each test,
-so that a hanging one, which ends the part, loses nothing. A file that needs a package this machine lacks is reported,
-and does not count as failed. `make gpu-wheels` brings pytest-xdist to a machine without a network.
+A test whose process dies fails, and a fresh process goes on with the others. One that hangs, or dies where pytest-xdist
+is not installed, costs the rest of its file. A file that needs a package this machine lacks is reported, and does not
+count as failed. `make gpu-wheels` brings pytest-xdist to a machine without a network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def run(context: Context) -> bool:
     if not context.smoke:
         os.environ[_DEVICE] = context.device
     files = [str(next((REPOSITORY / "tests").rglob(name))) for name in context.arguments]
-    return run_files(context, files, SMOKE_PROCESSES if context.smoke else PROCESSES)
+    groups = [files] if find_spec("xdist") else [[file] for file in files]
+    return all([run_files(context, group, SMOKE_PROCESSES if context.smoke else PROCESSES) for group in groups])
 
 
 def run_files(context: Context, files: list[str], count: int) -> bool:
@@ -46,8 +47,7 @@ def run_files(context: Context, files: list[str], count: int) -> bool:
     code = pytest.main([*files, *options], plugins=[recorder])
     for name in recorder.files:
         context.say(f"{name}: {recorder.summary(name)}")
-        if not recorder.not_run(name):
-            context.finished(name)
+        context.finished(name)
     if lost := sum(recorder.not_run(name) for name in recorder.files):
         context.put("part", "not_run", value=f"{lost} tests: {recorder.ended_early or 'too many failures'}")
     # Failed tests are recorded; codes above 2 are errors of pytest itself, but for 5: no tests.
@@ -107,6 +107,8 @@ class Recorder:
         if report.failed or report.when == "teardown":
             self._tests[_file(report.nodeid)].discard(report.nodeid)
         self._write(report.nodeid)
+        if not self.not_run(_file(report.nodeid)):
+            self.context.finished(_file(report.nodeid))
         if self.context.left() < _END:
             self.ended_early = "its time was over"
             pytest.exit(self.ended_early)

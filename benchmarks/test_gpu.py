@@ -98,20 +98,20 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 GOOD = Part("good", command=(sys.executable, "-c", WORKER, "good"), items=("a",))
 # Of the parts of both runs one of each kind, by what decides how a fault is handled.
 EVERY = [part for run in RUNS.values() for part in run.parts]
-KINDS = {(bool(p.items), p.together, p.fallback, p.patience >= p.limit): p for p in EVERY}
+KINDS = {(bool(p.items), p.fallback, p.patience >= p.limit): p for p in EVERY}
 
 
 @pytest.mark.parametrize("part", KINDS.values(), ids=[part.name for part in KINDS.values()])
 @pytest.mark.parametrize("fault", ["crash", "raise", "hang"])
 def test_a_fault_loses_one_item(bench: Bench, part: Part, fault: str) -> None:
-    """A part that runs all items at once loses those that follow; no other part loses anything."""
+    """One that nothing is heard of until its limit loses those that follow; no other part loses anything."""
     part = fake(part)
     culprit = part.items[0] if part.items else ""
     status = bench.part(part, f"{part.name}:{fault}:{culprit}", jump=part.patience + 1)
     hung = fault == "hang" and part.patience >= part.limit
     assert status == ("timed out" if hung else "failed")
     expected = {culprit: "begun"}
-    if not part.together and not hung:
+    if not hung:
         expected |= {culprit + part.fallback: "done"} if part.fallback else {}
         expected |= {item: "done" for item in part.items[1:]}
     assert bench.cases(part) == expected
@@ -313,6 +313,21 @@ from benchmarks.gpu_parts import Context
 from benchmarks.gpu_suite import run_files
 sys.exit(not run_files(Context([], smoke=True, records=sys.argv[1]), sys.argv[2:], 2))
 """
+
+
+def test_without_xdist_a_file_that_dies_costs_itself_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part's process runs a file at a time, and its successor goes on with the next file."""
+    code = (
+        f"import sys; from benchmarks import gpu_suite, gpu_parts; gpu_suite.find_spec = lambda name: None; "
+        f"gpu_suite.REPOSITORY = gpu_suite.Path({str(bench.folder)!r}); sys.exit(gpu_parts.work(sys.argv[1:]))"
+    )
+    (bench.folder / "tests").mkdir()
+    for name, body in (("dies", "import os; os.abort()"), ("passes", "pass")):
+        (bench.folder / "tests" / f"test_{name}.py").write_text(f"def test_it(): {body}\n")
+    command = (sys.executable, "-c", code, "gpu_suite.run", "--smoke")
+    part = Part("tests", command=command, items=("test_dies.py", "test_passes.py"))
+    assert bench.part(part) == "failed" and "died by SIGABRT" in bench.reason(part)
+    assert bench.report.get("tests", "test_passes.py", "passed") == 1
 
 
 def run_suite(tmp_path: Path, text: str) -> tuple[bool, dict[str, Any]]:
