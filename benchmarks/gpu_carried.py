@@ -61,8 +61,8 @@ def use(environment: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _use_wheels(environment: dict[str, str], folder: Path | None = None) -> str:
-    wheels = sorted((folder or WHEELS).glob("*.whl"))
+def _use_wheels(environment: dict[str, str]) -> str:
+    wheels = sorted(WHEELS.glob("*.whl"))
     if not wheels:
         return "none"
     site = _folder("site")
@@ -74,14 +74,13 @@ def _use_wheels(environment: dict[str, str], folder: Path | None = None) -> str:
     return ", ".join(wheel.name.split("-py")[0].removesuffix("-cp312") for wheel in wheels)
 
 
-def _use_cache(environment: dict[str, str], path: Path | None = None) -> str:
+def _use_cache(environment: dict[str, str]) -> str:
     """Triton's cache is a folder of these runs, or TRITON_CACHE_DIR; carried entries are added."""
     folder = Path(environment.setdefault("TRITON_CACHE_DIR", str(_folder("triton"))))
     folder.mkdir(parents=True, exist_ok=True)
-    path = path or CACHE
-    if not path.exists():
+    if not CACHE.exists():
         return f"none; {sum(1 for _ in folder.iterdir())} entries from before"
-    return f"{unpack_cache(path, folder)} entries"
+    return f"{unpack_cache(CACHE, folder)} entries"
 
 
 def unpack_cache(path: Path, folder: Path) -> int:

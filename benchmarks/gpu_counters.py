@@ -196,8 +196,8 @@ def reason_of(output: str) -> str:
 
 
 def _line(item: str, found: dict[str, Any]) -> str:
-    if "error" in found:
-        return f"{item}: {found['error'][:200]}"
+    if not found.get("metrics"):
+        return f"{item}: {found.get('error', 'nothing was counted')[:200]}"
     seconds = found["metrics"].get("gpu__time_duration.sum", math.nan)
     said = {key: f"{value:.3g}" for key, value in found.items() if key not in ("metrics", "rows")}
     return f"{item}: {seconds * 1e3:.3f} ms, {said}"

@@ -15,39 +15,6 @@ from . import gpu_carried as carried
 from .gpu_parts import REPOSITORY
 
 
-def test_carried_wheels_are_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carried, "BUILD", tmp_path / "build")
-    (tmp_path / "wheels").mkdir()
-    with zipfile.ZipFile(tmp_path / "wheels" / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("a_peer/__init__.py", "answer = 42\n")
-        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\n")
-    environment = {**os.environ, "PYTHONPATH": "elsewhere"}
-    assert carried._use_wheels(environment, tmp_path / "wheels") == "a_peer-1.0"
-    code = "import a_peer, importlib.metadata as m; print(a_peer.answer, m.version('a-peer'))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "42 1.0\n"
-    assert carried._use_wheels({}, tmp_path / "nothing") == "none"
-
-
-def test_triton_cache_is_carried_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after, path = tmp_path / "before", tmp_path / "after", tmp_path / "cache.tar"
-    entry = before / "ABC"
-    entry.mkdir(parents=True)
-    (entry / "kernel.cubin").write_bytes(b"code")
-    (entry / "__grp__kernel.json").write_text(
-        json.dumps({"child_paths": {"kernel.cubin": str(entry / "kernel.cubin")}})
-    )
-    assert "1 entries" in carried.save_cache(before, path)
-    environment = {"TRITON_CACHE_DIR": str(after)}
-    assert carried._use_cache(environment, path) == "1 entries"
-    group = json.loads((after / "ABC" / "__grp__kernel.json").read_text())
-    assert Path(group["child_paths"]["kernel.cubin"]).read_bytes() == b"code"
-    assert [p.name for p in after.iterdir()] == ["ABC"]
-    monkeypatch.setattr(carried, "MOST_BYTES", 10)
-    path.unlink()
-    assert "not saved" in carried.save_cache(before, path) and not path.exists()
-
-
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What is carried, and the package's own extension, are below a folder of the test's own."""
@@ -58,6 +25,37 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(carried, "FOLDER", tmp_path)
     monkeypatch.setattr(carried, "installed", lambda: tmp_path / "package" / "_native.so")
     return tmp_path
+
+
+def test_carried_wheels_are_on_the_path(folders: Path) -> None:
+    assert carried._use_wheels({}) == "none"
+    with zipfile.ZipFile(folders / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_peer/__init__.py", "answer = 42\n")
+        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\n")
+    environment = {**os.environ, "PYTHONPATH": "elsewhere"}
+    assert carried._use_wheels(environment) == "a_peer-1.0"
+    code = "import a_peer, importlib.metadata as m; print(a_peer.answer, m.version('a-peer'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "42 1.0\n"
+
+
+def test_triton_cache_is_carried_to_another_folder(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, path = folders / "before", folders / "after", carried.CACHE
+    entry = before / "ABC"
+    entry.mkdir(parents=True)
+    (entry / "kernel.cubin").write_bytes(b"code")
+    (entry / "__grp__kernel.json").write_text(
+        json.dumps({"child_paths": {"kernel.cubin": str(entry / "kernel.cubin")}})
+    )
+    assert "1 entries" in carried.save_cache(before, path)
+    environment = {"TRITON_CACHE_DIR": str(after)}
+    assert carried._use_cache(environment) == "1 entries"
+    group = json.loads((after / "ABC" / "__grp__kernel.json").read_text())
+    assert Path(group["child_paths"]["kernel.cubin"]).read_bytes() == b"code"
+    assert [p.name for p in after.iterdir()] == ["ABC"]
+    monkeypatch.setattr(carried, "MOST_BYTES", 10)
+    path.unlink()
+    assert "not saved" in carried.save_cache(before, path) and not path.exists()
 
 
 def test_what_is_carried_and_damaged_is_left_out(folders: Path) -> None:
