@@ -194,9 +194,8 @@ class Problem:
 
     case: Case
     sampled: Sampled
-    leaves: tuple[
-        Tensor, ...
-    ]  # over `sampled.working`: logits [sequences, T, vocab] or [rows, vocab]; hidden and weight
+    # Over `sampled.working`: logits [sequences, T, vocab] or [rows, vocab]; hidden and weight.
+    leaves: tuple[Tensor, ...]
     token_ids: Tensor  # [sequences, T] or [rows], like every token array
     mask: Tensor
     old_logprobs: Tensor | None
@@ -304,9 +303,8 @@ def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
     logprobs = sampled.logprobs.cpu()
     old = None
     if not work.on_policy:
-        old = (
-            logprobs - _log_ratios(work, logprobs, mask, sequence_of, advantages.double(), clipped, generator)
-        ).float()
+        log_ratios = _log_ratios(work, logprobs, mask, sequence_of, advantages.double(), clipped, generator)
+        old = (logprobs - log_ratios).float()
 
     shape = (rows,) if packed else (sequences, tokens)
     leaves: tuple[Tensor, ...]
@@ -361,9 +359,8 @@ def _log_ratios(
         found = of_ranges(ranges)
         return torch.where(found < logprobs, of_ranges(ranges.abs()), found)  # no old log-probability is above 0
     if work.far:
-        ranges = (
-            -advantages.sign() * 100.0 * (1.0 + uniform(len(advantages)))
-        )  # on the side where min() takes the ratio
+        # On the side where min() takes the ratio.
+        ranges = -advantages.sign() * 100.0 * (1.0 + uniform(len(advantages)))
     ranges[clipped] = advantages[clipped].sign() * (150.0 if work.far else 5.0)
 
     # The mean of a sequence is exact, its tokens have noise. A token of probability near 1 has a log-ratio near 0.

@@ -22,8 +22,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .cases import CASES, Case, build
+import gspo_kernels
+
+from .cases import CASES, build
 from .contestants import BY_NAME
 from .race import Rounds, race
 from .results import REPOSITORY
@@ -52,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not options.base:
         parser.error("BASE is missing: name the commit to compare with, as in make bench-compare BASE=HEAD~1")
-    base = _git("rev-parse", "--verify", "--quiet", f"{options.base}^{{commit}}", check=False)
-    if not base:
-        parser.error(f"BASE: expected a commit of this repository; got {options.base!r}")
+    base = _git("rev-parse", "--verify", f"{options.base}^{{commit}}")
     if options.rounds < 3:
         parser.error(f"--rounds: expected at least 3, to tell noise from change; got {options.rounds}")
     with both_built(base) as (ours, theirs):
@@ -63,17 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(only: str) -> dict[str, float]:
-    """Seconds by case and contestant, in this process."""
+    """Seconds by case and contestant, in this process, whose working directory has the package that is measured."""
+    assert Path(gspo_kernels.__file__).resolve().parents[1] == Path.cwd().resolve(), gspo_kernels.__file__
     seconds: dict[str, float] = {}
     for case in COMPARED:
         names = [name for name in CONTESTANTS if case.work.gradient or name == "ours"]
-        names = [name for name in names if only in _key(case, name)]
-        if not names:
-            continue
-        for name, outcome in race(build(case, ROWS), [BY_NAME[name] for name in names], IN_PROCESS).items():
+        chosen = [BY_NAME[name] for name in names if only in f"{case.id}-{name}"]
+        for name, outcome in race(build(case, ROWS), chosen, IN_PROCESS).items() if chosen else ():
             if outcome.error is not None:
                 raise outcome.error
-            seconds[_key(case, name)] = min(outcome.seconds)  # whatever else the machine does only adds
+            seconds[f"{case.id}-{name}"] = min(outcome.seconds)  # whatever else the machine does only adds
     return seconds
 
 
@@ -119,35 +119,26 @@ def both_built(base: str) -> Iterator[tuple[Path, Path]]:
     """Folders with the package of this tree and of the base, built, and this tree's benchmarks; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="gspo-compare-") as name:
         folder = Path(name)
-        sources = {"this": folder / "source-this", "base": folder / "source-base"}
+        ours, theirs = folder / "source-this", folder / "source-base"
         try:
-            _git("worktree", "add", "--quiet", "--detach", str(sources["base"]), base)
-            _copy_tree(sources["this"])
-            for which, source in sources.items():
-                print(f"building {which}", file=sys.stderr)
-                _build(source, folder / which)
+            _git("worktree", "add", "--quiet", "--detach", str(theirs), base)
+            for file in _git("ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
+                if file and (REPOSITORY / file).is_file():
+                    (ours / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(REPOSITORY / file, ours / file)
+            for source, target in ((ours, "this"), (theirs, "base")):
+                print(f"building {target}", file=sys.stderr)
+                _build(source, folder / target)
             yield folder / "this", folder / "base"
         finally:
-            shutil.rmtree(sources["base"], ignore_errors=True)
-            _git("worktree", "prune", check=False)
-
-
-def _copy_tree(target: Path) -> None:
-    """This working tree without what git ignores: no build products, no caches."""
-    for name in _git("ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
-        if name and (REPOSITORY / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, target / name)
+            shutil.rmtree(theirs, ignore_errors=True)
+            _git("worktree", "prune")
 
 
 def _build(source: Path, target: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command = [*pip, "--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
-    built = subprocess.run(
-        command, env={**os.environ, "GSPO_KERNELS_REQUIRE_NATIVE": "1"}, capture_output=True, text=True
-    )
-    if built.returncode:
-        raise SystemExit(f"the build of {source.name} failed:\n{built.stdout}{built.stderr}")
+    _output(command, f"the build of {source.name}", env={**os.environ, "GSPO_KERNELS_REQUIRE_NATIVE": "1"})
     shutil.copytree(REPOSITORY / "benchmarks", target / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     (target / "tests").mkdir(exist_ok=True)
     shutil.copy2(REPOSITORY / "tests" / "oracle.py", target / "tests")
@@ -155,33 +146,22 @@ def _build(source: Path, target: Path) -> None:
 
 def _run_worker(tree: Path, only: str) -> dict[str, float]:
     """`tree` is the working directory, so its packages are the ones imported, whatever else is installed."""
-    code = (
-        "import pathlib, sys, gspo_kernels\n"
-        "found = pathlib.Path(gspo_kernels.__file__).resolve().parents[1]\n"
-        "assert found == pathlib.Path.cwd().resolve(), f'the wrong gspo_kernels was imported: {found}'\n"
-        "from benchmarks.compare import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
-    worker = subprocess.run(
-        [sys.executable, "-c", code, "--worker", "--only", only],
-        cwd=tree, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    if worker.returncode:
-        raise SystemExit(f"the benchmarks of {tree.name} failed:\n{worker.stderr}")
-    found: dict[str, float] = json.loads(worker.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "benchmarks.compare", "--worker", "--only", only]
+    printed = _output(command, f"the benchmarks of {tree.name}", cwd=tree, env=environment)
+    found: dict[str, float] = json.loads(printed.splitlines()[-1])
     return found
 
 
-def _key(case: Case, contestant: str) -> str:
-    return f"{case.id}-{contestant}"
+def _git(*arguments: str) -> str:
+    return _output(["git", "-C", str(REPOSITORY), *arguments], f"git {arguments[0]}").strip()
 
 
-def _git(*arguments: str, check: bool = True) -> str:
-    done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
-    if check and done.returncode:
-        raise SystemExit(f"git {arguments[0]} failed: {done.stderr.strip()}")
-    return done.stdout.strip()
+def _output(command: list[str], what: str, **options: Any) -> str:
+    done: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise SystemExit(f"{what} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from .cases import CASES, ROWS, SEQUENCES, SMOKE, SMOKE_ROWS, Case, Problem, build
 from .contestants import BY_NAME, Contestant, contestants_of
 from .race import SMOKE_ROUNDS, Outcome, Rounds, race
-from .results import machine, save, times, title
+from .results import machine, record, save, title
 
 FINISHED = pytest.StashKey[list[dict[str, Any]]]()
 COMPILED = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
@@ -92,16 +92,13 @@ def outcomes_of(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Ou
 
 def case_result(problem: Problem, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """Of the contestants that were timed; one that failed its check has no numbers."""
-    case = problem.case
     copies = outcomes["copy"].seconds if "copy" in outcomes else []
     a_unit = statistics.median(copies) / 2 if copies else None
 
-    def measured(name: str, outcome: Outcome) -> dict[str, Any]:
-        seconds, extra = times(outcome), outcome.extra_bytes
+    def of(name: str, outcome: Outcome) -> dict[str, Any]:
         units, visits = (2.0, 2.0) if name == "copy" else (problem.units, problem.visits)
-        median = seconds["median"]
+        median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
         return {
-            **seconds,
             "fraction_of_copy": None if a_unit is None else a_unit * units / median,
             "gb_per_s": units * problem.logits_bytes / median / 1e9,
             "gelem_per_s_per_core": visits * problem.logits.numel() / median / torch.get_num_threads() / 1e9,
@@ -110,19 +107,16 @@ def case_result(problem: Problem, outcomes: dict[str, Outcome]) -> dict[str, Any
             "compile_seconds": outcome.compile_seconds,
         }
 
-    return {
-        "id": case.id,
-        "work": case.work.name,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "layout": case.layout,
-        "rows": problem.rows,
-        "logits_bytes": problem.logits_bytes,
-        "units": problem.units,
-        "visits": problem.visits,
-        "copy_seconds": None if a_unit is None else a_unit * problem.units,
-        "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
-    }
+    return record(
+        problem,
+        outcomes,
+        of,
+        layout=problem.case.layout,
+        logits_bytes=problem.logits_bytes,
+        units=problem.units,
+        visits=problem.visits,
+        copy_seconds=None if a_unit is None else a_unit * problem.units,
+    )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -16,6 +16,7 @@ each answer before it times it. A peer that does not import is reported as absen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -74,7 +75,6 @@ class Run:
 
 ENVIRONMENT = Part("environment", "gpu_meter.environment", limit=40.0, least=5.0, takes=10.0, patience=40.0)
 EXTENSION = Part("extension", "gpu_carried.extension", limit=100.0, least=3.0, takes=3.0, patience=100.0, light=True)
-_SIZE = (str(ROWS), "{bandwidth}")
 
 # `Part` says what the fields mean. The parts before one leave it its `least` seconds.
 FIRST_RUN = Run(
@@ -84,15 +84,14 @@ FIRST_RUN = Run(
         ENVIRONMENT,
         EXTENSION,
         Part("bandwidth", "gpu_meter.bandwidth", limit=20.0, least=5.0, takes=5.0, patience=20.0),
-        Part("tests", "gpu_suite.run", limit=70.0, least=20.0, takes=65.0, patience=30.0, items=TESTS, together=True,
-             light=True),
-        Part("profile", "gpu_profile.run", limit=40.0, least=12.0, takes=15.0, patience=25.0, arguments=_SIZE,
+        Part("tests", "gpu_suite.run", limit=70.0, least=20.0, takes=65.0, patience=30.0, items=TESTS, light=True),
+        Part("profile", "gpu_profile.run", limit=40.0, least=12.0, takes=15.0, patience=25.0, arguments=(str(ROWS),),
              items=PROFILED),
-        Part("speed", "gpu_speed.speed", limit=42.0, least=15.0, takes=25.0, patience=25.0, arguments=_SIZE,
+        Part("speed", "gpu_speed.speed", limit=42.0, least=15.0, takes=25.0, patience=25.0, arguments=(str(ROWS),),
              items=tuple(f"{work}:ours" for work in WORKS)),
         # A process of its own: a fault of these kernels loses no other number.
         Part("one_read", "gpu_speed.one_read", limit=40.0, least=12.0, takes=25.0, patience=25.0,
-             arguments=("{bandwidth}",), items=ONE_READ[:6]),
+             items=ONE_READ[:6]),
         Part("variants", "gpu_variants.run", limit=48.0, least=15.0, takes=40.0, patience=30.0, items=KERNELS),
         Part("counters", "gpu_counters.run", limit=60.0, least=15.0, takes=40.0, patience=60.0,
              items=KERNELS),  # silent while ncu runs
@@ -104,18 +103,18 @@ SECOND_RUN = Run(
     (
         ENVIRONMENT,
         EXTENSION,
-        Part("peers", "gpu_speed.speed", limit=75.0, least=20.0, takes=60.0, patience=40.0, arguments=_SIZE,
+        Part("peers", "gpu_speed.speed", limit=75.0, least=20.0, takes=60.0, patience=40.0, arguments=(str(ROWS),),
              items=WORKS, fallback=":ours"),
         Part("linear", "gpu_linear.run", limit=80.0, least=20.0, takes=60.0, patience=40.0, items=LINEAR,
              fallback=":ours"),
         Part("speed-1024", "gpu_speed.speed", limit=35.0, least=10.0, takes=25.0, patience=20.0,
-             arguments=("1024", "{bandwidth}"), items=WORKS, fallback=":ours"),
+             arguments=("1024",), items=WORKS, fallback=":ours"),
         Part("speed-32768", "gpu_speed.speed", limit=45.0, least=15.0, takes=35.0, patience=25.0,
-             arguments=("32768", "{bandwidth}"), items=WORKS, fallback=":ours"),
+             arguments=("32768",), items=WORKS, fallback=":ours"),
         Part("one_read-more", "gpu_speed.one_read", limit=60.0, least=15.0, takes=40.0, patience=20.0,
-             arguments=("{bandwidth}",), items=ONE_READ[6:]),
-        Part("tests-more", "gpu_suite.run", limit=40.0, least=15.0, takes=30.0, patience=30.0, items=MORE_TESTS,
-             together=True, light=True),
+             items=ONE_READ[6:]),
+        Part("tests-more", "gpu_suite.run", limit=40.0, least=15.0, takes=30.0, patience=23.0, items=MORE_TESTS,
+             light=True),
         Part("memcheck", "gpu_sanitizer.run", limit=60.0, least=15.0, takes=20.0, patience=60.0,
              arguments=("memcheck",), light=True),
         Part("racecheck", "gpu_sanitizer.run", limit=45.0, least=10.0, takes=10.0, patience=45.0,
@@ -161,7 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     chosen: Run = runs(options.smoke)["gpu-more" if options.more else "gpu"]
     began = time.monotonic()
-    deadline = began + (options.seconds or chosen.seconds) - AT_THE_END
     signal.signal(signal.SIGTERM, _terminated)
     environment = _environment(options.smoke)
     brought = {} if options.smoke else gpu_carried.use(environment)
@@ -173,17 +171,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.put(("carried",), brought)
     starter = Starter(environment, log)
     try:
-        return _run(options, chosen, report, began, deadline, starter)
+        return _run(options, chosen, report, began, starter)
     except BaseException:
-        _close_killed(report, chosen, began)
+        for part in (report.get("parts") or {}).values():
+            if part.get("status") == "running":
+                part |= {"status": "failed", "reason": f"the run was ended at {part.pop('at', '') or 'its start'}"}
+        _put_run(report, chosen, began)
         raise
     finally:
         starter.close()
 
 
-def _run(
-    options: argparse.Namespace, chosen: Run, report: Report, began: float, deadline: float, starter: Starter
-) -> int:
+def _run(options: argparse.Namespace, chosen: Run, report: Report, began: float, starter: Starter) -> int:
+    deadline = began + (options.seconds or chosen.seconds) - AT_THE_END
     first, *parts = selected(chosen, options.only, options.skip)
     statuses = {first.name: run(first, report, deadline, starter)}
     if statuses[first.name] == "absent":
@@ -200,7 +200,6 @@ def _run(
         print(f"  {name}: {said}", flush=True)
 
     for number, part in enumerate(parts):
-        part = _with_bandwidth(part, report)
         starter.ahead = number + 1 < len(parts)
         kept = sum(later.least for later in parts[number + 1 :])
         print(f"{part.name}, {max(deadline - time.monotonic(), 0):.0f} s left", flush=True)
@@ -227,33 +226,28 @@ def selected(chosen: Run, only: Sequence[str], skip: Sequence[str]) -> list[Part
     for word in only:
         name, _, items = word.partition(":")
         named.setdefault(name, []).extend(filter(None, items.split(",")))
-    found = [part for part in others if part.name not in skip and (not only or part.name in named)]
-    return [first, *(_with_items(part, named.get(part.name, [])) for part in found)]
-
-
-def _with_items(part: Part, names: Sequence[str]) -> Part:
-    """An item may be named without its suffix (gspo for gspo:ours). One that is not in the table is tried as it is."""
-    if not names:
-        return part
-    full = {item.partition(":")[0]: item for item in part.items} | {item: item for item in part.items}
-    return replace(part, items=tuple(full.get(name, name) for name in names))
+    found = [first]
+    for part in others:
+        if part.name not in skip and (not only or part.name in named):
+            # An item may be named without its suffix (gspo for gspo:ours). An unknown one is tried as it is.
+            full = {item.partition(":")[0]: item for item in part.items} | {item: item for item in part.items}
+            chosen_items = tuple(full.get(name, name) for name in named.get(part.name, []))
+            found.append(replace(part, items=chosen_items or part.items))
+    return found
 
 
 def _name(options: argparse.Namespace, report: Report) -> None:
-    """Names the results after the GPU, and adds them to earlier results of the same GPU (--before, --only, --more)."""
-    gpu = _gpu(report.content)
-    path = options.output / f"gpu-{slug(gpu)}.json"
+    """Names the results after the GPU. --only and --more add to the results that are there."""
+    gpu = (report.content.get("machine") or {}).get("gpu") or "unknown"
+    path = options.output / f"gpu-{slug(str(gpu))}.json"
     new, log = report.path.with_suffix(".log"), path.with_suffix(".log")
-    before = options.before or (path if options.only or options.more else None)
-    if before is not None and before.exists():
-        earlier = _read(before)
-        if _gpu(earlier) == gpu:
-            report.content = _merged(earlier, report.content)
-        else:
-            print(f"{before}: not added to, it is of {_gpu(earlier)}", file=sys.stderr)
+    add = (options.only or options.more) and path.exists()
+    if add:
+        with contextlib.suppress(ValueError):
+            report.content = _merged(json.loads(path.read_text()), report.content)
     report.path.unlink(missing_ok=True)
     report.path = path
-    with log.open("ab" if log.exists() and before == path else "wb") as file:
+    with log.open("ab" if add else "wb") as file:
         file.write(new.read_bytes())
     new.unlink()
     report.save()
@@ -268,36 +262,10 @@ def _merged(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _gpu(content: dict[str, Any]) -> str:
-    return str((content.get("machine") or {}).get("gpu") or "unknown")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError:
-        return {}
-    return found
-
-
 def _put_run(report: Report, chosen: Run, began: float, **more: Any) -> None:
     seconds = round(time.monotonic() - began, 1)
     report.put(("runs", chosen.name), {"limit": chosen.seconds, "seconds": seconds, "finished": False, **more})
     report.save()
-
-
-def _close_killed(report: Report, chosen: Run, began: float) -> None:
-    """Records which part was running when the run was ended from outside."""
-    for part in (report.get("parts") or {}).values():
-        if part.get("status") == "running":
-            part |= {"status": "failed", "reason": f"the run was ended at {part.pop('at', '') or 'its start'}"}
-    _put_run(report, chosen, began)
-
-
-def _with_bandwidth(part: Part, report: Report) -> Part:
-    bandwidth = report.get("bandwidth", "copy", "bytes_per_second") or 0
-    arguments = tuple(str(bandwidth) if word == "{bandwidth}" else word for word in part.arguments)
-    return replace(part, arguments=arguments)
 
 
 def _environment(smoke: bool) -> dict[str, str]:
@@ -322,7 +290,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--more", action="store_true", help="the second run: peers, linear, other sizes, sanitizers")
     parser.add_argument("--seconds", type=float, help="for everything (default: the run's own limit)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results; smoke: a new one")
-    parser.add_argument("--before", type=Path, metavar="FILE", help="earlier results, which this run adds to")
     part = "PART[:ITEM,...]"
     parser.add_argument("--only", nargs="+", default=[], metavar=part, help="speed, one_read:grpo-bf16-151936-8192")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PART")

@@ -1,6 +1,6 @@
 """What a GPU run may find in carried/, which git ignores: peers as wheels, a built extension, a Triton cache.
 
-    make gpu-wheels                               carried/wheels/: the peers, and what they import, for Python 3.12
+    make gpu-wheels                               carried/wheels/: peers, their imports, pytest-xdist; Python 3.12
     make gpu-carry PYTHON=python3.12              carried/_native*.so: the extension with CUDA kernels; needs nvcc
     python -m benchmarks.gpu_carried cache [90]   carried/triton-cache.tar for a compute capability, without a GPU
     make gpu ARGS="--save-cache carried/triton-cache.tar"    the same file from a run on a GPU
@@ -33,7 +33,7 @@ MOST_BYTES = 14_000_000  # of a saved cache
 _NEEDED = (".json", ".cubin", ".so")  # of an entry, to launch its kernel
 PEERS = (
     "liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1", "datasets==5.2.0", "dill==0.4.1",
-    "multiprocess==0.70.19",
+    "multiprocess==0.70.19", "pytest-xdist==3.8.0", "execnet==2.1.2",
 )  # fmt: skip
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 # Loads the extension alone, without torch, in a process that may crash.
@@ -49,21 +49,20 @@ print(json.dumps(hasattr(native, "cuda_one_read")))
 def use(environment: dict[str, str]) -> dict[str, str]:
     """Unpacks what is carried, changes `environment` for the parts of the run, and says of each what was used."""
     found = {}
-    steps: dict[str, Callable[[], str]] = {
-        "wheels": lambda: _use_wheels(environment),
-        "triton cache": lambda: _use_cache(environment),
-        "extension": use_extension,
-    }
-    for name, prepare in steps.items():
+    for name, prepare in (
+        ("wheels", _use_wheels),
+        ("triton cache", _use_cache),
+        ("extension", lambda _: use_extension()),
+    ):
         try:
-            found[name] = prepare()
+            found[name] = prepare(environment)
         except Exception as error:  # a damaged file loses only its own content
             found[name] = f"not used: {type(error).__name__}: {error}"[:300]
     return found
 
 
-def _use_wheels(environment: dict[str, str], folder: Path | None = None) -> str:
-    wheels = sorted((folder or WHEELS).glob("*.whl"))
+def _use_wheels(environment: dict[str, str]) -> str:
+    wheels = sorted(WHEELS.glob("*.whl"))
     if not wheels:
         return "none"
     site = _folder("site")
@@ -75,14 +74,13 @@ def _use_wheels(environment: dict[str, str], folder: Path | None = None) -> str:
     return ", ".join(wheel.name.split("-py")[0].removesuffix("-cp312") for wheel in wheels)
 
 
-def _use_cache(environment: dict[str, str], path: Path | None = None) -> str:
+def _use_cache(environment: dict[str, str]) -> str:
     """Triton's cache is a folder of these runs, or TRITON_CACHE_DIR; carried entries are added."""
     folder = Path(environment.setdefault("TRITON_CACHE_DIR", str(_folder("triton"))))
     folder.mkdir(parents=True, exist_ok=True)
-    path = path or CACHE
-    if not path.exists():
+    if not CACHE.exists():
         return f"none; {sum(1 for _ in folder.iterdir())} entries from before"
-    return f"{unpack_cache(path, folder)} entries"
+    return f"{unpack_cache(CACHE, folder)} entries"
 
 
 def unpack_cache(path: Path, folder: Path) -> int:
@@ -107,44 +105,34 @@ def unpack_cache(path: Path, folder: Path) -> int:
 def save_cache(folder: Path, path: Path) -> str:
     """Compressed, without the stages of compilation that nothing reads. Beyond `MOST_BYTES` nothing is saved."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    entries = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()] if folder.is_dir() else []
-    with tarfile.open(beside, "w:xz", preset=1) as archive:
-        for entry in entries:
-            archive.add(entry, entry.name, filter=_needed)
-    size = beside.stat().st_size
+    entries = [entry for entry in sorted(folder.glob("*")) if entry.is_dir()]
+    with tarfile.open(path, "w:xz", preset=1) as archive:
+        for file in (file for entry in entries for file in sorted(entry.iterdir()) if file.suffix in _NEEDED):
+            archive.add(file, file.relative_to(folder))
+    size = path.stat().st_size
     if size > MOST_BYTES:
-        beside.unlink()
+        path.unlink()
         return f"Triton's cache is not saved: {size / 1e6:.1f} MB, {MOST_BYTES / 1e6:.0f} MB are allowed"
-    os.replace(beside, path)
     return f"Triton's cache: {len(entries)} entries, {size / 1e6:.1f} MB in {path}"
-
-
-def _needed(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return member if member.isdir() or Path(member.name).suffix in _NEEDED else None
 
 
 def use_extension() -> str:
     """Installs the carried extension if it is of these sources and loads; says which extension is used."""
     target = installed()
     carried = FOLDER / target.name
-    reason = _why_not(carried)
+    if not carried.exists():
+        reason = "none for this Python"
+    elif SOURCES.exists() and SOURCES.read_text().strip() != sources():
+        reason = "the sources have changed since"
+    else:
+        reason = probe(carried)
     if not reason:
-        if not target.exists() or target.read_bytes() != carried.read_bytes():
-            beside = target.with_name(target.name + ".new")
-            shutil.copyfile(carried, beside)
-            os.replace(beside, target)
+        beside = target.with_name(target.name + ".new")  # a process may have the old one loaded
+        shutil.copyfile(carried, beside)
+        os.replace(beside, target)
         return f"carried: {target.name}"
     there = probe(target) if target.exists() else "not built"
     return f"none: carried, {reason}; in place, {there}" if there else f"in place: {target.name}; carried, {reason}"
-
-
-def _why_not(carried: Path) -> str:
-    if not carried.exists():
-        return "none for this Python"
-    if SOURCES.exists() and SOURCES.read_text().strip() != sources():
-        return "the sources have changed since"
-    return probe(carried)
 
 
 def installed() -> Path:
@@ -154,9 +142,8 @@ def installed() -> Path:
 
 def probe(path: Path) -> str:
     """Why an extension is of no use on a GPU; empty if it is."""
-    command = [sys.executable, "-c", _PROBE, str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", _PROBE, str(path)], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "it hangs"
     if done.returncode:

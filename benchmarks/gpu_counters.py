@@ -11,6 +11,7 @@ The hit rate of reads in the L2 cache, in place against fresh, says whether the 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import shutil
@@ -87,14 +88,10 @@ def run(context: Context) -> bool:
 
 
 def find_ncu() -> str | None:
-    found = shutil.which("ncu")
-    if found:
-        return found
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    patterns = [f"{home}/bin/ncu" for home in homes]
-    patterns += ["/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu"]
-    places = [place for pattern in patterns for place in sorted(glob(pattern), reverse=True)]
-    return next((place for place in places if os.access(place, os.X_OK)), None)
+    patterns = [f"{home}/bin/ncu" for home in homes] + ["/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu"]
+    there = [path for pattern in patterns for path in sorted(glob(pattern), reverse=True) if os.access(path, os.X_OK)]
+    return shutil.which("ncu") or next(iter(there), None)
 
 
 def _count(context: Context, tool: str, items: Sequence[str]) -> tuple[dict[str, dict[str, float]], str]:
@@ -104,40 +101,29 @@ def _count(context: Context, tool: str, items: Sequence[str]) -> tuple[dict[str,
     for _ in range(3):
         output = _run(tool, items, metrics, min(_LIMIT, context.left() - 2.0))
         print(output, flush=True)  # into the log
-        found = by_item(parse(output.splitlines()))
-        if found:
+        if found := by_item(parse(output.splitlines())):
             return found, ""
         if _FORBIDDEN in output:
             raise Absent(f"ncu may not read this GPU's counters: {_FORBIDDEN}")
         reason = reason or reason_of(output)
-        fewer = known(metrics, output)
-        if fewer == metrics or "No kernels were profiled" in output or context.left() < 15.0:
+        metrics, before = known(metrics, output), metrics
+        if metrics == before or "No kernels were profiled" in output or context.left() < 15.0:
             break
-        metrics = fewer
     return {}, reason
 
 
 def _run(tool: str, items: Sequence[str], metrics: Sequence[str], limit: float) -> str:
-    try:
-        done = subprocess.run(
-            command(tool, items, metrics),
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit,
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"==ERROR== not finished within {limit:.0f} s\n{(error.stdout or b'').decode(errors='replace')}"
-    return done.stdout.decode(errors="replace")
-
-
-def command(tool: str, items: Sequence[str], metrics: Sequence[str]) -> list[str]:
-    return [
+    command = [
         tool, "--csv", "--print-units", "base", "--clock-control", "none", "--cache-control", "none",
         "--target-processes", "application-only", "--profile-from-start", "off", "--kernel-name-base", "function",
         "--kernel-name", KERNELS, "--metrics", ",".join(metrics),
         sys.executable, "-m", "benchmarks.gpu_counters", *items,
     ]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        return f"==ERROR== not finished within {limit:.0f} s\n{(error.stdout or b'').decode(errors='replace')}"
+    return done.stdout.decode(errors="replace")
 
 
 def known(metrics: Sequence[str], output: str) -> tuple[str, ...]:
@@ -175,8 +161,11 @@ def by_item(kernels: Iterable[tuple[str, dict[str, float]]]) -> dict[str, dict[s
 
 # ncu chooses units by size; these are the ones of the metrics above.
 _SCALE = {
-    **{f"{prefix}byte": 10.0 ** (3 * i) for i, prefix in enumerate(("", "K", "M", "G", "T"))},
-    **{f"{prefix}bytes": 10.0 ** (3 * i) for i, prefix in enumerate(("", "K", "M", "G", "T"))},
+    **{
+        f"{prefix}{name}": 10.0 ** (3 * i)
+        for i, prefix in enumerate(("", "K", "M", "G", "T"))
+        for name in ("byte", "bytes")
+    },
     **{"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0},
 }
 
@@ -207,17 +196,11 @@ def reason_of(output: str) -> str:
 
 
 def _line(item: str, found: dict[str, Any]) -> str:
-    if "error" in found:
-        return f"{item}: {found['error'][:200]}"
-    metrics = found["metrics"]
-    seconds = metrics.get("gpu__time_duration.sum", float("nan"))
-    read, write = (found.get(f"{way}_in_logits", float("nan")) for way in ("read", "write"))
-    hits = found.get("l2_hit_rate_of_reads", float("nan"))
-    share = metrics.get("dram__throughput.avg.pct_of_peak_sustained_elapsed", float("nan"))
-    return (
-        f"{item}: {seconds * 1e3:.3f} ms, reads {read:.2f} and writes {write:.2f} of the logits, "
-        f"{share:.0f}% of peak memory throughput, {hits:.0%} of reads hit L2"
-    )
+    if not found.get("metrics"):
+        return f"{item}: {found.get('error', 'nothing was counted')[:200]}"
+    seconds = found["metrics"].get("gpu__time_duration.sum", math.nan)
+    said = {key: f"{value:.3g}" for key, value in found.items() if key not in ("metrics", "rows")}
+    return f"{item}: {seconds * 1e3:.3f} ms, {said}"
 
 
 # ---- the child process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,12 @@ import gspo_kernels
 
 from .cases import DENSE, LINEAR_WORKS, Case, Problem, Work, build, linear_case, linear_smoke
 from .contestants import Contestant, ours
-from .gpu_meter import finish, meter_of
+from .gpu_meter import meter_of
 from .gpu_parts import Context
+from .gpu_speed import compete, problems
 from .linear import CONTESTANTS, PEERS, case_result
-from .race import Meter, Rounds, admit, take_turns, words
+from .race import Meter, Rounds, words
+from .results import line
 from .truth import WrongAnswer, check
 
 BY_NAME = {work.name: work for work in LINEAR_WORKS}
@@ -42,24 +43,21 @@ def run(context: Context) -> bool:
     `chunks_<work>` times a work with chunks of several sizes. `<work>:ours` times this package and the bare products
     alone, after somebody else broke the process.
     """
+
+    def built(name: str) -> Problem:
+        return build(case_of(BY_NAME.get(name.removeprefix("chunks_"), DENSE), context.smoke), device=context.device)
+
     good = True
-    for item in context.arguments:
+    for item, problem in problems(context, context.arguments, built):
         name, _, only_ours = item.partition(":")
-        context.at(f"{name}, building its inputs")
-        chunked = name.startswith("chunks_")
-        work = BY_NAME.get(name.removeprefix("chunks_"), DENSE)
-        problem = build(case_of(work, context.smoke), device=context.device)
         if name == "products":
             _products(context, problem)
         elif name == "rows":
             _rows(context, problem)
-        elif chunked:
+        elif name.startswith("chunks_"):
             good &= _chunks(context, problem)
         else:
             good &= _case(context, problem, bool(only_ours))
-        context.finished(item)
-        del problem
-        gc.collect()
     return good
 
 
@@ -69,21 +67,16 @@ def taking_part(device: str) -> list[Contestant]:
 
 
 def _case(context: Context, problem: Problem, only_ours: bool) -> bool:
-    work, meter = problem.case.work, meter_of(context.device)
+    work, rounds = problem.case.work, SMOKE_ROUNDS if context.smoke else ROUNDS
 
     def why_not(contestant: Contestant) -> str:
-        context.at(f"{work.name}, first calls of {contestant.name}")
         return "this package alone was measured here" if only_ours and contestant.name in PEERS else ""
 
-    outcomes, runs = admit(problem, taking_part(context.device), meter, why_not, keep_wrong=True)
-    context.at(f"{work.name}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
-    rounds = SMOKE_ROUNDS if context.smoke else ROUNDS
-    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
-        outcomes[name].seconds = seconds
-    finish()
+    chosen = taking_part(context.device)
+    outcomes, _ = compete(context, problem, chosen, work.name, rounds, why_not, keep_wrong=True)
     found = case_result(problem, outcomes)
     context.put("linear", "cases", work.name, value=found)
-    context.say(_line(work.name, found))
+    context.say(line(work.name, found))
     return "ours" in found["contestants"] and not found["contestants"]["ours"]["wrong"]
 
 
@@ -109,11 +102,7 @@ def _products(context: Context, problem: Problem) -> None:
         works[f"{name}, bf16"] = functools.partial(torch.mm, left, right)
         works[f"{name}, fp32"] = functools.partial(torch.mm, left, right, out_dtype=torch.float32)
     for name, work in works.items():
-        found = _timed(context, meter, f"products, {name}", work)
-        if "median" in found:
-            found["flop_per_s"] = 2 * problem.case.unit / found["median"]
-            context.say(f"{name}: {found['median'] * 1e3:.3f} ms, {found['flop_per_s'] / 1e12:.1f} TFLOP/s")
-        context.put("linear", "products", name, value=found)
+        _timed(context, meter, ("products", name), work, flop_per_s=2 * problem.case.unit)
 
 
 def _rows(context: Context, problem: Problem) -> None:
@@ -138,12 +127,7 @@ def _rows(context: Context, problem: Problem) -> None:
 
         size, kind = logits.numel() * logits.element_size(), str(dtype).removeprefix("torch.")
         for name, passes, work in (("forward", 1, forward), ("forward and gradient", 3, both)):
-            found = _timed(context, meter, f"rows, {name}, {kind}", work)
-            if "median" in found:
-                found["bytes_per_second"] = passes * size / found["median"]
-                rate = f"{found['bytes_per_second'] / 1e12:.3f} TB/s"
-                context.say(f"rows, {name}, {kind}: {found['median'] * 1e3:.3f} ms, {rate}")
-            context.put("linear", "rows", f"{name}, {kind}", value=found)
+            _timed(context, meter, ("rows", f"{name}, {kind}"), work, bytes_per_second=passes * size)
 
 
 def _chunks(context: Context, problem: Problem) -> bool:
@@ -165,27 +149,28 @@ def _chunks(context: Context, problem: Problem) -> bool:
             meter.forget()
             context.put("linear", "chunks", work, name, value={"error": words(error)})
             continue
-        found = _timed(context, meter, f"chunks of {chunk_bytes} bytes", run)
-        if "median" in found:
-            context.say(f"{work}, chunks of {chunk_bytes / 2**30:.3f} GiB: {found['median'] * 1e3:.3f} ms")
-        context.put("linear", "chunks", work, name, value={**found, "extra_bytes": extra, "wrong": wrong})
+        _timed(context, meter, ("chunks", work, name), run, {"extra_bytes": extra, "wrong": wrong})
     return good
 
 
-def _timed(context: Context, meter: Meter, at: str, work: Callable[[], object]) -> dict[str, Any]:
-    context.at(at)
+def _timed(
+    context: Context,
+    meter: Meter,
+    at: tuple[str, ...],
+    work: Callable[[], object],
+    more: dict[str, Any] | None = None,
+    **amounts: float,
+) -> None:
+    """Writes the time, `more`, and each amount per second."""
+    context.at(", ".join(at))
     try:
         seconds = [meter.timed(work) for _ in range(2 if context.smoke else 8)][1:]
+        median = statistics.median(seconds)
+        rates = {name: amount / median for name, amount in amounts.items()}
+        found: dict[str, Any] = {"median": median, "min": min(seconds), **rates}
+        said = [f"{median * 1e3:.3f} ms", *(f"{rate / 1e12:.3f} T {name}" for name, rate in rates.items())]
+        context.say(f"{', '.join(at)}: {', '.join(said)}")
     except Exception as error:  # torch before 2.8, or a CPU, has no products into fp32
         meter.forget()
-        return {"error": words(error)}
-    return {"median": statistics.median(seconds), "min": min(seconds)}
-
-
-def _line(name: str, found: dict[str, Any]) -> str:
-    parts = []
-    for contestant, m in found["contestants"].items():
-        wrong = ", WRONG" if m["wrong"] else ""
-        parts.append(f"{contestant} {m['median'] * 1e3:.3f} ms ({m['flop_per_s'] / 1e12:.1f} TFLOP/s{wrong})")
-    parts += [f"{contestant}: {error.splitlines()[0][:80]}" for contestant, error in found["errors"].items()]
-    return f"{name}: {', '.join(parts)}"
+        found = {"error": words(error)}
+    context.put("linear", *at, value={**found, **(more or {})})

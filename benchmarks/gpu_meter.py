@@ -180,29 +180,16 @@ def bandwidth(context: Context) -> bool:
     target = torch.empty_like(source)
     as_words = source.view(torch.int64)  # summed as integers, so that arithmetic is no part of it
 
-    def copy() -> None:
-        target.copy_(source)
-
-    def read() -> None:
-        as_words.sum()
-
-    def write() -> None:
-        target.fill_(1.0)
-
+    works: dict[str, tuple[Callable[[], object], int]] = {
+        "copy": (lambda: target.copy_(source), 2),
+        "read": (as_words.sum, 1),
+        "write": (lambda: target.fill_(1.0), 1),
+    }
     meter = meter_of(context.device)
-    works: dict[str, tuple[Callable[[], object], int]] = {"copy": (copy, 2), "read": (read, 1), "write": (write, 1)}
     context.put("bandwidth", "buffer_bytes", value=elements * 2)
     for name, (work, passes) in works.items():
-        for _ in range(3):
-            meter.timed(work)
-        seconds = [meter.timed(work) for _ in range(repeats)]
-        rates = [passes * elements * 2 / s for s in seconds]
-        found = {
-            "bytes_per_second": statistics.median(rates),
-            "min": min(rates),
-            "max": max(rates),
-            "repeats": repeats,
-        }
+        rates = [passes * elements * 2 / meter.timed(work) for _ in range(3 + repeats)][3:]
+        found = {"bytes_per_second": statistics.median(rates), "min": min(rates), "max": max(rates), "repeats": repeats}
         context.put("bandwidth", name, value=found)
         context.say(f"{name:<6} {found['bytes_per_second'] / 1e12:.3f} TB/s")
     return True

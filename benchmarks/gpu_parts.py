@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ _POLL = 0.05
 MEANINGS = {
     "units": "passes over the logits that must go through memory; token-level and on-policy losses need no second read"
     "; a contestant's: as many as its way takes; Triton's kernels read twice for a ratio per token, off-policy",
-    "floor_seconds": "time to move a case's `units` at the bandwidth of a device-to-device copy",
+    "floor_seconds": "time to move a case's `units` at the speed of its own copy, timed in turn with the contestants",
     "times_floor": "median / the same time for the contestant's own `units`",
     "median, min, max": "seconds on the device's clock, the host running ahead of it as it does in training",
     "idle_median": "seconds by the host's clock from an idle device to an idle device, launches and Python included",
@@ -87,6 +87,13 @@ def rounded(value: Any) -> Any:
     return value
 
 
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: str = "---|", right: str = "--:|") -> list[str]:
+    """Lines of Markdown; `left`: how the first columns are aligned, `right` each of the others."""
+    rule = "|" + left + right * (len(heads) - left.count("|"))
+    head = "".join(f"| {word} " if word else "| " for word in heads) + "|"
+    return [head, rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
 # ---- a part and its process
 
 
@@ -101,7 +108,6 @@ class Part:
     arguments: tuple[str, ...] = ()
     items: tuple[str, ...] = ()
     fallback: str = ""  # added to an item that failed, to try it once more in a safer way
-    together: bool = False  # one process runs all items at once, and watches them itself
     light: bool = False  # its worker needs no torch: it does not use up the process that has imported torch
     command: tuple[str, ...] = ()  # in place of a worker
 
@@ -179,7 +185,7 @@ def run(part: Part, report: Report, deadline: float, starter: Starter) -> str:
         where = report.get(*entry, "at")
         running = not part.items or culprit is not None
         reasons.append(f"at {where}: {why}" if where and running else why)
-        if culprit is None or part.together:
+        if culprit is None:
             break
         items = items[items.index(culprit) + 1 :]
         if part.fallback and not culprit.endswith(part.fallback):

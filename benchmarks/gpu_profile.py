@@ -6,7 +6,6 @@ that what restores the logits is not counted. Where CUPTI fails, the time of the
 
 from __future__ import annotations
 
-import gc
 import re
 import statistics
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from .cases import Problem
 from .contestants import Run, Unfit
 from .gpu_meter import CudaMeter, finish, idle_seconds, meter_of, on_device
 from .gpu_parts import Context
-from .gpu_speed import BY_NAME, build_on, units
+from .gpu_speed import BY_NAME, build_on, problems, units
 from .race import words
 from .truth import WrongAnswer, check
 
@@ -39,28 +38,23 @@ class Event:
 
 
 def run(context: Context) -> bool:
-    """Arguments: rows, bytes per second of a copy (0: measured here), then the items.
+    """Arguments: rows, then the items.
 
     An item is a work: this package in Triton with the gradient over the logits. `<work>_fresh` has a fresh gradient;
     `<work>_cuda` and `<work>_cuda_fresh` run CUDA C++.
     """
-    rows, bandwidth = int(context.arguments[0]), float(context.arguments[1])
+    rows, *items = context.arguments
     good = True
-    for item in context.arguments[2:]:
-        context.at(f"{item}, building its inputs")
-        work, contestant = contestant_of(item)
-        problem = build_on(context.device, work, rows)
-        bandwidth = bandwidth or _copy_speed(context, problem)
+    for item, problem in problems(
+        context, items, lambda item: build_on(context.device, contestant_of(item)[0], int(rows))
+    ):
         try:
-            found = _profile(context, problem, item, contestant, bandwidth)
+            found = _profile(context, problem, item, contestant_of(item)[1])
             good &= not found["wrong"]
             context.put("profile", item, value=found)
             context.say(_line(item, found))
         except Unfit as reason:
             context.put("profile", item, value={"absent": str(reason)})
-        context.finished(item)
-        del problem
-        gc.collect()
     return good
 
 
@@ -71,8 +65,8 @@ def contestant_of(item: str) -> tuple[str, str]:
     return work.removesuffix("_cuda"), f"ours{cuda}{fresh}"
 
 
-def _profile(context: Context, problem: Problem, item: str, contestant: str, bandwidth: float) -> dict[str, Any]:
-    meter = meter_of(context.device)
+def _profile(context: Context, problem: Problem, item: str, contestant: str) -> dict[str, Any]:
+    meter, bandwidth = meter_of(context.device), _copy_speed(context, problem)
     run_once = BY_NAME[contestant].prepare(problem)
     calls = SMOKE_CALLS if context.smoke else CALLS
     context.at(f"{item}, first call")
@@ -204,7 +198,7 @@ def short(name: str) -> str:
 def _copy_speed(context: Context, problem: Problem) -> float:
     meter, copy = meter_of(context.device), BY_NAME["copy"].prepare(problem)
     copy()
-    return 2 * problem.logits_bytes / statistics.median(meter.timed(copy) for _ in range(3))
+    return 2 * problem.logits_bytes / statistics.median(meter.timed(copy) for _ in range(9))
 
 
 def _line(item: str, found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ each kernel and each kind of address, not one for every combination.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ _FOUND = 99
 def run(context: Context) -> bool:
     """Argument: memcheck or racecheck."""
     (check,) = context.arguments
-    script = _script("--cuda") if check == "racecheck" else _script()
+    script = [sys.executable, "-m", "benchmarks.gpu_sanitizer", *(["--cuda"] if check == "racecheck" else [])]
     if context.smoke:
         return subprocess.run([*script, "--smoke"], cwd=REPOSITORY).returncode in (0, ABSENT)
     tool = _tool()
@@ -52,21 +53,13 @@ def run(context: Context) -> bool:
     return code == 0
 
 
-def _script(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.gpu_sanitizer", *arguments]
-
-
 def _tool() -> str | None:
     from torch.utils.cpp_extension import CUDA_HOME
 
-    found = shutil.which("compute-sanitizer")
-    if found:
-        return found
-    for home in (CUDA_HOME, os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
-        for place in ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"):
-            if home and (Path(home) / place).exists():
-                return str(Path(home) / place)
-    return None
+    homes = [home for home in (CUDA_HOME, os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    places = ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer")
+    found = [str(path) for home in homes for place in places if (path := Path(home) / place).exists()]
+    return shutil.which("compute-sanitizer") or next(iter(found), None)
 
 
 # ---- the calls that it watches; their answers are not checked
@@ -133,27 +126,23 @@ def call(
 
 def in_triton(device: str) -> int:
     """Returns the number of calls. On a CPU it uses the default backend."""
-    calls = 0
-    backend = "triton" if device == "cuda" else None
-    for dtype in DTYPES:
-        for vocab in VOCABS if device == "cuda" else VOCABS[:1]:
-            for layout in LAYOUTS:
-                for each in TRITON_CALLS:
-                    call(*each, logits_of(layout, TOKENS, vocab, dtype, device), backend)
-                    calls += 1
-    return calls
+    vocabs, backend = (VOCABS, "triton") if device == "cuda" else (VOCABS[:1], None)
+    every = [*itertools.product(DTYPES, vocabs, LAYOUTS, TRITON_CALLS)]
+    for dtype, vocab, layout, each in every:
+        call(*each, logits_of(layout, TOKENS, vocab, dtype, device), backend)
+    return len(every)
 
 
 def in_cuda(device: str, sizes: list[tuple[int, int]]) -> int:
     """Losses of one read; `sizes`: tokens and columns. Large rows once for each dtype, small ones in every layout."""
-    calls = 0
-    for dtype in DTYPES:
-        for tokens, vocab in sizes:
-            for layout in LAYOUTS if vocab == min(CLUSTERS) else LAYOUTS[1:2]:
-                for each in CUDA_CALLS:
-                    call(*each, logits_of(layout, tokens, vocab, dtype, device), "cuda")
-                    calls += 1
-    return calls
+    every = [
+        (dtype, tokens, vocab, layout, each)
+        for dtype, (tokens, vocab) in itertools.product(DTYPES, sizes)
+        for layout, each in itertools.product(LAYOUTS if vocab == min(CLUSTERS) else LAYOUTS[1:2], CUDA_CALLS)
+    ]
+    for dtype, tokens, vocab, layout, each in every:
+        call(*each, logits_of(layout, tokens, vocab, dtype, device), "cuda")
+    return len(every)
 
 
 def main(device: str, only_cuda: bool) -> int:

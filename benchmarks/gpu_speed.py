@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from .contestants import Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import finish, idle_seconds, launches, meter_of
 from .gpu_parts import Context
 from .libraries import liger_from_logits, trl_from_logits
-from .race import Outcome, Rounds, Runs, admit, take_turns, words
-from .results import times
+from .race import Outcome, Rounds, Runs, admit, take_turns
+from .results import line, record
 
 # ---- what is timed
 
@@ -133,52 +133,71 @@ COMPILED_ROWS = 8_192  # torch.compile takes part at one size: half a minute of 
 
 
 def speed(context: Context) -> bool:
-    """Arguments: rows, bytes per second of a copy (0: unknown, the case's own copy is used), then the items.
+    """Arguments: rows, then the items.
 
     Items are names of works. `<work>:ours` times this package and the copy alone: for a run that is short of time, or
     after somebody else's kernel broke the process.
     """
-    rows, bandwidth = int(context.arguments[0]), float(context.arguments[1])
+    rows, *items = context.arguments
     good = True
-    for item in context.arguments[2:]:
+    for item, problem in problems(context, items, lambda name: build_on(context.device, name, int(rows))):
         name, _, only_ours = item.partition(":")
-        context.at(f"{name}, building its inputs")
-        problem = build_on(context.device, name, rows)
-        why_not = functools.partial(_left_out, context, rows, bool(only_ours))
-        good &= measure(context, problem, CONTESTANTS, bandwidth, ("cases", f"{name}-{rows}"), why_not)
-        context.finished(item)
-        del problem
-        gc.collect()
+        why_not = functools.partial(_left_out, context, int(rows), bool(only_ours))
+        good &= measure(context, problem, CONTESTANTS, ("cases", f"{name}-{rows}"), why_not)
     return good
+
+
+def problems(context: Context, items: list[str], build: Callable[[str], Problem]) -> Iterator[tuple[str, Problem]]:
+    """Builds each item's problem (by the word before a colon), and says which item runs and which has finished."""
+    for item in items:
+        context.at(f"{item}, building its inputs")
+        yield item, build(item.partition(":")[0])
+        context.finished(item)
+        gc.collect()
+
+
+def compete(
+    context: Context,
+    problem: Problem,
+    contestants: Sequence[Contestant],
+    key: str,
+    rounds: Rounds,
+    why_not: Callable[[Contestant], str],
+    keep_wrong: bool = False,
+) -> tuple[dict[str, Outcome], Runs]:
+    """What becomes of each contestant, those that run measured in turn; `why_not` as in `admit`."""
+    meter = meter_of(context.device)
+
+    def about_to_call(contestant: Contestant) -> str:
+        context.at(f"{key}, first calls of {contestant.name}")
+        return why_not(contestant)
+
+    outcomes, runs = admit(problem, contestants, meter, about_to_call, keep_wrong=keep_wrong)
+    context.at(f"{key}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
+    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
+        outcomes[name].seconds = seconds
+    finish()
+    return outcomes, runs
 
 
 def measure(
     context: Context,
     problem: Problem,
     contestants: tuple[Contestant, ...],
-    bandwidth: float,
     at: tuple[str, ...],
     why_not: Callable[[Contestant], str] = lambda contestant: "",
 ) -> bool:
     """Writes one case into the results at `at`, whose last word is its name; False if this package failed in it."""
-    key, meter = at[-1], meter_of(context.device)
+    key, smoke = at[-1], context.smoke
     chosen = [c for c in contestants if problem.case.work.gradient or not c.gradient_only]
-
-    def about_to_call(contestant: Contestant) -> str:
-        context.at(f"{key}, first calls of {contestant.name}")
-        return why_not(contestant)
-
-    outcomes, runs = admit(problem, chosen, meter, about_to_call)
-    rounds, idle_rounds = (SMOKE_ROUNDS, SMOKE_ROUNDS) if context.smoke else (ROUNDS, IDLE_ROUNDS)
-    context.at(f"{key}, in turn: {', '.join(contestant.name for contestant, _ in runs)}")
-    for name, seconds in take_turns(problem, runs, rounds, outcomes, meter).items():
-        outcomes[name].seconds = seconds
+    outcomes, runs = compete(context, problem, chosen, key, SMOKE_ROUNDS if smoke else ROUNDS, why_not)
+    idle_rounds, meter = SMOKE_ROUNDS if smoke else IDLE_ROUNDS, meter_of(context.device)
     idle = take_turns(problem, runs, idle_rounds, outcomes, meter, idle_seconds)
     finish()
 
-    found = _record(problem, outcomes, idle, bandwidth)
+    found = _record(problem, outcomes, idle)
     context.put(*at, value=found)
-    context.say(_line(key, found))
+    context.say(line(key, found))
     if context.device == "cuda" and problem.rows == COUNTED_ROWS:
         _count_launches(context, problem, runs, at)
     return not any(name in found["errors"] for name in OURS)
@@ -206,20 +225,15 @@ def _count_launches(context: Context, problem: Problem, runs: Runs, at: tuple[st
             context.put(*at, "contestants", contestant.name, "launches", value=count)
 
 
-def _record(
-    problem: Problem, outcomes: dict[str, Outcome], idle: dict[str, list[float]], bandwidth: float
-) -> dict[str, Any]:
+def _record(problem: Problem, outcomes: dict[str, Outcome], idle: dict[str, list[float]]) -> dict[str, Any]:
     copies = outcomes["copy"].seconds if "copy" in outcomes else []
-    if not bandwidth and copies:
-        bandwidth = 2 * problem.logits_bytes / statistics.median(copies)
+    bandwidth = 2 * problem.logits_bytes / statistics.median(copies) if copies else None
 
-    def measured(name: str, outcome: Outcome) -> dict[str, Any]:
-        seconds, extra = times(outcome), outcome.extra_bytes
-        median = seconds["median"]
+    def of(name: str, outcome: Outcome) -> dict[str, Any]:
+        median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
         moved = units(BY_NAME[name], problem) * problem.logits_bytes
         return {
             "units": moved / problem.logits_bytes,
-            **seconds,
             "times_floor": median * bandwidth / moved if bandwidth else None,
             "bytes_per_second": moved / median,
             "idle_median": statistics.median(idle[name]) if idle.get(name) else None,
@@ -228,29 +242,9 @@ def _record(
             "first_call_seconds": outcome.compile_seconds,
         }
 
-    case = problem.case
-    return {
-        "work": case.work.name,
-        "title": case.work.title,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "rows": problem.rows,
-        "sequences": case.sequences,
-        "logits_bytes": problem.logits_bytes,
-        "held_bytes": 2 * problem.logits_bytes,  # the logits, and the copy that restores them
-        "units": problem.units,
-        "floor_seconds": problem.units * problem.logits_bytes / bandwidth if bandwidth else None,
-        "contestants": {name: measured(name, o) for name, o in outcomes.items() if o.seconds},
-        "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
-        "absent": {name: o.absent for name, o in outcomes.items() if o.absent},
-    }
-
-
-def _line(key: str, found: dict[str, Any]) -> str:
-    parts = [f"{name} {m['median'] * 1e3:.3f} ms" for name, m in found["contestants"].items()]
-    parts += [f"{name}: {error.splitlines()[0][:80]}" for name, error in found["errors"].items()]
-    floor = "" if found["floor_seconds"] is None else f" (floor {found['floor_seconds'] * 1e3:.3f} ms)"
-    return f"{key}{floor}: {', '.join(parts)}"
+    floor = problem.units * problem.logits_bytes / bandwidth if bandwidth else None
+    size = problem.logits_bytes
+    return record(problem, outcomes, of, logits_bytes=size, units=problem.units, floor_seconds=floor)
 
 
 def one_read(context: Context) -> bool:
@@ -258,31 +252,20 @@ def one_read(context: Context) -> bool:
 
     Those at a model's size are on the pages. The others say whether CUDA C++ is ahead everywhere, also on rows that do
     not begin on 16-byte boundaries: then it becomes the default (`FASTER_ON` in gspo_kernels/rows/cuda_rows.py).
-    Arguments: bytes per second of a copy (0: unknown, the case's own copy is used), then the items, `build_named`'s.
+    Arguments: the items, `build_named`'s.
     """
     good = True
     logits = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=context.device)
     context.put("one_read", "explain", value=gspo_kernels.explain(logits).splitlines())
-    for item in context.arguments[1:]:
-        context.at(f"{item}, building its inputs")
-        problem = build_named(context.device, item)
+    for item, problem in problems(context, context.arguments, lambda name: build_named(context.device, name)):
         if not cuda_rows.unsupported_reasons(problem.logits):
             context.put("one_read", "layouts", item, value=_layout(problem))
-        good &= measure(context, problem, ONE_READ, float(context.arguments[0]), ("one_read", "cases", item))
-        context.finished(item)
-        del problem
-        gc.collect()
+        good &= measure(context, problem, ONE_READ, ("one_read", "cases", item))
     return good
 
 
-def _layout(problem: Problem) -> dict[str, object]:
+def _layout(problem: Problem) -> Any:
     """Whether clusters of blocks hold a row in shared memory or a block reads it twice, and how many at once."""
-    logits, native = problem.logits, cuda_rows._native
-    assert native is not None
-    found: dict[str, object] = native.cuda_layout(
-        dtype=str(logits.dtype).removeprefix("torch."),
-        vocab=problem.case.vocab,
-        rows=problem.rows,
-        device=logits.device.index or 0,
-    )
-    return found
+    native: Any = cuda_rows._native
+    dtype, index = str(problem.logits.dtype).removeprefix("torch."), problem.logits.device.index or 0
+    return native.cuda_layout(dtype=dtype, vocab=problem.case.vocab, rows=problem.rows, device=index)

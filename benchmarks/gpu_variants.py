@@ -8,17 +8,15 @@ more at the end. The difference of those two is noise.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gspo_kernels.rows import cuda_rows, triton_rows
@@ -79,8 +77,11 @@ def run(context: Context) -> bool:
 def variants_of(kernel: str, most: int = MOST) -> dict[str, Use]:
     """By name; the first is the package's own."""
     if kernel == "one_read":
-        return {name: _use_cuda(name) for name in _cuda_variants()[:most]}
-    return {name_of(launch): _use(kernel, launch) for launch in launches_of(kernel)[:most]}
+        native: Any = cuda_rows._native
+        return {name: functools.partial(native.cuda_use_variant, name) for name in _cuda_variants()[:most]}
+    return {
+        name_of(launch): functools.partial(LAUNCH.__setitem__, kernel, launch) for launch in launches_of(kernel)[:most]
+    }
 
 
 def launches_of(kernel: str) -> list[Launch]:
@@ -108,20 +109,8 @@ def name_of(launch: Launch) -> str:
     return ", ".join(words)
 
 
-def _use(kernel: str, launch: Launch) -> Use:
-    """Only this function knows where the package keeps its launch sizes."""
-
-    def use() -> None:
-        LAUNCH[kernel] = launch
-
-    return use
-
-
-def _use_cuda(name: str) -> Use:
-    def use() -> None:
-        cuda_rows._native.cuda_use_variant(name)  # type: ignore[union-attr]
-
-    return use
+def _most(context: Context) -> int:
+    return SMOKE_MOST if context.smoke else MOST
 
 
 def _cuda_variants() -> list[str]:
@@ -152,8 +141,7 @@ def _missing(device: str, kernel: str) -> str:
 
 
 def _measure_all(context: Context, kernel: str, tried: dict[str, str]) -> None:
-    rows, most = (SMOKE_ROWS, SMOKE_MOST) if context.smoke else (ROWS, MOST)
-    variants = variants_of(kernel, most)
+    rows, variants = SMOKE_ROWS if context.smoke else ROWS, variants_of(kernel, _most(context))
     current = next(iter(variants))
     context.at(f"{kernel}: building its inputs")
     problems = {work: build_on(context.device, work, rows) for work, _ in SHOWN_BY[kernel]}
@@ -208,45 +196,31 @@ def _check(problem: Problem, run_once: Run) -> None:
 
 def _tried_by_children(context: Context, kernels: list[str]) -> dict[str, str]:
     """<kernel>:<variant> -> its error, or "", for the variants that a child finished in time."""
-    most = SMOKE_MOST if context.smoke else MOST
-    jobs = [f"{kernel}:{name}" for kernel in kernels for name in variants_of(kernel, most)]
+    jobs = [f"{kernel}:{name}" for kernel in kernels for name in variants_of(kernel, _most(context))]
     count = 1 if context.smoke else max(1, min(8, (os.cpu_count() or 2) // 2, len(jobs)))
-    with tempfile.TemporaryDirectory(prefix="gspo-variants-") as folder:
-        paths = [Path(folder) / str(i) for i in range(count)]
-        command = [sys.executable, "-m", "benchmarks.gpu_variants", *(["--smoke"] if context.smoke else [])]
-        children = []
-        for i, path in enumerate(paths):
-            if jobs[i::count]:
-                with path.open("wb") as output:
-                    children.append(subprocess.Popen([*command, *jobs[i::count]], cwd=REPOSITORY, stdout=output))
-        end = time.monotonic() + min(_PATIENCE, context.left() / 2)
+    command = [sys.executable, "-m", "benchmarks.gpu_variants", *(["--smoke"] if context.smoke else [])]
+    limit = min(_PATIENCE, context.left() / 2)
+    context.at(f"compiling {len(jobs)} variants")
+
+    def child(own: list[str]) -> list[tuple[str, str]]:
         try:
-            while any(child.poll() is None for child in children) and time.monotonic() < end:
-                context.at(f"compiling, {sum(len(_lines(path)) for path in paths)} of {len(jobs)} variants are ready")
-                time.sleep(0.5)
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGKILL)
-                child.wait()
-        return {name: reason for path in paths for name, reason in _lines(path)}
+            output = subprocess.run([*command, *own], cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=limit).stdout
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout or b""
+        *lines, _ = output.decode(errors="replace").split("\n")  # the last one may be incomplete
+        return [tuple(json.loads(line)) for line in lines if line.startswith("[")]
 
-
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """The complete lines: the last line of a process that was ended may be incomplete."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(errors="replace").split("\n")
-    return [tuple(json.loads(line)) for line in lines if line.startswith("[")]
+    with ThreadPoolExecutor(count) as threads:
+        return dict(
+            tried for of_child in threads.map(child, (jobs[i::count] for i in range(count))) for tried in of_child
+        )
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments: <kernel>:<variant>, ... Prints a line of JSON for each when it has run."""
-    smoke = "--smoke" in arguments
+    """Arguments: [--smoke] <kernel>:<variant>, ... Prints a line of JSON for each when it has run."""
+    smoke = arguments[:1] == ["--smoke"]
     device, rows = ("cpu", SMOKE_ROWS) if smoke else ("cuda", COMPILED_ROWS)
-    for job in arguments:
-        if job == "--smoke":
-            continue
+    for job in arguments[smoke:]:
         kernel, _, name = job.partition(":")
         reason = ""
         try:

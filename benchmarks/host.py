@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import pstats
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +26,7 @@ import gspo_kernels
 from gspo_kernels.losses import triton_stage_kernels
 from gspo_kernels.rows import triton_rows
 
-LOSSES: dict[str, Callable[..., Any]] = {
-    "gspo": gspo_kernels.gspo_loss,
-    "gspo_token": gspo_kernels.gspo_token_loss,
-    "grpo": gspo_kernels.grpo_loss,
-    "ppo": gspo_kernels.ppo_loss,
-}
+LOSSES = ("gspo", "gspo_token", "grpo", "ppo")
 
 
 class NoKernel:
@@ -46,20 +42,14 @@ class NoKernel:
 @contextmanager
 def without_launches() -> Iterator[None]:
     """CPU tensors are treated like a GPU's: Triton launches, which do nothing here, and no value is read."""
-    kernels: list[Any] = [
-        mock.patch.object(triton_stage_kernels, name, NoKernel())
-        for name in vars(triton_stage_kernels)
-        if name.endswith("_kernel") and not name.startswith("_")
-    ]
-    kernels.append(mock.patch.dict(triton_rows.kernels(), dict.fromkeys(triton_rows.LAUNCH, NoKernel())))
-    unread: list[Any] = [
-        mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False)
-        for module in ("base.layout", "losses.triton_stage", "rows.operators")
-    ]
-    able: Any = mock.patch.object(triton_rows, "INTERPRETED", True)
+    names = [name for name in vars(triton_stage_kernels) if name.endswith("_kernel") and not name.startswith("_")]
+    stage: Any = dict.fromkeys(names, NoKernel())
     with ExitStack() as patched:
-        for patch in (*kernels, *unread, able):
-            patched.enter_context(patch)
+        patched.enter_context(mock.patch.multiple(triton_stage_kernels, **stage))
+        patched.enter_context(mock.patch.dict(triton_rows.kernels(), dict.fromkeys(triton_rows.LAUNCH, NoKernel())))
+        for module in ("base.layout", "losses.triton_stage", "rows.operators"):
+            patched.enter_context(mock.patch(f"gspo_kernels.{module}.may_read", lambda tensor: False))
+        patched.enter_context(mock.patch.object(triton_rows, "INTERPRETED", True))
         yield
 
 
@@ -70,9 +60,10 @@ def step_of(name: str, on_policy: bool) -> Callable[[], None]:
     ids = torch.zeros(sequences, tokens, dtype=torch.int64)
     advantages, old = torch.ones(sequences), None if on_policy else torch.zeros(sequences, tokens)
     mask, root = torch.ones(sequences, tokens, dtype=torch.bool), torch.ones(())
+    function = getattr(gspo_kernels, f"{name}_loss")
 
     def step() -> None:
-        loss, _ = LOSSES[name](logits, ids, advantages, old, mask=mask, backend="triton")
+        loss, _ = function(logits, ids, advantages, old, mask=mask, backend="triton")
         torch.autograd.grad(loss, logits, root)
 
     return step
@@ -99,11 +90,9 @@ def main() -> None:
     with without_launches():
         print("milliseconds forward + backward, launches left out\n")
         print(f"{'loss':<12}{'policy':<8}{'median':>8}{'fastest':>9}")
-        for name in LOSSES:
-            for on_policy in (False, True):
-                found = milliseconds(step_of(name, on_policy), options.calls)
-                policy = "on" if on_policy else "off"
-                print(f"{name:<12}{policy:<8}{median(found):>8.3f}{min(found):>9.3f}")
+        for name, on_policy in itertools.product(LOSSES, (False, True)):
+            found = milliseconds(step_of(name, on_policy), options.calls)
+            print(f"{name:<12}{'on' if on_policy else 'off':<8}{median(found):>8.3f}{min(found):>9.3f}")
         if options.profile:
             for on_policy in (False, True):
                 step, profile = step_of("gspo", on_policy), cProfile.Profile()

@@ -33,17 +33,15 @@ def materialised() -> Logprobs:
 
 
 def trl() -> Logprobs:
-    def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        return _trl_chunked(hidden.flatten(0, 1), weight, token_ids.flatten()).view(token_ids.shape)
+    return lambda hidden, weight, token_ids: _trl_chunked(hidden.flatten(0, 1), weight, token_ids.flatten()).view(
+        token_ids.shape
+    )
 
-    return logprobs
 
-
-def _trl_chunked(hidden: Tensor, weight: Tensor, token_ids: Tensor, *outputs: str) -> Tensor:
+def _trl_chunked(hidden: Tensor, weight: Tensor, token_ids: Tensor, *outputs: str) -> Any:
     """[N, D], [V, D], [N] -> [N]; `outputs`: what is computed besides."""
     function = _find("trl.kernels", "ChunkedLogProbFunction")
-    found: Tensor = function.apply(hidden, weight, None, token_ids, 1.0, _TRL_COLUMNS, None, 1.0, outputs)[0]
-    return found
+    return function.apply(hidden, weight, None, token_ids, 1.0, _TRL_COLUMNS, None, 1.0, outputs)[0]
 
 
 def torch_chunked() -> Logprobs:
@@ -53,59 +51,42 @@ def torch_chunked() -> Logprobs:
     """
     function = _find("torch.nn.functional", "linear_cross_entropy")
     options = _find("torch.nn", "LinearCrossEntropyOptions")(batch_chunk_size=_TORCH_ROWS)
-
-    def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        found: Tensor = function(hidden.flatten(0, 1), weight, token_ids.flatten(), reduction="none", options=options)
-        return -found.view(token_ids.shape)
-
-    return logprobs
+    return lambda hidden, weight, token_ids: (
+        -function(hidden.flatten(0, 1), weight, token_ids.flatten(), reduction="none", options=options).view(
+            token_ids.shape
+        )
+    )
 
 
 def cut_cross_entropy() -> Logprobs:
     """By its own Triton kernels on a GPU, with the gradient filter that it has on by default; else by torch.compile."""
     function = _find("cut_cross_entropy", "linear_cross_entropy")
-
-    def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        impl = "cce" if hidden.is_cuda else "torch_compile"
-        found: Tensor = function(hidden, weight, token_ids, reduction="none", impl=impl)
-        return -found
-
-    return logprobs
+    return lambda hidden, weight, token_ids: (
+        -function(hidden, weight, token_ids, reduction="none", impl="cce" if hidden.is_cuda else "torch_compile")
+    )
 
 
 def verl() -> Logprobs:
     function = _find("verl.utils.experimental.torch_functional", "FusedLinearForPPO")()
-
-    def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        found: Tensor = function(hidden, weight, token_ids)[0]
-        return found
-
-    return logprobs
+    return lambda hidden, weight, token_ids: function(hidden, weight, token_ids)[0]
 
 
 def liger() -> Logprobs:
     """The inside of its loss, which itself returns none."""
     base = _find("liger_kernel.chunked_loss.fused_linear_ppo", "LigerFusedLinearPPOBase")
-
-    def logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-        found: Tensor = base.chunk_forward(hidden, weight, token_ids)
-        return found
-
-    return logprobs
+    return lambda hidden, weight, token_ids: base.chunk_forward(hidden, weight, token_ids)
 
 
 # ---- log-probabilities of a batch with a mask, as the trainers compute them
 
 
-def trl_batch(problem: Problem) -> Tensor:
+def trl_batch(problem: Problem) -> Any:
     """What its trainer's forward ends with, entropies included: on a GPU unmasked positions are scored, else all."""
+    token_ids, mask = problem.token_ids, problem.mask
     if problem.case.from_logits:
         function = _find("trl.trainer.utils", "selective_log_softmax_and_entropy")
-        logprobs: Tensor = function(
-            problem.logits, problem.token_ids, entropy_requires_grad=False, row_mask=problem.mask
-        )[0]
-        return logprobs
-    (hidden, weight), token_ids, mask = problem.leaves, problem.token_ids, problem.mask
+        return function(problem.logits, token_ids, entropy_requires_grad=False, row_mask=mask)[0]
+    hidden, weight = problem.leaves
     if mask.is_cuda:
         found = _trl_chunked(hidden[mask], weight, token_ids[mask], "entropy")
         return found.new_zeros(mask.shape).masked_scatter(mask, found)
@@ -113,18 +94,16 @@ def trl_batch(problem: Problem) -> Tensor:
     return found.view(mask.shape).masked_fill(~mask, 0)
 
 
-def verl_batch(problem: Problem) -> Tensor:
+def verl_batch(problem: Problem) -> Any:
     if not problem.case.from_logits:
-        hidden, weight = problem.leaves
-        return verl()(hidden, weight, problem.token_ids)
-    found: Tensor = _find("verl.utils.torch_functional", "logprobs_from_logits")(problem.logits, problem.token_ids)
-    return found
+        return verl()(*problem.leaves, problem.token_ids)
+    return _find("verl.utils.torch_functional", "logprobs_from_logits")(problem.logits, problem.token_ids)
 
 
 # ---- losses
 
 
-def trl_loss(problem: Problem, logprobs: Tensor) -> Tensor:
+def trl_loss(problem: Problem, logprobs: Tensor) -> Any:
     low, high = EPSILONS[problem.case.work.objective]
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, logprobs.detach(), None),  # entropies: logged
@@ -154,11 +133,10 @@ def trl_loss(problem: Problem, logprobs: Tensor) -> Tensor:
         "advantages": problem.advantages,
         "old_per_token_logps": problem.old_logprobs,
     }
-    found: Tensor = _find("trl", "GRPOTrainer")._compute_loss(trainer, None, batch)
-    return found
+    return _find("trl", "GRPOTrainer")._compute_loss(trainer, None, batch)
 
 
-def verl_loss(problem: Problem, logprobs: Tensor) -> Tensor:
+def verl_loss(problem: Problem, logprobs: Tensor) -> Any:
     low, high = EPSILONS[problem.case.work.objective]
     config = _find("verl.workers.config", "ActorConfig")(
         strategy="fsdp",
@@ -172,7 +150,7 @@ def verl_loss(problem: Problem, logprobs: Tensor) -> Tensor:
     function = _find("verl.trainer.ppo.core_algos", "get_policy_loss_fn")(
         "vanilla" if problem.case.work.objective == "grpo" else "gspo"
     )
-    found: Tensor = function(
+    return function(
         old_log_prob=problem.old_logprobs,
         log_prob=logprobs,
         advantages=advantages.expand_as(logprobs),
@@ -180,7 +158,6 @@ def verl_loss(problem: Problem, logprobs: Tensor) -> Tensor:
         loss_agg_mode="seq-mean-token-mean",
         config=config,
     )[0]
-    return found
 
 
 def liger_from_hidden(problem: Problem) -> Run:
@@ -201,11 +178,10 @@ def liger_from_hidden(problem: Problem) -> Run:
     return answer(problem, lambda: module(*inputs, old_per_token_logps=problem.old_logprobs)[0])
 
 
-def trl_from_logits(problem: Problem) -> Tensor:
+def trl_from_logits(problem: Problem) -> Any:
     """Its fused kernel, without a mask."""
     function = _find("trl.kernels", "selective_log_softmax_and_entropy")
-    logprobs: Tensor = function(problem.logits, problem.token_ids, temperature=1.0)[0]
-    return logprobs
+    return function(problem.logits, problem.token_ids, temperature=1.0)[0]
 
 
 def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
@@ -224,26 +200,19 @@ def liger_from_logits(problem: Problem, inplace: bool = False) -> Run:
     else:
         whole = torch.nn.functional.pad(problem.logits.detach(), (0, 0, 0, 1)).requires_grad_()
 
-    def loss() -> Tensor:
-        found: Tensor = function(
-            whole,
-            problem.old_logprobs,
-            None,
-            problem.token_ids,
-            problem.advantages,
-            completion_mask=problem.mask,
-            temperature=1.0,
-            beta=0.0,
-            eps_low=low,
-            eps_high=high,
-            inplace=inplace,
-            loss_type=loss_type,
-            importance_sampling_level=_level(problem),
-            reduce=True,
-        )[0]
-        return found
-
-    return answer(problem, loss, leaf=whole)
+    options: dict[str, Any] = {
+        "completion_mask": problem.mask,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "eps_low": low,
+        "eps_high": high,
+        "inplace": inplace,
+        "loss_type": loss_type,
+        "importance_sampling_level": _level(problem),
+        "reduce": True,
+    }
+    inputs = whole, problem.old_logprobs, None, problem.token_ids, problem.advantages
+    return answer(problem, lambda: function(*inputs, **options)[0], leaf=whole)
 
 
 def _level(problem: Problem) -> str:

@@ -11,15 +11,13 @@ recorded as absent. `gpu_linear.py` measures the same cases on a GPU.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +36,9 @@ from .cases import (
     linear_smoke,
 )
 from .contestants import COMPILED, EAGER, PRODUCTS, Contestant, on_logprobs, ours
-from .race import Outcome, Rounds, admit, race, words
-from .results import default_path, load, machine, newest, save, size, times, title
+from .gpu_parts import table
+from .race import Outcome, Rounds, admit, race
+from .results import arguments_of, default_path, line, load, machine, newest, record, save, size, title
 
 KIND = "linear-cpu"
 ROUNDS, SMOKE_ROUNDS = Rounds(least=2, most=6, seconds=40.0), Rounds(least=1, most=1)
@@ -117,56 +116,18 @@ def case_result(problem: Problem, outcomes: Mapping[str, Outcome]) -> dict[str, 
     case, products = problem.case, outcomes.get("products", Outcome()).seconds
 
     def of(name: str, outcome: Outcome) -> dict[str, Any]:
-        seconds, extra = times(outcome), outcome.extra_bytes
+        median, extra = statistics.median(outcome.seconds), outcome.extra_bytes
         flops = case.work.products() * case.unit if name == "products" else problem.flops
         return {
-            **seconds,
-            "times_products": seconds["median"] / statistics.median(products) if products else None,
-            "flop_per_s": flops / seconds["median"],
+            "times_products": median / statistics.median(products) if products else None,
+            "flop_per_s": flops / median,
             "extra_bytes": extra,
             "beyond_gradients": None if extra is None else max(extra - outcome.gradient_bytes, 0),
             "first_call_seconds": outcome.compile_seconds,
             "wrong": outcome.wrong,
         }
 
-    return {
-        "id": case.id,
-        "work": case.work.name,
-        "title": case.work.title,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "rows": case.rows,
-        "width": case.width,
-        "sequences": case.sequences,
-        "active": problem.active,
-        "contestants": {name: of(name, o) for name, o in outcomes.items() if o.seconds and not o.error},
-        "absent": {name: o.absent for name, o in outcomes.items() if o.absent},
-        "errors": {name: words(o.error) for name, o in outcomes.items() if o.error},
-    }
-
-
-def lines(case: dict[str, Any]) -> Iterator[str]:
-    """For a terminal."""
-    sizes = f"{case['rows']:,} rows, D = {case['width']:,}, {case['sequences']} sequences"
-    yield f"{case['id']}: {case['title']}; {sizes}, {case['active']:.0%} of rows active"
-    yield (
-        f"  {'seconds':<36} {'median':>8} {'min':>8} {'max':>8} {'rounds':>6} {'products':>8} {'GFLOP/s':>8} "
-        f"{'extra':>9} {'- grads':>9}"
-    )
-    for name, m in case["contestants"].items():
-        seconds = " ".join(f"{m[key]:8.3f}" for key in ("median", "min", "max"))
-        of_products = "" if m["times_products"] is None else f"{m['times_products']:.2f}x"
-        yield (
-            f"  {BY_NAME[name].label:<36} {seconds} {m['rounds']:6} {of_products:>8} {m['flop_per_s'] / 1e9:8,.0f} "
-            f"{size(m['extra_bytes']):>9} {size(m['beyond_gradients']):>9}"
-        )
-        if m["wrong"]:
-            yield f"    wrong answer: {m['wrong']}"
-    for name, reason in case["errors"].items():
-        yield f"  {BY_NAME[name].label:<36} error: {reason.splitlines()[0][:150]}"
-    for reason in dict.fromkeys(case["absent"].values()):
-        names = (BY_NAME[name].label.split(",")[0] for name, other in case["absent"].items() if other == reason)
-        yield f"  not here: {', '.join(names)}: {reason.splitlines()[0][:150]}"
+    return record(problem, outcomes, of, width=case.width, active=problem.active)
 
 
 def markdown(cases: Mapping[str, dict[str, Any]]) -> str:
@@ -178,12 +139,8 @@ def _table(cases: Mapping[str, dict[str, Any]], vocab: int) -> str:
     ids = [f"{work.name}-{dtype}-{vocab}" for work in LINEAR_WORKS for dtype in DTYPES]
     chosen = [cases[id] for id in ids if id in cases]
     heads = [f"{case['work'].replace('_', ' ')}, {case['dtype']}" for case in chosen]
-    found = [f"| V = {vocab:,} | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
-    for contestant in CONTESTANTS:
-        cells = [_cell(case["contestants"].get(contestant.name)) for case in chosen]
-        if any(cells):
-            found.append(f"| {contestant.label} | " + " | ".join(cells) + " |")
-    return "\n".join(found)
+    rows = [[c.label, *(_cell(case["contestants"].get(c.name)) for case in chosen)] for c in CONTESTANTS]
+    return "\n".join(table([f"V = {vocab:,}", *heads], [row for row in rows if any(row[1:])]))
 
 
 def _cell(m: dict[str, Any] | None) -> str:
@@ -195,13 +152,8 @@ def _cell(m: dict[str, Any] | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    parser = arguments_of("linear", __doc__, KIND)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names have all these words")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="a whole run's: results/linear-cpu-<name>.json")
-    parser.add_argument(
-        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
-    )
     options = parser.parse_args(arguments)
     if options.markdown is not None:
         print(markdown(load(options.markdown if options.markdown.name else newest(KIND))["cases"]))
@@ -217,7 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warm_up()
     for case in cases:
         finished.append(measured(case, SMOKE_ROUNDS) if options.smoke else _in_a_process(case))
-        print("", *lines(finished[-1]), sep="\n", flush=True)
+        print(line(case.id, finished[-1]), flush=True)
+    print("", markdown({case["id"]: case for case in finished}), sep="\n")
+    for reason in dict.fromkeys(reason for case in finished for reason in case["absent"].values()):
+        names = {name for case in finished for name, other in case["absent"].items() if other == reason}
+        print(f"not here: {', '.join(sorted(names))}: {reason.splitlines()[0][:150]}")
     print(f"\n{time.perf_counter() - began:.0f} s")
     path = options.save or (None if options.smoke or options.only else default_path(KIND))
     if path:

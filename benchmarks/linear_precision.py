@@ -12,13 +12,11 @@ the true ratio is 0.0005 in size on average, and both signs of advantages occur.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +27,9 @@ import gspo_kernels
 from . import libraries
 from .cases import EPSILONS, SEED, exact_logprobs, likely_hidden
 from .contestants import Unfit
+from .gpu_parts import table
 from .race import words
-from .results import default_path, machine, newest, save, title
+from .results import arguments_of, default_path, machine, newest, save, title
 
 KIND = "linear-precision-cpu"
 SEQUENCES = 64
@@ -140,29 +139,26 @@ def measure(smoke: bool) -> dict[str, Any]:
     return {"machine": about, "meanings": MEANINGS, **sizes, "lengths": lengths, "absent": absent, "errors": errors}
 
 
-def markdown(content: dict[str, Any]) -> Iterator[str]:
+def markdown(content: dict[str, Any]) -> list[str]:
     of_lengths = content["lengths"].values()
-    heads = "error of a log-probability (rms)", f"of log s, mean, at {', '.join(content['lengths'])} tokens"
-    yield f"| D = {content['width']:,}, V = {content['vocab']:,} | {' | '.join(heads)} | wrong clips of {SEQUENCES} |"
-    yield "|---|--:|--:|--:|"
+    rows = []
     for name, (label, _) in CONTESTANTS.items():
         found = [of_length["contestants"].get(name) for of_length in of_lengths]
         if all(found):
             errors = ", ".join(f"{x['log_ratio_error']:.1e}" for x in found)
-            wrong = ", ".join(str(x["wrong"]) for x in found)
-            yield f"| {label} | {max(x['rms'] for x in found):.1e} | {errors} | {wrong} |"
+            rows.append(
+                [label, f"{max(x['rms'] for x in found):.1e}", errors, ", ".join(str(x["wrong"]) for x in found)]
+            )
     truth = ", ".join(f"{x['true_log_ratio']:.1e}" for x in of_lengths)
-    yield f"| (the true log s, and clips) | | {truth} | {', '.join(str(x['truly_clipped']) for x in of_lengths)} |"
+    clips = ", ".join(str(x["truly_clipped"]) for x in of_lengths)
+    of_log_s = f"of log s, mean, at {', '.join(content['lengths'])} tokens"
+    heads = ["error of a log-probability (rms)", of_log_s, f"wrong clips of {SEQUENCES}"]
+    sizes = f"D = {content['width']:,}, V = {content['vocab']:,}"
+    return table([sizes, *heads], [*rows, ["(the true log s, and clips)", "", truth, clips]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_precision")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--save", type=Path, metavar="FILE", help=f"default: results/{KIND}-<name>.json")
-    parser.add_argument(
-        "--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help="print results that exist"
-    )
-    options = parser.parse_args(arguments)
+    options = arguments_of("linear_precision", __doc__, KIND).parse_args(arguments)
     if options.markdown is not None:
         path = options.markdown if options.markdown.name else newest(KIND)
         print(*markdown(json.loads(path.read_text())), sep="\n")

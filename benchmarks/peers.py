@@ -12,13 +12,12 @@ own functions (`libraries.py`); only its trainer is left out.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,9 @@ from . import libraries
 from .cases import HARD_CASES, PEER_CASES, PEER_SMOKE, Case, Problem, build, exact_logprobs, sample
 from .contestants import COMPILED, EAGER, OVERWRITES, Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import meter_of
-from .race import Rounds, race, words
-from .results import FOLDER, REPOSITORY, load, machine, newest, save, times
+from .gpu_parts import table
+from .race import Outcome, Rounds, race
+from .results import FOLDER, REPOSITORY, arguments_of, load, machine, newest, record, save
 from .truth import distance, exact_gradients
 
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=9, seconds=20.0), Rounds(least=1, most=1)
@@ -62,38 +62,21 @@ def measured(case: Case, device: str, smoke: bool) -> dict[str, Any]:
     """Each one's distance from the truth and peak memory, then as many rounds of all as there is time for."""
     problem, start = build(case, device=device), start_of(case)
     outcomes = race(
-        problem,
-        CONTESTANTS[start],
-        SMOKE_ROUNDS if smoke else ROUNDS,
-        meter_of(device),
-        judge=distance,
-        heap_kept=True,
+        problem, CONTESTANTS[start], SMOKE_ROUNDS if smoke else ROUNDS, meter_of(device), judge=distance, heap_kept=True
     )
     exact_gradients.cache_clear()
-    found = {
-        name: {
-            "loss_error": o.judged.loss,
-            "gradient_error": o.judged.gradient,
-            "extra_bytes": o.extra_bytes,
-            **times(o),
-        }
-        for name, o in outcomes.items()
-        if o.seconds and not o.error
-    }
-    return {
-        "id": f"{start}-{case.work.name}-{case.dtype}-{case.vocab}",
-        "start": start,
-        "objective": case.work.objective,
-        "dtype": case.dtype,
-        "vocab": case.vocab,
-        "width": case.width,
-        "rows": case.rows,
-        "unmasked": int(problem.mask.sum()),
-        "contestants": found,
-        "absent": {
-            name: words(o.error) if o.error else o.absent for name, o in outcomes.items() if o.error or o.absent
-        },
-    }
+
+    def of(name: str, outcome: Outcome) -> dict[str, Any]:
+        judged = outcome.judged
+        return {"loss_error": judged.loss, "gradient_error": judged.gradient, "extra_bytes": outcome.extra_bytes}
+
+    unmasked = int(problem.mask.sum())
+    found = record(
+        problem, outcomes, of, start=start, objective=case.work.objective, width=case.width, unmasked=unmasked
+    )
+    found["id"] = f"{start}-{case.work.name}-{case.dtype}-{case.vocab}"
+    found["absent"] |= found.pop("errors")
+    return found
 
 
 def start_of(case: Case) -> str:
@@ -112,12 +95,8 @@ class Hard:
     loss_counts: bool = True  # False: the paper's loss is infinite here, and any finite one will do
 
 
-def _empty_response(problem: Problem) -> None:
-    problem.mask[1] = False
-
-
-def _nothing_at_all(problem: Problem) -> None:
-    problem.mask[:] = False
+def _mask_out(which: Any) -> Callable[[Problem], None]:
+    return lambda problem: problem.mask.__setitem__(which, False)
 
 
 def _overflow(advantage: float) -> Callable[[Problem], None]:
@@ -155,8 +134,8 @@ def _advantages_by_token(problem: Problem) -> Problem:
 
 
 HARD = {
-    "empty_response": Hard("a response without an unmasked token", _empty_response),
-    "nothing_at_all": Hard("no unmasked token in the batch", _nothing_at_all),
+    "empty_response": Hard("a response without an unmasked token", _mask_out(1)),
+    "nothing_at_all": Hard("no unmasked token in the batch", _mask_out(slice(None))),
     "overflow_clipped": Hard("a log-ratio of 100, advantage above 0", _overflow(1.0)),
     "overflow_unclipped": Hard("a log-ratio of 100, advantage below 0", _overflow(-1.0), loss_counts=False),
     "nan_in_padding": Hard("NaN in the padding's logits or hidden states", _nan_in_padding),
@@ -267,35 +246,30 @@ def _case(case: dict[str, Any]) -> str:
     width = f", D = {case['width']}" if case["width"] else ""
     what = "logits" if case["start"] == "logits" else "hidden states and weight"
     parts = list(next(iter(case["contestants"].values()))["gradient_error"])
-    lines = [
-        f"{case['objective'].upper()}, {what} in {case['dtype']}, V = {case['vocab']:,}{width}, {case['rows']} tokens, "
-        f"{case['unmasked']} of them unmasked:",
-        "",
-        f"| | loss off by | {' | '.join(f'gradient, {part}' for part in parts)} | time | memory |",
-        "|---|" + "--:|" * (len(parts) + 3),
-    ]
+    rows = []
     for name, label in LABELS.items():
-        m = case["contestants"].get(name)
-        if m is None:
-            lines.append(f"| {label} | {case['absent'].get(name, 'failed')} |" + " |" * (len(parts) + 2))
-            continue
-        errors = " | ".join(f"{m['gradient_error'][part]:.1e}" for part in parts)
-        memory = "" if m["extra_bytes"] is None else f"{m['extra_bytes'] / 1e9:.2f} GB"
-        lines.append(f"| {label} | {m['loss_error']:.1e} | {errors} | {m['median'] * 1e3:,.0f} ms | {memory} |")
-    return "\n".join(lines)
+        if m := case["contestants"].get(name):
+            errors = [f"{m['gradient_error'][part]:.1e}" for part in parts]
+            memory = "" if m["extra_bytes"] is None else f"{m['extra_bytes'] / 1e9:.2f} GB"
+            rows.append([label, f"{m['loss_error']:.1e}", *errors, f"{m['median'] * 1e3:,.0f} ms", memory])
+        else:
+            rows.append([label, case["absent"].get(name, "failed"), *[""] * (len(parts) + 2)])
+    about = (
+        f"{case['objective'].upper()}, {what} in {case['dtype']}, V = {case['vocab']:,}{width}, {case['rows']} tokens, "
+        f"{case['unmasked']} of them unmasked:"
+    )
+    heads = ["", "loss off by", *(f"gradient, {part}" for part in parts), "time", "memory"]
+    return "\n".join([about, "", *table(heads, rows)])
 
 
-def _hard(cases: dict[str, Any]) -> Iterator[str]:
+def _hard(cases: dict[str, Any]) -> list[str]:
     names = [name for name in LABELS if any(case.get(name) for case in cases.values())]
-    yield f"| | {' | '.join(LABELS[name] for name in names)} |"
-    yield "|---|" + "---|" * len(names)
-    for key, case in cases.items():
-        yield f"| {HARD[key].title} | {' | '.join(case.get(name) or '-' for name in names)} |"
+    rows = [[HARD[key].title, *(case.get(name) or "-" for name in names)] for key, case in cases.items()]
+    return table(["", *(LABELS[name] for name in names)], rows, right="---|")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    parser = arguments_of("peers", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--write", metavar="NAME", help="results/peers-<NAME>.json, and the tables of docs/peers.md")
     options = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ python -m benchmarks.plot [results.json] [plot.png]
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 
 from .cases import DTYPES, WORKS
 from .contestants import BY_NAME, CONTESTANTS
+from .gpu_parts import table
 from .results import load, newest, size
 
 VOCAB, LAYOUT = 151_936, "padded"
@@ -125,15 +127,13 @@ def _write(axes: Axes, x: float, y: float, text: str, *, bold: bool = False, siz
 def markdown(results: dict[str, Any]) -> str:
     """Every work at the largest vocabulary: time, and peak memory beyond the inputs."""
     names = [c.name for c in CONTESTANTS if c.name != "copy"]
-    heads = [BY_NAME[name].label for name in names] + ["memory copy of the same bytes"]
-    lines = ["| work | dtype | " + " | ".join(heads) + " |", "|---|---|" + "--:|" * len(heads)]
-    for work in WORKS:
-        for dtype in DTYPES:
-            if case := results["cases"].get(f"{work.name}-{dtype}-{VOCAB}-{LAYOUT}"):
-                cells = [_cell(case["contestants"].get(name)) for name in names]
-                cells.append("" if case["copy_seconds"] is None else f"{case['copy_seconds'] * 1e3:,.0f} ms")
-                lines.append(f"| {work.title} | {dtype} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for work, dtype in itertools.product(WORKS, DTYPES):
+        if case := results["cases"].get(f"{work.name}-{dtype}-{VOCAB}-{LAYOUT}"):
+            copy = "" if case["copy_seconds"] is None else f"{case['copy_seconds'] * 1e3:,.0f} ms"
+            rows.append([work.title, dtype, *(_cell(case["contestants"].get(name)) for name in names), copy])
+    heads = ["work", "dtype", *(BY_NAME[name].label for name in names), "memory copy of the same bytes"]
+    return "\n".join(table(heads, rows, "---|---|"))
 
 
 def _cell(m: dict[str, Any] | None) -> str:

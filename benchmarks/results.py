@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,54 @@ import torch
 
 import gspo_kernels
 
+from .cases import Problem
 from .gpu_parts import rounded
-from .race import Outcome
+from .race import Outcome, words
 
 FOLDER = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def record(
+    problem: Problem, outcomes: Mapping[str, Outcome], of: Callable[[str, Outcome], dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """A case: its sizes, each contestant that was timed (seconds and what `of` says), and why others were not."""
+    case = problem.case
+    timed = {name: outcome for name, outcome in outcomes.items() if outcome.seconds and not outcome.error}
+    return {
+        "id": case.id,
+        "work": case.work.name,
+        "title": case.work.title,
+        "dtype": case.dtype,
+        "vocab": case.vocab,
+        "rows": problem.rows,
+        "sequences": case.sequences,
+        **more,
+        "contestants": {name: {**times(outcome), **of(name, outcome)} for name, outcome in timed.items()},
+        "errors": {name: words(outcome.error) for name, outcome in outcomes.items() if outcome.error},
+        "absent": {name: outcome.absent for name, outcome in outcomes.items() if outcome.absent},
+    }
+
+
+def line(key: str, found: dict[str, Any]) -> str:
+    """A case in one line, for a terminal."""
+    parts = [
+        f"{name} {m['median'] * 1e3:,.3f} ms" + (f" (wrong: {m['wrong'][:80]})" if m.get("wrong") else "")
+        for name, m in found["contestants"].items()
+    ]
+    parts += [f"{name}: {error.splitlines()[0][:80]}" for name, error in found["errors"].items()]
+    return f"{key}: {', '.join(parts)}"
+
+
+def arguments_of(module: str, doc: str | None, kind: str = "") -> argparse.ArgumentParser:
+    """What the commands of this folder have in common; of those that save results of a `kind` more."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=(doc or "").split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    if kind:
+        parser.add_argument("--save", type=Path, metavar="FILE", help=f"a whole run's: results/{kind}-<name>.json")
+        exist = "print results that exist"
+        parser.add_argument("--markdown", nargs="?", type=Path, const=Path(), metavar="FILE", help=exist)
+    return parser
 
 
 def times(outcome: Outcome) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,10 @@ from .static_sass import (
     NVIDIA,
     STORES,
     Figures,
-    Hot,
     Loop,
     disassemble,
-    examine,
-    find_loops,
     parse,
+    read_loops,
     resources,
 )  # fmt: skip
 
@@ -143,24 +141,6 @@ def columns_of(loop: Loop, kind: str, dtype: str) -> int:
     return read if 0 < looks <= read // width and not loop.accesses("STG", "ST") else 0
 
 
-def hot_loop(loops: Iterable[Loop], kind: str, dtype: str, load: str) -> tuple[Hot | None, list[str]]:
-    """The loop of this kind, of several the one with the fewest instructions a column; and what is wrong with it."""
-    found = [(len(loop.body) / n, loop, n) for loop in loops if (n := columns_of(loop, kind, dtype))]
-    if not found:
-        return None, [f"no {kind} loop over whole vectors"]
-    _, loop, columns = min(found, key=lambda each: each[0])
-    hot, problems = examine(loop, kind, columns, budget(kind, dtype), (*LOADS, *STORES), EXCHANGES)
-    meant = (load, "LDGSTS", "STG", "STS")
-    if strange := [i for i in loop.accesses(*LOADS, *STORES, *LOCAL) if i.base not in meant]:
-        kinds = Counter(i.base for i in strange).most_common()
-        problems.append(f"{kind} loop: memory not by {load} and STG, {kinds}, such as {strange[0]}")
-    if any(i.base == "CALL" and ".L_x_" not in i.operands for i in loop.body):  # to a label it is a way out of the loop
-        problems.append(f"{kind} loop: calls a function")
-    if doubles := [str(i) for i in loop.body if re.match(r"D(ADD|FMA|MUL|SETP)\b|.*(\.F64|64H)", i.opcode)]:
-        problems.append(f"{kind} loop: float64, {len(doubles)} times, such as {doubles[0]}")
-    return hot, problems
-
-
 def split(listing: str) -> dict[str, str]:
     """The parts of nvdisasm's listing, by the kernel's mangled name."""
     _, *parts = re.split(r"^\.text\.(\S+):$", listing, flags=re.MULTILINE)
@@ -168,12 +148,26 @@ def split(listing: str) -> dict[str, str]:
 
 
 def read_kernel(listing: str, usage: dict[str, int], row: Kernel, dtype: str) -> Figures:
-    loops, problems, hot = find_loops(listing), [], {}
-    for kind in row.loops:
-        found, wrong = hot_loop(loops, kind, dtype, row.load)
-        problems += wrong
-        if found is not None:
-            hot[kind] = found
+    def check(loop: Loop, kind: str) -> Iterator[str]:
+        meant = (row.load, "LDGSTS", "STG", "STS")
+        if strange := [i for i in loop.accesses(*LOADS, *STORES, *LOCAL) if i.base not in meant]:
+            kinds = Counter(i.base for i in strange).most_common()
+            yield f"memory not by {row.load} and STG, {kinds}, such as {strange[0]}"
+        # A call of a label is a way out of the loop.
+        if any(i.base == "CALL" and ".L_x_" not in i.operands for i in loop.body):
+            yield "calls a function"
+        if doubles := [str(i) for i in loop.body if re.match(r"D(ADD|FMA|MUL|SETP)\b|.*(\.F64|64H)", i.opcode)]:
+            yield f"float64, {len(doubles)} times, such as {doubles[0]}"
+
+    hot, problems = read_loops(
+        listing,
+        row.loops,
+        lambda loop, kind: columns_of(loop, kind, dtype),
+        lambda kind: budget(kind, dtype),
+        "vectors",
+        EXCHANGES,
+        check,
+    )
     body, *called = re.split(r"^(\$\S+):$", listing, flags=re.MULTILINE)
     functions = [(row.name, body)] + [
         (demangle(symbol.split("$")[-1])[0], text) for symbol, text in zip(called[::2], called[1::2], strict=True)

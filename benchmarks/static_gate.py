@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import static_cuda, static_triton
+from .gpu_parts import table
 from .static_sass import NVIDIA, Figures
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
@@ -120,18 +121,16 @@ def markdown() -> list[str]:
 def _table(
     compiler: str, measured: Measured, rows: dict[str, tuple[str, str]], budget: Callable[[str, str], float]
 ) -> str:
-    title = f"| bf16, {compiler} {measured.version} | " + " | ".join(NVIDIA) + " | budget |"
-    lines = [title, "|---|" + "--:|" * (len(NVIDIA) + 1)]
+    lines = []
     for words, (kernel, kind) in rows.items():
-        cells = []
+        cells = [words]
         for target in NVIDIA:
             name = re.compile(rf"{kernel}\b[^,]*, bf16, {target}")  # nvcc's have their numbers of threads, too
             found = [figures for known, figures in measured.figures.items() if name.fullmatch(known)]
             cells.append(f"{found[0].loops[kind].instructions:.1f} ({found[0].registers})" if found else "")
         most = budget(kind, "bf16")
-        cells.append(f"{most:g}" if math.isfinite(most) else "")
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{most:g}" if math.isfinite(most) else ""])
+    return "\n".join(table([f"bf16, {compiler} {measured.version}", *NVIDIA, "budget"], lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

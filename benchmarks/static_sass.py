@@ -6,7 +6,7 @@ import dataclasses
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,23 +207,39 @@ class Figures:
         return Figures(**{**kept, "loops": loops})
 
 
-def examine(
-    loop: Loop, kind: str, columns: int, most: float, accesses: Sequence[str], exchanges: Sequence[str]
-) -> tuple[Hot, list[str]]:
-    """Figures of a hot loop, and what is wrong with it: more than `most` instructions a column, say."""
-    problems = []
-    narrow = [str(i) for i in loop.accesses(*accesses) if i.bytes < ACCESS]
-    if narrow:
-        problems.append(f"{kind} loop: {len(narrow)} accesses of less than 16 bytes, such as {narrow[0]}")
-    if exchanged := [i.base for i in loop.body if i.base in exchanges]:
-        problems.append(f"{kind} loop: lanes exchange data, {Counter(exchanged).most_common()}")
-    if loop.exponentials and not loop.count("FFMA", "FFMA2"):
-        problems.append(f"{kind} loop: no fused multiply-add")
-    instructions, mufu = round(len(loop.body) / columns, 3), round(loop.count("MUFU") / columns, 4)
-    hot = Hot(instructions, mufu, columns, loop.covered)
-    if hot.instructions > most:
-        over = f"{hot.instructions} instructions a column > {most:g}"
-        problems.append(f"{kind} loop: {over} ({loop.histogram})")
+def read_loops(
+    listing: str,
+    kinds: Sequence[str],
+    columns_of: Callable[[Loop, str], int],
+    budget: Callable[[str], float],
+    blocks: str,
+    exchanges: Sequence[str],
+    check: Callable[[Loop, str], Iterable[str]] = lambda loop, kind: (),
+) -> tuple[dict[str, Hot], list[str]]:
+    """Figures of the hot loop of each kind, and what is wrong with them.
+
+    `columns_of`: what an iteration of a loop does, 0 for a loop that is not of this kind or not over whole `blocks`. Of
+    several the loop with the fewest instructions a column counts. `check` finds further faults.
+    """
+    loops, hot, problems = find_loops(listing), {}, []
+    for kind in kinds:
+        found = [(len(loop.body) / n, loop, n) for loop in loops if (n := columns_of(loop, kind))]
+        if not found:
+            problems.append(f"no {kind} loop over whole {blocks}")
+            continue
+        _, loop, columns = min(found, key=lambda each: each[0])
+        wrong = []
+        if narrow := [str(i) for i in loop.accesses(*LOADS, *STORES) if i.bytes < ACCESS]:
+            wrong.append(f"{len(narrow)} accesses of less than 16 bytes, such as {narrow[0]}")
+        if exchanged := [i.base for i in loop.body if i.base in exchanges]:
+            wrong.append(f"lanes exchange data, {Counter(exchanged).most_common()}")
+        if loop.exponentials and not loop.count("FFMA", "FFMA2"):
+            wrong.append("no fused multiply-add")
+        instructions, mufu = round(len(loop.body) / columns, 3), round(loop.count("MUFU") / columns, 4)
+        if instructions > budget(kind):
+            wrong.append(f"{instructions} instructions a column > {budget(kind):g} ({loop.histogram})")
+        hot[kind] = Hot(instructions, mufu, columns, loop.covered)
+        problems += [f"{kind} loop: {problem}" for problem in (*wrong, *check(loop, kind))]
     return hot, problems
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,7 @@ from .static_sass import (
     Hot,
     Loop,
     disassemble,
-    examine,
-    find_loops,
+    read_loops,
     resources,
     spills,
 )  # fmt: skip
@@ -214,35 +213,6 @@ def kind_of(loop: Loop) -> str:
     return "read" if loop.count(*_LOADS) and loop.exponentials else "other"
 
 
-def hot_loop(
-    loops: Iterable[Loop], kind: str, dtype: str, per_thread: int, read_bytes: int | None = None
-) -> tuple[Hot | None, list[str]]:
-    """The loop of this kind over whole blocks, without a mask, the shortest of several; and what is wrong with it.
-
-    `read_bytes`: the size of a number that is read, where its dtype is another one.
-    """
-    item = ITEM_BYTES[dtype]
-    read = item if read_bytes is None else read_bytes
-
-    def columns(loop: Loop) -> int:
-        if kind == "scale":
-            return loop.moved(_STORES) // item
-        return loop.exponentials // per_thread * per_thread  # a lane's running maximum costs one more
-
-    def fits(loop: Loop) -> bool:
-        if kind == "scale":
-            return kind_of(loop) == "scale"
-        same = kind_of(loop) == ("write" if kind == "write" else "read") and not loop.guarded and columns(loop) > 0
-        return same and loop.moved(_LOADS) == columns(loop) * read * (2 if kind == "shifted" else 1)
-
-    found = [loop for loop in loops if fits(loop)]
-    if not found:
-        return None, [f"no {kind} loop over whole blocks"]
-    loop = min(found, key=lambda loop: len(loop.body) / columns(loop))
-    # A lane keeps what it reads: shared memory is for exchanges.
-    return examine(loop, kind, columns(loop), budget(kind, dtype), (*_LOADS, *_STORES), (*EXCHANGES, "LDS", "STS"))
-
-
 def read_sass(
     listing: str,
     ptx: str,
@@ -252,13 +222,26 @@ def read_sass(
     read_bytes: int | None = None,
     allowed: int = 0,
 ) -> tuple[dict[str, Hot], list[str]]:
-    """The hot loops, and what is wrong with the kernel; `allowed`: accesses to local memory outside of loops."""
-    loops, problems, hot = find_loops(listing), [], {}
-    for kind in kinds:
-        found, wrong = hot_loop(loops, kind, dtype, per_thread, read_bytes)
-        problems += wrong
-        if found is not None:
-            hot[kind] = found
+    """The hot loops over whole blocks, without a mask; and what is wrong with the kernel.
+
+    `read_bytes`: the size of a number that is read, where its dtype is another one. `allowed`: accesses to local memory
+    outside of loops.
+    """
+    item = ITEM_BYTES[dtype]
+    read = item if read_bytes is None else read_bytes
+
+    def columns(loop: Loop, kind: str) -> int:
+        if kind_of(loop) != {"shifted": "read"}.get(kind, kind):
+            return 0
+        if kind == "scale":
+            return loop.moved(_STORES) // item
+        count = loop.exponentials // per_thread * per_thread  # a lane's running maximum costs one more
+        fits = loop.moved(_LOADS) == count * read * (2 if kind == "shifted" else 1) and not loop.guarded
+        return count if fits else 0
+
+    # A lane keeps what it reads: shared memory is for exchanges.
+    exchanges = (*EXCHANGES, "LDS", "STS")
+    hot, problems = read_loops(listing, kinds, columns, lambda kind: budget(kind, dtype), "blocks", exchanges)
     inside, outside = spills(listing)
     if inside or outside > allowed:
         problems.append(f"{inside + outside} accesses to local memory, {inside} of them in loops: spills")

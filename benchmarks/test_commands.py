@@ -10,9 +10,10 @@ import pytest
 
 from gspo_kernels.losses import triton_stage_kernels
 
+from . import gpu_page as page
 from . import host, linear, linear_precision, peers, plot
 from .cases import DENSE, INACTIVE, linear_case
-from .results import load, newest
+from .results import REPOSITORY, load, newest
 
 
 def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,3 +81,31 @@ def test_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert all(printed.count(f"\n{name:<12}") == 2 for name in host.LOSSES)
     assert "function calls" in printed
     assert triton_stage_kernels.batch_kernel is kernel
+
+
+# ---- the pages of GPUs
+
+
+def test_the_pages_show_the_committed_results() -> None:
+    for name, block in page.PAGES.items():
+        text = (REPOSITORY / name).read_text()
+        assert page.filled(text, block(page.committed())) == text, f"{name}: python -m benchmarks.gpu_page"
+    assert page.MARKED.search((REPOSITORY / "docs" / "gpu.md").read_text())
+
+
+def test_the_tables_have_what_was_measured() -> None:
+    content = {
+        "machine": {"gpu": "NVIDIA H100 80GB HBM3"},
+        "cases": {
+            "gspo-8192": {
+                "contestants": {"copy": {"median": 0.00166}, "ours": {"median": 0.002727}},
+                "logits_bytes": 8_192 * 151_936 * 2,
+            }
+        },
+        "linear": {"cases": {}, "chunks": {"dense": {str(1 << 30): {"median": 0.05}}}},
+    }
+    text = page.tables([content])
+    assert "| GSPO, off-policy | 7.47 | 2.49 / 2.65-2.8 | 1.74 / 1.87-2.0 | 2.727 (91%) |" in text
+    assert text.count(page.UNMEASURED) > 10
+    assert "| dense | 50.0 |" in text, "chunks are shown where the case itself was not measured"
+    assert "| GSPO, off-policy | H100 | 2.73 (91%) |" in page.summary([content])

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,10 @@ from typing import Any
 import pytest
 
 from . import gpu as program
-from . import gpu_carried as carried
-from . import gpu_page as page
 from . import gpu_parts as parts
 from . import gpu_profile, gpu_speed
 from .gpu import ONE_READ, runs
-from .gpu_parts import REPOSITORY, Context, Part, Report, Starter, run
-from .gpu_suite import Suite
+from .gpu_parts import REPOSITORY, Part, Report, Starter, run
 
 RUNS = runs()
 # A worker in a few lines. What goes wrong is in FAULT, <what>:<item>; of a part without items the item is empty.
@@ -102,20 +98,20 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 GOOD = Part("good", command=(sys.executable, "-c", WORKER, "good"), items=("a",))
 # Of the parts of both runs one of each kind, by what decides how a fault is handled.
 EVERY = [part for run in RUNS.values() for part in run.parts]
-KINDS = {(bool(p.items), p.together, p.fallback, p.patience >= p.limit): p for p in EVERY}
+KINDS = {(bool(p.items), p.fallback, p.patience >= p.limit): p for p in EVERY}
 
 
 @pytest.mark.parametrize("part", KINDS.values(), ids=[part.name for part in KINDS.values()])
 @pytest.mark.parametrize("fault", ["crash", "raise", "hang"])
 def test_a_fault_loses_one_item(bench: Bench, part: Part, fault: str) -> None:
-    """A part that runs all items at once loses those that follow; no other part loses anything."""
+    """One that nothing is heard of until its limit loses those that follow; no other part loses anything."""
     part = fake(part)
     culprit = part.items[0] if part.items else ""
     status = bench.part(part, f"{part.name}:{fault}:{culprit}", jump=part.patience + 1)
     hung = fault == "hang" and part.patience >= part.limit
     assert status == ("timed out" if hung else "failed")
     expected = {culprit: "begun"}
-    if not part.together and not hung:
+    if not hung:
         expected |= {culprit + part.fallback: "done"} if part.fallback else {}
         expected |= {item: "done" for item in part.items[1:]}
     assert bench.cases(part) == expected
@@ -255,33 +251,16 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
 
 
 def test_the_second_run_adds_to_the_first(tmp_path: Path) -> None:
-    def done(*arguments: str, fault: str = "") -> tuple[int | None, str]:
+    def done(*arguments: str, fault: str = "") -> tuple[int | None, dict[str, Any]]:
         process = start_fake_run(tmp_path, *arguments, fault=fault)
-        text = process.communicate()[0]
-        return process.returncode, text
+        process.communicate()
+        return process.returncode, json.loads((tmp_path / "gpu-unknown.json").read_text())
 
-    path = tmp_path / "gpu-unknown.json"
-    code, text = done("--only", "first")
-    assert code == 0, text
-    first = json.loads(path.read_text())
-    assert first["parts"].keys() == {"environment", "first"} and first["runs"]["gpu"]["finished"]
-    code, text = done("--more", "--only", "second", fault="second:crash:b")
-    assert code == program.FAILED, text
-    both = json.loads(path.read_text())
-    assert both["parts"].keys() == {"environment", "first", "second"}
+    code, first = done("--only", "first")
+    assert code == 0 and first["parts"].keys() == {"environment", "first"} and first["runs"]["gpu"]["finished"]
+    code, both = done("--more", "--only", "second", fault="second:crash:b")
+    assert code == program.FAILED and both["parts"].keys() == {"environment", "first", "second"}
     assert both["cases"]["first"] == first["cases"]["first"] and both["cases"]["second"]["a"] == "done"
-
-    elsewhere = tmp_path / "earlier.json"
-    path.rename(elsewhere)
-    assert done("--only", "second", "--before", str(elsewhere))[0] == 0
-    assert json.loads(path.read_text())["parts"].keys() == {"environment", "first", "second"}
-    other = json.loads(elsewhere.read_text())
-    other["machine"] = {"gpu": "another"}
-    elsewhere.write_text(json.dumps(other))
-    path.unlink()
-    _, text = done("--only", "second", "--before", str(elsewhere))
-    assert "not added to, it is of another" in text
-    assert json.loads(path.read_text())["parts"].keys() == {"environment", "second"}
 
 
 def test_a_worker_that_waits_takes_the_next_part(tmp_path: Path) -> None:
@@ -328,109 +307,52 @@ def test_skipped(): pass
 """
 
 
-def run_suite(tmp_path: Path, *files: Path) -> tuple[Suite, dict[str, Any]]:
+SUITE = """
+import sys
+from benchmarks.gpu_parts import Context
+from benchmarks.gpu_suite import run_files
+sys.exit(not run_files(Context([], smoke=True, records=sys.argv[1]), sys.argv[2:], 2))
+"""
+
+
+def test_without_xdist_a_file_that_dies_costs_itself_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part's process runs a file at a time, and its successor goes on with the next file."""
+    code = (
+        f"import sys; from benchmarks import gpu_suite, gpu_parts; gpu_suite.find_spec = lambda name: None; "
+        f"gpu_suite.REPOSITORY = gpu_suite.Path({str(bench.folder)!r}); sys.exit(gpu_parts.work(sys.argv[1:]))"
+    )
+    (bench.folder / "tests").mkdir()
+    for name, body in (("dies", "import os; os.abort()"), ("passes", "pass")):
+        (bench.folder / "tests" / f"test_{name}.py").write_text(f"def test_it(): {body}\n")
+    command = (sys.executable, "-c", code, "gpu_suite.run", "--smoke")
+    part = Part("tests", command=command, items=("test_dies.py", "test_passes.py"))
+    assert bench.part(part) == "failed" and "died by SIGABRT" in bench.reason(part)
+    assert bench.report.get("tests", "test_passes.py", "passed") == 1
+
+
+def run_suite(tmp_path: Path, text: str) -> tuple[bool, dict[str, Any]]:
+    """Whether all is well, and what is recorded of a file of tests."""
+    (tmp_path / "test_some.py").write_text(text)
     records = tmp_path / "records"
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    context = Context([], smoke=True, records=str(records))
-    suite = Suite(context, folder, [str(file) for file in files], dict(os.environ), 2)
-    try:
-        suite.watch()
-    finally:
-        suite.end()
-    suite.write()
-    found = {}
-    for line in records.read_text().splitlines():
-        record = json.loads(line)
-        if record.get("at", [""])[0] == "tests":
-            found[record["at"][1]] = record["value"]
-    return suite, found
+    command = [sys.executable, "-c", SUITE, str(records), str(tmp_path / "test_some.py")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    written = [json.loads(line) for line in records.read_text().splitlines()]
+    found = [record["value"] for record in written if record.get("at") == ["tests", "test_some.py"]]
+    assert found, done.stdout + done.stderr
+    return done.returncode == 0, found[-1]
 
 
-def test_a_process_that_dies_costs_the_tests_it_had_taken(tmp_path: Path) -> None:
-    file = tmp_path / "test_some.py"
-    file.write_text(TESTS)
-    suite, found = run_suite(tmp_path, file)
-    some = found["test_some.py"]
+def test_a_process_that_dies_costs_the_test_that_it_ran(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    good, some = run_suite(tmp_path, TESTS)
+    assert not good
     assert {test.partition("::")[2] for test in some["failures"]} == {"test_number[3]", "test_number[10]"}
-    # Eight are taken at a time: 8 to 15 were lost with number 10, of which 8 and 9 had run.
-    assert some["failed"] == 2 and some["passed"] == 30 - 8 + 2 - 1 and some["skipped"] == 1
-    assert some["not_run"] == 6 and suite.failed()
+    assert (some["failed"], some["passed"], some["skipped"], some["not_run"]) == (2, 28, 1, 0)
 
 
 def test_a_file_that_lacks_a_module_is_no_failure(tmp_path: Path) -> None:
-    file = tmp_path / "test_lacks.py"
-    file.write_text("import no_such_module\n")
-    suite, found = run_suite(tmp_path, file)
-    assert "no_such_module" in found["test_lacks.py"]["needs"] and not suite.failed()
-
-
-# --- what is carried --------------------------------------------------------------------------------------------------
-
-
-def test_carried_wheels_are_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carried, "BUILD", tmp_path / "build")
-    (tmp_path / "wheels").mkdir()
-    with zipfile.ZipFile(tmp_path / "wheels" / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("a_peer/__init__.py", "answer = 42\n")
-        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\n")
-    environment = {**os.environ, "PYTHONPATH": "elsewhere"}
-    assert carried._use_wheels(environment, tmp_path / "wheels") == "a_peer-1.0"
-    code = "import a_peer, importlib.metadata as m; print(a_peer.answer, m.version('a-peer'))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "42 1.0\n"
-    assert carried._use_wheels({}, tmp_path / "nothing") == "none"
-
-
-def test_triton_cache_is_carried_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after, path = tmp_path / "before", tmp_path / "after", tmp_path / "cache.tar"
-    entry = before / "ABC"
-    entry.mkdir(parents=True)
-    (entry / "kernel.cubin").write_bytes(b"code")
-    (entry / "__grp__kernel.json").write_text(
-        json.dumps({"child_paths": {"kernel.cubin": str(entry / "kernel.cubin")}})
-    )
-    assert "1 entries" in carried.save_cache(before, path)
-    environment = {"TRITON_CACHE_DIR": str(after)}
-    assert carried._use_cache(environment, path) == "1 entries"
-    group = json.loads((after / "ABC" / "__grp__kernel.json").read_text())
-    assert Path(group["child_paths"]["kernel.cubin"]).read_bytes() == b"code"
-    assert [p.name for p in after.iterdir()] == ["ABC"]
-    monkeypatch.setattr(carried, "MOST_BYTES", 10)
-    path.unlink()
-    assert "not saved" in carried.save_cache(before, path) and not path.exists()
-
-
-def test_what_is_carried_and_damaged_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carried, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(carried, "WHEELS", tmp_path)
-    monkeypatch.setattr(carried, "CACHE", tmp_path / "cache.tar")
-    monkeypatch.setattr(carried, "SOURCES", tmp_path / "sources.sha256")
-    monkeypatch.setattr(carried, "FOLDER", tmp_path)
-    monkeypatch.setattr(carried, "installed", lambda: tmp_path / "package" / "_native.so")
-    for name in ("peer-1.0-py3-none-any.whl", "cache.tar", "_native.so"):
-        (tmp_path / name).write_bytes(b"no such thing")
-    found = carried.use({})
-    assert found["wheels"].startswith("not used") and found["triton cache"].startswith("not used")
-    assert "carried, does not load" in found["extension"] and "in place, not built" in found["extension"]
-    (tmp_path / "sources.sha256").write_text("of other sources\n")
-    assert "the sources have changed" in carried.use_extension()
-    assert not (tmp_path / "package").exists()
-
-
-def test_the_carried_extension_goes_before_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, brought = tmp_path / "package" / "_native.so", tmp_path / "_native.so"
-    target.parent.mkdir()
-    target.write_bytes(b"old")
-    brought.write_bytes(b"new")
-    monkeypatch.setattr(carried, "FOLDER", tmp_path)
-    monkeypatch.setattr(carried, "SOURCES", tmp_path / "sources.sha256")
-    monkeypatch.setattr(carried, "installed", lambda: target)
-    monkeypatch.setattr(carried, "probe", lambda path: "")
-    (tmp_path / "sources.sha256").write_text("of other sources\n")
-    assert carried.use_extension().startswith("in place") and target.read_bytes() == b"old"
-    (tmp_path / "sources.sha256").write_text(carried.sources() + "\n")
-    assert carried.use_extension().startswith("carried") and target.read_bytes() == b"new"
+    good, some = run_suite(tmp_path, "import no_such_module\n")
+    assert good and "no_such_module" in some["needs"]
 
 
 # --- smoke, on the CPU ------------------------------------------------------------------------------------------------
@@ -465,59 +387,3 @@ def test_smoke_run_of_peers_that_do_not_import(tmp_path: Path) -> None:
     assert {"ours", "products", "eager"} <= dense["contestants"].keys()
     assert not dense["contestants"]["ours"]["wrong"]
     assert "no such peer" in {**dense["errors"], **dense["absent"]}["liger"]
-
-
-# --- a cache for a GPU that is elsewhere ------------------------------------------------------------------------------
-
-WARM = """
-import torch, gspo_kernels
-from benchmarks import gpu_carried
-gpu_carried.pretend(90)
-logits = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
-gspo_kernels.token_logprobs(logits, torch.zeros(1, 2, dtype=torch.int64), backend="triton")
-"""
-
-
-def test_a_cache_is_made_without_a_gpu(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    subprocess.run([sys.executable, "-c", WARM], cwd=REPOSITORY, env=environment, check=True)
-    (code,) = (tmp_path / "cache").rglob("forward_kernel.cubin")
-    carried.save_cache(tmp_path / "cache", tmp_path / "cache.tar")
-    assert carried.unpack_cache(tmp_path / "cache.tar", tmp_path) == 1
-    assert (tmp_path / code.relative_to(tmp_path / "cache")).exists()
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_pages_show_the_committed_results() -> None:
-    for name, block in page.PAGES.items():
-        text = (REPOSITORY / name).read_text()
-        assert page.filled(text, block(page.committed())) == text, f"{name}: python -m benchmarks.gpu_page"
-    assert page.MARKED.search((REPOSITORY / "docs" / "gpu.md").read_text())
-
-
-def test_the_tables_have_what_was_measured() -> None:
-    kernels = [{"name": "_forward_kernel", "seconds": 0.0009, "bytes": 1, "share_of_copy": 0.92},
-               {"name": "_backward_kernel", "seconds": 0.0018, "bytes": 1}]  # fmt: skip
-    contestants = {"copy": {"median": 0.00166}, "ours": {"median": 0.002727}}
-    content = {
-        "machine": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "abc", "date": "2026-11-26"},
-        "bandwidth": {"copy": {"bytes_per_second": 3e12}},
-        "cases": {"gspo-8192": {"contestants": contestants, "logits_bytes": 8_192 * 151_936 * 2}},
-        "profile": {"gspo": {"kernels": kernels}, "gspo_on_policy": {"error": "no CUPTI"}},
-    }
-    lines = page.tables([content]).splitlines()
-    (gspo,) = (line for line in lines if line.startswith("| GSPO, off-policy |"))
-    assert gspo == "| GSPO, off-policy | 7.47 | 2.49 / 2.65-2.8 | 1.74 / 1.87-2.0 | 2.727 (91%) |"
-    (forward,) = (line for line in lines if line.startswith("| `forward`"))
-    assert forward.endswith("| 0.900 (92%) |")
-    (backward,) = (line for line in lines if line.startswith("| `backward`"))
-    assert backward.endswith("| 1.800 |")
-    assert sum(page.UNMEASURED in line for line in lines) > 10
-    assert "| GSPO, off-policy | H100 | 2.73 (91%) |" in page.summary([content])
-    content["linear"] = {"cases": {}, "chunks": {"dense": {str(1 << 30): {"median": 0.05}}}}
-    assert "| dense | 50.0 |" in page.tables([content]), "chunks are shown where the case itself was not measured"
-    assert all(line.endswith("| unmeasured |") for line in page.tables([]).splitlines() if line.startswith("| G"))

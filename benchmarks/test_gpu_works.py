@@ -129,14 +129,14 @@ def test_out_of_memory_costs_one_contestant(context: Context, monkeypatch: pytes
     eager = dataclasses.replace(AT_HOME["eager"], prepare=fail)
     chosen = (speed.BY_NAME["ours"], eager, speed.BY_NAME["copy"])
     monkeypatch.setattr(speed, "CONTESTANTS", chosen)
-    context.arguments = ["16", "0", "gspo"]
+    context.arguments = ["16", "gspo"]
     assert speed.speed(context)
     found = recorded(context)["cases", "gspo-16"]
     assert found["errors"] == {"eager": "out of memory"} and found["contestants"].keys() == {"ours", "copy"}
 
 
 def test_this_package_and_the_copy_alone(context: Context) -> None:
-    context.arguments = ["16", "0", "forward:ours"]
+    context.arguments = ["16", "forward:ours"]
     assert speed.speed(context)
     found = recorded(context)["cases", "forward-16"]
     assert found["contestants"].keys() == {"ours", "copy"} and {"eager", "liger", "trl"} <= found["absent"].keys()
@@ -210,7 +210,7 @@ def test_profile_without_cupti_keeps_the_time_of_the_whole(context: Context, mon
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
 
     monkeypatch.setattr(profile, "_on_the_cpu", refuse)
-    context.arguments = ["16", "0", "gspo", "grpo_cuda"]
+    context.arguments = ["16", "gspo", "grpo_cuda"]
     assert profile.run(context)
     found = recorded(context)
     assert "INSUFFICIENT" in found["profile", "gspo"]["error"] and found["profile", "gspo"]["whole_seconds"] > 0
@@ -219,28 +219,22 @@ def test_profile_without_cupti_keeps_the_time_of_the_whole(context: Context, mon
 
 # ---- counters
 
-CSV = """\
-==PROF== Connected to process 4711 (/usr/bin/python3.12)
-a line of the process
-==PROF== Profiling "forward_kernel" - 0: 0%....50%....100% - 9 passes
-==PROF== Disconnected from process 4711
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
-"Section Name","Metric Name","Metric Unit","Metric Value"
-"0","4711","python3.12","127.0.0.1","forward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","dram__bytes_read.sum","byte","641,777,664"
-"0","4711","python3.12","127.0.0.1","forward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","gpu__time_duration.sum","us","230.50"
-"0","4711","python3.12","127.0.0.1","forward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","lts__t_sectors_op_read.sum","sector","20,000,000"
-"0","4711","python3.12","127.0.0.1","forward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","lts__t_sectors_op_read_lookup_hit.sum","sector","5,000,000"
-"0","4711","python3.12","127.0.0.1","forward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active","%","n/a"
-"1","4711","python3.12","127.0.0.1","forward_backward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","dram__bytes_read.sum","Gbyte","1.2"
-"2","4711","python3.12","127.0.0.1","forward_backward_kernel","1","7","(128, 1, 1)","(2112, 1, 1)","0","9.0",\
-"Command line profiler metrics","dram__bytes_read.sum","Mbyte","700"
-"""
+_ROW = '"{}","4711","python3.12","{}","1","(128, 1, 1)","9.0","Command line profiler metrics","{}","{}","{}"'
+CSV = "\n".join(
+    [
+        "==PROF== Connected to process 4711 (/usr/bin/python3.12)",
+        "a line of the process",
+        '"ID","Process ID","Process Name","Kernel Name","Stream","Block Size","CC","Section Name","Metric Name",'
+        '"Metric Unit","Metric Value"',
+        _ROW.format(0, "forward_kernel", "dram__bytes_read.sum", "byte", "641,777,664"),
+        _ROW.format(0, "forward_kernel", "gpu__time_duration.sum", "us", "230.50"),
+        _ROW.format(0, "forward_kernel", "lts__t_sectors_op_read.sum", "sector", "20,000,000"),
+        _ROW.format(0, "forward_kernel", "lts__t_sectors_op_read_lookup_hit.sum", "sector", "5,000,000"),
+        _ROW.format(0, "forward_kernel", "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", "%", "n/a"),
+        _ROW.format(1, "forward_backward_kernel", "dram__bytes_read.sum", "Gbyte", "1.2"),
+        _ROW.format(2, "forward_backward_kernel", "dram__bytes_read.sum", "Mbyte", "700"),
+    ]
+)
 
 
 def test_counters_are_read_from_the_csv_of_ncu() -> None:

@@ -10,19 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import (
-    DENSE,
-    FORWARD,
-    HARD_CASES,
-    INACTIVE,
-    SMOKE_ROWS,
-    WORKS,
-    Case,
-    Problem,
-    build,
-    linear_smoke,
-    means,
-)
+from .cases import DENSE, FORWARD, HARD_CASES, INACTIVE, SMOKE_ROWS, WORKS, Case, Problem, build, linear_smoke, means
 from .contestants import CONTESTANTS, Answer, Contestant, Run
 from .linear import OURS, case_result
 from .peers import HARD, build_hard, in_words
