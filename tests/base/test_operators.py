@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -47,6 +48,10 @@ class Inputs:
 class Results(NamedTuple):
     scaled: Tensor
     doubled: Tensor
+
+
+class Nested(NamedTuple):
+    inside: Results
 
 
 SEEN: list[Any] = []
@@ -171,6 +176,11 @@ def test_saved_values_come_back_as_they_were() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     Saving.apply(x).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [1.0, 2.0]
+
+
+def test_tensors_of_a_field_of_a_value_are_not_saved_unseen() -> None:
+    with pytest.raises(AssertionError, match="Results inside Nested: its tensors are not saved"):
+        save_values(SimpleNamespace(), nested=Nested(Results(torch.zeros(1), torch.zeros(1))))
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["by the dispatcher", "directly"])
