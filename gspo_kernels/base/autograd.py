@@ -48,7 +48,7 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
             )
 
 
-def transforms_active() -> bool:
+def beyond_reverse_mode() -> bool:
     """Whether a torch.func transform or forward-mode AD is active; under torch.compile neither is supported."""
     if torch.compiler.is_compiling():
         return False

@@ -117,7 +117,8 @@ def linear_policy_loss(
     """
     refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode(
-        "linear_policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        "linear_policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
         importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
     )  # fmt: skip
     refuse_vmap("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
@@ -254,7 +255,7 @@ def linear_token_logprobs(
     The errors are those of `policy_loss`.
     """
     refuse_forward_mode("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
-    refuse_forward_mode("linear_token_logprobs", False, temperature=temperature)
+    refuse_forward_mode("linear_token_logprobs", reverse=False, temperature=temperature)
     refuse_vmap("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
     with Agreement("hidden", hidden, head_ranks(hidden, weight, vocabulary)) as agreement:

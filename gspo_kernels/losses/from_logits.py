@@ -182,7 +182,7 @@ def policy_loss(
     """
     refuse_forward_mode("policy_loss", logits=logits)
     refuse_forward_mode(
-        "policy_loss", False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        "policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
     )  # fmt: skip
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
@@ -330,7 +330,7 @@ def policy_loss_from_logprobs(
     supported in padded layout, else they raise. The result and the errors are those of `policy_loss`.
     """
     refuse_forward_mode(
-        "policy_loss_from_logprobs", False, advantages=advantages, old_logprobs=old_logprobs,
+        "policy_loss_from_logprobs", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs, importance_weights=importance_weights, normalizer=normalizer,
     )  # fmt: skip
     if cu_seqlens is not None or cp_group is not None:  # sums over segments and over ranks are operators
@@ -386,7 +386,7 @@ def token_logprobs(
     The errors are those of `policy_loss`.
     """
     refuse_forward_mode("token_logprobs", logits=logits)
-    refuse_forward_mode("token_logprobs", False, temperature=temperature)
+    refuse_forward_mode("token_logprobs", reverse=False, temperature=temperature)
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
     with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
         logits, shard = shard_of("logits", logits, -1, vocabulary)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base.autograd import edge_of, first_derivative, refuse_second_backward, transforms_active
+from ..base.autograd import beyond_reverse_mode, edge_of, first_derivative, refuse_second_backward
 from ..base.operators import Operator, save_values, saved_values
 from ..rows import triton_rows
 from ..rows.dispatch import Backend, by_name
@@ -25,7 +25,7 @@ from ..rows.operators import FROM_LOGITS, check_values, gradient_buffer, row_gra
 from ..rows.types import RowOptions, Rows, RowStats, Upstream, empty_stats
 from .stats import PARTIALS, SCALARS, Stats
 from .token_stage import LossOutput, TokenInputs
-from .triton_stage import TritonStage, takes, unsupported_reason
+from .triton_stage import TritonStage, unsupported_reason
 
 
 def takes_rows_of(backend: Backend, inputs: TokenInputs) -> bool:
@@ -33,10 +33,15 @@ def takes_rows_of(backend: Backend, inputs: TokenInputs) -> bool:
     if not backend.runs_stage_in_triton:
         return False
     reason = unsupported_reason(inputs.objective, inputs.batch.ranks is not None)
-    on_gpu = inputs.batch.device.type == "cuda"
-    if reason and on_gpu and inputs.batch.ranks is None and not torch.compiler.is_compiling():
-        _warn(reason)
+    _warn_on_gpu(inputs, reason)
     return not reason
+
+
+def _warn_on_gpu(inputs: TokenInputs, reason: str) -> None:
+    """Once for each reason. That context-parallel losses take the stage in torch is documented and needs no warning."""
+    batch = inputs.batch
+    if reason and batch.device.type == "cuda" and batch.ranks is None and not torch.compiler.is_compiling():
+        _warn(reason)
 
 
 @functools.cache
@@ -47,9 +52,11 @@ def _warn(reason: str) -> None:
 
 def takes_logprobs(inputs: TokenInputs, logprobs: Tensor) -> bool:
     """Whether the loss of these log-probabilities runs here: differentiated in reverse mode, once or more often."""
-    if not takes(inputs) or logprobs.dtype != torch.float32 or transforms_active():
-        return False
-    return not triton_rows.unsupported_reasons(logprobs[..., None])
+    reason = unsupported_reason(inputs.objective, inputs.batch.ranks is not None)
+    if logprobs.dtype != torch.float32:
+        reason = reason or f"the log-probabilities are {logprobs.dtype}"
+    _warn_on_gpu(inputs, reason)
+    return not reason and not beyond_reverse_mode() and not triton_rows.unsupported_reasons(logprobs[..., None])
 
 
 def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
@@ -74,9 +81,9 @@ def loss_of_rows(inputs: TokenInputs, logprobs: Tensor, entropy: Tensor | None) 
     if len(inputs.batch.tokens) == 1:
         logprobs, entropy = logprobs.reshape(1, -1), None if entropy is None else entropy.reshape(1, -1)
     found = fused_stage(logprobs, entropy, inputs)
-    of_stats = logprobs.detach()
-    if inputs.batch.mask is not None:
-        of_stats = torch.where(inputs.batch.mask.reshape(of_stats.shape), of_stats, 0.0)
+    of_stats, mask = logprobs.detach(), inputs.batch.mask
+    # In memory of their own: the caller may write to the log-probabilities afterwards.
+    of_stats = of_stats.clone() if mask is None else torch.where(mask.reshape(of_stats.shape), of_stats, 0.0)
     return _output(inputs, found.loss, found.scalars, of_stats, found.log_ratios)
 
 

@@ -9,7 +9,7 @@ import torch
 from modes import KERNELS, on_device
 from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO
+from gspo_kernels import GRPO, GSPO, policy_loss_from_logprobs
 from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import _flatten
 from gspo_kernels.base.scalars import run_time_list
@@ -64,3 +64,13 @@ def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
     given.append(run_time_list(floats))
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     torch.library.opcheck(declared.operator._opoverload, tuple(given), test_utils=tests)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 3, dtype=torch.bool)], ids=["no mask", "mask"])
+def test_stats_keep_their_logprobs(mask: Tensor | None) -> None:
+    """Whatever the caller writes to the log-probabilities afterwards."""
+    logprobs = -numbers(2, 3)
+    before = logprobs.clone()
+    _, stats = policy_loss_from_logprobs(logprobs, numbers(2), mask=None if mask is None else on_device(mask))
+    logprobs.fill_(-1.0)
+    assert torch.equal(stats.logprobs, before)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -24,6 +26,7 @@ from gspo_kernels import (
     policy_loss,
     policy_loss_from_logprobs,
 )
+from gspo_kernels.losses import fused_loss
 from gspo_kernels.losses.objectives import at_most
 from gspo_kernels.losses.triton_stage import stage_reason, unsupported_reason
 from gspo_kernels.losses.triton_term import TritonTerm
@@ -268,3 +271,15 @@ def test_log_probabilities_of_float64_keep_their_digits(objective: Objective) ->
     torch.testing.assert_close(stats.ref_kl, torch.full_like(stats.ref_kl, -1e-9), rtol=1e-5, atol=0.0)
     infinite = torch.full_like(logprobs, -torch.inf)
     assert bool(policy_loss(logits, IDS, ADVANTAGES, infinite, objective=objective, backend="triton").loss.isfinite())
+
+
+def test_a_slower_stage_on_a_gpu_warns_once() -> None:
+    inputs: Any = SimpleNamespace(batch=SimpleNamespace(device=torch.device("cuda"), ranks=None))
+    with pytest.warns(UserWarning, match="slower on a GPU: it has no term"):
+        fused_loss._warn_on_gpu(inputs, "it has no term")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_loss._warn_on_gpu(inputs, "it has no term")
+        fused_loss._warn_on_gpu(inputs, "")
+        inputs.batch.device = torch.device("cpu")
+        fused_loss._warn_on_gpu(inputs, "on a CPU")
