@@ -298,11 +298,11 @@ TP = {
     "vocab_start alone": Case(to(vocab_start=0, vocab_size=8, tp_group=None), "vocab_start", "got 0", functions=ALL),
     "a size beside one value": Case(
         lambda at, found: {"tp_group": VocabularyShard(at.tp_group), "vocab_size": VOCAB}, "vocab_size",
-        "size it is; got 8", functions=ALL, to_do=r"VocabularyShard\(",
+        "has a size; got 8", functions=ALL, to_do=r"VocabularyShard\(",
     ),
     "a start beside one value": Case(
         lambda at, found: {"tp_group": VocabularyShard(at.tp_group, 0, VOCAB), "vocab_start": 0}, "vocab_start",
-        "start it is; got 0", functions=ALL, to_do=r"VocabularyShard\(",
+        "has a start; got 0", functions=ALL, to_do=r"VocabularyShard\(",
     ),
     "a start without a size": Case(
         lambda at, found: {"tp_group": VocabularyShard(at.tp_group, 0)}, "vocab_size", "None", functions=ALL

@@ -147,11 +147,11 @@ def one_pass() -> None:
     logits, upstream = torch.randn(1, 4, 11, generator=made), torch.randn(1, 4, generator=made)
     ids, temperature, factor = torch.tensor([[0, 3, 10, 5]]), torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.5)
     gradients = []
-    for move in (lambda x: x, on_npu):
+    for move, backend in ((lambda x: x, "native"), (on_npu, "reference")):
         gradient = move(torch.zeros(1, 4, 11))
         rows = Rows(move(logits), move(ids), None, temperature, 11)
-        operators._row_stats_and_gradient_(rows, Upstream(move(upstream)), gradient, None)
-        operators.scale(gradient, move(factor), None)
+        operators._row_stats_and_gradient_(rows, Upstream(move(upstream)), gradient, backend)
+        operators.scale(gradient, move(factor), backend)
         gradients.append(gradient)
     check_same("gradient in one pass", gradients[1], gradients[0])
 
