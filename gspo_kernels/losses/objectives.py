@@ -258,7 +258,7 @@ def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | No
         return None
     try:
         hints = typing.get_type_hints(kind)
-    except NameError:  # an annotation that is imported for type checkers alone
+    except (NameError, TypeError):  # an annotation imported for type checkers alone; an InitVar in Python 3.10
         return None
     optional = {float: False, float | None: True}
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
