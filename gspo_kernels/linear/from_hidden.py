@@ -149,7 +149,7 @@ def linear_policy_loss(
     arguments = HeadArguments(
         hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
     )
-    if torch.compiler.is_compiling() and objective.packed().is_own:  # an operator takes no objects
+    if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
     return linear_loss(arguments, inputs)

@@ -114,11 +114,6 @@ class ObjectiveKey(NamedTuple):
     name: str  # "module:qualname" of a class that is rebuilt from its parameters, or "own"
     parameters: tuple[float, ...]  # the fields in order, None as NaN; () where they cannot be read (fakes)
 
-    @property
-    def is_own(self) -> bool:
-        """Whether the object itself has to be carried beside the operator: see `carried`."""
-        return self.name == _OWN_NAME
-
 
 class Objective:
     """Base of all objectives.
@@ -199,7 +194,7 @@ class Objective:
     @staticmethod
     def unpacked(key: ObjectiveKey) -> Objective:
         """The objective; without parameters (in fakes), an instance that has the class's attributes alone."""
-        if key.is_own:
+        if key.name == _OWN_NAME:
             return _OWN.get()
         kind = _class_of(key.name)
         fields = _float_fields(kind)
@@ -240,7 +235,7 @@ class _Carried:
 
 def carried(objective: Objective) -> AbstractContextManager[Any]:
     """A context in which operators use this object itself, if a name and parameters cannot rebuild it."""
-    return _Carried(objective) if objective.packed().is_own else nullcontext()
+    return _Carried(objective) if objective.packed_parameters() is None else nullcontext()
 
 
 @torch.compiler.assume_constant_result

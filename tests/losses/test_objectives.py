@@ -267,7 +267,7 @@ def test_frozen_dataclasses_of_floats_are_rebuilt() -> None:
     )  # fmt: skip
     for objective in objectives_of_floats:
         key = objective.packed()
-        assert not key.is_own and Objective.unpacked(key) == objective
+        assert objective.packed_parameters() is not None and Objective.unpacked(key) == objective
         unread = Objective.unpacked(key._replace(parameters=()))
         assert type(unread) is type(objective) and unread.depends_on == objective.depends_on
 
@@ -302,7 +302,7 @@ def test_any_other_objective_is_carried() -> None:
 
     for objective in (OfToken(), Local(), WithTensor(ADVANTAGES), WithInitVar(0.1, scale=2.0), ForTypeCheckers()):
         key = objective.packed()
-        assert key.is_own and key.parameters == ()
+        assert objective.packed_parameters() is None and key.parameters == ()
         with objectives.carried(objective):
             assert Objective.unpacked(key) is objective
 
