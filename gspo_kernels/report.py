@@ -38,13 +38,12 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     objective = options.get("objective", GSPO())
     check_objective(objective)
     context_parallel = options.get("cp_group") is not None
-    head = arguments[0] if arguments else options.get("weight")
+    head, *others = arguments or (options.pop("weight", None),)
     if not (isinstance(head, Tensor) and head.is_floating_point()):
         fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
         stage = stage_reason(objective, choose(logits, backend, fields, warn=False), context_parallel=context_parallel)
         return f"{compare(logits, backend, fields)}\n{stage}"
-    options.pop("weight", None)
     wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
     chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)
     stage = stage_reason(objective, choose(chunk, backend, warn=False), context_parallel=context_parallel)
-    return f"{compare(chunk, backend)}\n{stage}\n{explain_plan(logits, head, *arguments[1:], **options)}"
+    return f"{compare(chunk, backend)}\n{stage}\n{explain_plan(logits, head, *others, **options)}"
