@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspo_kernels import linear_gspo_loss, linear_token_logprobs, token_logprobs
 
-SEQUENCES, TOKENS, WIDTH, VOCAB = 16, 64, 256, 8_192
+SEQUENCES, TOKENS, WIDTH, VOCAB = 16, 32, 256, 2_048
 
 
 def trainer(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def main() -> None:
 
     given, wide = (hidden, weight), (hidden.float(), weight.float())  # the same numbers
     rows = (
-        ("linear_token_logprobs, 1 token at a time", given, engine(*given, token_ids, 1)),
+        ("linear_token_logprobs, 3 tokens at a time", given, engine(*given, token_ids, 3)),
         ("linear_token_logprobs, 37 at a time", given, engine(*given, token_ids, 37)),
         # On a CPU, `linear_token_logprobs` multiplies float32 operands by the product that torch runs here. bf16
         # operands may be multiplied by another one, and two products differ by their rounding in float32, 1e-6.

@@ -6,12 +6,14 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from modes import DEFAULT_MODE
 
 pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
 
 
-def test_trainer_and_engine_agree(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trainer_and_engine_agree(capsys: pytest.CaptureFixture[str], threads: None) -> None:
+    torch.set_num_threads(1)  # many small products: threads would wait for each other
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "same_bits.py"), run_name="__main__")
     *same, rounded = capsys.readouterr().out.splitlines()[1:]
     assert len(same) == 3
