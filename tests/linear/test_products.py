@@ -363,6 +363,23 @@ def test_logits_on_a_gpu_are_products_of_one_shape(
 
 
 @DEFAULT_MODE
+def test_cublas_adds_to_the_gradient_of_the_head_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def recorded(self: Tensor, *operands: Tensor, beta: float, out: Tensor, **rest: Any) -> Tensor:
+        calls.append((beta, self.data_ptr(), out.data_ptr()))
+        return wide_addmm(self, *operands, beta=beta, out=out, **rest)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    hidden, weight, gradient = made(torch.bfloat16, 5, 33, 61)
+    sums = torch.zeros(61, 33)
+    for add in (False, True):
+        CudaProducts(weight, torch.bfloat16).weight_gradient(gradient, hidden, sums, add)
+    assert calls == [(0.0, sums.data_ptr(), sums.data_ptr()), (1.0, sums.data_ptr(), sums.data_ptr())]
+    check_product("weight_gradient, twice", sums, 2 * gradient.double().t(), hidden)
+
+
+@DEFAULT_MODE
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_without_bf16_units(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another processor, or another torch: products of the same numbers in fp32; the same loss."""
