@@ -2,8 +2,7 @@
 
 A model, not a measurement. The products run at the speed of the bare products that a GPU has shown, all other memory is
 moved at the speed of its copy, and nothing overlaps: both are from the committed results. Launches, waits and the lower
-clock under load are left out: at 8,192 rows the measured times are 1 to 19% above it. A table of docs/gpu.md is its
-output.
+clock under load are left out. A table of docs/gpu.md is its output.
 """
 
 from __future__ import annotations
