@@ -41,10 +41,14 @@ SANITIZE = os.environ.get("GSPO_KERNELS_SANITIZE")  # "address,undefined": for `
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # gcc, gcc, clang
-SOURCES = {"csrc/bindings.cpp": [], "csrc/cpu/rows_baseline.cpp": []}
+BASELINE = ("csrc/bindings.cpp", "csrc/cpu/rows_baseline.cpp", "csrc/cpu/products.cpp", "csrc/cpu/products_baseline.cpp")
+SOURCES: dict[str, list[str]] = {source: [] for source in BASELINE}
+AVX512_BF16 = "-mavx512bf16"  # GCC 10 and Clang 9 know it; without it that file compiles to nothing
 if X86:
-    SOURCES["csrc/cpu/rows_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
-    SOURCES["csrc/cpu/rows_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    SOURCES |= {"csrc/cpu/rows_avx2.cpp": AVX2, "csrc/cpu/products_avx2.cpp": AVX2}
+    SOURCES |= {"csrc/cpu/rows_avx512.cpp": AVX512, "csrc/cpu/products_avx512bf16.cpp": [*AVX512, AVX512_BF16]}
 LINK = ["-pthread"] + (["-ldl"] if sys.platform.startswith("linux") else [])
 
 CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")
