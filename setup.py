@@ -117,10 +117,13 @@ class BuildExtension(build_ext):
                 self.warn(f"the CUDA kernels could not be compiled ({error}): a GPU will run the Triton kernels alone")
         objects = objects / "with_cuda" if kernels else objects
         objects.mkdir(exist_ok=True)
+        unknown = set() if not X86 or knows(compiler, AVX512_BF16) else {AVX512_BF16}
         commands = {
-            objects / (source.replace("/", "_") + ".o"): [*compiler, *includes, *FLAGS, *flags, "-c", source]
+            objects / (source.replace("/", "_") + ".o"): [
+                *(*compiler, *includes, *FLAGS), *(flag for flag in flags if flag not in unknown), "-c", source
+            ]
             for source, flags in sources.items()
-        }
+        }  # fmt: skip
         compile_all(commands, objects)
         self.compiler.link_shared_object(
             [str(target) for target in (*commands, *kernels)],
@@ -149,6 +152,11 @@ class BuildExtension(build_ext):
             raise OSError(f"libcudart_static.a is not beside {nvcc}: CUDA's runtime library is not installed")
         # Its symbols are hidden, because torch has its own runtime, maybe of another release.
         return commands, [str(runtime), "-lrt", f"-Wl,--exclude-libs,{runtime.name}"]
+
+
+def knows(compiler: list[str], flag: str) -> bool:
+    command = [*compiler, flag, "-x", "c++", "-E", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def find_nvcc() -> Path | None:

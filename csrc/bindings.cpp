@@ -45,7 +45,7 @@ bool supported(const std::string& name) {
   return name == "baseline";
 }
 
-// Whether this processor has units for products of bf16 matrices: AMX, or AVX-512's instructions.
+// What this processor has for products of bf16 matrices: tile units, or instructions of AVX-512.
 bool has_amx_bfloat16() {
 #if defined(__x86_64__)
   unsigned eax, ebx, ecx, edx;
