@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base.torch_internals import MklGemm, mkl_gemm
 from ..rows import cpu_rows
+from .weight_sums import WeightSums
 
 # The head is multiplied in blocks of this many bytes, in the dtype of the sums. On a CPU a block stays near the cache;
 # everywhere it is large enough for a fast product.
@@ -93,9 +94,11 @@ class Products:
             self._multiply(gradient[:, columns], weight, out, columns.start > 0, factor)
         return out
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
-        """[n, V], [n, D] -> `out` [V, D] = product times a factor, added to `out` if `add`."""
-        self._multiply(gradient.t(), self._operand(hidden), out, add, factor)
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, sums: WeightSums, factor: float = 1.0) -> None:
+        """[n, V], [n, D] -> adds the product [V, D] times a factor to the sums."""
+        operand = self._operand(hidden)
+        for columns, out, add in sums.blocks():
+            self._multiply(gradient[:, columns].t(), operand, out, add, factor)
 
     def _multiply_narrow(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         """`_multiply` for a head with fewer columns than `_min_columns`: columns of zeros are added."""
