@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..rows import cpu_rows
 
-# A product passes through a block of this many bytes a thread, which stays in the cache, before it is added.
-_BLOCK_BYTES_PER_THREAD = 2 << 20
+# Before a product is added it passes through a block that stays in the cache.
+_BLOCK_BYTES_PER_THREAD, _MAX_BLOCK_BYTES = 2 << 20, 16 << 20
 
 
 class Sums(NamedTuple):
@@ -56,13 +56,14 @@ class WeightSums:
             yield slice(0, self._vocab), high[: self._vocab], self._products > 0
         else:
             width = high.shape[1]
-            rows = max(1, _BLOCK_BYTES_PER_THREAD * torch.get_num_threads() // (4 * width))
+            bytes = min(_BLOCK_BYTES_PER_THREAD * torch.get_num_threads(), _MAX_BLOCK_BYTES)
+            rows = max(1, bytes // (4 * width))
             buffer = high.new_empty(min(rows, self._vocab), width, dtype=torch.float32)
             for start in range(0, self._vocab, rows):
                 columns = slice(start, min(start + rows, self._vocab))
                 product = buffer[: columns.stop - start]
                 yield columns, product, False
-                cpu_rows.add_to_sums(high[columns], low[columns], product, start * width, self._products)
+                cpu_rows.add_to_sums(high, low, product, start * width, self._products)
         self._products += 1
 
     def finished(self) -> Sums:

@@ -127,10 +127,9 @@ def request_huge_pages(gradient: Tensor) -> None:
 
 
 def add_to_sums(high: Tensor, low: Tensor, product: Tensor, first: int, pass_number: int) -> None:
-    """Adds a contiguous product to contiguous sums; in pass 0 writes it. `first`: the index of the first of these sums.
-
-    The index and the number of the pass choose the random numbers of the rounding.
-    """
+    """Adds a product to contiguous sums from number `first` on; in pass 0 writes it."""
+    assert high.is_contiguous() and low.is_contiguous() and product.is_contiguous()
+    assert high.shape == low.shape and 0 <= first <= first + product.numel() <= high.numel()
     _native.add_to_sums(
         high=high.data_ptr(), low=low.data_ptr(), first=first, product=product.data_ptr(), count=product.numel(),
         pass_number=pass_number, threads=torch.get_num_threads(),
