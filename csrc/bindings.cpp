@@ -184,6 +184,27 @@ struct Rows {
   }
 };
 
+// Sums in 24 bits, and `count` numbers of a product to add to them from sum `first` on.
+template <class F>
+void for_each_sum(int64_t count, int threads, const F& run) {
+  constexpr int64_t kSumsPerTask = 1 << 14;
+  parallel_for(count, kSumsPerTask, threads, run);
+}
+
+void add_to_sums(uintptr_t high, uintptr_t low, int64_t first, uintptr_t product, int64_t count, uint32_t pass,
+                 int threads) {
+  const Sums24 sums{pointer<uint16_t>(high), pointer<uint8_t>(low)};
+  for_each_sum(count, threads, [&](int64_t begin, int64_t end) {
+    instruction_set().sums.add(sums, first, pointer<const float>(product), pass, begin, end);
+  });
+}
+
+void round_sums(uintptr_t high, uintptr_t low, int64_t count, float factor, int threads) {
+  const Sums24 sums{pointer<uint16_t>(high), pointer<uint8_t>(low)};
+  for_each_sum(count, threads,
+               [&](int64_t begin, int64_t end) { instruction_set().sums.round(sums, factor, begin, end); });
+}
+
 // Page faults on a newly allocated gradient cost more than the arithmetic: request 2 MiB pages before the first write.
 void request_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -213,6 +234,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("columns"), py::arg("depth"), py::arg("left"), py::arg("left_row_stride"),
         py::arg("left_depth_stride"), py::arg("right"), py::arg("right_depth_stride"), py::arg("right_column_stride"),
         py::arg("out"), py::arg("out_stride"), py::arg("bias"), py::arg("add"), py::arg("factor"), py::arg("threads"));
+  m.def("add_to_sums", &add_to_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("first"),
+        py::arg("product"), py::arg("count"), py::arg("pass_number"), py::arg("threads"));
+  m.def("round_sums", &round_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("count"),
+        py::arg("factor"), py::arg("threads"));
   py::class_<Rows>(m, "Rows")
       .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
                     double, uintptr_t, uintptr_t, int>(),

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..base.torch_internals import mkl_gemm
 from .cpu_products import cpu_products, multiply
+from .weight_sums import WeightSums
 
 # The head is multiplied in blocks of this many bytes, in the dtype of the sums. On a CPU a block stays near the cache;
 # everywhere it is large enough for a fast product.
-_BLOCK_BYTES = {"cpu": 32 << 20}
+_BLOCK_BYTES = {"cpu": 16 << 20}
 _BLOCK_BYTES_ELSEWHERE = 512 << 20
 
 # CPU libraries multiply the last few rows by another kernel, which sums in another order. MKL does so for fewer than 4
@@ -93,9 +94,11 @@ class Products:
             self._multiply(gradient[:, columns], weight, out, columns.start > 0, factor)
         return out
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
-        """[n, V], [n, D] -> `out` [V, D] = product times a factor, added to `out` if `add`."""
-        self._multiply(gradient.t(), self._operand(hidden), out, add, factor)
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, sums: WeightSums, factor: float = 1.0) -> None:
+        """[n, V], [n, D] -> adds the product [V, D] times a factor to the sums."""
+        operand = self._operand(hidden)
+        for columns, out, add in sums.blocks():
+            self._multiply(gradient[:, columns].t(), operand, out, add, factor)
 
     def _multiply_narrow(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         """`_multiply` for a head with fewer columns than `_min_columns`: columns of zeros are added."""
@@ -222,16 +225,13 @@ def gradients_are_half_width(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype == torch.bfloat16 and cpu_products(dtype).name != "float32"
 
 
-def default_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
+def default_chunk_bytes(device: str) -> int:
     """Memory for a chunk's logits where the caller sets none: enough rows for products to run at full speed.
 
     Each chunk adds to the whole gradient of the head. The faster the products, the more rows a chunk needs until these
-    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU; on a CPU 512 in float32,
-    768 where a head is converted for each chunk, and 1,024 with bf16 units (the gradients of two chunks).
+    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU, and 512 on a CPU.
     """
-    if device == "cuda":
-        return 1280 << 20
-    return (448 if gradient and dtype.itemsize == 2 else 300) << 20
+    return (1280 if device == "cuda" else 300) << 20
 
 
 def _even_blocks(columns: int, most: int) -> list[slice]:

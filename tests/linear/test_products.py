@@ -29,6 +29,7 @@ from gspo_kernels.linear.products import (
     _cuda_products,
     _even_blocks,
 )
+from gspo_kernels.linear.weight_sums import WeightSums
 from gspo_kernels.rows import cpu_rows
 
 pytestmark = NOT_INTERPRETED  # no Triton kernel
@@ -119,14 +120,15 @@ def check_all(of: Products, hidden: Tensor, weight: Tensor, gradient: Tensor) ->
     wide[:, :vocab] = narrow
     check_product("hidden_gradient", of.hidden_gradient(wide[:, :vocab]), narrow, weight)
     before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)).to(of.sum_dtype).to(DEVICE)
-    found = torch.empty_like(before)
-    of.weight_gradient(wide[:, :vocab], hidden, found, add=False)
+    sums = WeightSums(before, vocab, of.sum_dtype)  # not in 24 bits, which a bf16 head has
+    of.weight_gradient(wide[:, :vocab], hidden, sums)
+    found = sums.finished().high
     check_product("weight_gradient", found, narrow.t(), hidden)
-    found = before.clone()
-    of.weight_gradient(wide[:, :vocab], hidden, found, add=True)
+    found.copy_(before)
+    of.weight_gradient(wide[:, :vocab], hidden, sums)
     check_product("weight_gradient, added", found, narrow.t(), hidden, before)
-    found = before.clone()
-    of.weight_gradient(wide[:, :vocab], hidden, found, True, 0.25)
+    found.copy_(before)
+    of.weight_gradient(wide[:, :vocab], hidden, sums, 0.25)
     check_product("weight_gradient with a factor", found, 0.25 * narrow.double().t(), hidden, before)
     check_product(
         "hidden_gradient with a factor", of.hidden_gradient(wide[:, :vocab], 4.0), 4.0 * narrow.double(), weight
