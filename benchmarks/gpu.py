@@ -59,8 +59,9 @@ PROFILED = (
 KERNELS = ("forward", "backward", "forward_backward", "one_read")
 TESTS = ("test_rows.py", "test_triton_rows.py", "test_cuda_rows.py", "test_losses.py", "test_autograd.py")
 MORE_TESTS = (
-    "test_row_independence.py", "test_linear.py", "test_linear_precision.py", "test_vocab_size.py", "test_stats.py",
-    "test_group_of_one.py", "test_nan.py", "test_inputs.py", "test_derivatives.py",
+    "test_row_independence.py", "test_linear_bits.py", "test_linear.py", "test_linear_precision.py",
+    "test_vocab_size.py", "test_stats.py", "test_group_of_one.py", "test_nan.py", "test_inputs.py",
+    "test_derivatives.py",
 )  # fmt: skip
 
 

@@ -64,23 +64,23 @@ CONTESTANTS: dict[str, tuple[str, Callable[[], libraries.Logprobs]]] = {
 
 @dataclass(frozen=True)
 class Moved:
-    old: Tensor  # [sequences, T, width] bf16
+    old: Tensor  # [sequences, T, width], bf16 unless `build` was given another dtype
     new: Tensor
-    weight: Tensor  # [vocab, width] bf16
+    weight: Tensor  # [vocab, width]
     token_ids: Tensor  # [sequences, T]
     advantages: Tensor  # [sequences]
     logprobs: Tensor  # [sequences, T] float64: true ones after the move
     log_ratio: Tensor  # [sequences] float64: true ones
 
 
-def build(length: int, move: float, width: int, vocab: int) -> Moved:
+def build(length: int, move: float, width: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> Moved:
     generator = torch.Generator().manual_seed(SEED)
     rows = SEQUENCES * length
     weight = torch.randn(vocab, width, generator=generator).mul_(2.0 / math.sqrt(width))
     token_ids = torch.randint(vocab, (rows,), generator=generator)
     hidden = likely_hidden(weight, token_ids, generator)
-    weight, old = weight.bfloat16(), hidden.bfloat16()
-    new = (old.float() + move * torch.randn(rows, width, generator=generator)).bfloat16()
+    weight, old = weight.to(dtype), hidden.to(dtype)
+    new = (old.float() + move * torch.randn(rows, width, generator=generator)).to(dtype)
     before, after = (exact_logprobs(x, weight, token_ids)[0].view(SEQUENCES, length) for x in (old, new))
     return Moved(
         old=old.view(SEQUENCES, length, width),

@@ -18,7 +18,7 @@ from ..losses.stats import SCALARS
 from ..losses.token_stage import TokenInputs, TokenStage
 from ..rows.types import RowStats, Upstream
 from .head import Head, RowRange
-from .schedule import ChunkSize, Step, even_parts, plan
+from .schedule import ChunkSize, Step, plan
 from .types import NeedsGrad, SelectedRows, can_synchronize
 
 
@@ -43,7 +43,7 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
         return coefficients.of_step(step, RowStats(*(x[step.start : step.stop] for x in stats)))
 
     for step in plan_steps(inputs, lengths, head):
-        parts = even_parts(step.start, step.stop, head.chunk_size.default_rows)
+        parts = head.chunk_size.parts(step.start, step.stop)
         if step.mode == "statistics":
             _forward(head, stats, step.start, step.stop)
         elif step.mode == "single_pass":
@@ -67,7 +67,7 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
 def statistics(head: Head) -> RowStats:
     """Statistics of the selected rows, without gradients."""
     stats = _empty_stats(head)
-    for start, stop in even_parts(0, head.rows.count, head.chunk_size.default_rows):
+    for start, stop in head.chunk_size.parts(0, head.rows.count):
         _forward(head, stats, start, stop)
     return stats
 
@@ -86,7 +86,7 @@ def backward_recomputed(head: Head, first: int, stats: RowStats, upstream: Upstr
     active = upstream.some()
     all_rows = torch.arange(len(active), device=active.device)
     rows = all_rows[active] if can_synchronize(active.device) else all_rows
-    for start, stop in even_parts(0, rows.shape[0], head.chunk_size.default_rows):
+    for start, stop in head.chunk_size.parts(0, rows.shape[0]):
         chosen: RowRange = rows[start:stop] + first
         head.load(chosen, recompute=True)
         head.backward(RowStats(*(x[chosen] for x in stats)), upstream.at(rows[start:stop]))

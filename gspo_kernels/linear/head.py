@@ -16,7 +16,14 @@ from ..base.collectives import all_reduce_
 from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
-from .gradient_rows import ActiveCount, PendingProducts, doubling_ranges, fp16_exponent, order_in_place
+from .gradient_rows import (
+    CHUNKS_OF_GRADIENTS,
+    ActiveCount,
+    PendingProducts,
+    doubling_ranges,
+    fp16_exponent,
+    order_in_place,
+)
 from .products import products
 from .schedule import chunk_size, row_stride
 from .types import Gradients, HeadArguments, NeedsGrad, SelectedRows
@@ -58,7 +65,9 @@ class Head:
         self.chunk_size = chunk_size(arguments.chunk_bytes, columns, dtype, device.type, needs_grad.any())
         self._max_rows = max_rows = min(self.chunk_size.max_rows, max(rows.count, 1))
         self._stride = row_stride(vocab, device.type)
-        buffer_rows = max_rows + self._products.max_padding
+        # On a CPU logits may lie behind pending gradients; elsewhere they always begin at row 0.
+        on_cpu = device.type == "cpu"
+        buffer_rows = max_rows + self._products.max_padding if on_cpu else self._products.padded_rows(max_rows)
         self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
         self.backend: Backend = choose(
             self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, ["row_indices"]
@@ -66,10 +75,13 @@ class Head:
         # Where one thread computes a whole row, it writes the gradient over the logits that it has read.
         self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
         self._gradient_buffer = self._logits_buffer.view(self._products.gradient_dtype)
+        self._gradient_rows = max_rows  # of the buffer
         if needs_grad.any() and not self._in_place:
-            self._gradient_buffer = torch.empty(
-                max_rows * self._stride, dtype=self._products.gradient_dtype, device=device
-            )
+            dtype = self._products.gradient_dtype
+            # fp16 gradients are scaled chunk by chunk. float32 products are so slow that their number does not matter.
+            if needs_grad.weight and dtype == torch.bfloat16:
+                self._gradient_rows = min(CHUNKS_OF_GRADIENTS * max_rows, max(rows.count, 1))
+            self._gradient_buffer = torch.empty(self._gradient_rows * self._stride, dtype=dtype, device=device)
 
         def buffer(shape: tuple[int, ...], needed: bool) -> Tensor:
             return torch.empty(shape if needed else 0, dtype=self.sum_dtype, device=device)
@@ -94,8 +106,11 @@ class Head:
             self.work.recomputed_rows += hidden.shape[0]
         else:
             self.work.forward_rows += hidden.shape[0]
-        if not self._in_place:
-            self.finish_products()  # those of the last chunk, queued behind the logits of this one
+        if not self._in_place and self._pending is not None:  # queued behind the logits of this chunk
+            self._pending = self._pending.counted()
+            together = self._products.gradient_dtype != torch.float16
+            if not together or self._pending_rows + len(hidden) > self._gradient_rows:
+                self.finish_products()
 
     def statistics(self) -> RowStats:
         """Of the loaded rows, each [n]. With a shard, a collective."""
@@ -126,10 +141,15 @@ class Head:
         count = ActiveCount(active, fp16_exponent(upstream) if self._products.gradient_dtype == torch.float16 else None)
         order = torch.argsort(active.logical_not().to(torch.uint8), stable=True)
         if order.numel():
-            gradient = self._view(self._gradient_buffer, 0, order.numel())
-            self._write(gradient, order, stats, upstream, count.exponent)
-            indices = self._active_indices(order)
-            self._pending = PendingProducts(gradient, indices, active.index_select(0, order), count)
+            first = self._pending_rows
+            gradient = self._view(self._gradient_buffer, 0, first + order.numel())
+            self._write(gradient[first:], order, stats, upstream, count.exponent)
+            indices, active = self._active_indices(order), active.index_select(0, order)
+            if self._pending is not None:
+                assert self._pending.active is not None
+                indices = torch.cat([self._pending.hidden_indices, indices])
+                active = torch.cat([self._pending.active, active])
+            self._pending = PendingProducts(gradient, indices, active, count, first)
 
     def _backward_in_place(self, active: Tensor, stats: RowStats, upstream: Upstream) -> None:
         """Writes over the logits, behind pending gradients. Products run when the next logits need the memory."""
@@ -144,7 +164,7 @@ class Head:
         indices = self._active_indices(order)
         if self._pending is not None:
             indices = torch.cat([self._pending.hidden_indices, indices])
-        self._pending = PendingProducts(gradient, indices, None, None)
+        self._pending = PendingProducts(gradient, indices, None)
 
     def _write(
         self, gradient: Tensor, order: Tensor, stats: RowStats, upstream: Upstream, exponent: Tensor | None = None
@@ -162,19 +182,17 @@ class Head:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        count, exponent = pending.hidden_indices.shape[0], 0
-        if pending.active_count is not None:
-            count, exponent = pending.active_count.wait()
-        if count == 0:
+        gradient, indices, active, _, _, exponent = pending.counted()
+        factor = 2.0**-exponent
+        if len(indices) == 0:
             return
-        self.work.backward_rows += count
-        gradient, indices, factor = pending.gradient[:count], pending.hidden_indices[:count], 2.0**-exponent
+        self.work.backward_rows += len(indices)
         if self.needs_grad.hidden:
             self._hidden_gradient.index_copy_(0, indices, self._products.hidden_gradient(gradient, factor))
         if self.needs_grad.weight:
             hidden = self.rows.hidden.index_select(0, indices)
-            if pending.active is not None:  # hidden states of an inactive row may be NaN, and zero times NaN is NaN
-                hidden = torch.where(pending.active[:count, None], hidden, 0.0)
+            if active is not None:  # hidden states of an inactive row may be NaN, and zero times NaN is NaN
+                hidden = torch.where(active[:, None], hidden, 0.0)
             self._products.weight_gradient(gradient, hidden, self._weight_sums, factor)
         if self.needs_grad.bias:
             self._bias_gradient[: self.vocab].add_(gradient.sum(0, dtype=self.sum_dtype), alpha=factor)
@@ -244,11 +262,13 @@ class Head:
 
     @property
     def _pending_rows(self) -> int:
-        """Rows of pending gradients in the logits buffer."""
-        return 0 if not self._in_place or self._pending is None else self._pending.hidden_indices.shape[0]
+        """Rows of pending gradients, which lie at the beginning of their buffer."""
+        return 0 if self._pending is None else self._pending.hidden_indices.shape[0]
 
     def _first_free_row(self, rows: int) -> int:
         """Where the logits buffer has memory for `rows`: behind pending gradients, else at 0 once they are done."""
+        if not self._in_place:
+            return 0
         first = -(-self._pending_rows * self._products.gradient_dtype.itemsize // self.sum_dtype.itemsize)
         if first + rows <= self._max_rows:
             return first

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..base import checks
-from .products import default_chunk_bytes, gradients_are_half_width, sum_dtype
+from .products import PRODUCT_ROWS, default_chunk_bytes, gradients_are_half_width, sum_dtype
 
 _ROUND = 64  # rows, and on a GPU columns: products are fastest at multiples of it
 
@@ -39,6 +39,11 @@ class ChunkSize(NamedTuple):
 
     max_rows: int  # a sequence with more rows does not fit into a chunk
     default_rows: int  # for everything but one sequence that needs more
+    multiple: int = _ROUND  # a chunk is a multiple of it, unless it is smaller
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) in chunks of almost equal size."""
+        return even_parts(start, stop, self.default_rows, self.multiple)
 
 
 def plan(
@@ -59,7 +64,7 @@ def plan(
     total = sum(lengths)
     if not gradient or depends_on == "token":
         mode = "single_pass" if gradient else "statistics"
-        ranges = [(mode, start, stop) for start, stop in even_parts(0, total, chunk.default_rows)]
+        ranges = [(mode, start, stop) for start, stop in chunk.parts(0, total)]
     else:
         ranges = []
         for start, stop in _groups(lengths if depends_on == "sequence" else [total], chunk.default_rows):
@@ -69,12 +74,12 @@ def plan(
     return list(_with_sequences(ranges, lengths))
 
 
-def even_parts(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) in equal parts of at most `most`."""
+def even_parts(start: int, stop: int, most: int, multiple: int = _ROUND) -> Iterator[tuple[int, int]]:
+    """[start, stop) in equal parts of at most `most`; parts are rounded up to the multiple if `most` reaches it."""
     count = -(-(stop - start) // most)
     size = 0 if count == 0 else -(-(stop - start) // count)
-    if most >= _ROUND:
-        size = min(-(-size // _ROUND) * _ROUND, most)
+    if most >= multiple:
+        size = min(-(-size // multiple) * multiple, most)
     while start < stop:
         yield start, min(start + size, stop)
         start += size
@@ -89,28 +94,30 @@ def chunk_size(chunk_bytes: int | None, vocab: int, dtype: torch.dtype, device: 
     """How many rows of logits fit into `chunk_bytes`. Raises ValueError if not one does.
 
     Args:
-        chunk_bytes: None: `default_chunk_bytes`.
+        chunk_bytes: None: `default_chunk_bytes`. On a GPU the buffer for logits never has fewer rows than one product,
+            `PRODUCT_ROWS`; smaller chunks take the same memory, and more time.
         dtype: of the operands of the products.
         gradient: whether any operand needs a gradient.
     """
     itemsize = sum_dtype(dtype).itemsize
     row_bytes = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
-        chunk_bytes = max(default_chunk_bytes(device), row_bytes)
+        chunk_bytes = max(default_chunk_bytes(device), row_bytes * PRODUCT_ROWS.get(device, 1))
     elif (chunk_bytes := checks.whole("chunk_bytes", chunk_bytes, "the memory for logits")) < row_bytes:
         raise ValueError(
             f"chunk_bytes: expected at least {row_bytes}, one row of {vocab} logits in {itemsize * 8}-bit floats; "
             f"got {chunk_bytes}"
         )
-    rows = _round_down(chunk_bytes // row_bytes)
+    multiple = PRODUCT_ROWS.get(device, _ROUND)
+    rows = _round_down(chunk_bytes // row_bytes, multiple)
     if gradient and gradients_are_half_width(device, dtype):
         # Two chunks: the gradients of the first, at half the width of logits, stay beside the logits of the second.
-        return ChunkSize(rows, max(1, _round_down(rows * 2 // 3)))
-    return ChunkSize(rows, rows)
+        return ChunkSize(rows, max(1, _round_down(rows * 2 // 3, multiple)))
+    return ChunkSize(rows, rows, multiple)
 
 
-def _round_down(rows: int) -> int:
-    return rows // _ROUND * _ROUND if rows >= _ROUND else rows
+def _round_down(rows: int, multiple: int) -> int:
+    return rows // multiple * multiple if rows >= multiple else rows
 
 
 def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

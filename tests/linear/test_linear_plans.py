@@ -79,6 +79,14 @@ def test_parts_are_equal_and_few(start: int, length: int, most: int) -> None:
 
 
 @DEFAULT_MODE
+def test_parts_on_a_gpu_fill_whole_products() -> None:
+    size = chunk_size(None, 151_936, torch.bfloat16, "cuda", gradient=True)
+    parts = [(0, 2048), (2048, 4096), (4096, 5000)]
+    assert list(size.parts(0, 5000)) == parts, "equal parts of 1,667 rows would be padded to 2,048 each"
+    assert [(s.start, s.stop) for s in plan([5000], size, depends_on="token")] == parts
+
+
+@DEFAULT_MODE
 def test_neighbours_share_a_chunk_as_long_as_they_fit() -> None:
     steps = plan([3, 4, 2, 9, 1, 0, 5], ChunkSize(8, 8), depends_on="sequence")
     assert [(s.mode, s.start, s.stop) for s in steps] == [
@@ -103,13 +111,17 @@ def test_neighbours_share_a_chunk_as_long_as_they_fit() -> None:
         (63 * 400, 100, torch.float32, "cpu", 63),
         (100 * 400, 100, torch.float32, "cpu", 64),  # from 64 on in multiples of it
         (129 * 400, 100, torch.float32, "cpu", 128),
+        (1100 * 512, 100, torch.bfloat16, "cuda", 1024),  # from 512 on in multiples of it there
+        (500 * 512, 100, torch.bfloat16, "cuda", 500),
+        (None, 151_936, torch.bfloat16, "cuda", 2048),
+        (None, 1 << 20, torch.bfloat16, "cuda", 512),  # never fewer rows than one product
         (None, 1 << 20, torch.float32, "cpu", 64),
         (None, 1 << 30, torch.float32, "cpu", 1),  # a row larger than the default
     ],
 )
 def test_chunk_size(chunk_bytes: int | None, vocab: int, dtype: torch.dtype, device: str, rows: int) -> None:
     for gradient in (False, True):
-        assert chunk_size(chunk_bytes, vocab, dtype, device, gradient) == (rows, rows)
+        assert chunk_size(chunk_bytes, vocab, dtype, device, gradient)[:2] == (rows, rows)
 
 
 @DEFAULT_MODE
@@ -117,8 +129,8 @@ def test_chunk_size(chunk_bytes: int | None, vocab: int, dtype: torch.dtype, dev
 def test_chunk_size_where_gradients_stay(held: int, rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of one chunk, half as wide as logits, fit beside the logits of the next."""
     monkeypatch.setattr(schedule, "gradients_are_half_width", lambda device, dtype: True)
-    assert chunk_size(held * 400, 100, torch.bfloat16, "cpu", gradient=True) == rows
-    assert chunk_size(held * 400, 100, torch.bfloat16, "cpu", gradient=False) == (rows[0], rows[0])
+    assert chunk_size(held * 400, 100, torch.bfloat16, "cpu", gradient=True)[:2] == rows
+    assert chunk_size(held * 400, 100, torch.bfloat16, "cpu", gradient=False)[:2] == (rows[0], rows[0])
 
 
 # --- what a loss did --------------------------------------------------------------------------------------------------

@@ -357,6 +357,54 @@ def test_the_products_that_a_release_accepts(
 
 
 @DEFAULT_MODE
+@pytest.mark.parametrize("width", [64, 33])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_logits_on_a_gpu_are_products_of_one_shape(
+    width: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the batch: cuBLAS sees the same rows, strides and alignment, and so chooses the same kernel."""
+    seen = set()
+
+    def recorded(self: Tensor, a: Tensor, b: Tensor, *, beta: float, **rest: Any) -> Tensor:
+        operands = [(x.shape, x.stride(), x.data_ptr() % 64) for x in (a, b, self)]
+        seen.add((tuple(operands), beta))
+        return wide_addmm(self, a, b, beta=beta, **rest)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    monkeypatch.setitem(products.PRODUCT_ROWS, "cpu", 32)
+    hidden, weight, _ = made(torch.bfloat16, 100, width, 61)
+    bias = weight[:, 0].contiguous() if with_bias else None
+    of = CudaProducts(weight, torch.bfloat16)
+    monkeypatch.setattr(of, "_in_blocks", False)  # a GPU's products need no blocks of a CPU
+    monkeypatch.setattr(of, "_min_columns", 1)
+    for start, stop in ((0, 1), (3, 10), (0, 31), (1, 33), (0, 64), (5, 70), (0, 100)):
+        rows = stop - start
+        out = torch.empty(of.padded_rows(rows), 64)[:, :61]
+        of.logits(hidden[start:stop], bias, out)
+        before = None if bias is None else bias.expand(rows, 61)
+        check_product("logits", out[:rows], hidden[start:stop], weight.t(), before)
+        assert of.padded_rows(rows) - rows < 32 and of.padded_rows(rows) % 32 == 0
+    assert len(seen) == 1
+
+
+@DEFAULT_MODE
+def test_cublas_adds_to_the_gradient_of_the_head_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def recorded(self: Tensor, *operands: Tensor, beta: float, out: Tensor, **rest: Any) -> Tensor:
+        calls.append((beta, self.data_ptr(), out.data_ptr()))
+        return wide_addmm(self, *operands, beta=beta, out=out, **rest)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    hidden, weight, gradient = made(torch.bfloat16, 5, 33, 61)
+    sums = torch.zeros(61, 33)
+    for add in (False, True):
+        CudaProducts(weight, torch.bfloat16).weight_gradient(gradient, hidden, sums, add)
+    assert calls == [(0.0, sums.data_ptr(), sums.data_ptr()), (1.0, sums.data_ptr(), sums.data_ptr())]
+    check_product("weight_gradient, twice", sums, 2 * gradient.double().t(), hidden)
+
+
+@DEFAULT_MODE
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_without_bf16_units(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another processor, or another torch: products of the same numbers in fp32; the same loss."""
