@@ -29,7 +29,7 @@ from ..rows.vocab_shard import vocabulary_of
 from .arguments import agree_on_chunks, check_head, head_ranks, product_dtype, shard_of_head
 from .chunked_loss import plan_for
 from .operators import linear_loss, linear_row_stats
-from .products import sum_dtype
+from .products import explain_products, sum_dtype
 from .schedule import chunk_size
 from .types import HeadArguments, needs_grad
 
@@ -282,9 +282,12 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     chunk = chunk_size(given.get("chunk_bytes"), columns, dtype, hidden.device.type, needed.any())
     rows = hidden.numel() // hidden.shape[-1]
     of_logits = str(sum_dtype(dtype)).removeprefix("torch.")
-    lines = [f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}"]
+    lines = [
+        f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}",
+        explain_products(hidden.device, dtype),
+    ]
     if "token_ids" not in given or "advantages" not in given:
-        return lines[0]
+        return "\n".join(lines)
     parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
     inputs = token_inputs(

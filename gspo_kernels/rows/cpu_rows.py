@@ -51,11 +51,6 @@ def unavailable_reason() -> str:
     return _unavailable_reason
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has units for products of bf16 matrices."""
-    return not _unavailable_reason and bool(_native.multiplies_bfloat16())
-
-
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
     _bind(rows).forward(**stats_addresses(stats))
