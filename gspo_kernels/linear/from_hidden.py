@@ -99,7 +99,7 @@ def linear_policy_loss(
         vocab_size: how many rows of the weight are tokens. The rows after them are padding: they are not multiplied,
             and their gradient is 0. None: all are tokens.
         cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
-            into a chunk, and there is a collective for each chunk and two before the first.
+            into a chunk, and there is a collective for each chunk and one before the first.
 
     Args: memory and backend
         chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU, 300
