@@ -23,6 +23,7 @@ EXPERIMENTS := stability clipping width noise experts precision weights
 paper: .venv/demo
 	set -e; for each in $(EXPERIMENTS); do $(BIN)/python examples/paper/$$each.py $(ARGS); done
 
+# Of each test's product of parameters every pair of values. ARGS=--all: the whole product, here and in the two below.
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
@@ -64,6 +65,7 @@ build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+# ARGS=--sample: half of the kernels, each dtype and each GPU.
 static: .venv/test
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)
 

@@ -41,10 +41,14 @@ SANITIZE = os.environ.get("GSPO_KERNELS_SANITIZE")  # "address,undefined": for `
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # gcc, gcc, clang
-SOURCES = {"csrc/bindings.cpp": [], "csrc/cpu/rows_baseline.cpp": []}
+BASELINE = ("csrc/bindings.cpp", "csrc/cpu/rows_baseline.cpp", "csrc/cpu/products.cpp", "csrc/cpu/products_baseline.cpp")
+SOURCES: dict[str, list[str]] = {source: [] for source in BASELINE}
+AVX512_BF16 = "-mavx512bf16"  # GCC 10 and Clang 9 know it; without it that file compiles to nothing
 if X86:
-    SOURCES["csrc/cpu/rows_avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
-    SOURCES["csrc/cpu/rows_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    SOURCES |= {"csrc/cpu/rows_avx2.cpp": AVX2, "csrc/cpu/products_avx2.cpp": AVX2}
+    SOURCES |= {"csrc/cpu/rows_avx512.cpp": AVX512, "csrc/cpu/products_avx512bf16.cpp": [*AVX512, AVX512_BF16]}
 LINK = ["-pthread"] + (["-ldl"] if sys.platform.startswith("linux") else [])
 
 CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")
@@ -113,10 +117,13 @@ class BuildExtension(build_ext):
                 self.warn(f"the CUDA kernels could not be compiled ({error}): a GPU will run the Triton kernels alone")
         objects = objects / "with_cuda" if kernels else objects
         objects.mkdir(exist_ok=True)
+        unknown = set() if not X86 or knows(compiler, AVX512_BF16) else {AVX512_BF16}
         commands = {
-            objects / (source.replace("/", "_") + ".o"): [*compiler, *includes, *FLAGS, *flags, "-c", source]
+            objects / (source.replace("/", "_") + ".o"): [
+                *(*compiler, *includes, *FLAGS), *(flag for flag in flags if flag not in unknown), "-c", source
+            ]
             for source, flags in sources.items()
-        }
+        }  # fmt: skip
         compile_all(commands, objects)
         self.compiler.link_shared_object(
             [str(target) for target in (*commands, *kernels)],
@@ -145,6 +152,11 @@ class BuildExtension(build_ext):
             raise OSError(f"libcudart_static.a is not beside {nvcc}: CUDA's runtime library is not installed")
         # Its symbols are hidden, because torch has its own runtime, maybe of another release.
         return commands, [str(runtime), "-lrt", f"-Wl,--exclude-libs,{runtime.name}"]
+
+
+def knows(compiler: list[str], flag: str) -> bool:
+    command = [*compiler, flag, "-x", "c++", "-E", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def find_nvcc() -> Path | None:

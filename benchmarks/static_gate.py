@@ -1,6 +1,7 @@
 """What compilers make of the GPU kernels, without a GPU: compiled for several, and their machine code read.
 
     python -m benchmarks.static_gate               against benchmarks/results/static.json; fails if a kernel got worse
+    python -m benchmarks.static_gate --sample      half of the Triton kernels: each dtype and each GPU, not each pair
     python -m benchmarks.static_gate --write       the figures into that file
     python -m benchmarks.static_gate --only WORD   kernels whose name has this word
     python -m benchmarks.static_gate --markdown    the tables of docs/gpu.md, from that file; compiles nothing
@@ -140,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write", action="store_true", help=f"write {RESULTS.name}, a compiler's part unless its kernels are at fault"
     )
+    parser.add_argument("--sample", action="store_true", help="each dtype and each GPU, not each pair: half the time")
     parser.add_argument("--only", default="", metavar="WORD", help="kernels whose name has this word")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/gpu.md and end")
@@ -147,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         print(*markdown(), sep="\n\n")
         return 0
-    if options.write and options.only:
-        parser.error("--write writes all figures: leave out --only")
+    if options.write and (options.only or options.sample):
+        parser.error("--write writes all figures: leave out --only and --sample")
 
     nvcc = static_cuda.find_nvcc()
-    measured = _measure(nvcc, options.only, options.processes)
+    measured = _measure(nvcc, options.only, options.sample, options.processes)
     if not any(of_compiler.figures for of_compiler in measured.values()):
         parser.error(f"--only: no kernel's name has {options.only!r}")
     committed, complaints = load(), []
@@ -174,12 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if complaints else 0
 
 
-def _measure(nvcc: str | None, only: str, processes: int) -> dict[str, Measured]:
+def _measure(nvcc: str | None, only: str, sample: bool, processes: int) -> dict[str, Measured]:
     """By compiler, the kernels whose name has the word `only`; prints each."""
     measured = {"Triton": Measured(static_triton.prepare(), {})}
     if nvcc:
         measured["nvcc"] = Measured(static_cuda.release(nvcc), {})
-    jobs = static_triton.jobs(only)
+    jobs = static_triton.jobs(only, sample)
 
     def add(compiler: str, name: str, figures: Figures) -> None:
         measured[compiler].figures[name] = figures

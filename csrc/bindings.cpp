@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 #include "cpu/rows.h"
 #if defined(GSPO_CUDA)
 #include "cuda/bindings.h"
@@ -44,11 +45,20 @@ bool supported(const std::string& name) {
   return name == "baseline";
 }
 
-// Whether this processor has units for products of bf16 matrices (AMX).
-bool multiplies_bfloat16() {
+// What this processor has for products of bf16 matrices: tile units, or instructions of AVX-512.
+bool has_amx_bfloat16() {
 #if defined(__x86_64__)
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22)) && supported("avx512");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512_bfloat16() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5)) && supported("avx512");
 #else
   return false;
 #endif
@@ -69,6 +79,33 @@ const InstructionSet& instruction_set() {
                                             "processor has them, got '") + requested + "'");
   }();
   return chosen;
+}
+
+// Products take as much of the chosen instruction set as they have kernels for.
+const ProductInstructions& product_instructions() {
+#if defined(__x86_64__)
+  const std::string rows = instruction_set().name;
+  if (rows == "avx512" && has_avx512_bfloat16() && kProductsAvx512Bf16) return *kProductsAvx512Bf16;
+  if (rows != "baseline" && supported("avx2")) return kProductsAvx2;
+#endif
+  return kProductsBaseline;
+}
+
+// left [rows, depth], right [depth, columns]; strides in elements.
+void multiply_matrices(const std::string& dtype, int64_t rows, int64_t columns, int64_t depth, uintptr_t left,
+                       int64_t left_row_stride, int64_t left_depth_stride, uintptr_t right, int64_t right_depth_stride,
+                       int64_t right_column_stride, uintptr_t out, int64_t out_stride, uintptr_t bias, bool add,
+                       double factor, int threads) {
+  const ProductInstructions& instructions = product_instructions();
+  if (dtype != "float32" && dtype != "bfloat16")
+    throw std::invalid_argument("dtype: expected float32 or bfloat16, got '" + dtype + "'");
+  if (rows < 1 || columns < 1 || depth < 1) throw std::invalid_argument("multiply: sizes out of range");
+  const Product product{
+      {reinterpret_cast<const void*>(left), rows, left_row_stride, left_depth_stride},
+      {reinterpret_cast<const void*>(right), columns, right_column_stride, right_depth_stride},
+      depth, reinterpret_cast<float*>(out), out_stride, reinterpret_cast<const float*>(bias), add,
+      static_cast<float>(factor)};
+  multiply(dtype == "float32" ? instructions.float32 : instructions.bfloat16, product, threads);
 }
 
 const RowKernels& kernels(const std::string& dtype) {
@@ -147,6 +184,27 @@ struct Rows {
   }
 };
 
+// Sums in 24 bits, and `count` numbers of a product to add to them from sum `first` on.
+template <class F>
+void for_each_sum(int64_t count, int threads, const F& run) {
+  constexpr int64_t kSumsPerTask = 1 << 14;
+  parallel_for(count, kSumsPerTask, threads, run);
+}
+
+void add_to_sums(uintptr_t high, uintptr_t low, int64_t first, uintptr_t product, int64_t count, uint32_t pass,
+                 int threads) {
+  const Sums24 sums{pointer<uint16_t>(high), pointer<uint8_t>(low)};
+  for_each_sum(count, threads, [&](int64_t begin, int64_t end) {
+    instruction_set().sums.add(sums, first, pointer<const float>(product), pass, begin, end);
+  });
+}
+
+void round_sums(uintptr_t high, uintptr_t low, int64_t count, float factor, int threads) {
+  const Sums24 sums{pointer<uint16_t>(high), pointer<uint8_t>(low)};
+  for_each_sum(count, threads,
+               [&](int64_t begin, int64_t end) { instruction_set().sums.round(sums, factor, begin, end); });
+}
+
 // Page faults on a newly allocated gradient cost more than the arithmetic: request 2 MiB pages before the first write.
 void request_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -166,11 +224,20 @@ PYBIND11_MODULE(_native, m) {
   gspo::gpu::bind(m);
 #endif
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
-  m.def("multiplies_bfloat16", &multiplies_bfloat16);
+  m.def("product_instructions", [] { return std::string(product_instructions().name); });
+  m.def("has_amx_bfloat16", &has_amx_bfloat16);
   m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
   m.def("request_huge_pages", &request_huge_pages, py::arg("address"), py::arg("bytes"));
 
   using released = py::call_guard<py::gil_scoped_release>;
+  m.def("multiply", &multiply_matrices, released(), py::kw_only(), py::arg("dtype"), py::arg("rows"),
+        py::arg("columns"), py::arg("depth"), py::arg("left"), py::arg("left_row_stride"),
+        py::arg("left_depth_stride"), py::arg("right"), py::arg("right_depth_stride"), py::arg("right_column_stride"),
+        py::arg("out"), py::arg("out_stride"), py::arg("bias"), py::arg("add"), py::arg("factor"), py::arg("threads"));
+  m.def("add_to_sums", &add_to_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("first"),
+        py::arg("product"), py::arg("count"), py::arg("pass_number"), py::arg("threads"));
+  m.def("round_sums", &round_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("count"),
+        py::arg("factor"), py::arg("threads"));
   py::class_<Rows>(m, "Rows")
       .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
                     double, uintptr_t, uintptr_t, int>(),

@@ -93,21 +93,28 @@ def group_of_one() -> Iterator[dist.ProcessGroup | None]:
     dist.destroy_process_group()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    everything = "every combination of parameters, and every mutant of the GPU's kernels: half an hour more"
+    parser.addoption("--all", action="store_true", help=everything)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # else they wait for each other's cores
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
+    config.addinivalue_line("markers", "only_with_all: runs with --all alone, for others find the same faults")
     # Kernels select an inf * 0 away as a GPU does, in silence; numpy speaks of each.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the interpreter, of each test's product of parameters only what `modes.every_pair` keeps."""
-    if not INTERPRETED:
+    """Of each test's product of parameters what `modes.every_pair` keeps; with --all and on a GPU the whole product."""
+    if ON_GPU or config.getoption("--all"):
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("only_with_all") is None:
+            tests[item.nodeid.partition("[")[0]].append(item)
     kept = set[pytest.Item]()
     for group in tests.values():
         # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.

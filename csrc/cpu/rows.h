@@ -5,6 +5,7 @@
 
 #include "../row_math.h"
 #include "../rows.h"
+#include "sums.h"
 
 namespace gspo {
 
@@ -26,6 +27,7 @@ struct RowKernels {
 struct InstructionSet {
   const char* name;
   RowKernels float32, bfloat16, float16;
+  SumKernels sums;
 };
 
 extern const InstructionSet kBaseline;

@@ -53,6 +53,37 @@ inline vfloat maximum(vfloat a, vfloat b) {
 #endif
 }
 
+// a * b - c. One rounding where kFused, two elsewhere.
+inline vfloat multiply_subtract(vfloat a, float b, float c) {
+#if defined(__AVX512F__)
+  return _mm512_fmsub_ps(a, _mm512_set1_ps(b), _mm512_set1_ps(c));
+#elif defined(__FMA__)
+  return _mm256_fmsub_ps(a, _mm256_set1_ps(b), _mm256_set1_ps(c));
+#else
+  return a * b - c;
+#endif
+}
+
+#if defined(__FMA__) || defined(__AVX512F__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+inline bool all_at_most(float limit, vfloat v) {  // a NaN is not
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_NLE_UQ) == 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_NLE_UQ)) == 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpnle_ps(v, _mm_set1_ps(limit))) == 0;
+#else
+  bool all = true;
+  for (int i = 0; i < kLanes; ++i) all &= v[i] <= limit;
+  return all;
+#endif
+}
+
 inline float largest(vfloat v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -145,14 +176,44 @@ inline void store_pair(T* p, Pair v) {
   store(p + kLanes, v.b);
 }
 
+#if defined(__AVX2__)
+typedef uint16_t vwords __attribute__((vector_size(4 * kLanes)));
+
+inline vuint interleave(vuint even, vuint odd) {  // 16-bit numbers: the even ones of one, the odd ones of the other
+#if defined(__AVX512F__)
+  return (vuint)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, (__m512i)odd);
+#else
+  return (vuint)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#endif
+}
+
+inline vuint average(vuint x, vuint y) {  // of unsigned 16-bit numbers, rounded up
+#if defined(__AVX512F__)
+  return (vuint)_mm512_avg_epu16((__m512i)x, (__m512i)y);
+#else
+  return (vuint)_mm256_avg_epu16((__m256i)x, (__m256i)y);
+#endif
+}
+#endif
+
 // bf16: even columns in one, odd ones in the other, so that nothing has to be widened, narrowed or moved between lanes.
 inline Pair load_pair(const BFloat16* p) {
   const vuint both = read<vuint>(p);
   return {(vfloat)(both << 16), (vfloat)(both & 0xffff0000u)};
 }
 
+// As round_to_bf16, for both columns of a 32-bit lane at once: 8 operations instead of 10. The upper halves of the two
+// floats form one vector of 16-bit numbers, the lower halves another. An upper half is rounded up where its lower half
+// plus 0x7fff plus its own last bit carries; the average of 16-bit numbers, (x + y + 1) / 2, keeps that carry.
 inline void store_pair(BFloat16* p, Pair v) {
+  const vuint a = (vuint)v.a, b = (vuint)v.b;
+#if defined(__AVX2__)
+  const vuint upper = interleave(a >> 16, b), lower = interleave(a, b << 16);
+  const vuint half = (upper & 0x00010001u) | 0x7ffe7ffeu;
+  const vuint both = (vuint)((vwords)upper + ((vwords)average(lower, half) >> 15));
+#else
   const vuint both = (round_to_bf16(v.a) >> 16) | (round_to_bf16(v.b) & 0xffff0000u);
+#endif
   std::memcpy(p, &both, sizeof both);
 }
 
@@ -176,28 +237,47 @@ inline void stream_fence() {
 #endif
 }
 
-// ---- 2^t for t <= 127, zero below -126.5; NaN stays NaN
+// ---- factor * 2^t for t <= 127, zero below -126.5; NaN stays NaN
 
+// The coefficients of a polynomial for factor * 2^f, |f| <= 1/2: minimax in relative error, exact at f = 0.
 template <int Degree>
-inline vfloat exp2_fraction(vfloat f) {  // |f| <= 1/2; minimax in relative error with 2^0 = 1 exactly
+struct Exp2 {
   static_assert(Degree == 4 || Degree == 5, "");
-  if (Degree == 4)  // 2.8e-6: an eighth of a thousandth of a bf16 step
-    return (((9.582852945e-03f * f + 5.590642616e-02f) * f + 2.402409911e-01f) * f + 6.931241751e-01f) * f + 1.0f;
-  return ((((1.326472731e-03f * f + 9.671512991e-03f) * f + 5.550733581e-02f) * f + 2.402224243e-01f) * f +  // 9.1e-8
-          6.931470037e-01f) * f + 1.0f;
-}
+  float c[Degree + 1];
 
-template <int Degree>
-inline vfloat exp2_of(vfloat t) {
-#if defined(__AVX512F__) && !defined(NOSCALEF)
-  const vfloat whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_fraction<Degree>(t - whole), whole);
+  explicit Exp2(float factor) {
+    constexpr float kFour[] = {1.0f, 6.931241751e-01f, 2.402409911e-01f, 5.590642616e-02f,  // 2.8e-6: an eighth of a
+                               9.582852945e-03f};                                           // thousandth of a bf16 step
+    constexpr float kFive[] = {1.0f, 6.931470037e-01f, 2.402224243e-01f, 5.550733581e-02f, 9.671512991e-03f,  // 9.1e-8
+                               1.326472731e-03f};
+    for (int i = 0; i <= Degree; ++i) c[i] = factor * (Degree == 4 ? kFour : kFive)[i];
+  }
+
+  vfloat operator()(vfloat t) const {
+#if defined(__AVX512F__)
+    const vfloat whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(polynomial(t - whole), whole);
 #else
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const vfloat shifted = t + kRound;
-  const vfloat power = (vfloat)(((vuint)shifted + 127u) << 23);
-  return exp2_fraction<Degree>(t - (shifted - kRound)) * power;
+    constexpr float kRound = 0x1.8p23f + 127.0f;  // adding it leaves the exponent of a float in the low bits
+    const vfloat shifted = t + kRound;
+    return polynomial(t - (shifted - kRound)) * (vfloat)((vuint)shifted << 23);
 #endif
-}
+  }
+
+ private:
+  vfloat polynomial(vfloat f) const {
+    vfloat p = f * c[Degree] + c[Degree - 1];
+    for (int i = Degree - 2; i >= 0; --i) p = p * f + c[i];
+    return p;
+  }
+};
+
+// Whether a t that is out of range shows in the result: infinity for t >= 128, NaN for -infinity, 0 for any other t
+// below -150. Where it does not, anything can come of t > 127 and t < -127.
+#if defined(__AVX512F__)
+constexpr bool kSaturates = true;
+#else
+constexpr bool kSaturates = false;
+#endif
 
 }  // namespace

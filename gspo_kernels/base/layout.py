@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import may_read, watched
-from .collectives import Ranks, sum_over_ranks
+from .collectives import Ranks, gather, sum_over_ranks
 from .devices import check_float64, sums_segments
 from .operators import Operator
 
@@ -136,6 +136,7 @@ class Layout:
         self.mask = torch.ones(count, dtype=torch.bool, device=device) if given is None else given.reshape(-1)
         self._masked = ~self.mask
         self.local_lengths = self.local_sum(torch.ones((), dtype=torch.float64, device=device).expand(count))
+        self._lengths_of_ranks: Tensor | None = None  # [ranks, sequences]
         self._lengths = self.local_lengths if self.ranks is None else None
         self._weight_sums: Tensor | None = None
 
@@ -143,7 +144,7 @@ class Layout:
     def lengths(self) -> Tensor:
         """[sequences] float64, how many unmasked tokens each has."""
         if self._lengths is None:
-            self._over_ranks(None)
+            self._gather_lengths()
         assert self._lengths is not None
         return self._lengths
 
@@ -196,6 +197,14 @@ class Layout:
             raise ValueError(_WRONG_BOUNDARIES.format(tokens=self.mask.numel(), got="others"))
         return [int(length) for length in lengths]
 
+    @property
+    def longest_parts(self) -> Tensor:
+        """[sequences] float64, the most unmasked tokens that any rank has of each; one collective with `lengths`."""
+        if self._lengths_of_ranks is None:
+            self._gather_lengths()
+        assert self._lengths_of_ranks is not None
+        return self._lengths_of_ranks.amax(0)
+
     def local_sum(self, values: Tensor) -> Tensor:
         """`sum` over the tokens of this rank."""
         return self._sum(self.select(values))
@@ -214,18 +223,27 @@ class Layout:
         assert self.lengths is not None and self._weight_sums is not None
         return self._weight_sums
 
-    def _over_ranks(self, local: Tensor | None) -> Tensor:
+    def _gather_lengths(self) -> None:
+        assert self.ranks is not None
+        weights = [] if self._weight_sums is None else [self._weight_sums]
+        of_ranks = gather(torch.stack([self.local_lengths, *weights]), self.ranks)  # [ranks, 1 or 2, sequences]
+        self._lengths_of_ranks = of_ranks[:, 0]
+        self._keep_constants(of_ranks.sum(0))
+
+    def _over_ranks(self, local: Tensor) -> Tensor:
         assert self.ranks is not None
         if self._lengths is not None:
-            assert local is not None
             return sum_over_ranks(local, self.ranks, crosses=self._crosses)
-        parts = [x for x in (local, self.local_lengths, self._weight_sums) if x is not None]
-        sums = sum_over_ranks(torch.stack(parts), self.ranks, crosses=self._crosses)
-        rest = sums[0 if local is None else 1 :].detach()
-        self._lengths = rest[0]
-        if self._weight_sums is not None:
-            self._weight_sums = rest[1]
+        weights = [] if self._weight_sums is None else [self._weight_sums]
+        sums = sum_over_ranks(torch.stack([local, self.local_lengths, *weights]), self.ranks, crosses=self._crosses)
+        self._keep_constants(sums[1:].detach())
         return sums[0]
+
+    def _keep_constants(self, sums: Tensor) -> None:
+        """Over all ranks: the lengths and, if there are weights, their sums."""
+        self._lengths = sums[0]
+        if self._weight_sums is not None:
+            self._weight_sums = sums[1]
 
     def _sum(self, values: Tensor) -> Tensor:
         raise NotImplementedError

@@ -11,8 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..base.collectives import gather
-from ..base.layout import BatchShape
+from ..base.layout import BatchShape, Layout
 from ..losses import triton_stage
 from ..losses.stats import SCALARS
 from ..losses.token_stage import TokenInputs, TokenStage
@@ -42,7 +41,7 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
         assert coefficients is not None
         return coefficients.of_step(step, RowStats(*(x[step.start : step.stop] for x in stats)))
 
-    for step in plan_steps(inputs, lengths, head):
+    for step in plan_steps(inputs, stage.layout, lengths, head):
         parts = head.chunk_size.parts(step.start, step.stop)
         if step.mode == "statistics":
             _forward(head, stats, step.start, step.stop)
@@ -195,7 +194,7 @@ def plan_for(inputs: TokenInputs, lengths: list[int], chunk: ChunkSize, needs_gr
     )
 
 
-def plan_steps(inputs: TokenInputs, lengths: list[int] | None, head: Head) -> list[Step]:
+def plan_steps(inputs: TokenInputs, layout: Layout, lengths: list[int] | None, head: Head) -> list[Step]:
     """The plan; under context parallelism, where steps contain collectives, the same on all ranks."""
     ranks, device = inputs.batch.ranks, head.rows.hidden.device
     if not head.needs_grad.any() or coefficients_depend_on(inputs) == "token":
@@ -207,8 +206,7 @@ def plan_steps(inputs: TokenInputs, lengths: list[int] | None, head: Head) -> li
         return [step._replace(first=0, last=inputs.batch.sequences) for step in steps]
     if ranks is None:
         return plan_for(inputs, lengths, head.chunk_size, head.needs_grad)
-    of_ranks = gather(torch.tensor(lengths, dtype=torch.float64, device=device), ranks)
-    longest: list[int] = of_ranks.amax(0).long().tolist()
+    longest: list[int] = layout.longest_parts.long().tolist()
     ends = [0, *itertools.accumulate(lengths)]
     steps = plan_for(inputs, longest, head.chunk_size, head.needs_grad)
     return [step._replace(start=ends[step.first], stop=ends[step.last]) for step in steps]

@@ -29,7 +29,7 @@ from ..rows.vocab_shard import vocabulary_of
 from .arguments import agree_on_chunks, check_head, head_ranks, product_dtype, shard_of_head
 from .chunked_loss import plan_for
 from .operators import linear_loss, linear_row_stats
-from .products import sum_dtype
+from .products import explain_products, sum_dtype
 from .schedule import chunk_size
 from .types import HeadArguments, needs_grad
 
@@ -99,11 +99,11 @@ def linear_policy_loss(
         vocab_size: how many rows of the weight are tokens. The rows after them are padding: they are not multiplied,
             and their gradient is 0. None: all are tokens.
         cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
-            into a chunk, and there is a collective for each chunk and two before the first.
+            into a chunk, and there is a collective for each chunk and one before the first.
 
     Args: memory and backend
-        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 300
-            MiB, or 448 MiB if 16-bit operands need gradients. If a sequence is longer than a chunk and the head needs a
+        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU, 300
+            MiB on a CPU. If a sequence is longer than a chunk and the head needs a
             gradient, the logits of its active rows are computed twice. A CPU multiplies blocks of 16 rows, and at least
             4 rows per thread: the last block may exceed `chunk_bytes` by that many rows. A GPU multiplies 512 rows at a
             time, and its buffer for logits never has fewer; bf16 gradients of logits take as much memory again at most.
@@ -283,9 +283,12 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     chunk = chunk_size(given.get("chunk_bytes"), columns, dtype, hidden.device.type, needed.any())
     rows = hidden.numel() // hidden.shape[-1]
     of_logits = str(sum_dtype(dtype)).removeprefix("torch.")
-    lines = [f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}"]
+    lines = [
+        f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}",
+        explain_products(hidden.device, dtype),
+    ]
     if "token_ids" not in given or "advantages" not in given:
-        return lines[0]
+        return "\n".join(lines)
     parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
     inputs = token_inputs(

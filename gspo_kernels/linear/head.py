@@ -27,6 +27,7 @@ from .gradient_rows import (
 from .products import products
 from .schedule import chunk_size, row_stride
 from .types import Gradients, HeadArguments, NeedsGrad, SelectedRows
+from .weight_sums import WeightSums
 
 RowRange = slice | Tensor  # of selected rows: neighbours, or any [n] int64
 
@@ -86,9 +87,8 @@ class Head:
             return torch.empty(shape if needed else 0, dtype=self.sum_dtype, device=device)
 
         self._hidden_gradient = buffer(tuple(rows.hidden.shape), needs_grad.hidden).zero_()
-        self._weight_gradient = buffer(tuple(weight.shape), needs_grad.weight)
+        self._weight_sums = WeightSums(weight if needs_grad.weight else weight[:0], vocab, self.sum_dtype)
         self._bias_gradient = buffer((weight.shape[0],), needs_grad.bias).zero_()
-        self._weight_gradient_is_written = False
         self._range: RowRange = slice(0, 0)  # the loaded rows
         self._logits = self._view(self._logits_buffer, 0, 0)
         self._pending: PendingProducts | None = None
@@ -193,9 +193,7 @@ class Head:
             hidden = self.rows.hidden.index_select(0, indices)
             if active is not None:  # hidden states of an inactive row may be NaN, and zero times NaN is NaN
                 hidden = torch.where(active[:, None], hidden, 0.0)
-            into = self._weight_gradient[: self.vocab]
-            self._products.weight_gradient(gradient, hidden, into, self._weight_gradient_is_written, factor)
-            self._weight_gradient_is_written = True
+            self._products.weight_gradient(gradient, hidden, self._weight_sums, factor)
         if self.needs_grad.bias:
             self._bias_gradient[: self.vocab].add_(gradient.sum(0, dtype=self.sum_dtype), alpha=factor)
 
@@ -212,10 +210,8 @@ class Head:
         self.finish_products()
         if self.shard is not None and self.needs_grad.hidden:
             self._sum_hidden_gradient(self.shard)
-        if self.needs_grad.weight:
-            written = self._weight_gradient_is_written
-            (self._weight_gradient[self.vocab :] if written else self._weight_gradient).zero_()
-        return Gradients(self._hidden_gradient, self._weight_gradient, self._bias_gradient)
+        high, low = self._weight_sums.finished()
+        return Gradients(self._hidden_gradient, high, self._bias_gradient, low)
 
     def _sum_hidden_gradient(self, shard: VocabShard) -> None:
         """Over the ranks. Only selected rows are sent: the others are 0 on every rank."""

@@ -1,7 +1,8 @@
 """The torch operators of the hidden-state path: a loss, the statistics of rows, and the gradient of these statistics.
 
-The gradients of hidden states, weight and bias are complete when the loss's operator returns, in float32. Its backward
-multiplies them by the incoming gradient of the loss; it supports one backward pass.
+The gradients of hidden states, weight and bias are complete when the loss's operator returns, and not yet rounded
+(`Gradients`). Its backward multiplies them by the incoming gradient of the loss and rounds them to the dtypes of the
+operands; it supports one backward pass.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from . import chunked_loss
 from .head import Head
 from .products import sum_dtype
 from .types import Gradients, HeadArguments, NeedsGrad, select_rows, to_all_rows
+from .weight_sums import Sums, empty_sums, rounded
 
 _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
 
@@ -63,14 +65,14 @@ def _inside_an_operator(device: torch.device) -> Iterator[None]:
 
 
 def _empty_gradients(arguments: HeadArguments, needs_grad: NeedsGrad) -> Gradients:
-    weight, width = arguments.weight, arguments.hidden.shape[-1]
-    shapes = ([arguments.hidden.numel() // width, width], list(weight.shape), [weight.shape[0]])
-    return Gradients(
-        *(
-            torch.empty(shape if needed else [0], dtype=sum_dtype(arguments.dtype), device=weight.device)
-            for shape, needed in zip(shapes, needs_grad, strict=True)
-        )
-    )
+    weight, width, dtype = arguments.weight, arguments.hidden.shape[-1], sum_dtype(arguments.dtype)
+
+    def empty(shape: list[int], needed: bool) -> Tensor:
+        return torch.empty(shape if needed else [0], dtype=dtype, device=weight.device)
+
+    hidden = empty([arguments.hidden.numel() // width, width], needs_grad.hidden)
+    high, low = empty_sums(weight if needs_grad.weight else weight[:0], dtype)
+    return Gradients(hidden, high, empty([weight.shape[0]], needs_grad.bias), low)
 
 
 # ---- a loss
@@ -84,9 +86,10 @@ class LinearLoss(NamedTuple):
     logprobs: Tensor  # of the stats: token layout
     log_ratio: Tensor  # of the stats: [sequences] or token layout
     head_work: Tensor  # fp32, in the order of `HeadWork`
-    hidden_gradient: Tensor  # this and the next two: the fields of `Gradients`
+    hidden_gradient: Tensor  # this and the next three: the fields of `Gradients`
     weight_gradient: Tensor
     bias_gradient: Tensor
+    weight_gradient_low: Tensor
 
 
 def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs) -> LinearLoss:
@@ -136,17 +139,23 @@ def _save_linear_loss(
     ctx.needs_grad = needs_grad
     differentiated = [x for x in operands if x is not None and x.requires_grad]
     ctx.edges = [] if watched(arguments.hidden) else [edge_of(x) for x in differentiated]
-    ctx.save_for_backward(output.hidden_gradient, output.weight_gradient, output.bias_gradient)
+    ctx.save_for_backward(
+        output.hidden_gradient, output.weight_gradient, output.bias_gradient, output.weight_gradient_low
+    )
 
 
 def _linear_loss_backward(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     refuse_second_backward(ctx, _LOSS)
     found: dict[str, Tensor | None] = {}
-    saved = zip(NeedsGrad._fields, ctx.needs_grad, ctx.saved_tensors, ctx.shapes_and_dtypes, strict=True)
+    gradients = Gradients(*ctx.saved_tensors)
+    saved = zip(NeedsGrad._fields, ctx.needs_grad, gradients[:3], ctx.shapes_and_dtypes, strict=True)
     for name, needed, gradient, shape_and_dtype in saved:
         if needed:
             with torch.no_grad():
-                scaled = _scaled(gradient, upstream, *shape_and_dtype)
+                if name == "weight" and gradients.weight_low.numel():
+                    scaled = rounded(Sums(gradient, gradients.weight_low), upstream)
+                else:
+                    scaled = _scaled(gradient, upstream, *shape_and_dtype)
             found[name] = first_derivative(scaled, _LOSS, *ctx.edges, upstream)
     return found
 
@@ -217,10 +226,13 @@ def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, 
     found: dict[str, Tensor | None] = {}
     with torch.no_grad():
         gradients = linear_row_gradient_operator(arguments, needs_grad, saved["stats"], Upstream(*upstream))
-    for name, needed, gradient, operand in zip(NeedsGrad._fields, needs_grad, gradients, operands, strict=True):
+    for name, needed, gradient, operand in zip(NeedsGrad._fields, needs_grad, gradients[:3], operands, strict=True):
         if needed:
             with torch.no_grad():
-                of_operand = gradient.to(operand.dtype).reshape(operand.shape)
+                if name == "weight" and gradients.weight_low.numel():
+                    of_operand = rounded(Sums(gradient, gradients.weight_low))
+                else:
+                    of_operand = gradient.to(operand.dtype).reshape(operand.shape)
             found[name] = first_derivative(of_operand, _LOGPROBS, *operands, *upstream)
     return found
 

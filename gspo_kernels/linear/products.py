@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..base.torch_internals import MklGemm, mkl_gemm
-from ..rows import cpu_rows
+from ..base.torch_internals import mkl_gemm
+from .cpu_products import cpu_products, multiply
+from .weight_sums import WeightSums
 
 # The head is multiplied in blocks of this many bytes, in the dtype of the sums. On a CPU a block stays near the cache;
 # everywhere it is large enough for a fast product.
-_BLOCK_BYTES = {"cpu": 32 << 20}
+_BLOCK_BYTES = {"cpu": 16 << 20}
 _BLOCK_BYTES_ELSEWHERE = 512 << 20
 
 # CPU libraries multiply the last few rows by another kernel, which sums in another order. MKL does so for fewer than 4
@@ -106,9 +107,11 @@ class Products:
             self._multiply(gradient[:, columns], weight, out, columns.start > 0, factor)
         return out
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
-        """[n, V], [n, D] -> `out` [V, D] = product times a factor, added to `out` if `add`."""
-        self._multiply(gradient.t(), self._operand(hidden), out, add, factor)
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, sums: WeightSums, factor: float = 1.0) -> None:
+        """[n, V], [n, D] -> adds the product [V, D] times a factor to the sums."""
+        operand = self._operand(hidden)
+        for columns, out, add in sums.blocks():
+            self._multiply(gradient[:, columns].t(), operand, out, add, factor)
 
     def _multiply_narrow(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         """`_multiply` for a head with fewer columns than `_min_columns`: columns of zeros are added."""
@@ -192,38 +195,65 @@ class MklProducts(HalfProducts):
     """MKL's product of bf16 matrices into float32, which torch contains but does not expose."""
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
-        gemm = _mkl_gemm()
+        gemm = mkl_gemm()
         assert gemm is not None
         gemm(a, b, out, add, factor)
+
+
+class NativeProducts(HalfProducts):
+    """Products of the C++ extension, for bf16 and float32: they take any number of rows, and no row is padded."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self._in_blocks = False
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        bias = None if bias is None else bias.to(self.sum_dtype).contiguous()
+        multiply(self._operand(hidden), self.weight.t(), out, bias=bias)
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
+        multiply(a, b, out, add, factor)
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
     """The fastest products for this device and dtype."""
     if weight.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return _cuda_products(weight.device, dtype)(weight, dtype)
-    if gradients_are_half_width(weight.device.type, dtype):
-        return MklProducts(weight, dtype)
+    if weight.device.type == "cpu":
+        return _CPU_PRODUCTS[cpu_products(dtype).name](weight, dtype)
     return Products(weight, dtype)
 
 
+_CPU_PRODUCTS = {"mkl": MklProducts, "native": NativeProducts, "float32": Products}
+
+
+def explain_products(device: torch.device, dtype: torch.dtype) -> str:
+    """Which products multiply and why, in a line."""
+    if device.type == "cpu":
+        return f"products: {cpu_products(dtype).reason}"
+    name = str(dtype).removeprefix("torch.")
+    if dtype.itemsize > 2:
+        return f"products: torch multiplies {name}"
+    if device.type == "cuda" and _cuda_products(device, dtype) is not Products:
+        return f"products: cuBLAS multiplies {name} with float32 sums"
+    return f"products: {name} operands are converted to float32 (this torch has no product of them with float32 sums)"
+
+
 def gradients_are_half_width(device: str, dtype: torch.dtype) -> bool:
-    """Whether MKL's bf16 units multiply on this CPU: gradients of logits are then half as wide as logits.
+    """Whether a CPU multiplies bf16 operands as they are: gradients of logits are then half as wide as logits.
 
     They stay in the memory of the logits over several chunks, so that one gradient product takes more rows.
     """
-    return device == "cpu" and dtype == torch.bfloat16 and _mkl_gemm() is not None
+    return device == "cpu" and dtype == torch.bfloat16 and cpu_products(dtype).name != "float32"
 
 
-def default_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
+def default_chunk_bytes(device: str) -> int:
     """Memory for a chunk's logits where the caller sets none: enough rows for products to run at full speed.
 
     Each chunk adds to the whole gradient of the head. The faster the products, the more rows a chunk needs until these
-    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU; on a CPU 512 in float32,
-    768 where a head is converted for each chunk, and 1,024 with bf16 units (the gradients of two chunks).
+    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU, and 512 on a CPU.
     """
-    if device == "cuda":
-        return 1280 << 20
-    return (448 if gradient and dtype.itemsize == 2 else 300) << 20
+    return (1280 if device == "cuda" else 300) << 20
 
 
 def _even_blocks(columns: int, most: int) -> list[slice]:
@@ -267,9 +297,3 @@ def _cuda_products(device: torch.device, dtype: torch.dtype) -> type[Products]:
             continue
         return kind
     return Products
-
-
-@functools.cache
-def _mkl_gemm() -> MklGemm | None:
-    """None where the processor has no bf16 units, or torch offers no working product."""
-    return mkl_gemm() if cpu_rows.multiplies_bfloat16() else None

@@ -29,11 +29,15 @@ def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> NeedsGrad
 
 
 class Gradients(NamedTuple):
-    """In float32 (float64 for float64), whatever the dtype of the operands; empty where not needed."""
+    """In float32 (float64 for float64), whatever the dtype of the operands; empty where not needed.
+
+    The gradient of a bf16 head on a CPU is a sum in 24 bits: `weight` in bf16 has the first 16, `weight_low` the rest.
+    """
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor  # [V]
+    weight_low: Tensor  # uint8 [V, D]; empty where `weight` is the whole sum
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,6 @@ def unavailable_reason() -> str:
     return _unavailable_reason
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has units for products of bf16 matrices."""
-    return not _unavailable_reason and bool(_native.multiplies_bfloat16())
-
-
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows.logits)
     _bind(rows).forward(**stats_addresses(stats))
@@ -66,7 +61,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     if gradient.dtype not in (rows.logits.dtype, torch.bfloat16):
         raise ValueError(f"gradient: expected {rows.logits.dtype} or bfloat16; got {gradient.dtype}")
     if gradient.data_ptr() != rows.logits.data_ptr():
-        _request_huge_pages(gradient)
+        request_huge_pages(gradient)
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(
@@ -84,7 +79,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
     assert clip is None
     stats = empty_stats(rows.logits)
-    _request_huge_pages(gradient)
+    request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(
         **stats_addresses(stats),
@@ -117,7 +112,27 @@ def _memory(logits: Tensor) -> dict[str, Any]:
     }
 
 
-def _request_huge_pages(gradient: Tensor) -> None:
+def request_huge_pages(gradient: Tensor) -> None:
     """Page faults on a newly allocated gradient cost more than the arithmetic."""
     storage = gradient.untyped_storage()
     _native.request_huge_pages(storage.data_ptr(), storage.nbytes())
+
+
+# ---- sums in 24 bits
+
+
+def add_to_sums(high: Tensor, low: Tensor, product: Tensor, first: int, pass_number: int) -> None:
+    """Adds a product to contiguous sums from number `first` on; in pass 0 writes it."""
+    assert high.is_contiguous() and low.is_contiguous() and product.is_contiguous()
+    assert high.shape == low.shape and 0 <= first <= first + product.numel() <= high.numel()
+    _native.add_to_sums(
+        high=high.data_ptr(), low=low.data_ptr(), first=first, product=product.data_ptr(), count=product.numel(),
+        pass_number=pass_number, threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def round_sums(high: Tensor, low: Tensor, factor: float) -> None:
+    """Sums times a factor, rounded to bf16 in place of `high`."""
+    _native.round_sums(
+        high=high.data_ptr(), low=low.data_ptr(), count=high.numel(), factor=factor, threads=torch.get_num_threads()
+    )

@@ -5,7 +5,7 @@ A mutant replaces one function or method of the package by one with a single fau
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from gspo_kernels.linear import from_hidden as from_hidden_module
 from gspo_kernels.linear.head import Head
 from gspo_kernels.linear.products import Products
 from gspo_kernels.linear.types import HeadArguments
+from gspo_kernels.linear.weight_sums import WeightSums
 from gspo_kernels.rows.types import Upstream
 
 pytestmark = DEFAULT_MODE
@@ -121,33 +122,21 @@ def masked_rows_selected(patch: Patch) -> None:
 
 
 def head_gradient_replaced(patch: Patch) -> None:
-    def product(
-        original: Any, self: Products, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, *rest: float
-    ) -> None:
-        original(self, gradient, hidden, out, False, *rest)
-
-    wrap(patch, Products, "weight_gradient", product)
+    wrap(patch, WeightSums, "blocks", lambda original, self: ((*block[:2], False) for block in original(self)))
 
 
 def head_gradient_added_to_what_was_there(patch: Patch) -> None:
     """Fresh memory is NaN in this suite."""
-
-    def product(
-        original: Any, self: Products, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, *rest: float
-    ) -> None:
-        original(self, gradient, hidden, out, True, *rest)
-
-    wrap(patch, Products, "weight_gradient", product)
+    wrap(patch, WeightSums, "blocks", lambda original, self: ((*block[:2], True) for block in original(self)))
 
 
 def head_gradient_summed_in_bf16(patch: Patch) -> None:
-    def product(
-        original: Any, self: Products, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool, *rest: float
-    ) -> None:
-        original(self, gradient, hidden, out, add, *rest)
-        out.copy_(out.bfloat16())
+    def blocks(original: Any, self: WeightSums) -> Iterator[tuple[slice, Tensor, bool]]:
+        for columns, out, add in original(self):
+            yield columns, out, add
+            out.copy_(out.bfloat16())
 
-    wrap(patch, Products, "weight_gradient", product)
+    wrap(patch, WeightSums, "blocks", blocks)
 
 
 def logits_rounded(patch: Patch) -> None:

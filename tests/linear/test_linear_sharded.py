@@ -337,7 +337,7 @@ def plan_of_this_rank(patch: Patch) -> None:
     patch.setattr(
         chunked_loss,
         "plan_steps",
-        lambda inputs, lengths, head: chunked_loss.plan_for(inputs, lengths, head.chunk_size, head.needs_grad),
+        lambda inputs, layout, lengths, head: chunked_loss.plan_for(inputs, lengths, head.chunk_size, head.needs_grad),
     )
 
 
@@ -416,8 +416,8 @@ def test_collectives_of_a_loss(at: HeadGrid) -> None:
 
 
 def over_cp(case: Case, steps: Sequence[tuple[str, int, int]]) -> list[int]:
-    """What ranks gather: lengths, then those by which they plan, then for each step the sum of each sequence beside its
-    length (and that of weights), and for the loss once more; and stats."""
+    """What ranks gather: lengths, by which they plan as well; for each step the sum of each sequence beside its length
+    (and that of weights); for the loss the sums once more; and stats."""
     sequences, stats = len(linear_sharding.problem_of(case).batch.lengths), 12
     by_sequence, weights = case.objective in ("gspo", "gspo_token"), int("weights" in case.build)
     if not case.needs_grad:
@@ -427,7 +427,7 @@ def over_cp(case: Case, steps: Sequence[tuple[str, int, int]]) -> list[int]:
     if case.build.get("on_policy"):
         return [sequences, 2 * sequences, sequences, stats]
     of_steps = [(2 + weights) * (last - first) for _, first, last in steps]
-    return [sequences, sequences, *of_steps, sequences, stats]
+    return [sequences, *of_steps, sequences, stats]
 
 
 def test_collectives_of_token_logprobs() -> None:

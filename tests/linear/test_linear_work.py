@@ -17,7 +17,7 @@ from modes import DEFAULT_MODE, NOT_INTERPRETED, ON_GPU
 from torch import Tensor
 
 import gspo_kernels
-from gspo_kernels.linear import products
+from gspo_kernels.linear import products, weight_sums
 
 WIDTH, VOCAB = 24, 61
 ONE = 2 * WIDTH * VOCAB  # operations of a row, each time it is multiplied by the head
@@ -167,7 +167,9 @@ def test_the_peak_is_a_chunk_and_does_not_grow_with_the_batch() -> None:
     for dtype, (one, two) in peaks.items():
         sums, narrow = 4, 2 if dtype == "torch.bfloat16" else 0
         of_dtype = torch.bfloat16 if narrow else torch.float32
-        head = vocab * width * (sums + narrow)  # its gradient, and in bf16 what it is rounded to
+        high, low = weight_sums.empty_sums(torch.empty(1, 1, dtype=of_dtype), torch.float32)
+        of_head = high.itemsize + low.numel() + (0 if low.numel() else narrow)  # a float32 sum is rounded to a copy
+        head = vocab * width * of_head
         head += products.products(torch.empty(vocab, width, dtype=of_dtype), of_dtype).converted_bytes
         for rows, peak in ((1024, one), (2048, two)):
             assert peak < head + chunk + 8 * sums * rows * width + slack, (dtype, rows, peak)

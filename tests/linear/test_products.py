@@ -17,16 +17,19 @@ from modes import DEFAULT_MODE, DEVICE, NOT_INTERPRETED
 from torch import Tensor
 
 import gspo_kernels
+from gspo_kernels.base.torch_internals import mkl_gemm
 from gspo_kernels.linear import products
+from gspo_kernels.linear.cpu_products import VARIABLE
 from gspo_kernels.linear.products import (
     CudaProducts,
     CudaProductsThenSum,
     MklProducts,
+    NativeProducts,
     Products,
     _cuda_products,
     _even_blocks,
-    _mkl_gemm,
 )
+from gspo_kernels.linear.weight_sums import WeightSums
 from gspo_kernels.rows import cpu_rows
 
 pytestmark = NOT_INTERPRETED  # no Triton kernel
@@ -34,35 +37,41 @@ pytestmark = NOT_INTERPRETED  # no Triton kernel
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def force(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These products, also on a processor without units for them: slow there, but right."""
+    if DEVICE.type != "cpu":
+        pytest.skip("a path of the CPU")
+    if name == "mkl" and mkl_gemm() is None:
+        pytest.skip("this torch has no MKL in it, or MKL has no bf16 product for this processor")
+    if name == "native" and cpu_rows.unavailable_reason():
+        pytest.skip(cpu_rows.unavailable_reason())
+    monkeypatch.setenv(VARIABLE, name)
+
+
 @pytest.fixture
 def with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MKL's bf16 product, also on a processor without units for it: slow there, but right."""
-    if DEVICE.type != "cpu":
-        pytest.skip("MKL multiplies on a CPU")
-    monkeypatch.setattr(cpu_rows, "multiplies_bfloat16", lambda: True)
-    gemm = _mkl_gemm.__wrapped__()
-    if gemm is None:
-        pytest.skip("this torch has no MKL in it, or MKL has no bf16 product for this processor")
-    monkeypatch.setattr(products, "_mkl_gemm", lambda: gemm)
+    force("mkl", monkeypatch)
 
 
 PATHS = {
-    "MKL, bf16": torch.bfloat16,
-    "converted, bf16": torch.bfloat16,
-    "converted, fp16": torch.float16,
-    "plain, fp32": torch.float32,
-    "plain, fp64": torch.float64,
+    "mkl, bf16": torch.bfloat16,
+    "native, bf16": torch.bfloat16,
+    "native, fp32": torch.float32,
+    "float32, bf16": torch.bfloat16,
+    "float32, fp16": torch.float16,
+    "float32, fp32": torch.float32,
+    "float32, fp64": torch.float64,
 }
+KINDS = {"mkl": MklProducts, "native": NativeProducts, "float32": Products}
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The dtype of operands that are multiplied in this way whatever the processor."""
-    if request.param == "MKL, bf16":
-        request.getfixturevalue("with_mkl")
-    else:
-        monkeypatch.setattr(products, "_mkl_gemm", lambda: None)
-    return PATHS[request.param]
+    name, dtype = request.param.split(", ")[0], PATHS[request.param]
+    force(name, monkeypatch)
+    assert type(products.products(torch.zeros(3, 2, dtype=dtype), dtype)) is KINDS[name]
+    return dtype
 
 
 @pytest.fixture
@@ -111,14 +120,15 @@ def check_all(of: Products, hidden: Tensor, weight: Tensor, gradient: Tensor) ->
     wide[:, :vocab] = narrow
     check_product("hidden_gradient", of.hidden_gradient(wide[:, :vocab]), narrow, weight)
     before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)).to(of.sum_dtype).to(DEVICE)
-    found = torch.empty_like(before)
-    of.weight_gradient(wide[:, :vocab], hidden, found, add=False)
+    sums = WeightSums(before, vocab, of.sum_dtype)  # not in 24 bits, which a bf16 head has
+    of.weight_gradient(wide[:, :vocab], hidden, sums)
+    found = sums.finished().high
     check_product("weight_gradient", found, narrow.t(), hidden)
-    found = before.clone()
-    of.weight_gradient(wide[:, :vocab], hidden, found, add=True)
+    found.copy_(before)
+    of.weight_gradient(wide[:, :vocab], hidden, sums)
     check_product("weight_gradient, added", found, narrow.t(), hidden, before)
-    found = before.clone()
-    of.weight_gradient(wide[:, :vocab], hidden, found, True, 0.25)
+    found.copy_(before)
+    of.weight_gradient(wide[:, :vocab], hidden, sums, 0.25)
     check_product("weight_gradient with a factor", found, 0.25 * narrow.double().t(), hidden, before)
     check_product(
         "hidden_gradient with a factor", of.hidden_gradient(wide[:, :vocab], 4.0), 4.0 * narrow.double(), weight
@@ -129,6 +139,18 @@ def check_all(of: Products, hidden: Tensor, weight: Tensor, gradient: Tensor) ->
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed weight"])
 def test_against_float64(dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool) -> None:
+    """The products that this device takes by itself."""
+    check_shape(dtype, shape, transposed)
+
+
+@DEFAULT_MODE
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_path_against_float64(path: torch.dtype, shape: tuple[int, int, int]) -> None:
+    for transposed in (False, True):
+        check_shape(path, shape, transposed)
+
+
+def check_shape(dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool) -> None:
     hidden, weight, gradient = made(dtype, *shape)
     if transposed:
         weight = weight.t().contiguous().t()
@@ -154,7 +176,7 @@ def test_in_blocks_of_the_vocabulary(dtype: torch.dtype, wide: torch.dtype, monk
 def test_mkl_takes_any_shape(m: int, k: int, n: int, lies: tuple[bool, bool, bool], with_mkl: None) -> None:
     """Either operand may lie transposed or inside a wider matrix, and the result inside one."""
     a_lies, b_lies, add = lies
-    gemm = products._mkl_gemm()
+    gemm = mkl_gemm()
     assert gemm is not None
     generator = torch.Generator().manual_seed(m * 4900 + k * 70 + n)
 
@@ -251,6 +273,9 @@ def test_few_rows_fill_up_a_block(path: torch.dtype, threads: None) -> None:
     for count in (1, 2, 4, 7):
         torch.set_num_threads(count)
         of = products.products(torch.zeros(5, 3, dtype=path), path)
+        if isinstance(of, NativeProducts):
+            assert of.max_padding == 0 and [of.padded_rows(rows) for rows in range(70)] == list(range(70))
+            continue
         for rows in range(1, 70):
             padding = of.padded_rows(rows) - rows
             assert 0 <= padding <= of.max_padding and of.padded_rows(rows) % 16 == 0
@@ -385,7 +410,7 @@ def test_without_bf16_units(objective: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Another processor, or another torch: products of the same numbers in fp32; the same loss."""
     p = problem(objective, seed=100, bias=True, dtype=torch.bfloat16)
     usual = from_hidden(p, "packed", objective, rows=3)
-    monkeypatch.setattr(products, "_mkl_gemm", lambda: None)
+    monkeypatch.setenv(VARIABLE, "float32")
     assert type(products.products(p.weight, torch.bfloat16)) is Products
     other = from_hidden(p, "packed", objective, rows=3)
     assert float(other.loss) == pytest.approx(float(usual.loss), rel=3e-6)

@@ -128,30 +128,24 @@ def test_compilations_do_not_grow_with_lengths(layout: str) -> None:
     assert counter.frame_count <= 2, "once as it came, once with a symbolic length"
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", [0.5 + 0.05 * k for k in range(20)]),
-        ("eps_high", [1e-4 * (k + 1) for k in range(20)]),
-        ("eps_low", [1e-4 * (k + 1) for k in range(20)]),
-        ("beta", [0.01 * (k + 1) for k in range(20)]),
-        ("entropy_coef", [0.01 * (k + 1) for k in range(20)]),
-        ("max_log_ratio", [5.0 + k for k in range(20)]),
-        ("normalizer", [10.0 + k / 2 for k in range(20)]),
-    ][: sized(7, 2)],  # to a compiler a number is a number, whatever kernels it is for
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_compilations_do_not_grow_with_an_annealed_number(name: str, values: list[float]) -> None:
+def test_compilations_do_not_grow_with_annealed_numbers() -> None:
+    """All at once: a number that is compiled as it is would take a compilation for each of its values."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(PUBLIC["gspo"], fullgraph=True, backend=counter)
     args = arguments(ragged_batch("gspo", seed=34, ref=True, lengths=SHORT), "packed")
     args.keywords.pop("temperature")
-    for value in values[:BATCHES]:
-        same(
-            value_and_gradient(compiled, args, **{name: value}),
-            value_and_gradient(PUBLIC["gspo"], args, **{name: value}),
-        )
-    assert counter.frame_count <= 3, f"{counter.frame_count} compilations for {BATCHES} values of {name}"
+    for k in range(BATCHES):
+        numbers = {
+            "temperature": 0.5 + 0.05 * k,
+            "eps_high": 1e-4 * (k + 1),
+            "eps_low": 2e-4 * (k + 1),
+            "beta": 0.01 * (k + 1),
+            "entropy_coef": 0.02 * (k + 1),
+            "max_log_ratio": 5.0 + k,
+            "normalizer": 10.0 + k / 2,
+        }
+        same(value_and_gradient(compiled, args, **numbers), value_and_gradient(PUBLIC["gspo"], args, **numbers))
+    assert counter.frame_count <= 3, f"{counter.frame_count} compilations for {BATCHES} values of each number"
 
 
 def test_errors_come_through() -> None:

@@ -7,9 +7,11 @@
 Batches and the oracle's truth are CPU tensors in every mode. `on_device` brings what the package is given to where it
 runs; `checks.py` brings results back.
 
+A product of parameters is thinned to a part that still holds every pair of their values (`every_pair`). The whole
+product runs on a GPU, and with `pytest --all`.
+
 The interpreter walks a kernel in numpy: a row costs it milliseconds where the C++ kernels take microseconds. There
 
-- a product of parameters is thinned to a part that still holds every pair of their values (`every_pair`);
 - what is long only for the sake of length is shorter, and still crosses a kernel's block boundaries (`sized`);
 - what runs no Triton kernel is skipped, for the default mode has it (`needs`, `DEFAULT_MODE`, `NOT_INTERPRETED`).
 

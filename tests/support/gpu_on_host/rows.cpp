@@ -1,5 +1,6 @@
 // The GPU's row kernels on this machine, against sums in double: a program that checks itself, to be built with thread
-// and address sanitizers, too. GSPO_FEW: the shapes that every barrier and every branch matters in, for mutants.
+// and address sanitizers, too. GSPO_FEW: the shapes that every barrier and every branch matters in, of bfloat16 or of
+// GSPO_TYPE, for mutants and sanitizers.
 #include "../../../csrc/cuda/rows.cuh"
 
 #include <algorithm>
@@ -281,9 +282,12 @@ void check_groups() {
 
 int main() {
 #if defined(GSPO_FEW)
-  check_kinds<BFloat16>({33, 601});
-  check_groups<BFloat16>();
-  check<BFloat16>({kResident, 2, 2, 601, 1, false, false, false, true, INFINITY, {50, 99}, 1000.0f});
+#if !defined(GSPO_TYPE)
+#define GSPO_TYPE BFloat16
+#endif
+  check_kinds<GSPO_TYPE>({33, 601});
+  check_groups<GSPO_TYPE>();
+  check<GSPO_TYPE>({kResident, 2, 2, 601, 1, false, false, false, true, INFINITY, {50, 99}, 1000.0f});
 #else
   check_kinds<BFloat16>({1, 7, 33, 601});
   check_kinds<float>({1, 7, 33, 601});

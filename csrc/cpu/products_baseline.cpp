@@ -1,0 +1,3 @@
+#include "products.inc"
+
+const gspo::ProductInstructions gspo::kProductsBaseline = product_instructions("baseline");

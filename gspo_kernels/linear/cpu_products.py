@@ -1,0 +1,113 @@
+"""Which products multiply on a CPU, and those of the C++ extension.
+
+bf16 operands are multiplied by the processor's units for them, with sums in float32: by MKL on AMX, or by the extension
+on AVX512-BF16. Where there is neither, they are converted to float32. GSPO_KERNELS_CPU_PRODUCTS selects one of the three.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.torch_internals import mkl_gemm
+from ..rows import cpu_rows
+
+if not cpu_rows.unavailable_reason():
+    import gspo_kernels._native as _native
+
+VARIABLE = "GSPO_KERNELS_CPU_PRODUCTS"
+_NAMES = ("mkl", "native", "float32")
+_UNITS = "avx512bf16"  # the extension's instruction set whose products of bf16 are fast
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the extension's products
+
+
+class CpuProducts(NamedTuple):
+    name: str  # "mkl", "native", or "float32": in float32, float64 operands in float64
+    reason: str  # for `explain`
+
+
+def cpu_products(dtype: torch.dtype) -> CpuProducts:
+    """Which products multiply operands of this dtype on this CPU. Raises ValueError if the requested ones cannot."""
+    requested = os.environ.get(VARIABLE, "")
+    _check(requested)
+    because = f"{VARIABLE}={requested}"
+    if dtype == torch.bfloat16:
+        if requested == "mkl" or (not requested and has_amx() and mkl_gemm() is not None):
+            return CpuProducts("mkl", f"MKL multiplies bf16 with float32 sums ({because if requested else 'AMX'})")
+        if requested == "native" or (not requested and has_avx512_bf16() and native_is_right()):
+            instructions = because if requested else "AVX512-BF16"
+            return CpuProducts("native", f"the C++ extension multiplies bf16 with float32 sums ({instructions})")
+        missing = because if requested else "there is no AMX with MKL, and no AVX512-BF16 with the C++ extension"
+        return CpuProducts("float32", f"bf16 operands are converted to float32 ({missing})")
+    if dtype == torch.float16:
+        # AVX512-FP16 sums in fp16. AMX-FP16 sums in float32, but nothing here calls it.
+        return CpuProducts("float32", "fp16 operands are converted to float32 (no unit used here has float32 sums)")
+    if dtype == torch.float32 and requested == "native":
+        return CpuProducts("native", f"the C++ extension multiplies float32 ({because})")
+    return CpuProducts("float32", f"torch multiplies {str(dtype).removeprefix('torch.')}")
+
+
+def _check(requested: str) -> None:
+    if requested not in ("", *_NAMES):
+        raise ValueError(f"{VARIABLE}: expected one of {', '.join(_NAMES)}; got {requested!r}")
+    if requested == "mkl" and mkl_gemm() is None:
+        raise ValueError(f"{VARIABLE}: expected native or float32, because this torch has no bf16 product of MKL; got 'mkl'")
+    if requested == "native" and (missing := cpu_rows.unavailable_reason()):
+        raise ValueError(f"{VARIABLE}: expected mkl or float32, because {missing}; got 'native'")
+
+
+def has_amx() -> bool:
+    """Whether this processor has tile units for bf16."""
+    return not cpu_rows.unavailable_reason() and bool(_native.has_amx_bfloat16())
+
+
+def has_avx512_bf16() -> bool:
+    """Whether this processor, and the compiler of the extension, have instructions for products of bf16."""
+    return not cpu_rows.unavailable_reason() and bool(_native.product_instructions() == _UNITS)
+
+
+def multiply(
+    a: Tensor, b: Tensor, out: Tensor, add: bool = False, factor: float = 1.0, bias: Tensor | None = None
+) -> None:
+    """`out` = a b times a factor, added to `out` if `add`, or to a float32 bias [columns]. All three may be strided."""
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    if not a.numel() or not b.numel():
+        if not add:
+            out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    assert out.stride(1) == 1 or out.shape[1] == 1
+    _native.multiply(
+        dtype=_DTYPES[a.dtype],
+        rows=a.shape[0],
+        columns=b.shape[1],
+        depth=a.shape[1],
+        left=a.data_ptr(),
+        left_row_stride=a.stride(0),
+        left_depth_stride=a.stride(1),
+        right=b.data_ptr(),
+        right_depth_stride=b.stride(0),
+        right_column_stride=b.stride(1),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        bias=0 if bias is None else bias.data_ptr(),
+        add=add,
+        factor=factor,
+        threads=torch.get_num_threads(),
+    )
+
+
+@functools.cache
+def native_is_right() -> bool:
+    """Multiplies small integers, of which every sum is exact."""
+    on_cpu = functools.partial(torch.arange, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    a, b = (on_cpu(n * 5).view(n, 5).remainder(13).bfloat16() for n in (7, 67))
+    out, transposed = (a.float() @ b.float().t(), a.float().t() @ a.float())
+    found, other = (torch.full_like(x, -1.0) for x in (out, transposed))
+    multiply(a, b.t(), found)
+    multiply(a.t(), a, other)
+    multiply(a.t(), a, other, add=True, factor=2.0)
+    return torch.equal(found, out) and torch.equal(other, 3 * transposed)
