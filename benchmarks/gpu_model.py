@@ -94,6 +94,17 @@ class Work:
             return 0
         return min(CHUNKS_OF_GRADIENTS * self._chunk_rows, self.rows) if self.plan.trained else self._chunk_rows
 
+    def _products_of_the_head(self) -> int:
+        """How many add to its gradient: gradients wait until those of a whole further chunk would not fit."""
+        rows = self._active if self.plan.mode == "recompute" else self.rows
+        chunks = -(-rows // self._chunk_rows)
+        pending, count = 0.0, 1
+        for _ in range(chunks):
+            if pending + self._chunk_rows > self._gradient_rows:
+                pending, count = 0.0, count + 1
+            pending += self._active / chunks
+        return count
+
     def products(self) -> float:
         """In products of all rows with the head."""
         again = self._active if self.plan.mode == "recompute" else 0
@@ -112,7 +123,7 @@ class Work:
         if self.plan.mode == "deferred_scale":
             moved += 16 * hidden  # gathered, scaled, and written back
         if self.plan.trained:
-            additions = -(-self._active // self._gradient_rows) - 1  # each reads the sums once more
+            additions = self._products_of_the_head() - 1  # each reads the sums once more
             moved += (4 * additions + 6) * head + 8 * hidden  # sums rounded at the end; hidden states gathered
         return moved
 
