@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from linear import chunk_of
+from linear import chunk_of, force_products
 from modes import NOT_INTERPRETED, ON_GPU, on_device
 from torch import Tensor
 
 import gspo_kernels
-from gspo_kernels.linear import products
-from gspo_kernels.rows import cpu_rows
 
 pytestmark = NOT_INTERPRETED  # the logits of a row; its statistics alone are in test_row_independence.py
 
@@ -28,7 +26,8 @@ PATHS = {
     "fp32": torch.float32,
 }
 if not ON_GPU:
-    PATHS |= {"bf16, float32": torch.bfloat16, "bf16, native": torch.bfloat16, "bf16, mkl": torch.bfloat16}
+    PATHS |= {f"bf16, {name}": torch.bfloat16 for name in ("float32", "native", "mkl")}
+    PATHS["fp32, native"] = torch.float32
 
 
 @pytest.fixture(params=PATHS)
@@ -36,19 +35,8 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     """Of the operands, multiplied by one library."""
     _, _, library = request.param.partition(", ")
     if library:
-        force(library, monkeypatch)
+        force_products(library, monkeypatch)
     return PATHS[request.param]
-
-
-def force(library: str, patch: pytest.MonkeyPatch) -> None:
-    if library == "mkl":
-        patch.setattr(cpu_rows, "multiplies_bfloat16", lambda: True)
-        gemm = products._mkl_gemm.__wrapped__()
-        if gemm is None:
-            pytest.skip("this torch has no MKL in it, or MKL has no bf16 product for this processor")
-        patch.setattr(products, "_mkl_gemm", lambda: gemm)
-    elif library == "float32":
-        patch.setattr(products, "_mkl_gemm", lambda: None)
 
 
 @dataclass
