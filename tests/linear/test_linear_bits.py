@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from linear import chunk_of
+from linear import chunk_of, force_products
 from modes import NOT_INTERPRETED, ON_GPU, on_device
 from torch import Tensor
 
 import gspo_kernels
-from gspo_kernels.linear import cpu_products
 
 pytestmark = NOT_INTERPRETED  # the logits of a row; its statistics alone are in test_row_independence.py
 
@@ -27,23 +26,17 @@ PATHS = {
     "fp32": torch.float32,
 }
 if not ON_GPU:
-    PATHS |= {f"bf16, {name}": torch.bfloat16 for name in ("float32", "native", "mkl")} | {
-        "fp32, native": torch.float32
-    }
+    PATHS |= {f"bf16, {name}": torch.bfloat16 for name in ("float32", "native", "mkl")}
+    PATHS["fp32, native"] = torch.float32
 
 
 @pytest.fixture(params=PATHS)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Of the operands, multiplied by one library."""
     _, _, library = request.param.partition(", ")
-    found: torch.dtype = PATHS[request.param]
     if library:
-        monkeypatch.setenv(cpu_products.VARIABLE, library)
-        try:
-            assert cpu_products.cpu_products(found).name == library
-        except ValueError as error:
-            pytest.skip(str(error))
-    return found
+        force_products(library, monkeypatch)
+    return PATHS[request.param]
 
 
 @dataclass

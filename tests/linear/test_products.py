@@ -12,7 +12,7 @@ from batches import OBJECTIVES
 from checks import check_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear import from_hidden, problem
+from linear import force_products, from_hidden, problem
 from modes import DEFAULT_MODE, DEVICE, NOT_INTERPRETED
 from torch import Tensor
 
@@ -29,27 +29,15 @@ from gspo_kernels.linear.products import (
     _even_blocks,
 )
 from gspo_kernels.linear.weight_sums import WeightSums
-from gspo_kernels.rows import cpu_rows
 
 pytestmark = NOT_INTERPRETED  # no Triton kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def force(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These products, also on a processor without units for them: slow there, but right."""
-    if DEVICE.type != "cpu":
-        pytest.skip("a path of the CPU")
-    if name == "mkl" and mkl_gemm() is None:
-        pytest.skip("this torch has no MKL in it, or MKL has no bf16 product for this processor")
-    if name == "native" and cpu_rows.unavailable_reason():
-        pytest.skip(cpu_rows.unavailable_reason())
-    monkeypatch.setenv(VARIABLE, name)
-
-
 @pytest.fixture
 def with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
-    force("mkl", monkeypatch)
+    force_products("mkl", monkeypatch)
 
 
 PATHS = {
@@ -68,7 +56,7 @@ KINDS = {"mkl": MklProducts, "native": NativeProducts, "float32": Products}
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The dtype of operands that are multiplied in this way whatever the processor."""
     name, dtype = request.param.split(", ")[0], PATHS[request.param]
-    force(name, monkeypatch)
+    force_products(name, monkeypatch)
     assert type(products.products(torch.zeros(3, 2, dtype=dtype), dtype)) is KINDS[name]
     return dtype
 

@@ -20,14 +20,28 @@ from modes import DEVICE, on_device
 from tolerances import TOLERANCES
 from torch import Tensor
 
+from gspo_kernels.base.torch_internals import mkl_gemm
 from gspo_kernels.linear import chunked_loss, types
+from gspo_kernels.linear.cpu_products import VARIABLE
 from gspo_kernels.linear.head import Head
 from gspo_kernels.linear.schedule import row_stride
+from gspo_kernels.rows import cpu_rows
 
 
 def chunk_of(rows: int | None, vocab: int, dtype: torch.dtype = torch.float32) -> int | None:
     """`chunk_bytes` for this many rows of logits."""
     return None if rows is None else rows * row_stride(vocab, DEVICE.type) * (8 if dtype == torch.float64 else 4)
+
+
+def force_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These products, also on a processor without units for them: slow there, but right."""
+    if DEVICE.type != "cpu":
+        pytest.skip("a path of the CPU")
+    if name == "mkl" and mkl_gemm() is None:
+        pytest.skip("this torch has no MKL in it, or MKL has no bf16 product for this processor")
+    if name == "native" and cpu_rows.unavailable_reason():
+        pytest.skip(cpu_rows.unavailable_reason())
+    monkeypatch.setenv(VARIABLE, name)
 
 
 # --- an identity for a head -------------------------------------------------------------------------------------------
