@@ -60,7 +60,8 @@ def main() -> None:
         ("linear_token_logprobs, 3 tokens at a time", given, engine(*given, token_ids, 3)),
         ("linear_token_logprobs, 37 at a time", given, engine(*given, token_ids, 37)),
         # On a CPU, `linear_token_logprobs` multiplies float32 operands by the product that torch runs here. bf16
-        # operands may be multiplied by another one, and two products differ by their rounding in float32, 1e-6.
+        # operands (and with GSPO_KERNELS_CPU_PRODUCTS=native all) may be multiplied by another one; log-probabilities
+        # of two products differ by their rounding in float32, 1e-6.
         ("token_logprobs of float32 logits", wide, from_logits(*wide, token_ids, torch.float32)),
         ("token_logprobs of bf16 logits", given, from_logits(*given, token_ids, torch.bfloat16)),
     )

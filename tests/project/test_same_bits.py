@@ -12,7 +12,10 @@ from modes import DEFAULT_MODE
 pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
 
 
-def test_trainer_and_engine_agree(capsys: pytest.CaptureFixture[str], threads: None) -> None:
+def test_trainer_and_engine_agree(
+    capsys: pytest.CaptureFixture[str], threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GSPO_KERNELS_CPU_PRODUCTS", raising=False)
     torch.set_num_threads(1)  # many small products: threads would wait for each other
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "same_bits.py"), run_name="__main__")
     *same, rounded = capsys.readouterr().out.splitlines()[1:]
