@@ -24,10 +24,11 @@ from .truth import WrongAnswer, check
 
 BY_NAME = {work.name: work for work in LINEAR_WORKS}
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
-CHUNK_BYTES = {  # a row has 594 KiB; default_chunk_bytes of gspo_kernels/linear/products.py decides
+# A row has 594 KiB, and a product of logits 512 rows. default_chunk_bytes of gspo_kernels/linear/products.py decides.
+CHUNK_BYTES = {
     "dense": (640 << 20, 1280 << 20, 2560 << 20, 5120 << 20),
-    "frozen_head": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
-    "forward": (160 << 20, 320 << 20, 640 << 20, 1280 << 20),
+    "frozen_head": (320 << 20, 640 << 20, 1280 << 20, 2560 << 20),
+    "forward": (320 << 20, 640 << 20, 1280 << 20, 2560 << 20),
 }
 SMOKE_CHUNK_BYTES = tuple(rows * linear_smoke(DENSE, "bf16").vocab * 4 for rows in (16, 64))
 

@@ -2,8 +2,7 @@
 
 A model, not a measurement. The products run at the speed of the bare products that a GPU has shown, all other memory is
 moved at the speed of its copy, and nothing overlaps: both are from the committed results. Launches, waits and the lower
-clock under load are left out: at 8,192 rows the measured times are 1 to 19% above it. A table of docs/gpu.md is its
-output.
+clock under load are left out. A table of docs/gpu.md is its output.
 """
 
 from __future__ import annotations
@@ -95,6 +94,17 @@ class Work:
             return 0
         return min(CHUNKS_OF_GRADIENTS * self._chunk_rows, self.rows) if self.plan.trained else self._chunk_rows
 
+    def _products_of_the_head(self) -> int:
+        """How many add to its gradient: gradients wait until those of a whole further chunk would not fit."""
+        rows = self._active if self.plan.mode == "recompute" else self.rows
+        chunks = -(-rows // self._chunk_rows)
+        pending, count = 0.0, 1
+        for _ in range(chunks):
+            if pending + self._chunk_rows > self._gradient_rows:
+                pending, count = 0.0, count + 1
+            pending += self._active / chunks
+        return count
+
     def products(self) -> float:
         """In products of all rows with the head."""
         again = self._active if self.plan.mode == "recompute" else 0
@@ -113,7 +123,7 @@ class Work:
         if self.plan.mode == "deferred_scale":
             moved += 16 * hidden  # gathered, scaled, and written back
         if self.plan.trained:
-            additions = -(-self._active // self._gradient_rows) - 1  # each reads the sums once more
+            additions = self._products_of_the_head() - 1  # each reads the sums once more
             moved += (4 * additions + 6) * head + 8 * hidden  # sums rounded at the end; hidden states gathered
         return moved
 

@@ -10,8 +10,8 @@ import pytest
 
 from gspo_kernels.losses import triton_stage_kernels
 
+from . import gpu_model, host, linear, linear_precision, linear_tf32, peers, plot
 from . import gpu_page as page
-from . import host, linear, linear_precision, peers, plot
 from .cases import DENSE, INACTIVE, linear_case
 from .results import REPOSITORY, load, newest
 
@@ -50,6 +50,26 @@ def test_linear_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert linear_precision.main(["--markdown"]) == 0  # of the committed results
     assert "| gspo-kernels | " in capsys.readouterr().out
+
+
+def test_linear_tf32(capsys: pytest.CaptureFixture[str]) -> None:
+    assert linear_tf32.main(["--smoke"]) == 0
+    exact, *rounded = capsys.readouterr().out.splitlines()[2:]
+    assert float(exact.split("|")[2]) < 1e-6 and len(rounded) == 2
+    assert all(float(row.split("|")[2]) > 1e-4 for row in rounded)
+
+
+def test_gpu_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/gpu.md has what the model predicts of this package; one product at a time it is near what was measured."""
+    assert gpu_model.main([]) == 0
+    assert capsys.readouterr().out in (REPOSITORY / "docs" / "gpu.md").read_text()
+    for content in page.committed():
+        speed, cases = gpu_model.Speed.of(content), content["linear"]["cases"]
+        for plan in gpu_model.PLANS:
+            if plan.measured:
+                work, measured = gpu_model.Work(plan), cases[plan.measured]["contestants"]["ours"]
+                assert 0.7 < work.seconds(speed) / measured["median"] < 1.03, plan
+                assert 0.9 < work.peak() / measured["extra_bytes"] < 1.15, plan
 
 
 def test_peers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,9 +65,7 @@ class Head:
         self.chunk_size = chunk_size(arguments.chunk_bytes, columns, dtype, device.type, needs_grad.any())
         self._max_rows = max_rows = min(self.chunk_size.max_rows, max(rows.count, 1))
         self._stride = row_stride(vocab, device.type)
-        # On a CPU logits may lie behind pending gradients; elsewhere they always begin at row 0.
-        on_cpu = device.type == "cpu"
-        buffer_rows = max_rows + self._products.max_padding if on_cpu else self._products.padded_rows(max_rows)
+        buffer_rows = self._products.buffer_rows(max_rows)
         self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
         self.backend: Backend = choose(
             self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, ["row_indices"]

@@ -77,6 +77,10 @@ class Products:
             return _round_up(rows, self._product_rows)
         return max(_round_up(rows, _ROWS), self._min_rows) if self._in_blocks and rows else rows
 
+    def buffer_rows(self, rows: int) -> int:
+        """Rows of a buffer for the logits of at most `rows`. On a CPU they may begin at any of its rows, else at 0."""
+        return rows + self.max_padding if self._product_rows is None else self.padded_rows(rows)
+
     @property
     def max_padding(self) -> int:
         """The largest `padded_rows(rows) - rows`."""

@@ -169,6 +169,30 @@ def test_gradients_of_two_chunks_in_one_product(
     assert len(of_head) <= -(-chunks // CHUNKS_OF_GRADIENTS)
 
 
+@frozen_or_not
+@pytest.mark.parametrize("rows", [3, 50])
+def test_products_of_one_shape(rows: int, needs_grad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: logits in products of 8 rows, in a buffer of no more rows than that takes."""
+    p = problem("gspo", seed=106, bias=True, dtype=torch.bfloat16)
+    truth = from_logits(p, "packed", "gspo")
+    buffers: list[tuple[int, int]] = []
+
+    class OneShape(NarrowProducts):
+        def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+            super().__init__(weight, dtype)
+            self._in_blocks, self._min_columns, self._product_rows = False, 1, 8
+
+        def buffer_rows(self, rows: int) -> int:
+            buffers.append((rows, super().buffer_rows(rows)))
+            return buffers[-1][1]
+
+    monkeypatch.setattr(head, "products", OneShape)
+    monkeypatch.setattr(operators, "Head", Separate)
+    found = from_hidden(p, "packed", "gspo", rows=rows, needs_grad=needs_grad, backend="reference")
+    check_same(found, truth, p, number=2 * TOLERANCES[torch.bfloat16].store)
+    assert buffers and all(of_buffer == -(-chunk // 8) * 8 for chunk, of_buffer in buffers)
+
+
 @by_objective
 @frozen_or_not
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e6])
