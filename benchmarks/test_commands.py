@@ -11,8 +11,8 @@ import pytest
 
 from gspo_kernels.losses import triton_stage_kernels
 
+from . import context, host, linear, linear_precision, peers, plot
 from . import gpu_page as page
-from . import host, linear, linear_precision, peers, plot
 from .cases import DENSE, INACTIVE, Problem, linear_case, linear_smoke
 from .contestants import Contestant, Run
 from .results import REPOSITORY, committed, load, newest
@@ -35,14 +35,15 @@ def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_of_hidden_states_has_the_committed_numbers() -> None:
     text = linear.PAGE.read_text()
-    assert page.filled(text, linear.page_block(committed(linear.KIND))) == text, "python -m benchmarks.linear --write"
+    block = linear.page_block(committed(linear.KIND), committed(context.KIND))
+    assert page.filled(text, block) == text, "python -m benchmarks.linear --write"
 
 
 def test_both_sizes_are_in_the_block() -> None:
     measured = {"label": "", "median": 1.5, "beyond_gradients": None, "wrong": ""}
     cases = {f"{work}-bf16-151936": {"contestants": {"ours": measured}} for work in ("dense", "dense_1024")}
     about = {"cpu": "EPYC", "cores": 2, "date": "2026-11-26", "bf16_products_are": "by magic"}
-    block = linear.page_block([{"machine": about, "cases": cases}])
+    block = linear.page_block([{"machine": about, "cases": cases}], [])
     assert "on 2 cores of EPYC, by magic, 2026-11-26" in block
     assert "| gspo-kernels |  | 1.50 s |  |  |" in block
     assert "| 151,936 bf16 | 1.50 |  |  |  |" in block
@@ -73,6 +74,21 @@ def test_libraries_take_part_where_something_is_to_be_learned() -> None:
     )
     assert linear.left_out(eager, large) and not linear.left_out(eager, small) and not linear.left_out(eager, dense)
     assert not any(linear.left_out(linear.BY_NAME[name], large) for name in ("ours", "products"))
+
+
+def test_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "context.json"
+    assert context.main(["--smoke", "--save", str(path)]) == 0
+    short, long, whole = load(path)["contexts"]
+    assert short["length"] == long["length"] < whole["length"]
+    assert "| 1 of 8,192 tokens | " in capsys.readouterr().out
+    fair = {"sequences": 1, "length": 1_000, "beside": 50_000_000}
+    assert not context.grows([fair, {**fair, "length": 100_000, "beside": 55_000_000}])
+    assert context.grows([fair, {**fair, "length": 100_000, "beside": 60_000_000}])
+
+
+def test_a_million_rows_fit_into_one_gpu() -> None:
+    assert 40e9 < sum(context.bytes_on_gpu(1_048_576, 4_096, 151_936).values()) < 60e9
 
 
 def test_linear_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
