@@ -114,17 +114,18 @@ def markdown(content: dict[str, Any]) -> str:
         ]
         for m in content["contexts"]
     ]
-    first = content["contexts"][0]
+    about, first = content["machine"], content["contexts"][0]
     heads = [f"V = {first['vocab']:,}, D = {first['width']}, fp32", "time", "a row", "peak", "beside the gradients"]
     on_gpu = bytes_on_gpu(1_048_576, 4_096, 151_936)
+    whole = size(sum(on_gpu.values()))
     parts = ", ".join(f"{name} {size(number)}" for name, number in on_gpu.items())
     return "\n".join(
         [
-            f"A long context on {content['machine']['cores']} cores of {content['machine']['cpu']} (`make bench-context`):",
+            f"A long context on {about['cores']} cores of {about['cpu']} (`make bench-context`):",
             "",
             *table(heads, rows),
             "",
-            f"By arithmetic, 1,048,576 rows with D = 4,096 in bf16 take {size(sum(on_gpu.values()))} of a GPU: {parts}.",
+            f"By arithmetic, 1,048,576 rows with D = 4,096 in bf16 take {whole} of a GPU: {parts}.",
         ]
     )
 
