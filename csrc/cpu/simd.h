@@ -53,7 +53,7 @@ inline vfloat maximum(vfloat a, vfloat b) {
 #endif
 }
 
-// a * b - c. One rounding where kFused, two elsewhere.
+// a * b - c, rounded once where kFused, twice elsewhere.
 inline vfloat multiply_subtract(vfloat a, float b, float c) {
 #if defined(__AVX512F__)
   return _mm512_fmsub_ps(a, _mm512_set1_ps(b), _mm512_set1_ps(c));
