@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
-.PHONY: bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
+.PHONY: bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -108,6 +108,10 @@ bench-compare: .venv/bench
 # The losses from hidden states, against the peers that `make bench-peers` has installed: 20 minutes, and a minute.
 bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
+
+# A million tokens of context in constant memory: 10 minutes.
+bench-context: .venv/bench
+	$(BIN)/python -m benchmarks.context $(ARGS)
 
 bench-precision: .venv/bench
 	$(BIN)/python -m benchmarks.linear_precision $(ARGS)

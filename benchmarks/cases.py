@@ -138,6 +138,7 @@ INACTIVE = Work(
 FROZEN = Work("frozen_head", "loss and gradient of the hidden states alone", frozen_head=True, far=True)
 FORWARD = Work("forward", "log-probabilities, no gradient", gradient=False, far=True)
 LINEAR_WORKS = (DENSE, INACTIVE, FROZEN, FORWARD)
+DENSE_1024 = replace(DENSE, name="dense_1024", title="loss and gradients of 1,024 rows")
 LINEAR_VOCABS = (151_936, 32_000)
 
 
@@ -150,7 +151,10 @@ def linear_smoke(work: Work, dtype: str) -> Case:
 
 
 LINEAR_CASES = tuple(
-    linear_case(work, dtype, vocab) for vocab in LINEAR_VOCABS for dtype in ("bf16", "fp32") for work in LINEAR_WORKS
+    linear_case(work, dtype, vocab, 1_024 if work is DENSE_1024 else 2_048)
+    for vocab in LINEAR_VOCABS
+    for dtype in ("bf16", "fp32")
+    for work in (*LINEAR_WORKS, DENSE_1024)
 )
 # Every work and dtype, with as few compilations as that takes.
 LINEAR_SMOKE = tuple(

@@ -1,31 +1,39 @@
 """The losses from hidden states against their own matrix products and against every library that starts there too.
 
-    python -m benchmarks.linear                             20 minutes, 10 GB; writes results/linear-cpu-<name>.json
+    python -m benchmarks.linear                             25 minutes, 10 GB; writes results/linear-cpu-<name>.json
     python -m benchmarks.linear --smoke                     tiny sizes, half a minute: does it run at all?
     python -m benchmarks.linear --only dense bf16           cases whose names have all these words
     python -m benchmarks.linear --markdown [results.json]   the table of all cases, from results
+    python -m benchmarks.linear --write                     the tables of docs/hidden-states.md, from committed results
 
-A wrong answer is timed all the same, and marked. `make bench-peers` installs the libraries; one that is not there is
-recorded as absent. `gpu_linear.py` measures the same cases on a GPU.
+The name of a results file has the processor and what multiplies bf16 there: mkl (AMX), native (the extension, by
+AVX512-BF16) or float32 (neither). A call may take `CALL_SECONDS`: some libraries' bf16 products have no fast way
+without bf16 units. A wrong answer is timed all the same, and marked. `make bench-peers` installs the libraries; one
+that is not there is recorded as absent. `gpu_linear.py` measures the same cases on a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from torch import Tensor
 
-from . import libraries
+from . import context, libraries
 from .cases import (
     DENSE,
+    DENSE_1024,
     DTYPES,
+    FROZEN,
+    INACTIVE,
     LINEAR_CASES,
     LINEAR_SMOKE,
     LINEAR_VOCABS,
@@ -35,12 +43,28 @@ from .cases import (
     build,
     linear_smoke,
 )
-from .contestants import COMPILED, EAGER, PRODUCTS, Contestant, on_logprobs, ours
+from .contestants import COMPILED, EAGER, PRODUCTS, Answer, Contestant, Run, on_logprobs, ours
+from .gpu_page import filled
 from .gpu_parts import table
 from .race import Outcome, Rounds, admit, race
-from .results import arguments_of, default_path, line, load, machine, newest, record, save, size, title
+from .results import (
+    REPOSITORY,
+    arguments_of,
+    committed,
+    default_path,
+    line,
+    load,
+    machine,
+    newest,
+    record,
+    save,
+    size,
+    title,
+)  # fmt: skip
 
 KIND = "linear-cpu"
+PAGE = REPOSITORY / "docs" / "hidden-states.md"
+CALL_SECONDS = 100  # of one call, a compilation included
 ROUNDS, SMOKE_ROUNDS = Rounds(least=2, most=6, seconds=40.0), Rounds(least=1, most=1)
 
 # How to read the numbers; stored with them.
@@ -77,12 +101,15 @@ CONTESTANTS = (
     _gspo_on("torch", "torch linear_cross_entropy, chunked", libraries.torch_chunked),
 )
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
+_COMPARED = ("ours", "products", "eager", "compile")  # with 1,024 rows
 PEERS = tuple(c.name for c in CONTESTANTS if c not in (OURS, PRODUCTS))
 
 
 def left_out(contestant: Contestant, case: Case) -> str:
     """Why a contestant says nothing new in a case, or "": minutes are spent where something is to be learned."""
     large = case.vocab == max(LINEAR_VOCABS)
+    if case.work is DENSE_1024:
+        return "" if contestant.name in _COMPARED else "measured with 2,048 rows"
     if contestant.name not in PEERS or case.work is DENSE:
         return ""
     if contestant.compiles and (large or case.work.gradient):
@@ -92,11 +119,40 @@ def left_out(contestant: Contestant, case: Case) -> str:
     return ""
 
 
+def bounded(contestant: Contestant) -> Contestant:
+    """Fails with TimeoutError in a call of more than `CALL_SECONDS`, as soon as its current torch operation ends."""
+
+    def prepare(problem: Problem) -> Run:
+        run = contestant.prepare(problem)
+
+        def call() -> Answer | None:
+            with _alarm(CALL_SECONDS):
+                return run()
+
+        return call
+
+    return dataclasses.replace(contestant, prepare=prepare)
+
+
+@contextlib.contextmanager
+def _alarm(seconds: int) -> Iterator[None]:
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"a call takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measured(case: Case, rounds: Rounds) -> dict[str, Any]:
     problem = build(case)
     outcomes = race(
         problem,
-        CONTESTANTS,
+        [bounded(contestant) for contestant in CONTESTANTS],
         rounds,
         why_not=lambda contestant: left_out(contestant, case),
         keep_wrong=True,
@@ -136,7 +192,7 @@ def markdown(cases: Mapping[str, dict[str, Any]]) -> str:
 
 
 def _table(cases: Mapping[str, dict[str, Any]], vocab: int) -> str:
-    ids = [f"{work.name}-{dtype}-{vocab}" for work in LINEAR_WORKS for dtype in DTYPES]
+    ids = [f"{work.name}-{dtype}-{vocab}" for work in (*LINEAR_WORKS, DENSE_1024) for dtype in DTYPES]
     chosen = [cases[id] for id in ids if id in cases]
     heads = [f"{case['work'].replace('_', ' ')}, {case['dtype']}" for case in chosen]
     rows = [[c.label, *(_cell(case["contestants"].get(c.name)) for case in chosen)] for c in CONTESTANTS]
@@ -151,10 +207,59 @@ def _cell(m: dict[str, Any] | None) -> str:
     return f"{seconds}{memory}" + (" (wrong)" if m["wrong"] else "")
 
 
+# ---- docs/hidden-states.md
+
+
+def page_block(contents: Sequence[dict[str, Any]], contexts: Sequence[dict[str, Any]]) -> str:
+    """Of each machine a table of the cases with 2,048 rows and one of those with 1,024 rows, where it has them.
+
+    `contexts`: results of context.py, whose tables stand below.
+    """
+    blocks = []
+    for content in contents:
+        cases, where = content["cases"], _machine(content["machine"])
+        blocks.append(
+            f"2,048 rows, D = 1,024, V = 151,936 on {where}. Seconds, and memory beside the returned gradients:"
+        )
+        blocks.append(_chosen(cases))
+        lines = [
+            [f"{vocab:,} {dtype}", *(f"{found[name]['median']:.2f}" if name in found else "" for name in _COMPARED)]
+            for vocab in sorted(LINEAR_VOCABS)
+            for dtype in DTYPES
+            if (found := cases.get(f"{DENSE_1024.name}-{dtype}-{vocab}", {}).get("contestants"))
+        ]
+        if lines:
+            blocks.append("The same machine with 1,024 rows, seconds:")
+            blocks.append("\n".join(table(["V, dtype", *(BY_NAME[name].label for name in _COMPARED)], lines)))
+    return "\n\n".join([*blocks, *map(context.markdown, contexts)])
+
+
+def _machine(about: dict[str, Any]) -> str:
+    products = about.get("bf16_products_are", "")
+    return ", ".join(filter(None, [f"{about['cores']} cores of {about['cpu']}", products, about["date"]]))
+
+
+def _chosen(cases: Mapping[str, dict[str, Any]]) -> str:
+    vocab = max(LINEAR_VOCABS)
+    columns = {
+        "fp32": (DENSE, "fp32"),
+        "bf16": (DENSE, "bf16"),
+        "fp32, 53% of rows inactive": (INACTIVE, "fp32"),
+        "fp32, head frozen": (FROZEN, "fp32"),
+    }
+    chosen = [cases.get(f"{work.name}-{dtype}-{vocab}", {"contestants": {}}) for work, dtype in columns.values()]
+    rows = [[c.label, *(_cell(case["contestants"].get(c.name)) for case in chosen)] for c in CONTESTANTS]
+    return "\n".join(table(["", *columns], [row for row in rows if any(row[1:])]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = arguments_of("linear", __doc__, KIND)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose names have all these words")
+    parser.add_argument("--write", action="store_true", help="the tables of docs/hidden-states.md, from all results")
     options = parser.parse_args(arguments)
+    if options.write:
+        PAGE.write_text(filled(PAGE.read_text(), page_block(committed(KIND), committed(context.KIND))))
+        return 0
     if options.markdown is not None:
         print(markdown(load(options.markdown if options.markdown.name else newest(KIND))["cases"]))
         return 0
@@ -175,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = {name for case in finished for name, other in case["absent"].items() if other == reason}
         print(f"not here: {', '.join(sorted(names))}: {reason.splitlines()[0][:150]}")
     print(f"\n{time.perf_counter() - began:.0f} s")
-    path = options.save or (None if options.smoke or options.only else default_path(KIND))
+    path = options.save or (None if options.smoke or options.only else default_path(KIND, by_products=True))
     if path:
         save(path, {"machine": about, "meanings": MEANINGS, "cases": finished})
         print(f"\nresults: {path}")

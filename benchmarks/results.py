@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import gspo_kernels
+from gspo_kernels.linear.cpu_products import cpu_products
 
 from .cases import Problem
 from .gpu_parts import rounded
@@ -96,11 +97,17 @@ def newest(kind: str) -> Path:
     return max(candidates, key=lambda path: str(json.loads(path.read_text())["machine"]["date"]))
 
 
-def default_path(kind: str) -> Path:
-    """linear-cpu-xeon-2cores.json"""
+def committed(kind: str) -> list[dict[str, Any]]:
+    """The results of this kind of every machine, by the names of the files."""
+    return [load(path) for path in sorted(FOLDER.glob(f"{kind}-*.json"))]
+
+
+def default_path(kind: str, by_products: bool = False) -> Path:
+    """cpu-epyc-2cores.json, or `by_products` linear-cpu-epyc-native-2cores.json."""
     here = machine()
     cpu = re.search(r"epyc|xeon|ryzen|core|neoverse|apple", str(here["cpu"]).lower())
-    return FOLDER / f"{kind}-{cpu.group() if cpu else 'other'}-{here['cores']}cores.json"
+    products = [here["bf16_products"]] if by_products else []
+    return FOLDER / f"{'-'.join([kind, cpu.group() if cpu else 'other', *products])}-{here['cores']}cores.json"
 
 
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -112,7 +119,9 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gb": round(_memory_bytes() / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
-        "backend": backend,
+        "backend": backend,  # with its instruction set
+        "bf16_products": cpu_products(torch.bfloat16).name,
+        "bf16_products_are": cpu_products(torch.bfloat16).reason,
         "gspo_kernels": gspo_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gspo_kernels.losses import triton_stage_kernels
 
-from . import gpu_model, host, linear, linear_precision, linear_tf32, peers, plot
+from . import context, gpu_model, host, linear, linear_precision, linear_tf32, peers, plot
 from . import gpu_page as page
-from .cases import DENSE, INACTIVE, linear_case
-from .results import REPOSITORY, load, newest
+from .cases import DENSE, INACTIVE, Problem, linear_case, linear_smoke
+from .contestants import Contestant, Run
+from .results import REPOSITORY, committed, load, newest
 
 
 def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +33,40 @@ def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| V = 151,936 | dense, fp32 |" in linear.markdown(load(newest(linear.KIND))["cases"])
 
 
+def test_the_page_of_hidden_states_has_the_committed_numbers() -> None:
+    text = linear.PAGE.read_text()
+    block = linear.page_block(committed(linear.KIND), committed(context.KIND))
+    assert page.filled(text, block) == text, "python -m benchmarks.linear --write"
+
+
+def test_both_sizes_are_in_the_block() -> None:
+    measured = {"label": "", "median": 1.5, "beyond_gradients": None, "wrong": ""}
+    cases = {f"{work}-bf16-151936": {"contestants": {"ours": measured}} for work in ("dense", "dense_1024")}
+    about = {"cpu": "EPYC", "cores": 2, "date": "2026-11-26", "bf16_products_are": "by magic"}
+    block = linear.page_block([{"machine": about, "cases": cases}], [])
+    assert "on 2 cores of EPYC, by magic, 2026-11-26" in block
+    assert "| gspo-kernels |  | 1.50 s |  |  |" in block
+    assert "| 151,936 bf16 | 1.50 |  |  |  |" in block
+
+
+def test_a_call_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library whose bf16 product crawls on a processor without bf16 units; others are timed all the same."""
+    monkeypatch.setattr(linear, "CALL_SECONDS", 1)
+
+    def crawling(problem: Problem) -> Run:
+        def run() -> None:
+            for _ in range(1_000):
+                time.sleep(0.01)
+
+        return run
+
+    slow = Contestant("slow", "slow", crawling)
+    monkeypatch.setattr(linear, "CONTESTANTS", (linear.OURS, slow))
+    found = linear.measured(linear_smoke(DENSE, "fp32"), linear.SMOKE_ROUNDS)
+    assert found["errors"] == {"slow": "TimeoutError: a call takes more than 1 s"}
+    assert "ours" in found["contestants"]
+
+
 def test_libraries_take_part_where_something_is_to_be_learned() -> None:
     eager = linear.BY_NAME["eager"]
     large, small, dense = (
@@ -38,6 +74,21 @@ def test_libraries_take_part_where_something_is_to_be_learned() -> None:
     )
     assert linear.left_out(eager, large) and not linear.left_out(eager, small) and not linear.left_out(eager, dense)
     assert not any(linear.left_out(linear.BY_NAME[name], large) for name in ("ours", "products"))
+
+
+def test_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "context.json"
+    assert context.main(["--smoke", "--save", str(path)]) == 0
+    short, long, whole = load(path)["contexts"]
+    assert short["length"] == long["length"] < whole["length"]
+    assert "| 1 of 8,192 tokens | " in capsys.readouterr().out
+    fair = {"sequences": 1, "length": 1_000, "beside": 50_000_000}
+    assert not context.grows([fair, {**fair, "length": 100_000, "beside": 55_000_000}])
+    assert context.grows([fair, {**fair, "length": 100_000, "beside": 60_000_000}])
+
+
+def test_a_million_rows_fit_into_one_gpu() -> None:
+    assert 40e9 < sum(context.bytes_on_gpu(1_048_576, 4_096, 151_936).values()) < 60e9
 
 
 def test_linear_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ inline vfloat maximum(vfloat a, vfloat b) {
 #endif
 }
 
-// a * b - c. One rounding where kFused, two elsewhere.
+// a * b - c, rounded once where kFused, twice elsewhere.
 inline vfloat multiply_subtract(vfloat a, float b, float c) {
 #if defined(__AVX512F__)
   return _mm512_fmsub_ps(a, _mm512_set1_ps(b), _mm512_set1_ps(c));
@@ -206,8 +206,8 @@ inline Pair load_pair(const BFloat16* p) {
 // floats form one vector of 16-bit numbers, the lower halves another. An upper half is rounded up where its lower half
 // plus 0x7fff plus its own last bit carries; the average of 16-bit numbers, (x + y + 1) / 2, keeps that carry.
 inline void store_pair(BFloat16* p, Pair v) {
-  const vuint a = (vuint)v.a, b = (vuint)v.b;
 #if defined(__AVX2__)
+  const vuint a = (vuint)v.a, b = (vuint)v.b;
   const vuint upper = interleave(a >> 16, b), lower = interleave(a, b << 16);
   const vuint half = (upper & 0x00010001u) | 0x7ffe7ffeu;
   const vuint both = (vuint)((vwords)upper + ((vwords)average(lower, half) >> 15));

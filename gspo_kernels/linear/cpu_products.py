@@ -1,7 +1,7 @@
 """Which products multiply on a CPU, and those of the C++ extension.
 
 bf16 operands are multiplied by the processor's units for them, with sums in float32: by MKL on AMX, or by the extension
-on AVX512-BF16. Where there is neither, they are converted to float32. GSPO_KERNELS_CPU_PRODUCTS selects one of the three.
+on AVX512-BF16. Where there is neither, they are converted to float32. GSPO_KERNELS_CPU_PRODUCTS selects one of these.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _check(requested: str) -> None:
     if requested not in ("", *_NAMES):
         raise ValueError(f"{VARIABLE}: expected one of {', '.join(_NAMES)}; got {requested!r}")
     if requested == "mkl" and mkl_gemm() is None:
-        raise ValueError(f"{VARIABLE}: expected native or float32, because this torch has no bf16 product of MKL; got 'mkl'")
+        raise ValueError(
+            f"{VARIABLE}: expected native or float32, because this torch has no bf16 product of MKL; got 'mkl'"
+        )
     if requested == "native" and (missing := cpu_rows.unavailable_reason()):
         raise ValueError(f"{VARIABLE}: expected mkl or float32, because {missing}; got 'native'")
 

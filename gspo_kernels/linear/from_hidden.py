@@ -102,11 +102,12 @@ def linear_policy_loss(
             into a chunk, and there is a collective for each chunk and one before the first.
 
     Args: memory and backend
-        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU, 300
-            MiB on a CPU. If a sequence is longer than a chunk and the head needs a
-            gradient, the logits of its active rows are computed twice. A CPU multiplies blocks of 16 rows, and at least
-            4 rows per thread: the last block may exceed `chunk_bytes` by that many rows. A GPU multiplies 512 rows at a
-            time, and its buffer for logits never has fewer; bf16 gradients of logits take as much memory again at most.
+        chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 300
+            MiB, or 264 MiB where 16-bit operands that need gradients are multiplied in float32. If a sequence is longer
+            than a chunk and the head needs a gradient, the logits of its active rows are computed twice. A CPU
+            multiplies blocks of 16 rows, and at least 4 rows per thread: the last block may exceed `chunk_bytes` by
+            that many rows. A GPU multiplies 512 rows at a time, and its buffer for logits never has fewer; bf16
+            gradients of logits take as much memory again at most.
         skip_zero_advantage: leaves out sequences whose advantages are all 0: the loss and gradients are the same, but
             their tokens are in none of the stats. Not with a KL term or an entropy bonus, to which such sequences
             contribute.

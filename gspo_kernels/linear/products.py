@@ -61,6 +61,7 @@ class Products:
         self._vocab = weight.shape[0]
         self._step = max(1, block // (weight.shape[1] * self.sum_dtype.itemsize))
         self._converts = not weight.dtype == dtype == self.sum_dtype
+        self._converted: Tensor | None = None  # a block of the weight
         self._min_rows = self._min_columns = 1
         self._product_rows = PRODUCT_ROWS.get(weight.device.type)  # None: all rows in one product
         self._in_blocks = weight.device.type == "cpu"
@@ -146,10 +147,11 @@ class Products:
         if not self._converts:
             yield from ((block, self.weight[block]) for block in blocks)
             return
-        most = max(block.stop - block.start for block in blocks)
-        buffer = self.weight.new_empty(most, self.weight.shape[1], dtype=self.sum_dtype)
+        if self._converted is None:
+            most = max(block.stop - block.start for block in blocks)
+            self._converted = self.weight.new_empty(most, self.weight.shape[1], dtype=self.sum_dtype)
         for block in blocks:
-            converted = buffer[: block.stop - block.start]
+            converted = self._converted[: block.stop - block.start]
             converted.copy_(self.weight[block].to(self.dtype))
             yield block, converted
 
@@ -251,13 +253,17 @@ def gradients_are_half_width(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype == torch.bfloat16 and cpu_products(dtype).name != "float32"
 
 
-def default_chunk_bytes(device: str) -> int:
+def default_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
     """Memory for a chunk's logits where the caller sets none: enough rows for products to run at full speed.
 
     Each chunk adds to the whole gradient of the head. The faster the products, the more rows a chunk needs until these
-    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU, and 512 on a CPU.
+    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU, and 512 on a CPU. Where a
+    head is converted it is 448, because its converted block and the low bits of its gradient take memory as well.
     """
-    return (1280 if device == "cuda" else 300) << 20
+    if device == "cuda":
+        return 1280 << 20
+    converts = dtype.itemsize == 2 and not gradients_are_half_width(device, dtype)
+    return (264 if gradient and converts else 300) << 20
 
 
 def _even_blocks(columns: int, most: int) -> list[slice]:

@@ -102,7 +102,8 @@ def chunk_size(chunk_bytes: int | None, vocab: int, dtype: torch.dtype, device: 
     itemsize = sum_dtype(dtype).itemsize
     row_bytes = row_stride(vocab, device) * itemsize
     if chunk_bytes is None:
-        chunk_bytes = max(default_chunk_bytes(device), row_bytes * PRODUCT_ROWS.get(device, 1))
+        least = row_bytes * PRODUCT_ROWS.get(device, 1)
+        chunk_bytes = max(default_chunk_bytes(device, dtype, gradient), least)
     elif (chunk_bytes := checks.whole("chunk_bytes", chunk_bytes, "the memory for logits")) < row_bytes:
         raise ValueError(
             f"chunk_bytes: expected at least {row_bytes}, one row of {vocab} logits in {itemsize * 8}-bit floats; "

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..rows import cpu_rows
 
 # Before a product is added it passes through a block that stays in the cache.
-_BLOCK_BYTES_PER_THREAD, _MAX_BLOCK_BYTES = 2 << 20, 16 << 20
+_BLOCK_BYTES_PER_THREAD, _MAX_BLOCK_BYTES = 4 << 20, 16 << 20
 
 
 class Sums(NamedTuple):

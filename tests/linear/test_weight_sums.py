@@ -12,7 +12,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from gspo_kernels.linear import weight_sums
-from gspo_kernels.linear.products import default_chunk_bytes, products
+from gspo_kernels.linear.products import products
 from gspo_kernels.linear.schedule import chunk_size
 from gspo_kernels.linear.weight_sums import Sums, WeightSums, empty_sums, rounded, to_float32
 from gspo_kernels.rows import cpu_rows
@@ -160,10 +160,11 @@ def test_memory_of_a_large_vocabulary(dtype: torch.dtype) -> None:
     vocab, width, count = 151_936, 1024, 2048
     of = products(torch.empty(20_000, width, dtype=dtype), dtype)
     rows = chunk_size(None, vocab, dtype, "cpu", gradient=True).max_rows
+    workspace = 20 << 20  # of MKL, for two threads
     chunk = (rows + of.max_padding) * vocab * of.sum_dtype.itemsize
     sums = empty_sums(torch.empty(1, 1, dtype=dtype), of.sum_dtype)
     of_head = sum(x.numel() * x.dtype.itemsize for x in sums) - dtype.itemsize  # bytes of a number
     of_hidden = count * width * (of.sum_dtype.itemsize - dtype.itemsize)
     total = chunk + vocab * width * of_head + of_hidden + of.converted_bytes
-    assert rows * vocab * 4 <= default_chunk_bytes("cpu") and rows >= 512
-    assert total < (0.35e9 if dtype == torch.float32 else 0.5e9)
+    assert rows >= 448
+    assert total + workspace < (0.35e9 if dtype == torch.float32 else 0.5e9)

@@ -135,12 +135,16 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+EVERYWHERE = ["rows_baseline", "products", "products_baseline"]
+X86 = [*EVERYWHERE, "rows_avx2", "rows_avx512", "products_avx2", "products_avx512bf16"]
+
+
 @pytest.mark.parametrize(
     ("machine", "archflags", "sources"),
     [
-        ("arm64", None, ["rows_baseline"]),
-        ("x86_64", None, ["rows_baseline", "rows_avx2", "rows_avx512"]),
-        ("arm64", "-arch x86_64", ["rows_baseline", "rows_avx2", "rows_avx512"]),
+        ("arm64", None, EVERYWHERE),
+        ("x86_64", None, X86),
+        ("arm64", "-arch x86_64", X86),
         ("arm64", "-arch arm64 -arch x86_64", None),
     ],
 )
@@ -162,8 +166,16 @@ def test_flags_on_macos(
     assert found["SOURCES"].keys() == {"csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in sources)}
     assert os.environ["ARCHFLAGS"] == (archflags or f"-arch {machine}")
     flags = [flag for of_file in found["SOURCES"].values() for flag in of_file]
-    assert any(flag.startswith("-mavx") for flag in flags) == (len(sources) > 1)
+    assert any(flag.startswith("-mavx") for flag in flags) == (sources is X86)
     assert found["LINK"] == ["-pthread"] and found["find_nvcc"]() is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_a_flag_that_the_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a flag is left out: an old compiler builds the other kernels."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    knows = runpy.run_path(str(ROOT / "setup.py"))["knows"]
+    assert knows(["g++"], "-O2") and not knows(["g++"], "-mavx512bf17")
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,19 @@ def test_rising_and_falling_rows(backend: str, dtype: torch.dtype) -> None:
 
 
 @by_combination
+@pytest.mark.parametrize("jump", [6.0, 300.0, 3e4])
+def test_a_late_jump(backend: str, dtype: torch.dtype, jump: float) -> None:
+    """The largest logit exceeds all earlier ones by a little, by more than 2^127, and by more than a product allows."""
+    vocab = sized(4099, 773)
+    logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(5))
+    logits[:, vocab // 2] += jump
+    logits[1, vocab // 2 + 3] = -math.inf
+    logits[2, : vocab // 4 : 2] = -math.inf
+    logits[3, -1] = -math.inf
+    check_batch(rows(logits.to(dtype), torch.full((4,), 11)), backend)
+
+
+@by_combination
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("column", [0, 3, 5, 1029])  # 3: the target
 def test_a_bad_logit_stays_in_its_row(backend: str, dtype: torch.dtype, bad: float, column: int) -> None:

@@ -16,6 +16,7 @@ for isa in baseline avx2 avx512; do
   if GSPO_KERNELS_ISA=$isa "$PYTHON" -P -c 'import gspo_kernels._native as n; n.instruction_set()' 2>/dev/null; then
     echo "sanitized kernels, $isa"
     GSPO_KERNELS_ISA=$isa "$PYTHON" -P -m pytest --numprocesses auto -x -k native tests/rows/test_rows.py tests/rows/test_row_independence.py "$@"
+    GSPO_KERNELS_ISA=$isa "$PYTHON" -P -m pytest --numprocesses auto -x -k "stride or neighbours" tests/linear/test_cpu_products.py "$@"
   fi
 done
 

@@ -1,0 +1,173 @@
+"""A million tokens of context through `linear_gspo_loss` on a CPU: does its memory grow with the context?
+
+    python -m benchmarks.context                          10 minutes; writes results/context-cpu-<name>.json
+    python -m benchmarks.context --smoke                  tiny sizes
+    python -m benchmarks.context --markdown [file.json]   the table, from results; `linear --write` puts it on the page
+
+V = 151,936 as usual, and hidden states so narrow that a million rows take minutes. Every sequence is longer than a
+chunk: the logits of its rows are computed twice. All rows have a coefficient. What a loss must hold grows with its
+arguments: the gradient of the hidden states, and some numbers a row. What it holds beside these must not grow.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gspo_kernels import linear_gspo_loss
+from gspo_kernels.linear.schedule import chunk_size, row_stride
+
+from .cases import SEED
+from .gpu_parts import table
+from .memory import peak_extra_bytes
+from .results import arguments_of, default_path, load, machine, newest, save, size, title
+
+KIND = "context-cpu"
+A_ROW = 64  # bytes: a bound of what the package holds of each row beside the gradient of the hidden states
+
+# How to read the numbers; stored with them.
+MEANINGS = {
+    "seconds": "of a loss and its gradients",
+    "extra_bytes": "peak resident memory beyond the arguments, returned gradients included",
+    "beside": "extra_bytes less the gradients of hidden states and head: a chunk, and some numbers a row",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A batch of packed sequences of one length."""
+
+    sequences: int
+    length: int
+    width: int
+    vocab: int
+    chunk_bytes: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.length
+
+
+WHOLE = tuple(Context(n, length, 16, 151_936) for n, length in ((2, 32_768), (32, 32_768), (1, 1_048_576)))
+SMOKE = tuple(Context(n, length, 16, 1_000, 1 << 20) for n, length in ((2, 1_024), (8, 1_024), (1, 8_192)))
+
+
+def measured(context: Context) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(SEED)
+    hidden = torch.randn(context.rows, context.width, generator=generator).mul_(0.1).requires_grad_()
+    weight = torch.randn(context.vocab, context.width, generator=generator).mul_(0.1).requires_grad_()
+    token_ids = torch.randint(context.vocab, (context.rows,), generator=generator)
+    with torch.no_grad():
+        # The logits of a row are nearly normal with this deviation, which gives their logsumexp.
+        deviation = weight.square().mean().sqrt() * hidden.square().sum(1).sqrt()
+        old = (hidden * weight[token_ids]).sum(1) - math.log(context.vocab) - deviation.square() / 2
+    advantages = torch.ones(context.sequences)
+    boundaries = torch.arange(context.sequences + 1) * context.length
+    options = {"eps_low": 0.1, "eps_high": 0.1, "cu_seqlens": boundaries, "chunk_bytes": context.chunk_bytes}
+
+    def run() -> Any:
+        began = time.perf_counter()
+        loss, stats = linear_gspo_loss(hidden, weight, token_ids, advantages, old, **options)
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        return time.perf_counter() - began, gradients, stats
+
+    (seconds, gradients, stats), extra = peak_extra_bytes(run)
+    returned = sum(x.numel() * x.element_size() for x in gradients)
+    assert float(stats.clip_fraction) == 0.0 and all(bool(x.isfinite().all()) for x in gradients)
+    return {
+        **asdict(context),
+        "seconds": seconds,
+        "extra_bytes": extra,
+        "beside": None if extra is None else max(extra - returned, 0),
+    }
+
+
+def bytes_on_gpu(rows: int, width: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """By arithmetic, what the same plan takes on a GPU."""
+    item, head = dtype.itemsize, vocab * width
+    logits = chunk_size(None, vocab, dtype, "cuda", True).max_rows * row_stride(vocab, "cuda")
+    return {
+        "hidden and head": (rows * width + head) * item,
+        "their gradients in float32": (rows * width + head) * 4,
+        "their gradients as returned": (rows * width + head) * item,
+        "a chunk of logits and its gradient": logits * (4 + item),
+        "numbers of rows": rows * A_ROW,
+    }
+
+
+def markdown(content: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{m['sequences']:,} of {m['length']:,} tokens",
+            f"{m['seconds']:,.1f} s",
+            f"{m['seconds'] / (m['sequences'] * m['length']) * 1e6:.0f} us",
+            size(m["extra_bytes"]),
+            size(m["beside"]),
+        ]
+        for m in content["contexts"]
+    ]
+    about, first = content["machine"], content["contexts"][0]
+    heads = [f"V = {first['vocab']:,}, D = {first['width']}, fp32", "time", "a row", "peak", "beside the gradients"]
+    on_gpu = bytes_on_gpu(1_048_576, 4_096, 151_936)
+    whole = size(sum(on_gpu.values()))
+    parts = ", ".join(f"{name} {size(number)}" for name, number in on_gpu.items())
+    return "\n".join(
+        [
+            f"A long context on {about['cores']} cores of {about['cpu']} (`make bench-context`):",
+            "",
+            *table(heads, rows),
+            "",
+            f"By arithmetic, 1,048,576 rows with D = 4,096 in bf16 take {whole} of a GPU: {parts}.",
+        ]
+    )
+
+
+def grows(contexts: Sequence[dict[str, Any]]) -> str:
+    """What is wrong, or "": beside its gradients, the longest context holds `A_ROW` bytes a row more than the first."""
+    first = contexts[0]
+    for other in contexts[1:]:
+        more = other["sequences"] * other["length"] - first["sequences"] * first["length"]
+        if first["beside"] is not None and other["beside"] > first["beside"] * 1.05 + more * A_ROW:
+            return f"{other['beside']:,} bytes beside the gradients, where {first['beside']:,} are held of {first}"
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = arguments_of("context", __doc__, KIND).parse_args(arguments)
+    if options.markdown is not None:
+        print(markdown(load(options.markdown if options.markdown.name else newest(KIND))))
+        return 0
+    about = machine()
+    print(title(about), flush=True)
+    contexts = []
+    for context in SMOKE if options.smoke else WHOLE:
+        contexts.append(measured(context) if options.smoke else _in_a_process(context))
+        print(contexts[-1], flush=True)
+    content = {"machine": about, "meanings": MEANINGS, "contexts": contexts}
+    print("", markdown(content), sep="\n")
+    path = options.save or (None if options.smoke else default_path(KIND))
+    if path:
+        save(path, content)
+        print(f"\nresults: {path}")
+    wrong = "" if options.smoke else grows(contexts)
+    if wrong:
+        print(f"\nmemory grows with the context: {wrong}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _in_a_process(context: Context) -> dict[str, Any]:
+    """With a heap of its own: what another context has freed would hide what this one needs."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(measured, context).result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
