@@ -45,7 +45,7 @@ struct Panels {
 // For one dtype on one instruction set.
 struct ProductKernels {
   int elements, rows, columns;  // of a word; of a tile of sums
-  void (*pack_shared)(const SharedProduct&, int64_t panel);
+  void (*pack_shared)(const SharedProduct&, const Panels&);
   // These panels of both operands; `block` is memory for those of the streamed one, a block of the depth at a time.
   void (*multiply)(const SharedProduct&, const Panels& shared, const Panels& streamed, uint32_t* block);
 };
