@@ -5,7 +5,7 @@
 
 namespace gspo {
 
-// A matrix [lines, depth]; sums run over the depth. Lines are the rows of the left operand, the columns of the right one.
+// A matrix [lines, depth]; sums run over the depth. Lines are rows of the left operand, columns of the right one.
 struct Operand {
   const void* data;
   int64_t lines, line_stride, depth_stride;  // strides in elements; one of them is 1
