@@ -66,7 +66,8 @@ void multiply(const ProductKernels& kernels, const Product& product, int threads
 
   for (s.begin = 0; s.begin < words; s.begin = s.end) {
     s.end = std::min(s.begin + s.range, words);
-    parallel_for(shared_panels, 1, threads, [&](int64_t panel, int64_t) { kernels.pack_shared(s, panel); });
+    parallel_for(shared_panels, divide_up(shared_panels, tasks), threads,
+                 [&](int64_t first, int64_t last) { kernels.pack_shared(s, {first, last}); });
     parallel_for(blocks * parts, 1, threads, [&](int64_t task, int64_t) {
       static thread_local const Words memory = allocate(kBlockWords);  // one block, kept for the thread's next task
       const int64_t first = task / parts * block, part = task % parts;

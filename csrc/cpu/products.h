@@ -5,7 +5,7 @@
 
 namespace gspo {
 
-// A matrix [lines, depth]; sums run over the depth. Lines are the rows of the left operand, the columns of the right one.
+// A matrix [lines, depth]; sums run over the depth. Lines are rows of the left operand, columns of the right one.
 struct Operand {
   const void* data;
   int64_t lines, line_stride, depth_stride;  // strides in elements; one of them is 1
@@ -45,7 +45,7 @@ struct Panels {
 // For one dtype on one instruction set.
 struct ProductKernels {
   int elements, rows, columns;  // of a word; of a tile of sums
-  void (*pack_shared)(const SharedProduct&, int64_t panel);
+  void (*pack_shared)(const SharedProduct&, const Panels&);
   // These panels of both operands; `block` is memory for those of the streamed one, a block of the depth at a time.
   void (*multiply)(const SharedProduct&, const Panels& shared, const Panels& streamed, uint32_t* block);
 };
