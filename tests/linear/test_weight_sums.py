@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from linear import Gradients, check_same, from_hidden, from_logits, problem
+from batches import arguments
+from linear import Gradients, check_same, chunk_of, from_hidden, from_logits, problem
 from modes import DEFAULT_MODE
 from tolerances import TOLERANCES
 from torch import Tensor
 
+import gspo_kernels
 from gspo_kernels.linear import weight_sums
 from gspo_kernels.linear.products import products
 from gspo_kernels.linear.schedule import chunk_size
@@ -168,3 +170,31 @@ def test_memory_of_a_large_vocabulary(dtype: torch.dtype) -> None:
     total = chunk + vocab * width * of_head + of_hidden + of.converted_bytes
     assert rows >= 448
     assert total + workspace < (0.35e9 if dtype == torch.float32 else 0.5e9)
+
+
+@pytest.mark.plain_memory  # deterministic fills slow compilers down
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_backward_rounds_the_same_sums(backend: str) -> None:
+    """Of a loss, and of log-probabilities: to the bit."""
+    p = problem("gspo", seed=302, dtype=torch.bfloat16)
+    args = arguments(p.batch, "packed")
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return gspo_kernels.linear_gspo_loss(
+            hidden, weight, *args.rest, **args.keywords, chunk_bytes=chunk_of(3, 61)
+        ).loss
+
+    def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+        ids, mask = args.rest[0], args.keywords["mask"]
+        return gspo_kernels.linear_token_logprobs(
+            hidden, weight, ids, mask=mask, chunk_bytes=chunk_of(3, 61)
+        ).logprobs.sum()
+
+    for work in (loss, logprobs) if backend == "aot_eager" else (loss,):
+        torch._dynamo.reset()
+        found = []
+        for function in (work, torch.compile(work, fullgraph=True, backend=backend)):
+            hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+            found.append(torch.autograd.grad(function(hidden, weight) * 0.3, [hidden, weight]))
+        assert found[0][1].dtype == torch.bfloat16
+        assert torch.equal(found[0][1], found[1][1])
