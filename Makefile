@@ -109,7 +109,7 @@ bench-compare: .venv/bench
 bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
 
-# A million tokens of context in constant memory: 10 minutes.
+# A million tokens of context in constant memory: 16 minutes.
 bench-context: .venv/bench
 	$(BIN)/python -m benchmarks.context $(ARGS)
 

@@ -1,6 +1,6 @@
 """A million tokens of context through `linear_gspo_loss` on a CPU: does its memory grow with the context?
 
-    python -m benchmarks.context                          10 minutes; writes results/context-cpu-<name>.json
+    python -m benchmarks.context                          16 minutes; writes results/context-cpu-<name>.json
     python -m benchmarks.context --smoke                  tiny sizes
     python -m benchmarks.context --markdown [file.json]   the table, from results; `linear --write` puts it on the page
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import signal
 import statistics
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import context, libraries
@@ -46,7 +48,7 @@ from .cases import (
 from .contestants import COMPILED, EAGER, PRODUCTS, Answer, Contestant, Run, on_logprobs, ours
 from .gpu_page import filled
 from .gpu_parts import table
-from .race import Outcome, Rounds, admit, race
+from .race import HostMeter, Outcome, Rounds, admit, race
 from .results import (
     REPOSITORY,
     arguments_of,
@@ -119,6 +121,22 @@ def left_out(contestant: Contestant, case: Case) -> str:
     return ""
 
 
+def too_slow(contestant: Contestant, case: Case) -> str:
+    """Why a contestant would not end in time, or "": without bf16 units torch's own bf16 product may crawl."""
+    seconds = case.work.products() * case.unit / torch_speed(case.dtype)
+    if contestant.name == OURS.name or seconds <= CALL_SECONDS:
+        return ""
+    return f"torch's own products in {case.dtype} would take {seconds:.0f} s a call here"
+
+
+@functools.cache
+def torch_speed(dtype: str) -> float:
+    """Operations a second of torch's own product, from a small one."""
+    rows, depth, columns = 256, 1_024, 1_024
+    a, b = torch.ones(rows, depth, dtype=DTYPES[dtype]), torch.ones(columns, depth, dtype=DTYPES[dtype])
+    return 2.0 * rows * depth * columns / min(HostMeter().timed(lambda: torch.mm(a, b.T)) for _ in range(3))
+
+
 def bounded(contestant: Contestant) -> Contestant:
     """Fails with TimeoutError in a call of more than `CALL_SECONDS`, as soon as its current torch operation ends."""
 
@@ -154,7 +172,7 @@ def measured(case: Case, rounds: Rounds) -> dict[str, Any]:
         problem,
         [bounded(contestant) for contestant in CONTESTANTS],
         rounds,
-        why_not=lambda contestant: left_out(contestant, case),
+        why_not=lambda contestant: left_out(contestant, case) or too_slow(contestant, case),
         keep_wrong=True,
         warm_up=False,  # a call takes up to half a minute, and `warm_up` has been there before
         heap_kept=True,

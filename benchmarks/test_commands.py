@@ -67,6 +67,14 @@ def test_a_call_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch)
     assert "ours" in found["contestants"]
 
 
+def test_who_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "torch_speed", lambda dtype: 1e9 if dtype == "bf16" else 1e11)
+    case = linear_case(DENSE, "bf16", 151_936)
+    assert "in bf16 would take 1912 s a call here" in linear.too_slow(linear.PRODUCTS, case)
+    assert not linear.too_slow(linear.OURS, case)
+    assert not linear.too_slow(linear.PRODUCTS, linear_case(DENSE, "fp32", 151_936))
+
+
 def test_libraries_take_part_where_something_is_to_be_learned() -> None:
     eager = linear.BY_NAME["eager"]
     large, small, dense = (
