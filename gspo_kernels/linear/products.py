@@ -201,8 +201,8 @@ def default_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
     """Memory for a chunk's logits where the caller sets none: enough rows for products to run at full speed.
 
     Each chunk adds to the whole gradient of the head. The faster the products, the more rows a chunk needs until these
-    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU, and 512 on a CPU; 448 where
-    a head is converted, because its converted block and the low bits of its gradient take memory as well.
+    additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU and 512 on a CPU. Where a
+    head is converted, its converted block and the low bits of its gradient take memory as well: 448 rows.
     """
     if device == "cuda":
         return 1280 << 20
