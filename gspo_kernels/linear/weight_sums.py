@@ -45,9 +45,6 @@ class WeightSums:
 
     def __init__(self, weight: Tensor, vocab: int, sum_dtype: torch.dtype) -> None:
         self._sums, self._vocab, self._products = empty_sums(weight, sum_dtype), vocab, 0
-        if self._sums.low.numel():
-            cpu_rows.request_huge_pages(self._sums.high)
-            cpu_rows.request_huge_pages(self._sums.low)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, bool]]:
         """Where to write the next product: (columns of the vocabulary, `out` for them, whether `out` is added to)."""
