@@ -125,7 +125,7 @@ def left_out(contestant: Contestant, case: Case) -> str:
 
 
 def too_slow(contestant: Contestant, case: Case) -> str:
-    """Why a call would take minutes, or "": it needs products of torch that are slow in this dtype on this processor."""
+    """Why a call would take minutes, or "": it needs products of torch that crawl in this dtype on this processor."""
     work = case.work
     needed = (True, work.gradient, work.gradient and not work.frozen_head)
     this, fp32 = (sum(itertools.compress(products_seconds(dtype), needed)) for dtype in (case.dtype, "fp32"))
@@ -136,15 +136,17 @@ def too_slow(contestant: Contestant, case: Case) -> str:
 
 @functools.cache
 def products_seconds(dtype: str) -> tuple[float, float, float]:
-    """Of logits and the gradients of hidden states and weight by torch, for each row, width and column."""
-    rows, width, vocab = 64, 1_024, 512
-    hidden, weight = (torch.ones(n, width, dtype=DTYPES[dtype]) for n in (rows, vocab))
-    logits = hidden @ weight.T
-
-    def least(product: Callable[[], Tensor]) -> float:
-        return min(HostMeter().timed(product) for _ in range(10)) / (rows * width * vocab)
-
-    return least(lambda: hidden @ weight.T), least(lambda: logits @ weight), least(lambda: logits.T @ hidden)
+    """Of small products by torch, on one thread: logits, gradient of the hidden states, gradient of the weight."""
+    hidden, weight = (torch.ones(rows, 1_024, dtype=DTYPES[dtype]) for rows in (64, 512))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        logits = hidden @ weight.T
+        products = (lambda: hidden @ weight.T, lambda: logits @ weight, lambda: logits.T @ hidden)
+        of_logits, of_hidden, of_weight = (min(HostMeter().timed(each) for _ in range(10)) for each in products)
+    finally:
+        torch.set_num_threads(threads)
+    return of_logits, of_hidden, of_weight
 
 
 def bounded(contestant: Contestant) -> Contestant:
