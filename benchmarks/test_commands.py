@@ -13,7 +13,7 @@ from gspo_kernels.losses import triton_stage_kernels
 
 from . import context, gpu_model, host, linear, linear_precision, linear_tf32, peers, plot
 from . import gpu_page as page
-from .cases import DENSE, INACTIVE, Problem, linear_case, linear_smoke
+from .cases import DENSE, FORWARD, INACTIVE, Problem, linear_case, linear_smoke
 from .contestants import Contestant, Run
 from .results import REPOSITORY, committed, load, newest
 
@@ -68,11 +68,12 @@ def test_a_call_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "torch_speed", lambda dtype: 1e9 if dtype == "bf16" else 1e11)
+    monkeypatch.setattr(linear, "products_seconds", lambda dtype: (2e-11, 2e-9 if dtype == "bf16" else 2e-11, 2e-11))
     case = linear_case(DENSE, "bf16", 151_936)
-    assert "in bf16 would take 1912 s a call here" in linear.too_slow(linear.PRODUCTS, case)
+    assert "in bf16 take 34 times as long as in fp32 here" in linear.too_slow(linear.PRODUCTS, case)
     assert not linear.too_slow(linear.OURS, case)
     assert not linear.too_slow(linear.PRODUCTS, linear_case(DENSE, "fp32", 151_936))
+    assert not linear.too_slow(linear.PRODUCTS, linear_case(FORWARD, "bf16", 151_936))
 
 
 def test_libraries_take_part_where_something_is_to_be_learned() -> None:
