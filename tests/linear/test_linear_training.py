@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gspo_kernels import gspo_loss, linear_gspo_loss
+from gspo_kernels.linear import types
 from gspo_kernels.linear.head import Head
+from gspo_kernels.rows import cpu_rows
 
 pytestmark = NOT_INTERPRETED  # what a step does with the operator, and no kernel of its own
 
@@ -156,21 +158,34 @@ def test_a_second_derivative_is_refused_rather_than_wrong(on_policy: bool) -> No
         torch.autograd.grad(gradient.square().sum(), weight)
 
 
-def test_the_gradient_is_handed_over_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a head of V = 150,000 is gigabytes: the leaf's `.grad` is the buffer that the head wrote."""
-    made: list[int] = []
+@pytest.fixture
+def buffers(monkeypatch: pytest.MonkeyPatch) -> list[types.Gradients]:
+    """What each pass over a head returns."""
+    made: list[types.Gradients] = []
     original = Head.gradients
 
-    def gradients(self: Head) -> Any:
-        found = original(self)
-        made.extend(x.data_ptr() for x in found)
-        return found
+    def gradients(self: Head) -> types.Gradients:
+        made.append(original(self))
+        return made[-1]
 
     monkeypatch.setattr(Head, "gradients", gradients)
+    return made
+
+
+def test_the_gradient_is_handed_over_and_not_copied(buffers: list[types.Gradients]) -> None:
+    """That of a head of V = 150,000 is gigabytes: the leaf's `.grad` is the buffer that the head wrote."""
     hidden, weight, bias, loss = given(problem("gspo", seed=87, lengths=LENGTHS, bias=True))
     (loss(hidden, weight) * 0.5).backward()
     assert bias is not None
-    assert [x.grad.data_ptr() for x in (hidden, weight, bias) if x.grad is not None] == made
+    for leaf, buffer in ((hidden, buffers[0].hidden), (weight, buffers[0].weight), (bias, buffers[0].bias)):
+        assert leaf.grad is not None and leaf.grad.data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu" or bool(cpu_rows.unavailable_reason()), reason="C++ kernels sum in 24 bits")
+def test_the_gradient_of_a_bf16_head_is_rounded_in_place(buffers: list[types.Gradients]) -> None:
+    hidden, weight, _, loss = given(problem("gspo", seed=87, lengths=LENGTHS, dtype=torch.bfloat16))
+    (loss(hidden, weight) * 0.5).backward()
+    assert weight.grad is not None and weight.grad.data_ptr() == buffers[0].weight.data_ptr()
 
 
 @on_and_off
