@@ -5,8 +5,8 @@ and become the returned gradient, rounded in place; `low` are the 8 bits after t
 full-size copy of the head until it is rounded. The C++ kernels round each addition up or down such that errors do not
 accumulate in one direction (csrc/cpu/sums.inc), so thousands of chunks are no problem either.
 
-Everywhere else the sum is a float32 (float64) tensor. fp16 has three more bits than bf16, which 24 bits would not serve
-as well.
+Everywhere else the sum is a float32 tensor, or a float64 one where products are float64. fp16 has three more bits than
+bf16, which 24 bits would not serve as well.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Sums(NamedTuple):
 
 def empty_sums(weight: Tensor, sum_dtype: torch.dtype) -> Sums:
     """Uninitialized sums for the gradient of a head [V, D]."""
-    if not _in_24_bits(weight):
+    if not _in_24_bits(weight, sum_dtype):
         return Sums(weight.new_empty(weight.shape, dtype=sum_dtype), weight.new_empty(0, dtype=torch.uint8))
     return Sums(weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=torch.uint8))
 
 
-def _in_24_bits(weight: Tensor) -> bool:
+def _in_24_bits(weight: Tensor, sum_dtype: torch.dtype) -> bool:
     cpu_kernels = weight.device.type == "cpu" and not cpu_rows.unavailable_reason()
-    return cpu_kernels and weight.dtype == torch.bfloat16
+    return cpu_kernels and weight.dtype == torch.bfloat16 and sum_dtype == torch.float32
 
 
 class WeightSums:

@@ -63,6 +63,18 @@ def test_a_sum_is_rounded_to_a_neighbour(size: int) -> None:
         check_rounded_to_24_bits(to_float32(sums)[:, 0], before + product if number else product)
 
 
+@pytest.mark.parametrize("pattern", [-1, 0x7FFFFFFF, 0x7FC00000, -0x400000])
+def test_any_nan_stays_nan(pattern: int) -> None:
+    """Memory that nobody initialized often holds ones: the largest NaN, from which a carry would make 0."""
+    size = 300
+    product = torch.full((size,), pattern, dtype=torch.int32).view(torch.float32)
+    sums = empty(size)
+    for number in range(2):
+        cpu_rows.add_to_sums(*sums, product, 0, number)
+        assert bool(to_float32(sums).isnan().all())
+    assert bool(rounded(sums).isnan().all())
+
+
 def test_a_part_of_the_sums_has_the_bits_that_it_has_in_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """For blocks of any size, and for one thread and several."""
     size = 70_000
@@ -150,10 +162,23 @@ def test_gradients_as_from_float32_sums(upstream: float, monkeypatch: pytest.Mon
     found, truth = gradients(3, upstream)
     p = problem("gspo", seed=301, dtype=torch.bfloat16, lengths=(100, 150, 1, 49, 200))
     check_same(found, truth, p, number=2 * TOLERANCES[torch.bfloat16].store, upstream=upstream)
-    monkeypatch.setattr(weight_sums, "_in_24_bits", lambda weight: False)
+    monkeypatch.setattr(weight_sums, "_in_24_bits", lambda weight, sum_dtype: False)
     exact, _ = gradients(3, upstream)
     assert found.weight is not None and exact.weight is not None
     assert float((found.weight != exact.weight).float().mean()) < 0.05
+
+
+def test_float64_hidden_states_and_a_head_in_bf16() -> None:
+    """Products and sums are float64; the gradient of the head is rounded to bf16 once."""
+    p = problem("gspo", seed=303, dtype=torch.bfloat16)
+    args = arguments(p.batch, "packed")
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        hidden, weight = p.hidden.double(), p.weight.detach().to(dtype).requires_grad_()
+        gspo_kernels.linear_gspo_loss(hidden, weight, *args.rest, **args.keywords).loss.backward()
+        assert weight.grad is not None and weight.grad.dtype == dtype
+        found.append(weight.grad)
+    assert torch.equal(found[0], found[1].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
