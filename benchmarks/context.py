@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from gspo_kernels import linear_gspo_loss
-from gspo_kernels.linear.schedule import chunk_size, row_stride
 
 from .cases import SEED
+from .gpu_model import Plan, Work
 from .gpu_parts import table
 from .memory import peak_extra_bytes
 from .results import arguments_of, default_path, load, machine, newest, save, size, title
@@ -90,19 +90,6 @@ def measured(context: Context) -> dict[str, Any]:
     }
 
 
-def bytes_on_gpu(rows: int, width: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-    """By arithmetic, what the same plan takes on a GPU."""
-    item, head = dtype.itemsize, vocab * width
-    logits = chunk_size(None, vocab, dtype, "cuda", True).max_rows * row_stride(vocab, "cuda")
-    return {
-        "hidden and head": (rows * width + head) * item,
-        "their gradients in float32": (rows * width + head) * 4,
-        "their gradients as returned": (rows * width + head) * item,
-        "a chunk of logits and its gradient": logits * (4 + item),
-        "numbers of rows": rows * A_ROW,
-    }
-
-
 def markdown(content: dict[str, Any]) -> str:
     rows = [
         [
@@ -116,16 +103,15 @@ def markdown(content: dict[str, Any]) -> str:
     ]
     about, first = content["machine"], content["contexts"][0]
     heads = [f"V = {first['vocab']:,}, D = {first['width']}, fp32", "time", "a row", "peak", "beside the gradients"]
-    on_gpu = bytes_on_gpu(1_048_576, 4_096, 151_936)
-    whole = size(sum(on_gpu.values()))
-    parts = ", ".join(f"{name} {size(number)}" for name, number in on_gpu.items())
+    on_gpu = Work(Plan("", "recompute", trained=True), rows=1_048_576, vocab=151_936, width=4_096)
     return "\n".join(
         [
             f"A long context on {about['cores']} cores of {about['cpu']} (`make bench-context`):",
             "",
             *table(heads, rows),
             "",
-            f"By arithmetic, 1,048,576 rows with D = 4,096 in bf16 take {whole} of a GPU: {parts}.",
+            f"By the model of docs/gpu.md, 1,048,576 rows with D = 4,096 in bf16 take {size(on_gpu.peak())} of a GPU, "
+            f"returned gradients included, beside the operands ({size(on_gpu.operands())}).",
         ]
     )
 

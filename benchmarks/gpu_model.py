@@ -130,6 +130,9 @@ class Work:
     def seconds(self, speed: Speed) -> float:
         return self.operations() / speed.products + self.bytes_moved() / speed.copy
 
+    def operands(self) -> float:
+        return 2.0 * (self.rows + self.vocab) * self.width
+
     def peak(self) -> float:
         """Bytes of memory beside the operands, what is returned included."""
         head, hidden = self.vocab * self.width, self.rows * self.width
