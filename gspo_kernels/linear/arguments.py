@@ -136,6 +136,8 @@ def check_head(
     check_token_ids(token_ids, hidden.shape[:-1], hidden.device, "row of hidden")
     columns = check_vocab_size(vocab_size, weight.shape[0]) if shard is None else shard.vocab_size
     check_name(backend)
+    if chunk_bytes is None:  # the default is chosen where products are: a compiler cannot trace how it depends on them
+        return columns, None
     dtype = product_dtype(hidden, weight)
     chunk_size(chunk_bytes, shard.usual_columns if shard else columns, dtype, hidden.device.type, gradient=False)
-    return columns, None if chunk_bytes is None else int(chunk_bytes)
+    return columns, int(chunk_bytes)

@@ -144,3 +144,21 @@ def test_log_probabilities() -> None:
         gradients.append(torch.autograd.grad(function(*leaves), leaves))
     for x, y in zip(*gradients, strict=True):
         assert torch.equal(x, y)
+
+
+@NOT_INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_default_chunks_of_16_bit_operands(dtype: torch.dtype) -> None:
+    """How large they are depends on the processor's products, which a compiler could not ask about."""
+    p = problem("gspo", seed=9, lengths=SHORT, dtype=dtype)
+    args = arguments(p.batch, "packed")
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return LINEAR["gspo"](hidden, weight, *args.rest, **args.keywords).loss
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        hidden, weight = on_device(p.hidden).requires_grad_(), on_device(p.weight).requires_grad_()
+        found.append(torch.autograd.grad(function(hidden, weight), [hidden, weight]))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
