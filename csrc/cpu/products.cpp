@@ -1,6 +1,7 @@
 // Matrix products with float32 sums. Both operands are copied ("packed") into panels of a few lines, which one loop
 // multiplies: 6 rows by 64 columns of sums in registers (AVX-512). It reads 32-bit words: a float, or two neighbours in
-// depth of bf16, which one instruction multiplies and adds.
+// depth of bf16, which one instruction multiplies and adds. Where there is no such instruction, bf16 and fp16 become
+// floats while they are packed.
 //
 // The operand with fewer lines is packed once, by all threads. The lines of the other one are split into blocks: a task
 // packs a block into its second-level cache and multiplies it by the first operand. Where the depth is a vocabulary,

@@ -27,7 +27,8 @@ PATHS = {
 }
 if not ON_GPU:
     PATHS |= {f"bf16, {name}": torch.bfloat16 for name in ("float32", "native", "mkl")}
-    PATHS["fp32, native"] = torch.float32
+    PATHS |= {f"fp16, {name}": torch.float16 for name in ("float32", "native")}
+    PATHS |= {f"fp32, {name}": torch.float32 for name in ("float32", "native")}
 
 
 @pytest.fixture(params=PATHS)
