@@ -115,6 +115,23 @@ def test_without_a_bias(batch: Batch, threads: None) -> None:
         check_bits(statistics(plain.rows(slice(3, 3 + size))), expected, slice(3, 3 + size), size)
 
 
+def test_all_logits(batch: Batch, expected: list[Tensor]) -> None:
+    """`linear_logits` in batches of any size, padded or packed, and what `token_logprobs` makes of them."""
+    hidden, weight, bias = batch.operands()
+    for size in (1, 5, 47, ROWS):
+        for which in (slice(0, size), slice(ROWS - size, ROWS)):
+            logits = gspo_kernels.linear_logits(hidden[which], weight, bias=bias)
+            found = gspo_kernels.token_logprobs(
+                logits, on_device(batch.token_ids[which]), temperature=on_device(batch.temperature[which])
+            )
+            check_bits([x.cpu() for x in found], expected, which, size)
+    packed = gspo_kernels.linear_logits(hidden, weight.requires_grad_(), vocab_size=VOCAB - 8)
+    padded = gspo_kernels.linear_logits(hidden.view(11, 47, WIDTH), weight[: VOCAB - 8])
+    assert padded.shape == (11, 47, VOCAB - 8) and torch.equal(padded.flatten(0, 1), packed)
+    assert packed.dtype == torch.float32 and not packed.requires_grad
+    assert gspo_kernels.linear_logits(hidden[:0], weight).shape == (0, VOCAB)
+
+
 def test_neighbours(batch: Batch, expected: list[Tensor]) -> None:
     """The same rows in another order; and among rows that are huge."""
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(21))
