@@ -287,20 +287,26 @@ def linear_logits(
         bias: [V] or None.
         vocab_size: how many rows of the weight are tokens; there are as many logits. None: all are tokens.
 
-    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own.
+    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. torch.compile
+    breaks its graph here. The errors are those of `linear_token_logprobs`.
     """
     refuse_forward_mode("linear_logits", hidden=hidden, weight=weight, bias=bias)
     refuse_vmap("linear_logits", hidden=hidden, weight=weight, bias=bias)
     check_operands(hidden, weight, bias)
-    columns, width = check_vocab_size(vocab_size, weight.shape[0]), weight.shape[1]
-    with torch.no_grad():
-        of = products(weight[:columns], product_dtype(hidden, weight))
-        rows = hidden.reshape(-1, width)
-        stride = row_stride(columns, hidden.device.type)
-        padded = torch.empty(of.padded_rows(len(rows)), stride, dtype=of.sum_dtype, device=hidden.device)[:, :columns]
-        if len(rows):
-            of.logits(rows, None if bias is None else bias[:columns], padded)
-        return padded[: len(rows)].view(*hidden.shape[:-1], columns)
+    columns = check_vocab_size(vocab_size, weight.shape[0])
+    logits: Tensor = _all_logits(hidden, weight[:columns], None if bias is None else bias[:columns])
+    return logits
+
+
+@torch.compiler.disable  # torch does not see what multiplies
+@torch.no_grad()
+def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    of, rows, vocab = products(weight, product_dtype(hidden, weight)), hidden.flatten(0, -2), weight.shape[0]
+    stride = row_stride(vocab, hidden.device.type)
+    padded = torch.empty(of.padded_rows(len(rows)), stride, dtype=of.sum_dtype, device=hidden.device)[:, :vocab]
+    if len(rows):
+        of.logits(rows, bias, padded)
+    return padded[: len(rows)].view(*hidden.shape[:-1], vocab)
 
 
 def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:
