@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kBlockDepth = 512;       // words: a panel of 6 rows is 12 KB and stays in the first-level cache
 constexpr int64_t kBlockWords = 64 << 10;  // 256 KB: a task's block stays in the second-level cache
-constexpr int64_t kSharedWords = 2 << 20;  // 8 MB for the operand that all tasks read
+constexpr int64_t kSharedWords = 4 << 20;  // 16 MB for the operand that all tasks read
 constexpr int64_t kTasksPerThread = 4;
 
 struct Free {
