@@ -53,7 +53,8 @@ if X86:
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     SOURCES |= {"csrc/cpu/rows_avx2.cpp": AVX2, "csrc/cpu/products_avx2.cpp": AVX2}
-    SOURCES |= {"csrc/cpu/rows_avx512.cpp": AVX512, "csrc/cpu/products_avx512bf16.cpp": [*AVX512, AVX512_BF16]}
+    SOURCES |= {"csrc/cpu/rows_avx512.cpp": AVX512, "csrc/cpu/products_avx512.cpp": AVX512}
+    SOURCES |= {"csrc/cpu/products_avx512bf16.cpp": [*AVX512, AVX512_BF16]}
 LINK = ["-pthread"] + (["-ldl"] if sys.platform.startswith("linux") else [])
 
 CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")

@@ -64,6 +64,15 @@ bool has_avx512_bfloat16() {
 #endif
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_INTEL_ebx;
+#else
+  return false;
+#endif
+}
+
 // The widest instruction set of this processor, or the one that GSPO_KERNELS_ISA names.
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = []() -> const InstructionSet& {
@@ -85,10 +94,20 @@ const InstructionSet& instruction_set() {
 const ProductInstructions& product_instructions() {
 #if defined(__x86_64__)
   const std::string rows = instruction_set().name;
-  if (rows == "avx512" && has_avx512_bfloat16() && kProductsAvx512Bf16) return *kProductsAvx512Bf16;
+  if (rows == "avx512")
+    return has_avx512_bfloat16() && kProductsAvx512Bf16 ? *kProductsAvx512Bf16 : kProductsAvx512;
   if (rows != "baseline" && supported("avx2")) return kProductsAvx2;
 #endif
   return kProductsBaseline;
+}
+
+// Products by the dtype of the right operand.
+const ProductKernels& product_kernels(const std::string& dtype) {
+  const ProductInstructions& instructions = product_instructions();
+  if (dtype == "float32") return instructions.float32;
+  if (dtype == "bfloat16") return instructions.bfloat16;
+  if (dtype == "float16") return instructions.float16;
+  throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
 }
 
 // left [rows, depth], right [depth, columns]; strides in elements.
@@ -96,16 +115,13 @@ void multiply_matrices(const std::string& dtype, int64_t rows, int64_t columns, 
                        int64_t left_row_stride, int64_t left_depth_stride, uintptr_t right, int64_t right_depth_stride,
                        int64_t right_column_stride, uintptr_t out, int64_t out_stride, uintptr_t bias, bool add,
                        double factor, int threads) {
-  const ProductInstructions& instructions = product_instructions();
-  if (dtype != "float32" && dtype != "bfloat16")
-    throw std::invalid_argument("dtype: expected float32 or bfloat16, got '" + dtype + "'");
   if (rows < 1 || columns < 1 || depth < 1) throw std::invalid_argument("multiply: sizes out of range");
   const Product product{
       {reinterpret_cast<const void*>(left), rows, left_row_stride, left_depth_stride},
       {reinterpret_cast<const void*>(right), columns, right_column_stride, right_depth_stride},
       depth, reinterpret_cast<float*>(out), out_stride, reinterpret_cast<const float*>(bias), add,
       static_cast<float>(factor)};
-  multiply(dtype == "float32" ? instructions.float32 : instructions.bfloat16, product, threads);
+  multiply(product_kernels(dtype), product, threads);
 }
 
 const RowKernels& kernels(const std::string& dtype) {
@@ -225,7 +241,9 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("product_instructions", [] { return std::string(product_instructions().name); });
+  m.def("multiplies_bfloat16", [] { return product_instructions().multiplies_bfloat16; });
   m.def("has_amx_bfloat16", &has_amx_bfloat16);
+  m.def("is_intel", &is_intel);
   m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
   m.def("request_huge_pages", &request_huge_pages, py::arg("address"), py::arg("bytes"));
 

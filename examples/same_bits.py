@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gspo_kernels import linear_gspo_loss, linear_token_logprobs, token_logprobs
+from gspo_kernels import linear_gspo_loss, linear_logits, linear_token_logprobs, token_logprobs
 
 SEQUENCES, TOKENS, WIDTH, VOCAB = 16, 32, 256, 2_048
 
@@ -34,11 +34,6 @@ def engine(hidden: Tensor, weight: Tensor, token_ids: Tensor, batch: int) -> Ten
     return torch.cat([linear_token_logprobs(part, weight, ids, **options).logprobs for part, ids in parts])
 
 
-def from_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """All logits exist, as most trainers and engines compute them; float32 operands if logits are float32."""
-    return token_logprobs(hidden.to(dtype) @ weight.to(dtype).T, token_ids).logprobs
-
-
 def ratios_off_one(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tensor) -> tuple[float, float]:
     """How far ratios are from 1 at most, and the share of sequences that GSPO clips, of a policy that has not moved."""
     advantages = torch.where(torch.arange(SEQUENCES) % 2 == 0, 1.0, -1.0)
@@ -55,18 +50,15 @@ def main() -> None:
     probabilities = (hidden.float() @ weight.float().T).softmax(-1)
     token_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
-    given, wide = (hidden, weight), (hidden.float(), weight.float())  # the same numbers
+    operands = (hidden, weight)
     rows = (
-        ("linear_token_logprobs, 3 tokens at a time", given, engine(*given, token_ids, 3)),
-        ("linear_token_logprobs, 37 at a time", given, engine(*given, token_ids, 37)),
-        # On a CPU, `linear_token_logprobs` multiplies float32 operands by the product that torch runs here. bf16
-        # operands (and with GSPO_KERNELS_CPU_PRODUCTS=native all) may be multiplied by another one; log-probabilities
-        # of two products differ by their rounding in float32, 1e-6.
-        ("token_logprobs of float32 logits", wide, from_logits(*wide, token_ids, torch.float32)),
-        ("token_logprobs of bf16 logits", given, from_logits(*given, token_ids, torch.bfloat16)),
+        ("linear_token_logprobs, 3 tokens at a time", engine(*operands, token_ids, 3)),
+        ("linear_token_logprobs, 37 at a time", engine(*operands, token_ids, 37)),
+        ("token_logprobs of linear_logits", token_logprobs(linear_logits(*operands), token_ids).logprobs),
+        ("token_logprobs of bf16 logits", token_logprobs(hidden @ weight.T, token_ids).logprobs),
     )
     print(f"{'old log-probabilities from':42} differ, at most by  ratios off 1 by  clipped")
-    for name, operands, old in rows:
+    for name, old in rows:
         difference = (old - trainer(*operands, token_ids)).abs()
         off, clipped = ratios_off_one(*operands, token_ids, old)
         differ = int((difference != 0).sum())

@@ -1,6 +1,7 @@
 // Matrix products with float32 sums. Both operands are copied ("packed") into panels of a few lines, which one loop
 // multiplies: 6 rows by 64 columns of sums in registers (AVX-512). It reads 32-bit words: a float, or two neighbours in
-// depth of bf16, which one instruction multiplies and adds.
+// depth of bf16, which one instruction multiplies and adds. Where there is no such instruction, bf16 and fp16 become
+// floats while they are packed.
 //
 // The operand with fewer lines is packed once, by all threads. The lines of the other one are split into blocks: a task
 // packs a block into its second-level cache and multiplies it by the first operand. Where the depth is a vocabulary,
@@ -25,7 +26,7 @@ namespace {
 
 constexpr int64_t kBlockDepth = 512;       // words: a panel of 6 rows is 12 KB and stays in the first-level cache
 constexpr int64_t kBlockWords = 64 << 10;  // 256 KB: a task's block stays in the second-level cache
-constexpr int64_t kSharedWords = 2 << 20;  // 8 MB for the operand that all tasks read
+constexpr int64_t kSharedWords = 4 << 20;  // 16 MB for the operand that all tasks read
 constexpr int64_t kTasksPerThread = 4;
 
 struct Free {

@@ -42,7 +42,7 @@ struct Panels {
   int64_t begin, end;
 };
 
-// For one dtype on one instruction set.
+// For one dtype of the right operand on one instruction set. The left operand is float32, or bf16 like the right one.
 struct ProductKernels {
   int elements, rows, columns;  // of a word; of a tile of sums
   void (*pack_shared)(const SharedProduct&, const Panels&);
@@ -52,12 +52,13 @@ struct ProductKernels {
 
 struct ProductInstructions {
   const char* name;
-  ProductKernels float32, bfloat16;
+  bool multiplies_bfloat16;  // whether the left operand is bf16 where the right one is
+  ProductKernels float32, bfloat16, float16;
 };
 
 extern const ProductInstructions kProductsBaseline;
 #if defined(__x86_64__)
-extern const ProductInstructions kProductsAvx2;
+extern const ProductInstructions kProductsAvx2, kProductsAvx512;
 extern const ProductInstructions* const kProductsAvx512Bf16;  // null where the compiler does not know them
 #endif
 

@@ -89,17 +89,7 @@ def agree_on_chunks(
     agreement.same({"vocab_size": columns}, over="cp_group")  # a tensor-parallel group has compared it
 
 
-def check_head(
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-    token_ids: Any,
-    vocab_size: Any,
-    chunk_bytes: Any,
-    backend: Any,
-    shard: VocabShard | None,
-) -> tuple[int, int | None]:
-    """Returns the size of the vocabulary, and `chunk_bytes` as Python's own number."""
+def check_operands(hidden: Any, weight: Any, bias: Any, shard: VocabShard | None = None) -> None:
     for name, value, meaning in (
         ("hidden", hidden, "the model's last hidden states [.., D]"),
         ("weight", weight, "the LM head [V, D]"),
@@ -133,6 +123,20 @@ def check_head(
     if bias is not None:
         checks.shape("bias", bias, (weight.shape[0],), "one per row of weight")
         checks.same_device("bias", bias, hidden.device)
+
+
+def check_head(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    token_ids: Any,
+    vocab_size: Any,
+    chunk_bytes: Any,
+    backend: Any,
+    shard: VocabShard | None,
+) -> tuple[int, int | None]:
+    """Returns the size of the vocabulary, and `chunk_bytes` as Python's own number."""
+    check_operands(hidden, weight, bias, shard)
     check_token_ids(token_ids, hidden.shape[:-1], hidden.device, "row of hidden")
     columns = check_vocab_size(vocab_size, weight.shape[0]) if shard is None else shard.vocab_size
     check_name(backend)

@@ -1,7 +1,8 @@
 """Which products multiply on a CPU, and those of the C++ extension.
 
 bf16 operands are multiplied by the processor's units for them, with sums in float32: by MKL on AMX, or by the extension
-on AVX512-BF16. Where there is neither, they are converted to float32. GSPO_KERNELS_CPU_PRODUCTS selects one of these.
+on AVX512-BF16. Everything else is multiplied as float32. MKL is fast for that on Intel's processors; on those of other
+vendors the extension is, and it converts bf16 and fp16 in registers. GSPO_KERNELS_CPU_PRODUCTS selects one of these.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if not cpu_rows.unavailable_reason():
 VARIABLE = "GSPO_KERNELS_CPU_PRODUCTS"
 _NAMES = ("mkl", "native", "float32")
 _UNITS = "avx512bf16"  # the extension's instruction set whose products of bf16 are fast
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the extension's products
+# Of the extension's products.
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class CpuProducts(NamedTuple):
@@ -35,20 +37,22 @@ def cpu_products(dtype: torch.dtype) -> CpuProducts:
     requested = os.environ.get(VARIABLE, "")
     _check(requested)
     because = f"{VARIABLE}={requested}"
+    if dtype == torch.float64:
+        return CpuProducts("float32", "torch multiplies float64")
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "float32")
     if dtype == torch.bfloat16:
         if requested == "mkl" or (not requested and has_amx() and mkl_gemm() is not None):
             return CpuProducts("mkl", f"MKL multiplies bf16 with float32 sums ({because if requested else 'AMX'})")
-        if requested == "native" or (not requested and has_avx512_bf16() and native_is_right()):
-            instructions = because if requested else "AVX512-BF16"
-            return CpuProducts("native", f"the C++ extension multiplies bf16 with float32 sums ({instructions})")
-        missing = because if requested else "there is no AMX with MKL, and no AVX512-BF16 with the C++ extension"
-        return CpuProducts("float32", f"bf16 operands are converted to float32 ({missing})")
-    if dtype == torch.float16:
-        # AVX512-FP16 sums in fp16. AMX-FP16 sums in float32, but nothing here calls it.
-        return CpuProducts("float32", "fp16 operands are converted to float32 (no unit used here has float32 sums)")
-    if dtype == torch.float32 and requested == "native":
-        return CpuProducts("native", f"the C++ extension multiplies float32 ({because})")
-    return CpuProducts("float32", f"torch multiplies {str(dtype).removeprefix('torch.')}")
+        if not requested and has_avx512_bf16() and native_is_right(dtype):
+            return CpuProducts("native", "the C++ extension multiplies bf16 with float32 sums (AVX512-BF16)")
+    if requested == "native" or (not requested and beats_mkl() and native_is_right(dtype)):
+        how = "" if dtype == torch.float32 else " as float32" if left_dtype(dtype) != dtype else " with float32 sums"
+        why = because if requested else "this processor is not Intel's"
+        return CpuProducts("native", f"the C++ extension multiplies {name}{how} ({why})")
+    if dtype == torch.float32:
+        return CpuProducts("float32", "torch multiplies float32")
+    missing = because if requested else f"there is no faster product of {name} on this processor"
+    return CpuProducts("float32", f"{name} operands are converted to float32 ({missing})")
 
 
 def _check(requested: str) -> None:
@@ -72,10 +76,24 @@ def has_avx512_bf16() -> bool:
     return not cpu_rows.unavailable_reason() and bool(_native.product_instructions() == _UNITS)
 
 
+def beats_mkl() -> bool:
+    """Whether the extension multiplies float32 faster than MKL, which runs slower code on others' processors."""
+    return not cpu_rows.unavailable_reason() and not _native.is_intel() and _native.product_instructions() != "baseline"
+
+
+def left_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the left operand in a product of the extension whose right operand has this dtype."""
+    return dtype if dtype == torch.bfloat16 and _native.multiplies_bfloat16() else torch.float32
+
+
 def multiply(
     a: Tensor, b: Tensor, out: Tensor, add: bool = False, factor: float = 1.0, bias: Tensor | None = None
 ) -> None:
-    """`out` = a b times a factor, added to `out` if `add`, or to a float32 bias [columns]. All three may be strided."""
+    """`out` = a b times a factor, added to `out` if `add`, or to a float32 bias [columns]. All three may be strided.
+
+    `a` has the dtype `left_dtype(b.dtype)`.
+    """
+    assert a.dtype == left_dtype(b.dtype)
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     if not a.numel() or not b.numel():
         if not add:
@@ -83,7 +101,7 @@ def multiply(
         return
     assert out.stride(1) == 1 or out.shape[1] == 1
     _native.multiply(
-        dtype=_DTYPES[a.dtype],
+        dtype=_DTYPES[b.dtype],
         rows=a.shape[0],
         columns=b.shape[1],
         depth=a.shape[1],
@@ -103,13 +121,14 @@ def multiply(
 
 
 @functools.cache
-def native_is_right() -> bool:
+def native_is_right(dtype: torch.dtype) -> bool:
     """Multiplies small integers, of which every sum is exact."""
     on_cpu = functools.partial(torch.arange, dtype=torch.float32, device="cpu")  # whatever the defaults are
-    a, b = (on_cpu(n * 5).view(n, 5).remainder(13).bfloat16() for n in (7, 67))
-    out, transposed = (a.float() @ b.float().t(), a.float().t() @ a.float())
+    a, b = (on_cpu(n * 5).view(n, 5).remainder(13) for n in (7, 67))
+    out, transposed = (a @ b.t(), a.t() @ a)
     found, other = (torch.full_like(x, -1.0) for x in (out, transposed))
-    multiply(a, b.t(), found)
-    multiply(a.t(), a, other)
-    multiply(a.t(), a, other, add=True, factor=2.0)
+    left, a, b = a.to(left_dtype(dtype)), a.to(dtype), b.to(dtype)
+    multiply(left, b.t(), found)
+    multiply(left.t(), a, other)
+    multiply(left.t(), a, other, add=True, factor=2.0)
     return torch.equal(found, out) and torch.equal(other, 3 * transposed)

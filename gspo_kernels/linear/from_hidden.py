@@ -26,11 +26,11 @@ from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
 from ..rows.arguments import agree_on_rows, check_mask, check_vocab_size, row_arrays
 from ..rows.vocab_shard import vocabulary_of
-from .arguments import agree_on_chunks, check_head, head_ranks, product_dtype, shard_of_head
+from .arguments import agree_on_chunks, check_head, check_operands, head_ranks, product_dtype, shard_of_head
 from .chunked_loss import plan_for
 from .operators import linear_loss, linear_row_stats
-from .products import explain_products, sum_dtype
-from .schedule import chunk_size
+from .products import explain_products, products, sum_dtype
+from .schedule import chunk_size, row_stride
 from .types import HeadArguments, needs_grad
 
 
@@ -103,7 +103,7 @@ def linear_policy_loss(
 
     Args: memory and backend
         chunk_bytes: memory for logits; at least one row of V numbers in fp32. None: 1.25 GiB on a GPU; on a CPU 300
-            MiB, or 264 MiB where 16-bit operands that need gradients are multiplied in float32. If a sequence is longer
+            MiB, or 264 MiB where 16-bit operands that need gradients are multiplied as float32. If a sequence is longer
             than a chunk and the head needs a gradient, the logits of its active rows are computed twice. A CPU
             multiplies blocks of 16 rows, and at least 4 rows per thread: the last block may exceed `chunk_bytes` by
             that many rows. A GPU multiplies 512 rows at a time, and its buffer for logits never has fewer; bf16
@@ -270,6 +270,43 @@ def linear_token_logprobs(
         hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
     )
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, vocab_size: int | None = None
+) -> Tensor:
+    """All logits `hidden @ weight.T + bias`, by the products of the losses from hidden states: [.., V], no gradient.
+
+    They are float32, or float64 if an operand is. `token_logprobs` of them equals `linear_token_logprobs` to the bit.
+    So an engine that samples from these logits has the log-probabilities of a trainer that uses `linear_policy_loss`.
+    Use it for the few rows of a decoding step: N rows take N V numbers of memory.
+
+    Args: the batch
+        hidden: [B, T, D] or [N, D]: the model's last hidden states, after the final norm.
+        weight: [V, D], the whole LM head; no DTensor.
+        bias: [V] or None.
+        vocab_size: how many rows of the weight are tokens; there are as many logits. None: all are tokens.
+
+    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. torch.compile
+    breaks its graph here. The errors are those of `linear_token_logprobs`.
+    """
+    refuse_forward_mode("linear_logits", hidden=hidden, weight=weight, bias=bias)
+    refuse_vmap("linear_logits", hidden=hidden, weight=weight, bias=bias)
+    check_operands(hidden, weight, bias)
+    columns = check_vocab_size(vocab_size, weight.shape[0])
+    logits: Tensor = _all_logits(hidden, weight[:columns], None if bias is None else bias[:columns])
+    return logits
+
+
+@torch.compiler.disable  # torch does not see what multiplies
+@torch.no_grad()
+def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    of, rows, vocab = products(weight, product_dtype(hidden, weight)), hidden.flatten(0, -2), weight.shape[0]
+    stride = row_stride(vocab, hidden.device.type)
+    padded = torch.empty(of.padded_rows(len(rows)), stride, dtype=of.sum_dtype, device=hidden.device)[:, :vocab]
+    if len(rows):
+        of.logits(rows, bias, padded)
+    return padded[: len(rows)].view(*hidden.shape[:-1], vocab)
 
 
 def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.torch_internals import mkl_gemm
-from .cpu_products import cpu_products, multiply
+from .cpu_products import cpu_products, left_dtype, multiply
 from .weight_sums import WeightSums
 
 # The head is multiplied in blocks of this many bytes, in the dtype of the sums. On a CPU a block stays near the cache;
@@ -94,9 +94,11 @@ class Products:
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """[n, D] -> the first n rows of `out` [padded_rows(n), V]; the other rows of `out` are padding."""
+        self._logits(self._operand(hidden), None if bias is None else bias.to(self.sum_dtype), out)
+
+    def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is not None:
-            out.copy_(bias.to(self.sum_dtype).expand_as(out))
-        operand = self._operand(hidden)
+            out.copy_(bias.expand_as(out))
         if self._in_blocks:
             operand = _aligned(operand, out.shape[0])
         blocks = list(self._row_blocks(operand))
@@ -206,16 +208,25 @@ class MklProducts(HalfProducts):
         gemm(a, b, out, add, factor)
 
 
-class NativeProducts(HalfProducts):
-    """Products of the C++ extension, for bf16 and float32: they take any number of rows, and no row is padded."""
+class NativeProducts(Products):
+    """Products of the C++ extension. They take any number of rows, and no row is padded.
+
+    Pairs of bf16 are multiplied where the processor has instructions for them. Elsewhere the left operand is float32,
+    so is the logits' gradient, and the right one becomes float32 while the extension packs it.
+    """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(weight, dtype)
-        self._in_blocks = False
+        super().__init__(weight.to(dtype), dtype)
+        self.gradient_dtype = left_dtype(dtype)
+        self._in_blocks = self._converts = False
+        self._step = self._vocab
 
-    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        bias = None if bias is None else bias.to(self.sum_dtype).contiguous()
-        multiply(self._operand(hidden), self.weight.t(), out, bias=bias)
+    def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        bias = None if bias is None else bias.contiguous()
+        multiply(operand.to(self.gradient_dtype), self.weight.t(), out, bias=bias)
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.dtype)
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
         multiply(a, b, out, add, factor)
@@ -246,11 +257,14 @@ def explain_products(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def gradients_are_half_width(device: str, dtype: torch.dtype) -> bool:
-    """Whether a CPU multiplies bf16 operands as they are: gradients of logits are then half as wide as logits.
+    """Whether a CPU multiplies bf16 gradients of logits: they are then half as wide as logits.
 
     They stay in the memory of the logits over several chunks, so that one gradient product takes more rows.
     """
-    return device == "cpu" and dtype == torch.bfloat16 and cpu_products(dtype).name != "float32"
+    if device != "cpu" or dtype != torch.bfloat16:
+        return False
+    name = cpu_products(dtype).name
+    return name == "mkl" or (name == "native" and left_dtype(dtype) == dtype)
 
 
 def default_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
@@ -258,12 +272,13 @@ def default_chunk_bytes(device: str, dtype: torch.dtype, gradient: bool) -> int:
 
     Each chunk adds to the whole gradient of the head. The faster the products, the more rows a chunk needs until these
     additions no longer limit the speed. At V = 151,936 that takes about 2,000 rows on a GPU, and 512 on a CPU. Where a
-    head is converted it is 448, because its converted block and the low bits of its gradient take memory as well.
+    16-bit head is multiplied as float32 it is 448, because a converted block and the low bits of its gradient take
+    memory as well.
     """
     if device == "cuda":
         return 1280 << 20
-    converts = dtype.itemsize == 2 and not gradients_are_half_width(device, dtype)
-    return (264 if gradient and converts else 300) << 20
+    widened = dtype.itemsize == 2 and not gradients_are_half_width(device, dtype)
+    return (264 if gradient and widened else 300) << 20
 
 
 def _even_blocks(columns: int, most: int) -> list[slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels.linear import cpu_products
-from gspo_kernels.linear.cpu_products import VARIABLE, multiply, native_is_right
+from gspo_kernels.linear.cpu_products import VARIABLE, left_dtype, multiply, native_is_right
 from gspo_kernels.linear.products import MklProducts, NativeProducts, Products, products
 from gspo_kernels.rows import cpu_rows
 
 pytestmark = [DEFAULT_MODE, pytest.mark.skipif(DEVICE.type != "cpu", reason="products of a CPU")]
 needs_extension = pytest.mark.skipif(bool(cpu_rows.unavailable_reason()), reason="needs the C++ extension")
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # of the right operand
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def random(rows: int, columns: int, dtype: torch.dtype, transposed: bool, seed: 
 # depths end in half a word of bf16; 35,001 is packed in more than one range.
 PRODUCTS = [
     (1, 1, 1), (1, 1, 70), (6, 8, 64), (7, 3, 65), (5, 2, 63), (13, 33, 17), (70, 130, 66), (12, 1026, 128),
-    (3, 1029, 9), (200, 77, 20), (130, 35001, 121),
+    (3, 1029, 9), (200, 77, 20), (260, 35001, 250),
 ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_any_shape_and_stride(dtype: torch.dtype, shape: tuple[int, int, int]) -
     for left, right, add in itertools.product([False, True], repeat=3):
         if k > 2000 and not left == right == add:
             continue  # a second
-        a, b = random(m, k, dtype, left, 1), random(k, n, dtype, right, 2)
+        a, b = random(m, k, left_dtype(dtype), left, 1), random(k, n, dtype, right, 2)
         buffer = torch.randn(m, n + 7, generator=torch.Generator().manual_seed(3))
         before, out = buffer.clone(), buffer[:, 2 : n + 2]
         bias = None if add else torch.randn(n, generator=torch.Generator().manual_seed(4))
@@ -78,7 +79,8 @@ def test_any_shape_and_stride(dtype: torch.dtype, shape: tuple[int, int, int]) -
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_anything_to_sum(dtype: torch.dtype) -> None:
-    a, b, bias = torch.empty(3, 0, dtype=dtype), torch.empty(0, 4, dtype=dtype), torch.arange(4.0)
+    left = left_dtype(dtype)
+    a, b, bias = torch.empty(3, 0, dtype=left), torch.empty(0, 4, dtype=dtype), torch.arange(4.0)
     out = torch.full((3, 4), 7.0)
     multiply(a, b, out, add=True)
     assert bool((out == 7.0).all())
@@ -86,7 +88,7 @@ def test_without_anything_to_sum(dtype: torch.dtype) -> None:
     assert torch.equal(out, bias.expand(3, 4))
     multiply(a, b, out)
     assert bool((out == 0.0).all())
-    multiply(torch.empty(0, 5, dtype=dtype), torch.empty(5, 4, dtype=dtype), out[:0])
+    multiply(torch.empty(0, 5, dtype=left), torch.empty(5, 4, dtype=dtype), out[:0])
 
 
 @needs_extension
@@ -94,7 +96,7 @@ def test_without_anything_to_sum(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "strided depth"])
 def test_bits_depend_on_the_depth_alone(dtype: torch.dtype, transposed: bool, threads: None) -> None:
     """Not on how many rows or columns there are, where they lie, their strides, or the threads."""
-    a, b = random(70, 1101, dtype, transposed, 5), random(1101, 333, dtype, not transposed, 6)
+    a, b = random(70, 1101, left_dtype(dtype), transposed, 5), random(1101, 333, dtype, not transposed, 6)
     torch.set_num_threads(1)
     expected = torch.empty(70, 333)
     multiply(a, b, expected)
@@ -112,7 +114,7 @@ def test_bits_depend_on_the_depth_alone(dtype: torch.dtype, transposed: bool, th
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
     """Not even NaN and infinity: the zeros that fill up a tile are multiplied by other rows' numbers alone."""
-    a, b = random(9, 35, dtype, False, 7), random(35, 70, dtype, True, 8)
+    a, b = random(9, 35, left_dtype(dtype), False, 7), random(35, 70, dtype, True, 8)
     expected, found = torch.empty(9, 70), torch.empty(9, 70)
     multiply(a, b, expected)
     a[2], b[:, 5] = float("nan"), float("inf")
@@ -125,9 +127,12 @@ def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = False, mkl: bool = True) -> None:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = False, intel: bool = True, mkl: bool = True
+) -> None:
     monkeypatch.setattr(cpu_products, "has_amx", lambda: amx)
     monkeypatch.setattr(cpu_products, "has_avx512_bf16", lambda: avx512)
+    monkeypatch.setattr(cpu_products, "beats_mkl", lambda: not intel)
     monkeypatch.setattr(cpu_products, "mkl_gemm", (lambda: object()) if mkl else lambda: None)
     monkeypatch.delenv(VARIABLE, raising=False)
 
@@ -139,8 +144,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = F
         ({"amx": True, "avx512": True}, MklProducts, "AMX"),
         ({"amx": True, "avx512": True, "mkl": False}, NativeProducts, "AVX512-BF16"),
         ({"avx512": True}, NativeProducts, "AVX512-BF16"),
-        ({}, Products, "no AVX512-BF16"),
-        ({"amx": True, "mkl": False}, Products, "there is no AMX with MKL"),
+        ({}, Products, "bf16 operands are converted to float32"),
+        ({"amx": True, "mkl": False}, Products, "bf16 operands are converted to float32"),
+        ({"avx512": True, "intel": False}, NativeProducts, "AVX512-BF16"),
+        ({"intel": False}, NativeProducts, "this processor is not Intel's"),
     ],
 )
 def test_the_units_of_the_processor(
@@ -150,29 +157,49 @@ def test_the_units_of_the_processor(
     hidden, weight = torch.zeros(5, 8, dtype=torch.bfloat16), torch.zeros(3, 8, dtype=torch.bfloat16)
     assert type(products(weight, torch.bfloat16)) is kind
     assert type(products(weight.float(), torch.bfloat16)) is kind, "under autocast"
-    assert type(products(weight, torch.float32)) is type(products(weight, torch.float16)) is Products
+    other = Products if processor.get("intel", True) else NativeProducts
+    assert type(products(weight, torch.float32)) is type(products(weight, torch.float16)) is other
+    assert type(products(weight.double(), torch.float64)) is Products
     (line,) = (line for line in gspo_kernels.explain(hidden, weight).splitlines() if line.startswith("products: "))
-    assert why in line and ("bf16 operands are converted to float32" in line) == (kind is Products)
+    assert why in line
+
+
+@needs_extension
+def test_the_instructions_of_this_processor() -> None:
+    """Pairs of bf16 by AVX512-BF16, and in the baseline, which tests them everywhere. Only wide vectors beat MKL."""
+    instructions = cpu_products._native.product_instructions()
+    assert (left_dtype(torch.bfloat16) == torch.bfloat16) == (instructions in ("avx512bf16", "baseline"))
+    assert left_dtype(torch.float16) == left_dtype(torch.float32) == torch.float32
+    assert cpu_products.beats_mkl() == (not cpu_products._native.is_intel() and instructions != "baseline")
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "vendor_id" in known:
+        assert cpu_products._native.is_intel() == ("GenuineIntel" in known)
 
 
 @needs_extension
 def test_a_wrong_product_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension's is tried once on small integers."""
-    assert native_is_right.__wrapped__()
+    assert all(native_is_right.__wrapped__(dtype) for dtype in DTYPES)
     monkeypatch.setattr(cpu_products, "multiply", lambda a, b, out, add=False, factor=1.0, bias=None: out.zero_())
-    assert not native_is_right.__wrapped__()
-    pretend(monkeypatch, avx512=True)
-    monkeypatch.setattr(cpu_products, "native_is_right", lambda: False)
-    assert type(products(torch.zeros(3, 2), torch.bfloat16)) is Products
+    assert not any(native_is_right.__wrapped__(dtype) for dtype in DTYPES)
+    for processor in ({"avx512": True}, {"intel": False}):
+        pretend(monkeypatch, **processor)
+        monkeypatch.setattr(cpu_products, "native_is_right", lambda dtype: False)
+        assert all(type(products(torch.zeros(3, 2), dtype)) is Products for dtype in DTYPES)
 
 
-@pytest.mark.parametrize(("dtype", "words"), [
-    (torch.float16, "fp16 operands are converted to float32"),
-    (torch.float32, "torch multiplies float32"),
-    (torch.float64, "torch multiplies float64"),
+@needs_extension
+@pytest.mark.parametrize(("intel", "dtype", "words"), [
+    (True, torch.float16, "fp16 operands are converted to float32"),
+    (True, torch.float32, "torch multiplies float32"),
+    (True, torch.float64, "torch multiplies float64"),
+    (False, torch.float16, "the C++ extension multiplies fp16 as float32 (this processor is not Intel's)"),
+    (False, torch.float64, "torch multiplies float64"),
 ])  # fmt: skip
-def test_other_dtypes_are_explained(dtype: torch.dtype, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+def test_other_dtypes_are_explained(
+    intel: bool, dtype: torch.dtype, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, intel=intel)
     assert f"products: {words}" in gspo_kernels.explain(torch.zeros(5, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype))
 
 

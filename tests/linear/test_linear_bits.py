@@ -27,7 +27,8 @@ PATHS = {
 }
 if not ON_GPU:
     PATHS |= {f"bf16, {name}": torch.bfloat16 for name in ("float32", "native", "mkl")}
-    PATHS["fp32, native"] = torch.float32
+    PATHS |= {f"fp16, {name}": torch.float16 for name in ("float32", "native")}
+    PATHS |= {f"fp32, {name}": torch.float32 for name in ("float32", "native")}
 
 
 @pytest.fixture(params=PATHS)
@@ -112,6 +113,23 @@ def test_without_a_bias(batch: Batch, threads: None) -> None:
     expected = statistics(plain)
     for size in (1, 17, 100):
         check_bits(statistics(plain.rows(slice(3, 3 + size))), expected, slice(3, 3 + size), size)
+
+
+def test_all_logits(batch: Batch, expected: list[Tensor]) -> None:
+    """`linear_logits` in batches of any size, padded or packed, and what `token_logprobs` makes of them."""
+    hidden, weight, bias = batch.operands()
+    for size in (1, 5, 47, ROWS):
+        for which in (slice(0, size), slice(ROWS - size, ROWS)):
+            logits = gspo_kernels.linear_logits(hidden[which], weight, bias=bias)
+            found = gspo_kernels.token_logprobs(
+                logits, on_device(batch.token_ids[which]), temperature=on_device(batch.temperature[which])
+            )
+            check_bits([x.cpu() for x in found], expected, which, size)
+    packed = gspo_kernels.linear_logits(hidden, weight.requires_grad_(), vocab_size=VOCAB - 8)
+    padded = gspo_kernels.linear_logits(hidden.view(11, 47, WIDTH), weight[: VOCAB - 8])
+    assert padded.shape == (11, 47, VOCAB - 8) and torch.equal(padded.flatten(0, 1), packed)
+    assert packed.dtype == torch.float32 and not packed.requires_grad
+    assert gspo_kernels.linear_logits(hidden[:0], weight).shape == (0, VOCAB)
 
 
 def test_neighbours(batch: Batch, expected: list[Tensor]) -> None:

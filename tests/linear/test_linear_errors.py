@@ -14,7 +14,7 @@ from modes import DEFAULT_MODE, DEVICE, KERNELS, on_device, sized
 from test_errors import check_message, moved
 
 import gspo_kernels
-from gspo_kernels import linear_token_logprobs
+from gspo_kernels import linear_logits, linear_token_logprobs
 
 B, T, V, D = 2, 3, 5, 4
 
@@ -137,6 +137,16 @@ def test_token_logprobs_refuses(case: str) -> None:
     change, kind, argument, came = OF_HEAD[case]
     with pytest.raises(kind) as error:
         logprobs({**padded(), **change})
+    assert type(error.value) is kind
+    check_message(error.value, argument, came)
+
+
+@pytest.mark.parametrize("case", [case for case in OF_HEAD if case.startswith(("hidden", "weight", "bias", "vocab"))])
+def test_logits_refuse(case: str) -> None:
+    change, kind, argument, came = OF_HEAD[case]
+    given = {name: x for name, x in {**padded(), **change}.items() if name in ("hidden", "weight", "bias", *change)}
+    with pytest.raises(kind) as error:
+        call(linear_logits, given, ("hidden", "weight"))
     assert type(error.value) is kind
     check_message(error.value, argument, came)
 

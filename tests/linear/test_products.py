@@ -43,6 +43,8 @@ def with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
 PATHS = {
     "mkl, bf16": torch.bfloat16,
     "native, bf16": torch.bfloat16,
+    "native, fp16": torch.float16,
+    "native, fp32": torch.float32,
     "float32, bf16": torch.bfloat16,
     "float32, fp16": torch.float16,
     "float32, fp32": torch.float32,

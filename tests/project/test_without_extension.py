@@ -136,7 +136,7 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
 
 
 EVERYWHERE = ["rows_baseline", "products", "products_baseline"]
-X86 = [*EVERYWHERE, "rows_avx2", "rows_avx512", "products_avx2", "products_avx512bf16"]
+X86 = [*EVERYWHERE, "rows_avx2", "rows_avx512", "products_avx2", "products_avx512", "products_avx512bf16"]
 
 
 @pytest.mark.parametrize(
