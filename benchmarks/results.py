@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 import gspo_kernels
-from gspo_kernels.linear.cpu_products import cpu_products
 
 from .cases import Problem
 from .gpu_parts import rounded
@@ -112,6 +111,9 @@ def default_path(kind: str, by_products: bool = False) -> Path:
 
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     """What the numbers of this process depend on; `packages` with their versions, None for what is not installed."""
+    # Here, for compare.py runs these files on older commits, which lack it.
+    from gspo_kernels.linear.cpu_products import cpu_products
+
     backend = gspo_kernels.explain(torch.empty(1, 1, 2)).split(": ")[0]
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
