@@ -1,10 +1,11 @@
-"""A million tokens of context through `linear_gspo_loss` on a CPU: does its memory grow with the context?
+"""A million tokens of context through `linear_gspo_loss`: does its memory grow with the context?
 
     python -m benchmarks.context                          16 minutes; writes results/context-cpu-<name>.json
     python -m benchmarks.context --smoke                  tiny sizes
     python -m benchmarks.context --markdown [file.json]   the table, from results; `linear --write` puts it on the page
 
-V = 151,936 as usual, and hidden states so narrow that a million rows take minutes. Every sequence is longer than a
+V = 151,936 as usual. On a CPU hidden states are so narrow that a million rows take minutes; on a GPU they are as wide
+as a model's (`on_gpu` is a part of `gpu.py`). Every sequence is longer than a
 chunk: the logits of its rows are computed twice. All rows have a coefficient. What a loss must hold grows with its
 arguments: the gradient of the hidden states, and some numbers a row. What it holds beside these must not grow.
 """
@@ -24,10 +25,11 @@ import torch
 
 from gspo_kernels import linear_gspo_loss
 
+from . import gpu_parts
 from .cases import SEED
+from .gpu_meter import finish, meter_of
 from .gpu_model import Plan, Work
 from .gpu_parts import table
-from .memory import peak_extra_bytes
 from .results import arguments_of, default_path, load, machine, newest, save, size, title
 
 KIND = "context-cpu"
@@ -50,6 +52,7 @@ class Context:
     width: int
     vocab: int
     chunk_bytes: int | None = None
+    dtype: str = "float32"
 
     @property
     def rows(self) -> int:
@@ -60,26 +63,45 @@ WHOLE = tuple(Context(n, length, 16, 151_936) for n, length in ((2, 32_768), (32
 SMOKE = tuple(Context(n, length, 16, 1_000, 1 << 20) for n, length in ((2, 1_024), (8, 1_024), (1, 8_192)))
 
 
-def measured(context: Context) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(SEED)
-    hidden = torch.randn(context.rows, context.width, generator=generator).mul_(0.1).requires_grad_()
-    weight = torch.randn(context.vocab, context.width, generator=generator).mul_(0.1).requires_grad_()
-    token_ids = torch.randint(context.vocab, (context.rows,), generator=generator)
+def on_gpu(part: gpu_parts.Context) -> bool:
+    """Arguments: the items, <sequences>x<length>."""
+    if not part.smoke:
+        measured(Context(1, 4_096, 4_096, 151_936, dtype="bfloat16"), part.device)  # kernels are compiled and loaded
+    for item in part.arguments:
+        sequences, _, length = item.partition("x")
+        context = Context(int(sequences), int(length), 4_096, 151_936, dtype="bfloat16")
+        part.at(f"context of {item}")
+        found = measured(SMOKE[0] if part.smoke else context, part.device)
+        part.put("linear", "contexts", item, value=found)
+        part.say(f"context of {item}: {found['seconds']:.2f} s, {size(found['extra_bytes'])}")
+        part.finished(item)
+    return True
+
+
+def measured(context: Context, device: str = "cpu") -> dict[str, Any]:
+    generator, meter = torch.Generator(device).manual_seed(SEED), meter_of(device)
+    made: dict[str, Any] = {"generator": generator, "device": device}
+    dtype = getattr(torch, context.dtype)
+    hidden = torch.randn(context.rows, context.width, dtype=dtype, **made).mul_(0.1).requires_grad_()
+    weight = torch.randn(context.vocab, context.width, dtype=dtype, **made).mul_(0.1).requires_grad_()
+    token_ids = torch.randint(context.vocab, (context.rows,), **made)
     with torch.no_grad():
         # The logits of a row are nearly normal with this deviation, which gives their logsumexp.
-        deviation = weight.square().mean().sqrt() * hidden.square().sum(1).sqrt()
-        old = (hidden * weight[token_ids]).sum(1) - math.log(context.vocab) - deviation.square() / 2
-    advantages = torch.ones(context.sequences)
-    boundaries = torch.arange(context.sequences + 1) * context.length
+        deviation = weight.float().square().mean().sqrt() * torch.linalg.vector_norm(hidden, dim=1).float()
+        of_token = (hidden * weight[token_ids]).sum(1, dtype=torch.float32)
+        old = of_token - math.log(context.vocab) - deviation.square() / 2
+    advantages = torch.ones(context.sequences, device=device)
+    boundaries = torch.arange(context.sequences + 1, device=device) * context.length
     options = {"eps_low": 0.1, "eps_high": 0.1, "cu_seqlens": boundaries, "chunk_bytes": context.chunk_bytes}
 
     def run() -> Any:
         began = time.perf_counter()
         loss, stats = linear_gspo_loss(hidden, weight, token_ids, advantages, old, **options)
         gradients = torch.autograd.grad(loss, (hidden, weight))
+        finish()
         return time.perf_counter() - began, gradients, stats
 
-    (seconds, gradients, stats), extra = peak_extra_bytes(run)
+    (seconds, gradients, stats), extra = meter.peak_extra_bytes(run)
     returned = sum(x.numel() * x.element_size() for x in gradients)
     assert float(stats.clip_fraction) == 0.0 and all(bool(x.isfinite().all()) for x in gradients)
     return {

@@ -49,9 +49,10 @@ ONE_READ = (
 )
 SMOKE_ONE_READ = (*(f"{work}-bf16-100-16" for work in OWN), "grpo-fp32-101-16")
 LINEAR = (
-    "dense", "inactive", "frozen_head", "forward", "products", "rows", "chunks_dense", "chunks_frozen_head",
-    "chunks_forward",
+    "dense", "inactive", "frozen_head", "forward", "profile_dense", "profile_inactive", "products", "rows",
+    "chunks_dense", "chunks_frozen_head", "chunks_forward",
 )  # fmt: skip
+CONTEXTS = ("2x32768", "1x1048576")
 PROFILED = (
     "forward", "gspo", "gspo_on_policy", "gspo_on_policy_fresh", "gspo_on_policy_cuda", "grpo", "grpo_cuda", "ppo_cuda",
     "gspo_inactive", "gspo_fresh",
@@ -61,7 +62,11 @@ TESTS = ("test_rows.py", "test_triton_rows.py", "test_cuda_rows.py", "test_losse
 MORE_TESTS = (
     "test_row_independence.py", "test_linear_bits.py", "test_linear.py", "test_linear_precision.py",
     "test_vocab_size.py", "test_stats.py", "test_group_of_one.py", "test_nan.py", "test_inputs.py",
-    "test_derivatives.py",
+    "test_derivatives.py", "test_arguments.py", "test_objectives.py", "test_terms.py", "test_products.py",
+    "test_weight_sums.py", "test_linear_plans.py", "test_linear_logprobs.py", "test_linear_logits.py",
+    "test_linear_buffers.py", "test_linear_work.py", "test_linear_operators.py", "test_linear_errors.py",
+    "test_linear_training.py", "test_errors.py", "test_fused_operators.py", "test_launches.py", "test_compile_once.py",
+    "test_dispatch.py", "test_advantages.py", "test_rollout.py", "test_compile.py", "test_linear_compile.py",
 )  # fmt: skip
 
 
@@ -108,13 +113,14 @@ SECOND_RUN = Run(
              items=WORKS, fallback=":ours"),
         Part("linear", "gpu_linear.run", limit=80.0, least=20.0, takes=60.0, patience=40.0, items=LINEAR,
              fallback=":ours"),
+        Part("context", "context.on_gpu", limit=40.0, least=15.0, takes=15.0, patience=30.0, items=CONTEXTS),
         Part("speed-1024", "gpu_speed.speed", limit=35.0, least=10.0, takes=25.0, patience=20.0,
              arguments=("1024",), items=WORKS, fallback=":ours"),
         Part("speed-32768", "gpu_speed.speed", limit=45.0, least=15.0, takes=35.0, patience=25.0,
              arguments=("32768",), items=WORKS, fallback=":ours"),
         Part("one_read-more", "gpu_speed.one_read", limit=60.0, least=15.0, takes=40.0, patience=20.0,
              items=ONE_READ[6:]),
-        Part("tests-more", "gpu_suite.run", limit=40.0, least=15.0, takes=30.0, patience=23.0, items=MORE_TESTS,
+        Part("tests-more", "gpu_suite.run", limit=95.0, least=15.0, takes=30.0, patience=36.0, items=MORE_TESTS,
              light=True),
         Part("memcheck", "gpu_sanitizer.run", limit=60.0, least=15.0, takes=20.0, patience=60.0,
              arguments=("memcheck",), light=True),
@@ -134,7 +140,8 @@ _SMOKE_ITEMS = {
     "one_read-more": SMOKE_ONE_READ[2:],
     "variants": ("forward", "one_read"),
     "counters": ("forward", "one_read"),
-    "linear": ("dense", "products"),
+    "linear": ("dense", "profile_dense", "products"),
+    "context": ("2x1024",),
     "speed-1024": ("grpo",),
     "speed-32768": ("gspo_inactive",),
 }

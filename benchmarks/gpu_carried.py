@@ -230,7 +230,7 @@ def extension(context: Context) -> bool:
 # ---- a Triton cache without a GPU
 #
 # The key of Triton's cache has its release: use the GPU machine's. Kernels are compiled by the calls that launch them,
-# the works of the profile, the launch variants and the tests of the first run, on CPU tensors. The driver below
+# the works of the profile, the launch variants and the tests of both runs, on CPU tensors. The driver below
 # launches nothing, so that answers are garbage and most tests fail; their outcome is ignored.
 
 CAPABILITY = "GSPO_WARM_CAPABILITY"
@@ -320,11 +320,11 @@ def compile_works() -> int:
 
 
 def make_cache(capability: str = "90") -> int:
-    from .gpu import TESTS
+    from .gpu import MORE_TESTS, TESTS
 
     with tempfile.TemporaryDirectory(prefix="gspo-warm-") as folder:
         os.environ |= {"TRITON_CACHE_DIR": folder, CAPABILITY: capability}
-        tests = [str(next((REPOSITORY / "tests").rglob(name))) for name in TESTS]
+        tests = [str(next((REPOSITORY / "tests").rglob(name))) for name in (*TESTS, *MORE_TESTS)]
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_carried", "-p", "no:cacheprovider", "--tb=no"]
         running = subprocess.Popen(
             [*command, "-k", "not reference", *tests],

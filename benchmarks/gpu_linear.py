@@ -16,6 +16,7 @@ from .cases import DENSE, LINEAR_WORKS, Case, Problem, Work, build, linear_case,
 from .contestants import Contestant, ours
 from .gpu_meter import meter_of
 from .gpu_parts import Context
+from .gpu_profile import kernels_of, medians, short, traced
 from .gpu_speed import compete, problems
 from .linear import CONTESTANTS, PEERS, case_result
 from .race import Meter, Rounds, words
@@ -23,6 +24,8 @@ from .results import line
 from .truth import WrongAnswer, check
 
 BY_NAME = {work.name: work for work in LINEAR_WORKS}
+PRODUCT_ROWS, SMOKE_PRODUCT_ROWS = (512, 1_024, 2_048, 4_096), (8,)
+CALLS, SMOKE_CALLS = 3, 2
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=20, seconds=4.0), Rounds(least=1, most=1)
 # A row has 594 KiB, and a product of logits 512 rows. default_chunk_bytes of gspo_kernels/linear/products.py decides.
 CHUNK_BYTES = {
@@ -38,15 +41,16 @@ def case_of(work: Work, smoke: bool = False) -> Case:
 
 
 def run(context: Context) -> bool:
-    """Arguments: the items, which are names of works and three more.
+    """Arguments: the items, which are names of works and four more.
 
     `products` times cuBLAS, and what float32 logits cost it. `rows` times the row kernels on float32 logits.
-    `chunks_<work>` times a work with chunks of several sizes. `<work>:ours` times this package and the bare products
-    alone, after somebody else broke the process.
+    `chunks_<work>` times a work with chunks of several sizes, `profile_<work>` each of its kernels. `<work>:ours` times
+    this package and the bare products alone, after somebody else broke the process.
     """
 
     def built(name: str) -> Problem:
-        return build(case_of(BY_NAME.get(name.removeprefix("chunks_"), DENSE), context.smoke), device=context.device)
+        work = BY_NAME.get(name.removeprefix("chunks_").removeprefix("profile_"), DENSE)
+        return build(case_of(work, context.smoke), device=context.device)
 
     good = True
     for item, problem in problems(context, context.arguments, built):
@@ -57,6 +61,8 @@ def run(context: Context) -> bool:
             _rows(context, problem)
         elif name.startswith("chunks_"):
             good &= _chunks(context, problem)
+        elif name.startswith("profile_"):
+            _profile(context, problem)
         else:
             good &= _case(context, problem, bool(only_ours))
     return good
@@ -104,6 +110,29 @@ def _products(context: Context, problem: Problem) -> None:
         works[f"{name}, fp32"] = functools.partial(torch.mm, left, right, out_dtype=torch.float32)
     for name, work in works.items():
         _timed(context, meter, ("products", name), work, flop_per_s=2 * problem.case.unit)
+    for count in SMOKE_PRODUCT_ROWS if context.smoke else PRODUCT_ROWS:
+        for name, work in _in_products_of(count, hidden, weight, gradient).items():
+            _timed(context, meter, ("products", f"{name}, {count} rows"), work, flop_per_s=2 * problem.case.unit)
+
+
+def _in_products_of(count: int, hidden: Tensor, weight: Tensor, gradient: Tensor) -> dict[str, Callable[[], object]]:
+    """The three products into float32, so many rows at a time; the head's gradient is added up by the product."""
+    logits = torch.empty(count, len(weight), device=hidden.device)
+    sums = torch.empty(weight.shape, device=weight.device)
+
+    def of_logits() -> None:
+        for rows in hidden.split(count):
+            torch.mm(rows, weight.T, out_dtype=torch.float32, out=logits)
+
+    def of_hidden() -> None:
+        for rows in gradient.split(count):
+            torch.mm(rows, weight, out_dtype=torch.float32)
+
+    def of_weight() -> None:
+        for i, (rows, of_rows) in enumerate(zip(gradient.split(count), hidden.split(count), strict=True)):
+            torch.addmm(sums, rows.T, of_rows, out_dtype=torch.float32, beta=float(i > 0), out=sums)
+
+    return {"logits": of_logits, "hidden_gradient": of_hidden, "weight_gradient": of_weight}
 
 
 def _rows(context: Context, problem: Problem) -> None:
@@ -129,6 +158,21 @@ def _rows(context: Context, problem: Problem) -> None:
         size, kind = logits.numel() * logits.element_size(), str(dtype).removeprefix("torch.")
         for name, passes, work in (("forward", 1, forward), ("forward and gradient", 3, both)):
             _timed(context, meter, ("rows", f"{name}, {kind}"), work, bytes_per_second=passes * size)
+
+
+def _profile(context: Context, problem: Problem) -> None:
+    """Each kernel's time in one call."""
+    work, run_once = problem.case.work.name, ours(problem)
+    run_once()
+    context.at(f"{work}, under the profiler")
+    try:
+        found = medians(traced(context, run_once, problem, SMOKE_CALLS if context.smoke else CALLS))
+        for kernel in found["kernels"]:
+            kernel["name"] = short(kernel["name"])
+        context.say(f"{work}: {found['device_seconds'] * 1e3:.3f} ms of kernels; {kernels_of(found)}")
+    except Exception as error:  # no CUPTI, or one that is in use
+        found = {"error": words(error)}
+    context.put("linear", "profile", work, value=found)
 
 
 def _chunks(context: Context, problem: Problem) -> bool:

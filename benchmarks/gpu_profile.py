@@ -93,13 +93,17 @@ def _profile(context: Context, problem: Problem, item: str, contestant: str) -> 
     context.put("profile", item, value={**found, "error": "the process ended under the profiler"})
     context.at(f"{item}, under the profiler")
     try:
-        trace = _on_the_cpu if context.smoke else _on_the_gpu
         passes = units(BY_NAME[contestant], problem)
-        found |= summary(trace(run_once, problem, calls), problem, passes, bandwidth)
+        found |= summary(traced(context, run_once, problem, calls), problem, passes, bandwidth)
     except Exception as error:  # the time of the whole call is known without a profile
         found["error"] = words(error)
     finish()
     return found
+
+
+def traced(context: Context, run_once: Run, problem: Problem, calls: int) -> list[list[Event]]:
+    """Each call's events."""
+    return (_on_the_cpu if context.smoke else _on_the_gpu)(run_once, problem, calls)
 
 
 def _on_the_gpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]]:
@@ -140,10 +144,21 @@ def _on_the_cpu(run_once: Run, problem: Problem, calls: int) -> list[list[Event]
 
 
 def summary(traces: list[list[Event]], problem: Problem, passes: float, bandwidth: float) -> dict[str, Any]:
-    """Medians over the calls: of each kernel, by its name, in the order of the first call; and of all kernels.
+    """`medians`, with each kernel's bytes and share of the copy, which is one of bytes per second.
 
-    `passes`: over the logits, of all kernels. A share of the copy is one of bytes per second.
+    `passes`: over the logits, of all kernels.
     """
+    found = medians(traces)
+    for kernel in found["kernels"]:
+        moved = bytes_of(kernel["name"], problem)
+        kernel |= {"name": short(kernel["name"]), "bytes": moved}
+        if moved is not None and kernel["seconds"] > 0:
+            kernel["share_of_copy"] = moved * kernel["launches"] / kernel["seconds"] / bandwidth
+    return {**found, "share_of_copy": passes * problem.logits_bytes / found["span_seconds"] / bandwidth}
+
+
+def medians(traces: list[list[Event]]) -> dict[str, Any]:
+    """Over the calls: of each kernel, by its name, in the order of the first call; and of all kernels."""
     names = list(dict.fromkeys(event.name for event in traces[0]))
     if not names:
         raise RuntimeError("the profile shows no kernels")
@@ -151,11 +166,7 @@ def summary(traces: list[list[Event]], problem: Problem, passes: float, bandwidt
     for name in names:
         times = [sum(e.end - e.start for e in trace if e.name == name) for trace in traces]
         count = sum(event.name == name for event in traces[0])
-        seconds, moved = statistics.median(times), bytes_of(name, problem)
-        kernel: dict[str, Any] = {"name": short(name), "launches": count, "seconds": seconds, "bytes": moved}
-        if moved is not None and seconds > 0:
-            kernel["share_of_copy"] = moved * count / seconds / bandwidth
-        kernels.append(kernel)
+        kernels.append({"name": name, "launches": count, "seconds": statistics.median(times)})
     busy = [sum(e.end - e.start for e in trace) for trace in traces]
     spans = [max(e.end for e in trace) - min(e.start for e in trace) for trace in traces]
     return {
@@ -164,7 +175,6 @@ def summary(traces: list[list[Event]], problem: Problem, passes: float, bandwidt
         "device_seconds": statistics.median(busy),
         "span_seconds": statistics.median(spans),
         "gap_seconds": statistics.median(s - b for s, b in zip(spans, busy, strict=True)),
-        "share_of_copy": passes * problem.logits_bytes / statistics.median(spans) / bandwidth,
     }
 
 
@@ -205,11 +215,15 @@ def _line(item: str, found: dict[str, Any]) -> str:
     whole = f"{item}: {found['whole_seconds'] * 1e3:.3f} ms, from idle to idle {found['idle_seconds'] * 1e3:.3f} ms"
     if "error" in found:
         return f"{whole}; no profile: {found['error'].splitlines()[0][:120]}"
+    return f"{whole}; {kernels_of(found)}"
+
+
+def kernels_of(found: dict[str, Any]) -> str:
+    """Of `medians`, or a `summary`: the kernels that take a hundredth of the time or more."""
     kernels = [
         f"{kernel['name']} {kernel['seconds'] * 1e3:.3f} ms"
         + (f" ({kernel['share_of_copy']:.0%})" if kernel.get("share_of_copy", 0) >= 0.01 else "")
         for kernel in found["kernels"]
         if kernel["seconds"] >= 0.01 * found["device_seconds"]
     ]
-    gaps = f"gaps {found['gap_seconds'] * 1e6:.0f} us"
-    return f"{whole}; {found['launches']} launches, {gaps}: {', '.join(kernels)}"
+    return f"{found['launches']} launches, gaps {found['gap_seconds'] * 1e6:.0f} us: {', '.join(kernels)}"

@@ -20,7 +20,7 @@ if find_spec("pytest") is None:
 
 import pytest
 
-PROCESSES, SMOKE_PROCESSES = 8, 1
+PROCESSES, SMOKE_PROCESSES = 12, 1
 MOST_FAILURES = 40  # in all; then the suite ends
 _END = 4.0  # seconds before the part's end at which the suite ends
 _DEVICE = "GSPO_KERNELS_TEST_DEVICE"

@@ -394,6 +394,17 @@ def test_chunks_and_rows_of_the_linear_part(context: Context) -> None:
     assert found["linear", "rows", "forward and gradient, float32"]["bytes_per_second"] > 0
 
 
+def test_profile_and_products_of_the_linear_part(context: Context) -> None:
+    context.arguments = ["profile_dense", "products"]
+    assert linear.run(context)
+    found = recorded(context)
+    profiled = found["linear", "profile", "dense"]
+    assert "gspo_kernels::linear_loss" in {kernel["name"] for kernel in profiled["kernels"]}
+    assert profiled["launches"] == sum(kernel["launches"] for kernel in profiled["kernels"])
+    assert found["linear", "products", "logits, bf16"]["median"] > 0
+    assert found["linear", "products", "weight_gradient, 8 rows"]["error"]  # a CPU has no bf16 product into float32
+
+
 def test_cut_cross_entropy_takes_part_on_a_gpu_alone() -> None:
     names = {device: {contestant.name for contestant in linear.taking_part(device)} for device in ("cpu", "cuda")}
     assert names["cuda"] - names["cpu"] == {"cce"} and "compile" not in names["cuda"]
