@@ -6,6 +6,7 @@ that what restores the logits is not counted. Where CUPTI fails, the time of the
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable
@@ -172,10 +173,22 @@ def medians(traces: list[list[Event]]) -> dict[str, Any]:
     return {
         "kernels": kernels,
         "launches": len(traces[0]),
+        "longest_gaps": _gaps(traces[0]),
         "device_seconds": statistics.median(busy),
         "span_seconds": statistics.median(spans),
         "gap_seconds": statistics.median(s - b for s, b in zip(spans, busy, strict=True)),
     }
+
+
+def _gaps(trace: list[Event]) -> list[dict[str, Any]]:
+    """The longest times in which the device waited: between which kernels, and how long after the first one began."""
+    found, end = [], trace[0].end
+    for before, after in itertools.pairwise(trace):
+        end = max(end, before.end)
+        if after.start > end:
+            between = [short(before.name), short(after.name)]
+            found.append({"seconds": after.start - end, "at": end - trace[0].start, "between": between})
+    return sorted(found, key=lambda gap: -gap["seconds"])[:8]
 
 
 def bytes_of(name: str, problem: Problem) -> float | None:

@@ -87,7 +87,7 @@ class Recorder:
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            reason = _last_line(report.longrepr)
+            reason = _reason(report.longrepr)
             if "ModuleNotFoundError" in reason:
                 self._entry(report.nodeid)["needs"] = reason
             else:
@@ -100,7 +100,7 @@ class Recorder:
     def pytest_runtest_logreport(self, report: Any) -> None:
         entry = self._entry(report.nodeid)
         if report.failed:
-            self._fail(report.nodeid, _last_line(report.longrepr))
+            self._fail(report.nodeid, _reason(report.longrepr))
         elif report.when == "call" or report.skipped:
             entry[report.outcome] += 1
             entry["slowest"] = sorted([*entry["slowest"], (report.duration, report.nodeid)], reverse=True)[:3]
@@ -139,9 +139,11 @@ def _file(test: str) -> str:
     return Path(test.partition("::")[0]).name
 
 
-def _last_line(longrepr: Any) -> str:
-    lines = [line for line in str(longrepr).splitlines() if line.strip()]
-    return ([line for line in lines if line.startswith("E ")] or lines or [""])[-1][:300]
+def _reason(longrepr: Any) -> str:
+    """What was raised, or the last line."""
+    lines = [line.strip() for line in str(longrepr).splitlines() if line.strip()]
+    raised = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    return (" / ".join(raised) or "".join(lines[-1:]))[:300]
 
 
 # ---- in each process that runs tests

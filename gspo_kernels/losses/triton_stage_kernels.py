@@ -406,10 +406,8 @@ def batch_kernel(
         tl.where(which == UNITS, value, 0.0), tl.where(which == TOKENS, value, 0.0),
         tl.where(which == COUNT, value, 0.0), tl.zeros([PARTIALS], tl.float32),
     )  # fmt: skip
-    each = quotient(1.0 + 0.0 * units, tl.maximum(units, 1.0))
-    each_token = quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0))
     per_token = (which == APPROX_KL) | (which == REF_KL) | (which == ENTROPY)
-    mean = value * tl.where(per_token, each_token, each)
+    mean = quotient(value, tl.maximum(tl.where(per_token, n, units), 1.0))
     shrunk = (which == RATIO_SUM) | (which == APPROX_KL) | (which == REF_KL)
     mean = tl.where(shrunk, mean / SHRINK, mean)
     extreme = tl.where(units > 0.0, tl.where(which == RATIO_MIN, -value, value), 0.0)

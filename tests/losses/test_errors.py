@@ -139,7 +139,7 @@ CASES: dict[str, Case] = {
     # choices
     "aggregation unknown": (padded, {"aggregation": "mean"}, ValueError, "aggregation", "mean"),
     "kl_estimator unknown": (padded, {"kl_estimator": "k4"}, ValueError, "kl_estimator", "k4"),
-    "backend unknown": (padded, {"backend": "cuda"}, ValueError, "backend", "cuda"),
+    "backend unknown": (padded, {"backend": "metal"}, ValueError, "backend", "metal"),
     "backend that cannot": (
         padded,
         {"backend": KERNELS, "logits": torch.zeros(B, T, V).double()},

@@ -11,6 +11,8 @@ from batches import OBJECTIVES, SHORT, put_garbage, ragged_batch, run
 from linear import Identity
 from modes import by_backend, on_device
 
+from gspo_kernels import GRPO, GSPO, Objective, policy_loss_from_logprobs
+
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @by_backend
@@ -40,3 +42,14 @@ def test_of_nothing_everything_is_zero(objective: str, backend: str, on_policy: 
     outcome = run(batch, "packed", objective, backend=backend, function=function, normalizer=count, **options)
     assert float(outcome.loss) == 0.0 and bool((outcome.gradient == 0).all())
     assert {float(x) for name, x in outcome.stats.as_dict().items() if not name.startswith("head_")} == {0.0}
+
+
+@pytest.mark.parametrize("objective", [GSPO(0.1, 0.1), GRPO(0.1, 0.1)], ids=["sequences", "tokens"])
+def test_fractions_are_rounded_once(objective: Objective) -> None:
+    """They are equal on every device, and to what a reader computes from counts."""
+    units = 49
+    new, advantages = (on_device(torch.full(shape, 1.0)) for shape in ((units, 1), (units,)))
+    for clipped in (1, 3, 7, 22, 41):
+        old = on_device((torch.arange(units) >= clipped).float()[:, None])
+        stats = policy_loss_from_logprobs(-new, advantages, old - 2.0, objective=objective).stats
+        assert float(stats.clip_fraction) == float(torch.tensor(clipped / units)), clipped

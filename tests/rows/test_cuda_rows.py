@@ -23,6 +23,7 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import grpo_loss, gspo_loss
+from gspo_kernels.losses import fused_loss
 from gspo_kernels.rows import cuda_rows, dispatch
 from gspo_kernels.rows.types import Rows, Upstream
 
@@ -132,10 +133,17 @@ def test_dtypes_and_a_factor(objective: str, dtype: torch.dtype, on_policy: bool
     assert launches == ([] if dtype is torch.float16 else [not on_policy])
 
 
-def test_under_the_stage_in_torch(launches: list[bool]) -> None:
-    """Numbers in float64 are not the Triton stage's, and the other one takes two passes on a GPU: of Triton's rows."""
+def test_advantages_in_float64(launches: list[bool]) -> None:
     batch = ragged_batch("gspo", seed=43, lengths=SHORT, on_policy=True)
     batch.advantages = batch.advantages.double()
+    run_and_check(batch, "padded", "gspo", backend="cuda")
+    assert launches == [False]
+
+
+def test_under_the_stage_in_torch(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an objective without a term in Triton. That stage takes two passes on a GPU: of Triton's rows."""
+    monkeypatch.setattr(fused_loss, "unsupported_reason", lambda *_: "GSPO has no triton_term")
+    batch = ragged_batch("gspo", seed=43, lengths=SHORT, on_policy=True)
     run_and_check(batch, "padded", "gspo", backend="cuda")
     assert launches == ([] if ON_GPU else [False])
 
