@@ -69,7 +69,7 @@ build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 static: .venv/test
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)
 
-# What a GPU has to show, with the Python on PATH and without a network, in two runs of 4 and 5 minutes; docs/gpu.md.
+# What a GPU has to show, with the Python on PATH and without a network, in two runs of 4 and 6.5 minutes; docs/gpu.md.
 # They write benchmarks/results/gpu-<name>.json and .log; the second adds to the first. ARGS=--smoke: on the CPU.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)

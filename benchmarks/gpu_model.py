@@ -33,7 +33,7 @@ class Plan:
     mode: str
     trained: bool = False  # the head
     active: float = 1.0  # share of the rows
-    measured: str = ""  # the case of the results, at the package's former sizes
+    measured: str = ""  # the case of the results
 
 
 PLANS = (
@@ -153,7 +153,7 @@ def predictions(contents: Sequence[dict[str, Any]], rows: int = ROWS) -> str:
     speeds = [Speed.of(content) for content in contents]
     heads = ["predicted", "products", "GB", *(f"{speed.name}, ms" for speed in speeds)]
     if rows == ROWS:
-        heads += [f"measured before: {speed.name}" for speed in speeds]
+        heads += [f"measured: {speed.name}" for speed in speeds]
 
     def row(plan: Plan) -> list[str]:
         work = Work(plan, rows)

@@ -189,6 +189,14 @@ def _from_hidden_states(content: Content) -> list[str]:
             for work, tried in chunks.items()
         ]
         lines += ["", *table(["by the size of a chunk, MiB", *(str(size >> 20) for size in sizes)], rows)]
+    contexts = linear.get("contexts", {}).values()
+    if contexts:
+        rows = [
+            [f"{found['sequences']} of {found['length']:,} tokens", f"{found['seconds']:.2f}",
+             f"{found['extra_bytes'] / 1e9:.2f}"]
+            for found in contexts
+        ]  # fmt: skip
+        lines += ["", *table([f"long sequences, {_gpu(content)}", "s", "GB"], rows)]
     return lines
 
 

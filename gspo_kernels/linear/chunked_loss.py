@@ -6,7 +6,6 @@ then computes the gradients of the rows from them.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
@@ -30,25 +29,17 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
     rows = head.rows
     lengths = _selected_lengths(stage, inputs.batch, rows)
     stats = _empty_stats(head)
-
-    @functools.cache
-    def coefficients() -> Coefficients:
-        return Coefficients(stage, inputs, rows, lengths, fused)
-
-    @functools.cache
-    def on_policy() -> Tensor:
-        return coefficients().on_policy(head.sum_dtype)
-
-    is_on_policy = inputs.depends_on_log_ratio_alone()
-    # Otherwise at their first use: a GPU that the host has just waited for computes the first logits by then.
-    if inputs.batch.ranks is not None and head.needs_grad.any():
-        on_policy() if is_on_policy else coefficients()  # with collectives, which a rank without rows joins as well
+    coefficients = Coefficients(stage, inputs, rows, lengths, fused) if head.needs_grad.any() else None
+    on_policy: Tensor | None = None
+    if coefficients is not None and inputs.depends_on_log_ratio_alone():
+        on_policy = coefficients.on_policy(head.sum_dtype)
 
     def upstream(step: Step) -> Upstream:
-        found = RowStats(*(x[step.start : step.stop] for x in stats))
-        if not is_on_policy:
-            return coefficients().of_step(step, found)
-        return Upstream(torch.where(found.logprobs.isnan(), torch.nan, on_policy()[step.start : step.stop]))
+        if on_policy is not None:
+            found = stats.logprobs[step.start : step.stop]
+            return Upstream(torch.where(found.isnan(), torch.nan, on_policy[step.start : step.stop]))
+        assert coefficients is not None
+        return coefficients.of_step(step, RowStats(*(x[step.start : step.stop] for x in stats)))
 
     for step in plan_steps(inputs, stage.layout, lengths, head):
         parts = head.chunk_size.parts(step.start, step.stop)
