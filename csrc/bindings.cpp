@@ -46,19 +46,14 @@ bool supported(const std::string& name) {
 }
 
 // What this processor has for products of bf16 matrices: tile units, or instructions of AVX-512.
-bool has_amx_bfloat16() {
-#if defined(__x86_64__)
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22)) && supported("avx512");
-#else
-  return false;
-#endif
-}
+enum class BFloat16Units { kAmx, kAvx512 };
 
-bool has_avx512_bfloat16() {
+bool has_bfloat16(BFloat16Units units) {
 #if defined(__x86_64__)
+  const bool amx = units == BFloat16Units::kAmx;
   unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5)) && supported("avx512");
+  if (!__get_cpuid_count(7, amx ? 0 : 1, &eax, &ebx, &ecx, &edx)) return false;
+  return (amx ? edx >> 22 : eax >> 5) & 1 && supported("avx512");
 #else
   return false;
 #endif
@@ -95,7 +90,7 @@ const ProductInstructions& product_instructions() {
 #if defined(__x86_64__)
   const std::string rows = instruction_set().name;
   if (rows == "avx512")
-    return has_avx512_bfloat16() && kProductsAvx512Bf16 ? *kProductsAvx512Bf16 : kProductsAvx512;
+    return has_bfloat16(BFloat16Units::kAvx512) && kProductsAvx512Bf16 ? *kProductsAvx512Bf16 : kProductsAvx512;
   if (rows != "baseline" && supported("avx2")) return kProductsAvx2;
 #endif
   return kProductsBaseline;
@@ -242,7 +237,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("product_instructions", [] { return std::string(product_instructions().name); });
   m.def("multiplies_bfloat16", [] { return product_instructions().multiplies_bfloat16; });
-  m.def("has_amx_bfloat16", &has_amx_bfloat16);
+  m.def("has_amx_bfloat16", [] { return has_bfloat16(BFloat16Units::kAmx); });
   m.def("is_intel", &is_intel);
   m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
   m.def("request_huge_pages", &request_huge_pages, py::arg("address"), py::arg("bytes"));

@@ -212,14 +212,20 @@ class NativeProducts(Products):
     """Products of the C++ extension. They take any number of rows, and no row is padded.
 
     Pairs of bf16 are multiplied where the processor has instructions for them. Elsewhere the left operand is float32,
-    so is the logits' gradient, and the right one becomes float32 while the extension packs it.
+    so is the logits' gradient, and the right one becomes float32 while the extension packs it. So does a 16-bit head
+    beside float32 hidden states, without a copy of it.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(weight.to(dtype), dtype)
-        self.gradient_dtype = left_dtype(dtype)
+        super().__init__(weight if self.widens(weight, dtype) else weight.to(dtype), dtype)
+        self.gradient_dtype = left_dtype(self.weight.dtype)
         self._in_blocks = self._converts = False
         self._step = self._vocab
+
+    @staticmethod
+    def widens(weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a head that is narrower than `dtype` is multiplied as it is."""
+        return dtype == torch.float32 and weight.dtype != dtype and left_dtype(weight.dtype) == dtype
 
     def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor) -> None:
         bias = None if bias is None else bias.contiguous()
@@ -237,7 +243,10 @@ def products(weight: Tensor, dtype: torch.dtype) -> Products:
     if weight.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return _cuda_products(weight.device, dtype)(weight, dtype)
     if weight.device.type == "cpu":
-        return _CPU_PRODUCTS[cpu_products(dtype).name](weight, dtype)
+        name = cpu_products(dtype).name
+        if name == "native" and weight.dtype.itemsize < dtype.itemsize and not NativeProducts.widens(weight, dtype):
+            name = "float32"  # which converts a block of the head at a time
+        return _CPU_PRODUCTS[name](weight, dtype)
     return Products(weight, dtype)
 
 

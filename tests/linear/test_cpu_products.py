@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import ragged_batch
 from checks import check_close
-from linear import check_same, from_hidden, from_logits, problem
+from linear import check_same, force_products, from_hidden, from_logits, problem
 from modes import DEFAULT_MODE, DEVICE
 from test_linear import run_and_check
 from torch import Tensor
@@ -158,10 +158,32 @@ def test_the_units_of_the_processor(
     assert type(products(weight, torch.bfloat16)) is kind
     assert type(products(weight.float(), torch.bfloat16)) is kind, "under autocast"
     other = Products if processor.get("intel", True) else NativeProducts
-    assert type(products(weight, torch.float32)) is type(products(weight, torch.float16)) is other
+    assert type(products(weight.float(), torch.float32)) is type(products(weight.half(), torch.float16)) is other
     assert type(products(weight.double(), torch.float64)) is Products
     (line,) = (line for line in gspo_kernels.explain(hidden, weight).splitlines() if line.startswith("products: "))
     assert why in line
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_copy_of_a_narrow_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states in float32 beside a 16-bit head: it is widened in registers or else a block at a time."""
+    force_products("native", monkeypatch)
+    generator = torch.Generator().manual_seed(31)
+    hidden, weight, gradient = (torch.randn(shape, generator=generator) for shape in ((5, 33), (61, 33), (5, 61)))
+    weight = weight.to(dtype)
+    of, of_copy = products(weight, torch.float32), NativeProducts(weight.float(), torch.float32)
+    assert of.weight is weight
+    assert type(of) is (NativeProducts if left_dtype(dtype) == torch.float32 else Products)
+    found, expected = torch.empty(of.padded_rows(5), 61), torch.empty(5, 61)
+    of.logits(hidden, None, found)
+    of_copy.logits(hidden, None, expected)
+    tolerance = 0.0 if type(of) is NativeProducts else 1e-5
+    for one, other in (
+        (found[:5], expected),
+        (of.hidden_gradient(gradient), of_copy.hidden_gradient(gradient)),
+    ):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @needs_extension
