@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def hasten_interpreter() -> None:
     if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # forgotten in Triton 3.3
         interpreter.InterpreterBuilder.get_int1_ty = lambda builder: tl.int1
     if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.5 and later
+        interpreter._patch_attr = patch_attribute
         interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
     if hasattr(interpreter, "_get_np_dtype"):
@@ -54,8 +56,66 @@ def hasten_interpreter() -> None:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)
 
 
+def hasten_types() -> None:
+    """The same of what Triton's language asks about types: shapes are those of a type, and equal types need no cast."""
+    import triton.language as tl
+    from triton.language import semantic
+
+    make = tl.tensor.__init__
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        known = type.__dict__.get("_of_tensors")
+        if known is None:
+            make(self, handle, type)
+            type._of_tensors = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
+        else:
+            vars(self).update(known, handle=handle, type=type)
+
+    tl.tensor.__init__ = init
+    if not hasattr(semantic, "TritonSemantic"):  # before Triton 3.4
+        return
+    check = semantic.TritonSemantic.binary_op_type_checking_impl
+    constants = dict[Any, Any]()  # a number as a tensor, by what it is combined with
+
+    def quick(self: Any, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+        if type(lhs) is not tl.tensor:
+            return check(self, lhs, rhs, *options, **named)
+        kind = lhs.dtype
+        if type(rhs) is tl.tensor:
+            if (kind is rhs.dtype or kind == rhs.dtype) and (kind.is_fp32() or kind.is_int()) and lhs.type == rhs.type:
+                return lhs, rhs
+        elif type(rhs) in (int, float):
+            key = rhs, type(rhs), kind.name, tuple(lhs.type.shape) if lhs.type.is_block() else (), options
+            if key in constants and not named:
+                return lhs, constants[key]
+            found = check(self, lhs, rhs, *options, **named)
+            if found[0] is lhs and not named:
+                constants[key] = found[1]
+            return found
+        return check(self, lhs, rhs, *options, **named)
+
+    semantic.TritonSemantic.binary_op_type_checking_impl = quick
+
+    unwrap = tl.core._unwrap_if_constexpr
+    tl.core._unwrap_if_constexpr = lambda x: x if type(x) is tl.tensor else unwrap(x)
+
+
+def patch_attribute(place: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """As Triton's interpreter does it, with one call less for each operation."""
+    from triton.language.semantic import TritonSemantic
+
+    plain, semantic = inspect.unwrap(member), TritonSemantic(builder)
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        named["_semantic"] = semantic
+        return plain(*arguments, **named)
+
+    scope.set_attr(place, name, called)
+
+
 if INTERPRETED:
     hasten_interpreter()
+    hasten_types()
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def test_any_batch(objective: str, layout: str, backend: str) -> None:
     @given(batches(objective, layout))
     @settings(
         deadline=None,
-        max_examples=sized(60, 10),
+        max_examples=sized(60, 6),
         phases=sized(tuple(Phase), (Phase.explicit, Phase.generate)),  # interpreted, shrinking takes half an hour
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
         database=None,

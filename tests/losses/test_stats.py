@@ -47,9 +47,9 @@ def test_of_nothing_everything_is_zero(objective: str, backend: str, on_policy: 
 @pytest.mark.parametrize("objective", [GSPO(0.1, 0.1), GRPO(0.1, 0.1)], ids=["sequences", "tokens"])
 def test_fractions_are_rounded_once(objective: Objective) -> None:
     """They are equal on every device, and to what a reader computes from counts."""
-    units = 49
+    units = 7
     new, advantages = (on_device(torch.full(shape, 1.0)) for shape in ((units, 1), (units,)))
-    for clipped in (1, 3, 7, 22, 41):
+    for clipped in (1, 3, 6):
         old = on_device((torch.arange(units) >= clipped).float()[:, None])
         stats = policy_loss_from_logprobs(-new, advantages, old - 2.0, objective=objective).stats
         assert float(stats.clip_fraction) == float(torch.tensor(clipped / units)), clipped

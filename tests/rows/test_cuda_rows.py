@@ -75,9 +75,9 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_token_objective = pytest.mark.parametrize("objective", ["grpo", "ppo"])
 
 
-@by_token_objective
 @pytest.mark.parametrize(
-    ("layout", "option"), [(LAYOUTS[k % len(LAYOUTS)], option) for k, option in enumerate(CLIP_OPTIONS)]
+    ("objective", "layout", "option"),
+    [(("grpo", "ppo")[k % 2], LAYOUTS[k // 2 % len(LAYOUTS)], option) for k, option in enumerate(CLIP_OPTIONS)],
 )
 def test_a_ratio_per_token(objective: str, layout: str, option: str, launches: list[bool]) -> None:
     """In one pass, clipped by the kernel, unless a term needs the log-probabilities or entropies first."""
