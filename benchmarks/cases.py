@@ -151,7 +151,7 @@ def linear_smoke(work: Work, dtype: str) -> Case:
 
 
 LINEAR_CASES = tuple(
-    linear_case(work, dtype, vocab, 1_024 if work is DENSE_1024 else 2_048)
+    linear_case(work, dtype, vocab, 1_024 if work == DENSE_1024 else 2_048)
     for vocab in LINEAR_VOCABS
     for dtype in ("bf16", "fp32")
     for work in (*LINEAR_WORKS, DENSE_1024)

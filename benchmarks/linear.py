@@ -113,9 +113,9 @@ PEERS = tuple(c.name for c in CONTESTANTS if c not in (OURS, PRODUCTS))
 def left_out(contestant: Contestant, case: Case) -> str:
     """Why a contestant says nothing new in a case, or "": minutes are spent where something is to be learned."""
     large = case.vocab == max(LINEAR_VOCABS)
-    if case.work is DENSE_1024:
+    if case.work == DENSE_1024:
         return "" if contestant.name in _COMPARED else "measured with 2,048 rows"
-    if contestant.name not in PEERS or case.work is DENSE:
+    if contestant.name not in PEERS or case.work == DENSE:
         return ""
     if contestant.compiles and (large or case.work.gradient):
         return "compiled in the dense case alone, and at the small vocabulary for log-probabilities"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -83,6 +84,8 @@ def test_libraries_take_part_where_something_is_to_be_learned() -> None:
     )
     assert linear.left_out(eager, large) and not linear.left_out(eager, small) and not linear.left_out(eager, dense)
     assert not any(linear.left_out(linear.BY_NAME[name], large) for name in ("ours", "products"))
+    sent = pickle.loads(pickle.dumps(dense))  # to the process of a case
+    assert not linear.left_out(linear.BY_NAME["compile"], sent)
 
 
 def test_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
