@@ -32,7 +32,8 @@ def clipped_surrogate(
     """`-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A)` with `s = exp log_ratio` (PPO, arXiv 1707.06347, equation 7).
 
     With `dual_clip` c, for A < 0, `-max(min(...), c A)` (arXiv 1912.09729). The decision compares `s - 1`, computed by
-    expm1: near 1, `s` itself has too few digits for a clip range of 3e-4. A ratio on a bound is not clipped.
+    expm1: near 1, `s` itself has too few digits for a clip range of 3e-4. A ratio on a bound is not clipped. The loss
+    is computed from `s`: torch's derivative of expm1 is the result plus 1, which has no digits where `s` is small.
 
     Args:
         log_ratio: [units] float64, differentiable: one per sequence or per token.
@@ -45,15 +46,16 @@ def clipped_surrogate(
     """
     device = log_ratio.device
     lowest, highest = -run_time(eps_low, device), run_time(eps_high, device)
-    deviation = torch.expm1(at_most(log_ratio, max_log_ratio))
+    bounded = at_most(log_ratio, max_log_ratio)
+    ratio, deviation = bounded.exp(), torch.expm1(bounded.detach())
     low = (advantages < 0) & (deviation < lowest)
     high = (advantages > 0) & (deviation > highest)
-    held = torch.where(high, highest, torch.where(low, lowest, deviation))
+    held = torch.where(high, 1.0 + highest, torch.where(low, 1.0 + lowest, ratio))
     if dual_clip is not None:
-        bound = run_time(dual_clip, device) - 1.0
-        above = (advantages < 0) & (deviation > bound)
+        bound = run_time(dual_clip, device)
+        above = (advantages < 0) & (deviation > bound - 1.0)
         held, high = torch.where(above, bound, held), high | above
-    return Terms(-(1.0 + held) * advantages, log_ratio, low, high)
+    return Terms(-held * advantages, log_ratio, low, high)
 
 
 @TritonTerm

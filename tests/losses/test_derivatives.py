@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -295,3 +296,12 @@ def test_chunks_of_a_head_do_not_matter_to_a_second_backward() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="linear_policy_loss: supports one backward pass"):
         loss.backward()
+
+
+@pytest.mark.parametrize("log_ratio", [-10.0, -30.0, -60.0])
+def test_the_gradient_of_a_small_ratio_keeps_its_digits(log_ratio: float) -> None:
+    """The derivative of s is s, however small."""
+    new = on_device(torch.full((1, 1), -70.0, dtype=torch.float64)).requires_grad_()
+    loss, _ = policy_loss_from_logprobs(new, on_device(torch.ones(1)), new.detach() - log_ratio, **wide())
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert float(gradient) == pytest.approx(-math.exp(log_ratio), rel=1e-9, abs=0.0)
