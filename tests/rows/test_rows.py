@@ -120,6 +120,23 @@ def test_the_target_of_a_very_sure_row(backend: str, margin: float) -> None:
 
 
 @by_backend
+@pytest.mark.parametrize(("margin", "temperature"), [(14.0, 0.5), (13.7, 0.5), (10.3, 1.3), (9.1, 0.7)])
+@pytest.mark.parametrize("vocab", [5, 700])
+def test_the_entropy_where_another_token_is_sure(backend: str, vocab: int, margin: float, temperature: float) -> None:
+    """Of the tokens beside the target one has nearly all: the entropy is what the rounding of its exponent would be."""
+    logits = torch.zeros(3, vocab)
+    logits[[0, 1, 2], [4, 0, vocab - 1]] = margin
+    batch = rows(logits, torch.tensor([0, vocab - 1, 3]), temperature=temperature)
+    check_batch(batch, backend)
+    entropy = token_logprobs(
+        on_device(logits), on_device(batch.token_ids), temperature=temperature, backend=backend
+    ).entropy
+    expected = torch.tensor([row.entropy for row in batch.rows], dtype=torch.float64)
+    bound = 0.01 * expected if backend == "native" else torch.full_like(expected, 1e-6)
+    check_close("entropy", entropy, expected, bound)
+
+
+@by_backend
 def test_far_logits(backend: str) -> None:
     """As far from 0 as logits of 64 nats' spacing can be."""
     logits = torch.tensor([[0.0, -64, -128, 0, -64]] * 2) - 5e8
