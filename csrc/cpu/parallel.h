@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -25,19 +26,27 @@ inline OpenMPParallel openmp_of_process() {
 #endif
 }
 
-// Calls run(begin, end) over [0, count) in pieces of `grain`, handed out as threads become free.
+// Calls run(begin, end) over [0, count) in pieces of `grain`, handed out as threads become free. After an exception no
+// more pieces are begun, and the caller gets it: on another thread, or in OpenMP's region, it would end the process.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, int threads, const F& run) {
   struct Work {
     const F& run;
     int64_t count, grain;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+
     static void drain(void* self) {
       Work& work = *static_cast<Work*>(self);
-      for (;;) {
+      while (!work.failed.load(std::memory_order_relaxed)) {
         const int64_t begin = work.next.fetch_add(work.grain, std::memory_order_relaxed);
         if (begin >= work.count) return;
-        work.run(begin, begin + work.grain < work.count ? begin + work.grain : work.count);
+        try {
+          work.run(begin, begin + work.grain < work.count ? begin + work.grain : work.count);
+        } catch (...) {
+          if (!work.failed.exchange(true)) work.failure = std::current_exception();
+        }
       }
     }
   } work{run, count, grain};
@@ -54,6 +63,7 @@ void parallel_for(int64_t count, int64_t grain, int threads, const F& run) {
     Work::drain(&work);
     for (std::thread& helper : helpers) helper.join();
   }
+  if (work.failure) std::rethrow_exception(work.failure);
 }
 
 }  // namespace gspo

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from modes import needs
 
+CPU_SOURCES = Path(__file__).resolve().parents[2] / "csrc/cpu"
+COMPILER = os.environ.get("CXX", "g++")
 native = pytest.importorskip("gspo_kernels._native", reason="the C++ extension is not built")
 pytestmark = needs("native")
 
@@ -59,6 +63,46 @@ def test_threads_without_torch() -> None:
 
 def test_torch_lends_its_threads() -> None:
     assert native.shares_threads_with_torch()
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("threads_of", ["its own", "OpenMP"])
+def test_an_exception_on_any_thread_is_thrown_to_the_caller(threads_of: str, tmp_path: Path) -> None:
+    """Such as bad_alloc, a MemoryError in Python; thrown out of a thread it would end the process."""
+    source, program = tmp_path / "throws.cpp", tmp_path / "throws"
+    source.write_text(
+        """
+        #include <atomic>
+        #include <chrono>
+        #include <cstring>
+        #include <new>
+        #include "parallel.h"
+
+        int main(int, char** arguments) {
+          const bool openmp = std::strcmp(arguments[1], "OpenMP") == 0;
+          if ((gspo::openmp_of_process() != nullptr) != openmp) return 2;
+          for (int64_t bad = 0; bad < 8; ++bad) {
+            std::atomic<int> begun{0};
+            try {
+              gspo::parallel_for(1 << 20, 1, 4, [&](int64_t begin, int64_t) {
+                ++begun;
+                if (begin == bad) throw std::bad_alloc();
+                std::this_thread::sleep_for(std::chrono::microseconds(100));
+              });
+              return 3;
+            } catch (const std::bad_alloc&) {
+            }
+            if (begun > 1 << 16) return 4;  // the rest was not begun
+          }
+        }
+        """
+    )
+    flags = ["-fopenmp", "-Wl,--no-as-needed"] if threads_of == "OpenMP" else ["-pthread"]
+    command = [COMPILER, "-std=c++17", "-O1", *flags, f"-I{CPU_SOURCES}", source, "-o", program, "-ldl"]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([program, threads_of], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_instruction_set_can_be_named() -> None:
