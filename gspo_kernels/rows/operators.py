@@ -115,7 +115,10 @@ scale = Operator("scale_", _scale, fake=lambda values, factor, backend: None, mu
 
 
 def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str) -> Tensor:
-    """`value`, with this gradient by the logits. It is scaled in place and supports one backward pass."""
+    """`value`, with this gradient by the logits: [N, V] or [B, T, V], and the gradient [1, N, V] or [B, T, V].
+
+    The gradient is scaled in place, handed over without a copy, and supports one backward pass.
+    """
     found: Tensor = _KnownGradient.apply(logits, value, gradient, backend)
     return found
 
@@ -124,7 +127,7 @@ class _KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.edge, ctx.backend = edge_of(logits), backend
+        ctx.edge, ctx.backend, ctx.shape = edge_of(logits), backend, logits.shape
         ctx.set_materialize_grads(False)
         return value.clone()
 
@@ -136,7 +139,8 @@ class _KnownGradient(torch.autograd.Function):
             (gradient,) = ctx.saved_tensors
             with torch.no_grad():
                 scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1
-            of_logits = first_derivative(gradient, FROM_LOGITS, ctx.edge, upstream)
+            # Of another shape, autograd would sum it up to the logits' shape, in new memory.
+            of_logits = first_derivative(gradient.reshape(ctx.shape), FROM_LOGITS, ctx.edge, upstream)
         return of_logits, None, None, None
 
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from batches import LAYOUTS
 from checks import check_close, check_gradient, check_rows
 from modes import (
     DEFAULT_MODE,
@@ -207,32 +209,36 @@ def allocated(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("what", ["rows", "off-policy", "on-policy", "overwritten"])
+@pytest.mark.parametrize("what", ["rows", "off-policy", "on-policy", "overwritten", "overwritten on-policy"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.plain_memory
-def test_memory(dtype: torch.dtype, what: str) -> None:
+def test_memory(dtype: torch.dtype, what: str, layout: str) -> None:
     """Beside one gradient O(N): no fp32 copy of the logits, no copy of a strided view, and nothing if overwritten."""
     n, vocab = sized((64, 8000), (8, 8000))
     base = on_device(peaked(n + 1, vocab).to(dtype)).view(1, n + 1, vocab)
-    view = base[:, :-1].requires_grad_()
-    ids, old = on_device(torch.zeros(1, n, dtype=torch.int64)), on_device(torch.full((1, n), -5.0))
+    view, tokens = (base[:, :-1], (1, n)) if layout == "padded" else (base[0, :-1], (n,))
+    view.requires_grad_()
+    ids, old = on_device(torch.zeros(tokens, dtype=torch.int64)), on_device(torch.full(tokens, -5.0))
     advantages = on_device(torch.ones(1))
+    ends = None if layout == "padded" else on_device(torch.tensor([0, n], dtype=torch.int32))
     size = view.numel() * view.element_size()
-    logits = view * 1 if what == "overwritten" else view
+    overwrite, on_policy = "overwritten" in what, "on-policy" in what
+    logits = view * 1 if overwrite else view
     losses: list[Tensor] = []
 
     def forward() -> None:
         if what == "rows":
             losses.append(token_logprobs(logits, ids, backend=KERNELS).logprobs.sum())
         else:
-            given = None if what == "on-policy" else old
-            overwrite = what == "overwritten"
-            losses.append(gspo_loss(logits, ids, advantages, given, overwrite_logits=overwrite, backend=KERNELS).loss)
+            given = None if on_policy else old
+            options: dict[str, Any] = {"cu_seqlens": ends, "overwrite_logits": overwrite, "backend": KERNELS}
+            losses.append(gspo_loss(logits, ids, advantages, given, **options).loss)
 
     first = allocated(forward)
     second = allocated(lambda: torch.autograd.grad(losses[0], logits))
-    if what == "overwritten":
+    if overwrite:
         assert first + second < size / 4
-    elif what == "on-policy":  # one pass: the gradient is written by the forward
+    elif on_policy:  # one pass: the gradient is written by the forward
         assert first + second < 1.25 * size
     else:
         assert first < size / 8 and second < 1.2 * size
