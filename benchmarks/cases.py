@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 ROWS = int(os.environ.get("GSPO_BENCH_ROWS", "2048"))
-SMOKE_ROWS = 64
-SEQUENCES = 8
+SMOKE_ROWS, SEQUENCES = 64, 8
 LENGTHS = (3, 9, 5, 14, 8, 6, 12, 7)  # of packed sequences, in shares of 64
 SEED = 20250725
 BLOCK = 8_192  # columns of a head that are in float64 at a time
