@@ -17,7 +17,7 @@ from ..base.layout import as_bool, batch_shape
 from ..rows import vocab_shard
 from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
 from ..rows.dispatch import Backend, choose
-from ..rows.operators import row_stats, row_stats_and_gradient, with_gradient
+from ..rows.operators import link_of, row_stats, row_stats_and_gradient, with_gradient
 from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
 from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
 from . import fused_loss
@@ -219,6 +219,7 @@ def policy_loss(
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits.dtype)).reshape(rows.token_ids.shape))
+        link = link_of(logits)
         found, gradient = row_stats_and_gradient(rows, upstream, options)
         with torch.no_grad():
             statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
@@ -226,7 +227,7 @@ def policy_loss(
             if bool(stats.approx_kl.isnan()):  # the same on every rank; read on a CPU alone
                 has_nan = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
                 gradient[..., :columns][has_nan] = torch.nan
-        return LossOutput(with_gradient(value, logits, gradient, options.backend), stats)
+        return LossOutput(with_gradient(value, link, gradient, options.backend), stats)
     return _loss(inputs, row_stats(rows, options))
 
 

@@ -7,7 +7,7 @@ from the engine's policy to the trainer's. Results are constants, without gradie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,11 @@ LEVELS = ("token", "sequence_sum", "sequence_mean")
 MODES = ("truncate", "mask")
 
 
+@dataclass(frozen=True)
 class _Scalars:
     def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The scalars by name, ready for a logger."""
-        return {prefix + name: value for name, value in vars(self).items()}
+        return {prefix + field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)

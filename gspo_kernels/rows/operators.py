@@ -114,34 +114,54 @@ def _scale(values: Tensor, factor: Tensor, backend: str) -> None:
 scale = Operator("scale_", _scale, fake=lambda values, factor, backend: None, mutates=("values",), direct=True)
 
 
-def with_gradient(value: Tensor, logits: Tensor, gradient: Tensor, backend: str) -> Tensor:
-    """`value`, with this gradient by the logits: [N, V] or [B, T, V], and the gradient [1, N, V] or [B, T, V].
+def link_of(logits: Tensor) -> Tensor:
+    """Has the shape of the logits, and passes its gradient on to them, but has no memory.
+
+    Made before logits are overwritten. Afterwards autograd would reach a view by `as_strided`, whose backward copies
+    the gradient into new memory.
+    """
+    found: Tensor = _Link.apply(logits)
+    return found
+
+
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.new_empty(()).expand(logits.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def with_gradient(value: Tensor, link: Tensor, gradient: Tensor, backend: str) -> Tensor:
+    """`value`, with this gradient by the logits: [1, N, V] where their link is [N, V], else [B, T, V] as it is.
 
     The gradient is scaled in place, handed over without a copy, and supports one backward pass.
     """
-    found: Tensor = _KnownGradient.apply(logits, value, gradient, backend)
+    found: Tensor = _KnownGradient.apply(link, value, gradient, backend)
     return found
 
 
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, link: Tensor, value: Tensor, gradient: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.edge, ctx.backend, ctx.shape = edge_of(logits), backend, logits.shape
+        ctx.edge, ctx.backend, ctx.shape = edge_of(link), backend, link.shape
         ctx.set_materialize_grads(False)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        of_logits = None
+        of_link = None
         if upstream is not None:
             refuse_second_backward(ctx, FROM_LOGITS)
             (gradient,) = ctx.saved_tensors
             with torch.no_grad():
                 scale(gradient, upstream, ctx.backend)  # returns at once where upstream is 1
-            # Of another shape, autograd would sum it up to the logits' shape, in new memory.
-            of_logits = first_derivative(gradient.reshape(ctx.shape), FROM_LOGITS, ctx.edge, upstream)
-        return of_logits, None, None, None
+            # Of another shape, autograd would sum it up to the link's shape, in new memory.
+            of_link = first_derivative(gradient.reshape(ctx.shape), FROM_LOGITS, ctx.edge, upstream)
+        return of_link, None, None, None
 
 
 # ---- checks that read

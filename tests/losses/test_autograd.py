@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gspo_kernels
-from gspo_kernels import policy_loss, policy_loss_from_logprobs, token_logprobs
+from gspo_kernels import gspo_loss, policy_loss, policy_loss_from_logprobs, token_logprobs
 from gspo_kernels.rows import triton_rows
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -69,6 +69,35 @@ def test_overwriting_gives_the_same_gradient(objective: str, backend: str, on_po
     assert torch.equal(gradient_of(over, loss * 3), kept)
     assert over.logits._version > version, "autograd cannot know that the logits changed"
     assert over.logits.data_ptr() == address and torch.equal(over.logits, kept), "the gradient went elsewhere"
+
+
+@by_backend
+@on_and_off
+@pytest.mark.parametrize("view", ["itself", "squeezed", "flattened"])
+def test_overwriting_a_view_hands_over_its_memory(backend: str, on_policy: bool, view: str) -> None:
+    """Of a packed batch models return [1, N, V]. A view that was written to still passes gradients on by its own operator."""
+    made = on_device(torch.randn(1, 8, 300, generator=torch.Generator().manual_seed(5))).requires_grad_() * 1
+    assert made.grad_fn is not None
+    passed, seen = [], []
+    made.grad_fn.register_prehook(lambda gradients: passed.append(gradients[0]))
+    logits = {"itself": made, "squeezed": made.squeeze(0), "flattened": made.view(-1, 300)}[view]
+    logits.register_hook(lambda gradient: seen.append(gradient))
+    ids = on_device(torch.arange(8)) if logits.ndim == 2 else on_device(torch.arange(8)[None])
+    ends = on_device(torch.tensor([0, 8], dtype=torch.int32)) if logits.ndim == 2 else None
+    old = None if on_policy else on_device(torch.full(ids.shape, -6.0))
+    out = gspo_loss(
+        logits,
+        ids,
+        on_device(torch.ones(1)),
+        old,
+        cu_seqlens=ends,
+        overwrite_logits=True,
+        backend=backend,
+        eps_high=9.0,
+    )
+    out.loss.backward()
+    assert passed[0].data_ptr() == made.data_ptr() and bool(passed[0].any()), "the gradient went elsewhere"
+    assert seen[0].data_ptr() == made.data_ptr(), "a hook of the view"
 
 
 @by_objective
