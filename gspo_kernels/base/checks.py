@@ -149,6 +149,10 @@ def number(
         if isinstance(value, (bool, Tensor)) or not isinstance(value, abstract.Real):
             raise TypeError(f"{name}: expected {meaning}, a number; got {describe(value)}")
         value = float(value)
+    if isinstance(value, int) and abs(value) > 2**1023:
+        raise ValueError(
+            f"{name}: expected {meaning}, a number that a float can hold; got an int of {value.bit_length()} bits"
+        )
     if not (value > above and value >= at_least and value <= at_most and -math.inf < value < math.inf):
         bound = (
             f" above {above:g}" if above > -math.inf else f" of at least {at_least:g}" if at_least > -math.inf else ""
@@ -168,6 +172,8 @@ def whole(name: str, value: Any, meaning: str, *, at_least: float = -math.inf) -
         raise TypeError(f"{name}: expected {meaning}, a whole number; got {describe(value)}") from None
     if found < at_least:
         raise ValueError(f"{name}: expected {meaning}, at least {at_least:g}; got {found}")
+    if found >= 2**63:
+        raise ValueError(f"{name}: expected {meaning}, less than 2**63; got an int of {found.bit_length()} bits")
     return found
 
 

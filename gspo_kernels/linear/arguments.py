@@ -117,7 +117,7 @@ def check_operands(hidden: Any, weight: Any, bias: Any, shard: VocabShard | None
     ):
         raise ValueError(
             f"weight: expected [V, {hidden.shape[-1]}], a row for each token of the vocabulary, as wide as hidden "
-            f"states; got {list(weight.shape)}"
+            f"states, and neither of them 0; got {list(weight.shape)}"
         )
     checks.same_device("weight", weight, hidden.device)
     if bias is not None:

@@ -24,7 +24,7 @@ from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CLIP_RANGE, CommonOptions, TokenLogprobs, policy_loss
 from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
-from ..rows.arguments import agree_on_rows, check_mask, check_vocab_size, row_arrays
+from ..rows.arguments import agree_on_rows, check_mask, check_token_ids, check_vocab_size, row_arrays
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import agree_on_chunks, check_head, check_operands, head_ranks, product_dtype, shard_of_head
 from .chunked_loss import plan_for
@@ -75,8 +75,9 @@ def linear_policy_loss(
 
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
     one chunk at a time, in float32 as the product returns them. If a sequence fits into a chunk, nothing is computed
-    twice. Masked rows are not multiplied; rows that are clipped or have advantage 0 are left out of the backward
-    products. `stats.head` counts rows and `explain(hidden, weight, ...)` shows the plan.
+    twice. Masked rows are not multiplied. Rows that are clipped or have advantage 0 are left out of the backward
+    products, unless the head is frozen and their sequence is longer than a chunk. `stats.head` counts rows and
+    `explain(hidden, weight, ...)` shows the plan.
 
     Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
     backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
@@ -312,10 +313,18 @@ def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:
     """How `linear_policy_loss` would compute these arguments, in a few lines. Reads mask and boundaries."""
     names = ("token_ids", "advantages", "old_logprobs")
-    given: dict[str, Any] = {"objective": GSPO(), **dict(zip(names, arguments, strict=False)), **options}
+    positional = dict(zip(names, arguments, strict=False))
+    if len(arguments) > len(names) or positional.keys() & options.keys():
+        twice = ", ".join(sorted(positional.keys() & options.keys())) or f"{len(arguments) - len(names)} more"
+        raise TypeError(
+            f"explain: expected hidden, weight, {', '.join(names)}, as of a loss, and every other argument by its "
+            f"name, each once; got {twice}"
+        )
+    given: dict[str, Any] = {"objective": GSPO(), **positional, **options}
     dtype = product_dtype(hidden, weight)
     vocabulary = vocabulary_of(*(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size")))
-    _, _, _, shard = shard_of_head(hidden, weight, None, vocabulary)
+    hidden, weight, bias, shard = shard_of_head(hidden, weight, given.get("bias"), vocabulary)
+    check_operands(hidden, weight, bias, shard)
     columns = shard.usual_columns if shard else check_vocab_size(vocabulary.size, weight.shape[0])
     needed = needs_grad(hidden, weight, given.get("bias"))
     chunk = chunk_size(given.get("chunk_bytes"), columns, dtype, hidden.device.type, needed.any())
@@ -327,6 +336,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     ]
     if "token_ids" not in given or "advantages" not in given:
         return "\n".join(lines)
+    check_token_ids(given["token_ids"], hidden.shape[:-1], hidden.device, "row of hidden")
     parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
     inputs = token_inputs(
@@ -336,7 +346,8 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     if given.get("skip_zero_advantage"):
         inputs = _without_zero_advantage(inputs)
     lengths = inputs.batch.layout().lengths_on_host()
-    lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked, or of advantage 0 (skip_zero_advantage)")
+    or_zero = ", or of advantage 0 (skip_zero_advantage)" if given.get("skip_zero_advantage") else ""
+    lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked{or_zero}")
     steps = plan_for(inputs, lengths, chunk, needed)
     for mode, meaning in _MODES.items():
         found = [step for step in steps if step.mode == mode]

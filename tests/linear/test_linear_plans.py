@@ -235,7 +235,30 @@ def test_explain_tells_the_plan(mode: str) -> None:
     )
     out = len(mask) - int(mask.sum())
     assert f"\n{mode}: " in text and f"{out} of {len(mask)} rows are left out" in text, text
+    assert "skip_zero_advantage" not in text
     assert "chunks of up to" in gspo_kernels.explain(hidden, weight)
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        (4, {}, "every other argument by its name, each once; got 1 more"),
+        (3, {"token_ids": torch.zeros(2, 3)}, "each once; got token_ids"),
+        (0, {"bias": torch.zeros(2)}, r"bias: expected shape \[7\] .*; got \[2\]"),
+        (0, {"weight": torch.zeros(7, 3)}, r"weight: expected \[V, 4\], .*; got \[7, 3\]"),
+        (2, {"hidden": torch.zeros(1, 3, 4)}, r"token_ids: expected shape \[1, 3\] .*; got \[2, 3\]"),
+    ],
+)
+def test_explain_refuses_what_a_loss_refuses(positional: int, named: dict[str, Any], message: str) -> None:
+    hidden, weight = (
+        named.pop(name, torch.zeros(shape)) for name, shape in (("hidden", (2, 3, 4)), ("weight", (7, 4)))
+    )
+    ids, numbers, mask = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2), torch.ones(2, 3, dtype=torch.bool)
+    given = (ids, numbers, torch.zeros(2, 3), mask)[:positional]
+    with pytest.raises((TypeError, ValueError), match=message):
+        gspo_kernels.explain(
+            *(on_device(x) for x in (hidden, weight, *given)), **{n: on_device(x) for n, x in named.items()}
+        )
 
 
 # --- objectives of one's own ------------------------------------------------------------------------------------------

@@ -149,11 +149,11 @@ def wrong(case: str, name: str, x: Any) -> Iterator[Any]:
         yield x.exp()  # probabilities
         yield -x  # negative log-likelihoods
     if kind == "number or tensor":
-        yield from (0.0, -1.0, math.nan, True, "1", 1j)
+        yield from (0.0, -1.0, math.nan, 10**400, True, "1", 1j)
     if kind == "number":
-        yield from (math.nan, -math.inf, "1", True, 1j, torch.tensor(0.1), [0.1], np.array([0.1, 0.2]))
+        yield from (math.nan, -math.inf, 10**400, "1", True, 1j, torch.tensor(0.1), [0.1], np.array([0.1, 0.2]))
     if kind == "whole":
-        yield from (2.5, "2", True, 0, -1, torch.tensor(2), np.float64(2), np.True_, np.array([2]))
+        yield from (2.5, "2", True, 0, -1, 2**63, torch.tensor(2), np.float64(2), np.True_, np.array([2]))
     if kind == "choice":
         yield from ("unknown", 3, True, torch.zeros(2), [])
     if kind == "flag":

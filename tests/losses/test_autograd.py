@@ -75,7 +75,7 @@ def test_overwriting_gives_the_same_gradient(objective: str, backend: str, on_po
 @on_and_off
 @pytest.mark.parametrize("view", ["itself", "squeezed", "flattened"])
 def test_overwriting_a_view_hands_over_its_memory(backend: str, on_policy: bool, view: str) -> None:
-    """Of a packed batch models return [1, N, V]. A view that was written to still passes gradients on by its own operator."""
+    """Of a packed batch models return [1, N, V]. A view that was written to passes gradients on by its own operator."""
     made = on_device(torch.randn(1, 8, 300, generator=torch.Generator().manual_seed(5))).requires_grad_() * 1
     assert made.grad_fn is not None
     passed, seen = [], []
