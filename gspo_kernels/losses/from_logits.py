@@ -219,7 +219,7 @@ def policy_loss(
     if one_pass:
         stage = inputs.stage()
         upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits.dtype)).reshape(rows.token_ids.shape))
-        link = link_of(logits)
+        link = link_of(logits) if overwrite_logits else logits
         found, gradient = row_stats_and_gradient(rows, upstream, options)
         with torch.no_grad():
             statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
