@@ -30,6 +30,7 @@ from .losses.triton_term import TritonTerm
 from .report import explain
 from .rollout.advantages import group_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
+from .rollout.gae import GaeOutput, gae
 from .rollout.rollouts import PromptedRollouts, Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
@@ -42,6 +43,7 @@ __all__ = [
     "GSPO",
     "PPO",
     "GSPOToken",
+    "GaeOutput",
     "HeadWork",
     "Layout",
     "LossOutput",
@@ -61,6 +63,7 @@ __all__ = [
     "explain",
     "from_sglang",
     "from_vllm",
+    "gae",
     "global_count",
     "group_advantages",
     "grpo_loss",

@@ -309,3 +309,25 @@ def group_advantages(rewards: Floats, groups: Sequence[int], normalize: str = "s
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in members) / (len(members) - 1))
         advantages.append((reward - mean) / (deviation + eps) if normalize == "std" else reward - mean)
     return advantages
+
+
+# --- PPO: advantages from a value model, the value model's loss, and what pairs with the losses -------------------
+
+
+def gae(
+    rewards: Floats, values: Floats, sequences: Sequence[Rows], mask: Sequence[bool], last_values: Floats,
+    gamma: float, lam: float,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """arXiv 1506.02438: A_t = delta_t + gamma lam A_t', delta_t = r_t + gamma V_t' - V_t; returns A_t + V_t.
+
+    Masked rows are dropped first, so that t' is the row after t. After the last one there is `last_values`.
+    """
+    advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
+    for rows, next_value in zip(sequences, last_values, strict=True):
+        next_advantage = 0.0
+        for t in reversed([t for t in rows if mask[t]]):
+            delta = rewards[t] + gamma * next_value - values[t]
+            next_advantage = delta + gamma * lam * next_advantage
+            next_value = values[t]
+            advantages[t], returns[t] = next_advantage, next_advantage + values[t]
+    return advantages, returns
