@@ -28,7 +28,7 @@ from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
 from .losses.triton_term import TritonTerm
 from .report import explain
-from .rollout.advantages import group_advantages
+from .rollout.advantages import group_advantages, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
 from .rollout.gae import GaeOutput, gae
 from .rollout.rollouts import PromptedRollouts, Rollouts
@@ -83,4 +83,5 @@ __all__ = [
     "rollout_mismatch",
     "rollout_weights",
     "token_logprobs",
+    "whiten_advantages",
 ]

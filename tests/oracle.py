@@ -331,3 +331,46 @@ def gae(
             next_value = values[t]
             advantages[t], returns[t] = next_advantage, next_advantage + values[t]
     return advantages, returns
+
+
+def response_advantages(
+    rewards: Floats, groups: Sequence[int], baseline: str, normalize: str, eps: float = 1e-6
+) -> list[float]:
+    """GRPO (2402.03300), RLOO (2402.14740), REINFORCE++ (2501.03262), the group's maximum (2503.19595).
+
+    A NaN reward is no reward: it is dropped before anything else, and its advantage is 0.
+    """
+    there = [i for i, reward in enumerate(rewards) if not math.isnan(reward)]
+    everything = [rewards[i] for i in there]
+    found: dict[int, float] = {}
+    for i in there:
+        others = [rewards[j] for j in there if groups[j] == groups[i] and j != i]
+        group = [rewards[i], *others]
+        if baseline == "mean":
+            found[i] = rewards[i] - math.fsum(group) / len(group)
+        elif baseline == "leave_one_out":
+            found[i] = rewards[i] - math.fsum(others) / len(others) if others else 0.0
+        elif baseline == "leave_one_out_max":
+            found[i] = max(group) - max(others) if others else 0.0
+        else:
+            found[i] = rewards[i] - math.fsum(everything) / len(everything)
+        if len(set(everything if baseline == "batch_mean" else group)) == 1:
+            found[i] = 0.0
+    divisors = dict.fromkeys(there, 1.0)
+    for i in there:
+        if normalize == "std":
+            divisors[i] = sample_deviation([rewards[j] for j in there if groups[j] == groups[i]]) + eps
+        elif normalize == "batch_std":
+            divisors[i] = sample_deviation(list(found.values())) + eps
+    return [found[i] / divisors[i] if i in found else 0.0 for i in range(len(rewards))]
+
+
+def sample_deviation(values: Floats) -> float:
+    """With n - 1; 0 for a single value."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1))
+
+
+def whitened(values: Floats, eps: float) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    return [(x - mean) / (sample_deviation(values) + eps) for x in values]

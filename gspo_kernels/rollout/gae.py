@@ -63,7 +63,7 @@ def gae(
     are skipped: neither gamma nor lam is applied for them, and they get 0. Computed in float64, deterministic, without
     a host sync; on a GPU one Triton program a sequence.
 
-    These are verl's `compute_gae_advantage_return` before it whitens advantages over the batch: see `whiten`.
+    verl's `compute_gae_advantage_return` computes the same and then whitens the advantages: see `whiten_advantages`.
 
     Args:
         rewards: [B, T] or packed [N], or one per sequence, which is given at its last unmasked token (an outcome
@@ -109,7 +109,7 @@ def _gae(inputs: _Inputs) -> GaeOutput:
     found = (_scan_in_triton if _runs_triton(values.device) else _scan_in_torch)(inputs, segments)
     if inputs.cu_seqlens is not None:
         found = GaeOutput(*(x + segments.fault for x in found))
-    return GaeOutput(*(x.to(values.dtype).reshape(values.shape) for x in found))
+    return GaeOutput(*[x.to(values.dtype).reshape(values.shape) for x in found])
 
 
 _gae_operator: Operator[GaeOutput] = Operator(
@@ -165,8 +165,7 @@ def _scan_in_torch(inputs: _Inputs, segments: Segments) -> GaeOutput:
         constant[left] = _after(slope[left], constant[left], constant[right])
         slope[left] = slope[left] * slope[right]
         step *= 2
-    select = functools.partial(torch.where, counted)
-    return GaeOutput(select(constant - values, 0.0), select(constant, 0.0))
+    return GaeOutput(torch.where(counted, constant - values, 0.0), torch.where(counted, constant, 0.0))
 
 
 def _after(slope: Tensor, constant: Tensor, following: Tensor) -> Tensor:

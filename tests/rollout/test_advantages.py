@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import oracle
@@ -10,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modes import NOT_INTERPRETED, on_device
+from test_errors import check_message
 from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import next_token_targets
+from gspo_kernels.rollout import advantages
 
 pytestmark = NOT_INTERPRETED
 
@@ -71,9 +74,117 @@ def test_eps_is_added_to_the_deviation() -> None:
     assert actual.tolist() == pytest.approx([-1e-3 / (deviation + 1e-3), 1e-3 / (deviation + 1e-3)], rel=1e-6)
 
 
-def test_a_nan_reward_stays_in_its_group() -> None:
-    actual = group_advantages(torch.tensor([1.0, float("nan"), 1.0, 0.0]), group_size=2)
-    assert bool(actual[:2].isnan().all()) and bool(actual[2:].isfinite().all())
+ESTIMATORS = [(b, n) for b in advantages.BASELINES for n in advantages.NORMALIZATIONS]
+some_rewards = st.one_of(st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, 1.0, math.nan]))
+
+
+@given(st.lists(st.tuples(some_rewards, st.integers(-2, 3)), max_size=24), st.sampled_from(ESTIMATORS))
+@settings(deadline=None, max_examples=200)
+def test_estimators_against_the_oracle(pairs: list[tuple[float, int]], estimator: tuple[str, str]) -> None:
+    """With rewards that are missing (NaN), groups that are missing whole, groups of one, and equal rewards."""
+    baseline, normalize = estimator
+    rewards, groups = [x for x, _ in pairs], [g for _, g in pairs]
+    expected = oracle.response_advantages(rewards, groups, baseline, normalize)
+    actual = group_advantages(
+        torch.tensor(rewards), torch.tensor(groups, dtype=torch.int64), baseline=baseline, normalize=normalize
+    )
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_estimators_by_hand() -> None:
+    """Rewards 1, 2, 6 and, of another prompt, 0, 0: means 3 and 0; the mean of all is 1.8."""
+    rewards = torch.tensor([1.0, 2, 6, 0, 0])
+    groups = torch.tensor([4, 4, 4, 9, 9])
+
+    def of(baseline: str, normalize: str = "none") -> list[float]:
+        return group_advantages(rewards, groups, baseline=baseline, normalize=normalize, eps=0).tolist()
+
+    assert of("mean") == [-2, -1, 3, 0, 0]
+    assert of("leave_one_out") == [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0]
+    assert of("leave_one_out_max") == [0, 0, 6 - 2, 0, 0]
+    assert of("batch_mean") == pytest.approx([-0.8, 0.2, 4.2, -1.8, -1.8])
+    assert of("mean", "batch_std") == pytest.approx([x / math.sqrt(14 / 4) for x in (-2, -1, 3, 0, 0)])
+    without_groups = gspo_kernels.group_advantages(on_device(rewards), baseline="batch_mean", normalize="batch_std")
+    deviation = float(rewards.double().std())
+    assert without_groups.tolist() == pytest.approx([(x - 1.8) / deviation for x in rewards.tolist()], rel=1e-5)
+
+
+@pytest.mark.parametrize(("baseline", "normalize"), ESTIMATORS)
+def test_a_nan_reward_is_left_out(baseline: str, normalize: str) -> None:
+    """The others' advantages are those without it."""
+    rewards = torch.tensor([1.0, math.nan, 0.25, 0.5, math.nan, 3.0, 1.0, math.nan])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2])
+    there = ~rewards.isnan()
+    found = group_advantages(rewards, groups, baseline=baseline, normalize=normalize)
+    without = group_advantages(rewards[there], groups[there], baseline=baseline, normalize=normalize)
+    assert torch.equal(found[there], without) and bool((found[~there] == 0).all())
+
+
+def test_two_best_responses_have_no_advantage() -> None:
+    found = group_advantages(torch.tensor([1.0, 1.0, 0.0]), group_size=3, baseline="leave_one_out_max")
+    assert found.tolist() == [0, 0, 0]
+
+
+def test_whitened_against_the_oracle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = 1e4 + torch.randn(7, 11, generator=generator, dtype=torch.float64)
+    mask = torch.rand(7, 11, generator=generator) < 0.6
+    expected = torch.zeros_like(values)
+    expected[mask] = torch.tensor(oracle.whitened(values[mask].tolist(), eps=1e-8), dtype=torch.float64)
+    given = torch.where(mask, values, torch.tensor([math.nan, math.inf, -1e30] * 26)[:77].view(7, 11))
+    found = gspo_kernels.whiten_advantages(on_device(given), mask=on_device(mask)).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    packed = gspo_kernels.whiten_advantages(on_device(values[mask].float()))
+    torch.testing.assert_close(packed.cpu(), expected[mask].float(), rtol=0, atol=2e-3)  # 1e4 in float32
+
+
+@pytest.mark.parametrize("values", [[], [0.1], [0.1] * 5])
+def test_equal_advantages_are_whitened_to_zero(values: list[float]) -> None:
+    assert gspo_kernels.whiten_advantages(on_device(torch.tensor(values))).tolist() == [0.0] * len(values)
+
+
+def test_over_ranks_as_in_one_batch(group_of_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, the last without a response: each sees the moments of all, as `gather` returns them."""
+    if group_of_one is None:
+        pytest.skip("no process group here")
+    generator = torch.Generator().manual_seed(1)
+    rewards = 1e3 + torch.rand(12, generator=generator)
+    parts = [on_device(x) for x in (rewards[:8], rewards[8:], rewards[:0])]
+    sent: list[Tensor] = []
+    monkeypatch.setattr(advantages, "gather", lambda mine, ranks: sent.append(mine) or mine[None])
+    options: dict[str, Any] = {"group_size": 4, "baseline": "batch_mean", "normalize": "none", "group": group_of_one}
+    for part in parts:
+        gspo_kernels.group_advantages(part, **options)
+    monkeypatch.setattr(advantages, "gather", lambda mine, ranks: torch.stack(sent))
+    found = torch.cat([gspo_kernels.group_advantages(part, **options) for part in parts]).cpu()
+    assert torch.equal(found, group_advantages(rewards, group_size=4, baseline="batch_mean", normalize="none"))
+
+
+@pytest.mark.parametrize(("baseline", "normalize"), [("mean", "batch_std"), ("batch_mean", "batch_std")])
+def test_a_group_of_one_rank(group_of_one: Any, baseline: str, normalize: str) -> None:
+    rewards = torch.tensor([1.0, 2, 6, 0, 0, 5])
+    options: dict[str, Any] = {"group_size": 3, "baseline": baseline, "normalize": normalize}
+    found = group_advantages(rewards, **options, group=group_of_one)
+    assert torch.equal(found, group_advantages(rewards, **options))
+    tokens = torch.stack([rewards, 2 * rewards])
+    expected = gspo_kernels.whiten_advantages(on_device(tokens))
+    assert torch.equal(gspo_kernels.whiten_advantages(on_device(tokens), group=group_of_one), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument", "came"),
+    [
+        ({"group_size": 2, "baseline": "max"}, "baseline", "'max'"),
+        ({"group_size": 2, "normalize": "batch"}, "normalize", "'batch'"),
+        ({"baseline": "batch_mean"}, "group_size", "neither"),
+        ({"group_size": 2, "group": "world"}, "group", "world"),
+    ],
+    ids=str,
+)
+def test_refuses(options: dict[str, Any], argument: str, came: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        group_advantages(torch.zeros(4), **options)
+    check_message(caught.value, argument, came)
 
 
 def test_no_rewards() -> None:
