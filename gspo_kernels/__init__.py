@@ -10,6 +10,7 @@ from .linear.from_hidden import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
+from .linear.value_head import linear_value_loss, linear_values
 from .losses.clipped import GRPO, GSPO, PPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
     TokenLogprobs,
@@ -27,6 +28,7 @@ from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
 from .losses.triton_term import TritonTerm
+from .losses.value_loss import ValueLossOutput, ValueStats, value_loss
 from .report import explain
 from .rollout.advantages import group_advantages, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
@@ -58,6 +60,8 @@ __all__ = [
     "TokenBatch",
     "TokenLogprobs",
     "TritonTerm",
+    "ValueLossOutput",
+    "ValueStats",
     "VocabularyShard",
     "clipped_surrogate",
     "explain",
@@ -76,6 +80,8 @@ __all__ = [
     "linear_policy_loss",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "linear_value_loss",
+    "linear_values",
     "next_token_targets",
     "policy_loss",
     "policy_loss_from_logprobs",
@@ -83,5 +89,6 @@ __all__ = [
     "rollout_mismatch",
     "rollout_weights",
     "token_logprobs",
+    "value_loss",
     "whiten_advantages",
 ]

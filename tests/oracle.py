@@ -374,3 +374,54 @@ def sample_deviation(values: Floats) -> float:
 def whitened(values: Floats, eps: float) -> list[float]:
     mean = math.fsum(values) / len(values)
     return [(x - mean) / (sample_deviation(values) + eps) for x in values]
+
+
+@dataclass(frozen=True)
+class ValueResult:
+    loss: float
+    gradient: list[float]  # dL/dvalue by row
+    stats: dict[str, float]
+
+
+def value_loss(
+    values: Floats, returns: Floats, old_values: Floats | None, sequences: Sequence[Rows], mask: Sequence[bool], *,
+    clip_range: float | None = 0.2, aggregation: str = "token_mean", normalizer: float | None = None,
+) -> ValueResult:  # fmt: skip
+    """1/2 max((V - R)^2, (clip(V, old - c, old + c) - R)^2): PPO in OpenAI Baselines (ppo2), and verl."""
+    kept = [[t for t in rows if mask[t]] for rows in sequences]
+    tokens = [t for rows in kept for t in rows]
+    count: float = len(tokens) if aggregation == "token_mean" else sum(1 for rows in kept if rows)
+    count = count if normalizer is None else normalizer
+    parts, gradient, clipped = [], [0.0] * len(mask), []
+    for rows in kept:
+        for t in rows:
+            share = 1 / (count * len(rows)) if aggregation == "sequence_mean" else 1 / count
+            error = values[t] - returns[t]
+            square, slope = error**2, error
+            is_clipped = False
+            if old_values is not None and clip_range is not None:
+                held = max(old_values[t] - clip_range, min(old_values[t] + clip_range, values[t]))
+                is_clipped = held != values[t] and (held - returns[t]) ** 2 > square
+                if is_clipped:
+                    square, slope = (held - returns[t]) ** 2, 0.0
+            parts.append(share * square / 2)
+            gradient[t] = share * slope
+            clipped.append(float(is_clipped))
+
+    def mean(numbers: Sequence[float]) -> float:
+        return math.fsum(numbers) / len(numbers) if numbers else 0.0
+
+    def variance(numbers: Sequence[float]) -> float:
+        return mean([(x - mean(numbers)) ** 2 for x in numbers])
+
+    of_returns = [returns[t] for t in tokens]
+    errors = [values[t] - returns[t] for t in tokens]
+    stats = {
+        "clip_fraction": mean(clipped),
+        "value_mean": mean([values[t] for t in tokens]),
+        "return_mean": mean(of_returns),
+        "squared_error": mean([x * x for x in errors]),
+        "explained_variance": 1 - variance(errors) / variance(of_returns) if len(set(of_returns)) > 1 else 0.0,
+        "num_tokens": float(len(tokens)),
+    }
+    return ValueResult(math.fsum(parts), gradient, stats)
