@@ -52,13 +52,14 @@ def linear_value_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     aggregation: str = "token_mean",
+    group_tokens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> ValueLossOutput:
     """`value_loss` of the values `hidden @ weight + bias`, from the value model's hidden states and its head.
 
     Args:
         hidden, weight, bias: as in `linear_values`; each is differentiable, and one that needs no gradient costs none.
-        returns, old_values, clip_range, mask, cu_seqlens, aggregation, normalizer: as in `value_loss`.
+        returns, old_values, clip_range, mask, cu_seqlens, aggregation, group_tokens, normalizer: as in `value_loss`.
 
     Returns: `ValueLossOutput(loss, stats)`; `stats.values` are the values, as `linear_values` computes them. Gradients
         have the dtypes of their operands; second derivatives raise.
@@ -68,7 +69,7 @@ def linear_value_loss(
     """
     _check_hidden(hidden)
     batch = batch_shape(hidden.shape[:-1], mask, cu_seqlens, hidden.device)
-    inputs = value_inputs(batch, returns, old_values, clip_range, aggregation, normalizer)
+    inputs = value_inputs(batch, returns, old_values, clip_range, aggregation, group_tokens, normalizer)
     return inputs.loss(_values(_LOSS, hidden, weight, bias, batch.mask))
 
 

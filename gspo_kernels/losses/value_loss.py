@@ -47,6 +47,7 @@ def value_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     aggregation: str = "token_mean",
+    group_tokens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> ValueLossOutput:
     """The clipped value loss of PPO: OpenAI Baselines' `ppo2`, and verl's `compute_value_loss`.
@@ -69,8 +70,8 @@ def value_loss(
         mask: one per token, True (or 1) where a token counts. Numbers at masked positions, NaN included, have no
             effect.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N.
-        aggregation, normalizer: as in `policy_loss`; the default is the mean over all unmasked tokens. With a global
-            `normalizer` the shares of micro-batches and ranks add up to the whole batch's loss.
+        aggregation, group_tokens, normalizer: as in `policy_loss`; the default is the mean over all unmasked tokens.
+            With a global `normalizer` the shares of micro-batches and ranks add up to the whole batch's loss.
 
     Returns: `ValueLossOutput(loss, stats)`. NaN in a number of an unmasked token makes the loss, and the gradient of
         this token, NaN.
@@ -83,7 +84,7 @@ def value_loss(
         remedy = ". Pass values[..., 0]" if values.ndim and values.shape[-1] == 1 else ""
         raise ValueError(f"values: expected [sequences, tokens] or, packed, [tokens]; got {list(values.shape)}{remedy}")
     batch = batch_shape(values.shape, mask, cu_seqlens, values.device)
-    inputs = value_inputs(batch, returns, old_values, clip_range, aggregation, normalizer)
+    inputs = value_inputs(batch, returns, old_values, clip_range, aggregation, group_tokens, normalizer)
     return inputs.loss(values)
 
 
@@ -95,6 +96,7 @@ class ValueInputs(NamedTuple):
     old_values: Tensor | None
     clip_range: float | None
     aggregation: str
+    group_tokens: Tensor | None  # [sequences], for the aggregation "group_mean"
     normalizer: float | Tensor | None
 
     def loss(self, values: Tensor) -> ValueLossOutput:
@@ -109,7 +111,8 @@ class ValueInputs(NamedTuple):
             held = torch.where(current > old + reach, old + reach, old - reach) - returns
             clipped = ((current - old).abs() > reach) & (held.abs() > error.abs())
             of_loss = torch.where(clipped, held.detach(), error) + torch.where(old.isnan(), torch.nan, 0.0)
-        shares = layout.spread(reduction.token_shares(layout, self.aggregation, self.normalizer))
+        groups = None if self.group_tokens is None else layout.of_sequences(self.group_tokens)
+        shares = layout.spread(reduction.token_shares(layout, self.aggregation, self.normalizer, groups))
         loss = reduction.nan_if_no_count((of_loss.square() * shares).sum() / 2, layout, self.normalizer)
         with torch.no_grad():
             stats = _stats(layout, current.detach(), returns, clipped, values.dtype)
@@ -122,6 +125,7 @@ def value_inputs(
     old_values: Tensor | None,
     clip_range: float | None,
     aggregation: str,
+    group_tokens: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> ValueInputs:
     """The arguments as `ValueInputs`, checked."""
@@ -133,7 +137,8 @@ def value_inputs(
         clip_range = checks.number("clip_range", clip_range, "how far a value may move", at_least=0.0)
     normalizer = reduction.check(aggregation, normalizer, batch.device)
     reduction.check_count(normalizer, batch)
-    return ValueInputs(batch, returns, old_values, clip_range, aggregation, normalizer)
+    group_tokens = reduction.check_group_tokens(aggregation, group_tokens, batch)
+    return ValueInputs(batch, returns, old_values, clip_range, aggregation, group_tokens, normalizer)
 
 
 def _stats(layout: Layout, values: Tensor, returns: Tensor, clipped: Tensor, dtype: torch.dtype) -> ValueStats:
