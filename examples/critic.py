@@ -56,7 +56,7 @@ class Critic(nn.Module):
         return replace(rollout, advantages=whiten_advantages(advantages, mask=mask)), Targets(values, returns)
 
     def learn(self, rollout: Rollout, targets: Targets, settings: Settings) -> Tensor:
-        """One update for each mini-batch -> the share of the returns' variance that the old values explain."""
+        """One update for each mini-batch -> the share of the returns' variance that the values explain, before each."""
         explained = []
         for part, target in zip(
             rollout.chunk(settings.mini_batches), targets.chunk(settings.mini_batches), strict=True

@@ -111,7 +111,7 @@ def whiten_advantages(
     than a short one; `group_advantages` counts each response once.
 
     Args:
-        advantages: any shape, float32 or float64, such as [B, T] or packed [N].
+        advantages: [B, T] or packed [N], float32 or float64.
         mask: the same shape, True (or 1) where a token counts. Numbers at masked positions, NaN included, have no
             effect.
         eps: added to the sample standard deviation.
@@ -120,6 +120,8 @@ def whiten_advantages(
     Returns: the shape and dtype of `advantages`; 0 where masked, and throughout a batch of equal advantages.
     """
     checks.floats("advantages", checks.tensor("advantages", advantages, "advantages per token"))
+    if advantages.ndim not in (1, 2):
+        raise ValueError(f"advantages: expected [sequences, tokens] or, packed, [tokens]; got {list(advantages.shape)}")
     eps = checks.number("eps", eps, "added to the standard deviation", at_least=0.0)
     ranks = ranks_of("group", group)
     counted = torch.ones_like(advantages, dtype=torch.bool)
