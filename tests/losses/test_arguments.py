@@ -125,8 +125,8 @@ KINDS = {
                "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty", "gamma", "lam",
                "clip_range"),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
-    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "normalize", "missing",
-               "baseline"),
+    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
+               "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage"),
     "other": ("objective", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
 }  # fmt: skip
