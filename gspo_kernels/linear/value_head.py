@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.autograd import first_derivative, refuse_forward_mode, refuse_vmap
+from ..base.devices import check_float64
 from ..base.layout import as_bool, batch_shape
 from ..base.operators import Operator, save_values, saved_values
 from ..losses.value_loss import ValueLossOutput, value_inputs
@@ -101,6 +102,7 @@ def _values(function: str, hidden: Any, weight: Any, bias: Any, mask: Any) -> Te
 def _check_hidden(hidden: Any) -> None:
     meaning = "the value model's last hidden states [.., D]"
     checks.operand("hidden", checks.tensor("hidden", hidden, meaning), meaning)
+    check_float64(hidden.device)
     if hidden.ndim not in (2, 3) or hidden.shape[-1] == 0:
         raise ValueError(
             f"hidden: expected [sequences, tokens, D] (padded) or [tokens, D] (packed); got {list(hidden.shape)}"

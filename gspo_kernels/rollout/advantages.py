@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.collectives import Ranks, gather, ranks_of
+from ..base.devices import check_float64
 from ..base.layout import Segments, as_bool, segment_sum
 
 BASELINES = ("mean", "leave_one_out", "leave_one_out_max", "batch_mean")
@@ -58,6 +59,7 @@ def group_advantages(
     """
     rewards = checks.tensor("rewards", rewards, "one reward per response, [responses]").detach()
     checks.numbers("rewards", rewards)
+    check_float64(rewards.device)
     if rewards.ndim != 1:
         raise ValueError(f"rewards: expected shape [responses]; got {list(rewards.shape)}")
     checks.choice("baseline", baseline, BASELINES)
@@ -122,6 +124,7 @@ def whiten_advantages(
     checks.floats("advantages", checks.tensor("advantages", advantages, "advantages per token"))
     if advantages.ndim not in (1, 2):
         raise ValueError(f"advantages: expected [sequences, tokens] or, packed, [tokens]; got {list(advantages.shape)}")
+    check_float64(advantages.device)
     eps = checks.number("eps", eps, "added to the standard deviation", at_least=0.0)
     ranks = ranks_of("group", group)
     counted = torch.ones_like(advantages, dtype=torch.bool)
