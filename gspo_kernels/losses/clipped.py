@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.scalars import run_time
-from .objectives import Objective, RowClip, Terms, TokenBatch, at_most
+from .objectives import Objective, RowSlope, Terms, TokenBatch, at_most
 from .triton_term import TritonTerm
 
 if TYPE_CHECKING:  # what the term calls
@@ -168,8 +168,9 @@ class GRPO(_Clipped):
     def terms(self, tokens: TokenBatch) -> Terms:
         return self._clip(tokens.log_ratio, tokens)
 
-    def row_clip(self) -> RowClip:
-        return RowClip(self.eps_low, self.eps_high, math.inf if self.dual_clip is None else self.dual_clip)
+    def row_slope(self) -> RowSlope:
+        highest = math.inf if self.dual_clip is None else self.dual_clip - 1.0
+        return RowSlope((-math.inf, self.eps_high), (-self.eps_low, highest), "drop")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import typing
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,12 +100,20 @@ class Terms:
     clipped_high: Tensor | None = None
 
 
-class RowClip(NamedTuple):
-    """The range of the ratio in which a token has a gradient."""
+class RowSlope(NamedTuple):
+    """dL/dlogprob of a token by its own numbers: `-weight * advantage + penalty * log_ratio`, as CUDA kernels compute it.
 
-    eps_low: float  # down to 1 - eps_low for a negative advantage
-    eps_high: float  # up to 1 + eps_high for a positive one
-    dual_clip: float  # up to this for a negative one; infinity for none
+    `position` of a token, by `measure`: "ratio": exp(log_ratio) - 1; "tv": exp(logprob) - exp(rollout_logprob); "kl":
+    the KL divergence of the two Bernoulli distributions (sampled token or not) of rollout and current policy, with the
+    sign of logprob - rollout_logprob.
+    """
+
+    positive: tuple[float, float]  # range of the position for an advantage above 0
+    negative: tuple[float, float]  # for all others
+    outside: Literal["drop", "hold"]  # no gradient outside of the range; "ratio" alone: the weight of the nearer bound
+    measure: Literal["ratio", "tv", "kl"] = "ratio"
+    max_weight: float = math.inf  # the ratio is held at this, and the gradient goes on: DPPO's truncation
+    penalty: float = 0.0  # DRO's beta
 
 
 class ObjectiveKey(NamedTuple):
@@ -158,19 +166,17 @@ class Objective:
         overridden = min(_depth(cls, name) for name in ("terms", "ratio_of", "sequence_value", "uses_logprobs"))
         if overridden < _depth(cls, "triton_term"):
             cls.triton_term = None
-        if overridden < _depth(cls, "row_clip"):
-            cls.row_clip = Objective.row_clip  # type: ignore[method-assign]
+        if overridden < _depth(cls, "row_slope"):
+            cls.row_slope = Objective.row_slope  # type: ignore[method-assign]
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""
         raise NotImplementedError(f"{type(self).__name__}.terms: expected a method terms(self, tokens); got none")
 
-    def row_clip(self) -> RowClip | None:
-        """Between which bounds of its ratio a token has a gradient; None where the gradient has another form.
+    def row_slope(self) -> RowSlope | None:
+        """The derivative of a token's loss by its log-probability; None where it has another form.
 
-        Only for a ratio per token, and a loss that is proportional to the size of the advantage: its derivative by the
-        log-probability is `-ratio * advantage` within the bounds, and 0 outside. The CUDA kernels then write a row's
-        gradient while they read the row, and `triton_term` is called with advantages of 1 and -1.
+        The CUDA kernels then write a row's gradient while they read the row.
         """
         return None
 

@@ -18,7 +18,7 @@ from ..base.layout import check_boundaries
 from ..rows import triton_rows
 from ..rows.dispatch import Backend
 from ..rows.triton_rows import Launch, NanSource
-from ..rows.types import RowStats, TokenClip, Upstream
+from ..rows.types import RowStats, TokenSlope, Upstream
 from .objectives import Objective
 from .stats import PARTIALS, SCALARS
 from .token_stage import TokenInputs
@@ -121,12 +121,12 @@ class TritonStage:
         """[sequences] zeros, once `sequences` has run."""
         return self.partials[_ZERO]
 
-    def clip(self) -> TokenClip:
-        """What a row needs to clip its own ratio; complete when `sequences` has run."""
-        bounds = self.inputs.objective.row_clip()
-        assert bounds is not None and self.old_logprobs is not None
+    def slope(self) -> TokenSlope:
+        """What a row needs for its own slope; complete when `sequences` has run."""
+        slope = self.inputs.objective.row_slope()
+        assert slope is not None and self.old_logprobs is not None
         self.token_advantages = torch.empty_like(self.grad_logprobs)
-        return TokenClip(self.old_logprobs, self.token_advantages, *bounds, self.inputs.max_log_ratio)
+        return TokenSlope(self.old_logprobs, self.token_advantages, None, self.inputs.max_log_ratio, *slope)
 
     def sequences(self, logprobs: Tensor | None, entropy: Tensor | None) -> None:
         """Fills the gradients, log-ratios and partial sums. Log-probabilities are None before the rows are read."""
@@ -167,7 +167,7 @@ class TritonStage:
     def batch(self, stats: RowStats | None) -> tuple[Tensor, Tensor]:
         """(loss, scalars); with `stats` if `sequences` was without."""
         loss, scalars = self.partials.new_empty(()), self.partials.new_empty(len(SCALARS))
-        off_policy = stats is not None and self.old_logprobs is not None  # each row clips its own ratio
+        off_policy = stats is not None and self.old_logprobs is not None  # each row has its own slope
         reads_logprobs = stats is not None and (off_policy or self.ref_logprobs is not None)
         self._launch(
             "batch",

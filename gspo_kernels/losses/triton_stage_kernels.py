@@ -231,7 +231,7 @@ def sequence_kernel(
                 tl.store(token_advantages + at, a, mask=at < last)
             term, slope, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, p0, p1, p2, p3)
             ratio = _ratio(log_ratio, max_log_ratio)
-            slope = slope * k * share
+            slope = k * share if token_advantages is not None else slope * k * share  # the row's kernel has the slope
             loss, loss_rest = add(loss, loss_rest, tl.where(counts, term * k * share, 0.0))
             ratios, ratios_rest = add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
             ratio_min = tl.minimum(ratio_min, tl.where(counts, ratio, INFINITY))
@@ -319,8 +319,8 @@ def batch_kernel(
 
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
     makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that
-    depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1, and the loss is
-    proportional to the advantage. TERM is None without `old_logprobs`.
+    depends on a token's ratio, the loss included: `g_logprobs` has what each token's loss is multiplied by. TERM is None
+    without `old_logprobs`.
 
     Each warp has one of the 16 partials and exchanges nothing. BLOCK partials, and then tokens, at a time; fewer tokens
     off-policy, where there are more sums in registers.
@@ -366,11 +366,9 @@ def batch_kernel(
                 log_ratio = hi + lo
                 tl.store(log_ratios + at, log_ratio, mask=at < tokens)
                 a = _load(token_advantages, at, counts)
-                sign = tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, a))
-                term, _, is_low, is_high = TERM(log_ratio, sign, max_log_ratio, new, old, p0, p1, p2, p3)
+                term, _, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, p0, p1, p2, p3)
                 ratio = _ratio(log_ratio, max_log_ratio)
-                at_ratio_1 = _load(g_logprobs, at, counts)  # -advantage times what the token counts for
-                losses, losses_rest = add(losses, losses_rest, (-term * sign) * at_ratio_1)
+                losses, losses_rest = add(losses, losses_rest, term * _load(g_logprobs, at, counts))
                 ratios, ratios_rest = add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
                 negative_min = tl.maximum(negative_min, tl.where(counts, -ratio, -INFINITY))
                 ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))

@@ -1,7 +1,8 @@
 """The CUDA C++ row kernel (csrc/cuda/): statistics and gradient in one read of the logits, on NVIDIA GPUs.
 
-It runs where the gradient of a row depends on no other row: for on-policy losses, and for losses with a ratio per token
-(GRPO, PPO). For everything else this backend calls the Triton kernels, which are bound by memory there as well.
+It runs where the gradient of a row depends on no other row: for on-policy losses, and off-policy for losses with a
+`TokenSlope` (GRPO, PPO, CISPO, DPPO, TOPR by token, DRO). For everything else this backend calls the Triton kernels,
+which are bound by memory there as well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .triton_rows import backward as backward
 from .triton_rows import forward as forward
 from .triton_rows import scale as scale
 from .triton_rows import scaled_logits as scaled_logits
-from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
+from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
 try:
     _native: ModuleType | None = importlib.import_module("gspo_kernels._native")
@@ -31,7 +32,7 @@ name = "cuda"
 honours: frozenset[str] = frozenset({"row_indices"})  # `backward` is Triton's
 has_kernels = True
 runs_stage_in_triton = True
-clips_rows = True
+computes_slopes = True
 
 # GPUs on which `make gpu` measured it to be faster than Triton in every one-read case: there it is the default. The
 # results are in benchmarks/results/; a test checks that this set agrees with them.
@@ -70,9 +71,9 @@ def reason_not_default(logits: Tensor) -> str:
     )
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
     if gradient.dtype != rows.logits.dtype:
-        assert clip is None
+        assert slope is None
         return triton_rows.forward_backward(rows, upstream, gradient)
     stats, counts = empty_stats(rows.logits), upstream.counts
     assert _native is not None and upstream.logprobs is not None
@@ -88,7 +89,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
             factor=address(upstream.factor),
             counts=address(counts),
             count_size=0 if counts is None else counts.numel(),
-            clip=_clip(clip),
+            slope=_slope(slope),
             gradient=_view(gradient),
             tickets=tickets.data_ptr(),
             device=rows.logits.device.index or 0,
@@ -97,17 +98,21 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     return stats
 
 
-def _clip(clip: TokenClip | None) -> object:
+def _slope(slope: TokenSlope | None) -> object:
     assert _native is not None
-    if clip is None:
-        return _native.TokenClip()
-    return _native.TokenClip(
-        old_logprobs=clip.old_logprobs.data_ptr(),
-        advantages=clip.advantages.data_ptr(),
-        eps_low=clip.eps_low,
-        eps_high=clip.eps_high,
-        dual_clip=clip.dual_clip,
-        max_log_ratio=clip.max_log_ratio,
+    if slope is None:
+        return _native.TokenSlope()
+    return _native.TokenSlope(
+        old_logprobs=slope.old_logprobs.data_ptr(),
+        advantages=slope.advantages.data_ptr(),
+        rollout_logprobs=address(slope.rollout_logprobs),
+        positive=slope.positive,
+        negative=slope.negative,
+        hold=slope.outside == "hold",
+        measure=slope.measure,
+        max_weight=slope.max_weight,
+        penalty=slope.penalty,
+        max_log_ratio=slope.max_log_ratio,
     )
 
 

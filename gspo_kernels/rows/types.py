@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,18 +50,27 @@ class RowStats(NamedTuple):
     lse: Tensor  # logsumexp of logits / temperature, fp64: in fp32, large logits would leave no digits for p
 
 
-class TokenClip(NamedTuple):
-    """For losses with a ratio per token: turns `Upstream.logprobs` at ratio 1 into that of the actual ratio.
+class TokenSlope(NamedTuple):
+    """For losses whose dL/dlogprob depends on the row alone: what a kernel computes it from while it has the row.
 
-    A row whose ratio is clipped, or saturates, has no gradient; other rows' gradients are multiplied by their ratio.
+    dL/dlogprob is `Upstream.logprobs`, a weight of the row, times `-weight * advantage + penalty * log_ratio`. The
+    ratio's `weight` is `exp(min(log_ratio, max_log_ratio))`, at most `max_weight`. A range bounds how far the policy
+    has moved, by `measure`: "ratio": `exp(log_ratio) - 1`; "tv": the difference of the two policies' probabilities of
+    the token; "kl": the KL divergence of the Bernoulli distributions (this token or another) of rollout and current
+    policy, with the sign of that difference. Bounds are inside. A saturated ratio is outside where `outside` is "drop"
+    and `max_weight` infinite.
     """
 
     old_logprobs: Tensor  # [outer, inner], fp32
-    advantages: Tensor  # fp32, one per row: for their signs
-    eps_low: float
-    eps_high: float
-    dual_clip: float  # infinity for none
+    advantages: Tensor  # the same
+    rollout_logprobs: Tensor | None  # the same, for "tv" and "kl"; None: old_logprobs
     max_log_ratio: float
+    positive: tuple[float, float]  # the range for an advantage above 0
+    negative: tuple[float, float]  # for all others
+    outside: Literal["drop", "hold"]  # drop: without the first term; hold ("ratio" alone): the weight of the bound
+    measure: Literal["ratio", "tv", "kl"]
+    max_weight: float
+    penalty: float
 
 
 class Upstream(NamedTuple):

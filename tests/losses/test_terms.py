@@ -165,11 +165,11 @@ def test_a_class_that_overrides_what_a_term_computes_inherits_none() -> None:
         pass
 
     for kind in (OtherTerms, OtherRatio, ByMixin, Further):
-        assert kind.triton_term is None and kind().row_clip() is None
+        assert kind.triton_term is None and kind().row_slope() is None
     for same in (GSPO, GSPOToken, GRPO, PPO):
         assert same.triton_term is GSPO.triton_term is not None
     assert OtherDefaults.triton_term is capped_term
-    assert GRPO().row_clip() is not None and GSPO().row_clip() is None
+    assert GRPO().row_slope() is not None and GSPO().row_slope() is None
 
 
 def test_why_the_stage_runs_in_torch() -> None:

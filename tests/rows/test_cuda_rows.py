@@ -55,13 +55,13 @@ def forget() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each launch of the kernel whether it clipped."""
+    """For each launch of the kernel whether it computed slopes."""
     seen: list[bool] = []
     launch = cuda_rows.forward_backward
 
-    def counted(rows: Any, upstream: Any, gradient: Tensor, clip: Any = None) -> Any:
-        seen.append(clip is not None)
-        return launch(rows, upstream, gradient, clip)
+    def counted(rows: Any, upstream: Any, gradient: Tensor, slope: Any = None) -> Any:
+        seen.append(slope is not None)
+        return launch(rows, upstream, gradient, slope)
 
     monkeypatch.setattr(cuda_rows, "forward_backward", counted)
     return seen

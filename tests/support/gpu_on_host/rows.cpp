@@ -181,7 +181,7 @@ void check(const Case& c) {
     mask[r] = kind != kMasked;
     advantages[r] = kind == kHeld || r % 2 == 0 ? 1.0f : -1.0f;
     if (kind == kHeldTwice || kind == kFarAway) advantages[r] = -1.0f;
-    upstream[r] = kind == kNoGradient ? 0.0f : -0.37f * advantages[r];
+    upstream[r] = kind == kNoGradient ? 0.0f : c.clip ? 0.37f : -0.37f * advantages[r];
     temperatures[r] = kind == kTies || kind == kMostNegative ? 1e-6f
                       : kind == kBothEnds || kind == kLargest ? 1e6f
                                                               : 0.7f + 0.2f * (r % 5);
@@ -203,7 +203,8 @@ void check(const Case& c) {
   args.out = {out_logprobs.data(), out_entropy.data(), out_lse.data()};
   args.upstream = {upstream.data(), nullptr, nullptr};
   args.common = {&factor, counts, 3};
-  args.clip = {c.clip ? old.data() : nullptr, advantages.data(), 0.04, 0.04, c.dual_clip, 2.0};
+  args.slope = {c.clip ? old.data() : nullptr, advantages.data(),   nullptr,  {-INFINITY, 0.04},
+                {-0.04, c.dual_clip - 1.0},    false,               Measure::kRatio, INFINITY,          0.0, 2.0};
   args.gradient = {reinterpret_cast<char*>(g), outer_stride, stride};
   args.tickets = &tickets;
   on_host::launch(c.clusters, c.ranks, kThreads, c.of == kAgain ? 0 : buffer_bytes<T>(vocab, c.ranks), [&] {
@@ -214,7 +215,7 @@ void check(const Case& c) {
   for (int64_t r = 0; r < rows; ++r) {
     const std::string where = name_of(T{}) + words(c) + ", row " + std::to_string(r);
     const Truth& t = truth[r];
-    double coefficient = mask[r] ? upstream[r] * 0.125 : 0.0;
+    double coefficient = mask[r] && upstream[r] != 0.0f ? -0.37f * advantages[r] * 0.125 : 0.0;
     if (c.clip && coefficient != 0.0) {
       const double log_ratio = finite(static_cast<float>(t.logprob)) - finite(old[r]);
       const double deviation = std::expm1(log_ratio);
