@@ -14,11 +14,11 @@
 
 namespace gspo {
 
-// With mu the policy of the rollout, and both distributions: the sampled token, or any other.
+// How far the policy has moved; mu is the policy of the rollout.
 enum class Measure {
   kRatio,  // exp(r) - 1
   kTv,     // pi - mu
-  kKl,     // KL(mu || pi), and -KL(mu || pi) where pi < mu
+  kKl,     // the KL divergence of two Bernoulli distributions (this token or another), with the sign of pi - mu
 };
 
 struct Range {
@@ -39,11 +39,13 @@ struct Token {
   double logprob, old_logprob, rollout_logprob, advantage;
 };
 
-// pi - mu, or KL(mu || pi) = mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi)) with the sign of pi - mu; infinite for
-// pi = 1, unless mu = 1. Probabilities near 0 and 1 keep their digits: with p the larger of the two, the last logarithm
-// is +-log1p(|pi - mu| / (1 - p)). Log-probabilities are finite, and at most 0.
+// pi - mu, or KL(mu || pi) = mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi)) with the sign of pi - mu, which is
+// infinite for pi = 1, unless mu = 1. Probabilities near 0 and 1 keep their digits: with p the larger of the two, the
+// last logarithm is log1p(|pi - mu| / (1 - p)) or its negative. The log-probabilities are finite; that of the rollout
+// may have been rounded to more than 0.
 GSPO_HD inline double moved_by(Measure measure, double logprob, double rollout_logprob) {
-  const double step = logprob - rollout_logprob, apart = std::fabs(step), larger = step > 0.0 ? logprob : rollout_logprob;
+  const double step = logprob - rollout_logprob, apart = std::fabs(step);
+  const double larger = step > 0.0 ? logprob : rollout_logprob;
   const double p = std::exp(larger), difference = p * -std::expm1(-apart);
   if (measure == Measure::kTv) return step > 0.0 ? difference : -difference;
   const double rest = 0.0 - std::expm1(larger);  // 1 - p; 0.0, not -0.0, for p = 1
@@ -58,10 +60,8 @@ GSPO_HD inline double slope_of(const Token& token, const TokenSlope& loss) {
   const bool saturated = log_ratio > loss.max_log_ratio;
   const double deviation = std::expm1(saturated ? loss.max_log_ratio : log_ratio);
   double moved = deviation;
-  if (loss.measure != Measure::kRatio) {
-    const double rollout = token.rollout_logprob > 0.0 ? 0.0 : finite(token.rollout_logprob);
-    moved = moved_by(loss.measure, finite(token.logprob), rollout);
-  }
+  if (loss.measure != Measure::kRatio)
+    moved = moved_by(loss.measure, finite(token.logprob), finite(token.rollout_logprob));
   if (moved != moved || token.advantage != token.advantage) return NAN;
   const Range& range = token.advantage > 0.0 ? loss.positive : loss.negative;
   const bool below = moved < range.low, above = moved > range.high;

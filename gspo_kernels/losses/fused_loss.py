@@ -2,8 +2,8 @@
 
 Off-policy: rows -> sequences -> batch, and the gradient in the backward. On-policy, where the gradient by each
 log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. For an
-objective with a `row_slope` a backend that computes slopes does the same off-policy; the batch kernel then sums up the loss.
-From log-probabilities there are the stage's two launches alone.
+objective with a `row_slope` a backend that computes slopes does the same off-policy; the batch kernel then sums up the
+loss. From log-probabilities there are the stage's two launches alone.
 """
 
 from __future__ import annotations

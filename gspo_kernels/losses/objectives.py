@@ -101,7 +101,7 @@ class Terms:
 
 
 class RowSlope(NamedTuple):
-    """dL/dlogprob of a token by its own numbers: `-weight * advantage + penalty * log_ratio`, as CUDA kernels compute it.
+    """dL/dlogprob of a token, as CUDA kernels compute it: `-weight * advantage + penalty * log_ratio`.
 
     `position` of a token, by `measure`: "ratio": exp(log_ratio) - 1; "tv": exp(logprob) - exp(rollout_logprob); "kl":
     the KL divergence of the two Bernoulli distributions (sampled token or not) of rollout and current policy, with the

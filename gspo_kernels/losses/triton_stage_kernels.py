@@ -144,7 +144,8 @@ def sequence_kernel(
     The sequence is a row of `length` tokens or, with `cu_seqlens`, tokens cu_seqlens[i] to cu_seqlens[i + 1]. Gradients
     lack one factor, 1 / (sum of the counts), which the row kernels multiply by. Absent: `old_logprobs` on-policy,
     `logprobs` before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an
-    entropy bonus; `token_advantages`, each token's advantage, unless a row kernel clips (a ratio per token).
+    entropy bonus; `token_advantages`, each token's advantage, unless a row kernel computes slopes
+    (a ratio per token): `g_logprobs` then has each token's weight instead.
 
     Whether advantages and weights are per token is a run-time argument, so that it triggers no recompilation.
 
@@ -319,7 +320,7 @@ def batch_kernel(
 
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
     makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that
-    depends on a token's ratio, the loss included: `g_logprobs` has what each token's loss is multiplied by. TERM is None
+    depends on a token's ratio, the loss included: `g_logprobs` has the weight of each token's loss. TERM is None
     without `old_logprobs`.
 
     Each warp has one of the 16 partials and exchanges nothing. BLOCK partials, and then tokens, at a time; fewer tokens
