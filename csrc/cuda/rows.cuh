@@ -2,7 +2,8 @@
 //
 // A cluster of blocks processes a row: each block holds a slice of the columns in its shared memory for both passes,
 // the sums and the gradient (`Resident`). Without clusters, a block processes the whole row and reads it twice, the
-// second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h.
+// second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h, that of a token's loss in
+// csrc/token_slope.h.
 //
 // A cluster takes its next row by a ticket as soon as it is done with one: rows that are masked or have no gradient
 // cost little. The blocks of a cluster exchange their sums once a row. A thread reads the vectors that it copied

@@ -340,13 +340,14 @@ def test_the_slope_of_a_row(name: str, rollouts: bool, kernels: Any) -> None:
     steps = [0.0, 0.1, 0.3, 0.5, 1.7, 25.0, -0.15, -0.5, -30.0]
     step, shift, a = torch.tensor(list(itertools.product(steps, [0.0, 0.3, -0.3], [1.5, -1.5, 0.0]))).double().unbind(1)
     n, vocab = len(a), 45
-    logits, ids = torch.randn(n, vocab) * 2, torch.arange(n) * 5 % 7
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(n, vocab, generator=generator) * 2, torch.arange(n) * 5 % 7
     logits[:, 7] = -torch.inf
     logits[torch.arange(n), ids] += torch.tensor([0.0, 4.0, 8.0]).repeat_interleave(9)[torch.arange(n) % 27]
     logprobs = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     old = (logprobs - step).float().clamp(max=-1e-6)
     rollout = (logprobs.exp() + shift).clamp(1e-6, 1 - 1e-6).log().float() if rollouts else old
-    weights, mask = torch.rand(n) + 0.5, torch.arange(n) % 11 != 4
+    weights, mask = torch.rand(n, generator=generator) + 0.5, torch.arange(n) % 11 != 4
     weights[::13] = 0.0
 
     of_kernel = (on_device(x[None]) for x in (old, a.float(), rollout))
