@@ -26,11 +26,12 @@ from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
+from .losses.top_entropy import TopEntropy
 from .losses.triton_term import TritonHold, TritonTerm
 from .losses.value_loss import ValueLossOutput, ValueStats, value_loss
 from .losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
 from .report import explain
-from .rollout.advantages import group_advantages, whiten_advantages
+from .rollout.advantages import group_advantages, group_token_counts, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
 from .rollout.gae import GaeOutput, gae
 from .rollout.rollouts import PromptedRollouts, Rollouts
@@ -67,6 +68,7 @@ __all__ = [
     "Terms",
     "TokenBatch",
     "TokenLogprobs",
+    "TopEntropy",
     "TritonHold",
     "TritonTerm",
     "ValueLossOutput",
@@ -79,6 +81,7 @@ __all__ = [
     "gae",
     "global_count",
     "group_advantages",
+    "group_token_counts",
     "grpo_loss",
     "gspo_loss",
     "gspo_token_loss",

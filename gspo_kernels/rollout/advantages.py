@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base import checks
 from ..base.collectives import Ranks, gather, ranks_of
 from ..base.devices import check_float64
-from ..base.layout import Segments, as_bool, segment_sum
+from ..base.layout import Segments, as_bool, batch_shape, segment_sum
 
 BASELINES = ("mean", "leave_one_out", "leave_one_out_max", "batch_mean")
 NORMALIZATIONS = ("std", "batch_std", "none")
@@ -185,20 +185,46 @@ class _Groups:
         return torch.full_like(values, -torch.inf).scatter_reduce(0, self._of, values, "amax")[self._of]
 
 
-def _groups(rewards: Tensor, group_size: Any, group_ids: Any) -> _Groups:
+def _groups(responses: Tensor, group_size: Any, group_ids: Any) -> _Groups:
     if (group_size is None) == (group_ids is None):
         got = "neither" if group_size is None else "both"
         raise ValueError(
-            f"group_size, group_ids: expected exactly one of them, which says what rewards to compare; got {got}"
+            f"group_size, group_ids: expected exactly one of them, to say which responses belong together; got {got}"
         )
     if group_ids is not None:
         checks.integers("group_ids", checks.tensor("group_ids", group_ids, "one group per response"), "one group each")
-        checks.shape("group_ids", group_ids, rewards.shape, "one group per reward")
-        checks.same_device("group_ids", group_ids, rewards.device)
+        checks.shape("group_ids", group_ids, responses.shape, "one group per response")
+        checks.same_device("group_ids", group_ids, responses.device)
         return _Groups(group_ids.long())
     group_size = checks.whole("group_size", group_size, "how many responses each prompt has")
-    if group_size < 1 or rewards.numel() % group_size:
+    if group_size < 1 or responses.numel() % group_size:
         raise ValueError(
-            f"group_size: expected a divisor of the number of rewards, {rewards.numel()}; got {group_size}"
+            f"group_size: expected a divisor of the number of responses, {responses.numel()}; got {group_size}"
         )
-    return _Groups(torch.arange(rewards.numel(), device=rewards.device) // group_size)
+    return _Groups(torch.arange(responses.numel(), device=responses.device) // group_size)
+
+
+@torch.no_grad()
+def group_token_counts(
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    """How many unmasked tokens the group of each sequence has: the `group_tokens` of losses with "group_mean".
+
+    Count over all responses of the groups, before they are split over micro-batches or ranks, and split the counts as
+    the sequences are split.
+
+    Args:
+        mask: [B, T] or packed [N], True (or 1) where a token counts: as in the losses.
+        cu_seqlens: [S + 1], of packed sequences.
+        group_size: sequences per group, adjacent. Give either this or `group_ids`.
+        group_ids: [B] or [S] integers: the group (the prompt) of each sequence, in any order.
+
+    Returns: [B] or [S] float64. No host sync.
+    """
+    checks.tensor("mask", mask, "True or 1 at the tokens that count")
+    lengths = batch_shape(mask.shape, mask, cu_seqlens, mask.device).layout().lengths
+    return _groups(lengths, group_size, group_ids).sum(lengths)

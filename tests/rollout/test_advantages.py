@@ -235,3 +235,68 @@ def test_next_token_targets_without_a_mask() -> None:
 def test_next_token_targets_of_next_to_nothing(shape: tuple[int, int]) -> None:
     targets, mask = next_token_targets(torch.zeros(shape, dtype=torch.int64), None)
     assert targets.shape == mask.shape == shape and not mask[:, -1:].any()
+
+
+# --- tokens of a group ------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_groups() -> None:
+    mask = on_device(torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], dtype=torch.bool))
+    expected = [3.0, 3.0, 3.0, 3.0]
+    assert gspo_kernels.group_token_counts(mask, group_size=2).tolist() == expected
+    assert gspo_kernels.group_token_counts(mask, group_ids=on_device(torch.tensor([7, -1, 7, 7]))).tolist() == [
+        5.0, 1.0, 5.0, 5.0,
+    ]  # fmt: skip
+    boundaries = on_device(torch.tensor([0, 3, 6, 9, 12]))
+    assert gspo_kernels.group_token_counts(mask.view(-1), boundaries, group_size=2).tolist() == expected
+    with pytest.raises(ValueError, match=r"^group_size: expected a divisor of the number of responses, 4; got 3"):
+        gspo_kernels.group_token_counts(mask, group_size=3)
+
+
+def test_a_mean_over_groups_that_are_split() -> None:
+    """By the counts of whole groups, parts of groups add up to the loss and the gradient of the whole batch."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs = on_device(-3.0 * torch.rand(4, 5, generator=generator).double())
+    old = on_device(-3.0 * torch.rand(4, 5, generator=generator).double())
+    mask = on_device(torch.rand(4, 5, generator=generator) < 0.7)
+    advantages = on_device(torch.tensor([1.0, -1.0, 0.5, 2.0]))
+    counts = gspo_kernels.group_token_counts(mask, group_size=2)
+    options: dict[str, Any] = {"objective": gspo_kernels.GRPO(0.2, 5.0), "aggregation": "group_mean", "beta": 0.1}
+
+    def part(rows: slice, **more: Any) -> tuple[Tensor, Tensor]:
+        leaf = logprobs[rows].clone().requires_grad_()
+        loss, _ = gspo_kernels.policy_loss_from_logprobs(
+            leaf, advantages[rows], old[rows], mask=mask[rows], ref_logprobs=old[rows] - 0.1,
+            group_tokens=counts[rows], **options, **more,
+        )  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    whole, gradient = part(slice(None))
+    ratio = (logprobs - old).exp()
+    clipped = torch.where(advantages[:, None] > 0, ratio.clamp(max=6.0), ratio.clamp(min=0.8))
+    d = old - 0.1 - logprobs
+    term = torch.where(mask, 0.1 * (d.exp() - d - 1.0) - clipped * advantages[:, None], 0.0)
+    expected = sum(term[i : i + 2].sum() / mask[i : i + 2].sum() for i in (0, 2)) / 2
+    torch.testing.assert_close(whole, expected, rtol=1e-12, atol=0.0)
+    groups = gspo_kernels.global_count(mask, aggregation="group_mean", group_tokens=counts)
+    assert float(groups) == pytest.approx(2.0, rel=1e-15)
+    parts = [part(rows, normalizer=groups) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient, rtol=1e-12, atol=0.0)
+
+
+def test_sequences_without_an_advantage_are_not_counted() -> None:
+    mask = on_device(torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], dtype=torch.bool))
+    advantages = on_device(torch.tensor([0.0, 1.0, 1.0, -1.0]))
+    counts = gspo_kernels.group_token_counts(mask, group_size=2)
+    by = {"sequence_mean": 2.0, "sequence_sum": 2.0, "token_mean": 4.0, "group_mean": 1.0 / 3.0 + 1.0}
+    for aggregation, expected in by.items():
+        given: dict[str, Any] = {"aggregation": aggregation}
+        if aggregation == "group_mean":
+            given["group_tokens"] = counts
+        per_token = on_device(torch.ones(4, 3)) * advantages[:, None]
+        per_token[1, 1:] = math.nan  # masked
+        for given_advantages in (advantages, per_token):
+            found = gspo_kernels.global_count(mask, **given, advantages=given_advantages)
+            assert float(found) == pytest.approx(expected, rel=1e-15), aggregation
+        assert float(gspo_kernels.global_count(mask, **given, advantages=0.0 * advantages)) == 1.0
