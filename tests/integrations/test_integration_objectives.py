@@ -426,15 +426,21 @@ def kept(logprobs: Tensor, advantages: Tensor, divergence: str, low: float, high
 
 @pytest.mark.parametrize(("divergence", "delta"), [("tv", 0.2), ("kl", 0.05)])
 def test_skyrl_dppo(divergence: str, delta: float) -> None:
-    """The gradients are equal. The values are not: SkyRL reports -ratio A, and we -sg[ratio] A logprob, as verl does."""
+    """The gradients are equal. The values are not: SkyRL's is that of -ratio A; here and in verl, -sg[ratio] A logprob.
+
+    SkyRL computes the ratio in float32, whatever the log-probabilities are.
+    """
     advantages = BATCH.token_advantages
 
-    def formula(logprobs: Tensor) -> Tensor:
-        ratio = (logprobs - BATCH.old_logprobs).exp()
-        dropped = ~kept(logprobs, advantages, divergence, delta, delta)
-        return (-ratio * advantages)[BATCH.mask & ~dropped].sum() / TOKENS
+    def formula(logprobs: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        ratio = (logprobs - BATCH.old_logprobs).to(dtype).exp().double()
+        keep = kept(logprobs, advantages, divergence, delta, delta)
+        return (-ratio * advantages)[BATCH.mask & keep].sum() / TOKENS
 
     loss, gradient = of_formula(formula)
+    rounded = of_formula(lambda logprobs: formula(logprobs, torch.float32))
+    check(rounded, (loss, gradient), error=3e-7)
+    assert float((rounded[1] - gradient).abs().max()) > 1e-9
     our_loss, our_gradient = ours(DPPO(delta, delta, None, divergence), by_token=True)  # type: ignore[arg-type]
     check((loss, our_gradient), (loss, gradient))
     keep = kept(BATCH.logprobs, advantages, divergence, delta, delta) & BATCH.mask
@@ -470,19 +476,25 @@ def test_prime_rl_default_loss() -> None:
 
 @pytest.mark.parametrize("objective", [TOPRToken(), TOPR()], ids=["token", "response"])
 def test_roll_and_trinity_taper_tokens_and_the_paper_responses(objective: Objective) -> None:
-    """ROLL's `topr` (by the sign of the reward) and Trinity's (by that of the advantage) have a ratio per token."""
+    """Trinity's `topr` and ROLL's have a ratio per token.
+
+    ROLL goes by the sign of the reward: it does not taper a good response that is worse than the mean of its group.
+    """
     by_response = type(objective) is TOPR
     advantages = BATCH.spread_advantages()
 
-    def formula(logprobs: Tensor) -> Tensor:
+    def formula(logprobs: Tensor, good: Tensor = advantages > 0) -> Tensor:
         log_ratio = logprobs.detach() - BATCH.old_logprobs
         if by_response:
             log_ratio = torch.where(BATCH.mask, log_ratio, 0.0).sum(1, keepdim=True)
-        weight = torch.where(advantages > 0, 1.0, log_ratio.exp().clamp(max=1.0))
+        weight = torch.where(good, 1.0, log_ratio.exp().clamp(max=1.0))
         loss = (-weight * advantages * logprobs)[BATCH.mask].sum()
         return loss / (RESPONSES if by_response else TOKENS)
 
-    check(ours(objective), of_formula(formula))
+    found = ours(objective)
+    check(found, of_formula(formula))
+    _, of_rewards = of_formula(lambda logprobs: formula(logprobs, advantages > -1.0))
+    assert float((of_rewards - found[1]).abs().max()) > 1e-3
 
 
 # --- masks over the batch: a user's objectives ------------------------------------------------------------------------
