@@ -10,13 +10,12 @@ from .linear.from_hidden import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
-from .losses.clipped import GRPO, GSPO, PPO, GSPOToken, clipped_surrogate
+from .losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
     TokenLogprobs,
     grpo_loss,
     gspo_loss,
     gspo_token_loss,
-    next_token_targets,
     policy_loss,
     policy_loss_from_logprobs,
     ppo_loss,
@@ -26,21 +25,29 @@ from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
-from .losses.triton_term import TritonTerm
+from .losses.triton_term import TritonHold, TritonTerm
+from .losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
 from .report import explain
 from .rollout.advantages import group_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
 from .rollout.rollouts import PromptedRollouts, Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
+from .rows.arguments import next_token_targets
 from .rows.vocab_shard import VocabularyShard
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CISPO",
+    "DPPO",
+    "DRO",
+    "GMPO",
     "GRPO",
     "GSPO",
     "PPO",
+    "SAPO",
+    "TOPR",
     "GSPOToken",
     "HeadWork",
     "Layout",
@@ -52,9 +59,11 @@ __all__ = [
     "RolloutWeights",
     "Rollouts",
     "Stats",
+    "TOPRToken",
     "Terms",
     "TokenBatch",
     "TokenLogprobs",
+    "TritonHold",
     "TritonTerm",
     "VocabularyShard",
     "clipped_surrogate",

@@ -1,14 +1,16 @@
 """The truth of the suite: every formula in float64, as plain Python loops written straight from the papers.
 
 GSPO and GSPO-token: arXiv 2507.18071. GRPO, its group advantage and the k3 estimator: arXiv 2402.03300.
-PPO: arXiv 1707.06347. Nothing here comes from the package under test, and nothing is vectorised: lists in, lists out.
+PPO: arXiv 1707.06347. The others name theirs. Nothing here comes from the package under test, and nothing is
+vectorised: lists in, lists out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Floats = Sequence[float]
 Rows = Sequence[int]
@@ -74,23 +76,40 @@ def row_gradient(
 
 @dataclass(frozen=True)
 class Options:
-    eps_low: float
-    eps_high: float
-    dual_clip: float | None = None
+    """What a loss is told. Fields of the objective are read as attributes, too: `opt.eps_low`."""
+
+    fields: Mapping[str, Any]
     beta: float = 0.0
     kl_estimator: str = "k3"
+    kl_weighting: str = "none"
     entropy_coef: float = 0.0
     aggregation: str = "sequence_mean"
     normalizer: float | None = None
     max_log_ratio: float = 20.0
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self.fields:
+            return self.fields[name]
+        raise AttributeError(name)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The unmasked tokens of one sequence."""
+
+    r: Floats  # log-ratios; 0 on-policy
+    logprobs: Floats
+    rollout_logprobs: Floats  # of the engine; where it gave none, of the old policy; on-policy the current ones
+    advantages: Floats
+    share: Floats  # what a token counts for in the loss, importance weight included
+
 
 @dataclass(frozen=True)
 class Unit:
-    """What clips as one: a sequence in GSPO, a token elsewhere."""
+    """What has a ratio: a sequence in GSPO, a token elsewhere."""
 
     log_ratio: float
-    ratio: float
+    ratio: float  # exp of it, at most exp(max_log_ratio)
     clipped_low: bool
     clipped_high: bool
     saturated: bool
@@ -98,76 +117,248 @@ class Unit:
 
 @dataclass(frozen=True)
 class Policy:
-    """The policy term of one sequence: each token's term, its share of dL/dl, and the units."""
+    """The policy term of one sequence, token by token, and its units (one per token, or one for all)."""
 
-    terms: list[float]
-    gradient: list[float]
+    terms: list[float]  # before shares
+    gradient: list[float]  # dL/dl, shares included
     units: list[Unit]
     log_ratio_of_token: list[float]
+    margin: float = math.inf  # how far the nearest decision is from going the other way
+    ratio_is_constant: list[bool] | None = None  # where the ratio has no derivative though it is not saturated
+    gradient_size: list[float] | None = None  # what an error of l is multiplied by in dL/dl; None: |gradient|
+    loss_size: list[float] | None = None  # the same in the loss; None: |gradient|
 
 
-def surrogate(log_ratio: float, advantage: float, opt: Options) -> tuple[float, float, Unit]:
-    """-min(s A, clip(s) A), if A < 0 at most -dual_clip A; its derivative by log s; and what happened to the unit."""
+def unit_of(log_ratio: float, opt: Options, low: bool = False, high: bool = False) -> Unit:
     saturated = log_ratio > opt.max_log_ratio
     ratio = math.exp(opt.max_log_ratio) if saturated else math.exp(log_ratio)
+    return Unit(log_ratio, ratio, low, high, saturated)
+
+
+def log_of_bound(bound: float) -> float:
+    """The log-ratio at which a ratio meets this bound."""
+    return math.log(bound) if bound > 0 else -math.inf
+
+
+def nearest(x: float, *kinks: float) -> float:
+    return min((abs(x - k) for k in kinks if math.isfinite(k)), default=math.inf)
+
+
+def surrogate(log_ratio: float, advantage: float, opt: Options) -> tuple[float, float, Unit, float]:
+    """-min(s A, clip(s) A), if A < 0 at most -dual_clip A; its derivative by log s; the unit; its margin."""
+    plain = unit_of(log_ratio, opt)
+    ratio, dual = plain.ratio, math.inf if opt.dual_clip is None else opt.dual_clip
     low = high = False
+    bound = ratio
     if advantage > 0 and ratio > 1 + opt.eps_high:
         high, bound = True, 1 + opt.eps_high
     elif advantage < 0 and ratio < 1 - opt.eps_low:
         low, bound = True, 1 - opt.eps_low
-    elif advantage < 0 and opt.dual_clip is not None and ratio > opt.dual_clip:
-        high, bound = True, opt.dual_clip
-    else:
-        bound = ratio
-    slope = 0.0 if low or high or saturated or advantage == 0 else -ratio * advantage
+    elif advantage < 0 and ratio > dual:
+        high, bound = True, dual
+    slope = 0.0 if low or high or plain.saturated or advantage == 0 else -ratio * advantage
     value = 0.0 if advantage == 0 else -bound * advantage
-    return value, slope, Unit(log_ratio, ratio, low, high, saturated)
+    kinks = (log_of_bound(1 - opt.eps_low), log_of_bound(1 + opt.eps_high), log_of_bound(dual), opt.max_log_ratio)
+    return value, slope, unit_of(log_ratio, opt, low, high), nearest(log_ratio, *kinks)
 
 
-def gspo(r: Floats, logprobs: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
+def gspo(s: Sampled, opt: Options) -> Policy:
     """One ratio s = exp(mean r) and one advantage a sequence; dR/dl_t = 1/|y| for every token."""
-    n = len(r)
-    value, slope, unit = surrogate(sum(r) / n, advantages[0], opt)
-    total_share = math.fsum(share)
-    return Policy([value] * n, [total_share * slope / n] * n, [unit], [unit.log_ratio] * n)
+    n = len(s.r)
+    value, slope, unit, margin = surrogate(sum(s.r) / n, s.advantages[0], opt)
+    total_share = math.fsum(s.share)
+    return Policy([value] * n, [total_share * slope / n] * n, [unit], [unit.log_ratio] * n, margin)
 
 
-def gspo_token(r: Floats, logprobs: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
+def gspo_token(s: Sampled, opt: Options) -> Policy:
     """s_t = sg[s] pi/sg[pi]: the value of s, but the slope of a token's own ratio."""
-    mean = sum(r) / len(r)
-    outcome = [surrogate(mean, a, opt) for a in advantages]
-    gradient = [k * slope for k, (_, slope, _) in zip(share, outcome, strict=True)]
-    return Policy([o[0] for o in outcome], gradient, [o[2] for o in outcome], [mean] * len(r))
+    mean = sum(s.r) / len(s.r)
+    outcome = [surrogate(mean, a, opt) for a in s.advantages]
+    gradient = [k * slope for k, (_, slope, _, _) in zip(s.share, outcome, strict=True)]
+    margin = min(o[3] for o in outcome)
+    return Policy([o[0] for o in outcome], gradient, [o[2] for o in outcome], [mean] * len(s.r), margin)
 
 
-def token_ratio(r: Floats, logprobs: Floats, advantages: Floats, share: Floats, opt: Options) -> Policy:
+def token_ratio(s: Sampled, opt: Options) -> Policy:
     """GRPO and PPO: every token has its own ratio exp r_t."""
-    outcome = [surrogate(x, a, opt) for x, a in zip(r, advantages, strict=True)]
-    gradient = [k * slope for k, (_, slope, _) in zip(share, outcome, strict=True)]
-    return Policy([o[0] for o in outcome], gradient, [o[2] for o in outcome], list(r))
+    outcome = [surrogate(x, a, opt) for x, a in zip(s.r, s.advantages, strict=True)]
+    gradient = [k * slope for k, (_, slope, _, _) in zip(s.share, outcome, strict=True)]
+    margin = min(o[3] for o in outcome)
+    return Policy([o[0] for o in outcome], gradient, [o[2] for o in outcome], list(s.r), margin)
+
+
+def gmpo(s: Sampled, opt: Options) -> Policy:
+    """The geometric mean of ratios that are clipped one by one, in the logarithm (arXiv 2507.20673)."""
+    held, low, high = [], [], []
+    for x, a in zip(s.r, s.advantages, strict=True):
+        low.append(a < 0 and x < -opt.eps_low)
+        high.append(a > 0 and x > opt.eps_high)
+        held.append(-opt.eps_low if low[-1] else opt.eps_high if high[-1] else x)
+    mean = sum(held) / len(held)
+    units = [unit_of(mean, opt, *flags) for flags in zip(low, high, strict=True)]
+    constant = [u.clipped_low or u.clipped_high for u in units]
+    terms, gradient, size = [], [], []
+    for k, a, unit, is_constant in zip(s.share, s.advantages, units, constant, strict=True):
+        terms.append(-unit.ratio * a)
+        gradient.append(0.0 if is_constant or unit.saturated or a == 0 else -k * unit.ratio * a)
+        size.append(k * unit.ratio * abs(a))
+    margin = min(nearest(mean, opt.max_log_ratio), *(nearest(x, -opt.eps_low, opt.eps_high) for x in s.r))
+    return Policy(terms, gradient, units, [mean] * len(s.r), margin, constant, loss_size=size)
+
+
+def sapo(s: Sampled, opt: Options) -> Policy:
+    """(4 / tau) sigmoid(tau (w - 1)) in place of the ratio w (arXiv 2511.20347)."""
+    units = [unit_of(x, opt) for x in s.r]
+    terms, gradient, size, loss_size = [], [], [], []
+    for k, a, unit in zip(s.share, s.advantages, units, strict=True):
+        tau = opt.tau_pos if a > 0 else opt.tau_neg
+        x = tau * (unit.ratio - 1)
+        away = math.exp(-abs(x)) if abs(x) < 700 else 0.0
+        gate = (1 if x > 0 else away) / (1 + away)
+        slope = 4 * away / (1 + away) ** 2 * unit.ratio
+        terms.append(-4 / tau * gate * a)
+        gradient.append(0.0 if unit.saturated or a == 0 else -k * slope * a)
+        size.append(abs(k * slope * a) * (1 + abs(x) + tau * unit.ratio))
+        loss_size.append(abs(k * slope * a))
+    margin = min(nearest(x, opt.max_log_ratio) for x in s.r)
+    return Policy(terms, gradient, units, list(s.r), margin, gradient_size=size, loss_size=loss_size)
+
+
+def weighted(s: Sampled, opt: Options, weights: Floats, moves: Floats, units: list[Unit], margin: float) -> Policy:
+    """-w A l with a constant weight; `moves`: by how much the weight changes with the log-ratio that it has."""
+    terms = [0.0 if a == 0 else -w * a * x for w, a, x in zip(weights, s.advantages, s.logprobs, strict=True)]
+    gradient = [0.0 if a == 0 else -k * w * a for k, w, a in zip(s.share, weights, s.advantages, strict=True)]
+    loss_size = [
+        abs(k * a) * (w + m * abs(x))
+        for k, a, w, m, x in zip(s.share, s.advantages, weights, moves, s.logprobs, strict=True)
+    ]
+    log_ratios = [u.log_ratio for u in units]
+    return Policy(terms, gradient, units, log_ratios, margin, loss_size=loss_size)
+
+
+def cispo(s: Sampled, opt: Options) -> Policy:
+    """sg[clip(w, 1 - eps_low, 1 + eps_high)] A l (arXiv 2506.13585)."""
+    weights, moves, units = [], [], []
+    for x, a in zip(s.r, s.advantages, strict=True):
+        ratio = unit_of(x, opt).ratio
+        low, high = ratio < 1 - opt.eps_low, ratio > 1 + opt.eps_high
+        weights.append(1 - opt.eps_low if low else 1 + opt.eps_high if high else ratio)
+        moves.append(0.0 if low or high else ratio)
+        units.append(unit_of(x, opt, low and a != 0, high and a != 0))
+    kinks = (log_of_bound(1 - opt.eps_low), log_of_bound(1 + opt.eps_high), opt.max_log_ratio)
+    return weighted(s, opt, weights, moves, units, min(nearest(x, *kinks) for x in s.r))
+
+
+def tapered(s: Sampled, opt: Options, log_ratios: Floats) -> Policy:
+    """Weight 1 for A > 0, sg[min(1, w)] for all others (arXiv 2503.14286, equation 8)."""
+    weights, moves, units, margins = [], [], [], [math.inf]
+    for x, a in zip(log_ratios, s.advantages, strict=True):
+        ratio = unit_of(x, opt).ratio
+        one = a > 0 or ratio > 1
+        weights.append(1.0 if one and not math.isnan(x) else ratio)
+        moves.append(0.0 if one else ratio)
+        units.append(unit_of(x, opt, False, a < 0 and ratio > 1))
+        margins.append(nearest(x, opt.max_log_ratio))
+        if a < 0 and x != 0:
+            margins.append(abs(x))
+    return weighted(s, opt, weights, moves, units, min(margins))
+
+
+def topr(s: Sampled, opt: Options) -> Policy:
+    """The ratio is that of the whole response."""
+    return tapered(s, opt, [sum(s.r)] * len(s.r))
+
+
+def topr_token(s: Sampled, opt: Options) -> Policy:
+    return tapered(s, opt, s.r)
+
+
+def bernoulli_kl(q: float, p: float) -> float:
+    """KL of "this token or another", from log-probabilities."""
+    if q == p:
+        return 0.0
+    if p >= 0:
+        return math.inf
+    same = math.exp(q) * (q - p)
+    return same if q >= 0 else same - math.expm1(q) * (math.log(-math.expm1(q)) - math.log(-math.expm1(p)))
+
+
+def dppo(s: Sampled, opt: Options) -> Policy:
+    """A token is dropped where its divergence exceeds delta, on the side that A pushes to (arXiv 2602.04879)."""
+    usual = 0.15 if opt.divergence == "tv" else 0.05
+    delta_low, delta_high = (usual if d is None else d for d in (opt.delta_low, opt.delta_high))
+    most = math.inf if opt.max_ratio is None else opt.max_ratio
+    weights, moves, units, margins = [], [], [], []
+    for x, a, now, engine in zip(s.r, s.advantages, s.logprobs, s.rollout_logprobs, strict=True):
+        p, q = min(now, 0.0), min(engine, 0.0)
+        distance = abs(math.exp(p) - math.exp(q)) if opt.divergence == "tv" else bernoulli_kl(q, p)
+        low, high = a < 0 and p < q and distance > delta_low, a > 0 and p > q and distance > delta_high
+        ratio = min(unit_of(x, opt).ratio, most) if not math.isnan(x) else x
+        weights.append(0.0 if low or high else ratio)
+        moves.append(0.0 if low or high else ratio)
+        units.append(unit_of(x, opt, low, high))
+        margins.append(nearest(x, log_of_bound(most), opt.max_log_ratio))
+        margins += [nearest(distance, delta_low)] * (a < 0) + [nearest(distance, delta_high)] * (a > 0)
+    return weighted(s, opt, weights, moves, units, min(margins))
+
+
+def dro(s: Sampled, opt: Options) -> Policy:
+    """-(A l - penalty / 2 r^2) (Tinker's and verl's token form of arXiv 2405.19107)."""
+    terms, gradient, gradient_size, loss_size = [], [], [], []
+    bound = opt.max_log_ratio
+    for x, a, now, k in zip(s.r, s.advantages, s.logprobs, s.share, strict=True):
+        r = x if math.isnan(x) else max(-bound, min(bound, x))
+        terms.append(opt.penalty / 2 * r * r - (0.0 if a == 0 else a * now))
+        gradient.append(k * ((0.0 if abs(x) > bound else opt.penalty * r) - a))
+        gradient_size.append(k * (abs(a) + opt.penalty * (1 + abs(r))))
+        loss_size.append(k * (abs(a) + opt.penalty * abs(r)))
+    margin = min(nearest(x, -bound, bound) for x in s.r)
+    return Policy(terms, gradient, [unit_of(x, opt) for x in s.r], list(s.r), margin, None, gradient_size, loss_size)
 
 
 @dataclass(frozen=True)
 class Objective:
-    policy: Callable[[Floats, Floats, Floats, Floats, Options], Policy]
-    eps_low: float
-    eps_high: float
+    policy: Callable[[Sampled, Options], Policy]
+    fields: Mapping[str, Any]  # those of the class, with the paper's defaults
     aggregation: str
-    per_sequence: bool  # the unit is the sequence
-    of_tokens: bool = False  # each token has a ratio of its own
-    is_surrogate: bool = True  # -min(s A, clip(s) A): where a ratio is clipped or saturated there is no gradient
+    per_sequence: bool = False  # the unit is the sequence
+    of_tokens: bool = True  # each token has a ratio of its own
+    is_surrogate: bool = False  # -min(s A, clip(s) A): where a ratio is clipped or saturated there is no gradient
+    window: tuple[float, float] | None = None  # log-ratios about which tests place theirs; None: the clip range's
 
-    def options(self, **changes: object) -> Options:
-        defaults = {"eps_low": self.eps_low, "eps_high": self.eps_high, "aggregation": self.aggregation}
-        return Options(**{**defaults, **changes})  # type: ignore[arg-type]
+    def options(self, **changes: Any) -> Options:
+        """Fields of other objectives are ignored."""
+        common = {name: value for name, value in changes.items() if name in Options.__dataclass_fields__}
+        own = {name: value for name, value in changes.items() if name in self.fields}
+        return Options(**{"aggregation": self.aggregation, **common}, fields={**self.fields, **own})
+
+    def edges(self, eps_low: float | None = None, eps_high: float | None = None) -> tuple[float, float]:
+        if self.window is not None:
+            return self.window
+        low, high = self.fields["eps_low"] if eps_low is None else eps_low, eps_high
+        return math.log1p(-low), math.log1p(self.fields["eps_high"] if high is None else high)
+
+
+def clip(eps_low: float, eps_high: float) -> dict[str, Any]:
+    return {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": None}
 
 
 OBJECTIVES = {
-    "gspo": Objective(gspo, 3e-4, 4e-4, "sequence_mean", True),
-    "gspo_token": Objective(gspo_token, 3e-4, 4e-4, "sequence_mean", False),
-    "grpo": Objective(token_ratio, 0.2, 0.27, "sequence_mean", False, of_tokens=True),
-    "ppo": Objective(token_ratio, 0.2, 0.2, "token_mean", False, of_tokens=True),
-}
+    "gspo": Objective(gspo, clip(3e-4, 4e-4), "sequence_mean", True, of_tokens=False, is_surrogate=True),
+    "gspo_token": Objective(gspo_token, clip(3e-4, 4e-4), "sequence_mean", of_tokens=False, is_surrogate=True),
+    "grpo": Objective(token_ratio, clip(0.2, 0.27), "sequence_mean", is_surrogate=True),
+    "ppo": Objective(token_ratio, clip(0.2, 0.2), "token_mean", is_surrogate=True),
+    "gmpo": Objective(gmpo, {"eps_low": 0.4, "eps_high": 0.4}, "sequence_mean", window=(-0.4, 0.4)),
+    "sapo": Objective(sapo, {"tau_pos": 1.0, "tau_neg": 1.05}, "sequence_mean", window=(-0.5, 0.5)),
+    "cispo": Objective(cispo, {"eps_low": 1.0, "eps_high": 4.0}, "token_mean", window=(-0.7, math.log(5))),
+    "topr": Objective(topr, {}, "sequence_sum", of_tokens=False, window=(-0.5, 0.5)),
+    "topr_token": Objective(topr_token, {}, "token_mean", window=(-0.5, 0.5)),
+    "dppo": Objective(
+        dppo, {"delta_low": None, "delta_high": None, "max_ratio": 10.0, "divergence": "tv"}, "token_mean",
+        window=(-0.3, 0.3),
+    ),
+    "dro": Objective(dro, {"penalty": 0.05}, "token_mean", window=(-0.5, 0.5)),
+}  # fmt: skip
 
 
 # --- a batch ------------------------------------------------------------------------------------------------------
@@ -197,7 +388,9 @@ class Result:
     log_ratio: list[float]  # by sequence for gspo, by token else; 0 where masked or empty
     log_ratio_by_sequence: bool
     loss_size: float  # sum of the absolute terms of the loss
-    d_logprobs_size: list[float]  # by token, the absolute parts of dL/dl before they cancel
+    d_logprobs_size: list[float]  # by token, the absolute parts of dL/dl before they cancel: per error of l
+    loss_slope: list[float]  # by token, by how much an error of l changes the loss at most
+    margin: float  # how far the nearest decision of the objective is from going the other way
 
 
 def evaluate(
@@ -210,6 +403,8 @@ def evaluate(
     *,
     old_logprobs: Floats | None = None,
     ref_logprobs: Floats | None = None,
+    rollout_logprobs: Floats | None = None,
+    group_tokens: Floats | None = None,
     weights: Sequence[Floats] | None = None,
     entropy: Floats | None = None,
 ) -> Result:
@@ -222,10 +417,14 @@ def evaluate(
     n_sequences = sum(1 for rows in kept if rows)
     n_tokens = sum(len(rows) for rows in kept)
     count: float = n_tokens if opt.aggregation == "token_mean" else n_sequences
+    if opt.aggregation == "group_mean":
+        assert group_tokens is not None
+        count = math.fsum(len(rows) / g for rows, g in zip(kept, group_tokens, strict=True) if rows)
     if opt.normalizer is not None:
         count = opt.normalizer
 
-    d_logprobs, d_entropy, size = [0.0] * n_rows, [0.0] * n_rows, [0.0] * n_rows
+    d_logprobs, d_entropy, size, loss_slope = ([0.0] * n_rows for _ in range(4))
+    margin = math.inf
     token_log_ratio, sequence_log_ratio = [0.0] * n_rows, [0.0] * len(kept)
     units: list[Unit] = []
     parts: list[float] = []  # summands of the loss
@@ -236,30 +435,51 @@ def evaluate(
         if not rows:
             continue
         share = 1 / (count * len(rows)) if opt.aggregation == "sequence_mean" else 1 / count
+        if opt.aggregation == "group_mean":
+            assert group_tokens is not None
+            share = 1 / (count * group_tokens[i])
         r = [0.0] * len(rows)
         if old_logprobs is not None:
             exact = [logprobs[t] - old_logprobs[t] for _, t in rows]
             r = [x if math.isnan(x) else max(-LARGEST_LOG_RATIO, min(LARGEST_LOG_RATIO, x)) for x in exact]
         weighted = [share * (1.0 if weights is None else weights[i][j]) for j, _ in rows]
         of_sequence = [advantages[i][j] for j, _ in rows]
-        policy = OBJECTIVES[objective].policy(r, [logprobs[t] for _, t in rows], of_sequence, weighted, opt)
+        now = [logprobs[t] for _, t in rows]
+        engine = old_logprobs if rollout_logprobs is None else rollout_logprobs
+        sampled = Sampled(r, now, now if engine is None else [engine[t] for _, t in rows], of_sequence, weighted)
+        policy = OBJECTIVES[objective].policy(sampled, opt)
         units += policy.units
+        margin = min(margin, policy.margin)
         sequence_log_ratio[i] = policy.units[0].log_ratio
-        for (_, t), k, term, slope, x in zip(rows, weighted, policy.terms, policy.gradient, r, strict=True):
-            parts.append(k * term)
-            d_logprobs[t] += slope
-            size[t] += abs(slope)
-            x = max(-bound, min(bound, x))
+        gradient_size = policy.gradient_size or [abs(slope) for slope in policy.gradient]
+        loss_size = policy.loss_size or [abs(slope) for slope in policy.gradient]
+        for j, (_, t) in enumerate(rows):
+            parts.append(weighted[j] * policy.terms[j])
+            d_logprobs[t] += policy.gradient[j]
+            size[t] += gradient_size[j]
+            loss_slope[t] += loss_size[j]
+            x = max(-bound, min(bound, r[j]))
             approx_kl.append(math.expm1(x) - x)
         for (_, t), x in zip(rows, policy.log_ratio_of_token, strict=True):
             token_log_ratio[t] = x
-        for _, t in rows:
+        kls = [(0.0, 0.0) if ref_logprobs is None else kl_and_slope(logprobs[t], ref_logprobs[t], opt) for _, t in rows]
+        mean_kl = math.fsum(kl for kl, _ in kls) / len(rows)
+        for j, (_, t) in enumerate(rows):
             if ref_logprobs is not None:
-                kl, slope = kl_and_slope(logprobs[t], ref_logprobs[t], opt)
-                ref_kl.append(kl)
-                parts.append(share * opt.beta * kl)
-                d_logprobs[t] += share * opt.beta * slope
-                size[t] += abs(share * opt.beta) * (1 + abs(slope))
+                kl, slope = kls[j]
+                ratio, of_ratio = 1.0, 0.0  # the ratio, and the derivative of (ratio x KL) by l through the ratio
+                if opt.kl_weighting == "ratio":
+                    unit = policy.units[0 if OBJECTIVES[objective].per_sequence else j]
+                    constant = unit.saturated or (policy.ratio_is_constant or [False] * len(rows))[j]
+                    ratio = unit.ratio
+                    if not constant:  # of a sequence's ratio, all its tokens have a part
+                        of_ratio = ratio * (mean_kl if OBJECTIVES[objective].per_sequence else kl)
+                ref_kl.append(ratio * kl)
+                parts.append(share * opt.beta * ratio * kl)
+                d_logprobs[t] += share * opt.beta * (ratio * slope + of_ratio)
+                error = abs(share * opt.beta) * (ratio * (1 + abs(slope)) + 2 * abs(of_ratio))
+                size[t] += error
+                loss_slope[t] += error
             if opt.entropy_coef:
                 assert entropy is not None
                 parts.append(-share * opt.entropy_coef * entropy[t])
@@ -294,6 +514,8 @@ def evaluate(
         log_ratio_by_sequence=by_sequence,
         loss_size=math.fsum(abs(x) for x in parts),
         d_logprobs_size=size,
+        loss_slope=loss_slope,
+        margin=margin,
     )
 
 

@@ -143,6 +143,7 @@ def number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    or_infinite: bool = False,
 ) -> float:
     """Returns Python's own number, also for one of numpy."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -153,12 +154,15 @@ def number(
         raise ValueError(
             f"{name}: expected {meaning}, a number that a float can hold; got an int of {value.bit_length()} bits"
         )
-    if not (value > above and value >= at_least and value <= at_most and -math.inf < value < math.inf):
+    finite = -math.inf < value < math.inf or (or_infinite and value == math.inf)
+    if not (value > above and value >= at_least and value <= at_most and finite):
         bound = (
             f" above {above:g}" if above > -math.inf else f" of at least {at_least:g}" if at_least > -math.inf else ""
         )
         bound += f" and at most {at_most:g}" if at_most < math.inf else ""
-        raise ValueError(f"{name}: expected {meaning}, a finite number{bound}; got {value}")
+        kind = "a number" if or_infinite else "a finite number"
+        bound += ", or infinity" if or_infinite else ""
+        raise ValueError(f"{name}: expected {meaning}, {kind}{bound}; got {value}")
     return value if type(value) in (int, float) else float(value)
 
 

@@ -7,6 +7,7 @@ then computes the gradients of the rows from them.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
     stats = _empty_stats(head)
     coefficients = Coefficients(stage, inputs, rows, lengths, fused) if head.needs_grad.any() else None
     on_policy: Tensor | None = None
-    if coefficients is not None and inputs.depends_on_log_ratio_alone():
+    if coefficients is not None and inputs.gradient_is_known():
         on_policy = coefficients.on_policy(head.sum_dtype)
 
     def upstream(step: Step) -> Upstream:
@@ -97,7 +98,7 @@ def propagate_nan(gradient: Tensor, inputs: TokenInputs, stage: TokenStage, stat
     On-policy, coefficients are known before any row has been computed, and do not depend on it. A CPU first checks
     whether there is any NaN. Under context parallelism every rank makes the same check and finds the same.
     """
-    if not inputs.depends_on_log_ratio_alone() or inputs.objective.depends_on == "token":
+    if not inputs.gradient_is_known() or inputs.objective.depends_on == "token":
         return
     if gradient.device.type == "cpu" and not bool(scalars[SCALARS.index("approx_kl")].isnan()):
         return
@@ -135,11 +136,8 @@ class Coefficients:
         self.stage = stage.part(selected, indices, slice(None))
         self._fused: TokenInputs | None = None
         if fused:
-            layout = stage.layout
-            count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
-            self._fused = _part_of(inputs, selected, indices, slice(None))._replace(
-                normalizer=count if inputs.normalizer is None else inputs.normalizer
-            )
+            count = inputs.counted(stage.layout) if inputs.normalizer is None else inputs.normalizer
+            self._fused = _part_of(inputs, selected, indices, slice(None))._replace(normalizer=count)
 
     def on_policy(self, dtype: torch.dtype) -> Tensor:
         """[rows], dL/dlogprob where the policy is the old policy: no statistics are needed."""
@@ -162,16 +160,19 @@ class Coefficients:
 def _part_of(inputs: TokenInputs, batch: BatchShape, tokens: Tensor | slice, sequences: slice) -> TokenInputs:
     """The inputs of some of the tokens and sequences."""
 
-    def part(values: Tensor, per_token: bool) -> Tensor:
+    def part(values: Any, per_token: bool) -> Any:
+        if values is None:
+            return None
         return values.reshape(-1)[tokens] if per_token else values[sequences]
 
-    old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
     return inputs._replace(
         batch=batch,
         advantages=part(inputs.advantages, inputs.advantages_per_token),
-        old_logprobs=None if old is None else part(old, True),
-        ref_logprobs=None if ref is None else part(ref, True),
-        importance_weights=None if weights is None else part(weights, inputs.importance_weights_per_token),
+        old_logprobs=part(inputs.old_logprobs, True),
+        ref_logprobs=part(inputs.ref_logprobs, True),
+        rollout_logprobs=part(inputs.rollout_logprobs, True),
+        importance_weights=part(inputs.importance_weights, inputs.importance_weights_per_token),
+        group_tokens=part(inputs.group_tokens, False),
     )
 
 
@@ -180,7 +181,7 @@ def _part_of(inputs: TokenInputs, batch: BatchShape, tokens: Tensor | slice, seq
 
 def coefficients_depend_on(inputs: TokenInputs) -> str:
     """What a row's coefficient depends on: the "token" alone, its "sequence", or the "batch"."""
-    return "token" if inputs.depends_on_log_ratio_alone() else inputs.objective.depends_on
+    return "token" if inputs.gradient_is_known() else inputs.objective.depends_on
 
 
 def plan_for(inputs: TokenInputs, lengths: list[int], chunk: ChunkSize, needs_grad: NeedsGrad) -> list[Step]:

@@ -58,9 +58,12 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    kl_weighting: str = "none",
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     aggregation: str | None = None,
+    group_tokens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     max_log_ratio: float = 20.0,
     tp_group: Any = None,
@@ -122,7 +125,8 @@ def linear_policy_loss(
     refuse_forward_mode(
         "linear_policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
+        rollout_logprobs=rollout_logprobs, importance_weights=importance_weights, temperature=temperature,
+        normalizer=normalizer,
     )  # fmt: skip
     refuse_vmap("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
@@ -133,8 +137,9 @@ def linear_policy_loss(
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
-            kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
-            aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
+            kl_estimator=kl_estimator, kl_weighting=kl_weighting, entropy_coef=entropy_coef,
+            importance_weights=importance_weights, rollout_logprobs=rollout_logprobs, aggregation=aggregation,
+            group_tokens=group_tokens, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
         checks.flag("skip_zero_advantage", skip_zero_advantage, "whether sequences of advantage 0 are left out")
         if skip_zero_advantage and (inputs.beta != 0.0 or inputs.entropy_coef != 0.0):
@@ -360,8 +365,8 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
 
 
 _TOKEN_OPTIONS = (
-    "ref_logprobs", "beta", "kl_estimator", "entropy_coef", "importance_weights", "aggregation", "normalizer",
-    "max_log_ratio",
+    "ref_logprobs", "beta", "kl_estimator", "kl_weighting", "entropy_coef", "importance_weights", "rollout_logprobs",
+    "aggregation", "group_tokens", "normalizer", "max_log_ratio",
 )  # fmt: skip
 _MODES = {
     "statistics": "nothing needs a gradient",
@@ -380,8 +385,8 @@ def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
     else:
         some = layout.of_sequences(inputs.advantages) != 0.0
     kept = layout.spread(some.double()) != 0.0
-    count = layout.num_tokens if inputs.aggregation == "token_mean" else layout.num_sequences
+    count = inputs.counted(layout)
     return inputs._replace(
         batch=replace(batch, mask=kept.reshape(batch.tokens)),
-        normalizer=count.clamp(min=1.0) if inputs.normalizer is None else inputs.normalizer,
+        normalizer=torch.where(count == 0, 1.0, count) if inputs.normalizer is None else inputs.normalizer,
     )

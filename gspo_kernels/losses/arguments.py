@@ -23,6 +23,8 @@ def agree_on_sequences(agreement: Agreement, inputs: TokenInputs) -> None:
         "advantages": (inputs.advantages, inputs.advantages_per_token),
         "old_logprobs": (inputs.old_logprobs, True),
         "ref_logprobs": (inputs.ref_logprobs, True),
+        "rollout_logprobs": (inputs.rollout_logprobs, True),
+        "group_tokens": (inputs.group_tokens, False),
         "importance_weights": (inputs.importance_weights, inputs.importance_weights_per_token),
     }
     options: dict[str, Any] = {
@@ -31,6 +33,7 @@ def agree_on_sequences(agreement: Agreement, inputs: TokenInputs) -> None:
         "aggregation": inputs.aggregation,
         "normalizer": None if normalizer is None else float(normalizer),
         "kl_estimator": inputs.kl_estimator,
+        "kl_weighting": inputs.kl_weighting,
         "beta": inputs.beta,
         "entropy_coef": inputs.entropy_coef,
         "max_log_ratio": inputs.max_log_ratio,

@@ -13,7 +13,7 @@ from ..base.agreement import Agreement
 from ..base.autograd import refuse_forward_mode
 from ..base.collectives import ranks_of
 from ..base.documentation import with_arguments_of
-from ..base.layout import as_bool, batch_shape
+from ..base.layout import batch_shape
 from ..rows import vocab_shard
 from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
 from ..rows.dispatch import Backend, choose
@@ -44,9 +44,12 @@ class CommonOptions(TypedDict, total=False):
     ref_logprobs: Tensor | None
     beta: float
     kl_estimator: str
+    kl_weighting: str
     entropy_coef: float
     importance_weights: Tensor | None
+    rollout_logprobs: Tensor | None
     aggregation: str | None
+    group_tokens: Tensor | None
     normalizer: float | Tensor | None
     max_log_ratio: float
     tp_group: Any
@@ -83,9 +86,12 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    kl_weighting: str = "none",
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     aggregation: str | None = None,
+    group_tokens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     max_log_ratio: float = 20.0,
     tp_group: Any = None,
@@ -131,14 +137,23 @@ def policy_loss(
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
         beta: weight of KL(policy || reference), added per token and aggregated like the policy term.
         kl_estimator: with d = ref - logprob, clamped to +-max_log_ratio: "k1": -d, "k2": d^2 / 2, "k3": exp(d) - d - 1.
+        kl_weighting: "none", or "ratio": the estimator times the importance ratio of its token or sequence, gradient
+            included, which makes the estimate of the KL's gradient unbiased off-policy (DeepSeek-V3.2, arXiv
+            2512.02556, section 3.1; TRL's `use_bias_correction_kl`).
         entropy_coef: weight of the entropy bonus, whose gradient is exact.
 
     Args: objective and reduction
-        objective: `GSPO()`, `GSPOToken()`, `GRPO()`, `PPO()` or your own.
+        objective: `GSPO()`, `GRPO()`, `CISPO()` or another of the package, or your own.
         importance_weights: constant factors of the policy term (rollout correction), one per sequence or per token, in
             the shapes of `advantages`, whatever the objective.
-        aggregation: "sequence_mean", "token_mean" or "sequence_sum"; None takes the objective's.
-        normalizer: a global count in place of the local one (of sequences, or of tokens for "token_mean"): the shares
+        rollout_logprobs: of the engine that sampled, one per token, for an objective that reads them (`DPPO`); others
+            refuse them.
+        aggregation: "sequence_mean": mean over a sequence's tokens, then over sequences; "token_mean": over all tokens;
+            "sequence_sum": sum over a sequence's tokens, mean over sequences; "group_mean": mean over the tokens of all
+            sequences of a group (a prompt), then over groups. None takes the objective's.
+        group_tokens: for "group_mean", one per sequence: how many unmasked tokens its group has (`group_token_counts`).
+        normalizer: a global count in place of the local one (of sequences; of tokens for "token_mean"; of groups for
+            "group_mean"; see `global_count`): the shares
             of any split over micro-batches or ranks then add up to the whole batch's loss and gradient. A number above
             0, or a 0-d tensor. 0 is right where no token counts, and gives 0. A tensor of anything else (0, negative,
             NaN, infinite) is refused on the CPU or under GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and
@@ -183,7 +198,8 @@ def policy_loss(
     refuse_forward_mode("policy_loss", logits=logits)
     refuse_forward_mode(
         "policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights, temperature=temperature, normalizer=normalizer,
+        rollout_logprobs=rollout_logprobs, importance_weights=importance_weights, temperature=temperature,
+        normalizer=normalizer,
     )  # fmt: skip
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
     tp, cp = tp_ranks(logits, -1, vocabulary), ranks_of("cp_group", cp_group)
@@ -193,8 +209,9 @@ def policy_loss(
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
-            kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
-            aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
+            kl_estimator=kl_estimator, kl_weighting=kl_weighting, entropy_coef=entropy_coef,
+            importance_weights=importance_weights, rollout_logprobs=rollout_logprobs, aggregation=aggregation,
+            group_tokens=group_tokens, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
         rows = rows_of_caller(logits, token_ids, batch.mask, temperature, columns)
         chosen = choose(rows.logits, backend, rows.fields_set())
@@ -312,9 +329,12 @@ def policy_loss_from_logprobs(
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    kl_weighting: str = "none",
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     aggregation: str | None = None,
+    group_tokens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     max_log_ratio: float = 20.0,
     cp_group: Any = None,
@@ -332,7 +352,8 @@ def policy_loss_from_logprobs(
     """
     refuse_forward_mode(
         "policy_loss_from_logprobs", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs, importance_weights=importance_weights, normalizer=normalizer,
+        ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, importance_weights=importance_weights,
+        normalizer=normalizer,
     )  # fmt: skip
     if cu_seqlens is not None or cp_group is not None:  # sums over segments and over ranks are operators
         refuse_forward_mode("policy_loss_from_logprobs", logprobs=logprobs, entropy=entropy)
@@ -351,8 +372,9 @@ def policy_loss_from_logprobs(
             raise ValueError(f"entropy: expected one per token, because entropy_coef is {entropy_coef}; got None")
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
-            kl_estimator=kl_estimator, entropy_coef=entropy_coef, importance_weights=importance_weights,
-            aggregation=aggregation, normalizer=normalizer, max_log_ratio=max_log_ratio,
+            kl_estimator=kl_estimator, kl_weighting=kl_weighting, entropy_coef=entropy_coef,
+            importance_weights=importance_weights, rollout_logprobs=rollout_logprobs, aggregation=aggregation,
+            group_tokens=group_tokens, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
         agree_on_sequences(agreement, inputs)
     if fused_loss.takes_logprobs(inputs, logprobs):
@@ -400,27 +422,6 @@ def token_logprobs(
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
 
 
-def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Targets for a causal model's own logits, unsliced: row t of `model(input_ids).logits` predicts token t + 1.
-
-    Args:
-        input_ids: [B, T].
-        mask: [B, T], True (or 1) at the tokens that count, such as those of a response; None: all.
-
-    Returns: `(token_ids, mask)`, both rolled left by one; the last position, which predicts nothing, is False.
-    """
-    checks.integers("input_ids", checks.tensor("input_ids", input_ids, "token ids [B, T]"), "token ids")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids: expected shape [sequences, tokens]; got {list(input_ids.shape)}")
-    if mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
-    checks.same_device("mask", mask, input_ids.device)
-    rolled = torch.roll(as_bool("mask", mask), -1, dims=1)
-    rolled[:, -1:] = False
-    return torch.roll(input_ids, -1, dims=1), rolled
-
-
 def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
     return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
 
@@ -428,6 +429,6 @@ def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
 def _gradient_is_known(inputs: TokenInputs, backend: Backend, fused: bool) -> bool:
     """Whether a row's gradient can be written while the row is read for the first time."""
     if fused:
-        return inputs.depends_on_log_ratio_alone() or fused_loss.clips_row_by_row(inputs, backend)
+        return inputs.gradient_is_known() or fused_loss.has_row_slopes(inputs, backend)
     # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
-    return inputs.depends_on_log_ratio_alone() and inputs.batch.device.type == "cpu"
+    return inputs.gradient_is_known() and inputs.batch.device.type == "cpu"

@@ -2,7 +2,8 @@
 
 Off-policy: rows -> sequences -> batch, and the gradient in the backward. On-policy, where the gradient by each
 log-probability is known beforehand: sequences -> rows and gradient -> batch, and a factor in the backward. For an
-objective with a `row_clip` a backend that clips rows does the same off-policy; the batch kernel then sums up the loss.
+objective with a `row_slope` a backend that computes slopes does the same off-policy; the batch kernel then sums up the
+loss, as it does on-policy for terms that depend on log-probabilities.
 From log-probabilities there are the stage's two launches alone.
 """
 
@@ -59,11 +60,13 @@ def takes_logprobs(inputs: TokenInputs, logprobs: Tensor) -> bool:
     return not reason and not beyond_reverse_mode() and not triton_rows.unsupported_reasons(logprobs[..., None])
 
 
-def clips_row_by_row(inputs: TokenInputs, backend: Backend) -> bool:
+def has_row_slopes(inputs: TokenInputs, backend: Backend) -> bool:
     """Whether the gradient of a loss that runs here can be had in one pass although the ratios are not 1."""
     alone = inputs.beta == 0.0 and not inputs.entropy_bonus
-    of_float32 = inputs.old_logprobs is None or inputs.old_logprobs.dtype == torch.float32
-    return alone and of_float32 and backend.clips_rows and inputs.objective.row_clip() is not None
+    arrays = (inputs.old_logprobs, inputs.rollout_logprobs)
+    of_float32 = all(x is None or x.dtype == torch.float32 for x in arrays)
+    slopes = inputs.old_logprobs is not None and backend.computes_slopes and inputs.objective.row_slope() is not None
+    return alone and of_float32 and slopes
 
 
 def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool) -> LossOutput:
@@ -260,12 +263,16 @@ class _OnePass(torch.autograd.Function):
     ) -> Any:
         stage = TritonStage(rows.token_ids.shape, inputs)
         check_values(rows)
-        clip = None if inputs.old_logprobs is None else stage.clip()
+        off_policy = inputs.old_logprobs is not None
+        if off_policy or inputs.objective.uses_logprobs:
+            stage.keep_terms_for_batch()
         stage.sequences(None, None)
         gradient = gradient_buffer(logits, options.overwrite_logits)
         zero_padding(gradient, rows.vocab_size)
-        upstream = Upstream(stage.grad_logprobs, counts=stage.counts, tickets=stage.zero)
-        stats = by_name(options.backend).forward_backward(rows, upstream, gradient, clip)
+        coefficients = stage.token_weights if off_policy else stage.grad_logprobs
+        upstream = Upstream(coefficients, counts=stage.counts, tickets=stage.zero)
+        slope = stage.slope() if off_policy else None
+        stats = by_name(options.backend).forward_backward(rows, upstream, gradient, slope)
         loss, scalars = stage.batch(stats)
         if options.overwrite_logits:
             torch.autograd.graph.increment_version(logits)

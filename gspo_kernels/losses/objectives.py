@@ -16,7 +16,7 @@ import typing
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..base import checks
 from ..base.layout import Layout
 from .reduction import AGGREGATIONS
-from .triton_term import TritonTerm
+from .triton_term import TritonHold, TritonTerm
 
 
 class TokenValues(NamedTuple):
@@ -33,13 +33,14 @@ class TokenValues(NamedTuple):
     logprobs: Tensor  # differentiable
     old_logprobs: Tensor  # constant; on-policy `logprobs.detach()`
     entropy: Tensor | None  # constant; None where the caller has none
+    rollout_logprobs: Tensor | None  # constant; None where the caller has none
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """What `Objective.terms` is computed from. Token arrays are [tokens] in float64, 0 where masked.
 
-    `logprobs`, `old_logprobs` and `entropy` are there for objectives that declare `uses_logprobs`.
+    `logprobs`, `old_logprobs`, `entropy` and `rollout_logprobs` are there for objectives that declare `uses_logprobs`.
 
     Attributes:
         log_ratio: [tokens], `log pi(y_t) - log pi_old(y_t)`, differentiable; NaN where a log-probability is NaN, else
@@ -73,11 +74,16 @@ class TokenBatch:
         """
         return self._declared("entropy").entropy
 
+    @property
+    def rollout_logprobs(self) -> Tensor | None:
+        """Those of the engine that sampled, a constant; None without `rollout_logprobs=`."""
+        return self._declared("rollout_logprobs").rollout_logprobs
+
     def _declared(self, name: str) -> TokenValues:
         if self.values is None:
             raise RuntimeError(
                 f"tokens.{name}: expected an objective that declares it; got one whose uses_logprobs is False. Add "
-                "`uses_logprobs: ClassVar[bool] = True` to its class: on-policy the loss then takes two passes"
+                "`uses_logprobs: ClassVar[bool] = True` to its class"
             )
         return self.values
 
@@ -89,7 +95,7 @@ class Terms:
     Attributes:
         loss: float64 per unit, to be minimized, before weights, KL, entropy and aggregation. All tokens of a sequence
             have the loss of the sequence.
-        log_ratio: float64 per unit, the logarithm of its importance ratio.
+        log_ratio: float64 per unit, the logarithm of its importance ratio. `kl_weighting="ratio"` differentiates it.
         clipped_low: bool per unit, whether it is clipped at the lower bound; None: never. For `stats` alone.
         clipped_high: the same at an upper bound.
     """
@@ -100,19 +106,29 @@ class Terms:
     clipped_high: Tensor | None = None
 
 
-class RowClip(NamedTuple):
-    """The range of the ratio in which a token has a gradient."""
+class RowSlope(NamedTuple):
+    """dL/dlogprob of a token from its own numbers alone, as CUDA kernels compute it.
 
-    eps_low: float  # down to 1 - eps_low for a negative advantage
-    eps_high: float  # up to 1 + eps_high for a positive one
-    dual_clip: float  # up to this for a negative one; infinity for none
+        -weight * advantage + penalty * log_ratio,    weight = min(ratio, max_weight) within a range
+
+    The range is one of the token's position. `measure` says what the position is: "ratio": `ratio - 1`; "tv":
+    `exp(logprob) - exp(rollout_logprob)`; "kl": the KL divergence of the two distributions "this token or another",
+    with the sign of `logprob - rollout_logprob`. The bounds belong to the range.
+    """
+
+    positive: tuple[float, float]  # the range for an advantage above 0
+    negative: tuple[float, float]  # for all others
+    outside: Literal["drop", "hold"]  # weight outside of the range: 0, or that on the nearer bound ("ratio" alone)
+    measure: Literal["ratio", "tv", "kl"] = "ratio"
+    max_weight: float = math.inf
+    penalty: float = 0.0
 
 
 class ObjectiveKey(NamedTuple):
     """How an operator takes an objective: as a string and floats, because it takes no objects."""
 
     name: str  # "module:qualname" of a class that is rebuilt from its parameters, or "own"
-    parameters: tuple[float, ...]  # the fields in order, None as NaN; () where they cannot be read (fakes)
+    parameters: tuple[float, ...]  # `packed_parameters`; () where they cannot be read (fakes)
 
 
 class Objective:
@@ -121,9 +137,9 @@ class Objective:
     NaN in a log-probability (old, current, or reference with `beta`) makes its log-ratio NaN. `terms` decides which
     gradients become NaN: `at_most` and `within` let NaN reach them, torch.clamp does not.
 
-    A frozen dataclass at the top of a module, whose fields are all `float` or `float | None`, works under
-    torch.compile(fullgraph=True) from hidden states as well; changing a field's value recompiles nothing. From hidden
-    states it is rebuilt from its fields, so `__post_init__` runs a second time, on the values that it left.
+    A frozen dataclass at the top of a module, whose fields are all `float`, `float | None` or a `Literal` of strings,
+    works under torch.compile(fullgraph=True) from hidden states as well; another value of a float recompiles nothing.
+    From hidden states it is rebuilt from its fields, so `__post_init__` runs a second time, on the values that it left.
 
     Attributes:
         ratio_of: what has a ratio, "sequence" or "token": the unit that `stats` counts.
@@ -132,15 +148,20 @@ class Objective:
         depends_on: what the term of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
             is always right. From hidden states a loss is computed in chunks, and a narrower value avoids computing
             logits twice. If `terms` depends on more than is declared, gradients are wrong.
-        uses_logprobs: whether `terms` reads `tokens.logprobs`, `tokens.old_logprobs` or `tokens.entropy`. A loss that
-            reads the log-ratio alone has a gradient that is known on-policy before any logit is read.
+        uses_logprobs: whether `terms` reads `tokens.logprobs`, `tokens.old_logprobs`, `tokens.entropy` or
+            `tokens.rollout_logprobs`.
+        known_on_policy: whether the gradient where every ratio is 1 is the same whatever the log-probabilities are, as
+            is always true without `uses_logprobs`. An on-policy loss then takes one pass over the logits. (Not with
+            `rollout_logprobs=`.) If it is declared and not true, gradients are wrong.
+        uses_rollout_logprobs: whether `terms` reads `tokens.rollout_logprobs`. `rollout_logprobs=` is refused if not.
         by_sequence_alone: whether `terms` is computed from sums over each sequence alone, and `ratio_of` is "sequence".
             Context parallelism then needs no collective in the backward.
         triton_term: `terms` in Triton's language (see `TritonTerm`): a GPU then runs the loss in four launches. None:
             `terms` runs there, in torch. A class that defines `terms`, `ratio_of`, `sequence_value` or `uses_logprobs`
             does not inherit it.
-        sequence_value: for a `triton_term` with a ratio per token: whether the value of a token's log-ratio is the
-            mean of its sequence, and the gradient is the token's own (GSPO-token).
+        sequence_value: for a `triton_term` with a ratio per token: what the value of a token's log-ratio is, where the
+            gradient is the token's own: the "mean" (GSPO-token) or the "sum" (TOPR) over its sequence. None: its own.
+        triton_hold: with `sequence_value`: what is averaged, if it is not the log-ratio (GMPO; see `TritonHold`).
     """
 
     ratio_of: ClassVar[str] = "token"
@@ -148,9 +169,12 @@ class Objective:
     aggregation: ClassVar[str] = "sequence_mean"
     depends_on: ClassVar[str] = "batch"
     uses_logprobs: ClassVar[bool] = False
+    known_on_policy: ClassVar[bool] = False
+    uses_rollout_logprobs: ClassVar[bool] = False
     by_sequence_alone: ClassVar[bool] = False
     triton_term: ClassVar[TritonTerm | None] = None
-    sequence_value: ClassVar[bool] = False
+    sequence_value: ClassVar[str | None] = None
+    triton_hold: ClassVar[TritonHold | None] = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -158,32 +182,33 @@ class Objective:
         overridden = min(_depth(cls, name) for name in ("terms", "ratio_of", "sequence_value", "uses_logprobs"))
         if overridden < _depth(cls, "triton_term"):
             cls.triton_term = None
-        if overridden < _depth(cls, "row_clip"):
-            cls.row_clip = Objective.row_clip  # type: ignore[method-assign]
+        if overridden < _depth(cls, "row_slope"):
+            cls.row_slope = Objective.row_slope  # type: ignore[method-assign]
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""
         raise NotImplementedError(f"{type(self).__name__}.terms: expected a method terms(self, tokens); got none")
 
-    def row_clip(self) -> RowClip | None:
-        """Between which bounds of its ratio a token has a gradient; None where the gradient has another form.
+    def row_slope(self) -> RowSlope | None:
+        """The gradient of a token's loss, if it depends on that token alone and has this form; else None.
 
-        Only for a ratio per token, and a loss that is proportional to the size of the advantage: its derivative by the
-        log-probability is `-ratio * advantage` within the bounds, and 0 outside. The CUDA kernels then write a row's
-        gradient while they read the row, and `triton_term` is called with advantages of 1 and -1.
+        The CUDA kernels then write a row's gradient while they read the row.
         """
         return None
 
     def packed_parameters(self) -> tuple[float, ...] | None:
-        """The fields in order, None as NaN; None if floats alone do not rebuild the objective."""
-        fields, parameters = _float_fields(type(self)), []
+        """The fields in order as floats: None as NaN, a choice as its position; None if they do not rebuild it."""
+        fields, parameters = _packed_fields(type(self)), []
         if fields is None:
             return None
-        for name, _ in fields:
+        for name, choices in fields:
             value = getattr(self, name)
-            if not (value is None or isinstance(value, (float, int))):
+            if choices and isinstance(value, str) and value in choices:
+                parameters.append(float(choices.index(value)))
+            elif not choices and (value is None or isinstance(value, (float, int))):
+                parameters.append(math.nan if value is None else value)
+            else:
                 return None
-            parameters.append(math.nan if value is None else value)
         return tuple(parameters)
 
     def packed(self) -> ObjectiveKey:
@@ -197,12 +222,13 @@ class Objective:
         if key.name == _OWN_NAME:
             return _OWN.get()
         kind = _class_of(key.name)
-        fields = _float_fields(kind)
+        fields = _packed_fields(kind)
         if len(key.parameters) != len(fields):
             unread: Objective = object.__new__(kind)
             return unread
-        of_fields = zip(fields, key.parameters, strict=True)
-        values = {name: None if optional and math.isnan(x) else x for (name, optional), x in of_fields}
+        values = {}
+        for (name, choices), x in zip(fields, key.parameters, strict=True):
+            values[name] = choices[int(x)] if choices else None if math.isnan(x) else x
         rebuilt: Objective = kind(**values)
         return rebuilt
 
@@ -239,15 +265,15 @@ def carried(objective: Objective) -> AbstractContextManager[Any]:
 
 
 @torch.compiler.assume_constant_result
-def _float_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | None:
-    """(name, whether it may be None) of the fields that rebuild an instance; None if floats alone do not."""
+def _packed_fields(kind: type[Objective]) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
+    """(name, choices of a string) of the fields that rebuild an instance; None if floats and choices alone do not."""
     if _class_of(_name_of(kind)) is not kind:  # defined in a function, or since defined again (in a notebook)
         return None
     return _declared_fields(kind)
 
 
 @functools.cache
-def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | None:
+def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
     parameters: Any = vars(kind).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return None
@@ -255,13 +281,16 @@ def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, bool], ...] | No
         hints = typing.get_type_hints(kind)
     except (NameError, TypeError):  # an annotation imported for type checkers alone; an InitVar in Python 3.10
         return None
-    optional = {float: False, float | None: True}
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    if not all(each.init and hints[each.name] in optional for each in fields):
+    found = []
+    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+        hint = hints[each.name]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if not each.init or not (hint in (float, float | None) or (choices and all(type(x) is str for x in choices))):
+            return None
+        found.append((each.name, choices))
+    if inspect.signature(kind).parameters.keys() != {name for name, _ in found}:  # an InitVar, or an own __init__
         return None
-    if inspect.signature(kind).parameters.keys() != {each.name for each in fields}:  # an InitVar, or an own __init__
-        return None
-    return tuple((each.name, optional[hints[each.name]]) for each in fields)
+    return tuple(found)
 
 
 @torch.compiler.assume_constant_result
@@ -284,14 +313,17 @@ _CHOICES = {
     "ratio_of": ("sequence", "token"),
     "depends_on": ("token", "sequence", "batch"),
     "aggregation": AGGREGATIONS,
+    "sequence_value": ("mean", "sum"),
 }  # fmt: skip
-_FLAGS = ("advantages_per_token", "uses_logprobs", "by_sequence_alone", "sequence_value")
+_FLAGS = (
+    "advantages_per_token", "uses_logprobs", "known_on_policy", "uses_rollout_logprobs", "by_sequence_alone"
+)  # fmt: skip
 _FIELDS = (
     ("loss", torch.float64), ("log_ratio", torch.float64), ("clipped_low", torch.bool), ("clipped_high", torch.bool)
 )  # fmt: skip
 
 
-_KNOWN = (*_CHOICES, *_FLAGS, "triton_term")
+_KNOWN = (*_CHOICES, *_FLAGS, "triton_term", "triton_hold")
 
 
 def check_class(kind: type[Objective]) -> None:
@@ -309,10 +341,13 @@ def check_class(kind: type[Objective]) -> None:
                 "which would be ignored. An attribute of your own is a field of a dataclass, or begins with _"
             )
     term, terms = stated.get("triton_term"), stated.get("terms")
-    if term is not None and not isinstance(term, TritonTerm):
-        raise TypeError(
-            f"{kind.__name__}.triton_term: expected a function under @TritonTerm; got {checks.describe(term)}"
-        )
+    for name, kind_of_function in (("triton_term", TritonTerm), ("triton_hold", TritonHold)):
+        function = stated.get(name)
+        if function is not None and not isinstance(function, kind_of_function):
+            raise TypeError(
+                f"{kind.__name__}.{name}: expected a function under @{kind_of_function.__name__}; got "
+                f"{checks.describe(function)}"
+            )
     if term is not None and term.reads_logprobs() and not kind.uses_logprobs:
         raise TypeError(f"{kind.__name__}.uses_logprobs: expected True, because triton_term reads them; got False")
     if inspect.isfunction(terms):
@@ -333,11 +368,15 @@ def check_objective(objective: Any) -> None:
         raise TypeError(f"objective: expected an Objective such as GSPO(); got {got}")
     name = type(objective).__name__
     for attribute, allowed in _CHOICES.items():
-        checks.choice(f"{name}.{attribute}", getattr(objective, attribute), allowed)
+        value = getattr(objective, attribute)
+        if attribute != "sequence_value" or value is not None:
+            checks.choice(f"{name}.{attribute}", value, allowed)
     for attribute in _FLAGS:
         value = getattr(objective, attribute)
         if not isinstance(value, bool):
             raise TypeError(f"{name}.{attribute}: expected True or False; got {checks.describe(value)}")
+    if objective.uses_rollout_logprobs and not objective.uses_logprobs:
+        raise ValueError(f"{name}.uses_logprobs: expected True, because uses_rollout_logprobs is True; got False")
     if objective.by_sequence_alone and objective.ratio_of != "sequence":
         raise ValueError(f"{name}.by_sequence_alone: expected False, because ratio_of is 'token'; got True")
 

@@ -12,32 +12,54 @@ from ..base import checks
 from ..base.collectives import ranks_of, sum_over_ranks
 from ..base.layout import BatchShape, Layout, batch_shape
 
-AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum")
+AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum", "group_mean")
 
 
-def token_shares(layout: Layout, aggregation: str, normalizer: float | Tensor | None) -> Tensor:
+def token_shares(
+    layout: Layout, aggregation: str, normalizer: float | Tensor | None, group_tokens: Tensor | None = None
+) -> Tensor:
     """The weight of each token's number in the loss, by sequence: `loss = sum_i share_i sum_t x_it`.
 
     - "sequence_mean": mean over a sequence's unmasked tokens, then over sequences;
     - "token_mean":    mean over all unmasked tokens;
-    - "sequence_sum":  sum over a sequence's unmasked tokens, mean over sequences.
+    - "sequence_sum":  sum over a sequence's unmasked tokens, mean over sequences;
+    - "group_mean":    mean over the unmasked tokens of a group's sequences, then over groups.
 
-    A sequence without an unmasked token is not counted. `normalizer` replaces the local count (of sequences, or of
-    tokens for "token_mean"): with a global one, the shares of any split of the batch add up to the whole. An
-    invalid one is replaced by 1 here: the two functions below make the loss and its gradient NaN.
+    A sequence without an unmasked token is not counted. `normalizer` replaces the local `count`: with a global one, the
+    shares of any split of the batch add up to the whole. An invalid one is replaced by 1 here: the two functions below
+    make the loss and its gradient NaN.
+
+    Args:
+        group_tokens: [sequences] float64, for "group_mean": how many unmasked tokens the group of each sequence has.
 
     Returns: [sequences] float64, NaN where the layout's lengths are.
     """
-    count = layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
+    found = count(layout, aggregation, group_tokens)
     if normalizer is None:
-        share = 1.0 / count.clamp(min=1)
+        share = 1.0 / torch.where(found > 0, found, torch.where(found == 0, 1.0, found))
     else:
         if isinstance(normalizer, Tensor):
             normalizer = torch.where(_counts(normalizer), normalizer, 1)
-        share = torch.where(count.isnan(), count, torch.ones_like(count) / normalizer)
+        share = torch.where(found.isnan(), found, torch.ones_like(found) / normalizer)
     if aggregation == "sequence_mean":
         return share / layout.lengths.clamp(min=1)
+    if aggregation == "group_mean":
+        assert group_tokens is not None
+        return share / group_tokens.clamp(min=1)
     return share.expand(layout.lengths.shape)
+
+
+def count(layout: Layout, aggregation: str, group_tokens: Tensor | None = None) -> Tensor:
+    """0-d float64, what the loss is divided by: tokens, sequences with an unmasked token, or groups.
+
+    Of groups that are split over micro-batches or ranks, parts are counted: their tokens over the group's.
+    """
+    if aggregation == "token_mean":
+        return layout.num_tokens
+    if aggregation != "group_mean":
+        return layout.num_sequences
+    assert group_tokens is not None
+    return (layout.lengths / group_tokens.clamp(min=1)).sum()
 
 
 def nan_if_no_count(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> Tensor:
@@ -78,7 +100,7 @@ class _NanGradient(torch.autograd.Function):
 def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Tensor | None:
     """The normalizer, checked."""
     checks.choice("aggregation", aggregation, AGGREGATIONS)
-    meaning = "a global count of sequences, or of tokens for token_mean"
+    meaning = "a global count of sequences, of tokens for token_mean, or of groups for group_mean"
     if isinstance(normalizer, Tensor):
         checks.tensor("normalizer", normalizer, meaning)
         checks.shape("normalizer", normalizer, (), "one global count")
@@ -89,18 +111,29 @@ def check(aggregation: Any, normalizer: Any, device: torch.device) -> float | Te
     return None if normalizer is None else checks.number("normalizer", normalizer, meaning, above=0.0)
 
 
+def check_group_tokens(aggregation: str, group_tokens: Any, batch: BatchShape) -> Tensor | None:
+    """[sequences], checked."""
+    if (group_tokens is not None) != (aggregation == "group_mean"):
+        expected = "how many tokens each sequence's group has" if group_tokens is None else "None"
+        got = "None. group_token_counts(mask, group_size=...) counts them" if group_tokens is None else "a tensor"
+        raise ValueError(f"group_tokens: expected {expected}, because aggregation is {aggregation!r}; got {got}")
+    if group_tokens is None:
+        return None
+    return batch.per_sequence("group_tokens", group_tokens, "unmasked tokens of its group")
+
+
 def check_count(normalizer: Any, batch: BatchShape, name: str = "normalizer") -> None:
     """Refuses a tensor that is no count, where reading it is free."""
     if not isinstance(normalizer, Tensor):
         return
     if not all(checks.may_read(x) and not checks.watched(x) for x in (normalizer, batch.mask) if x is not None):
         return
-    count = float(normalizer)
-    of_nothing = count == 0 and (not batch.tokens.numel() or (batch.mask is not None and not bool(batch.mask.any())))
-    if not (0 < count < math.inf or of_nothing):
+    given = float(normalizer)
+    of_nothing = given == 0 and (not batch.tokens.numel() or (batch.mask is not None and not bool(batch.mask.any())))
+    if not (0 < given < math.inf or of_nothing):
         raise ValueError(
-            f"{name}: expected a global count of sequences, or of tokens for token_mean, a finite number above 0 "
-            f"(0 only where no token counts); got a tensor of {count:g}"
+            f"{name}: expected a global count of sequences, of tokens for token_mean, or of groups for group_mean, a "
+            f"finite number above 0 (0 only where no token counts); got a tensor of {given:g}"
         )
 
 
@@ -110,22 +143,28 @@ def global_count(
     cu_seqlens: Tensor | None = None,
     *,
     aggregation: str = "sequence_mean",
+    group_tokens: Tensor | None = None,
+    advantages: Tensor | None = None,
     group: Any = None,
     cp_group: Any = None,
     averaged: bool = False,
 ) -> Tensor:
-    """How many sequences, or tokens, a batch has over all ranks and micro-batches: the `normalizer` of its losses.
+    """How many sequences, tokens or groups a batch has over all ranks and micro-batches: its losses' `normalizer`.
 
     With it each rank and each micro-batch returns its share of the whole batch's loss, and the gradients of the shares
     add up to its gradient. Count once an optimizer step, over the masks of all its micro-batches: counts of several
-    masks add up too. One collective over `group`, and one over `cp_group`; no host sync.
+    masks add up too. One collective over `group`, and one or two over `cp_group`; no host sync.
 
     Args:
         mask: [B, T] or packed [N], True (or 1) where a token counts: the masks of the losses on this rank. A rank with
             an empty batch passes an empty mask: the collectives need every rank.
         cu_seqlens: [S + 1], of packed sequences.
         aggregation: what the losses have. "token_mean" (PPO's) counts tokens; "sequence_mean" and "sequence_sum" count
-            sequences that have an unmasked token.
+            sequences that have an unmasked token; "group_mean" counts groups.
+        group_tokens: [B] or [S], for "group_mean", as in the losses (`group_token_counts`).
+        advantages: per sequence or per token, as in the losses. Sequences whose advantages are all 0 are then not
+            counted (DAPO's dynamic sampling, arXiv 2503.14476, without sampling again): their tokens have no gradient,
+            and do not dilute that of the others. A count of 0 becomes 1, for the loss is 0. None: all are counted.
         group: the ranks whose gradients are summed or averaged: data-parallel and, if there are any, context-parallel
             ones. None: this rank alone.
         cp_group: the ranks of `group` that have tokens of the same sequences.
@@ -142,9 +181,28 @@ def global_count(
         raise ValueError(
             "group: expected the ranks over which gradients are averaged, because averaged is True; got None"
         )
-    layout = batch_shape(mask.shape, mask, cu_seqlens, mask.device, ranks_of("cp_group", cp_group)).layout()
-    if ranks is None:
-        return layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
-    count = layout.local_lengths.sum() if aggregation == "token_mean" else layout.share().sum()
-    count = sum_over_ranks(count, ranks, crosses=False).round()
-    return count / ranks.size if averaged else count
+    batch = batch_shape(mask.shape, mask, cu_seqlens, mask.device, ranks_of("cp_group", cp_group))
+    layout = batch.layout()
+    groups = check_group_tokens(aggregation, group_tokens, batch)
+    counted = layout.lengths.clamp(max=1)  # [sequences]; keeps NaN
+    if aggregation == "token_mean":
+        counted = layout.lengths
+    elif groups is not None:
+        counted = layout.lengths / groups.double().clamp(min=1)
+    if advantages is not None:
+        counted = torch.where(_any_advantage(advantages, batch, layout), counted, 0.0 * counted)
+    # A rank's part: of its own tokens under context parallelism, so that the sum over all ranks has each once.
+    found = (counted * layout.share()).sum() if ranks is not None else counted.sum()
+    if ranks is not None:
+        found = sum_over_ranks(found, ranks, crosses=False)
+    found = found.round()
+    if advantages is not None:
+        found = torch.where(found == 0, torch.ones_like(found), found)
+    return found / ranks.size if averaged and ranks is not None else found
+
+
+def _any_advantage(advantages: Any, batch: BatchShape, layout: Layout) -> Tensor:
+    """[sequences] bool, which have an unmasked token whose advantage is not 0."""
+    values, per_token = batch.per_either("advantages", advantages, "advantages")
+    some = layout.of_tokens(values) if per_token else layout.spread(values.double())
+    return layout.sum((some != 0.0).double()) != 0.0

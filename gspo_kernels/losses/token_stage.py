@@ -12,10 +12,11 @@ from ..base import checks
 from ..base.layout import BatchShape, Layout
 from ..base.scalars import FINITE, run_time
 from . import reduction
-from .objectives import Objective, Terms, TokenBatch, TokenValues, check_objective, check_terms, within
+from .objectives import Objective, Terms, TokenBatch, TokenValues, at_most, check_objective, check_terms, within
 from .stats import Stats, collect
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_WEIGHTINGS = ("none", "ratio")
 
 
 class LossOutput(NamedTuple):
@@ -34,12 +35,15 @@ class TokenInputs(NamedTuple):
     advantages_per_token: bool
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
     importance_weights: Tensor | None  # per token where `importance_weights_per_token`, else [sequences]
     importance_weights_per_token: bool
     aggregation: str
+    group_tokens: Tensor | None  # [sequences], for the aggregation "group_mean"
     normalizer: float | Tensor | None
     beta: float
     kl_estimator: str
+    kl_weighting: str
     entropy_coef: float
     entropy_bonus: bool  # whether the coefficient is not 0; known where run-time numbers are not
     max_log_ratio: float
@@ -49,18 +53,29 @@ class TokenInputs(NamedTuple):
         batch = self.batch
         arrays = (
             batch.mask, batch.cu_seqlens, self.advantages, self.old_logprobs, self.ref_logprobs,
-            self.importance_weights, self.normalizer,
+            self.rollout_logprobs, self.importance_weights, self.group_tokens, self.normalizer,
         )  # fmt: skip
         return [x._version for x in arrays if isinstance(x, Tensor) and not x.is_inference()]
 
-    def depends_on_log_ratio_alone(self) -> bool:
+    def gradient_is_known(self) -> bool:
         """Whether the loss is on-policy and its gradient by the log-probabilities is known before a logit is read."""
-        plain = self.beta == 0.0 and not self.entropy_bonus
-        return self.old_logprobs is None and plain and not self.objective.uses_logprobs
+        objective = self.objective
+        by_ratio = not objective.uses_logprobs or (objective.known_on_policy and self.rollout_logprobs is None)
+        return self.old_logprobs is None and self.beta == 0.0 and not self.entropy_bonus and by_ratio
+
+    def crosses(self) -> bool:
+        """Whether context-parallel ranks have to exchange gradients, because they depend on tokens of other ranks."""
+        weighted_kl = self.beta != 0.0 and self.kl_weighting == "ratio"
+        return not self.objective.by_sequence_alone or weighted_kl
+
+    def counted(self, layout: Layout) -> Tensor:
+        """0-d float64, the count that the loss is divided by without a `normalizer`."""
+        groups = None if self.group_tokens is None else layout.of_sequences(self.group_tokens)
+        return reduction.count(layout, self.aggregation, groups)
 
     def stage(self) -> TokenStage:
         """The stage in torch, for any objective."""
-        layout = self.batch.layout(crosses=not self.objective.by_sequence_alone)
+        layout = self.batch.layout(crosses=self.crosses())
 
         def numbers(values: Tensor | None, per_token: bool) -> Tensor | None:
             if values is None:
@@ -80,11 +95,15 @@ class TokenInputs(NamedTuple):
             advantages=advantages,
             old_logprobs=numbers(self.old_logprobs, True),
             ref_logprobs=numbers(self.ref_logprobs, True),
+            rollout_logprobs=numbers(self.rollout_logprobs, True),
             importance_weights=importance_weights,
             aggregation=self.aggregation,
+            group_tokens=numbers(self.group_tokens, False),
             normalizer=self.normalizer,
             beta=self.beta,
             kl_estimator=self.kl_estimator,
+            kl_weighting=self.kl_weighting,
+            crosses=self.crosses(),
             entropy_coef=self.entropy_coef,
             max_log_ratio=run_time(self.max_log_ratio, self.batch.device),
         )
@@ -99,11 +118,15 @@ class TokenStage:
     advantages: Tensor  # [tokens] if the objective's `advantages_per_token`, else [sequences]
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
     importance_weights: Tensor | None
     aggregation: str
+    group_tokens: Tensor | None  # [sequences]
     normalizer: float | Tensor | None
     beta: float
     kl_estimator: str
+    kl_weighting: str
+    crosses: bool  # as in `Layout`
     entropy_coef: float
     max_log_ratio: Tensor
     shares: Tensor | None = None  # [sequences], of a part of a batch: the weights in the whole batch
@@ -111,13 +134,12 @@ class TokenStage:
     def gradient_on_policy(self) -> Tensor:
         """dL/dlogprob per token where the policy is the old policy: no logit needed."""
         with torch.enable_grad():
-            log_ratio = torch.zeros(
-                self.layout.mask.shape, dtype=torch.float64, device=self.layout.mask.device, requires_grad=True
-            )
-            loss = self._aggregate(
-                self._terms(reduction.nan_gradient_if_no_count(log_ratio, self.normalizer), None), None, None
-            )
-            return torch.autograd.grad(loss, log_ratio)[0] if loss.requires_grad else log_ratio.detach()
+            mask = self.layout.mask
+            unknown = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device, requires_grad=True)
+            logprobs = reduction.nan_gradient_if_no_count(unknown, self.normalizer)
+            log_ratio = logprobs - logprobs.detach()
+            loss = self._aggregate(self._terms(log_ratio, self._token_values(logprobs, None)), None, None)
+            return torch.autograd.grad(loss, unknown)[0] if loss.requires_grad else unknown.detach()
 
     def gradient(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """dL/dlogprob and, with an entropy bonus, dL/dentropy per token."""
@@ -154,11 +176,13 @@ class TokenStage:
 
         return replace(
             self,
-            layout=batch.layout(crosses=not self.objective.by_sequence_alone),
+            layout=batch.layout(crosses=self.crosses),
             advantages=self.advantages[tokens if self.objective.advantages_per_token else sequences],
             old_logprobs=of(self.old_logprobs),
             ref_logprobs=of(self.ref_logprobs),
+            rollout_logprobs=of(self.rollout_logprobs),
             importance_weights=of(self.importance_weights),
+            group_tokens=None,
             shares=self.token_shares()[sequences],
         )
 
@@ -166,7 +190,7 @@ class TokenStage:
         """[sequences], the weight of each of its tokens' numbers in the loss."""
         if self.shares is not None:
             return self.shares
-        return reduction.token_shares(self.layout, self.aggregation, self.normalizer)
+        return reduction.token_shares(self.layout, self.aggregation, self.normalizer, self.group_tokens)
 
     def loss(self, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """logprobs, entropy: [tokens] as the kernels return them."""
@@ -186,6 +210,9 @@ class TokenStage:
             log_ratio = log_ratio + torch.where(self.ref_logprobs.isnan(), torch.nan, 0.0)
         terms = self._terms(log_ratio, self._token_values(new, entropy))
         kl = None if self.ref_logprobs is None else self._kl(new)
+        if kl is not None and self.kl_weighting == "ratio":
+            ratio = at_most(terms.log_ratio, self.max_log_ratio).exp()
+            kl = kl * (self.layout.spread(ratio) if self.objective.ratio_of == "sequence" else ratio)
         return self._aggregate(terms, kl, entropy), terms, log_ratio, kl
 
     @staticmethod
@@ -199,7 +226,9 @@ class TokenStage:
         if not self.objective.uses_logprobs:
             return None
         old = new.detach() if self.old_logprobs is None else within(self.old_logprobs, FINITE)
-        return TokenValues(new, old, None if entropy is None else self.layout.select(entropy.detach().double()))
+        rollout = None if self.rollout_logprobs is None else within(self.rollout_logprobs, FINITE)
+        of_rows = None if entropy is None else self.layout.select(entropy.detach().double())
+        return TokenValues(new, old, of_rows, rollout)
 
     def _terms(self, log_ratio: Tensor, values: TokenValues | None) -> Terms:
         if self.importance_weights is not None and self.layout.ranks is not None:
@@ -238,7 +267,7 @@ class TokenStage:
         """The value is weighted by this rank's token count, the gradient by the global count."""
         layout = self.layout
         local = layout.local_lengths if self.importance_weights is None else layout.local_sum(self.importance_weights)
-        if layout.ranks is None or not self.objective.by_sequence_alone:
+        if layout.ranks is None or self.crosses:
             return (of_each * shares * local).sum()
         everywhere = layout.lengths if self.importance_weights is None else layout.weight_sums
         value, slope = of_each.detach(), of_each - of_each.detach()
@@ -254,9 +283,12 @@ def token_inputs(
     ref_logprobs: Any,
     beta: float,
     kl_estimator: str,
+    kl_weighting: str,
     entropy_coef: float,
     importance_weights: Any,
+    rollout_logprobs: Any,
     aggregation: str | None,
+    group_tokens: Any,
     normalizer: float | Tensor | None,
     max_log_ratio: float,
 ) -> TokenInputs:
@@ -264,8 +296,10 @@ def token_inputs(
     check_objective(objective)
     aggregation = objective.aggregation if aggregation is None else aggregation
     normalizer = reduction.check(aggregation, normalizer, batch.device)
+    group_tokens = reduction.check_group_tokens(aggregation, group_tokens, batch)
     reduction.check_count(normalizer, batch)
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    checks.choice("kl_weighting", kl_weighting, KL_WEIGHTINGS)
     beta = checks.number("beta", beta, "the weight of the KL term", at_least=0.0)
     entropy_coef = checks.number("entropy_coef", entropy_coef, "the weight of the entropy bonus")
     # e^80 still fits fp32, in which the ratios are reported.
@@ -280,6 +314,13 @@ def token_inputs(
         old_logprobs = batch.log_probabilities("old_logprobs", old_logprobs, "old policy's log-probabilities")
     if ref_logprobs is not None:
         ref_logprobs = batch.log_probabilities("ref_logprobs", ref_logprobs, "reference policy's log-probabilities")
+    if rollout_logprobs is not None:
+        if not objective.uses_rollout_logprobs:
+            raise ValueError(
+                f"rollout_logprobs: expected None, because {type(objective).__name__} does not read them; got a "
+                "tensor. Pass them as old_logprobs, or weigh tokens: importance_weights=rollout_weights(...).weights"
+            )
+        rollout_logprobs = batch.log_probabilities("rollout_logprobs", rollout_logprobs, "engine's log-probabilities")
     advantages, advantages_per_token = _advantages(batch, objective, advantages)
     importance_weights_per_token = False
     if importance_weights is not None:
@@ -293,12 +334,15 @@ def token_inputs(
         advantages_per_token=advantages_per_token,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
         importance_weights=importance_weights,
         importance_weights_per_token=importance_weights_per_token,
         aggregation=aggregation,
+        group_tokens=group_tokens,
         normalizer=normalizer,
         beta=beta,
         kl_estimator=kl_estimator,
+        kl_weighting=kl_weighting,
         entropy_coef=entropy_coef,
         entropy_bonus=entropy_coef != 0.0,
         max_log_ratio=max_log_ratio,

@@ -18,7 +18,7 @@ from ..base.layout import check_boundaries
 from ..rows import triton_rows
 from ..rows.dispatch import Backend
 from ..rows.triton_rows import Launch, NanSource
-from ..rows.types import RowStats, TokenClip, Upstream
+from ..rows.types import RowStats, TokenSlope, Upstream
 from .objectives import Objective
 from .stats import PARTIALS, SCALARS
 from .token_stage import TokenInputs
@@ -39,10 +39,10 @@ def unsupported_reason(objective: Objective, context_parallel: bool) -> str:
         return f"{name} has no triton_term"
     parameters = objective.packed_parameters()
     if parameters is None:
-        return f"{name} is not a frozen dataclass at the top of a module, with fields that are all floats or None"
+        return f"{name} is not a frozen dataclass at the top of a module, with fields that are floats, None or choices"
     if len(parameters) > MOST_PARAMETERS:
         return f"{name} has {len(parameters)} fields, a triton_term takes up to {MOST_PARAMETERS}"
-    if objective.uses_logprobs and (objective.ratio_of == "sequence" or objective.sequence_value):
+    if objective.uses_logprobs and objective.ratio_of == "sequence":
         return f"{name} reads log-probabilities, of which a sequence's ratio has none"
     return "sequences are shared out over cp_group" if context_parallel else ""
 
@@ -95,10 +95,11 @@ class TritonStage:
         self.mask = None if batch.mask is None else batch.mask.contiguous().view(torch.uint8)
         self.advantages, self.importance_weights = _float32(inputs.advantages), _float32(inputs.importance_weights)
         self.old_logprobs, self.ref_logprobs = _contiguous(inputs.old_logprobs), _contiguous(inputs.ref_logprobs)
+        self.rollout_logprobs, self.group_tokens = _contiguous(inputs.rollout_logprobs), _float32(inputs.group_tokens)
         normalizer = inputs.normalizer
         self.global_count = normalizer.detach() if isinstance(normalizer, Tensor) else None  # any dtype of numbers
         self.normalizer = 0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer)
-        self.ratio = "sequence_by_token" if objective.sequence_value else objective.ratio_of
+        self.ratio = f"{objective.sequence_value}_by_token" if objective.sequence_value else objective.ratio_of
         parameters = objective.packed_parameters() or ()
         parameters = (*parameters, *(0.0,) * (MOST_PARAMETERS - len(parameters)))
         self.numbers = {"max_log_ratio": inputs.max_log_ratio, **dict(zip(_PARAMETERS, parameters, strict=True))}
@@ -109,6 +110,7 @@ class TritonStage:
             self.sequence_count if objective.ratio_of == "sequence" else self.tokens
         )
         self.token_advantages: Tensor | None = None
+        self.token_weights: Tensor | None = None
         self.partials = self.grad_logprobs.new_empty((len(PARTIALS), self.sequence_count))
 
     @property
@@ -121,12 +123,21 @@ class TritonStage:
         """[sequences] zeros, once `sequences` has run."""
         return self.partials[_ZERO]
 
-    def clip(self) -> TokenClip:
-        """What a row needs to clip its own ratio; complete when `sequences` has run."""
-        bounds = self.inputs.objective.row_clip()
-        assert bounds is not None and self.old_logprobs is not None
+    def keep_terms_for_batch(self) -> None:
+        """Call it before `sequences` where one pass makes the gradient, and terms depend on log-probabilities.
+
+        `sequences` then stores what `batch` computes them from: each token's advantage and its weight in the loss.
+        """
         self.token_advantages = torch.empty_like(self.grad_logprobs)
-        return TokenClip(self.old_logprobs, self.token_advantages, *bounds, self.inputs.max_log_ratio)
+        self.token_weights = torch.empty_like(self.grad_logprobs)
+
+    def slope(self) -> TokenSlope:
+        """What a row needs to compute its own slope; complete when `sequences` has run."""
+        of_token = self.inputs.objective.row_slope()
+        assert of_token is not None and self.old_logprobs is not None and self.token_advantages is not None
+        return TokenSlope(
+            self.old_logprobs, self.token_advantages, self.rollout_logprobs, *of_token, self.inputs.max_log_ratio
+        )
 
     def sequences(self, logprobs: Tensor | None, entropy: Tensor | None) -> None:
         """Fills the gradients, log-ratios and partial sums. Log-probabilities are None before the rows are read."""
@@ -139,11 +150,13 @@ class TritonStage:
             logprobs=logprobs,
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
+            rollout_logprobs=self.rollout_logprobs,
             entropies=entropy,
             advantages=self.advantages,
             weights=self.importance_weights,
             mask=self.mask,
             cu_seqlens=self.cu_seqlens,
+            group_tokens=self.group_tokens,
             global_count=self.global_count,
             tokens=self.tokens,
             length=self.length,
@@ -156,37 +169,42 @@ class TritonStage:
             g_logprobs=self.grad_logprobs,
             g_entropies=self.grad_entropy,
             token_advantages=self.token_advantages,
+            token_weights=self.token_weights,
             log_ratios=self.log_ratios,
             partials=self.partials,
             TERM=self._term(),
+            HOLD=None if self.inputs.objective.triton_hold is None else self.inputs.objective.triton_hold.compiled,
             RATIO=self.ratio,
             AGGREGATION=inputs.aggregation,
             ESTIMATOR=inputs.kl_estimator,
+            KL_WEIGHTING=inputs.kl_weighting,
         )
 
     def batch(self, stats: RowStats | None) -> tuple[Tensor, Tensor]:
         """(loss, scalars); with `stats` if `sequences` was without."""
         loss, scalars = self.partials.new_empty(()), self.partials.new_empty(len(SCALARS))
-        off_policy = stats is not None and self.old_logprobs is not None  # each row clips its own ratio
-        reads_logprobs = stats is not None and (off_policy or self.ref_logprobs is not None)
+        terms = self.token_advantages is not None
+        reads_logprobs = stats is not None and (terms or self.ref_logprobs is not None)
         self._launch(
             "batch",
             1,
             partials=self.partials,
             sequences=self.sequence_count,
             logprobs=stats.logprobs if stats is not None and reads_logprobs else None,
-            old_logprobs=self.old_logprobs if off_policy else None,
+            old_logprobs=self.old_logprobs if terms else None,
             ref_logprobs=None if stats is None else self.ref_logprobs,
+            rollout_logprobs=self.rollout_logprobs if terms else None,
             entropies=None if stats is None else stats.entropy,
             mask=None if stats is None else self.mask,
             token_advantages=self.token_advantages,
-            g_logprobs=self.grad_logprobs if off_policy else None,
+            token_weights=self.token_weights,
             tokens=self.tokens,
-            log_ratios=self.log_ratios if off_policy else None,
+            log_ratios=self.log_ratios if terms else None,
             loss=loss,
             scalars=scalars,
-            TERM=self._term() if off_policy else None,
+            TERM=self._term() if terms else None,
             ESTIMATOR=self.inputs.kl_estimator,
+            KL_WEIGHTING=self.inputs.kl_weighting,
         )
         return loss, scalars
 

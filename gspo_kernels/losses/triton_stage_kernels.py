@@ -15,13 +15,22 @@ import functools
 import triton
 import triton.language as tl
 
-from ..base.scalars import FINITE as _FINITE
-from ..rows.triton_math import INFINITY, exp, expm1, quotient, two_sum
+from ..rows.triton_math import INFINITY, quotient, two_sum
 from .stats import PARTIALS as _PARTIALS
 from .triton_sums import add, in_two, leading_digits, maxima4, sums4, sums8, sums_and_extremes
+from .triton_tokens import (
+    between,
+    counted,
+    exp_excess,
+    kl_of,
+    load,
+    load_pair,
+    log_ratio_of,
+    ratio_of,
+    rollout_of,
+)
 
 SHRINK = tl.constexpr(2.0**-24)  # numbers up to e^80 are added up smaller, or 10,000 of them would not fit float32
-FINITE = tl.constexpr(_FINITE)
 
 # What `sequence_kernel` passes to `batch_kernel`, one array [sequences] each.
 PARTIALS = tl.constexpr(len(_PARTIALS))
@@ -35,121 +44,33 @@ SATURATED, APPROX_KL, REF_KL, ENTROPY, NONEMPTY, TOKENS, LOSS, UNITS, COUNT, ZER
 
 _VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_token", "p0", "p1", "p2", "p3",
            "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
-_ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "entropies", "advantages", "weights", "mask", "cu_seqlens",
-                "global_count", "g_logprobs", "g_entropies", "token_advantages", "log_ratios", "partials", "loss",
-                "scalars"]  # fmt: skip
+_ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropies", "advantages", "weights",
+                "mask", "cu_seqlens", "group_tokens", "global_count", "g_logprobs", "g_entropies", "token_advantages",
+                "token_weights", "log_ratios", "partials", "loss", "scalars"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
-
-
-@triton.jit
-def _finite(x):
-    """Infinities as +-1e30; NaN stays."""
-    return tl.where(x > FINITE, FINITE, tl.where(x < -FINITE, -FINITE, x))
-
-
-@triton.jit
-def _load(array, at, there):
-    return tl.load(array + at, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_pair(array, at, there):
-    """Finite numbers, those of float64 as the sum of two."""
-    x = tl.load(array + at, mask=there, other=0.0)
-    if x.dtype == tl.float64:
-        x = _finite(x)
-        hi = x.to(tl.float32)
-        return hi, tl.where(tl.abs(x) < FINITE, x - hi.to(tl.float64), 0.0).to(tl.float32)
-    else:
-        hi = _finite(x.to(tl.float32))
-        return hi, tl.zeros_like(hi)
-
-
-@triton.jit
-def _counted(mask, at, there):
-    """Which of these tokens count."""
-    if mask is None:
-        return there
-    else:
-        return there & (tl.load(mask + at, mask=there, other=0) != 0)
-
-
-@triton.jit
-def _log_ratio(logprobs, old_logprobs, at, counts):
-    """(logprob - old as a pair; both numbers); 0 where nothing counts, and on-policy where the logprob is a number."""
-    zero = tl.zeros_like(at).to(tl.float32)
-    if logprobs is None:
-        return zero, zero, zero, zero
-    else:
-        new = _finite(_load(logprobs, at, counts))
-        if old_logprobs is None:
-            return new - new, zero, new, new
-        else:
-            old, old_rest = _load_pair(old_logprobs, at, counts)
-            hi, lo = two_sum(new, -old)
-            return hi, lo - old_rest, new, old
-
-
-@triton.jit
-def _ratio(log_ratio, max_log_ratio):
-    return exp(tl.where(log_ratio > max_log_ratio, max_log_ratio, log_ratio))
-
-
-@triton.jit
-def _exp_excess(x):
-    """e^x - 1 - x."""
-    p = x * 2.7557319e-6 + 2.4801588e-5
-    p = p * x + 0.00019841270
-    p = p * x + 0.0013888889
-    p = p * x + 0.0083333338
-    p = p * x + 0.041666668
-    p = p * x + 0.16666667
-    p = p * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, p * x * x, expm1(x) - x)
-
-
-@triton.jit
-def _between(x, bound):
-    """x within +-bound; NaN stays."""
-    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
-
-
-@triton.jit
-def _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR: tl.constexpr):
-    """(KL(pi || ref) at each token, its derivative by the log-probability)."""
-    ref, ref_rest = _load_pair(ref_logprobs, at, counts)
-    gap = ref - _finite(_load(logprobs, at, counts))
-    if ref_logprobs.dtype.element_ty == tl.float64:
-        gap += ref_rest
-    d = _between(gap, max_log_ratio)
-    if ESTIMATOR == "k1":
-        value, slope = -d, tl.zeros_like(d) + 1.0
-    elif ESTIMATOR == "k2":
-        value, slope = d * d * 0.5, -d
-    else:
-        value, slope = _exp_excess(d), -expm1(d)
-    return value, tl.where(tl.abs(gap) > max_log_ratio, 0.0, slope)
 
 
 @_kernel()
 def sequence_kernel(
-    logprobs, old_logprobs, ref_logprobs, entropies, advantages, weights, mask, cu_seqlens, global_count,
-    tokens, length, sequences, advantage_per_token, weight_per_token,
+    logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropies, advantages, weights, mask, cu_seqlens,
+    group_tokens, global_count, tokens, length, sequences, advantage_per_token, weight_per_token,
     p0, p1, p2, p3, max_log_ratio, beta, entropy_coef, normalizer,
-    g_logprobs, g_entropies, token_advantages, log_ratios, partials,
-    TERM: tl.constexpr, RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+    g_logprobs, g_entropies, token_advantages, token_weights, log_ratios, partials,
+    TERM: tl.constexpr, HOLD: tl.constexpr, RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr,
+    KL_WEIGHTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A sequence's share of the loss, its gradient by each log-probability and entropy, and its share of the stats.
 
     The sequence is a row of `length` tokens or, with `cu_seqlens`, tokens cu_seqlens[i] to cu_seqlens[i + 1]. Gradients
     lack one factor, 1 / (sum of the counts), which the row kernels multiply by. Absent: `old_logprobs` on-policy,
     `logprobs` before they are known (gradients are then those on-policy, without a KL term); `g_entropies` without an
-    entropy bonus; `token_advantages`, each token's advantage, unless a row kernel clips (a ratio per token).
+    entropy bonus; `token_advantages` and `token_weights`, each token's advantage and its weight in the loss, unless
+    rows or the batch kernel compute terms from them.
 
     Whether advantages and weights are per token is a run-time argument, so that it triggers no recompilation.
 
-    TERM: the objective's `triton_term`, with parameters p0 to p3. RATIO: "sequence", "token", or "sequence_by_token":
-    a ratio per token with the value of the sequence's.
+    TERM and HOLD: the objective's `triton_term` and `triton_hold`, with parameters p0 to p3. RATIO: "sequence",
+    "token", or "mean_by_token" and "sum_by_token": a ratio per token with the value of the sequence's.
     """
     i = tl.program_id(0)
     if cu_seqlens is None:
@@ -165,45 +86,61 @@ def sequence_kernel(
         end = tl.minimum(tl.maximum(given_end, begin), tokens).to(tl.int32)
     lane = tl.arange(0, BLOCK)
 
-    # First pass: how many tokens count, their log-ratios' mean, the sum of their weights.
+    # First pass: how many tokens count, their log-ratios' mean, the sums of their weights and of the weighted KL.
     n = tl.zeros([BLOCK], tl.float32)
     r, r_rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     w, w_rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    d, d_rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + lane
-        counts = _counted(mask, at, at < end)
+        counts = counted(mask, at, at < end)
         n += counts.to(tl.float32)
         if RATIO != "token":
-            hi, lo, _, _ = _log_ratio(logprobs, old_logprobs, at, counts)
+            hi, lo, _, _ = log_ratio_of(logprobs, old_logprobs, at, counts)
+            if HOLD is not None:
+                a = load(advantages, tl.where(advantage_per_token != 0, at, i), counts)
+                bound, is_low, is_high = HOLD(hi + lo, a, p0, p1, p2, p3)
+                hi, lo = tl.where(is_low | is_high, bound, hi), tl.where(is_low | is_high, 0.0, lo)
             if ref_logprobs is not None and logprobs is not None and beta != 0.0:
-                ref, _ = _load_pair(ref_logprobs, at, counts)
+                ref, _ = load_pair(ref_logprobs, at, counts)
                 lo += ref - ref  # a NaN makes NaN of the whole sequence
             r, r_rest = add(r, r_rest + lo, hi)
         if RATIO == "sequence" and weights is not None:
-            w, w_rest = add(w, w_rest, _load(weights, tl.where(weight_per_token != 0, at, i), counts))
+            w, w_rest = add(w, w_rest, load(weights, tl.where(weight_per_token != 0, at, i), counts))
+        if RATIO == "sequence" and KL_WEIGHTING == "ratio" and ref_logprobs is not None and logprobs is not None:
+            kl, _ = kl_of(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
+            d, d_rest = add(d, d_rest, tl.where(counts, kl * SHRINK, 0.0))
     zeros = tl.zeros([BLOCK], tl.float32)
     if RATIO == "token" or (logprobs is None and (RATIO != "sequence" or weights is None)):  # n alone
         n = tl.sum(n, 0)
         r, w = 0.0 * n, n
     else:
-        largest_r, largest_w, _, _ = maxima4(tl.abs(r), tl.abs(w), zeros, zeros)
+        largest_r, largest_w, largest_d, _ = maxima4(tl.abs(r), tl.abs(w), tl.abs(d), zeros)
         r, r_rest = in_two(r, r_rest, largest_r)
         w, w_rest = in_two(w, w_rest, largest_w)
-        n, r, r_rest, w, w_rest, _, _, _ = sums8(n, r, r_rest, w, w_rest, zeros, zeros, zeros)
-        r, w = r + r_rest, w + w_rest
+        d, d_rest = in_two(d, d_rest, largest_d)
+        n, r, r_rest, w, w_rest, d, d_rest, _ = sums8(n, r, r_rest, w, w_rest, d, d_rest, zeros)
+        r, w, d = r + r_rest, w + w_rest, (d + d_rest) / SHRINK
     any_token = n > 0.0
     each = tl.where(any_token, quotient(1.0 + 0.0 * n, tl.maximum(n, 1.0)), 0.0)  # 1 / n
-    mean = quotient(r, tl.maximum(n, 1.0))
-    share = each if AGGREGATION == "sequence_mean" else 1.0 + 0.0 * n
+    mean = r if RATIO == "sum_by_token" else quotient(r, tl.maximum(n, 1.0))
+    share, count = 1.0 + 0.0 * n, any_token.to(tl.float32)
+    if AGGREGATION == "sequence_mean":
+        share = each
+    elif AGGREGATION == "token_mean":
+        count = n
+    elif AGGREGATION == "group_mean":
+        of_group = tl.maximum(tl.load(group_tokens + i), 1.0)
+        share, count = quotient(1.0 + 0.0 * n, of_group), quotient(n, of_group)
 
     loss, loss_rest, low, high, saturated = zeros, zeros, zeros, zeros, zeros
     ratios, ratios_rest, ratio_min, ratio_max = zeros, zeros, zeros + INFINITY, zeros - INFINITY
     approx_kl, approx_rest, ref_kl, ref_rest, h, h_rest = zeros, zeros, zeros, zeros, zeros, zeros
     slope_of_sequence = 0.0 * n
     if RATIO == "sequence":
-        advantage = _load(advantages, i, any_token)
-        term, its_slope, is_low, is_high = TERM(mean, advantage, max_log_ratio, 0.0, 0.0, p0, p1, p2, p3)
-        ratio = _ratio(mean, max_log_ratio)
+        advantage = load(advantages, i, any_token)
+        term, its_slope, is_low, is_high = TERM(mean, advantage, max_log_ratio, 0.0, 0.0, 0.0, p0, p1, p2, p3)
+        ratio = ratio_of(mean, max_log_ratio)
         all_weights = n if weights is None else w
         slope_of_sequence = all_weights * share * its_slope * each
         its_loss = tl.where(any_token, all_weights * share * term, 0.0)
@@ -216,21 +153,29 @@ def sequence_kernel(
     for start in range(first, last, BLOCK):
         at = start + lane
         inside = (at >= begin) & (at < end)
-        counts = _counted(mask, at, inside)
-        hi, lo, new, old = _log_ratio(logprobs, old_logprobs, at, counts)
+        counts = counted(mask, at, inside)
+        hi, lo, new, old = log_ratio_of(logprobs, old_logprobs, at, counts)
         token_ratio = hi + lo
         if RATIO == "sequence":
             slope = zeros + slope_of_sequence
         else:
             log_ratio = token_ratio if RATIO == "token" else zeros + mean
-            a = _load(advantages, tl.where(advantage_per_token != 0, at, i), counts)
+            rollout = rollout_of(rollout_logprobs, at, counts, old)
+            a = load(advantages, tl.where(advantage_per_token != 0, at, i), counts)
             k = zeros + 1.0
             if weights is not None:
-                k = _load(weights, tl.where(weight_per_token != 0, at, i), counts)
+                k = load(weights, tl.where(weight_per_token != 0, at, i), counts)
             if token_advantages is not None:
                 tl.store(token_advantages + at, a, mask=at < last)
-            term, slope, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, p0, p1, p2, p3)
-            ratio = _ratio(log_ratio, max_log_ratio)
+                weight = tl.where(inside, tl.where(counts, k * share, 0.0), float("nan"))
+                tl.store(token_weights + at, weight, mask=at < last)
+            term, slope, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, rollout, p0, p1, p2, p3)
+            ratio = ratio_of(log_ratio, max_log_ratio)
+            constant_ratio = log_ratio > max_log_ratio
+            if HOLD is not None:
+                _, is_low, is_high = HOLD(token_ratio, a, p0, p1, p2, p3)
+                slope = tl.where(is_low | is_high, 0.0, slope)
+                constant_ratio = constant_ratio | is_low | is_high
             slope = slope * k * share
             loss, loss_rest = add(loss, loss_rest, tl.where(counts, term * k * share, 0.0))
             ratios, ratios_rest = add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
@@ -240,16 +185,22 @@ def sequence_kernel(
             high += (counts & is_high).to(tl.float32)
             saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
             tl.store(log_ratios + at, tl.where(counts, log_ratio, 0.0), mask=at < last)
-        excess = _exp_excess(_between(token_ratio, max_log_ratio))
+        excess = exp_excess(between(token_ratio, max_log_ratio))
         approx_kl, approx_rest = add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
         if ref_logprobs is not None and logprobs is not None:
-            kl, kl_slope = _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
+            kl, kl_slope = kl_of(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
+            if KL_WEIGHTING == "ratio":
+                if RATIO == "sequence":
+                    of_ratio = tl.where(mean > max_log_ratio, 0.0, d * each)  # the sequence's mean KL
+                else:
+                    of_ratio = tl.where(constant_ratio, 0.0, kl)
+                kl, kl_slope = ratio * kl, ratio * (kl_slope + of_ratio)
             ref_kl, ref_rest = add(ref_kl, ref_rest, tl.where(counts, kl * SHRINK, 0.0))
             if beta != 0.0:
                 loss, loss_rest = add(loss, loss_rest, tl.where(counts, beta * share * kl, 0.0))
                 slope += beta * share * kl_slope
         if entropies is not None:
-            entropy = _load(entropies, at, counts)
+            entropy = load(entropies, at, counts)
             h, h_rest = add(h, h_rest, entropy)
         if g_entropies is not None:
             loss, loss_rest = add(loss, loss_rest, -entropy_coef * share * entropy)
@@ -258,7 +209,6 @@ def sequence_kernel(
         slope = tl.where(inside, tl.where(counts, slope, 0.0), float("nan"))
         tl.store(g_logprobs + at, slope, mask=at < last)
 
-    count = n if AGGREGATION == "token_mean" else any_token.to(tl.float32)
     if global_count is not None:
         count = tl.load(global_count).to(tl.float32)
         count = tl.where(i == 0, tl.where(count < INFINITY, count, float("nan")), 0.0)
@@ -311,21 +261,20 @@ def sequence_kernel(
 
 @_kernel()
 def batch_kernel(
-    partials, sequences, logprobs, old_logprobs, ref_logprobs, entropies, mask, token_advantages, g_logprobs, tokens,
-    p0, p1, p2, p3, max_log_ratio, log_ratios, loss, scalars,
-    TERM: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+    partials, sequences, logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropies, mask, token_advantages,
+    token_weights, tokens, p0, p1, p2, p3, max_log_ratio, log_ratios, loss, scalars,
+    TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss and the stats' scalars, in the order of `Stats`, from the partial sums of the sequences.
 
     With `entropies` (and `logprobs`, `ref_logprobs`) it also sums what the sequences could not know: where one pass
-    makes the gradient, the coefficients are made before the first logit is read. With `old_logprobs` that is all that
-    depends on a token's ratio, the loss included: `g_logprobs` has the derivative where the ratio is 1, and the loss is
-    proportional to the advantage. TERM is None without `old_logprobs`.
+    makes the gradient, the coefficients are made before the first logit is read. With TERM that is all that depends on
+    a token's ratio and log-probability, the loss included: of tokens that depend on nothing else, or on-policy.
 
     Each warp has one of the 16 partials and exchanges nothing. BLOCK partials, and then tokens, at a time; fewer tokens
-    off-policy, where there are more sums in registers.
+    with TERM, where there are more sums in registers.
     """
-    TOKENS_AT_ONCE: tl.constexpr = BLOCK if old_logprobs is None else BLOCK // 2
+    TOKENS_AT_ONCE: tl.constexpr = BLOCK if TERM is None else BLOCK // 2
     LANES: tl.constexpr = min(32, BLOCK // 32)
     COLUMNS: tl.constexpr = BLOCK // PARTIALS
     which = tl.arange(0, PARTIALS)
@@ -350,36 +299,38 @@ def batch_kernel(
     if entropies is not None:
         zeros = tl.zeros([TOKENS_AT_ONCE], tl.float32)
         h, h_rest, kl_sum, kl_rest = zeros, zeros, zeros, zeros
-        if old_logprobs is not None:
+        if TERM is not None:
             losses, losses_rest, approx_kl, approx_rest = zeros, zeros, zeros, zeros
             low, high, saturated = zeros, zeros, zeros
             ratios, ratios_rest, negative_min, ratio_max = zeros, zeros, zeros - INFINITY, zeros - INFINITY
         for start in range(0, tokens, TOKENS_AT_ONCE):
             at = start + tl.arange(0, TOKENS_AT_ONCE)
-            counts = _counted(mask, at, at < tokens)
-            h, h_rest = add(h, h_rest, _load(entropies, at, counts))
-            if ref_logprobs is not None:
-                kl, _ = _kl(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
-                kl_sum, kl_rest = add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
-            if old_logprobs is not None:
-                hi, lo, new, old = _log_ratio(logprobs, old_logprobs, at, counts)
+            counts = counted(mask, at, at < tokens)
+            h, h_rest = add(h, h_rest, load(entropies, at, counts))
+            if TERM is not None:
+                hi, lo, new, old = log_ratio_of(logprobs, old_logprobs, at, counts)
                 log_ratio = hi + lo
                 tl.store(log_ratios + at, log_ratio, mask=at < tokens)
-                a = _load(token_advantages, at, counts)
-                sign = tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, a))
-                term, _, is_low, is_high = TERM(log_ratio, sign, max_log_ratio, new, old, p0, p1, p2, p3)
-                ratio = _ratio(log_ratio, max_log_ratio)
-                at_ratio_1 = _load(g_logprobs, at, counts)  # -advantage times what the token counts for
-                losses, losses_rest = add(losses, losses_rest, (-term * sign) * at_ratio_1)
+                a = load(token_advantages, at, counts)
+                rollout = rollout_of(rollout_logprobs, at, counts, old)
+                term, _, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, rollout, p0, p1, p2, p3)
+                ratio = ratio_of(log_ratio, max_log_ratio)
+                its_loss = tl.where(counts, term * load(token_weights, at, counts), 0.0)
+                losses, losses_rest = add(losses, losses_rest, its_loss)
                 ratios, ratios_rest = add(ratios, ratios_rest, tl.where(counts, ratio * SHRINK, 0.0))
                 negative_min = tl.maximum(negative_min, tl.where(counts, -ratio, -INFINITY))
                 ratio_max = tl.maximum(ratio_max, tl.where(counts, ratio, -INFINITY))
                 low += (counts & is_low).to(tl.float32)
                 high += (counts & is_high).to(tl.float32)
                 saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
-                excess = _exp_excess(_between(log_ratio, max_log_ratio))
+                excess = exp_excess(between(log_ratio, max_log_ratio))
                 approx_kl, approx_rest = add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
-        if old_logprobs is None:
+            if ref_logprobs is not None:
+                kl, _ = kl_of(logprobs, ref_logprobs, at, counts, max_log_ratio, ESTIMATOR)
+                if TERM is not None and KL_WEIGHTING == "ratio":
+                    kl *= ratio
+                kl_sum, kl_rest = add(kl_sum, kl_rest, tl.where(counts, kl * SHRINK, 0.0))
+        if TERM is None:
             top_h, top_kl, _, _ = maxima4(tl.abs(h), tl.abs(kl_sum), zeros, zeros)
             h, h_rest = in_two(h, h_rest, top_h)
             kl_sum, kl_rest = in_two(kl_sum, kl_rest, top_kl)

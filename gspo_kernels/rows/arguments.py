@@ -155,3 +155,24 @@ def _check_tiles(group: str, shards: dict[int, tuple[int, int, int]]) -> None:
         f"{listed} of {group}'s ranks, in their order. Shards of unequal width need vocab_start, the first column of "
         "each, and vocab_size, the columns of all"
     )
+
+
+def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Targets for a causal model's own logits, unsliced: row t of `model(input_ids).logits` predicts token t + 1.
+
+    Args:
+        input_ids: [B, T].
+        mask: [B, T], True (or 1) at the tokens that count, such as those of a response; None: all.
+
+    Returns: `(token_ids, mask)`, both rolled left by one; the last position, which predicts nothing, is False.
+    """
+    checks.integers("input_ids", checks.tensor("input_ids", input_ids, "token ids [B, T]"), "token ids")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected shape [sequences, tokens]; got {list(input_ids.shape)}")
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    checks.shape("mask", checks.tensor("mask", mask, "True where a token counts"), input_ids.shape, "one per token")
+    checks.same_device("mask", mask, input_ids.device)
+    rolled = torch.roll(as_bool("mask", mask), -1, dims=1)
+    rolled[:, -1:] = False
+    return torch.roll(input_ids, -1, dims=1), rolled

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .extension import KERNEL_DTYPES, address, row_arguments, stats_addresses, why_missing
-from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
+from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 from .types import scaled_logits as scaled_logits
 
 try:
@@ -22,7 +22,7 @@ name = "native"
 honours: frozenset[str] = frozenset({"row_indices"})
 has_kernels = True
 runs_stage_in_triton = False
-clips_rows = False
+computes_slopes = False
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
@@ -76,8 +76,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     )
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
-    assert clip is None
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
+    assert slope is None
     stats = empty_stats(rows.logits)
     _request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()

@@ -20,7 +20,7 @@ from .triton_rows import backward as backward
 from .triton_rows import forward as forward
 from .triton_rows import scale as scale
 from .triton_rows import scaled_logits as scaled_logits
-from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
+from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
 try:
     _native: ModuleType | None = importlib.import_module("gspo_kernels._native")
@@ -31,7 +31,7 @@ name = "cuda"
 honours: frozenset[str] = frozenset({"row_indices"})  # `backward` is Triton's
 has_kernels = True
 runs_stage_in_triton = True
-clips_rows = True
+computes_slopes = True
 
 # GPUs on which `make gpu` measured it to be faster than Triton in every one-read case: there it is the default. The
 # results are in benchmarks/results/; a test checks that this set agrees with them.
@@ -70,9 +70,9 @@ def reason_not_default(logits: Tensor) -> str:
     )
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
     if gradient.dtype != rows.logits.dtype:
-        assert clip is None
+        assert slope is None
         return triton_rows.forward_backward(rows, upstream, gradient)
     stats, counts = empty_stats(rows.logits), upstream.counts
     assert _native is not None and upstream.logprobs is not None
@@ -97,11 +97,11 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Tok
     return stats
 
 
-def _clip(clip: TokenClip | None) -> object:
+def _clip(clip: TokenSlope | None) -> object:
     assert _native is not None
     if clip is None:
-        return _native.TokenClip()
-    return _native.TokenClip(
+        return _native.TokenSlope()
+    return _native.TokenSlope(
         old_logprobs=clip.old_logprobs.data_ptr(),
         advantages=clip.advantages.data_ptr(),
         eps_low=clip.eps_low,

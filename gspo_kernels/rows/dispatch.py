@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base import checks
 from ..base.devices import check_float64
 from . import cpu_rows, cuda_rows, torch_rows, triton_rows
-from .types import Rows, RowStats, TokenClip, Upstream
+from .types import Rows, RowStats, TokenSlope, Upstream
 
 
 class Backend(Protocol):
@@ -25,7 +25,7 @@ class Backend(Protocol):
     honours: frozenset[str]  # the optional fields of `Rows` that it computes with
     has_kernels: bool  # False: plain torch, many times slower
     runs_stage_in_triton: bool  # whether Triton runs beside it, and with it the token stage of the named losses
-    clips_rows: bool  # whether `forward_backward` supports `clip`
+    computes_slopes: bool  # whether `forward_backward` supports `clip`
 
     def describe(self) -> str:
         """What it is made of, and its version."""
@@ -43,7 +43,7 @@ class Backend(Protocol):
         """Writes the gradient of the logits, columns of the padding left out. `stats`: what `forward` returned."""
 
     def forward_backward(
-        self, rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None
+        self, rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None
     ) -> RowStats:
         """Both at once, for an upstream gradient that is known in advance: that of the log-probabilities alone."""
 

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, TokenClip, Upstream, empty_stats, log_share
+from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats, log_share
 from .types import scaled_logits as scaled_logits
 
 name = "reference"
 honours: frozenset[str] = frozenset({"row_indices"})
 has_kernels = False
 runs_stage_in_triton = False
-clips_rows = False
+computes_slopes = False
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -74,8 +74,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         block.put(gradient[..., : rows.vocab_size], _flush(result))
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
-    assert clip is None
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
+    assert slope is None
     stats = forward(rows)
     backward(rows, stats, upstream, gradient)
     return stats

@@ -337,6 +337,24 @@ def expm1(x):
     return tl.where(tl.abs(x) < 0.5, fma(p * x, x, x), exp(x) - 1.0)
 
 
+@triton.jit
+def _log_of_others(logprob):
+    """log(1 - e^logprob), of all other tokens together."""
+    others = -expm1(logprob)
+    k, log2_m = log2_pair(others)
+    return tl.where(others > 0.0, (k + log2_m) * 0.69314718, tl.where(others == others, -INFINITY, others))
+
+
+@triton.jit
+def bernoulli_kl(old_logprob, logprob):
+    """KL divergence of the distributions "this token or another", from its two log-probabilities."""
+    old = tl.where(old_logprob > 0.0, 0.0, old_logprob)  # rounded up
+    new = tl.where(logprob > 0.0, 0.0, logprob)
+    of_others = -expm1(old) * (_log_of_others(old) - _log_of_others(new))
+    found = exp(old) * (old - new) + tl.where(old == 0.0, 0.0, of_others)
+    return tl.where(old == new, 0.0, found)
+
+
 # ---- float64 by its bits
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from . import types
-from .types import Rows, RowStats, TokenClip, Upstream, empty_stats
+from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
 name = "triton"
 honours: frozenset[str] = frozenset({"row_indices"})
 has_kernels = True
 runs_stage_in_triton = True
-clips_rows = False
+computes_slopes = False
 
 _LOG2_E = 1.0 / math.log(2.0)
 _EXACT_FROM = 2.0**29  # nats; from here on the kernels' lse is that of the exact temperature
@@ -143,8 +143,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     _launch("backward", _one_program_each(rows), gradient, arguments)
 
 
-def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, clip: TokenClip | None = None) -> RowStats:
-    assert clip is None
+def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
+    assert slope is None
     stats = empty_stats(rows.logits)
     arguments = {**_of_rows(rows), **_of_stats(stats), **_of_logprobs(upstream), **_of_gradient(gradient)}
     _launch("forward_backward", _one_program_each(rows), rows.logits, arguments)

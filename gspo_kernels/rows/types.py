@@ -50,17 +50,21 @@ class RowStats(NamedTuple):
     lse: Tensor  # logsumexp of logits / temperature, fp64: in fp32, large logits would leave no digits for p
 
 
-class TokenClip(NamedTuple):
-    """For losses with a ratio per token: turns `Upstream.logprobs` at ratio 1 into that of the actual ratio.
+class TokenSlope(NamedTuple):
+    """For losses whose gradient by a token's log-probability depends on that token alone.
 
-    A row whose ratio is clipped, or saturates, has no gradient; other rows' gradients are multiplied by their ratio.
+    `Upstream.logprobs` is then the token's weight in the loss, which is multiplied by the slope of its own numbers.
     """
 
-    old_logprobs: Tensor  # [outer, inner], fp32
-    advantages: Tensor  # fp32, one per row: for their signs
-    eps_low: float
-    eps_high: float
-    dual_clip: float  # infinity for none
+    old_logprobs: Tensor  # [outer, inner], fp32, as the next two
+    advantages: Tensor
+    rollout_logprobs: Tensor | None
+    positive: tuple[float, float]
+    negative: tuple[float, float]
+    outside: str
+    measure: str
+    max_weight: float
+    penalty: float
     max_log_ratio: float
 
 

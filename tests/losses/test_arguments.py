@@ -37,9 +37,10 @@ VLLM = [{"choices": [{"finish_reason": "stop", "token_ids": [5, 7], "logprobs": 
 META = {"output_token_logprobs": [[-0.5, 5, None], [-1.5, 7, None]], "finish_reason": {"type": "stop"}}
 
 OF_TOKENS: dict[str, Any] = {
-    "mask": MASK, "ref_logprobs": REF, "beta": 0.1, "kl_estimator": "k2", "entropy_coef": 0.01,
-    "importance_weights": torch.tensor([1.5, 0.5]), "aggregation": "token_mean", "normalizer": torch.tensor(7.0),
-    "max_log_ratio": 15.0, "cp_group": None,
+    "mask": MASK, "ref_logprobs": REF, "beta": 0.1, "kl_estimator": "k2", "kl_weighting": "ratio",
+    "entropy_coef": 0.01,
+    "importance_weights": torch.tensor([1.5, 0.5]), "rollout_logprobs": OLD - 0.1, "aggregation": "group_mean",
+    "group_tokens": torch.tensor([5.0, 5.0]), "normalizer": torch.tensor(7.0), "max_log_ratio": 15.0, "cp_group": None,
 }  # fmt: skip
 OF_ROWS: dict[str, Any] = {
     "temperature": torch.full((B, T), 1.25), "tp_group": None, "vocab_start": None, "vocab_size": V, "backend": None,
@@ -48,16 +49,16 @@ ON_TOKENS: dict[str, Any] = {"token_ids": IDS, "advantages": torch.tensor([1.0, 
 OF_ROLLOUT: dict[str, Any] = {"mask": MASK, "cu_seqlens": None, "max_log_ratio": 15.0, "cp_group": None}
 VALID: dict[str, dict[str, Any]] = {
     "policy_loss": {
-        "logits": LOGITS, **ON_TOKENS, "objective": gspo_kernels.PPO(0.01, 0.02, 3.0), **OF_TOKENS, **OF_ROWS,
+        "logits": LOGITS, **ON_TOKENS, "objective": gspo_kernels.DPPO(0.01, 0.02), **OF_TOKENS, **OF_ROWS,
         "overwrite_logits": False,
     },
     "linear_policy_loss": {
-        "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.GSPO(), "bias": HEAD[:, 0].clone(),
+        "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.DPPO(), "bias": HEAD[:, 0].clone(),
         **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256, "skip_zero_advantage": False,
     },
     "policy_loss_from_logprobs": {
         "logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD,
-        "objective": gspo_kernels.GSPOToken(), "entropy": -REF, **OF_TOKENS,
+        "objective": gspo_kernels.DPPO(), "entropy": -REF, **OF_TOKENS,
     },
     "token_logprobs": {"logits": LOGITS, "token_ids": IDS, "mask": MASK, **OF_ROWS, "overwrite_logits": False},
     "linear_token_logprobs": {
@@ -76,13 +77,19 @@ VALID: dict[str, dict[str, Any]] = {
         "rewards": torch.tensor([1.0, 0.0, 3.0, 4.0]), "group_size": 2, "normalize": "std", "eps": 0.1,
     },
     "global_count": {
-        "mask": MASK.view(-1), "cu_seqlens": torch.tensor([0, 2, 6]), "aggregation": "token_mean", "group": None,
+        "mask": MASK.view(-1), "cu_seqlens": torch.tensor([0, 2, 6]), "aggregation": "group_mean",
+        "group_tokens": torch.tensor([5.0, 5.0]), "advantages": torch.tensor([1.0, 0.0]), "group": None,
         "cp_group": None,
     },
     "next_token_targets": {"input_ids": IDS, "mask": MASK},
     "from_vllm": {"outputs": VLLM, "prompt_ids": [[1, 2]], "missing": "mask", "device": None},
     "from_sglang": {"outputs": [{"meta_info": META}], "prompt_ids": [[1, 2]], "missing": "mask", "device": None},
     "GSPO": {"eps_low": 0.1, "eps_high": 0.1, "dual_clip": 3.0},
+    "GMPO": {"eps_low": 0.1, "eps_high": 0.1},
+    "SAPO": {"tau_pos": 1.0, "tau_neg": 2.0},
+    "CISPO": {"eps_low": 0.1, "eps_high": 0.1},
+    "DPPO": {"delta_low": 0.1, "delta_high": 0.1, "max_ratio": 3.0, "divergence": "kl"},
+    "DRO": {"penalty": 0.1},
 }  # fmt: skip
 VALID["packed"] = (
     {  # of policy_loss
@@ -98,13 +105,13 @@ KINDS = {
     "ids": ("token_ids", "input_ids", "group_ids"),
     "boundaries": ("cu_seqlens",),
     "mask": ("mask",),
-    "numbers": ("advantages", "importance_weights", "rewards"),
+    "numbers": ("advantages", "importance_weights", "rewards", "group_tokens"),
     "log-probabilities": ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy"),
     "number or tensor": ("temperature", "normalizer"),
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
-               "upper"),
+               "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty"),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
-    "choice": ("kl_estimator", "aggregation", "backend", "level", "mode", "normalize", "missing"),
+    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage"),
     "other": ("objective", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, edge_batch, flat, ragged_batch, run
+from batches import CLASSES, LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, edge_batch, flat, ragged_batch, run
 from checks import check_close, check_gradient, check_outcome, run_and_check
 from modes import KERNELS, by_backend, by_combination, on_device, sized
 from tolerances import TOLERANCES
@@ -87,7 +87,7 @@ def test_a_scaled_loss(objective: str, backend: str, dtype: torch.dtype, on_poli
     check_outcome(outcome, batch, objective, upstream=scale, roundings=2 if on_policy else 1)
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "gspo"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if CLASSES[name].advantages_per_token])
 @by_layout
 @by_backend
 @pytest.mark.parametrize("option", ["defaults", "token mean", "dual clip", "on-policy", "all"])
@@ -123,7 +123,7 @@ def test_the_papers_defaults(objective: str) -> None:
     """What the function does when told nothing is what the paper says: said again, nothing changes."""
     truth = oracle.OBJECTIVES[objective]
     batch = ragged_batch(objective, seed=5)
-    said: dict[str, Any] = {"eps_low": truth.eps_low, "eps_high": truth.eps_high, "aggregation": truth.aggregation}
+    said: dict[str, Any] = {**truth.fields, "aggregation": truth.aggregation}
     unsaid, aloud = run(batch, "packed", objective), run(batch, "packed", objective, **said)
     assert torch.equal(unsaid.loss, aloud.loss) and torch.equal(unsaid.gradient, aloud.gradient)
 
@@ -342,7 +342,7 @@ def test_a_log_probability_beyond_what_a_ratio_takes(backend: str, objective: st
         logits = on_device(torch.tensor([[[0.0, far], [0.0, 0.0]]])).requires_grad_()
         loss, _ = PUBLIC[objective](
             logits, on_device(torch.zeros(1, 2, dtype=torch.long)), on_device(torch.ones(1)),
-            entropy_coef=entropy_coef, backend=backend,
+            entropy_coef=entropy_coef, backend=backend, aggregation="sequence_mean",
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(gradient[0, 0].cpu(), torch.tensor([-0.5, 0.5]), rtol=1e-6, atol=0.0)

@@ -89,7 +89,9 @@ def test_a_misspelt_attribute_is_refused_by_name(
         CALLS[call](objective)
 
 
-def own_term(log_ratio: Any, advantage: Any, bound: Any, new: Any, old: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+def own_term(
+    log_ratio: Any, advantage: Any, bound: Any, new: Any, old: Any, rollout: Any, a: Any, b: Any, c: Any, d: Any
+) -> Any:
     return log_ratio, new * advantage, None, None
 
 
@@ -117,8 +119,8 @@ def test_a_class_that_would_compute_another_loss_is_refused(attributes: dict[str
         type("Wrong", (Objective,), attributes)
 
 
-def test_a_term_has_nine_parameters() -> None:
-    with pytest.raises(TypeError, match=r"short: expected 9 parameters: log_ratio, .*; got \(log_ratio"):
+def test_a_term_has_ten_parameters() -> None:
+    with pytest.raises(TypeError, match=r"short: expected 10 parameters: log_ratio, .*; got \(log_ratio"):
 
         @TritonTerm
         def short(log_ratio: Any, advantage: Any) -> Any:

@@ -41,7 +41,9 @@ triton_alone = pytest.mark.skipif(KERNELS != "triton", reason="Triton kernels al
 
 
 @TritonTerm
-def capped_term(log_ratio, advantage, max_log_ratio, logprob, old_logprob, eps, least, unused2, unused3):  # type: ignore
+def capped_term(  # type: ignore
+    log_ratio, advantage, max_log_ratio, logprob, old_logprob, rollout_logprob, eps, least, unused2, unused3
+):
     ratio = exp(tl.where(log_ratio > max_log_ratio, max_log_ratio, log_ratio))
     high, low = ratio > 1.0 + eps, ratio < least
     weight = tl.where(high, 1.0 + eps, tl.where(low, least, ratio))
@@ -165,11 +167,11 @@ def test_a_class_that_overrides_what_a_term_computes_inherits_none() -> None:
         pass
 
     for kind in (OtherTerms, OtherRatio, ByMixin, Further):
-        assert kind.triton_term is None and kind().row_clip() is None
+        assert kind.triton_term is None and kind().row_slope() is None
     for same in (GSPO, GSPOToken, GRPO, PPO):
         assert same.triton_term is GSPO.triton_term is not None
     assert OtherDefaults.triton_term is capped_term
-    assert GRPO().row_clip() is not None and GSPO().row_clip() is None
+    assert GRPO().row_slope() is not None and GSPO().row_slope() is None
 
 
 def test_why_the_stage_runs_in_torch() -> None:

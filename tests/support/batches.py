@@ -65,7 +65,7 @@ PLAN: list[tuple[float | str, int]] = [
     (-0.95, -1),
     ("far", -1),  # exp 2 = 7.4: dual clip, saturation
     (-1.05, +1),
-    (0.0, +1),
+    (0.02, +1),  # next to its middle, where TOPR decides
     ("far", +1),
     (+1.05, 0),  # outside, but no advantage: nothing clips and nothing flows
     (0.3, -1),
@@ -179,8 +179,7 @@ def ragged_batch(
     generator = torch.Generator().manual_seed(seed)
     n, s = sum(lengths), len(lengths)
     truth = oracle.OBJECTIVES[objective]
-    edge_low = math.log1p(-(truth.eps_low if eps_low is None else eps_low))
-    edge_high = math.log1p(truth.eps_high if eps_high is None else eps_high)
+    edge_low, edge_high = truth.edges(eps_low, eps_high)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
     given = logits is not None
