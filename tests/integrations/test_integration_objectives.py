@@ -350,6 +350,37 @@ def test_trl(case: str, kl_weighting: str | None) -> None:
     check(ours(objective, **options), trl(loss_type, **changes)[0])
 
 
+def top_entropy(share: float) -> Tensor:
+    """Bool [responses, width]: the tokens whose entropy is at least the quantile of all tokens that count."""
+    ordered = sorted(BATCH.entropy[BATCH.mask].tolist())
+    position = (1 - share) * (len(ordered) - 1)
+    below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
+    return BATCH.mask & (BATCH.entropy >= below + (position % 1) * (above - below))
+
+
+@needs_trl
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.65])
+@pytest.mark.parametrize("case", [case for case in TRL if case != "gmpo"])
+def test_trl_top_entropy_quantile(case: str, share: float) -> None:
+    """TRL leaves the other tokens out of the policy term. They keep their KL term, and count in every mean."""
+    loss_type, objective, options, changes = TRL[case]
+    chosen = top_entropy(share)
+    assert share == 0 or abs(float(chosen.sum()) / TOKENS - share) < 0.02
+    kl = {"beta": 0.3, "ref_logprobs": BATCH.ref_logprobs, "kl_weighting": "ratio"}
+    theirs, _ = trl(loss_type, **changes, top_entropy_quantile=share, beta=0.3)
+    check(ours(objective, **options, **kl, importance_weights=chosen.double()), theirs)
+
+
+@needs_trl
+def test_trl_top_entropy_quantile_of_gmpo() -> None:
+    """There the other tokens are not part of the geometric mean either, as if they were masked."""
+    chosen = top_entropy(0.65)
+    theirs, _ = trl("gmpo", epsilon=0.4, epsilon_high=0.4, top_entropy_quantile=0.65)
+    found = ours(GMPO(), BATCH._replace(mask=chosen), normalizer=float(RESPONSES))
+    of_empty = BATCH.advantages[~chosen.any(1)].sum() / RESPONSES  # see test_trl_counts_responses_without_a_token
+    check(found, (theirs[0] + of_empty, theirs[1]))
+
+
 # --- SkyRL's and prime-rl's formulas, written again -------------------------------------------------------------------
 
 
