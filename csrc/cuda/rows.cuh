@@ -2,7 +2,8 @@
 //
 // A cluster of blocks processes a row: each block holds a slice of the columns in its shared memory for both passes,
 // the sums and the gradient (`Resident`). Without clusters, a block processes the whole row and reads it twice, the
-// second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h.
+// second time from the L2 cache (`Again`). The mathematics of a row is in csrc/row_math.h, that of a token's loss in
+// csrc/token_slope.h.
 //
 // A cluster takes its next row by a ticket as soon as it is done with one: rows that are masked or have no gradient
 // cost little. The blocks of a cluster exchange their sums once a row. A thread reads the vectors that it copied
@@ -170,7 +171,7 @@ struct Task {
   double exact_scale;  // of the logits, to base 2
   float scale;         // exact_scale, rounded: what sums and gradients are computed with
   double unscale, temperature;  // unscale: 1 / scale
-  float upstream, old_logprob, advantage;
+  float upstream, old_logprob, rollout_logprob, advantage;
 
   __device__ __forceinline__ void prepare(const OneRead& args, int64_t new_row) {
     row = new_row;
@@ -180,8 +181,10 @@ struct Task {
     known = token >= 0 && token < args.shape.vocab;
     temperature = args.in.row_temperature ? args.in.row_temperature[row] : args.in.temperature;
     upstream = args.upstream.logprobs[row];
-    old_logprob = args.clip.old_logprobs ? args.clip.old_logprobs[row] : 0.0f;
-    advantage = args.clip.old_logprobs ? args.clip.advantages[row] : 0.0f;
+    const TokenSlope& slope = args.slope;
+    old_logprob = slope.old_logprobs ? slope.old_logprobs[row] : 0.0f;
+    rollout_logprob = slope.rollout_logprobs ? slope.rollout_logprobs[row] : old_logprob;
+    advantage = slope.old_logprobs ? slope.advantages[row] : 0.0f;
     const T* x = row_of<T>(args.shape, args.in.logits, row);
     slice = Slice<T>(x, args.shape.vocab, known ? token : -1, rank_in_cluster(), blocks_in_cluster());
     gradient = row_of<T>(args.shape, args.gradient, row) + (slice.x - x);
@@ -191,18 +194,13 @@ struct Task {
   }
 };
 
-// dL/dlogprob of a row: what it is where the ratio is 1, times the ratio where that is neither clipped nor too large.
+// dL/dlogprob of a row, without the common factor.
 template <class T>
-__device__ __forceinline__ double coefficient_of(const Task<T>& task, double logprob, const TokenClip& clip) {
-  const double on_policy = task.upstream;
-  if (!clip.old_logprobs || on_policy == 0.0) return on_policy;
-  const auto finite = [](double x) { return x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x; };  // no inf - inf
-  const double log_ratio = finite(logprob) - finite(task.old_logprob);
-  if (log_ratio > clip.max_log_ratio) return 0.0;
-  const double deviation = expm1(log_ratio);
-  const bool held = task.advantage > 0.0f ? deviation > clip.eps_high
-                                          : deviation < -clip.eps_low || deviation > clip.dual_clip - 1.0;
-  return held ? 0.0 : on_policy * (1.0 + deviation);
+__device__ __forceinline__ double coefficient_of(const Task<T>& task, double logprob, const TokenSlope& loss) {
+  const double upstream = task.upstream;
+  if (!loss.old_logprobs || upstream == 0.0) return upstream;
+  const double slope = slope_of({logprob, task.old_logprob, task.rollout_logprob, task.advantage}, loss);
+  return slope == 0.0 ? 0.0 : upstream * slope;
 }
 
 template <class T, class Source>
@@ -252,7 +250,7 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
     args.out.entropy[row] = static_cast<float>(stats.entropy);
     args.out.lse[row] = stats.lse;
   }
-  const double coefficient = coefficient_of(task, stats.logprob, args.clip);
+  const double coefficient = coefficient_of(task, stats.logprob, args.slope);
   if (coefficient == 0.0) return RowGradient{};  // whatever the logits and the common factor are
   return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, scaled_base(stats, task.temperature, task.scale));
 }

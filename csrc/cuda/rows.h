@@ -6,24 +6,18 @@
 #include <vector>
 
 #include "../rows.h"
+#include "../token_slope.h"
 
 namespace gspo::gpu {
-
-// For token losses: a row whose ratio is clipped gets no gradient, others' coefficients are multiplied by their ratio.
-struct TokenClip {
-  const float* old_logprobs;  // absent: on-policy, every ratio is 1
-  const float* advantages;    // for their signs
-  double eps_low, eps_high, dual_clip, max_log_ratio;  // dual_clip: infinity for none
-};
 
 // Statistics of each row and its gradient, where the gradient depends on this row alone. Addresses are of the device.
 struct OneRead {
   RowShape shape;
   RowInputs in;
   RowOutputs out;
-  UpstreamArrays upstream;  // dL/dlogprob where every ratio is 1, for every row; of the others none
+  UpstreamArrays upstream;  // dL/dlogprob of every row; with old_logprobs what its slope is multiplied by. Others: none
   Common common;
-  TokenClip clip;
+  TokenSlope slope;
   LogitsView gradient;  // of the logits' dtype; may lie over them
   unsigned* tickets;    // one, and 0
 };

@@ -113,7 +113,8 @@ class RowSlope(NamedTuple):
 
     The range is one of the token's position. `measure` says what the position is: "ratio": `ratio - 1`; "tv":
     `exp(logprob) - exp(rollout_logprob)`; "kl": the KL divergence of the two distributions "this token or another",
-    with the sign of `logprob - rollout_logprob`. The bounds belong to the range.
+    with the sign of `logprob - rollout_logprob`. The bounds belong to the range. Beyond max_log_ratio the ratio is
+    constant: outside of a range that drops, unless `max_weight` is finite; and so is the penalty.
     """
 
     positive: tuple[float, float]  # the range for an advantage above 0

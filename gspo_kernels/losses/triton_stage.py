@@ -136,7 +136,7 @@ class TritonStage:
         of_token = self.inputs.objective.row_slope()
         assert of_token is not None and self.old_logprobs is not None and self.token_advantages is not None
         return TokenSlope(
-            self.old_logprobs, self.token_advantages, self.rollout_logprobs, *of_token, self.inputs.max_log_ratio
+            self.old_logprobs, self.token_advantages, self.rollout_logprobs, self.inputs.max_log_ratio, *of_token
         )
 
     def sequences(self, logprobs: Tensor | None, entropy: Tensor | None) -> None:

@@ -7,6 +7,7 @@ TOPR hold the weight at the bound. DPPO takes it away too, but by how far a prob
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -255,7 +256,7 @@ class DPPO(Objective):
             negative=(-self.delta_low, math.inf),
             outside="drop",
             measure=self.divergence,
-            max_weight=math.inf if self.max_ratio is None else self.max_ratio,
+            max_weight=sys.float_info.max if self.max_ratio is None else self.max_ratio,  # finite: held, not dropped
         )
 
 

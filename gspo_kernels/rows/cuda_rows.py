@@ -1,7 +1,8 @@
 """The CUDA C++ row kernel (csrc/cuda/): statistics and gradient in one read of the logits, on NVIDIA GPUs.
 
-It runs where the gradient of a row depends on no other row: for on-policy losses, and for losses with a ratio per token
-(GRPO, PPO). For everything else this backend calls the Triton kernels, which are bound by memory there as well.
+It runs where the gradient of a row depends on no other row: for on-policy losses, and off-policy for losses with a
+`TokenSlope` (GRPO, PPO, CISPO, DPPO, TOPR by token, DRO). For everything else this backend calls the Triton kernels,
+which are bound by memory there as well.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
             factor=address(upstream.factor),
             counts=address(counts),
             count_size=0 if counts is None else counts.numel(),
-            clip=_clip(clip),
+            slope=_slope(slope),
             gradient=_view(gradient),
             tickets=tickets.data_ptr(),
             device=rows.logits.device.index or 0,
@@ -97,17 +98,21 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
     return stats
 
 
-def _clip(clip: TokenSlope | None) -> object:
+def _slope(slope: TokenSlope | None) -> object:
     assert _native is not None
-    if clip is None:
+    if slope is None:
         return _native.TokenSlope()
     return _native.TokenSlope(
-        old_logprobs=clip.old_logprobs.data_ptr(),
-        advantages=clip.advantages.data_ptr(),
-        eps_low=clip.eps_low,
-        eps_high=clip.eps_high,
-        dual_clip=clip.dual_clip,
-        max_log_ratio=clip.max_log_ratio,
+        old_logprobs=slope.old_logprobs.data_ptr(),
+        advantages=slope.advantages.data_ptr(),
+        rollout_logprobs=address(slope.rollout_logprobs),
+        positive=slope.positive,
+        negative=slope.negative,
+        hold=slope.outside == "hold",
+        measure=slope.measure,
+        max_weight=slope.max_weight,
+        penalty=slope.penalty,
+        max_log_ratio=slope.max_log_ratio,
     )
 
 

@@ -25,7 +25,7 @@ class Backend(Protocol):
     honours: frozenset[str]  # the optional fields of `Rows` that it computes with
     has_kernels: bool  # False: plain torch, many times slower
     runs_stage_in_triton: bool  # whether Triton runs beside it, and with it the token stage of the named losses
-    computes_slopes: bool  # whether `forward_backward` supports `clip`
+    computes_slopes: bool  # whether `forward_backward` supports `slope`
 
     def describe(self) -> str:
         """What it is made of, and its version."""

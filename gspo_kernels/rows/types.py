@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,21 +51,27 @@ class RowStats(NamedTuple):
 
 
 class TokenSlope(NamedTuple):
-    """For losses whose gradient by a token's log-probability depends on that token alone.
+    """For losses whose dL/dlogprob depends on the row alone: what a kernel computes it from while it has the row.
 
-    `Upstream.logprobs` is then the token's weight in the loss, which is multiplied by the slope of its own numbers.
+    dL/dlogprob is `Upstream.logprobs`, a weight of the row, times `-weight * advantage + penalty * log_ratio`. There is
+    no penalty beyond +-max_log_ratio. The
+    ratio's `weight` is `exp(min(log_ratio, max_log_ratio))`, at most `max_weight`. A range bounds how far the policy
+    has moved, by `measure`: "ratio": `exp(log_ratio) - 1`; "tv": the difference of the two policies' probabilities of
+    the token; "kl": the KL divergence of the Bernoulli distributions (this token or another) of rollout and current
+    policy, with the sign of that difference. Bounds are inside. A saturated ratio is outside where `outside` is "drop"
+    and `max_weight` infinite.
     """
 
-    old_logprobs: Tensor  # [outer, inner], fp32, as the next two
-    advantages: Tensor
-    rollout_logprobs: Tensor | None
-    positive: tuple[float, float]
-    negative: tuple[float, float]
-    outside: str
-    measure: str
+    old_logprobs: Tensor  # [outer, inner], fp32
+    advantages: Tensor  # the same
+    rollout_logprobs: Tensor | None  # the same, for "tv" and "kl"; None: old_logprobs
+    max_log_ratio: float
+    positive: tuple[float, float]  # the range for an advantage above 0
+    negative: tuple[float, float]  # for all others
+    outside: Literal["drop", "hold"]  # drop: without the first term; hold ("ratio" alone): the weight of the bound
+    measure: Literal["ratio", "tv", "kl"]
     max_weight: float
     penalty: float
-    max_log_ratio: float
 
 
 class Upstream(NamedTuple):

@@ -111,7 +111,8 @@ KINDS = {
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
                "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty"),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
-    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "normalize", "missing"),
+    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "normalize",
+               "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage"),
     "other": ("objective", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
 }  # fmt: skip

@@ -6,16 +6,18 @@ pass that a loss with a ratio per token takes only here.
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import cuda_module
 import pytest
 import torch
 import torch.utils.checkpoint
 from batches import LAYOUTS, OBJECTIVES, SHORT, arguments, edge_batch, ragged_batch, run
-from checks import check_outcome, run_and_check
+from checks import check_close, check_outcome, run_and_check
 from linear import Identity
 from modes import DEVICE, GPU, ON_GPU, TRITON_MODES, on_device
 from test_losses import OPTIONS
@@ -25,7 +27,7 @@ import gspo_kernels
 from gspo_kernels import grpo_loss, gspo_loss
 from gspo_kernels.losses import fused_loss
 from gspo_kernels.rows import cuda_rows, dispatch
-from gspo_kernels.rows.types import Rows, Upstream
+from gspo_kernels.rows.types import Rows, TokenSlope, Upstream
 
 pytestmark = TRITON_MODES
 NOT_ON_GPU = pytest.mark.skipif(ON_GPU, reason="asks the stand-in for CUDA's runtime, which a GPU does not need")
@@ -55,13 +57,13 @@ def forget() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each launch of the kernel whether it clipped."""
+    """For each launch of the kernel whether it computed slopes."""
     seen: list[bool] = []
     launch = cuda_rows.forward_backward
 
-    def counted(rows: Any, upstream: Any, gradient: Tensor, clip: Any = None) -> Any:
-        seen.append(clip is not None)
-        return launch(rows, upstream, gradient, clip)
+    def counted(rows: Any, upstream: Any, gradient: Tensor, slope: Any = None) -> Any:
+        seen.append(slope is not None)
+        return launch(rows, upstream, gradient, slope)
 
     monkeypatch.setattr(cuda_rows, "forward_backward", counted)
     return seen
@@ -272,6 +274,115 @@ def test_it_respects_stream_and_device() -> None:
         grpo_loss(leaf, *args.rest, **args.keywords, backend="cuda").loss.backward()
     stream.synchronize()
     assert leaf.grad is not None and expected.grad is not None and torch.equal(leaf.grad, expected.grad)
+
+
+# --- the slope of a row's loss, by the kernel alone -------------------------------------------------------------------
+
+ALL = (-math.inf, math.inf)
+
+
+class Slopes(NamedTuple):
+    """An objective: its numbers for the kernel, and dL/dlogprob in float64 from the formula of its paper."""
+
+    numbers: dict[str, Any]
+    slope: Callable[[Tensor, Tensor, Tensor], Tensor]  # of log-ratios, advantages, and how far the policy has moved
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(max=20.0).exp()
+
+
+def _grpo(r: Tensor, a: Tensor, _: Tensor) -> Tensor:
+    w = _ratio(r)
+    held = torch.where(a > 0, w > 1.27, (w < 0.8) | (w > 3.0)) | (r > 20.0)
+    return torch.where(held, 0.0, -w * a)
+
+
+def _dppo(r: Tensor, a: Tensor, moved: Tensor) -> Tensor:
+    outside = torch.where(a > 0, moved > 0.1, moved < -0.05)
+    return torch.where(outside, 0.0, -_ratio(r).clamp(max=4.0) * a)
+
+
+_DPPO = {"positive": (-math.inf, 0.1), "negative": (-0.05, math.inf), "max_weight": 4.0}
+SLOPES = {
+    "GRPO": Slopes({"positive": (-math.inf, 0.27), "negative": (-0.2, 2.0)}, _grpo),
+    "CISPO": Slopes(
+        {"positive": (-0.3, 0.4), "negative": (-0.3, 0.4), "outside": "hold"},
+        lambda r, a, _: -_ratio(r).clamp(0.7, 1.4) * a,
+    ),
+    "TOPR": Slopes(
+        {"positive": (0.0, 0.0), "negative": (-1.0, 0.0), "outside": "hold"},
+        lambda r, a, _: -torch.where(a > 0, 1.0, _ratio(r).clamp(max=1.0)) * a,
+    ),
+    "DRO": Slopes(
+        {"positive": (0.0, 0.0), "negative": (0.0, 0.0), "outside": "hold", "penalty": 0.05},
+        lambda r, a, _: -a + 0.05 * r,
+    ),
+    "DPPO by TV": Slopes({**_DPPO, "measure": "tv"}, _dppo),
+    "DPPO by KL": Slopes({**_DPPO, "measure": "kl"}, _dppo),
+    "no bound": Slopes({}, lambda r, a, _: torch.where(r > 20.0, 0.0, -_ratio(r) * a)),
+}
+
+
+def _moved(measure: str, logprobs: Tensor, rollout: Tensor) -> Tensor:
+    pi, mu = logprobs.exp(), rollout.exp()
+    divergence = mu * (rollout - logprobs) + torch.log((1 - mu) / (1 - pi)) * (1 - mu)
+    return pi - mu if measure == "tv" else torch.where(pi < mu, -divergence, divergence)
+
+
+@pytest.mark.parametrize("rollouts", [False, True], ids=["old", "rollout"])
+@pytest.mark.parametrize("name", SLOPES)
+def test_the_slope_of_a_row(name: str, rollouts: bool, kernels: Any) -> None:
+    """Against float64: ratios on both sides of all bounds, tokens of all probabilities, advantages of 0, -inf."""
+    numbers, slope = SLOPES[name]
+    numbers = {"positive": ALL, "negative": ALL, "outside": "drop", "measure": "ratio", **numbers}
+    numbers = {"max_weight": math.inf, "penalty": 0.0, "max_log_ratio": 20.0, **numbers}
+    steps = [0.0, 0.1, 0.3, 0.5, 1.7, 25.0, -0.15, -0.5, -30.0]
+    step, shift, a = torch.tensor(list(itertools.product(steps, [0.0, 0.3, -0.3], [1.5, -1.5, 0.0]))).double().unbind(1)
+    n, vocab = len(a), 45
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(n, vocab, generator=generator) * 2, torch.arange(n) * 5 % 7
+    logits[:, 7] = -torch.inf
+    logits[torch.arange(n), ids] += torch.tensor([0.0, 4.0, 8.0]).repeat_interleave(9)[torch.arange(n) % 27]
+    logprobs = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    old = (logprobs - step).float().clamp(max=-1e-6)
+    rollout = (logprobs.exp() + shift).clamp(1e-6, 1 - 1e-6).log().float() if rollouts else old
+    weights, mask = torch.rand(n, generator=generator) + 0.5, torch.arange(n) % 11 != 4
+    weights[::13] = 0.0
+
+    of_kernel = (on_device(x[None]) for x in (old, a.float(), rollout))
+    of_rows = TokenSlope(*of_kernel, **numbers)
+    if not rollouts:
+        of_rows = of_rows._replace(rollout_logprobs=None)
+    rows = Rows(*(on_device(x[None]) for x in (logits, ids, mask)), torch.tensor(1.0, dtype=torch.float64), vocab)
+    gradient = torch.empty_like(rows.logits)
+    upstream = Upstream(on_device(weights[None]), counts=on_device(torch.full((2,), 2.0)))
+    cuda_rows.forward_backward(rows, upstream, gradient, of_rows)
+
+    slopes = slope(logprobs - old.double(), a, _moved(of_rows.measure, logprobs, rollout.double()))
+    slopes = torch.where(mask & (weights != 0), slopes * weights / 4, 0.0)
+    share = torch.nn.functional.one_hot(ids, vocab) - logits.double().softmax(-1)
+    rounding = slopes.abs() + 0.1 * of_rows.penalty  # of the log-probabilities; a small log-ratio has it, too
+    bound = 2e-6 * rounding * (1 + logprobs.abs())
+    check_close("gradient", gradient[0], slopes[:, None] * share, bound[:, None])
+
+
+@pytest.mark.parametrize("of", ["advantages", "old_logprobs", "rollout_logprobs"])
+def test_a_nan_of_a_slope(of: str, kernels: Any) -> None:
+    """Is not hidden by a slope that is dropped; a row without a weight does not see it."""
+    logits, arrays = torch.zeros(1, 3, 4), {name: torch.full((1, 3), -9.0) for name in TokenSlope._fields[:3]}
+    arrays[of][0, :2] = torch.nan
+    rows = Rows(on_device(logits), on_device(torch.ones(1, 3, dtype=torch.int64)), None, torch.tensor(1.0).double(), 4)
+    upstream = Upstream(on_device(torch.tensor([[1.0, 0.0, 1.0]])))
+    arrays = {name: on_device(x) for name, x in arrays.items()}
+    slope = TokenSlope(
+        **arrays, max_log_ratio=20.0, positive=ALL, negative=(-0.1, 0.1), outside="drop", measure="tv", max_weight=5.0,
+        penalty=0.0,
+    )  # fmt: skip
+    gradient = torch.empty_like(rows.logits)
+    cuda_rows.forward_backward(rows, upstream, gradient, slope)
+    first, *others = gradient[0]
+    assert bool(first.isnan().all()) and all(bool((x == 0).all()) for x in others)
 
 
 # --- which kernels run, and what is said where they cannot ------------------------------------------------------------

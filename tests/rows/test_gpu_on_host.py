@@ -25,17 +25,18 @@ pytestmark = [
 ]
 
 
-def build(folder: Path, *flags: str, mutant: Mutant | None = None) -> Path:
-    """The program, of a copy of the kernels in which each text of `mutant`, found once, is replaced."""
+def build(folder: Path, *flags: str, mutant: Mutant | None = None, of: str = "rows") -> Path:
+    """The program `of`, of a copy of the kernels in which each text of `mutant`, found once, is replaced."""
     for part in ("csrc", "tests/support/gpu_on_host"):
         shutil.copytree(ROOT / part, folder / part)
-    kernels = {path: path.read_text() for path in (folder / "csrc/cuda").glob("*.cuh")}
+    sources = [*(folder / "csrc/cuda").glob("*.cuh"), folder / "csrc/token_slope.h"]
+    kernels = {path: path.read_text() for path in sources}
     for old, new in (mutant or {}).items():
         assert sum(text.count(old) for text in kernels.values()) == 1, f"a mutant that is none: {old}"
         kernels = {path: text.replace(old, new) for path, text in kernels.items()}
     for path, text in kernels.items():
         path.write_text(text)
-    program, source = folder / "rows", folder / "tests/support/gpu_on_host/rows.cpp"
+    program, source = folder / of, folder / f"tests/support/gpu_on_host/{of}.cpp"
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"] if mutant is None else ["-w"]
     flags = (*warnings, "-DGSPO_ON_HOST", f"-I{source.parent}", *flags)
     subprocess.run([COMPILER, "-std=c++17", "-O1", *flags, str(source), "-o", str(program)], check=True)
@@ -91,11 +92,9 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         {"(of_lane.weighted + of_lane.total * shift) * shrink;": "of_lane.weighted * shrink;"},
         "entropy is wrong",
     ),
-    "no clip": (
-        {"return held ? 0.0 : on_policy * (1.0 + deviation);": "return on_policy * (1.0 + deviation);"},
-        "gradient is wrong",
-    ),
-    "no dual clip": ({" || deviation > clip.dual_clip - 1.0;": ";"}, "clipped twice"),
+    "no slope": ({"return slope == 0.0 ? 0.0 : upstream * slope;": "return upstream;"}, "gradient is wrong"),
+    "another row's advantage": ({"slope.advantages[row]": "slope.advantages[0]"}, "gradient is wrong"),
+    "the old log-probability for the rollout's": ({"slope.rollout_logprobs ? ": "false ? "}, "by TV"),
     "no zeros": ({"write_zeros<kThreads>(task.slice, task.gradient);": ";"}, "gradient is wrong"),
     "the next row from a stale ticket": (
         {"next_row = shared.exchange.next[turn];": "next_row = shared.exchange.next[turn ^ 1] % 64;"},
@@ -139,7 +138,7 @@ CHOSEN_WRONG = {
     "no edge at the end",
     "-inf is never bounded",
     "entropy of lanes not shifted",
-    "no dual clip",
+    "the old log-probability for the rollout's",
     "the next row from a stale ticket",
     "the next row not copied at all",
     "a barrier that some threads do not come to",
@@ -152,6 +151,57 @@ def test_wrong_kernels_are_found(name: str, tmp_path: Path) -> None:
     done = run(build(tmp_path, "-DGSPO_FEW", mutant=mutant))
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def check_slopes(folder: Path, mutant: Mutant | None) -> None:
+    done = run(build(folder, mutant=mutant, of="slopes"))
+    assert (done.returncode == 0) == (mutant is None), done.stdout + done.stderr
+
+
+SLOPES: dict[str, Mutant | None] = {
+    "right": None,
+    "the lower bound is outside": {"moved < range.low": "moved <= range.low"},
+    "the upper bound is outside": {"moved > range.high": "moved >= range.high"},
+    "one range": {"? loss.positive : loss.negative": "? loss.positive : loss.positive"},
+    "the other range": {"? loss.positive : loss.negative": "? loss.negative : loss.positive"},
+    "exp(r) - 1 by a subtraction": {
+        "std::expm1(saturated ? loss.max_log_ratio : log_ratio)":
+        "std::exp(saturated ? loss.max_log_ratio : log_ratio) - 1.0"
+    },
+    "nothing saturates": {"log_ratio > loss.max_log_ratio": "false"},
+    "the largest log-ratio saturates": {"log_ratio > loss.max_log_ratio": "log_ratio >= loss.max_log_ratio"},
+    "what saturates has a slope": {"saturated && loss.max_weight == INFINITY": "false"},
+    "what saturates is not truncated": {"saturated && loss.max_weight == INFINITY": "saturated"},
+    "nothing is truncated": {"if (weight > loss.max_weight) weight = loss.max_weight;": ""},
+    "nothing is held": {"loss.hold && (below || above);\n  double": "false;\n  double"},
+    "held at one bound": {"below ? range.low : range.high": "range.high"},
+    "dropped where it is held": {"!loss.hold && (": "("},
+    "nothing is dropped": {"(dropped ? 0.0 : -weight * token.advantage)": "(-weight * token.advantage)"},
+    "no penalty": {" + loss.penalty * log_ratio": ""},
+    "a penalty of the ratio": {"loss.penalty * log_ratio": "loss.penalty * deviation"},
+    "a dropped NaN of an advantage": {" || token.advantage != token.advantage": ""},
+    "a NaN of a rollout": {"moved != moved || ": ""},
+    "inf - inf": {"x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x": "x"},
+    "KL for TV": {"if (measure == Measure::kTv)": "if (false)"},
+    "TV for KL": {"if (measure == Measure::kTv)": "if (true)"},
+    "a difference without its sign": {"step > 0.0 ? difference : -difference": "difference"},
+    "a difference of near-equal numbers": {"p * -std::expm1(-apart)": "p - p * std::exp(-apart)"},
+    "the smaller probability": {"step > 0.0 ? logprob : rollout_logprob": "step > 0.0 ? rollout_logprob : logprob"},
+    "KL(pi || mu)": {"step > 0.0 ? p - difference : p": "step > 0.0 ? p : p - difference"},
+    "the others of one policy": {"step > 0.0 ? rest + difference : rest": "rest"},
+    "-0.0 of certain tokens": {"0.0 - std::expm1(larger)": "-std::expm1(larger)"},
+    "1 - p by a subtraction": {"0.0 - std::expm1(larger)": "1.0 - p"},
+    "0 * inf of certain tokens": {"(others > 0.0 ? others * std::log1p(difference / rest) : 0.0)":
+                                  "others * std::log1p(difference / rest)"},
+    "log1p by log": {"std::log1p(difference / rest)": "std::log(1.0 + difference / rest)"},
+}  # fmt: skip
+CHOSEN_SLOPES = {"right", "the lower bound is outside", "what saturates is not truncated", "the others of one policy"}
+
+
+@pytest.mark.parametrize("name", some(SLOPES, CHOSEN_SLOPES))
+def test_slopes(name: str, tmp_path: Path) -> None:
+    """The formula of csrc/token_slope.h alone."""
+    check_slopes(tmp_path, SLOPES[name])
 
 
 RACES: dict[str, Mutant | None] = {

@@ -90,7 +90,7 @@ double finite(double x) { return x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x; }
 std::string words(const Case& c) {
   const auto number = [](auto x) { return std::to_string(x); };
   return std::string(", ") + kNames[c.of] + ", " + number(c.clusters) + " clusters of " + number(c.ranks) + ", V = " + number(c.vocab) + ", shift " + number(c.shift) + (c.over ? ", in place" : "") +
-         (c.elsewhere ? ", elsewhere" : "") + (c.clip ? ", clipped" : "") + (c.dual_clip < 1e9 ? " twice" : "") +
+         (c.elsewhere ? ", elsewhere" : "") + (c.clip ? c.over ? ", clipped by TV" : ", clipped" : "") + (c.dual_clip < 1e9 ? " twice" : "") +
          (c.temperatures ? ", temperatures" : "");
 }
 
@@ -141,7 +141,7 @@ void check(const Case& c) {
 
   std::vector<int64_t> tokens(rows);
   const auto mask = std::make_unique<bool[]>(rows);
-  std::vector<float> upstream(rows), old(rows), advantages(rows), temperatures(rows);
+  std::vector<float> upstream(rows), old(rows), rollout(rows), advantages(rows), temperatures(rows);
   std::vector<Truth> truth;
   for (int64_t r = 0; r < rows; ++r) {
     const int kind = plain ? kPlain : static_cast<int>(r);
@@ -181,12 +181,13 @@ void check(const Case& c) {
     mask[r] = kind != kMasked;
     advantages[r] = kind == kHeld || r % 2 == 0 ? 1.0f : -1.0f;
     if (kind == kHeldTwice || kind == kFarAway) advantages[r] = -1.0f;
-    upstream[r] = kind == kNoGradient ? 0.0f : -0.37f * advantages[r];
+    upstream[r] = kind == kNoGradient ? 0.0f : c.clip ? 0.37f : -0.37f * advantages[r];
     temperatures[r] = kind == kTies || kind == kMostNegative ? 1e-6f
                       : kind == kBothEnds || kind == kLargest ? 1e6f
                                                               : 0.7f + 0.2f * (r % 5);
     truth.emplace_back(row, vocab, token, c.temperatures ? temperatures[r] : 1.3);
     const double log_ratio = kind == kHeld ? 0.05 : kind == kHeldTwice ? 1.5 : kind == kFarAway ? 2.5 : -0.01;
+    rollout[r] = static_cast<float>(kind == kHeld ? std::log(std::exp(truth[r].logprob) + 0.1) : truth[r].logprob);
     old[r] = kind == kTargetInfinite ? (c.over ? -INFINITY : -3.0f) : static_cast<float>(truth[r].logprob - log_ratio);
   }
 
@@ -203,7 +204,15 @@ void check(const Case& c) {
   args.out = {out_logprobs.data(), out_entropy.data(), out_lse.data()};
   args.upstream = {upstream.data(), nullptr, nullptr};
   args.common = {&factor, counts, 3};
-  args.clip = {c.clip ? old.data() : nullptr, advantages.data(), 0.04, 0.04, c.dual_clip, 2.0};
+  args.slope = {c.clip ? old.data() : nullptr, advantages.data(),          nullptr,
+                {-INFINITY, 0.04},             {-0.04, c.dual_clip - 1.0}, false,
+                Measure::kRatio,               INFINITY,                   0.0,     2.0};
+  const bool by_tv = c.clip && c.over;  // for advantages of both signs from -0.04 on
+  if (by_tv) {
+    args.slope.rollout_logprobs = rollout.data();
+    args.slope.measure = Measure::kTv;
+    args.slope.positive = args.slope.negative = {-0.04, INFINITY};
+  }
   args.gradient = {reinterpret_cast<char*>(g), outer_stride, stride};
   args.tickets = &tickets;
   on_host::launch(c.clusters, c.ranks, kThreads, c.of == kAgain ? 0 : buffer_bytes<T>(vocab, c.ranks), [&] {
@@ -214,11 +223,14 @@ void check(const Case& c) {
   for (int64_t r = 0; r < rows; ++r) {
     const std::string where = name_of(T{}) + words(c) + ", row " + std::to_string(r);
     const Truth& t = truth[r];
-    double coefficient = mask[r] ? upstream[r] * 0.125 : 0.0;
+    double coefficient = mask[r] && upstream[r] != 0.0f ? -0.37f * advantages[r] * 0.125 : 0.0;
     if (c.clip && coefficient != 0.0) {
       const double log_ratio = finite(static_cast<float>(t.logprob)) - finite(old[r]);
       const double deviation = std::expm1(log_ratio);
-      const bool held = advantages[r] > 0 ? deviation > 0.04 : deviation < -0.04 || deviation > c.dual_clip - 1.0;
+      const double difference = std::exp(t.logprob) - std::exp(std::fmin(rollout[r], 0.0));
+      const bool held = by_tv                ? difference < -0.04
+                        : advantages[r] > 0 ? deviation > 0.04
+                                            : deviation < -0.04 || deviation > c.dual_clip - 1.0;
       coefficient = held || log_ratio > 2.0 ? 0.0 : coefficient * (1.0 + deviation);
     }
     if (mask[r]) {
