@@ -41,7 +41,9 @@ from gspo_kernels import (
     Objective,
     Terms,
     TokenBatch,
+    TopEntropy,
     TOPRToken,
+    group_token_counts,
     policy_loss_from_logprobs,
 )
 
@@ -359,16 +361,36 @@ def top_entropy(share: float) -> Tensor:
 
 
 @needs_trl
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.65])
+@pytest.mark.parametrize("share", [0.2, 0.65])
 @pytest.mark.parametrize("case", [case for case in TRL if case != "gmpo"])
 def test_trl_top_entropy_quantile(case: str, share: float) -> None:
-    """TRL leaves the other tokens out of the policy term. They keep their KL term, and count in every mean."""
+    """TRL leaves the other tokens out of the policy term. They keep their KL term, and count in every mean.
+
+    With a ratio per token that is `TopEntropy`. With one per response, the share of chosen tokens weighs the loss of
+    the response, and its gradient goes to all of its tokens: `TopEntropy(GSPOToken())` gives it to the chosen ones.
+    """
     loss_type, objective, options, changes = TRL[case]
     chosen = top_entropy(share)
-    assert share == 0 or abs(float(chosen.sum()) / TOKENS - share) < 0.02
+    assert abs(float(chosen.sum()) / TOKENS - share) < 0.02
     kl = {"beta": 0.3, "ref_logprobs": BATCH.ref_logprobs, "kl_weighting": "ratio"}
     theirs, _ = trl(loss_type, **changes, top_entropy_quantile=share, beta=0.3)
     check(ours(objective, **options, **kl, importance_weights=chosen.double()), theirs)
+    if objective.ratio_of == "token":
+        check(ours(TopEntropy(objective, share), **options, **kl, entropy=BATCH.entropy), theirs)
+    else:
+        by_token = TopEntropy(GSPOToken(0.2, 0.28), share)
+        _, gradient = ours(by_token, entropy=BATCH.entropy, aggregation=options.get("aggregation"))
+        assert bool((gradient[~chosen] == 0).all()) and bool((theirs[1][~chosen & BATCH.mask] != 0).any())
+
+
+@needs_trl
+def test_trl_top_entropy_quantile_of_0_keeps_the_highest() -> None:
+    """`TopEntropy` refuses a share of 0; a small one keeps the token of the highest entropy."""
+    theirs, _ = trl("dapo", top_entropy_quantile=0.0)
+    assert int((theirs[1] != 0).sum()) <= int(top_entropy(0.0).sum()) == 1
+    check(ours(GRPO(0.2, 0.28), aggregation="token_mean", importance_weights=top_entropy(0.0).double()), theirs)
+    with pytest.raises(ValueError, match="share: expected"):
+        TopEntropy(GRPO(), 0.0)
 
 
 @needs_trl
@@ -409,7 +431,9 @@ def skyrl_reduction(name: str) -> tuple[Tensor, dict[str, Any]]:
         of_all = torch.full_like(lengths, 1 / (RESPONSES * WIDTH))
         return of_all, {"aggregation": "sequence_sum", "normalizer": float(RESPONSES * WIDTH)}
     counts = torch.cat([lengths[start:end].sum().expand(end - start) for start, end in PROMPTS])
-    return 1 / (len(PROMPTS) * counts[:, None]), {"aggregation": "group_mean", "group_tokens": counts}
+    group_ids = torch.cat([torch.full((end - start,), i) for i, (start, end) in enumerate(PROMPTS)])
+    options = {"aggregation": "group_mean", "group_tokens": group_token_counts(BATCH.mask, group_ids=group_ids)}
+    return 1 / (len(PROMPTS) * counts[:, None]), options
 
 
 def skyrl_sapo(logprobs: Tensor, advantages: Tensor) -> Tensor:
