@@ -394,6 +394,16 @@ def test_trl_top_entropy_quantile_of_0_keeps_the_highest() -> None:
 
 
 @needs_trl
+def test_trl_top_entropy_quantile_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is that of the rank. A rank of low entropies has no policy term in TRL."""
+    high = torch.full((9 * TOKENS,), 100.0)
+    monkeypatch.setattr(OneProcess, "gather", lambda self, values: torch.cat([values, high]))
+    (_, gradient), _ = trl("dapo", top_entropy_quantile=0.2)
+    assert bool((gradient == 0).all())
+    assert bool((ours(TopEntropy(GRPO(), 0.2), entropy=BATCH.entropy)[1] != 0).any())
+
+
+@needs_trl
 def test_trl_top_entropy_quantile_of_gmpo() -> None:
     """There the other tokens are not part of the geometric mean either, as if they were masked."""
     chosen = top_entropy(0.65)
