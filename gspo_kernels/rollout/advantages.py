@@ -189,7 +189,7 @@ def _groups(responses: Tensor, group_size: Any, group_ids: Any) -> _Groups:
     if (group_size is None) == (group_ids is None):
         got = "neither" if group_size is None else "both"
         raise ValueError(
-            f"group_size, group_ids: expected exactly one of them, which says which responses belong together; got {got}"
+            f"group_size, group_ids: expected exactly one of them, to say which responses belong together; got {got}"
         )
     if group_ids is not None:
         checks.integers("group_ids", checks.tensor("group_ids", group_ids, "one group per response"), "one group each")
