@@ -558,6 +558,9 @@ def test_roll_and_trinity_taper_tokens_and_the_paper_responses(objective: Object
 
     found = ours(objective)
     check(found, of_formula(formula))
+    if not by_response:  # as ROLL counts
+        held_at_1 = BATCH.mask & (advantages < 0) & (BATCH.log_ratio > 0)
+        check_number("clipped", clipped_share(objective, by_token=False), float(held_at_1.sum()) / TOKENS, 1e-6)
     _, of_rewards = of_formula(lambda logprobs: formula(logprobs, advantages > -1.0))
     assert float((of_rewards - found[1]).abs().max()) > 1e-3
 
