@@ -195,7 +195,8 @@ def global_count(
     found = (counted * layout.share()).sum() if ranks is not None else counted.sum()
     if ranks is not None:
         found = sum_over_ranks(found, ranks, crosses=False)
-    found = found.round()
+    if aggregation != "group_mean":  # of which there may be parts
+        found = found.round()
     if advantages is not None:
         found = torch.where(found == 0, torch.ones_like(found), found)
     return found / ranks.size if averaged and ranks is not None else found
