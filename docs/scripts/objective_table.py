@@ -1,6 +1,6 @@
 """The table of objectives in README.md and docs/objectives.md, made from the classes. This command rewrites it:
 
-    python docs/scripts/objectives.py
+    python docs/scripts/objective_table.py
 
 A class begins its docstring with one sentence, `Name: what it does (arXiv 1234.56789).`; all else is in its attributes.
 """
@@ -17,7 +17,7 @@ from gspo_kernels import Objective
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "objectives.md")
-BEGIN, END = "<!-- objectives: begin, by python docs/scripts/objectives.py -->", "<!-- objectives: end -->"
+BEGIN, END = "<!-- objectives: begin, by python docs/scripts/objective_table.py -->", "<!-- objectives: end -->"
 
 
 def objectives() -> list[type[Objective]]:
@@ -54,7 +54,8 @@ def summary(kind: type[Objective]) -> tuple[str, str]:
     first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
     found = re.fullmatch(r".+?: (.+) \(arXiv (\d{4}\.\d{5})[^()]*\)\.", first)
     if found is None:
-        raise ValueError(f"{kind.__name__}: expected a docstring that begins as the others do; got {first!r}")
+        expected = "expected a docstring whose first sentence is `Name: what it does (arXiv 1234.56789).`"
+        raise ValueError(f"{kind.__name__}: {expected}; got {first!r}")
     return found[1], found[2]
 
 
@@ -79,7 +80,7 @@ def shown(value: object) -> str:
 
 
 def with_table(page: str) -> str:
-    """The page with the table of now."""
+    """The page with the table that the classes make."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
