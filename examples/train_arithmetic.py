@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--eps-low", type=positive, help="clip range below 1 (default: the objective's own)")
     parser.add_argument("--eps-high", type=positive, help="clip range above 1 (default: the objective's own)")
     parser.add_argument("--critic", action="store_true", help="train a value model, for an advantage for each token")
-    parser.add_argument("--lam", type=float, default=0.95, help="of the critic's advantages (default: %(default)s)")
+    parser.add_argument("--lam", type=float, default=1.0, help="of the critic's advantages (default: %(default)s)")
     arguments, settings = parse_arguments(parser, Path("runs/arithmetic"))
     objective, clip = chosen_objective(parser, arguments)
     started = time.perf_counter()

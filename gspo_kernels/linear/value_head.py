@@ -20,7 +20,7 @@ from ..base.operators import Operator, save_values, saved_values
 from ..losses.value_loss import ValueLossOutput, value_inputs
 from .types import NeedsGrad, needs_grad
 
-_CHUNK_BYTES, _CHUNK_BYTES_ELSEWHERE = 4 << 20, 64 << 20  # in float64; on a CPU a chunk stays in the cache
+_CHUNK_BYTES, _CHUNK_BYTES_ELSEWHERE = 8 << 20, 64 << 20  # in float64; on a CPU a chunk stays in the cache
 _LOSS, _VALUES = "linear_value_loss", "linear_values"  # for error messages
 _INSTEAD = "value_loss, of values made by torch's own operators, supports it"
 
@@ -134,22 +134,15 @@ def _chunks(rows: Tensor) -> Iterator[tuple[int, slice]]:
     return ((i, slice(start, min(start + size, inner))) for i in range(outer) for start in range(0, inner, size))
 
 
-def _in_float64(chunk: Tensor, counts: Tensor | None) -> Tensor:
-    """A copy of [rows, D], 0 where a row does not count, whatever is there."""
-    copy = chunk.to(torch.float64, copy=True)
-    return copy if counts is None else copy.masked_fill_(~counts[:, None], 0.0)
-
-
 def _linear_values(head: _ValueHead, needs: NeedsGrad) -> Tensor:
     rows, weight = head.rows(), head.weight.double()
-    mask = None if head.mask is None else head.mask.reshape(rows.shape[:-1])
-    values = torch.zeros(rows.shape[:-1], dtype=head.dtype(), device=rows.device)
+    values = torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
     for where in _chunks(rows):
-        found = _in_float64(rows[where], None if mask is None else mask[where]) @ weight
-        if head.bias is not None:
-            found = found + head.bias.double()
-        values[where] = found if mask is None else found.masked_fill(~mask[where], 0.0)
-    return values.view(head.hidden.shape[:-1])
+        torch.mv(rows[where].double(), weight, out=values[where])
+    if head.bias is not None:
+        values = values + head.bias.double()
+    values = values.to(head.dtype()).view(head.hidden.shape[:-1])
+    return values if head.mask is None else values.masked_fill(~head.mask, 0.0)
 
 
 class _Gradients(NamedTuple):
@@ -161,24 +154,24 @@ class _Gradients(NamedTuple):
 
 
 def _values_gradient(head: _ValueHead, needs: NeedsGrad, gradient: Tensor) -> _Gradients:
-    """A row whose gradient is 0 gets 0, and is not added up, whatever is there."""
-    rows, weight = head.rows(), head.weight.double()
-    upstream = gradient.reshape(rows.shape[:-1]).double()
-    if head.mask is not None:
-        upstream = upstream.masked_fill(~head.mask.reshape(upstream.shape), 0.0)
-    active = upstream != 0
+    """A row whose gradient is 0 is not added up, whatever is there."""
+    rows, dtype = head.rows(), head.dtype()
+    upstream = gradient if head.mask is None else gradient.masked_fill(~head.mask, 0.0)
+    upstream = upstream.reshape(rows.shape[:-1])
     found = _empty_gradients(head, needs, gradient)
-    of_rows = found.hidden.view(rows.shape) if needs.hidden else None
-    of_weight = torch.zeros_like(weight)
-    for where in _chunks(rows):
-        if needs.weight:
-            of_weight += upstream[where] @ _in_float64(rows[where], active[where])
-        if of_rows is not None:
-            of_rows[where] = torch.outer(upstream[where], weight).masked_fill_(~active[where][:, None], 0.0)
+    if needs.hidden:
+        of_rows, weight = found.hidden.view(rows.shape), head.weight.to(dtype)
+        for where in _chunks(rows):
+            torch.mul(upstream[where][:, None], weight, out=of_rows[where])
     if needs.weight:
+        exact, no_gradient = upstream.double(), (upstream == 0)[..., None]
+        of_weight = torch.zeros_like(head.weight, dtype=torch.float64)
+        for where in _chunks(rows):
+            chunk = rows[where].to(torch.float64, copy=True).masked_fill_(no_gradient[where], 0.0)
+            of_weight += exact[where] @ chunk
         found.weight.copy_(of_weight)
     if needs.bias:
-        found.bias.copy_(upstream.sum())
+        found.bias.copy_(upstream.sum(dtype=torch.float64))
     return found
 
 

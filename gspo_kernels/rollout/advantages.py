@@ -33,7 +33,7 @@ def group_advantages(
     |---|---|---|
     | GRPO (arXiv 2402.03300, section 4.1.2) | "mean" | "std" |
     | Dr. GRPO (arXiv 2503.20783) | "mean" | "none" |
-    | RLOO (arXiv 2402.14740, equation 8) | "leave_one_out" | "none" |
+    | RLOO (arXiv 2402.14740) | "leave_one_out" | "none" |
     | REINFORCE++ with a baseline (arXiv 2501.03262) | "mean" | "batch_std" |
     | REINFORCE++ (the same paper), which needs no groups | "batch_mean" | "batch_std" |
     | the group's maximum, for pass@k (arXiv 2503.19595); verl's `grpo_passk` | "leave_one_out_max" | "none" or "std" |

@@ -51,7 +51,7 @@ def gae(
     cu_seqlens: Tensor | None = None,
     last_values: Tensor | None = None,
 ) -> GaeOutput:
-    """Generalized advantage estimation (arXiv 1506.02438, equations 11, 12 and 16), for PPO with a value model.
+    """Generalized advantage estimation (arXiv 1506.02438, equations 11 and 16), for PPO with a value model.
 
     With t' the next unmasked token of the same sequence after t, over unmasked tokens:
 

@@ -131,14 +131,7 @@ KINDS = {
     "other": ("objective", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
-FIRST = (
-    "logits",
-    "hidden",
-    "logprobs",
-    "rewards",
-    "values",
-    "input_ids",
-)  # the others have to be on the device of this one
+FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on
 DIFFERENTIABLE = ("logits", "hidden", "logprobs", "values")
 F8 = torch.float8_e4m3fn
 

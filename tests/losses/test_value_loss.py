@@ -214,6 +214,18 @@ def test_shares_of_a_split_add_up(aggregation: str) -> None:
     torch.testing.assert_close(torch.cat(gradient), whole.gradients["values"], rtol=1e-6, atol=0)
 
 
+@by_layout
+@by_source
+def test_a_mean_over_groups(layout: str, source: str) -> None:
+    """One group of all sequences is the mean over tokens; a group each is the mean over sequences."""
+    case = case_of(seed=2)
+    counts = [float(sum(bool(case.mask[t]) for t in rows)) for rows in case.sequences]
+    for group_tokens, same in (([sum(counts)] * len(counts), "token_mean"), (counts, "sequence_mean")):
+        given = on_device(torch.tensor(group_tokens))
+        outcome = run(case, layout, source, aggregation="group_mean", group_tokens=given)
+        check(case, outcome, case.expected(aggregation=same))
+
+
 @by_source
 @pytest.mark.parametrize("where", ["values", "returns", "old_values"])
 def test_nan_is_not_hidden_and_stays_at_its_token(source: str, where: str) -> None:

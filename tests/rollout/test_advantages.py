@@ -7,7 +7,9 @@ from typing import Any
 
 import oracle
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modes import NOT_INTERPRETED, on_device
@@ -158,6 +160,27 @@ def test_over_ranks_as_in_one_batch(group_of_one: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(advantages, "gather", lambda mine, ranks: torch.stack(sent))
     found = torch.cat([gspo_kernels.group_advantages(part, **options) for part in parts]).cpu()
     assert torch.equal(found, group_advantages(rewards, group_size=4, baseline="batch_mean", normalize="none"))
+
+
+def on_rank(rank: int, rewards: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Eight responses on the first rank, four on the second, and their advantages as tokens."""
+    mine = rewards[:8] if rank == 0 else rewards[8:]
+    found = gspo_kernels.group_advantages(mine, group=dist.group.WORLD, **options)
+    return found, gspo_kernels.whiten_advantages(mine[:, None], group=dist.group.WORLD)
+
+
+class TestTwoRanks:
+    pytestmark = ranks.mark
+
+    @pytest.mark.parametrize("baseline", ["mean", "batch_mean"])
+    def test_as_one_process(self, baseline: str) -> None:
+        rewards = 1e3 + torch.rand(12, generator=torch.Generator().manual_seed(2))
+        options = {"group_size": 4, "baseline": baseline, "normalize": "batch_std"}
+        parts = ranks.run(2, on_rank, rewards, options)
+        expected = gspo_kernels.group_advantages(rewards, **options)
+        torch.testing.assert_close(torch.cat([part[0] for part in parts]), expected, rtol=1e-6, atol=1e-6)
+        whitened = gspo_kernels.whiten_advantages(rewards[:, None])
+        torch.testing.assert_close(torch.cat([part[1] for part in parts]), whitened, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("baseline", "normalize"), [("mean", "batch_std"), ("batch_mean", "batch_std")])
