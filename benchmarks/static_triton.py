@@ -37,8 +37,8 @@ BUDGETS = {"read": 8.0, "write": 7.0}
 # fp16 has no number low enough to stand for -inf at any temperature: one more instruction keeps 0 times -inf away.
 BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
 
-# Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a kernel that keeps
-# blocks of a row in registers has them. Accesses a thread, bytes of its stack.
+# Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a
+# kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
 SPILLS = {"forward": (2, 8), "forward_backward": (48, 128), "sequence": (6, 16)}
 
 TABLE = {  # a row's words: (kernel and variant, its loop)

@@ -11,7 +11,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and tokenizer are built here; nothing is downloaded
 
@@ -55,10 +55,11 @@ class Settings:
 
 
 def exported_objectives() -> dict[str, type[Objective]]:
-    """The package's objectives by the names of their losses: GSPOToken is `gspo_token`."""
+    """The package's objectives by the names of their losses (GSPOToken is `gspo_token`); not those around another."""
     exported = (getattr(gspo_kernels, name) for name in gspo_kernels.__all__)
     kinds = [x for x in exported if isinstance(x, type) and issubclass(x, Objective) and x is not Objective]
-    return {re.sub("(?<!^)(?=[A-Z][a-z])", "_", kind.__name__).lower(): kind for kind in kinds}
+    whole = [kind for kind in kinds if not any(each.default is MISSING for each in fields(kind))]  # type: ignore[arg-type]
+    return {re.sub("(?<!^)(?=[A-Z][a-z])", "_", kind.__name__).lower(): kind for kind in whole}
 
 
 OBJECTIVES = exported_objectives()

@@ -56,7 +56,7 @@ class TopEntropy(Objective):
         return replace(inner, loss=torch.where(tokens.entropy >= lowest, inner.loss, 0.0))
 
 
-_AS_INNER = ("advantages_per_token", "aggregation", "uses_rollout_logprobs")
+_AS_INNER = ("advantages_per_token", "aggregation", "uses_rollout_logprobs", "needs_advantage")
 
 
 def _quantile(values: Tensor, mask: Tensor, q: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def sequence_kernel(
     elif AGGREGATION == "token_mean":
         count = n
     elif AGGREGATION == "group_mean":
-        of_group = tl.maximum(tl.load(group_tokens + i), 1.0)
+        of_group = tl.where(any_token, tl.maximum(tl.load(group_tokens + i), 1.0), 1.0)
         share, count = quotient(1.0 + 0.0 * n, of_group), quotient(n, of_group)
 
     loss, loss_rest, low, high, saturated = zeros, zeros, zeros, zeros, zeros

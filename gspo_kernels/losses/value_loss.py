@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import checks
+from ..base.collectives import gather, ranks_of
 from ..base.layout import BatchShape, Layout, batch_shape
 from ..base.scalars import run_time
 from . import reduction
@@ -25,10 +26,24 @@ class ValueStats:
     explained_variance: Tensor  # 1 - Var(return - value) / Var(return); 0 where all returns are equal
     num_tokens: Tensor  # unmasked
     values: Tensor  # token layout, 0 where masked
+    moments: Tensor  # float64, what `over` puts together
 
     def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The scalars by name, ready for a logger; the array of values is left out."""
-        return {prefix + each.name: getattr(self, each.name) for each in fields(self) if each.name != "values"}
+        """The scalars by name, ready for a logger; the arrays are left out."""
+        return {prefix + each.name: getattr(self, each.name) for each in fields(self)[:-2]}
+
+    def over(self, group: Any) -> ValueStats:
+        """The scalars of the batch that the ranks of `group` share, as one process would have them.
+
+        One collective; every rank of the group has to call it, even with an empty batch. The arrays stay this rank's.
+
+        Args:
+            group: a process group of torch.distributed, or a mesh of one dimension.
+        """
+        ranks = ranks_of("group", group)
+        if ranks is None:
+            raise TypeError("group: expected a process group, or a mesh of one dimension; got None")
+        return _stats(gather(self.moments, ranks), self.values, self.moments)
 
 
 class ValueLossOutput(NamedTuple):
@@ -115,7 +130,8 @@ class ValueInputs(NamedTuple):
         shares = layout.spread(reduction.token_shares(layout, self.aggregation, self.normalizer, groups))
         loss = reduction.nan_if_no_count((of_loss.square() * shares).sum() / 2, layout, self.normalizer)
         with torch.no_grad():
-            stats = _stats(layout, current.detach(), returns, clipped, values.dtype)
+            moments = _moments(layout, error.detach(), returns, clipped)
+            stats = _stats(moments[None], current.detach().to(values.dtype).reshape(layout.shape), moments)
         return ValueLossOutput(loss.to(values.dtype), stats)
 
 
@@ -141,25 +157,53 @@ def value_inputs(
     return ValueInputs(batch, returns, old_values, clip_range, aggregation, group_tokens, normalizer)
 
 
-def _stats(layout: Layout, values: Tensor, returns: Tensor, clipped: Tensor, dtype: torch.dtype) -> ValueStats:
+class _Moments(NamedTuple):
+    """Of each rank's batch, [ranks]."""
+
+    tokens: Tensor  # how many
+    clipped: Tensor  # how many of them
+    return_mean: Tensor
+    return_squares: Tensor  # sum of squared differences from the mean
+    error_mean: Tensor  # of value - return
+    error_squares: Tensor
+
+
+def _moments(layout: Layout, error: Tensor, returns: Tensor, clipped: Tensor) -> Tensor:
+    """Of this rank, in the order of `_Moments`."""
     count = layout.num_tokens
 
-    def mean(numbers: Tensor) -> Tensor:
-        return layout.select(numbers.double()).sum() / count.clamp(min=1)
+    def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        # Equal numbers differ by exactly 0 from the largest, but not from a rounded mean.
+        largest = torch.cat([torch.where(layout.mask, numbers, -torch.inf), numbers.new_full((1,), -torch.inf)]).amax()
+        mean = largest + layout.select(numbers - largest).sum() / count
+        mean = torch.where(count == 0, 0.0, mean)
+        return mean, layout.select((numbers - mean).square()).sum()
 
-    def variance(numbers: Tensor) -> Tensor:
-        return mean((numbers - mean(numbers)).square())
+    return torch.stack([count, layout.select(clipped.double()).sum(), *of(returns), *of(error)])
 
-    # Equal returns are exactly 0 from their maximum, while a rounded mean may be off.
-    highest = torch.cat([torch.where(layout.mask, returns, -torch.inf), returns.new_full((1,), -torch.inf)]).amax()
-    error, spread = values - returns, variance(returns - highest)
-    explained = torch.where(spread == 0, 0.0, 1 - variance(error) / spread)
+
+def _stats(of_ranks: Tensor, values: Tensor, moments: Tensor) -> ValueStats:
+    """From the moments of all ranks, [ranks, 6]."""
+    each = _Moments(*of_ranks.unbind(1))
+    counted, total = each.tokens > 0, each.tokens.sum()
+
+    def together(means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and the variance of all."""
+        largest = torch.where(counted, means, -torch.inf).amax()
+        mean = largest + torch.where(counted, each.tokens * (means - largest), 0.0).sum() / total
+        mean = torch.where(total == 0, 0.0, mean)
+        apart = torch.where(counted, each.tokens * (means - mean).square(), 0.0)
+        return mean, (squares + apart).sum() / total.clamp(min=1)
+
+    return_mean, variance = together(each.return_mean, each.return_squares)
+    error_mean, unexplained = together(each.error_mean, each.error_squares)
     return ValueStats(
-        clip_fraction=mean(clipped).float(),
-        value_mean=mean(values).float(),
-        return_mean=mean(returns).float(),
-        squared_error=mean(error.square()).float(),
-        explained_variance=explained.float(),
-        num_tokens=count.float(),
-        values=values.to(dtype).reshape(layout.shape),
+        clip_fraction=(each.clipped.sum() / total.clamp(min=1)).float(),
+        value_mean=(return_mean + error_mean).float(),
+        return_mean=return_mean.float(),
+        squared_error=(unexplained + error_mean.square()).float(),
+        explained_variance=torch.where(variance == 0, 0.0, 1 - unexplained / variance).float(),
+        num_tokens=total.float(),
+        values=values,
+        moments=moments,
     )

@@ -259,6 +259,27 @@ def test_a_normalizer_that_is_no_count() -> None:
         run(case, "packed", normalizer=on_device(torch.tensor(-1.0)))
 
 
+def test_stats_over_ranks(group_of_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one process has them; the last of three ranks has no token."""
+    if group_of_one is None:
+        pytest.skip("no process group here")
+    case = case_of(seed=6)
+    parts = []
+    for rows, lengths in ((slice(0, 13), LENGTHS[:4]), (slice(13, 20), LENGTHS[4:]), (slice(0, 0), ())):
+        part = Case(case.hidden[rows], case.weight, case.bias, case.returns[rows], case.old_values[rows],
+                    case.mask[rows], lengths)  # fmt: skip
+        parts.append(run(part, "packed").stats)
+    assert parts[0].over(group_of_one).as_dict() == parts[0].as_dict()
+    monkeypatch.setattr(module, "gather", lambda mine, ranks: torch.stack([part.moments for part in parts]))
+    for part in parts:
+        found = part.over(group_of_one)
+        assert found.values is part.values
+        for name, number in case.expected().stats.items():
+            check_number(name, float(getattr(found, name)), number, 1e-6 * (1 + abs(number)))
+    with pytest.raises(TypeError, match="group: expected a process group"):
+        parts[0].over(None)
+
+
 def test_equal_returns_explain_nothing() -> None:
     values = on_device(torch.randn(1, 7))
     stats = gspo_kernels.value_loss(values, torch.full_like(values, 0.1)).stats
@@ -396,7 +417,8 @@ def broken(change: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
         assert self.old_values is not None
         error, clipped = change(current, layout.of_tokens(self.old_values), returns, layout.mask)
         with torch.no_grad():
-            stats = module._stats(layout, current.detach(), returns, clipped, values.dtype)
+            moments = module._moments(layout, (current - returns).detach(), returns, clipped)
+            stats = module._stats(moments[None], current.detach().to(values.dtype).reshape(layout.shape), moments)
         return ValueLossOutput((error.square().sum() / layout.num_tokens / 2).to(values.dtype), stats)
 
     return loss
