@@ -126,8 +126,8 @@ class ValueInputs(NamedTuple):
             held = torch.where(current > old + reach, old + reach, old - reach) - returns
             clipped = ((current - old).abs() > reach) & (held.abs() > error.abs())
             of_loss = torch.where(clipped, held.detach(), error) + torch.where(old.isnan(), torch.nan, 0.0)
-        groups = None if self.group_tokens is None else layout.of_sequences(self.group_tokens)
-        shares = layout.spread(reduction.token_shares(layout, self.aggregation, self.normalizer, groups))
+        by_sequence = reduction.token_shares(layout, self.aggregation, self.normalizer, self.group_tokens)
+        shares = layout.spread(by_sequence)
         loss = reduction.nan_if_no_count((of_loss.square() * shares).sum() / 2, layout, self.normalizer)
         with torch.no_grad():
             moments = _moments(layout, error.detach(), returns, clipped)
