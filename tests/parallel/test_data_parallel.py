@@ -150,7 +150,7 @@ def pairs_of(axes: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
     """A value of each axis, any two of which meet."""
     rng = random.Random(0)
     points = [[rng.randrange(len(axis)) for axis in axes] for _ in range(500)]  # so many that every pair is there
-    for k in every_pair([[(str(axis), i) for axis, i in enumerate(point)] for point in points]):
+    for k in every_pair([[[i] for i in point] for point in points]):
         yield [axis[i] for axis, i in zip(axes, points[k], strict=True)]
 
 

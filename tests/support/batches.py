@@ -7,22 +7,24 @@ the clip window to either side of its edges for both signs of the advantage, and
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import modes
 import oracle
 import torch
-from modes import on_device, sized
+from modes import every_pair, on_device, sized
 from torch import Tensor
 
 import gspo_kernels
 
-OBJECTIVES = list(oracle.OBJECTIVES)
 CLASSES: dict[str, Any] = {  # by the oracle's names: GSPOToken is gspo_token
     re.sub("(?<!^)(?=[A-Z][a-z])", "_", name).lower(): getattr(gspo_kernels, name)
     for name in gspo_kernels.__all__
@@ -30,8 +32,32 @@ CLASSES: dict[str, Any] = {  # by the oracle's names: GSPOToken is gspo_token
     and issubclass(getattr(gspo_kernels, name), gspo_kernels.Objective)
     and name != "Objective"
 }
+PACKAGE = list(CLASSES)
+# Objectives of no package: tests/objectives/mine.py has a class and, from the same formula, its entry in the oracle.
+for each in sorted(Path(oracle.__file__).parent.glob("objectives/*.py")):
+    own = importlib.import_module(f"objectives.{each.stem}")
+    oracle.OBJECTIVES[each.stem], CLASSES[each.stem] = own.TRUTH, own.CLASS
+OBJECTIVES = list(oracle.OBJECTIVES)
 
 
+def attributes_of(objective: str) -> list[tuple[str, Any]]:
+    """What decides which code of the package an objective passes through. A new one's are these, too."""
+    kind = CLASSES[objective]
+    names = (
+        "ratio_of", "advantages_per_token", "depends_on", "uses_logprobs", "known_on_policy", "uses_rollout_logprobs",
+        "by_sequence_alone", "sequence_value",
+    )  # fmt: skip
+    has = {
+        "a term": kind.triton_term is not None,
+        "a hold": kind.triton_hold is not None,
+        "a slope": kind().row_slope() is not None,
+    }
+    return [*((name, getattr(kind, name)) for name in names), *has.items()]
+
+
+# The fewest that have every attribute among them. With --all and on a GPU: all.
+KINDS = OBJECTIVES if modes.WHOLE else [OBJECTIVES[k] for k in every_pair([[attributes_of(x)] for x in OBJECTIVES])]
+WITH_TOKENS = [name for name in OBJECTIVES if CLASSES[name].advantages_per_token]
 FIELDS = {each.name for kind in CLASSES.values() for each in fields(kind)}  # eps_low, dual_clip, ...
 
 
