@@ -167,7 +167,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # else they wait for each other's cores
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
     config.addinivalue_line("markers", "only_with_all: runs with --all alone, for others find the same faults")
-    config.addinivalue_line("markers", "every_objective: about the mathematics, so one objective says nothing of another")
+    config.addinivalue_line("markers", "every_objective: each objective meets every other parameter (modes.py)")
+    config.addinivalue_line("markers", "each_objective: each objective is met at least once (modes.py)")
     # Kernels select an inf * 0 away as a GPU does, in silence; numpy speaks of each.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -182,10 +183,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tests[item.nodeid.partition("[")[0]].append(item)
     kept = set[pytest.Item]()
     for group in tests.values():
-        own = group[0].get_closest_marker("every_objective") is not None
+        marks = [group[0].get_closest_marker(name) is not None for name in ("every_objective", "each_objective")]
+        own = marks[0] and not INTERPRETED
         points = [[values_of(*each, own) for each in parameters_of(item).items()] for item in group]
         kept.update([group[k] for k in modes.every_pair(points)] if points[0] else group)
-        if own and INTERPRETED:
+        if any(marks) and not own:
             kept.update(one_of_each_objective(group, kept))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
@@ -198,7 +200,7 @@ def values_of(parameter: str, value: Any, own: bool) -> list[Hashable]:
     # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.
     if parameter != "objective" or not isinstance(value, str) or value not in CLASSES:
         return [id(value)]
-    return [*attributes_of(value), *([value] if own and not INTERPRETED else [])]
+    return [*attributes_of(value), *([value] if own else [])]
 
 
 def parameters_of(item: pytest.Item) -> dict[str, Any]:

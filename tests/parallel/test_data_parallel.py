@@ -112,18 +112,7 @@ class Chosen(Case):
 
 def choose(batch: Batch, sequences: Sequence[int]) -> Batch:
     """These sequences, in this order."""
-    sequence_indices = torch.tensor(sequences, dtype=torch.int64)
-    rows = torch.tensor([t for i in sequences for t in batch.sequences[i]], dtype=torch.int64)
-
-    def cut(x: Any, by_token: bool = True) -> Any:
-        return x[rows if by_token else sequence_indices] if isinstance(x, Tensor) else x
-
-    return Batch(
-        batch.logits[rows], batch.token_ids[rows], batch.mask[rows], [batch.lengths[i] for i in sequences],
-        cut(batch.advantages, batch.by_token), cut(batch.old_logprobs), cut(batch.ref_logprobs),
-        cut(batch.weights, batch.weights_by_token), cut(batch.temperature), batch.by_token, batch.weights_by_token,
-        batch.padding,
-    )  # fmt: skip
+    return batch.of(sequences, [batch.sequences[i] for i in sequences])
 
 
 def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:

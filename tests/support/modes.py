@@ -9,9 +9,9 @@ runs; `checks.py` brings results back.
 
 A product of parameters is thinned to a part that still holds every pair of their values (`every_pair`). An objective
 counts there by its attributes: what is right for one that reads log-probabilities, in one layout, with one backend, is
-right for all such. The mathematics of a loss are its own, so tests of them are marked `every_objective`: there each
-objective itself meets every other value (in the interpreter: is met once). The whole product runs on a GPU, and with
-`pytest --all`.
+right for all such. The mathematics of a loss are its own. Where a test is about them, it is marked `every_objective`:
+each objective itself meets every other value; in the interpreter it is met at least once, as it is everywhere under
+`each_objective`. The whole product runs on a GPU, and with `pytest --all`.
 
 The interpreter walks a kernel in numpy: a row costs it milliseconds where the C++ kernels take microseconds. There
 
@@ -23,6 +23,7 @@ Tolerances are the same everywhere.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Collection, Hashable, Sequence
@@ -84,14 +85,16 @@ def every_pair(points: Sequence[Sequence[Collection[Hashable]]]) -> list[int]:
     other. Most faults are of one value, or of two together. Greedy and always the same: the point with the most pairs
     not seen so far, the first of equals.
     """
+    bits = dict[frozenset[tuple[int, Hashable]], int]()  # of each pair, and of each value, one
     pairs = []
     for point in points:
         named = [[(parameter, value) for value in values] for parameter, values in enumerate(point)]
-        found = {frozenset(pair) for a, b in itertools.combinations(named, 2) for pair in itertools.product(a, b)}
-        pairs.append(found | {frozenset([value]) for values in named for value in values})
-    kept, missing = [], set[frozenset[tuple[int, Hashable]]]().union(*pairs)
+        found = [pair for a, b in itertools.combinations(named, 2) for pair in itertools.product(a, b)]
+        found += [(value,) for values in named for value in values]  # type: ignore[misc]
+        pairs.append(functools.reduce(int.__or__, (bits.setdefault(frozenset(x), 1 << len(bits)) for x in found), 0))
+    kept, missing = [], (1 << len(bits)) - 1
     while missing:
-        best = max(range(len(points)), key=lambda k: len(pairs[k] & missing))
+        best = max(range(len(points)), key=lambda k: (pairs[k] & missing).bit_count())
         kept.append(best)
-        missing -= pairs[best]
+        missing &= ~pairs[best]
     return sorted(kept)
