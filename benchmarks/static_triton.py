@@ -37,9 +37,9 @@ BUDGETS = {"read": 8.0, "write": 7.0}
 # fp16 has no number low enough to stand for -inf at any temperature: one more instruction keeps 0 times -inf away.
 BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
 
-# Spills outside of all loops happen once a row, which moves 600 KB: they cost no time. On sm_100 a kernel that keeps
-# blocks of a row in registers has them. Accesses a thread, bytes of its stack.
-SPILLS = {"forward": (2, 8), "forward_backward": (48, 128)}
+# Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a
+# kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
+SPILLS = {"forward": (2, 8), "forward_backward": (48, 128), "sequence": (6, 16)}
 
 TABLE = {  # a row's words: (kernel and variant, its loop)
     "statistics of a row: log-probability, entropy, logsumexp": ("forward, plain", "read"),
@@ -80,12 +80,13 @@ ROW_TYPES = {
     "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32",
 }  # fmt: skip
 TOKEN_TYPES = {
-    "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "entropies": "*fp32", "advantages": "*fp32",
-    "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
+    "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "rollout_logprobs": "*fp32",
+    "entropies": "*fp32", "advantages": "*fp32", "weights": "*fp32", "mask": "*u8", "cu_seqlens": "*i32",
+    "group_tokens": "*fp32", "global_count": "*fp32", "tokens": "i32", "length": "i32",
     "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "p0": "fp32", "p1": "fp32",
     "p2": "fp32", "p3": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
-    "g_logprobs": "*fp32", "g_entropies": "*fp32",
-    "token_advantages": "*fp32", "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
+    "g_logprobs": "*fp32", "g_entropies": "*fp32", "token_advantages": "*fp32", "token_weights": "*fp32",
+    "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
 }  # fmt: skip
 
 
@@ -100,24 +101,22 @@ class Variant:
     types: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     loops: tuple[str, ...] = ()  # the hot loops it must have
+    objective: str = ""  # whose term is compiled in
 
 
 _ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
 _PLACED, _GRADIENTS = (*_ROWS, "row_indices"), ("g_entropies", "g_lses", "factor")
 _FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
-_TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3"}
+_TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3", "KL_WEIGHTING": "none"}
+_KEPT = ("token_advantages", "token_weights")
 _OPTIONAL = (
-    "old_logprobs",
-    "ref_logprobs",
-    "weights",
-    "mask",
-    "cu_seqlens",
-    "global_count",
+    "old_logprobs", "ref_logprobs", "rollout_logprobs", "weights", "mask", "cu_seqlens", "group_tokens", "global_count",
     "g_entropies",
-    "token_advantages",
-)
+)  # fmt: skip
 _UNKNOWN = ("logprobs", "entropies")
-_CLIPPED = ("old_logprobs", "token_advantages", "g_logprobs", "log_ratios")
+_TERMS = ("old_logprobs", "rollout_logprobs", *_KEPT, "log_ratios")
+_EVERYTHING = {"AGGREGATION": "group_mean", "KL_WEIGHTING": "ratio"}
+OBJECTIVES = ("GSPO", "GSPOToken", "PPO", "GMPO", "SAPO", "CISPO", "TOPR", "DPPO", "DRO")  # every term and ratio
 VARIANTS = (
     Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
     Variant("forward", "masked", (), loops=("read", "shifted")),
@@ -129,15 +128,15 @@ VARIANTS = (
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
     Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
     Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
-    Variant("sequence", "gspo", _OPTIONAL[1:], ("fp32",), constants={"RATIO": "sequence"}),
-    Variant("sequence", "gspo on-policy", (*_UNKNOWN, *_OPTIONAL), ("fp32",), constants={"RATIO": "sequence"}),
-    Variant("sequence", "gspo_token everything", _OPTIONAL[-1:], ("fp32",),
-            constants={"RATIO": "sequence_by_token"}),
-    Variant("sequence", "ppo everything", _OPTIONAL[-1:], ("fp32",), constants={"RATIO": "token"}),
-    Variant("sequence", "grpo before the rows", (*_UNKNOWN, *_OPTIONAL[:-1]), ("fp32",), constants={"RATIO": "token"}),
-    Variant("batch", "off-policy", ("logprobs", "ref_logprobs", "entropies", "mask", *_CLIPPED), ("fp32",)),
-    Variant("batch", "on-policy", _CLIPPED, ("fp32",)),
-    Variant("batch", "ratio per token", (), ("fp32",)),
+    Variant("sequence", "GSPO", (*_OPTIONAL[1:], *_KEPT), ("fp32",), objective="GSPO"),
+    Variant("sequence", "GSPO on-policy", (*_UNKNOWN, *_OPTIONAL, *_KEPT), ("fp32",), objective="GSPO"),
+    *(Variant("sequence", f"{name} everything", _KEPT, ("fp32",), constants=_EVERYTHING, objective=name)
+      for name in OBJECTIVES),
+    Variant("sequence", "GRPO before the rows", (*_UNKNOWN, *_OPTIONAL), ("fp32",), objective="GRPO"),
+    Variant("sequence", "DPPO before the rows", (*_UNKNOWN, *_OPTIONAL), ("fp32",), objective="DPPO"),
+    Variant("batch", "off-policy", ("logprobs", "ref_logprobs", "entropies", "mask", *_TERMS), ("fp32",)),
+    Variant("batch", "on-policy", _TERMS, ("fp32",)),
+    *(Variant("batch", f"terms of {name}", (), ("fp32",), objective=name) for name in ("GRPO", "CISPO", "DPPO")),
 )  # fmt: skip
 
 
@@ -155,9 +154,10 @@ class Job:
     def in_sample(self) -> bool:
         """All kernels for sm_90; for other GPUs in one dtype alone, and without a hot loop for AMD alone.
 
-        Every kernel is so compiled in each of its dtypes, every hot loop for each GPU, and everything for AMD.
+        Every kernel is so compiled in each of its dtypes, every hot loop for each GPU, and for AMD everything but the
+        terms of most objectives.
         """
-        elsewhere = self.target in AMD or bool(self.variant.loops)
+        elsewhere = bool(self.variant.loops) or (self.target in AMD and self.variant.objective in ("", "GSPO", "DPPO"))
         return self.target == "sm_90" or (elsewhere and self.dtype == self.variant.dtypes[0])
 
 
@@ -168,15 +168,20 @@ def jobs(only: str = "", sample: bool = False) -> list[Job]:
 
 def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compiler's options and the constants that a kernel is launched with."""
-    from gspo_kernels.losses import clipped, triton_stage
+    import gspo_kernels
+    from gspo_kernels.losses import triton_stage
     from gspo_kernels.rows import triton_rows
 
     kernel, nvidia = job.variant.kernel, job.target in NVIDIA
     if kernel in triton_stage.LAUNCH:
         of_stage = triton_stage.LAUNCH[kernel]
         options = {"num_warps": of_stage.num_warps, "enable_fp_fusion": True}
-        term = clipped.clipped_term.compiled if "log_ratios" not in job.variant.absent else None
-        return options, {"BLOCK": of_stage.elements, "TERM": term, **_TOKENS, **job.variant.constants}
+        constants = {"BLOCK": of_stage.elements, "TERM": None, **_TOKENS, **job.variant.constants}
+        objective = getattr(gspo_kernels, job.variant.objective)() if job.variant.objective else None
+        if objective is not None:
+            constants |= triton_stage.functions_of(objective)
+        at_once = triton_stage.tokens_at_once(objective, of_stage.elements)
+        return options, {**constants, "TOKENS_AT_ONCE": at_once}
     layout = triton_rows.LAUNCH[kernel]
     element_size = ITEM_BYTES[job.dtype]
     sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)

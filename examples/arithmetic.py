@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and tokenizer are built here; nothing is downloaded
 
@@ -21,17 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from gspo_kernels import (
-    group_advantages,
-    grpo_loss,
-    gspo_loss,
-    gspo_token_loss,
-    next_token_targets,
-    ppo_loss,
-    token_logprobs,
-)
-
-LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
+import gspo_kernels
+from gspo_kernels import Objective, group_advantages, next_token_targets, token_logprobs
 
 MAX_RESPONSE = 32  # tokens; 999+999, worked out, takes 30
 
@@ -62,6 +54,15 @@ class Settings:
         return step in {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
 
 
+def exported_objectives() -> dict[str, type[Objective]]:
+    """The package's objectives by the names of their losses (GSPOToken is `gspo_token`); not those around another."""
+    exported = (getattr(gspo_kernels, name) for name in gspo_kernels.__all__)
+    kinds = [x for x in exported if isinstance(x, type) and issubclass(x, Objective) and x is not Objective]
+    whole = [kind for kind in kinds if not any(each.default is MISSING for each in fields(kind))]  # type: ignore[arg-type]
+    return {re.sub("(?<!^)(?=[A-Z][a-z])", "_", kind.__name__).lower(): kind for kind in whole}
+
+
+OBJECTIVES = exported_objectives()
 QUICK = Settings(warmup_steps=40, steps=4, groups=8, samples=8, digits=1, held_out=20, evaluations=2)
 
 
@@ -239,7 +240,7 @@ class Rollout:
 
     batch: Batch
     rewards: Tensor  # [B]
-    advantages: Tensor  # [B], each within its group
+    advantages: Tensor  # [B], each within its group; with a critic [B, T]
     old_logprobs: Tensor  # [B, T]
 
     def chunk(self, count: int) -> Iterator[Rollout]:

@@ -8,10 +8,11 @@ and gets better at it. One batch of responses feeds four updates: from the secon
 sampled, ratios differ from 1, and some are clipped.
 
 The plot shows for each step: the reward (the share of sampled responses that are right); the accuracy of greedy
-decoding on held-out problems; and the share of responses (gspo) or tokens (the others) that are clipped.
+decoding on held-out problems; and the share of responses or tokens, whichever have a ratio, that are clipped.
 
-    python examples/train_arithmetic.py                  # two minutes on one CPU core
-    python examples/train_arithmetic.py --loss grpo      # the same training with another loss
+    python examples/train_arithmetic.py                      # two minutes on one CPU core
+    python examples/train_arithmetic.py --loss grpo          # the same training with another objective of the package
+    python examples/train_arithmetic.py --loss ppo --critic  # with a value model and an advantage for each token
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import json
 import platform
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import matplotlib
 import torch
 import transformers
 from arithmetic import (
-    LOSSES,
+    OBJECTIVES,
     QUICK,
     Problems,
     Settings,
@@ -44,10 +45,12 @@ from arithmetic import (
     update,
     warm_up,
 )
+from critic import Critic
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gspo_kernels
+from gspo_kernels import Objective, policy_loss
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -63,6 +66,7 @@ class History:
     response_length: list[float] = field(default_factory=list)  # tokens
     held_out_step: list[int] = field(default_factory=list)
     held_out_accuracy: list[float] = field(default_factory=list)
+    explained_variance: list[float] = field(default_factory=list)  # of the returns, by a critic; one number per step
 
     def add_evaluation(self, step: int, accuracy: float) -> None:
         self.held_out_step.append(step)
@@ -83,22 +87,25 @@ def reinforce(
     tokenizer: PreTrainedTokenizerFast,
     problems: Problems,
     settings: Settings,
-    loss_name: str,
-    clip: dict[str, float],
+    objective: Objective,
+    critic: Critic | None = None,
 ) -> History:
-    policy_loss = LOSSES[loss_name]
     optimizer = build_optimizer(model)
     history = History()
     history.add_evaluation(0, greedy_accuracy(model, tokenizer, problems.held_out))
-    bar = tqdm(range(1, settings.steps + 1), desc=loss_name, unit="step")
+    bar = tqdm(range(1, settings.steps + 1), desc=type(objective).__name__, unit="step")
     for step in bar:
         rollout = roll_out(model, tokenizer, problems, settings)
+        if critic is not None:
+            rollout, targets = critic.judge(rollout)
+            explained = critic.learn(rollout, targets, settings)
+            history.explained_variance.append(explained.item())
         # The first update is on-policy; each later one is further off-policy.
         clip_fractions = []
         for part in rollout.chunk(settings.mini_batches):
             token_ids, mask = part.batch.targets()
             loss, stats = policy_loss(
-                part.batch.logits(model), token_ids, part.advantages, part.old_logprobs, mask=mask, **clip
+                part.batch.logits(model), token_ids, part.advantages, part.old_logprobs, objective=objective, mask=mask
             )
             update(model, optimizer, loss, settings.learning_rate_at(step), settings.max_grad_norm)
             clip_fractions.append(stats.clip_fraction)
@@ -114,7 +121,8 @@ def reinforce(
 
 def draw_plot(history: History, title: str, clip_unit: str, path: Path) -> None:
     blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#666666"  # distinct for colour-blind readers
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = 4 if history.explained_variance else 3
+    figure, (left, middle, right, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 4), layout="constrained")
     steps = range(1, len(history.reward) + 1)
 
     def draw_curve(axes: plt.Axes, values: list[float], color: str) -> None:
@@ -141,7 +149,12 @@ def draw_plot(history: History, title: str, clip_unit: str, path: Path) -> None:
     right.set_ylim(bottom=0)
     right.legend(loc="upper right", frameon=False)
 
-    for axes in (left, middle, right):
+    for axes in rest:
+        draw_curve(axes, history.explained_variance, "#CC79A7")
+        axes.set(title="Critic", ylabel="variance of the returns that it explains", ylim=(-0.5, 1))
+        axes.legend(loc="lower right", frameon=False)
+
+    for axes in (left, middle, right, *rest):
         axes.set_xlabel("step")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
@@ -205,12 +218,29 @@ def write_record(
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def chosen_objective(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> tuple[Objective, dict[str, float]]:
+    """The objective, and the clip range that the command line gives it."""
+    kind = OBJECTIVES[arguments.loss]
+    clip = {name: value for name in ("eps_low", "eps_high") if (value := getattr(arguments, name)) is not None}
+    own = {each.name for each in fields(kind)}
+    if unknown := clip.keys() - own:
+        parser.error(f"--{min(unknown).replace('_', '-')}: {arguments.loss} has no such clip range")
+    if arguments.critic and not kind.advantages_per_token:
+        parser.error(f"--critic: makes an advantage for each token, and {arguments.loss} has one for a response")
+    return kind(**clip), clip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Writes a plot and a JSON file.")
-    parser.add_argument("--loss", choices=LOSSES, default="gspo", help="the policy loss (default: %(default)s)")
-    parser.add_argument("--eps-low", type=positive, help="clip range below 1 (default: the loss's own)")
-    parser.add_argument("--eps-high", type=positive, help="clip range above 1 (default: the loss's own)")
+    parser.add_argument("--loss", choices=OBJECTIVES, default="gspo", help="the objective (default: %(default)s)")
+    parser.add_argument("--eps-low", type=positive, help="clip range below 1 (default: the objective's own)")
+    parser.add_argument("--eps-high", type=positive, help="clip range above 1 (default: the objective's own)")
+    parser.add_argument("--critic", action="store_true", help="train a value model, for an advantage for each token")
+    parser.add_argument("--lam", type=float, default=1.0, help="of the critic's advantages (default: %(default)s)")
     arguments, settings = parse_arguments(parser, Path("runs/arithmetic"))
+    objective, clip = chosen_objective(parser, arguments)
     started = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -219,21 +249,23 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).to(arguments.device)
     warm_up(model, tokenizer, problems, settings)
+    critic = Critic(model, arguments.lam) if arguments.critic else None
 
     shown = problems.held_out[:4]
     _, before = generate(model, tokenizer, shown, most_likely)
-    clip = {name: value for name in ("eps_low", "eps_high") if (value := getattr(arguments, name)) is not None}
-    history = reinforce(model, tokenizer, problems, settings, arguments.loss, clip)
+    history = reinforce(model, tokenizer, problems, settings, objective, critic)
     _, after = generate(model, tokenizer, shown, most_likely)
 
     seconds = time.perf_counter() - started
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"loss": arguments.loss, "clip": clip or "default", "parameters": parameters}
-    path = arguments.output / f"{arguments.loss}.png"
+    if critic is not None:
+        facts |= {"critic": sum(parameter.numel() for parameter in critic.parameters()), "lam": arguments.lam}
+    path = arguments.output / f"{arguments.loss}{'-critic' if critic else ''}.png"
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
-    name = arguments.loss.replace("_", "-").upper()
+    name = arguments.loss.replace("_", "-").upper() + (" with a critic" if critic else "")
     title = f"{name}: a Qwen3 of {parameters:,} parameters learns to add (seed {arguments.seed})"
-    draw_plot(history, title, "responses" if arguments.loss == "gspo" else "tokens", path)
+    draw_plot(history, title, "responses" if objective.ratio_of == "sequence" else "tokens", path)
 
     print("\nHeld-out problems, before and after:")
     for line in zip(shown, before, after, strict=True):

@@ -10,6 +10,7 @@ from .linear.from_hidden import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
+from .linear.value_head import linear_value_loss, linear_values
 from .losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
     TokenLogprobs,
@@ -25,11 +26,14 @@ from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
 from .losses.token_stage import LossOutput
+from .losses.top_entropy import TopEntropy
 from .losses.triton_term import TritonHold, TritonTerm
+from .losses.value_loss import ValueLossOutput, ValueStats, value_loss
 from .losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
 from .report import explain
-from .rollout.advantages import group_advantages
+from .rollout.advantages import group_advantages, group_token_counts, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
+from .rollout.gae import GaeOutput, gae
 from .rollout.rollouts import PromptedRollouts, Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
@@ -49,6 +53,7 @@ __all__ = [
     "SAPO",
     "TOPR",
     "GSPOToken",
+    "GaeOutput",
     "HeadWork",
     "Layout",
     "LossOutput",
@@ -63,15 +68,20 @@ __all__ = [
     "Terms",
     "TokenBatch",
     "TokenLogprobs",
+    "TopEntropy",
     "TritonHold",
     "TritonTerm",
+    "ValueLossOutput",
+    "ValueStats",
     "VocabularyShard",
     "clipped_surrogate",
     "explain",
     "from_sglang",
     "from_vllm",
+    "gae",
     "global_count",
     "group_advantages",
+    "group_token_counts",
     "grpo_loss",
     "gspo_loss",
     "gspo_token_loss",
@@ -82,6 +92,8 @@ __all__ = [
     "linear_policy_loss",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "linear_value_loss",
+    "linear_values",
     "next_token_targets",
     "policy_loss",
     "policy_loss_from_logprobs",
@@ -89,4 +101,6 @@ __all__ = [
     "rollout_mismatch",
     "rollout_weights",
     "token_logprobs",
+    "value_loss",
+    "whiten_advantages",
 ]

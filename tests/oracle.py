@@ -531,3 +531,119 @@ def group_advantages(rewards: Floats, groups: Sequence[int], normalize: str = "s
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in members) / (len(members) - 1))
         advantages.append((reward - mean) / (deviation + eps) if normalize == "std" else reward - mean)
     return advantages
+
+
+# --- PPO: advantages from a value model, the value model's loss, and what pairs with the losses -------------------
+
+
+def gae(
+    rewards: Floats, values: Floats, sequences: Sequence[Rows], mask: Sequence[bool], last_values: Floats,
+    gamma: float, lam: float,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """arXiv 1506.02438: A_t = delta_t + gamma lam A_t', delta_t = r_t + gamma V_t' - V_t; returns A_t + V_t.
+
+    Masked rows are dropped first, so that t' is the row after t. After the last one there is `last_values`.
+    """
+    advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
+    for rows, next_value in zip(sequences, last_values, strict=True):
+        next_advantage = 0.0
+        for t in reversed([t for t in rows if mask[t]]):
+            delta = rewards[t] + gamma * next_value - values[t]
+            next_advantage = delta + gamma * lam * next_advantage
+            next_value = values[t]
+            advantages[t], returns[t] = next_advantage, next_advantage + values[t]
+    return advantages, returns
+
+
+def response_advantages(
+    rewards: Floats, groups: Sequence[int], baseline: str, normalize: str, eps: float = 1e-6
+) -> list[float]:
+    """GRPO (2402.03300), RLOO (2402.14740), REINFORCE++ (2501.03262), the group's maximum (2503.19595).
+
+    A NaN reward is no reward: it is dropped before anything else, and its advantage is 0.
+    """
+    there = [i for i, reward in enumerate(rewards) if not math.isnan(reward)]
+    everything = [rewards[i] for i in there]
+    found: dict[int, float] = {}
+    for i in there:
+        others = [rewards[j] for j in there if groups[j] == groups[i] and j != i]
+        group = [rewards[i], *others]
+        if baseline == "mean":
+            found[i] = rewards[i] - math.fsum(group) / len(group)
+        elif baseline == "leave_one_out":
+            found[i] = rewards[i] - math.fsum(others) / len(others) if others else 0.0
+        elif baseline == "leave_one_out_max":
+            found[i] = max(group) - max(others) if others else 0.0
+        else:
+            found[i] = rewards[i] - math.fsum(everything) / len(everything)
+        if len(set(everything if baseline == "batch_mean" else group)) == 1:
+            found[i] = 0.0
+    divisors = dict.fromkeys(there, 1.0)
+    for i in there:
+        if normalize == "std":
+            divisors[i] = sample_deviation([rewards[j] for j in there if groups[j] == groups[i]]) + eps
+        elif normalize == "batch_std":
+            divisors[i] = sample_deviation(list(found.values())) + eps
+    return [found[i] / divisors[i] if i in found else 0.0 for i in range(len(rewards))]
+
+
+def sample_deviation(values: Floats) -> float:
+    """With n - 1; 0 for a single value."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1))
+
+
+def whitened(values: Floats, eps: float) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    return [(x - mean) / (sample_deviation(values) + eps) for x in values]
+
+
+@dataclass(frozen=True)
+class ValueResult:
+    loss: float
+    gradient: list[float]  # dL/dvalue by row
+    stats: dict[str, float]
+
+
+def value_loss(
+    values: Floats, returns: Floats, old_values: Floats | None, sequences: Sequence[Rows], mask: Sequence[bool], *,
+    clip_range: float | None = 0.2, aggregation: str = "token_mean", normalizer: float | None = None,
+) -> ValueResult:  # fmt: skip
+    """1/2 max((V - R)^2, (clip(V, old - c, old + c) - R)^2): PPO in OpenAI Baselines (ppo2), and verl."""
+    kept = [[t for t in rows if mask[t]] for rows in sequences]
+    tokens = [t for rows in kept for t in rows]
+    count: float = len(tokens) if aggregation == "token_mean" else sum(1 for rows in kept if rows)
+    count = count if normalizer is None else normalizer
+    parts, gradient, clipped = [], [0.0] * len(mask), []
+    for rows in kept:
+        for t in rows:
+            share = 1 / (count * len(rows)) if aggregation == "sequence_mean" else 1 / count
+            error = values[t] - returns[t]
+            square, slope = error**2, error
+            is_clipped = False
+            if old_values is not None and clip_range is not None:
+                held = max(old_values[t] - clip_range, min(old_values[t] + clip_range, values[t]))
+                is_clipped = held != values[t] and (held - returns[t]) ** 2 > square
+                if is_clipped:
+                    square, slope = (held - returns[t]) ** 2, 0.0
+            parts.append(share * square / 2)
+            gradient[t] = share * slope
+            clipped.append(float(is_clipped))
+
+    def mean(numbers: Sequence[float]) -> float:
+        return math.fsum(numbers) / len(numbers) if numbers else 0.0
+
+    def variance(numbers: Sequence[float]) -> float:
+        return mean([(x - mean(numbers)) ** 2 for x in numbers])
+
+    of_returns = [returns[t] for t in tokens]
+    errors = [values[t] - returns[t] for t in tokens]
+    stats = {
+        "clip_fraction": mean(clipped),
+        "value_mean": mean([values[t] for t in tokens]),
+        "return_mean": mean(of_returns),
+        "squared_error": mean([x * x for x in errors]),
+        "explained_variance": 1 - variance(errors) / variance(of_returns) if len(set(of_returns)) > 1 else 0.0,
+        "num_tokens": float(len(tokens)),
+    }
+    return ValueResult(math.fsum(parts), gradient, stats)

@@ -44,11 +44,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gspo_kernels
-from gspo_kernels import Stats
+from gspo_kernels import Stats, grpo_loss, gspo_loss, gspo_token_loss, ppo_loss
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss, "ppo": ppo_loss}
 NAMES = {"gspo": "GSPO", "gspo_token": "GSPO-token", "grpo": "GRPO", "ppo": "PPO-clip"}
 COLORS = {
     "gspo": "#0072B2",

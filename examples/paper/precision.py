@@ -19,10 +19,10 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import LOSSES, QUICK, Settings, build_optimizer, greedy_accuracy
+from arithmetic import QUICK, Settings, build_optimizer, greedy_accuracy
 from engines import PRECISIONS, copy_of, roll_out
 from estimators import LogWeights, by_length, stacked
-from lab import mean, ranged
+from lab import LOSSES, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 

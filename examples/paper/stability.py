@@ -20,8 +20,8 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import LOSSES, QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
-from lab import COLORS, NAMES, Learner, mean, ranged
+from arithmetic import QUICK, Settings, build_optimizer, greedy_accuracy, roll_out
+from lab import COLORS, LOSSES, NAMES, Learner, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from weights import token_weights

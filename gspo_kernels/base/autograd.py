@@ -17,8 +17,10 @@ from .torch_internals import forward_mode_is_on, transforms_are_active, transfor
 _PLAIN = "policy_loss_from_logprobs, of log-probabilities made by torch's own operators, supports it"
 
 
-def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -> None:
+def refuse_forward_mode(function: str, reverse: bool = True, instead: str = _PLAIN, **arguments: Any) -> None:
     """Raises if an argument carries a tangent or, with `reverse`, is being differentiated by `torch.func.grad`.
+
+    `instead` says which function supports it.
 
     torch.func.grad needs autograd functions of another form than the operators of this package have.
     """
@@ -39,12 +41,12 @@ def refuse_forward_mode(function: str, reverse: bool = True, **arguments: Any) -
         if "Grad" in found and reverse:
             raise RuntimeError(
                 f"{function}: torch.func.grad is not supported; {name} is being differentiated by it (or by vjp, "
-                f"jacrev, hessian). Use backward() or torch.autograd.grad. {_PLAIN}"
+                f"jacrev, hessian). Use backward() or torch.autograd.grad. {instead}"
             )
         if "Jvp" in found or (forward_mode_is_on() and forward_ad.unpack_dual(value).tangent is not None):
             raise RuntimeError(
                 f"{function}: forward-mode AD is not supported, and {name} has a tangent, which would be lost. Use "
-                f"reverse mode (backward, torch.autograd.grad), or detach {name}. {_PLAIN} in padded layout"
+                f"reverse mode (backward, torch.autograd.grad), or detach {name}. {instead} in padded layout"
             )
 
 
@@ -84,11 +86,11 @@ def edge_of(operand: Tensor) -> Tensor:
     return edge
 
 
-def first_derivative(gradient: Tensor, function: str, *connected: Tensor | None) -> Tensor:
+def first_derivative(gradient: Tensor, function: str, *connected: Tensor | None, instead: str = _PLAIN) -> Tensor:
     """`gradient`, which raises when differentiated again with respect to the `connected` tensors."""
     if not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in connected):
         return gradient
-    found: Tensor = _FirstDerivative.apply([gradient], function, *connected)
+    found: Tensor = _FirstDerivative.apply([gradient], function, instead, *connected)
     return found
 
 
@@ -104,13 +106,13 @@ class _Edge(torch.autograd.Function):
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: list[Tensor], function: str, *connected: Tensor | None) -> Tensor:
-        ctx.function = function
+    def forward(ctx: Any, gradient: list[Tensor], function: str, instead: str, *connected: Tensor | None) -> Tensor:
+        ctx.function, ctx.instead = function, instead
         return gradient[0]  # in a list it is no input, so the output need not be a view
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
         raise RuntimeError(
             f"{ctx.function}: a second derivative is not supported; the gradient of a gradient (create_graph=True) was "
-            f"tried. {_PLAIN} in reverse mode"
+            f"tried. {ctx.instead} in reverse mode"
         )

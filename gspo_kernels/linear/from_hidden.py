@@ -113,8 +113,8 @@ def linear_policy_loss(
             that many rows. A GPU multiplies 512 rows at a time, and its buffer for logits never has fewer; bf16
             gradients of logits take as much memory again at most.
         skip_zero_advantage: leaves out sequences whose advantages are all 0: the loss and gradients are the same, but
-            their tokens are in none of the stats. Not with a KL term or an entropy bonus, to which such sequences
-            contribute.
+            their tokens are in none of the stats. Not with a KL term, an entropy bonus or `DRO`, to which such
+            sequences contribute.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
     propagates to the gradient of hidden in the rows that `policy_loss` names for logits; the gradients of weight and
@@ -146,6 +146,11 @@ def linear_policy_loss(
             raise ValueError(
                 "skip_zero_advantage: expected a loss to which such sequences contribute nothing; got "
                 f"beta {beta} and entropy_coef {entropy_coef}, whose terms do not depend on advantages"
+            )
+        if skip_zero_advantage and not objective.needs_advantage:
+            raise ValueError(
+                f"skip_zero_advantage: expected an objective of which such sequences have no loss; got "
+                f"{type(objective).__name__}, whose needs_advantage is False"
             )
         arrays = row_arrays(token_ids, batch.mask, temperature)
         agree_on_rows(agreement, *arrays, columns, shard)

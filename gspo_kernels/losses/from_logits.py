@@ -125,7 +125,8 @@ def policy_loss(
             set are refused on the CPU; NaN makes the loss NaN. None means on-policy: every ratio is 1, and without KL
             and entropy terms the loss and its gradient take one pass over the logits (not in fp16, not under
             torch.compile; on a GPU, not with your own objective). Such a loss supports one backward pass. The CUDA
-            kernels take one pass for GRPO and PPO off-policy as well.
+            kernels take one pass off-policy as well, for losses with a `row_slope` (GRPO, PPO, CISPO, DPPO, TOPRToken,
+            DRO).
         mask: one per token, True (or 1) where it counts, False (or 0) elsewhere. Values at masked positions, NaN
             included, have no effect. Other numbers, such as those of an additive mask, are refused on the CPU or under
             GSPO_KERNELS_DEBUG=1; on a GPU, and under torch.compile, everything but 0 counts.

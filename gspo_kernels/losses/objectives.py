@@ -155,6 +155,8 @@ class Objective:
             is always true without `uses_logprobs`. An on-policy loss then takes one pass over the logits. (Not with
             `rollout_logprobs=`.) If it is declared and not true, gradients are wrong.
         uses_rollout_logprobs: whether `terms` reads `tokens.rollout_logprobs`. `rollout_logprobs=` is refused if not.
+        needs_advantage: whether a token of advantage 0 has neither a loss nor a gradient, as where both are multiplied
+            by it. `skip_zero_advantage=` is refused if not.
         by_sequence_alone: whether `terms` is computed from sums over each sequence alone, and `ratio_of` is "sequence".
             Context parallelism then needs no collective in the backward.
         triton_term: `terms` in Triton's language (see `TritonTerm`): a GPU then runs the loss in four launches. None:
@@ -172,6 +174,7 @@ class Objective:
     uses_logprobs: ClassVar[bool] = False
     known_on_policy: ClassVar[bool] = False
     uses_rollout_logprobs: ClassVar[bool] = False
+    needs_advantage: ClassVar[bool] = True
     by_sequence_alone: ClassVar[bool] = False
     triton_term: ClassVar[TritonTerm | None] = None
     sequence_value: ClassVar[str | None] = None
@@ -317,7 +320,8 @@ _CHOICES = {
     "sequence_value": ("mean", "sum"),
 }  # fmt: skip
 _FLAGS = (
-    "advantages_per_token", "uses_logprobs", "known_on_policy", "uses_rollout_logprobs", "by_sequence_alone"
+    "advantages_per_token", "uses_logprobs", "known_on_policy", "uses_rollout_logprobs", "needs_advantage",
+    "by_sequence_alone",
 )  # fmt: skip
 _FIELDS = (
     ("loss", torch.float64), ("log_ratio", torch.float64), ("clipped_low", torch.bool), ("clipped_high", torch.bool)

@@ -30,7 +30,7 @@ def token_shares(
     make the loss and its gradient NaN.
 
     Args:
-        group_tokens: [sequences] float64, for "group_mean": how many unmasked tokens the group of each sequence has.
+        group_tokens: [sequences], for "group_mean": how many unmasked tokens the group of each sequence has.
 
     Returns: [sequences] float64, NaN where the layout's lengths are.
     """
@@ -44,8 +44,7 @@ def token_shares(
     if aggregation == "sequence_mean":
         return share / layout.lengths.clamp(min=1)
     if aggregation == "group_mean":
-        assert group_tokens is not None
-        return share / group_tokens.clamp(min=1)
+        return share / _of_groups(layout, group_tokens)
     return share.expand(layout.lengths.shape)
 
 
@@ -58,8 +57,13 @@ def count(layout: Layout, aggregation: str, group_tokens: Tensor | None = None) 
         return layout.num_tokens
     if aggregation != "group_mean":
         return layout.num_sequences
+    return (layout.lengths / _of_groups(layout, group_tokens)).sum()
+
+
+def _of_groups(layout: Layout, group_tokens: Tensor | None) -> Tensor:
+    """[sequences] float64, what to divide by; 1 for a sequence without tokens, whatever its number is."""
     assert group_tokens is not None
-    return (layout.lengths / group_tokens.clamp(min=1)).sum()
+    return torch.where(layout.lengths == 0, 1.0, group_tokens.double().clamp(min=1))
 
 
 def nan_if_no_count(loss: Tensor, layout: Layout, normalizer: float | Tensor | None) -> Tensor:
@@ -188,14 +192,15 @@ def global_count(
     if aggregation == "token_mean":
         counted = layout.lengths
     elif groups is not None:
-        counted = layout.lengths / groups.double().clamp(min=1)
+        counted = layout.lengths / _of_groups(layout, groups)
     if advantages is not None:
         counted = torch.where(_any_advantage(advantages, batch, layout), counted, 0.0 * counted)
     # A rank's part: of its own tokens under context parallelism, so that the sum over all ranks has each once.
     found = (counted * layout.share()).sum() if ranks is not None else counted.sum()
     if ranks is not None:
         found = sum_over_ranks(found, ranks, crosses=False)
-    found = found.round()
+    if aggregation != "group_mean":  # of which there may be parts
+        found = found.round()
     if advantages is not None:
         found = torch.where(found == 0, torch.ones_like(found), found)
     return found / ranks.size if averaged and ranks is not None else found

@@ -29,14 +29,14 @@ class HeadWork(NamedTuple):
 
 @dataclass(frozen=True)
 class Stats:
-    """Detached fp32 tensors. A unit is what has a ratio: a sequence for GSPO, a token for GSPO-token, GRPO and PPO.
+    """Detached fp32 tensors. A unit is what has a ratio: a sequence for GSPO, a token for all others.
 
     Units, tokens and sequences that are masked or empty are not counted; the mean of nothing is 0.
     """
 
-    clip_fraction: Tensor  # share of units held at a bound (no gradient)
-    clip_fraction_low: Tensor  # ... at 1 - eps_low, where the advantage is negative
-    clip_fraction_high: Tensor  # ... at 1 + eps_high where it is positive, or at dual_clip where it is negative
+    clip_fraction: Tensor  # share of units held at a bound: without a gradient, but for CISPO and TOPR
+    clip_fraction_low: Tensor  # ... at a lower bound, such as 1 - eps_low where the advantage is negative
+    clip_fraction_high: Tensor  # ... at an upper one: 1 + eps_high, or dual_clip where the advantage is negative
     ratio_mean: Tensor  # of the units' ratios, saturated ones at exp(max_log_ratio)
     ratio_min: Tensor
     ratio_max: Tensor

@@ -70,8 +70,7 @@ class TokenInputs(NamedTuple):
 
     def counted(self, layout: Layout) -> Tensor:
         """0-d float64, the count that the loss is divided by without a `normalizer`."""
-        groups = None if self.group_tokens is None else layout.of_sequences(self.group_tokens)
-        return reduction.count(layout, self.aggregation, groups)
+        return reduction.count(layout, self.aggregation, self.group_tokens)
 
     def stage(self) -> TokenStage:
         """The stage in torch, for any objective."""
@@ -98,7 +97,7 @@ class TokenInputs(NamedTuple):
             rollout_logprobs=numbers(self.rollout_logprobs, True),
             importance_weights=importance_weights,
             aggregation=self.aggregation,
-            group_tokens=numbers(self.group_tokens, False),
+            group_tokens=self.group_tokens,
             normalizer=self.normalizer,
             beta=self.beta,
             kl_estimator=self.kl_estimator,

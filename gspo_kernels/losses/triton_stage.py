@@ -55,6 +55,21 @@ def stage_reason(objective: Objective, backend: Backend, *, context_parallel: bo
     return f"token stage: torch, because {reason}" if reason else "token stage: Triton, in two launches"
 
 
+def tokens_at_once(objective: Objective | None, block: int) -> int:
+    """Of the batch kernel, which adds up the terms of an objective, or none: so many that nothing spills."""
+    return block if objective is None else block // 4 if objective.uses_logprobs else block // 2
+
+
+def functions_of(objective: Objective) -> dict[str, Any]:
+    """What the sequence kernel has compiled in."""
+    assert objective.triton_term is not None
+    return {
+        "TERM": objective.triton_term.compiled,
+        "HOLD": None if objective.triton_hold is None else objective.triton_hold.compiled,
+        "RATIO": f"{objective.sequence_value}_by_token" if objective.sequence_value else objective.ratio_of,
+    }
+
+
 def takes(inputs: TokenInputs) -> bool:
     """Whether it supports this loss."""
     return not unsupported_reason(inputs.objective, inputs.batch.ranks is not None)
@@ -99,7 +114,7 @@ class TritonStage:
         normalizer = inputs.normalizer
         self.global_count = normalizer.detach() if isinstance(normalizer, Tensor) else None  # any dtype of numbers
         self.normalizer = 0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer)
-        self.ratio = f"{objective.sequence_value}_by_token" if objective.sequence_value else objective.ratio_of
+        self.functions = functions_of(objective)
         parameters = objective.packed_parameters() or ()
         parameters = (*parameters, *(0.0,) * (MOST_PARAMETERS - len(parameters)))
         self.numbers = {"max_log_ratio": inputs.max_log_ratio, **dict(zip(_PARAMETERS, parameters, strict=True))}
@@ -172,9 +187,7 @@ class TritonStage:
             token_weights=self.token_weights,
             log_ratios=self.log_ratios,
             partials=self.partials,
-            TERM=self._term(),
-            HOLD=None if self.inputs.objective.triton_hold is None else self.inputs.objective.triton_hold.compiled,
-            RATIO=self.ratio,
+            **self.functions,
             AGGREGATION=inputs.aggregation,
             ESTIMATOR=inputs.kl_estimator,
             KL_WEIGHTING=inputs.kl_weighting,
@@ -202,7 +215,7 @@ class TritonStage:
             log_ratios=self.log_ratios if terms else None,
             loss=loss,
             scalars=scalars,
-            TERM=self._term() if terms else None,
+            TERM=self.functions["TERM"] if terms else None,
             ESTIMATOR=self.inputs.kl_estimator,
             KL_WEIGHTING=self.inputs.kl_weighting,
         )
@@ -211,15 +224,13 @@ class TritonStage:
     def nan_source(self, loss: Tensor, stats: RowStats) -> NanSource:
         """For a gradient that was written before all rows were known. Not saved: a user may change the loss."""
         numbers = stats.entropy if self.old_logprobs is None else self.log_ratios.detach()
-        return NanSource(loss.detach(), numbers, self.mask, self.cu_seqlens, self.ratio != "token")
-
-    def _term(self) -> Any:
-        term = self.inputs.objective.triton_term
-        assert term is not None
-        return term.compiled
+        return NanSource(loss.detach(), numbers, self.mask, self.cu_seqlens, self.functions["RATIO"] != "token")
 
     def _launch(self, kernel: str, programs: int, **arguments: Any) -> None:
         layout = (_INTERPRETED_LAUNCH if triton_rows.INTERPRETED else LAUNCH)[kernel]
+        if kernel == "batch":
+            objective = None if arguments["TERM"] is None else self.inputs.objective
+            arguments["TOKENS_AT_ONCE"] = tokens_at_once(objective, layout.elements)
         run = getattr(_kernels(), f"{kernel}_kernel")
         with triton_rows.on_device(self.partials):
             run[(programs,)](

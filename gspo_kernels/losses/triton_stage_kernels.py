@@ -130,7 +130,7 @@ def sequence_kernel(
     elif AGGREGATION == "token_mean":
         count = n
     elif AGGREGATION == "group_mean":
-        of_group = tl.maximum(tl.load(group_tokens + i), 1.0)
+        of_group = tl.where(any_token, tl.maximum(tl.load(group_tokens + i), 1.0), 1.0)
         share, count = quotient(1.0 + 0.0 * n, of_group), quotient(n, of_group)
 
     loss, loss_rest, low, high, saturated = zeros, zeros, zeros, zeros, zeros
@@ -173,7 +173,7 @@ def sequence_kernel(
             ratio = ratio_of(log_ratio, max_log_ratio)
             constant_ratio = log_ratio > max_log_ratio
             if HOLD is not None:
-                _, is_low, is_high = HOLD(token_ratio, a, p0, p1, p2, p3)
+                _bound, is_low, is_high = HOLD(token_ratio, a, p0, p1, p2, p3)
                 slope = tl.where(is_low | is_high, 0.0, slope)
                 constant_ratio = constant_ratio | is_low | is_high
             slope = slope * k * share
@@ -264,6 +264,7 @@ def batch_kernel(
     partials, sequences, logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropies, mask, token_advantages,
     token_weights, tokens, p0, p1, p2, p3, max_log_ratio, log_ratios, loss, scalars,
     TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHTING: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The loss and the stats' scalars, in the order of `Stats`, from the partial sums of the sequences.
 
@@ -271,10 +272,8 @@ def batch_kernel(
     makes the gradient, the coefficients are made before the first logit is read. With TERM that is all that depends on
     a token's ratio and log-probability, the loss included: of tokens that depend on nothing else, or on-policy.
 
-    Each warp has one of the 16 partials and exchanges nothing. BLOCK partials, and then tokens, at a time; fewer tokens
-    with TERM, where there are more sums in registers.
+    Each warp has one of the 16 partials and exchanges nothing. BLOCK partials at a time, then TOKENS_AT_ONCE tokens.
     """
-    TOKENS_AT_ONCE: tl.constexpr = BLOCK if TERM is None else BLOCK // 2
     LANES: tl.constexpr = min(32, BLOCK // 32)
     COLUMNS: tl.constexpr = BLOCK // PARTIALS
     which = tl.arange(0, PARTIALS)

@@ -292,6 +292,7 @@ class DRO(Objective):
     depends_on: ClassVar[str] = "token"
     uses_logprobs: ClassVar[bool] = True
     known_on_policy: ClassVar[bool] = True
+    needs_advantage: ClassVar[bool] = False
     triton_term = dro_term
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from modes import DEFAULT_MODE, DEVICE, KERNELS, on_device, sized
 from test_errors import check_message, moved
 
 import gspo_kernels
-from gspo_kernels import linear_logits, linear_token_logprobs
+from gspo_kernels import DRO, linear_logits, linear_policy_loss, linear_token_logprobs
 
 B, T, V, D = 2, 3, 5, 4
 
@@ -228,3 +228,10 @@ def test_operands_on_two_devices(name: str) -> None:
     first = [given.pop(k) for k in ("hidden", "weight", "token_ids", "advantages")]
     with pytest.raises(ValueError, match=f"{name}: expected"):
         LINEAR["gspo"](*first, **given)
+
+
+def test_sequences_that_an_objective_penalizes_are_not_skipped() -> None:
+    """DRO's penalty does not depend on advantages."""
+    given = padded() | {"skip_zero_advantage": True, "objective": DRO()}
+    with pytest.raises(ValueError, match=r"^skip_zero_advantage: .* got DRO, whose needs_advantage is False"):
+        call(linear_policy_loss, given, ("hidden", "weight", "token_ids", "advantages", "old_logprobs"))

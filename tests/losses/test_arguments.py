@@ -47,6 +47,10 @@ OF_ROWS: dict[str, Any] = {
 }  # fmt: skip
 ON_TOKENS: dict[str, Any] = {"token_ids": IDS, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD}
 OF_ROLLOUT: dict[str, Any] = {"mask": MASK, "cu_seqlens": None, "max_log_ratio": 15.0, "cp_group": None}
+OF_VALUES: dict[str, Any] = {
+    "returns": OLD, "old_values": OLD + 0.1, "clip_range": 0.2, "mask": MASK, "aggregation": "group_mean",
+    "group_tokens": torch.tensor([5.0, 5.0]), "normalizer": torch.tensor(7.0),
+}  # fmt: skip
 VALID: dict[str, dict[str, Any]] = {
     "policy_loss": {
         "logits": LOGITS, **ON_TOKENS, "objective": gspo_kernels.DPPO(0.01, 0.02), **OF_TOKENS, **OF_ROWS,
@@ -74,8 +78,16 @@ VALID: dict[str, dict[str, Any]] = {
         "eps_low": 0.1, "eps_high": 0.2, "noise": 0.5,
     },
     "group_advantages": {
-        "rewards": torch.tensor([1.0, 0.0, 3.0, 4.0]), "group_size": 2, "normalize": "std", "eps": 0.1,
+        "rewards": torch.tensor([1.0, 0.0, 3.0, 4.0]), "group_size": 2, "baseline": "leave_one_out",
+        "normalize": "std", "eps": 0.1, "group": None,
     },
+    "whiten_advantages": {"advantages": REF, "mask": MASK, "eps": 0.1, "group": None},
+    "gae": {
+        "rewards": OLD, "values": REF, "gamma": 0.5, "lam": 0.5, "mask": MASK, "last_values": torch.tensor([1.0, 0.0]),
+    },
+    "value_loss": {"values": REF, **OF_VALUES},
+    "linear_value_loss": {"hidden": HIDDEN, "weight": HEAD[:1].clone(), "bias": HEAD[0, :1].clone(), **OF_VALUES},
+    "linear_values": {"hidden": HIDDEN, "weight": HEAD[:1].clone(), "bias": HEAD[0, :1].clone(), "mask": MASK},
     "global_count": {
         "mask": MASK.view(-1), "cu_seqlens": torch.tensor([0, 2, 6]), "aggregation": "group_mean",
         "group_tokens": torch.tensor([5.0, 5.0]), "advantages": torch.tensor([1.0, 0.0]), "group": None,
@@ -105,19 +117,22 @@ KINDS = {
     "ids": ("token_ids", "input_ids", "group_ids"),
     "boundaries": ("cu_seqlens",),
     "mask": ("mask",),
-    "numbers": ("advantages", "importance_weights", "rewards", "group_tokens"),
+    "numbers": ("advantages", "importance_weights", "rewards", "group_tokens", "returns", "last_values"),
+    "floats": ("values", "old_values"),
     "log-probabilities": ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy"),
     "number or tensor": ("temperature", "normalizer"),
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
-               "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty"),
+               "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty", "gamma", "lam",
+               "clip_range"),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
-    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "normalize",
-               "missing"),
+    "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
+               "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage"),
     "other": ("objective", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
-FIRST = ("logits", "hidden", "logprobs", "rewards", "input_ids")  # the others have to be on the device of this one
+FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on
+DIFFERENTIABLE = ("logits", "hidden", "logprobs", "values")
 F8 = torch.float8_e4m3fn
 
 
@@ -143,15 +158,15 @@ def wrong(case: str, name: str, x: Any) -> Iterator[Any]:
             yield x[None]
         yield from (x.cpu().numpy(), "text", {}, x.to(torch.complex64))
         yield from (x.reshape(1, -1).to_sparse(), torch.nested.nested_tensor([x.cpu()]))
-        if name not in FIRST and (case, name) != ("global_count", "mask"):
+        if name not in FIRST and (case, name) not in {("global_count", "mask"), ("whiten_advantages", "advantages")}:
             yield x.to("meta")
     if kind == "operand":
         yield from (x.long(), x.bool(), x.to(F8))
     if kind in ("ids", "boundaries"):
         yield from (x.float(), x.bool())
-    if kind in ("numbers", "log-probabilities", "number or tensor"):
+    if kind in ("numbers", "floats", "log-probabilities", "number or tensor"):
         yield from (x.bool(), x.bfloat16(), x.half(), x.to(F8))
-    if kind == "log-probabilities" or name == "temperature":
+    if kind in ("floats", "log-probabilities") or name == "temperature":
         yield x.long()
     if name.endswith("logprobs"):
         yield x.exp()  # probabilities
@@ -374,7 +389,7 @@ def everything(case: str, given: dict[str, Any]) -> list[Any]:
         variants.append(given | {"temperature": 1.5, **({"normalizer": 7} if "normalizer" in given else {})})
     out: list[Any] = []
     for variant in variants:
-        inputs = {name: variant[name].clone().requires_grad_() for name in FIRST[:3] if name in variant}
+        inputs = {name: variant[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in variant}
         found = function_of(case)(**variant | inputs)
         out += [found]
         scalar = getattr(found, "loss", None)

@@ -18,7 +18,7 @@ import gspo_kernels
 from gspo_kernels.rows.dispatch import Backend
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md")
+EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md", "docs/ppo.md")
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 pytestmark = DEFAULT_MODE

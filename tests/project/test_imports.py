@@ -22,7 +22,8 @@ ALLOWED = {
     "rows": {"base"},
     "losses": {"base", "rows"},
     "linear": {"base", "rows", "losses"},
-    "rollout": {"base", "losses"},  # a mismatch is told by the share of tokens that the objective would clip
+    # A mismatch is told by the share of tokens that the objective would clip; what runs Triton is known by `rows`.
+    "rollout": {"base", "rows", "losses"},
     "integrations": {"base", "rows", "losses", "linear", "rollout", "public"},
 }
 COMPILED = {"_native.__init__", "_cuda.__init__"}

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
 from ... import (
-    Objective,
     Stats,
-    Terms,
-    TokenBatch,
     TokenLogprobs,
     global_count,
     linear_policy_loss,
     linear_token_logprobs,
-    policy_loss_from_logprobs,
 )
-from ...losses.objectives import at_most, within
 from .config import LEVELS, LOSS_TYPES, GSPOConfig, check_options
 from .head import JobHead, Opaque
 
@@ -131,22 +125,12 @@ class GSPOTrainer(GRPOTrainer):
         old, ref = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
         aggregation, normalizer = LOSS_TYPES[self.loss_type]
         mean: dict[str, Any] = {"aggregation": aggregation, "normalizer": normalizer(self, inputs, mask), "mask": mask}
-        policy: dict[str, Any] = {"objective": self._objective, "importance_weights": _weights(inputs), **mean}
-        if self.beta == 0.0 or not self.args.use_bias_correction_kl:
-            loss, stats = linear_policy_loss(
-                hidden, head.weight, tokens, advantages, old, bias=head.bias, temperature=self.temperature,
-                ref_logprobs=ref, beta=self.beta, **policy,
-            )  # fmt: skip
-            return loss, stats, stats.ref_kl
-        logprobs, entropy, _ = self._logprobs(hidden, head, tokens, mask)
-        old = logprobs.detach() if old is None else old
-        loss, stats = policy_loss_from_logprobs(logprobs, advantages, old, entropy=entropy.detach(), **policy)
-        kl = _WeightedKL(self._objective, inputs["ref_per_token_logps"].double() - old.double())
-        term, _ = policy_loss_from_logprobs(logprobs, advantages, old, objective=kl, **mean)
-        by_token, _ = policy_loss_from_logprobs(
-            logprobs.detach(), advantages, old, objective=kl, mask=mask, aggregation="token_mean"
-        )
-        return loss + self.beta * term, stats, by_token
+        loss, stats = linear_policy_loss(
+            hidden, head.weight, tokens, advantages, old, bias=head.bias, objective=self._objective,
+            importance_weights=_weights(inputs), temperature=self.temperature, ref_logprobs=ref, beta=self.beta,
+            kl_weighting="ratio" if self.args.use_bias_correction_kl else "none", **mean,
+        )  # fmt: skip
+        return loss, stats, stats.ref_kl
 
     # ---- counts and metrics
 
@@ -195,27 +179,6 @@ class GSPOTrainer(GRPOTrainer):
         }
         for name, value in found.items():
             self._metrics[self._mode][name].append(value)
-
-
-@dataclass(frozen=True)
-class _WeightedKL(Objective):
-    """KL(pi || ref) times the ratio, with the gradient of both: `use_bias_correction_kl` (arXiv 2512.02556).
-
-    w_t (exp(d_t) - d_t - 1),   d_t = log pi_ref(y_t) - log pi(y_t),   w_t the ratio of the policy term at t
-    """
-
-    policy: Objective
-    ref_minus_old: Tensor  # [B, C]
-
-    depends_on: ClassVar[str] = "sequence"
-
-    def terms(self, tokens: TokenBatch) -> Terms:
-        log_ratio, layout, max_log_ratio = tokens.log_ratio, tokens.layout, tokens.max_log_ratio
-        advantages = tokens.advantages if self.policy.advantages_per_token else layout.mean(tokens.advantages)
-        log_weight = self.policy.terms(replace(tokens, advantages=advantages)).log_ratio
-        log_weight = layout.spread(log_weight) if self.policy.ratio_of == "sequence" else log_weight
-        d = within(layout.of_tokens(self.ref_minus_old) - log_ratio, max_log_ratio)
-        return Terms(torch.exp(at_most(log_weight, max_log_ratio)) * (torch.expm1(d) - d), log_ratio)
 
 
 def _loss_mask(inputs: Inputs) -> Tensor:

@@ -1,0 +1,88 @@
+"""The demo trains with every objective that the package exports, and with a value model."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from batches import CLASSES
+from modes import DEFAULT_MODE
+
+DEMO = ("transformers", "tokenizers", "matplotlib", "tqdm")
+if any(find_spec(name) is None for name in DEMO):
+    pytest.skip("needs the demo's packages: make demo", allow_module_level=True)
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import arithmetic  # noqa: E402
+import train_arithmetic  # noqa: E402
+from critic import Critic  # noqa: E402
+
+pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
+
+BRIEF = replace(arithmetic.QUICK, steps=1, groups=4, samples=4, held_out=2, evaluations=1, max_response=5)
+
+
+def train(name: str, with_critic: bool) -> tuple[train_arithmetic.History, list[torch.Tensor], Critic | None]:
+    """One step from a random model; how far each of its parameters moved."""
+    torch.manual_seed(0)
+    problems = arithmetic.Problems(random.Random(0), BRIEF.digits, BRIEF.held_out)
+    tokenizer = arithmetic.build_tokenizer()
+    model = arithmetic.build_model(tokenizer)
+    before = [x.detach().clone() for x in model.parameters()]
+    critic = Critic(model, lam=0.95) if with_critic else None
+    objective = arithmetic.OBJECTIVES[name]()
+    history = train_arithmetic.reinforce(model, tokenizer, problems, BRIEF, objective, critic)
+    return history, [(x.detach() - y).abs().amax() for x, y in zip(model.parameters(), before, strict=True)], critic
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)  # as the demo does: threads that wait for each other take most of the time
+
+
+@pytest.fixture(autouse=True)
+def rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some for each problem: a random model answers nothing right."""
+    monkeypatch.setattr(arithmetic, "grade", lambda problems, responses: (torch.arange(len(problems)) % 4).float())
+
+
+def test_objectives_are_those_of_the_package() -> None:
+    assert arithmetic.OBJECTIVES == CLASSES and "gspo_token" in CLASSES
+
+
+@pytest.mark.parametrize("name", arithmetic.OBJECTIVES)
+def test_every_objective_trains(name: str) -> None:
+    history, moved, _ = train(name, with_critic=False)
+    assert len(history.reward) == 1 and len(history.held_out_accuracy) == 2 and not history.explained_variance
+    assert all(0 < float(x) < 0.1 for x in moved)
+
+
+def test_a_critic_trains() -> None:
+    history, moved, critic = train("ppo", with_critic=True)
+    assert critic is not None and float(critic.head.weight.detach().abs().amax()) > 0
+    assert len(history.explained_variance) == 1 and all(0 < float(x) < 0.1 for x in moved)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            ["--loss", "gspo", "--critic"],
+            "--critic: makes an advantage for each token, and gspo has one for a response",
+        ),
+        (["--loss", "dro", "--eps-low", "0.1"], "--eps-low: dro has no such clip range"),
+    ],
+)
+def test_impossible_combinations_end_the_program(
+    line: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_arithmetic.py", *line])
+    with pytest.raises(SystemExit):
+        train_arithmetic.main()
+    assert message in capsys.readouterr().err
