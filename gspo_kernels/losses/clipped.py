@@ -301,5 +301,7 @@ class SAPO(Objective):
         device = tokens.log_ratio.device
         ratio = at_most(tokens.log_ratio, tokens.max_log_ratio).exp()
         tau = torch.where(tokens.advantages > 0, run_time(self.tau_pos, device), run_time(self.tau_neg, device))
-        gate = torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau)
+        x = tau * (ratio - 1.0)
+        # Of an open gate by its closed side: torch's derivative, s (1 - s), has no digits where s is close to 1.
+        gate = torch.where(x > 0, 1.0 - torch.sigmoid(-x), torch.sigmoid(x)) * (4.0 / tau)
         return Terms(-gate * tokens.advantages, tokens.log_ratio)
