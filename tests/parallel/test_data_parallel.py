@@ -201,7 +201,9 @@ def share(rank: int, split: Split, inner_group: Any, outer_group: Any) -> list[F
     d, i = divmod(rank, inner.size)
     case, every = split.case, tuple(dealt(split.deal))
     cases = [
-        Chosen(case.objective, case.layout, case.build, case.options, case.rows, sequences=tuple(sequences), dealt=every)
+        Chosen(
+            case.objective, case.layout, case.build, case.options, case.rows, sequences=tuple(sequences), dealt=every
+        )
         for sequences in split.deal[d]
     ]
     group, cp_group = (dist.group.WORLD, inner_group) if inner.cp > 1 else (outer_group, None)
