@@ -7,14 +7,15 @@ import dataclasses
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import modes
 import pytest
 import torch
 import torch.distributed as dist
-from modes import INTERPRETED, ON_GPU, every_pair
+from modes import INTERPRETED, ON_GPU
 
 pytest.register_assert_rewrite("batches", "checks", "linear", "row_batches")
 
@@ -159,17 +160,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        os.environ["GSPO_KERNELS_TEST_ALL"] = "1"  # for what test modules make of OBJECTIVES, also in ranks
+        modes.WHOLE = True
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # else they wait for each other's cores
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
     config.addinivalue_line("markers", "only_with_all: runs with --all alone, for others find the same faults")
+    config.addinivalue_line("markers", "every_objective: each objective meets every other parameter (modes.py)")
+    config.addinivalue_line("markers", "each_objective: each objective is met at least once (modes.py)")
     # Kernels select an inf * 0 away as a GPU does, in silence; numpy speaks of each.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of each test's product of parameters what `modes.every_pair` keeps; with --all and on a GPU the whole product."""
-    if ON_GPU or config.getoption("--all"):
+    if modes.WHOLE:
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -177,8 +183,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tests[item.nodeid.partition("[")[0]].append(item)
     kept = set[pytest.Item]()
     for group in tests.values():
-        # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.
-        points = [[(name, id(x)) for name, x in i.callspec.params.items()] for i in group if hasattr(i, "callspec")]
-        kept.update([group[k] for k in every_pair(points)] if points else group)
+        marks = [group[0].get_closest_marker(name) is not None for name in ("every_objective", "each_objective")]
+        own = marks[0] and not INTERPRETED
+        points = [[values_of(*each, own) for each in parameters_of(item).items()] for item in group]
+        kept.update([group[k] for k in modes.every_pair(points)] if points[0] else group)
+        if any(marks) and not own:
+            kept.update(one_of_each_objective(group, kept))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def values_of(parameter: str, value: Any, own: bool) -> list[Hashable]:
+    """What a parameter of a test stands for in `modes.every_pair`."""
+    from batches import CLASSES, attributes_of
+
+    # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.
+    if parameter != "objective" or not isinstance(value, str) or value not in CLASSES:
+        return [id(value)]
+    return [*attributes_of(value), *([value] if own else [])]
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def one_of_each_objective(items: list[pytest.Item], kept: set[pytest.Item]) -> list[pytest.Item]:
+    """Of objectives that none of `kept` has; with other parameters that go round."""
+    by_objective: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        by_objective[parameters_of(item)["objective"]].append(item)
+    there = {parameters_of(item)["objective"] for item in items if item in kept}
+    return [of[k * 7 % len(of)] for k, (name, of) in enumerate(by_objective.items()) if name not in there]

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from batches import CLASSES, LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, edge_batch, flat, ragged_batch, run
+from batches import (
+    CLASSES,
+    FIELDS,
+    LAYOUTS,
+    OBJECTIVES,
+    PACKAGE,
+    PUBLIC,
+    SHORT,
+    Batch,
+    arguments,
+    edge_batch,
+    flat,
+    ragged_batch,
+    run,
+)
 from checks import check_close, check_gradient, check_outcome, run_and_check
 from modes import KERNELS, by_backend, by_combination, on_device, sized
 from tolerances import TOLERANCES
@@ -36,6 +51,27 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ref without beta": ({"ref": True}, {}),
     "ref without beta, on-policy": ({"ref": True, "on_policy": True}, {}),
     "clamped KL": ({"ref": True}, {"beta": 0.1, "max_log_ratio": 0.4}),
+    "weighted k1": ({"ref": True}, {"beta": 0.1, "kl_estimator": "k1", "kl_weighting": "ratio"}),
+    "weighted k2": ({"ref": True, "weights": "token"}, {"beta": 2, "kl_estimator": "k2", "kl_weighting": "ratio"}),
+    "weighted k3": ({"ref": True}, {"beta": 0.1, "kl_weighting": "ratio", "aggregation": "token_mean"}),
+    "weighted KL, on-policy": ({"ref": True, "on_policy": True}, {"beta": 0.1, "kl_weighting": "ratio"}),
+    "weighted KL, saturated": ({"ref": True}, {"beta": 0.1, "kl_weighting": "ratio", "max_log_ratio": 0.3}),
+    "weighted KL without beta": ({"ref": True}, {"kl_weighting": "ratio"}),
+    "group mean": ({"groups": True, "weights": "token"}, {"aggregation": "group_mean"}),
+    "group mean, on-policy": ({"groups": True, "on_policy": True}, {"aggregation": "group_mean"}),
+    "group mean, normalizer": (
+        {"groups": True, "ref": True},
+        {"aggregation": "group_mean", "beta": 0.1, "normalizer": 5.5},
+    ),
+    "no upper bound": ({}, {"eps_high": math.inf, "dual_clip": 3.0}),
+    "no lower bound": ({}, {"eps_low": math.inf}),
+    "engine": ({"rollout": True}, {}),
+    "engine, on-policy": ({"rollout": True, "on_policy": True}, {}),
+    "KL divergence": ({}, {"divergence": "kl"}),
+    "KL divergence, engine": ({"rollout": True, "ref": True}, {"divergence": "kl", "delta_low": 0.2, "beta": 0.1}),
+    "no largest ratio": ({"rollout": True}, {"max_ratio": None, "delta_high": math.inf}),
+    "a gate that closes fast": ({}, {"tau_pos": 7.0, "tau_neg": 0.5}),
+    "a strong penalty": ({}, {"penalty": 3.0, "max_log_ratio": 1.5}),
     "entropy": ({}, {"entropy_coef": 0.01}),
     "sequence weights": ({"weights": "sequence"}, {}),
     "token weights": ({"weights": "token"}, {}),
@@ -53,15 +89,27 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@by_objective
+def speaks_of(objective: str, option: str) -> bool:
+    """Whether the option says anything to this objective; otherwise it has the same under another name."""
+    build, options = OPTIONS[option]
+    of_class = {each.name for each in fields(CLASSES[objective])}
+    if "rollout" in build and not CLASSES[objective].uses_rollout_logprobs:
+        return False
+    return option.startswith("all") or not options.keys() & FIELDS or bool(options.keys() & of_class)
+
+
+@pytest.mark.every_objective
+@pytest.mark.parametrize(
+    ("objective", "option"), [(each, option) for each in OBJECTIVES for option in OPTIONS if speaks_of(each, option)]
+)
 @by_layout
 @by_backend
-@pytest.mark.parametrize("option", OPTIONS)
 def test_against_the_oracle(objective: str, layout: str, backend: str, option: str) -> None:
     build, options = OPTIONS[option]
     run_and_check(ragged_batch(objective, seed=1, **build), layout, objective, backend=backend, **options)
 
 
+@pytest.mark.each_objective
 @by_objective
 @by_layout
 @by_combination
@@ -86,6 +134,7 @@ def test_a_scaled_loss(objective: str, backend: str, dtype: torch.dtype, on_poli
     check_outcome(outcome, batch, objective, upstream=scale, roundings=2 if on_policy else 1)
 
 
+@pytest.mark.each_objective
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if CLASSES[name].advantages_per_token])
 @by_layout
 @by_backend
@@ -110,10 +159,11 @@ def test_every_exported_objective_has_an_oracle() -> None:
         for name in gspo_kernels.__all__
         if name.endswith("_loss") and not name.startswith(("linear_", "policy"))
     }
-    assert exported <= set(oracle.OBJECTIVES) == set(PUBLIC)  # a named loss is optional
+    assert exported <= set(PACKAGE) <= set(oracle.OBJECTIVES) == set(PUBLIC)  # a named loss is optional
     assert set(CLASSES) == set(oracle.OBJECTIVES), "one class an objective"
 
 
+@pytest.mark.each_objective
 @by_objective
 def test_the_papers_defaults(objective: str) -> None:
     """What the function does when told nothing is what the paper says: said again, nothing changes."""
@@ -205,23 +255,27 @@ def test_padded_is_packed(objective: str, backend: str, option: str) -> None:
 @by_objective
 @by_layout
 @by_backend
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum"])
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum", "group_mean"])
 def test_micro_batches_with_a_normalizer_add_up(objective: str, layout: str, backend: str, aggregation: str) -> None:
-    batch = ragged_batch(objective, seed=9, lengths=SHORT, ref=True, weights="token")
+    groups = aggregation == "group_mean"  # of which one is split
+    batch = ragged_batch(objective, seed=9, lengths=SHORT, ref=True, weights="token", groups=groups)
     options: dict[str, Any] = {"aggregation": aggregation, "beta": 0.1, "entropy_coef": 0.01}
     whole = run_and_check(batch, layout, objective, backend=backend, **options)
-    name = "num_tokens" if aggregation == "token_mean" else "num_sequences"
-    count = getattr(whole.stats, name)  # a 0-d tensor, as it would come from an all-reduce
-    parts = [
-        run(part, layout, objective, backend=backend, normalizer=count, **options)
-        for at in (5,)
-        for part in batch.split(at)
-    ]
+    counts = [
+        gspo_kernels.global_count(
+            keywords["mask"], keywords.get("cu_seqlens"), aggregation=aggregation,
+            group_tokens=keywords.get("group_tokens"),
+        )
+        for keywords in (arguments(part, layout).keywords for part in batch.split(5))
+    ]  # fmt: skip
+    count = torch.stack(counts).sum()  # a 0-d tensor, as it would come from an all-reduce
+    parts = [run(part, layout, objective, backend=backend, normalizer=count, **options) for part in batch.split(5)]
     assert sum(float(part.loss) for part in parts) == pytest.approx(float(whole.loss), rel=1e-6, abs=1e-6)
     gradient = torch.cat([part.gradient for part in parts])
     check_close("gradient", gradient, whole.gradient, 2e-6 * whole.gradient.abs())
 
 
+@pytest.mark.each_objective
 @by_objective
 @by_layout
 @by_backend
@@ -329,6 +383,7 @@ def test_the_tolerance_table_knows_every_dtype() -> None:
     assert set(TOLERANCES) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
+@pytest.mark.each_objective
 @by_backend
 @by_objective
 @pytest.mark.parametrize("entropy_coef", [0.0, 1e-12], ids=["one pass", "two passes"])

@@ -17,12 +17,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import modes
 import oracle
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from batches import ALL_MASKED, LAYOUTS, LENGTHS, LINEAR, OBJECTIVES, PUBLIC, Batch, Outcome, arguments, ragged_batch
+from batches import (
+    ALL_MASKED, CLASSES, KINDS, LAYOUTS, LENGTHS, LINEAR, OBJECTIVES, PUBLIC, WITH_TOKENS, Batch, Outcome, arguments,
+    attributes_of, ragged_batch, tokens_of_groups,
+)  # fmt: skip
 from checks import check_close, check_outcome, check_stats
 from linear import Identity, chunk_of
 from modes import every_pair
@@ -64,6 +68,8 @@ EVERYTHING = {"ref": True, "weights": "token", "temperature": "token"}, {"beta":
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "off-policy": ({}, {}),
     "on-policy": ({"on_policy": True}, {}),
+    "weighted KL": ({"ref": True}, {"beta": 0.05, "kl_weighting": "ratio"}),
+    "engine": ({"rollout": True}, {}),
     "everything": EVERYTHING,
     "everything, on-policy": ({**EVERYTHING[0], "weights": "sequence", "on_policy": True}, EVERYTHING[1]),
 }
@@ -92,7 +98,11 @@ class Split:
     def chosen(self, micro: int | None = None) -> Batch:
         """The sequences of all ranks in a micro-batch, or in all of them."""
         taken = [x if micro is None else x[micro : micro + 1] for x in self.deal]
-        return choose(self.case.batch(), [i for of_rank in taken for sequences in of_rank for i in sequences])
+        return choose(self.batch(), dealt(taken))
+
+    def batch(self) -> Batch:
+        """The whole, whose groups are of sequences that are dealt."""
+        return regrouped(self.case.batch(), dealt(self.deal))
 
     @property
     def aggregation(self) -> str:
@@ -105,25 +115,24 @@ class Chosen(Case):
     """Some sequences of a case."""
 
     sequences: tuple[int, ...] = ()
+    dealt: tuple[int, ...] = ()  # to all ranks
 
     def batch(self) -> Batch:
-        return choose(super().batch(), self.sequences)
+        return choose(regrouped(super().batch(), self.dealt), self.sequences)
+
+
+def dealt(deal: Deal) -> list[int]:
+    return [i for of_rank in deal for sequences in of_rank for i in sequences]
+
+
+def regrouped(batch: Batch, sequences: Sequence[int]) -> Batch:
+    """With groups that have these sequences alone."""
+    return batch if batch.group_tokens is None else replace(batch, group_tokens=tokens_of_groups(batch, sequences))
 
 
 def choose(batch: Batch, sequences: Sequence[int]) -> Batch:
     """These sequences, in this order."""
-    sequence_indices = torch.tensor(sequences, dtype=torch.int64)
-    rows = torch.tensor([t for i in sequences for t in batch.sequences[i]], dtype=torch.int64)
-
-    def cut(x: Any, by_token: bool = True) -> Any:
-        return x[rows if by_token else sequence_indices] if isinstance(x, Tensor) else x
-
-    return Batch(
-        batch.logits[rows], batch.token_ids[rows], batch.mask[rows], [batch.lengths[i] for i in sequences],
-        cut(batch.advantages, batch.by_token), cut(batch.old_logprobs), cut(batch.ref_logprobs),
-        cut(batch.weights, batch.weights_by_token), cut(batch.temperature), batch.by_token, batch.weights_by_token,
-        batch.padding,
-    )  # fmt: skip
+    return batch.of(sequences, [batch.sequences[i] for i in sequences])
 
 
 def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:
@@ -135,7 +144,7 @@ def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:
     for objective, aggregation, deal, way, layout, option, by_token, averaged, inner in pairs_of(axes):
         build, options = OPTIONS[option]
         case = Case(
-            objective, layout, {"seed": 30, "by_token": by_token and objective != "gspo", **build},
+            objective, layout, {"seed": 30, "by_token": by_token and objective in WITH_TOKENS, **build, **grouped(aggregation)},
             {"aggregation": aggregation, **options}, rows=3 if way == "hidden in chunks" else None,
         )  # fmt: skip
         split = Split(case, deals[deal], way, averaged, inner)
@@ -146,17 +155,32 @@ def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:
     return found
 
 
+def grouped(aggregation: str) -> dict[str, Any]:
+    """Of `ragged_batch`, for an aggregation: groups have sequences of several ranks and micro-batches."""
+    return {"groups": True} if aggregation == "group_mean" else {}
+
+
 def pairs_of(axes: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
-    """A value of each axis, any two of which meet."""
+    """A value of each axis, any two of which meet; an objective is met once, and its attributes meet what it would."""
     rng = random.Random(0)
     points = [[rng.randrange(len(axis)) for axis in axes] for _ in range(500)]  # so many that every pair is there
-    for k in every_pair([[(str(axis), i) for axis, i in enumerate(point)] for point in points]):
+    at = next(k for k, axis in enumerate(axes) if axis is OBJECTIVES)
+    values: list[list[Any]] = [[[i] for i in point] for point in points]
+    for point in values:
+        if not modes.WHOLE:
+            point[at] = attributes_of(OBJECTIVES[point[at][0]])
+    kept = every_pair(values)
+    there = {points[k][at] for k in kept}
+    for i in range(len(OBJECTIVES)):
+        if i not in there:
+            kept.append(next(k for k, point in enumerate(points) if point[at] == i))
+    for k in kept:
         yield [axis[i] for axis, i in zip(axes, points[k], strict=True)]
 
 
 def looks_by_sequence(split: Split) -> bool:
     """Whether an array per token of some context-parallel rank might as well be one per sequence."""
-    batch = split.case.batch()
+    batch = split.batch()
     parts = [choose(batch, sequences) for of_rank in split.deal for sequences in of_rank]
     held = [sum(map(len, rows)) == len(x.lengths) for x in parts for rows in split.inner.rows(x)]
     return split.inner.cp > 1 and split.case.layout == "packed" and any(held)
@@ -175,23 +199,25 @@ def share(rank: int, split: Split, inner_group: Any, outer_group: Any) -> list[F
     """The micro-batches of one rank, with the count that belongs to them."""
     inner = split.inner
     d, i = divmod(rank, inner.size)
-    case = split.case
+    case, every = split.case, tuple(dealt(split.deal))
     cases = [
-        Chosen(case.objective, case.layout, case.build, case.options, case.rows, sequences=tuple(sequences))
+        Chosen(
+            case.objective, case.layout, case.build, case.options, case.rows, sequences=tuple(sequences), dealt=every
+        )
         for sequences in split.deal[d]
     ]
     group, cp_group = (dist.group.WORLD, inner_group) if inner.cp > 1 else (outer_group, None)
-    masks = [mask_of(part(c.batch(), inner.rows(c.batch())[i // inner.tp]), case.layout) for c in cases]
+    counted = [to_count(part(c.batch(), inner.rows(c.batch())[i // inner.tp]), case.layout) for c in cases]
     with mutated(split.mutant):
         counts = [
             global_count(
-                *mask,
+                **of_mask,
                 aggregation=split.aggregation,
                 group=None if split.mutant == "a local count" else group,
                 cp_group=None if split.mutant == "sequences of every rank" else cp_group,
                 averaged=split.averaged and split.mutant not in ("a local count", "not divided"),
             )
-            for mask in masks
+            for of_mask in counted
         ]
         count = torch.stack(counts).sum()
         if split.mutant == "a mean of means":  # which is right where shares are equal, and is what one is tempted by
@@ -236,9 +262,10 @@ def mutated(mutant: str) -> Iterator[None]:
         yield
 
 
-def mask_of(batch: Batch, layout: str) -> tuple[Tensor, Tensor | None]:
+def to_count(batch: Batch, layout: str) -> dict[str, Tensor]:
+    """What `global_count` takes of it."""
     keywords = arguments(batch, layout).keywords
-    return keywords["mask"], keywords.get("cu_seqlens")
+    return {name: keywords[name] for name in ("mask", "cu_seqlens", "group_tokens") if name in keywords}
 
 
 def loss_of_split(split: Split, group: Any, inner_group: Any, i: int) -> Callable[..., Any]:
@@ -268,9 +295,7 @@ def from_logprobs(objective: str, logits: Tensor, *rest: Any, **keywords: Any) -
     names = ("temperature", "tp_group", "vocab_start", "vocab_size")
     of_rows = {name: keywords.pop(name) for name in names if name in keywords}
     found = gspo_kernels.token_logprobs(logits, token_ids, mask=keywords["mask"], **of_rows)
-    named = {"gspo": gspo_kernels.GSPO, "gspo_token": gspo_kernels.GSPOToken}
-    named |= {"grpo": gspo_kernels.GRPO, "ppo": gspo_kernels.PPO}
-    given = {**keywords, "objective": named[objective](), "entropy": found.entropy}
+    given = {**keywords, "objective": CLASSES[objective](), "entropy": found.entropy}
     return gspo_kernels.policy_loss_from_logprobs(found.logprobs, advantages, old_logprobs, **given)
 
 
@@ -299,7 +324,7 @@ def check(split: Split, found: Sequence[list[Found]]) -> None:
             if "hidden" in split.way and inner.tp > 1:  # what each rank returns is whole, and the same
                 assert all(torch.equal(one["gradient"], mine[0]["gradient"]) for one in mine)
                 at, mine = Grid(), mine[:1]
-            outcomes.append(put_together(mine, at, split.case, choose(split.case.batch(), sequences)))
+            outcomes.append(put_together(mine, at, split.case, choose(split.batch(), sequences)))
     options = {**split.case.options, "aggregation": split.aggregation}
     truth = oracle.OBJECTIVES[objective].options(**options)
     for micro in range(split.micro_batches):
@@ -314,9 +339,13 @@ def check(split: Split, found: Sequence[list[Found]]) -> None:
 
     expected = whole.expected(objective, **options)
     counted = expected.stats["num_tokens" if split.aggregation == "token_mean" else "num_sequences"]
+    if whole.group_tokens is not None:
+        shares = zip(whole.sequences, whole.group_tokens.tolist(), strict=True)
+        counted = sum(float(whole.mask[list(rows)].sum()) / max(size, 1.0) for rows, size in shares)
     if not split.mutant:
         for of_rank in found:
-            assert float(of_rank[0]["count"]) * split.averages_over == counted, f"the count is not {counted:g}"
+            count = float(of_rank[0]["count"]) * split.averages_over
+            assert count == pytest.approx(counted, rel=1e-14), f"the count is not {counted:g}"
     factor = 1.0 / split.averages_over
     merged = Outcome(
         torch.stack([one.loss.double() for one in outcomes]).sum().float() * factor,
@@ -403,17 +432,24 @@ def test_wrong_counts_and_means_are_found_out(world: int, mutants: list[tuple[st
     assert not alive, alive
 
 
-def test_counts_of_micro_batches_add_up() -> None:
-    """To that of all of them in one, also where some have nothing that counts."""
-    batch = ragged_batch("gspo", seed=32)
-    for layout, aggregation in itertools.product(LAYOUTS, AGGREGATIONS):
-        parts = [choose(batch, x) for x in ([0, 1], [ALL_MASKED], [], [3, EMPTY], [EMPTY], [4, 5, 6, 7])]
-        counts = [global_count(*mask_of(x, layout), aggregation=aggregation) for x in parts]
-        expected = [int(x.mask.sum()) for x in parts] if aggregation == "token_mean" else [2, 0, 0, 1, 0, 4]
-        assert [x.tolist() for x in counts] == expected
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_counts_of_micro_batches_add_up(aggregation: str) -> None:
+    """To that of all of them in one, also where some have nothing that counts, or a part of a group."""
+    batch, every = ragged_batch("gspo", seed=32), [[0, 1], [ALL_MASKED], [], [3, EMPTY], [EMPTY], [4, 5, 6, 7]]
+    if aggregation == "group_mean":
+        batch.group_tokens = tokens_of_groups(batch, sorted({i for x in every for i in x}))
+    for layout in LAYOUTS:
+        parts = [choose(batch, x) for x in every]
+        counts = [global_count(**to_count(x, layout), aggregation=aggregation) for x in parts]
         assert all(x.dtype == torch.float64 and x.shape == () for x in counts)
         whole = choose(batch, [0, 1, ALL_MASKED, 3, EMPTY, EMPTY, 4, 5, 6, 7])
-        assert global_count(*mask_of(whole, layout), aggregation=aggregation).tolist() == sum(expected)
+        total = global_count(**to_count(whole, layout), aggregation=aggregation)
+        assert total.tolist() == pytest.approx(sum(x.tolist() for x in counts), rel=1e-14)
+        if aggregation == "group_mean":
+            assert total.tolist() == pytest.approx(2.0, rel=1e-14)  # sequences 0 to 3, and 4 to 7
+        else:
+            expected = [int(x.mask.sum()) for x in parts] if aggregation == "token_mean" else [2, 0, 0, 1, 0, 4]
+            assert [x.tolist() for x in counts] == expected
 
 
 def test_a_count_of_zero_is_no_excuse_for_a_batch_with_tokens() -> None:
@@ -436,7 +472,7 @@ def without_collectives(rank: int) -> tuple[list[str], list[Any]]:
                 if name.lstrip("_").startswith(COLLECTIVES) and callable(getattr(owner, name)):
                     stack.enter_context(mock.patch.object(owner, name, refusing(name, called)))
         if rank == 0:
-            for objective, layout, on_policy in itertools.product(OBJECTIVES, LAYOUTS, (False, True)):
+            for objective, layout, on_policy in itertools.product(KINDS, LAYOUTS, (False, True)):
                 case = Case(objective, layout, {"seed": 34, "on_policy": on_policy, "ref": True}, {"beta": 0.05})
                 for function in (PUBLIC[objective], Identity(objective, 3)):
                     logits_case(0, Grid(), case, (None, None), function)
@@ -507,7 +543,7 @@ SPOILED = Split(Case(build={"seed": 35}), DEALS[2]["unequal"])
 
 
 def with_nan(rank: int) -> list[dict[str, Tensor]]:
-    return [nan_stats(objective, SPOILED.deal[rank][0], dist.group.WORLD) for objective in OBJECTIVES]
+    return [nan_stats(objective, SPOILED.deal[rank][0], dist.group.WORLD) for objective in KINDS]
 
 
 def nan_stats(objective: str, sequences: Sequence[int], group: Any) -> dict[str, Tensor]:
@@ -524,7 +560,7 @@ def nan_stats(objective: str, sequences: Sequence[int], group: Any) -> dict[str,
 def test_a_nan_of_one_rank_is_everybodys() -> None:
     """As in one process, and not a number that looks well."""
     found = ranks.run(2, with_nan)
-    for k, objective in enumerate(OBJECTIVES):
+    for k, objective in enumerate(KINDS):
         truth = nan_stats(objective, list(range(13)), None)
         for of_rank in found:
             for name, x in of_rank[k].items():
@@ -588,6 +624,8 @@ class Training:
         for i in (EMPTY, ALL_MASKED):
             batch.mask[batch.sequences[i].start : batch.sequences[i].stop] = False
         batch.old_logprobs = (logprobs + torch.randn(n, generator=generator) * 0.2).clamp(max=0.0)
+        if self.aggregation == "group_mean":
+            batch.group_tokens = tokens_of_groups(batch, dealt(DEALS[2][self.deal]))
         return policy, batch
 
     def loss(self, policy: nn.Module, batch: Batch, **given: Any) -> Tensor:
@@ -627,7 +665,7 @@ def step_of(rank: int, step: Training, mesh: Any, every: Any) -> tuple[Tensor, d
     batches = [part(x, Grid(cp=step.cp).rows(x)[c]) for x in batches]
     counts = [
         global_count(
-            *mask_of(x, step.layout), aggregation=step.aggregation, group=group, cp_group=cp_group, averaged=True
+            **to_count(x, step.layout), aggregation=step.aggregation, group=group, cp_group=cp_group, averaged=True
         )
         for x in batches
     ]
@@ -661,8 +699,8 @@ def test_ddp_and_fsdp2_have_the_gradient_of_one_process(cp: int) -> None:
     found = ranks.run(2 * cp, trained, steps)
     for k, step in enumerate(steps):
         policy, batch = step.made()
-        dealt = [i for of_rank in DEALS[2][step.deal] for sequences in of_rank for i in sequences]
-        truth = replace(step, hidden=False).loss(policy.double(), widened(choose(batch, dealt)), backend="reference")
+        taken = choose(batch, dealt(DEALS[2][step.deal]))
+        truth = replace(step, hidden=False).loss(policy.double(), widened(taken), backend="reference")
         truth.backward()
         for of_rank in found:
             loss, gradients = of_rank[k]

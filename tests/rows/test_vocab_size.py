@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, flat, ragged_batch, run
+from batches import KINDS, LAYOUTS, OBJECTIVES, PUBLIC, SHORT, Batch, arguments, flat, ragged_batch, run
 from modes import by_backend, by_combination, on_device, sized
 from row_batches import peaked
 from torch import Tensor
@@ -148,7 +148,7 @@ def test_under_compile(layout: str) -> None:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **PUBLIC,
+    **{objective: PUBLIC[objective] for objective in KINDS},
     "policy": gspo_kernels.policy_loss,
     "token_logprobs": token_logprobs,
 }

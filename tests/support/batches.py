@@ -7,22 +7,24 @@ the clip window to either side of its edges for both signs of the advantage, and
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import modes
 import oracle
 import torch
-from modes import on_device, sized
+from modes import every_pair, on_device, sized
 from torch import Tensor
 
 import gspo_kernels
 
-OBJECTIVES = list(oracle.OBJECTIVES)
 CLASSES: dict[str, Any] = {  # by the oracle's names: GSPOToken is gspo_token
     re.sub("(?<!^)(?=[A-Z][a-z])", "_", name).lower(): getattr(gspo_kernels, name)
     for name in gspo_kernels.__all__
@@ -30,8 +32,33 @@ CLASSES: dict[str, Any] = {  # by the oracle's names: GSPOToken is gspo_token
     and issubclass(getattr(gspo_kernels, name), gspo_kernels.Objective)
     and name not in ("Objective", "TopEntropy")  # which is none by itself
 }
+PACKAGE = list(CLASSES)
+# Objectives of no package: tests/objectives/mine.py has a class and, from the same formula, its entry in the oracle.
+for each in sorted(Path(oracle.__file__).parent.glob("objectives/*.py")):
+    own = importlib.import_module(f"objectives.{each.stem}")
+    oracle.OBJECTIVES[each.stem], CLASSES[each.stem] = own.TRUTH, own.CLASS
+OBJECTIVES = list(oracle.OBJECTIVES)
 
 
+@functools.cache
+def attributes_of(objective: str) -> tuple[tuple[str, Any], ...]:
+    """What decides which code of the package an objective passes through. A new one's are these, too."""
+    kind = CLASSES[objective]
+    names = (
+        "ratio_of", "advantages_per_token", "depends_on", "uses_logprobs", "known_on_policy", "uses_rollout_logprobs",
+        "by_sequence_alone", "sequence_value",
+    )  # fmt: skip
+    has = {
+        "a term": kind.triton_term is not None,
+        "a hold": kind.triton_hold is not None,
+        "a slope": kind().row_slope() is not None,
+    }
+    return (*((name, getattr(kind, name)) for name in names), *has.items())
+
+
+# The fewest that have every attribute among them. With --all and on a GPU: all.
+KINDS = OBJECTIVES if modes.WHOLE else [OBJECTIVES[k] for k in every_pair([[attributes_of(x)] for x in OBJECTIVES])]
+WITH_TOKENS = [name for name in OBJECTIVES if CLASSES[name].advantages_per_token]
 FIELDS = {each.name for kind in CLASSES.values() for each in fields(kind)}  # eps_low, dual_clip, ...
 
 
@@ -85,6 +112,8 @@ class Batch:
     advantages: Tensor  # [S], or [N] where by_token
     old_logprobs: Tensor | None = None  # [N]
     ref_logprobs: Tensor | None = None  # [N]
+    rollout_logprobs: Tensor | None = None  # [N]
+    group_tokens: Tensor | None = None  # [S]
     weights: Tensor | None = None  # [S], or [N] where weights_by_token
     temperature: float | Tensor = 1.0  # or [N]
     by_token: bool = False
@@ -126,36 +155,30 @@ class Batch:
             opt,
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs.tolist(),
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs.tolist(),
+            rollout_logprobs=None if self.rollout_logprobs is None else self.rollout_logprobs.tolist(),
+            group_tokens=None if self.group_tokens is None else self.group_tokens.tolist(),
             weights=None if self.weights is None else self.spread(self.weights, self.weights_by_token),
             entropy=[row.entropy for row in self.rows],
         )
 
     def split(self, at: int) -> tuple[Batch, Batch]:
         """Two batches: the sequences before and from `at`."""
-        row = sum(self.lengths[:at])
+        first, rest = range(at), range(at, len(self.lengths))
+        return tuple(self.of(x, [self.sequences[i] for i in x]) for x in (first, rest))  # type: ignore[return-value]
 
-        def part(s: slice, t: slice) -> Batch:
-            def cut(x: Tensor | None, by_token: bool = True) -> Tensor | None:
-                return None if x is None else x[t] if by_token else x[s]
+    def of(self, sequences: Sequence[int], rows: Sequence[Sequence[int]]) -> Batch:
+        """These sequences, and of each of them these rows. A group stays as large as it was."""
+        row_indices = torch.tensor([t for of in rows for t in of], dtype=torch.int64)
+        sequence_indices = torch.tensor(list(sequences), dtype=torch.int64)
+        by_sequence = {"group_tokens"}
+        by_sequence |= set() if self.by_token else {"advantages"}
+        by_sequence |= set() if self.weights_by_token else {"weights"}
 
-            advantages = cut(self.advantages, self.by_token)
-            assert advantages is not None
-            return Batch(
-                self.logits[t],
-                self.token_ids[t],
-                self.mask[t],
-                self.lengths[s],
-                advantages,
-                cut(self.old_logprobs),
-                cut(self.ref_logprobs),
-                cut(self.weights, self.weights_by_token),
-                self.temperature[t] if isinstance(self.temperature, Tensor) else self.temperature,
-                self.by_token,
-                self.weights_by_token,
-                self.padding,
-            )
+        def cut(name: str, x: Any) -> Any:
+            return x[sequence_indices if name in by_sequence else row_indices] if isinstance(x, Tensor) else x
 
-        return part(slice(at), slice(row)), part(slice(at, None), slice(row, None))
+        found = {each.name: cut(each.name, getattr(self, each.name)) for each in fields(self)}
+        return Batch(**{**found, "lengths": [len(of) for of in rows]})
 
 
 def ragged_batch(
@@ -168,13 +191,18 @@ def ragged_batch(
     on_policy: bool = False,
     by_token: bool = False,
     ref: bool = False,
+    rollout: bool = False,
+    groups: bool = False,
     weights: str | None = None,
     temperature: float | str = 1.0,
     eps_low: float | None = None,
     eps_high: float | None = None,
     logits: Tensor | None = None,
 ) -> Batch:
-    """`logits` [N, V]: these instead of random ones, with random tokens."""
+    """`logits` [N, V]: these instead of random ones, with random tokens.
+
+    `rollout`: those of the engine, which are not the old policy's, for objectives that read them.
+    """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     n, s = sum(lengths), len(lengths)
@@ -238,8 +266,21 @@ def ragged_batch(
     if ref:
         noise_of_ref = torch.randn(n, generator=generator, dtype=torch.float64) * 0.5
         batch.ref_logprobs = (logprobs + noise_of_ref).clamp(max=0.0).to(wide)
+    if rollout and CLASSES[objective].uses_rollout_logprobs:
+        apart = torch.randn(n, generator=generator, dtype=torch.float64) * 0.3
+        batch.rollout_logprobs = (logprobs - wanted + apart).clamp(max=0.0).to(wide)
+    if groups:
+        batch.group_tokens = tokens_of_groups(batch, range(s))
     put_garbage(batch)
     return batch
+
+
+def tokens_of_groups(batch: Batch, sequences: Sequence[int]) -> Tensor:
+    """[S], of groups that have these of the sequences."""
+    counts = [float(batch.mask[list(rows)].sum()) for rows in batch.sequences]
+    group_of = [i // 4 for i in range(len(counts))]
+    total = [sum(counts[j] for j in sequences if group_of[j] == group) for group in group_of]
+    return torch.tensor(total, dtype=torch.float64)
 
 
 def make_possible(batch: Batch, wanted: Tensor, units: Sequence[range]) -> None:
@@ -295,6 +336,7 @@ def put_garbage(batch: Batch) -> None:
         (batch.advantages, batch.by_token),
         (batch.old_logprobs, True),
         (batch.ref_logprobs, True),
+        (batch.rollout_logprobs, True),
         (batch.weights, batch.weights_by_token),
     ):
         if values is not None and by_token:
@@ -352,6 +394,10 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         "importance_weights": either(batch.weights, math.inf, batch.weights_by_token),
         "temperature": lay(batch.temperature, 1.0),
     }
+    if batch.rollout_logprobs is not None:
+        keywords["rollout_logprobs"] = lay(batch.rollout_logprobs, math.nan)
+    if batch.group_tokens is not None:
+        keywords["group_tokens"] = lay(batch.group_tokens, math.nan, False)
     if layout == "packed":
         boundaries = torch.tensor([0, *itertools.accumulate(batch.lengths)], dtype=torch.int32)
         keywords["cu_seqlens"] = on_device(boundaries)

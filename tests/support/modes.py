@@ -7,8 +7,11 @@
 Batches and the oracle's truth are CPU tensors in every mode. `on_device` brings what the package is given to where it
 runs; `checks.py` brings results back.
 
-A product of parameters is thinned to a part that still holds every pair of their values (`every_pair`). The whole
-product runs on a GPU, and with `pytest --all`.
+A product of parameters is thinned to a part that still holds every pair of their values (`every_pair`). An objective
+counts there by its attributes: what is right for one that reads log-probabilities, in one layout, with one backend, is
+right for all such. The mathematics of a loss are its own. Where a test is about them, it is marked `every_objective`:
+each objective itself meets every other value; in the interpreter it is met at least once, as it is everywhere under
+`each_objective`. The whole product runs on a GPU, and with `pytest --all`.
 
 The interpreter walks a kernel in numpy: a row costs it milliseconds where the C++ kernels take microseconds. There
 
@@ -20,9 +23,10 @@ Tolerances are the same everywhere.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TypeVar
 
 import pytest
@@ -34,6 +38,7 @@ Anything = TypeVar("Anything")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 DEVICE = torch.device(os.environ.get("GSPO_KERNELS_TEST_DEVICE", "cpu"))
 ON_GPU = DEVICE.type == "cuda"
+WHOLE = ON_GPU or os.environ.get("GSPO_KERNELS_TEST_ALL") == "1"  # --all, which sets it: nothing is thinned
 if ON_GPU and INTERPRETED:
     raise RuntimeError("TRITON_INTERPRET and GSPO_KERNELS_TEST_DEVICE: expected one of them, for they are two modes")
 
@@ -73,16 +78,23 @@ def sized(usual: Anything, interpreted: Anything) -> Anything:
     return interpreted if INTERPRETED else usual
 
 
-def every_pair(points: Sequence[Sequence[tuple[str, int]]]) -> list[int]:
+def every_pair(points: Sequence[Sequence[Collection[Hashable]]]) -> list[int]:
     """Which of `points` to keep, so that any two values that stand together in one still stand together in one kept.
 
-    A point chooses a value, told by a number, for each parameter of a test: most faults are of one value, or of two
-    together. Greedy and always the same: the point with the most pairs not seen so far, the first of equals.
+    A point has for each parameter of a test a value, or several that it stands for: those are not paired with each
+    other. Most faults are of one value, or of two together. Greedy and always the same: the point with the most pairs
+    not seen so far, the first of equals.
     """
-    pairs = [{frozenset(pair) for pair in itertools.combinations_with_replacement(point, 2)} for point in points]
-    kept, missing = [], set[frozenset[tuple[str, int]]]().union(*pairs)
+    bits = dict[frozenset[tuple[int, Hashable]], int]()  # of each pair, and of each value, one
+    pairs = []
+    for point in points:
+        named = [[(parameter, value) for value in values] for parameter, values in enumerate(point)]
+        found = [pair for a, b in itertools.combinations(named, 2) for pair in itertools.product(a, b)]
+        found += [(value,) for values in named for value in values]  # type: ignore[misc]
+        pairs.append(functools.reduce(int.__or__, (bits.setdefault(frozenset(x), 1 << len(bits)) for x in found), 0))
+    kept, missing = [], (1 << len(bits)) - 1
     while missing:
-        best = max(range(len(points)), key=lambda k: len(pairs[k] & missing))
+        best = max(range(len(points)), key=lambda k: (pairs[k] & missing).bit_count())
         kept.append(best)
-        missing -= pairs[best]
+        missing &= ~pairs[best]
     return sorted(kept)

@@ -63,17 +63,7 @@ class Grid:
 
 def part(batch: Batch, rows: Sequence[Sequence[int]]) -> Batch:
     """These rows of each sequence."""
-    chosen = torch.tensor([t for of in rows for t in of], dtype=torch.int64)
-
-    def cut(x: Any, by_token: bool = True) -> Any:
-        return x[chosen] if isinstance(x, Tensor) and by_token else x
-
-    return Batch(
-        batch.logits[chosen], batch.token_ids[chosen], batch.mask[chosen], [len(of) for of in rows],
-        cut(batch.advantages, batch.by_token), cut(batch.old_logprobs), cut(batch.ref_logprobs),
-        cut(batch.weights, batch.weights_by_token), cut(batch.temperature), batch.by_token, batch.weights_by_token,
-        batch.padding,
-    )  # fmt: skip
+    return batch.of(range(len(rows)), rows)
 
 
 @dataclass(frozen=True)
