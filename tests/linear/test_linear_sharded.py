@@ -12,7 +12,7 @@ import linear_sharding
 import pytest
 import ranks
 import torch
-from batches import LAYOUTS, OBJECTIVES
+from batches import KINDS, LAYOUTS, OBJECTIVES, WITH_TOKENS
 from checks import check_close
 from linear_sharding import (
     Collective,
@@ -43,13 +43,13 @@ EVERY_MODE = {"single_pass", "recompute", "deferred_scale", "statistics"}
 # build, options, rows of a chunk, which operands need a gradient. Sequences have up to 7 rows, here and there masked.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None, tuple[str, ...]]] = {
     "recompute": ({"bias": True}, {}, 1, ALL),
-    "some fit": ({}, {"dual_clip": 3.0}, 3, ALL),
+    "some fit": ({"rollout": True, "groups": True}, {"dual_clip": 3.0, "aggregation": "group_mean"}, 3, ALL),
     "one chunk": ({"bias": True, "temperature": 0.7}, {"max_log_ratio": 1.5}, None, ALL),
     "on-policy": ({"bias": True, "on_policy": True, "weights": "token"}, {}, 2, ALL),
     "on-policy with a bonus": ({"on_policy": True}, {"entropy_coef": 0.01}, 2, ALL),
     "all terms": (
         {"seed": 56, "bias": True, "ref": True, "weights": "token", "temperature": "token"},
-        {"beta": 0.05, "entropy_coef": 0.01, "aggregation": "token_mean"}, 2, ALL,
+        {"beta": 0.05, "kl_weighting": "ratio", "entropy_coef": 0.01, "aggregation": "token_mean"}, 2, ALL,
     ),
     "frozen head": ({"weights": "sequence"}, {"aggregation": "sequence_sum", "normalizer": 7.5}, 1, ("hidden",)),
     "frozen head, KL": ({"bias": True, "ref": True}, {"beta": 0.1, "kl_estimator": "k1"}, 2, ("hidden",)),
@@ -62,14 +62,16 @@ BY_TOKEN: dict[str, Any] = {"by_token": True, "bias": True}
 
 
 def cases_of(turn: int) -> list[Case]:
-    """Every objective with every setting, in one layout; the other comes with the next turn."""
+    """One objective of each kind with every setting, in one layout; the other comes with the next turn. And each."""
     found = []
-    for i, objective in enumerate(OBJECTIVES):
+    for i, objective in enumerate(KINDS):
         for j, (build, options, rows, needs_grad) in enumerate(SETTINGS.values()):
             layout = LAYOUTS[(i + j + turn) % 2]
             found.append(Case(objective, layout, {"seed": 50, **build}, options, rows, needs_grad, (1.0, -2.5)[j % 2]))
-        if objective != "gspo":
+        if objective in WITH_TOKENS:
             found.append(Case(objective, LAYOUTS[turn % 2], {"seed": 51, **BY_TOKEN}, {}, 2))
+    for objective in OBJECTIVES[turn % 2 :: 2]:
+        found.append(Case(objective, LAYOUTS[turn // 2 % 2], {"seed": 55, "ref": True}, {"beta": 0.1}, 3))
     layout, narrow = LAYOUTS[turn % 2], {"seed": 52, "dtype": torch.bfloat16}
     return [
         *found,

@@ -10,14 +10,12 @@ import contextlib
 import copy
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import modes
 import oracle
 import pytest
 import ranks
@@ -25,11 +23,10 @@ import torch
 import torch.distributed as dist
 from batches import (
     ALL_MASKED, CLASSES, KINDS, LAYOUTS, LENGTHS, LINEAR, OBJECTIVES, PUBLIC, WITH_TOKENS, Batch, Outcome, arguments,
-    attributes_of, ragged_batch, tokens_of_groups,
+    pairs_of, ragged_batch, tokens_of_groups,
 )  # fmt: skip
 from checks import check_close, check_outcome, check_stats
 from linear import Identity, chunk_of
-from modes import every_pair
 from sharding import Case, Found, Grid, keywords_of, logits_case, part, put_together, shard_of
 from tolerances import TOLERANCES
 from torch import Tensor, nn
@@ -66,11 +63,9 @@ DEALS: dict[int, dict[str, Deal]] = {
 WAYS = ["logits", "hidden", "hidden in chunks", "logprobs"]
 EVERYTHING = {"ref": True, "weights": "token", "temperature": "token"}, {"beta": 0.05, "entropy_coef": 0.01}
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "off-policy": ({}, {}),
+    "off-policy": ({"rollout": True}, {}),
     "on-policy": ({"on_policy": True}, {}),
-    "weighted KL": ({"ref": True}, {"beta": 0.05, "kl_weighting": "ratio"}),
-    "engine": ({"rollout": True}, {}),
-    "everything": EVERYTHING,
+    "everything": (EVERYTHING[0], {**EVERYTHING[1], "kl_weighting": "ratio"}),
     "everything, on-policy": ({**EVERYTHING[0], "weights": "sequence", "on_policy": True}, EVERYTHING[1]),
 }
 
@@ -158,24 +153,6 @@ def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:
 def grouped(aggregation: str) -> dict[str, Any]:
     """Of `ragged_batch`, for an aggregation: groups have sequences of several ranks and micro-batches."""
     return {"groups": True} if aggregation == "group_mean" else {}
-
-
-def pairs_of(axes: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
-    """A value of each axis, any two of which meet; an objective is met once, and its attributes meet what it would."""
-    rng = random.Random(0)
-    points = [[rng.randrange(len(axis)) for axis in axes] for _ in range(500)]  # so many that every pair is there
-    at = next(k for k, axis in enumerate(axes) if axis is OBJECTIVES)
-    values: list[list[Any]] = [[[i] for i in point] for point in points]
-    for point in values:
-        if not modes.WHOLE:
-            point[at] = attributes_of(OBJECTIVES[point[at][0]])
-    kept = every_pair(values)
-    there = {points[k][at] for k in kept}
-    for i in range(len(OBJECTIVES)):
-        if i not in there:
-            kept.append(next(k for k, point in enumerate(points) if point[at] == i))
-    for k in kept:
-        yield [axis[i] for axis, i in zip(axes, points[k], strict=True)]
 
 
 def looks_by_sequence(split: Split) -> bool:

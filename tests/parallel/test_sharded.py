@@ -5,8 +5,10 @@ A world is started once a test; its ranks go through many cases, and what they f
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
@@ -16,7 +18,9 @@ import ranks
 import sharding
 import torch
 import torch.distributed as dist
-from batches import LAYOUTS, OBJECTIVES, Batch, arguments, edge_batch, run
+from batches import (
+    CLASSES, FIELDS, KINDS, LAYOUTS, OBJECTIVES, WITH_TOKENS, Batch, arguments, edge_batch, pairs_of, run,
+)  # fmt: skip
 from checks import check_close, check_gradient, check_outcome, check_rows
 from sharding import Case, Found, Grid
 from test_linear_plans import OverMean
@@ -29,19 +33,34 @@ from gspo_kernels import policy_loss, policy_loss_from_logprobs, token_logprobs
 pytestmark = ranks.mark
 
 FULL = {"ref": True, "weights": "token", "temperature": "token"}
-PLAIN: list[Case] = []
-for objective in OBJECTIVES:
-    for layout in LAYOUTS:
-        terms = {"beta": 0.1, "entropy_coef": 0.02, "kl_estimator": "k2"}
-        PLAIN += [
-            Case(objective, layout, {"seed": 1}, upstream=-0.75),
-            Case(objective, layout, {"seed": 2, "on_policy": True}),
-            Case(objective, layout, {"seed": 3, **FULL}, {**terms, "aggregation": "token_mean"}),
-            Case(objective, layout, {"seed": 4, "weights": "sequence"}, {"aggregation": "sequence_sum"}),
-            Case(objective, layout, {"seed": 5, "on_policy": True}, {"entropy_coef": 0.1, "dual_clip": 3.0}),
-        ]
-        if objective != "gspo":
-            PLAIN.append(Case(objective, layout, {"seed": 6, "by_token": True}, {"normalizer": 7.5}))
+TERMS = {"beta": 0.1, "entropy_coef": 0.02, "kl_estimator": "k2"}
+WEIGHTED = {"beta": 0.5, "kl_weighting": "ratio"}
+# build, options, upstream
+SETTINGS: list[tuple[dict[str, Any], dict[str, Any], float]] = [
+    ({"seed": 1}, {}, -0.75),
+    ({"seed": 2, "on_policy": True}, {}, 1.0),
+    ({"seed": 3, **FULL}, {**TERMS, "aggregation": "token_mean"}, 1.0),
+    ({"seed": 4, "weights": "sequence"}, {"aggregation": "sequence_sum"}, 1.0),
+    ({"seed": 5, "on_policy": True}, {"entropy_coef": 0.1, "dual_clip": 3.0}, 1.0),
+    ({"seed": 6, "by_token": True}, {"normalizer": 7.5}, 1.0),
+    ({"seed": 15, "ref": True, "rollout": True}, WEIGHTED, 1.0),  # the gradient of a sequence's ratio crosses ranks
+    ({"seed": 16, "ref": True, "weights": "token"}, {**WEIGHTED, "kl_estimator": "k1", "max_log_ratio": 0.5}, 1.0),
+    ({"seed": 17, "ref": True, "on_policy": True}, {**WEIGHTED, "kl_estimator": "k2", "entropy_coef": 0.02}, 1.0),
+    ({"seed": 18, "groups": True, "ref": True}, {"aggregation": "group_mean", **WEIGHTED}, 1.0),
+    ({"seed": 19, "groups": True, "on_policy": True}, {"aggregation": "group_mean", "normalizer": 2.5}, 1.0),
+    ({"seed": 21, "rollout": True}, {"divergence": "kl", "eps_high": math.inf}, 1.0),
+]
+
+
+def case_of(objective: str, layout: str, setting: tuple[dict[str, Any], dict[str, Any], float]) -> Case:
+    build, options, upstream = setting
+    own = {x.name for x in fields(CLASSES[objective])}
+    options = {name: x for name, x in options.items() if name not in FIELDS - own}
+    return Case(objective, layout, {**build, **({"by_token": False} if objective not in WITH_TOKENS else {})}, options,
+                upstream=upstream)  # fmt: skip
+
+
+PLAIN = [case_of(*each) for each in pairs_of([OBJECTIVES, LAYOUTS, SETTINGS])]
 PLAIN += [
     Case("gspo", "packed", {"seed": 7, "dtype": torch.bfloat16}),
     Case("grpo", "padded", {"seed": 8, "dtype": torch.float16}),
@@ -373,7 +392,7 @@ def counted(rank: int, cases: Sequence[Case]) -> list[tuple[int, int]]:
 
 def test_how_many_collectives_there_are() -> None:
     """One over the vocabulary; over the context one for the sequences and one for the stats. None in the backward."""
-    cases = [Case(objective, build={"seed": 40, "weights": "token"}) for objective in OBJECTIVES]
+    cases = [Case(objective, build={"seed": 40, "weights": "token"}) for objective in KINDS]
     for of_rank in ranks.run(4, counted, cases):
         assert of_rank == [(1, 0), (2, 0), (3, 0)] * len(cases)
 
@@ -414,7 +433,7 @@ def backwards(rank: int, cases: Sequence[Case]) -> list[Tensor]:
 
 def test_the_order_of_ranks_does_not_matter() -> None:
     """Up to rounding: the same columns, on other ranks."""
-    cases = [Case(objective, build={"seed": 41}) for objective in OBJECTIVES]
+    cases = [Case(objective, build={"seed": 41}) for objective in KINDS]
     at = Grid(tp=4)
     straight = ranks.run(4, sharding.from_logits, at, cases)
     turned = ranks.run(4, backwards, cases)
@@ -445,6 +464,6 @@ def groups_of_one(rank: int, cases: Sequence[Case]) -> list[bool]:
 
 
 def test_groups_of_one() -> None:
-    cases = [Case(objective, build={"seed": 42}) for objective in OBJECTIVES]
+    cases = [Case(objective, build={"seed": 42}) for objective in KINDS]
     for of_rank in ranks.run(2, groups_of_one, cases):
         assert of_rank and all(of_rank)

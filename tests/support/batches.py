@@ -58,6 +58,27 @@ def attributes_of(objective: str) -> tuple[tuple[str, Any], ...]:
 
 # The fewest that have every attribute among them. With --all and on a GPU: all.
 KINDS = OBJECTIVES if modes.WHOLE else [OBJECTIVES[k] for k in every_pair([[attributes_of(x)] for x in OBJECTIVES])]
+
+
+def pairs_of(axes: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """A value of each axis, any two of which meet. OBJECTIVES are one: each is met, its attributes meet the others."""
+    sizes = [range(len(axis)) for axis in axes]
+    rng = random.Random(0)
+    points = [[rng.choice(size) for size in sizes] for _ in range(500)]  # so many that every pair is there
+    if math.prod(map(len, axes)) <= len(points):
+        points = [list(point) for point in itertools.product(*sizes)]
+    at = next(k for k, axis in enumerate(axes) if axis is OBJECTIVES)
+    values: list[list[Any]] = [[[i] for i in point] for point in points]
+    for point in values:
+        if not modes.WHOLE:
+            point[at] = attributes_of(OBJECTIVES[point[at][0]])
+    kept = every_pair(values)
+    for i in sizes[at]:
+        if all(points[k][at] != i for k in kept):
+            kept.append(next(k for k in (*range(i * 7, len(points)), *range(i * 7)) if points[k][at] == i))
+    return [[axis[i] for axis, i in zip(axes, points[k], strict=True)] for k in kept]
+
+
 WITH_TOKENS = [name for name in OBJECTIVES if CLASSES[name].advantages_per_token]
 FIELDS = {each.name for kind in CLASSES.values() for each in fields(kind)}  # eps_low, dual_clip, ...
 
