@@ -25,7 +25,7 @@ from batches import (
     run,
 )
 from checks import check_close, check_gradient, check_outcome, run_and_check
-from modes import KERNELS, by_backend, by_combination, on_device, sized
+from modes import KERNELS, ON_GPU, by_backend, by_combination, on_device, sized
 from tolerances import TOLERANCES
 
 import gspo_kernels
@@ -213,8 +213,8 @@ def test_a_long_sequence_keeps_six_digits() -> None:
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
 def test_more_than_a_kernel_takes_at_a_time(on_policy: bool) -> None:
-    """On a GPU: 512 tokens of a sequence; 256 sequences and 4096 tokens of the batch."""
-    lengths = [sized(1100, 40), 0, *(k % sized(16, 3) for k in range(sized(600, 20)))]
+    """On a GPU: 512 tokens of a sequence; 256 sequences and 4096 tokens of the batch. Interpreted: a hundredth."""
+    lengths = [1100 if ON_GPU else 40, 0, *(k % (16 if ON_GPU else 3) for k in range(600 if ON_GPU else 20))]
     batch = ragged_batch("gspo_token", seed=8, vocab=5, lengths=lengths, on_policy=on_policy, ref=True)
     run_and_check(batch, "packed", "gspo_token", **({} if on_policy else {"beta": 0.1, "entropy_coef": 0.01}))
 
