@@ -149,7 +149,7 @@ def linear_policy_loss(
             )
         if skip_zero_advantage and not objective.needs_advantage:
             raise ValueError(
-                f"skip_zero_advantage: expected an objective of which such sequences have no loss; got "
+                f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
         arrays = row_arrays(token_ids, batch.mask, temperature)

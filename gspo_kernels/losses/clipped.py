@@ -109,7 +109,7 @@ class _Clipped(Objective):
 
 @dataclass(frozen=True)
 class GSPO(_Clipped):
-    """Group Sequence Policy Optimization (arXiv 2507.18071, equations 5 to 7).
+    """Group Sequence Policy Optimization: the ratio of a response is clipped (arXiv 2507.18071, equations 5 to 7).
 
     One ratio per sequence, `s_i = exp( (1/|y_i|) sum_t m_t (l_t - o_t) )`, and
 
@@ -134,7 +134,7 @@ class GSPO(_Clipped):
 
 @dataclass(frozen=True)
 class GSPOToken(_Clipped):
-    """GSPO-token (arXiv 2507.18071, equations 13 and 14): GSPO with an advantage for every token.
+    """GSPO-token: GSPO with an advantage for every token (arXiv 2507.18071, equations 13 and 14).
 
     `s_it = sg[s_i] pi(y_t) / sg[pi(y_t)]` has the value of the sequence's ratio and the gradient of the token's, and
 
@@ -157,9 +157,9 @@ class GSPOToken(_Clipped):
 
 @dataclass(frozen=True)
 class GRPO(_Clipped):
-    """Group Relative Policy Optimization (arXiv 2402.03300, equation 3), without its KL term: pass `beta` for that.
+    """Group Relative Policy Optimization: the ratio of each token is clipped (arXiv 2402.03300, equation 3).
 
-    One ratio per token, `w_t = exp(l_t - o_t)`, and
+    The ratio is `w_t = exp(l_t - o_t)`. Without the paper's KL term (pass `beta` for that), the loss is
 
         L = -(1/S) sum_i (1/|y_i|) sum_t m_t min( w_t A_t, clip(w_t, 1 - eps_low, 1 + eps_high) A_t ).
 
@@ -182,11 +182,11 @@ class GRPO(_Clipped):
 
 @dataclass(frozen=True)
 class PPO(GRPO):
-    """Proximal Policy Optimization, clipped (arXiv 1707.06347, equation 7): token ratios, mean over all tokens.
+    """Proximal Policy Optimization: GRPO with the mean over all tokens (arXiv 1707.06347, equation 7).
 
         L = -(1/sum_t m_t) sum_t m_t min( w_t A_t, clip(w_t, 1 - eps_low, 1 + eps_high) A_t ),   w_t = exp(l_t - o_t)
 
-    GRPO with another range (0.2 on both sides) and another mean.
+    The clip range is 0.2 on both sides.
     """
 
     eps_high: float = 0.2
@@ -218,7 +218,7 @@ def held_log_ratio(log_ratio, advantage, eps_low, eps_high, unused2, unused3):  
 
 @dataclass(frozen=True)
 class GMPO(Objective):
-    """Geometric-Mean Policy Optimization (arXiv 2507.20673).
+    """Geometric-Mean Policy Optimization: token ratios are clipped before their geometric mean (arXiv 2507.20673).
 
     A response has the geometric mean of its tokens' ratios, each clipped before the mean is taken:
 
@@ -279,7 +279,7 @@ def gate_term(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class SAPO(Objective):
-    """Soft Adaptive Policy Optimization (arXiv 2511.20347): a smooth gate in place of a clip.
+    """Soft Adaptive Policy Optimization: a smooth gate in place of a clip (arXiv 2511.20347).
 
         L = -(1/S) sum_i (1/|y_i|) sum_t m_t (4 / tau) sigmoid( tau (w_t - 1) ) A_t,   w_t = exp(l_t - o_t)
 

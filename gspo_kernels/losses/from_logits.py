@@ -154,11 +154,10 @@ def policy_loss(
             sequences of a group (a prompt), then over groups. None takes the objective's.
         group_tokens: for "group_mean", one per sequence: how many unmasked tokens its group has (`group_token_counts`).
         normalizer: a global count in place of the local one (of sequences; of tokens for "token_mean"; of groups for
-            "group_mean"; see `global_count`): the shares
-            of any split over micro-batches or ranks then add up to the whole batch's loss and gradient. A number above
-            0, or a 0-d tensor. 0 is right where no token counts, and gives 0. A tensor of anything else (0, negative,
-            NaN, infinite) is refused on the CPU or under GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and
-            NaN for every gradient that is not 0.
+            "group_mean"; see `global_count`): the shares of any split over micro-batches or ranks then add up to the
+            whole batch's loss and gradient. A number above 0, or a 0-d tensor. 0 is right where no token counts, and
+            gives 0. A tensor of anything else (0, negative, NaN, infinite) is refused on the CPU or under
+            GSPO_KERNELS_DEBUG=1; elsewhere it gives a loss of NaN, and NaN for every gradient that is not 0.
         max_log_ratio: above it a ratio saturates: constant, no gradient, counted in `stats.saturated_fraction`.
 
     Args: parallel

@@ -156,7 +156,7 @@ class Objective:
             `rollout_logprobs=`.) If it is declared and not true, gradients are wrong.
         uses_rollout_logprobs: whether `terms` reads `tokens.rollout_logprobs`. `rollout_logprobs=` is refused if not.
         needs_advantage: whether a token of advantage 0 has neither a loss nor a gradient, as where both are multiplied
-            by it. `skip_zero_advantage=` is refused if not.
+            by it, and changes those of no other token. `skip_zero_advantage=` is refused if not.
         by_sequence_alone: whether `terms` is computed from sums over each sequence alone, and `ratio_of` is "sequence".
             Context parallelism then needs no collective in the backward.
         triton_term: `terms` in Triton's language (see `TritonTerm`): a GPU then runs the loss in four launches. None:

@@ -168,7 +168,8 @@ def global_count(
         group_tokens: [B] or [S], for "group_mean", as in the losses (`group_token_counts`).
         advantages: per sequence or per token, as in the losses. Sequences whose advantages are all 0 are then not
             counted (DAPO's dynamic sampling, arXiv 2503.14476, without sampling again): their tokens have no gradient,
-            and do not dilute that of the others. A count of 0 becomes 1, for the loss is 0. None: all are counted.
+            and do not dilute that of the others. A count of 0 becomes 1, for the loss is 0: so count all micro-batches
+            of a step in one call. None: all are counted.
         group: the ranks whose gradients are summed or averaged: data-parallel and, if there are any, context-parallel
             ones. None: this rank alone.
         cp_group: the ranks of `group` that have tokens of the same sequences.

@@ -32,6 +32,7 @@ class TopEntropy(Objective):
 
     depends_on: ClassVar[str] = "batch"
     uses_logprobs: ClassVar[bool] = True
+    needs_advantage: ClassVar[bool] = False  # a token of advantage 0 is part of the quantile
 
     def __post_init__(self) -> None:
         inner = self.objective
@@ -56,7 +57,7 @@ class TopEntropy(Objective):
         return replace(inner, loss=torch.where(tokens.entropy >= lowest, inner.loss, 0.0))
 
 
-_AS_INNER = ("advantages_per_token", "aggregation", "uses_rollout_logprobs", "needs_advantage")
+_AS_INNER = ("advantages_per_token", "aggregation", "uses_rollout_logprobs")
 
 
 def _quantile(values: Tensor, mask: Tensor, q: Tensor) -> Tensor:

@@ -52,13 +52,12 @@ def cispo_term(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class CISPO(Objective):
-    """Clipped Importance-Sampling Policy Optimization (MiniMax-M1, arXiv 2506.13585, section 3.1).
+    """Clipped Importance-Sampling Policy Optimization: the clipped ratio is a constant weight (arXiv 2506.13585).
 
         L = -(1/sum_t m_t) sum_t m_t sg[ clip(w_t, 1 - eps_low, 1 + eps_high) ] A_t l_t,   w_t = exp(l_t - o_t)
 
-    The clipped ratio is a constant weight: a clipped token keeps a gradient, that of the bound. The paper has no lower
-    bound and gives no number for the upper one; by default the weight lies between 0 and 5, as in ScaleRL (arXiv
-    2510.13786).
+    A clipped token keeps a gradient, that of the bound. The paper (MiniMax-M1, section 3.1) has no lower bound and
+    gives no number for the upper one; by default the weight lies between 0 and 5, as in ScaleRL (arXiv 2510.13786).
     """
 
     eps_low: float = 1.0  # the weight is at least 1 - eps_low; infinity: no bound
@@ -118,7 +117,7 @@ class _Tapered(Objective):
 
 @dataclass(frozen=True)
 class TOPR(_Tapered):
-    """Tapered Off-Policy REINFORCE (arXiv 2503.14286, equation 8): bad responses count less as they become unlikely.
+    """Tapered Off-Policy REINFORCE: a bad response counts less as it becomes unlikely (arXiv 2503.14286, equation 8).
 
         L = -(1/S) sum_i c_i A_i sum_t m_t l_t,   c_i = 1 for A_i > 0,  sg[ min(1, exp(sum_t m_t (l_t - o_t))) ] else
 
@@ -138,7 +137,7 @@ class TOPR(_Tapered):
 
 @dataclass(frozen=True)
 class TOPRToken(_Tapered):
-    """TOPR (arXiv 2503.14286) with a ratio per token, as ROLL and Trinity compute it.
+    """TOPR by token: each token counts by its own ratio, as in ROLL and Trinity (arXiv 2503.14286).
 
     L = -(1/sum_t m_t) sum_t m_t c_t A_t l_t,   c_t = 1 for A_t > 0,  sg[ min(1, exp(l_t - o_t)) ] else
     """
@@ -198,7 +197,7 @@ def dppo_term(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class DPPO(Objective):
-    """Divergence PPO (arXiv 2602.04879): a token is dropped by how far its probability has moved, not by its ratio.
+    """Divergence PPO: a token is dropped by how far its probability has moved, not by its ratio (arXiv 2602.04879).
 
         L = -(1/sum_t m_t) sum_t m_t M_t sg[ min(w_t, max_ratio) ] A_t l_t,   w_t = exp(l_t - o_t)
 
@@ -277,13 +276,13 @@ def dro_term(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class DRO(Objective):
-    """Direct Reward Optimization with a penalty on the squared log-ratio, per token (Tinker's and verl's `dro`).
+    """Direct Reward Optimization by token: a penalty on the squared log-ratio, and no ratio (arXiv 2405.19107).
 
         L = -(1/sum_t m_t) sum_t m_t ( A_t l_t - (penalty / 2) (l_t - o_t)^2 )
 
-    There is no ratio in the gradient, `-A_t + penalty (l_t - o_t)`, and nothing is clipped. The paper (arXiv
-    2405.19107) fits whole responses and learns a baseline; this is the token form that trainers use, with the penalty
-    of Tinker's example. Beyond +-max_log_ratio the penalty is constant.
+    There is no ratio in the gradient, `-A_t + penalty (l_t - o_t)`, and nothing is clipped. The paper fits whole
+    responses and learns a baseline; this is the token form that trainers use (Tinker's and verl's `dro`), with the
+    penalty of Tinker's example. Beyond +-max_log_ratio the penalty is constant.
     """
 
     penalty: float = 0.05  # called beta there

@@ -1,9 +1,9 @@
 """Advantages and returns per token from rewards and a value model: generalized advantage estimation.
 
 The recursion runs on returns, `G_t = r_t + gamma ((1 - lam) V_next + lam G_next)`, in float64. This is the usual sum of
-temporal differences, rearranged: with lam = 1 the values cancel before anything is rounded. Each token is an affine
-map of the return after it, and a masked token is the identity. Compositions of affine maps are associative, so a scan
-of log2(length) steps takes the place of a loop over tokens.
+temporal differences, rearranged: with lam = 1 the values cancel before anything is rounded. A token's return is an
+affine function of the return at the next token, and at a masked token it is that return. The composition of affine
+functions is associative, so a scan of log2(length) steps replaces the loop over tokens.
 """
 
 from __future__ import annotations

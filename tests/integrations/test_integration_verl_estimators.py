@@ -123,6 +123,9 @@ def test_a_group_of_one_has_no_advantage_here_and_its_reward_in_verl(algorithms:
         found, _ = getattr(algorithms, f"compute_{name}_outcome_advantage")(given.clone(), mask, groups.numpy())
         assert float(found[0, 0]) == pytest.approx(1.0, abs=1e-5)
         assert group_advantages(REWARDS[:1], group_ids=groups, baseline=baseline).tolist() == [0.0]
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        algorithms.compute_grpo_passk_outcome_advantage(given, mask, groups.numpy(), config={})
+    assert group_advantages(REWARDS[:1], group_ids=groups, baseline="leave_one_out_max").tolist() == [0.0]
 
 
 def test_a_nan_reward_is_left_out_here_and_handed_on_in_verl(algorithms: ModuleType) -> None:

@@ -224,6 +224,16 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
                 "shard_vocab_size": 15,
             },
         ],
+        "gae": [
+            {"rewards": hot, "values": hot, "rewards_per_token": True, "cu_seqlens": None, "last_values": None},
+            {
+                "rewards": hot[:, :2].reshape(-1)[:3],
+                "values": hot.view(-1),
+                "rewards_per_token": False,
+                "mask": given["mask"].view(-1),
+                "last_values": hot.view(-1)[:3].double(),
+            },
+        ],
         "gather": [{"values": by_token.detach()}],
         "sum_over_ranks": [{"values": by_token.clone().requires_grad_()}],
         "segments": [{}, {"cu_seqlens": given["cu_seqlens"].int()}],

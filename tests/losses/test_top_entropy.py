@@ -117,6 +117,14 @@ def test_what_it_refuses(arguments: tuple[Objective, Any], message: str) -> None
         TopEntropy(*arguments)
 
 
+def test_sequences_without_an_advantage_are_part_of_the_quantile() -> None:
+    with pytest.raises(ValueError, match=r"^skip_zero_advantage: .* got TopEntropy, whose needs_advantage is False"):
+        linear_policy_loss(
+            LOGITS, on_device(torch.eye(V)), IDS, ADVANTAGES, mask=MASK, objective=TopEntropy(GRPO()),
+            skip_zero_advantage=True,
+        )  # fmt: skip
+
+
 def test_it_needs_the_entropy() -> None:
     with pytest.raises(ValueError, match=r"^entropy: expected one per token, because TopEntropy compares tokens by it"):
         policy_loss_from_logprobs(REF, ADVANTAGES, objective=TopEntropy(GRPO()))

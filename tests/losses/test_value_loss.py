@@ -16,10 +16,13 @@ from checks import check_close, check_number
 from modes import NOT_INTERPRETED, on_device
 from test_errors import check_message
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gspo_kernels
 from gspo_kernels import ValueLossOutput
+from gspo_kernels.base.operators import _flatten
 from gspo_kernels.linear import value_head
+from gspo_kernels.linear.types import NeedsGrad
 from gspo_kernels.losses import value_loss as module
 
 pytestmark = NOT_INTERPRETED  # plain torch
@@ -363,21 +366,43 @@ def test_views_are_taken_as_they_are() -> None:
         assert bool((whole.grad[:, -1] == 0).all())
 
 
+@pytest.mark.plain_memory
 def test_under_torch_compile() -> None:
     def train(hidden: Tensor, weight: Tensor, returns: Tensor, clip_range: float) -> Tensor:
         return gspo_kernels.linear_value_loss(hidden, weight, returns, returns + 0.3, clip_range=clip_range).loss
 
-    compiled = torch.compile(train, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for length, clip_range in ((5, 0.2), (9, 0.1), (6, 0.4)):
-            gradients = []
-            for function in (train, compiled):
-                torch.manual_seed(length)
-                hidden = on_device(torch.randn(2, length, 4)).requires_grad_()
-                weight, returns = on_device(torch.randn(4)).requires_grad_(), on_device(torch.randn(2, length))
-                gradients.append(torch.autograd.grad(function(hidden, weight, returns, clip_range), [hidden, weight]))
-            for a, b in zip(*gradients, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(train, fullgraph=True, backend=counter)
+    for length, clip_range in ((5, 0.2), (9, 0.1), (6, 0.4)):
+        gradients = []
+        for function in (train, compiled):
+            torch.manual_seed(length)
+            hidden = on_device(torch.randn(2, length, 4)).requires_grad_()
+            weight, returns = on_device(torch.randn(4)).requires_grad_(), on_device(torch.randn(2, length))
+            gradients.append(torch.autograd.grad(function(hidden, weight, returns, clip_range), [hidden, weight]))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert counter.frame_count <= 2, "lengths and clip ranges are inputs after the first change of them"
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_operators_keep_their_contract(everything: bool) -> None:
+    """Nothing is aliased or mutated without a declaration; fake tensors, autograd, and dynamic shapes under AOT."""
+    case = case_of(seed=7)
+    hidden, weight = (on_device(x).requires_grad_() for x in (case.hidden, case.weight))
+    bias, mask = (on_device(case.bias[0].clone()), on_device(case.mask)) if everything else (None, None)
+    needs = NeedsGrad(True, everything, False)
+    head = value_head._ValueHead(hidden, weight, bias, mask)
+    frozen = value_head._ValueHead(hidden.detach(), weight.detach(), bias, mask)
+    gradient = on_device(torch.randn(len(case.mask)))
+    for operator, values in (
+        (value_head._values_operator, (head, needs)),
+        (value_head._gradient_operator, (frozen, needs, gradient)),
+    ):
+        given, _ = _flatten(operator._steps, values)
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        torch.library.opcheck(operator.operator._opoverload, tuple(given), test_utils=tests)
 
 
 # --- refusals and mutants ---------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import ast
 import importlib.util
 import inspect
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import objective_table  # docs/scripts/objective_table.py
 import pytest
 import torch
 from modes import DEFAULT_MODE
@@ -18,7 +20,7 @@ import gspo_kernels
 from gspo_kernels.rows.dispatch import Backend
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md", "docs/ppo.md")
+EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md", "docs/objectives.md", "docs/ppo.md")
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 pytestmark = DEFAULT_MODE
@@ -154,6 +156,43 @@ def test_the_tables_of_what_to_implement_are_complete() -> None:
     assert in_tables("docs/extending.md", "What a class declares") == set(
         inspect.get_annotations(gspo_kernels.Objective)
     )
+
+
+# --- the table of objectives ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", objective_table.PAGES, ids=lambda page: page.name)
+def test_the_table_of_objectives_is_that_of_the_classes(page: Path) -> None:
+    text = page.read_text()
+    assert text == objective_table.with_table(text), "python docs/scripts/objective_table.py rewrites it"
+
+
+def test_the_table_has_every_objective_that_needs_no_argument() -> None:
+    public = [getattr(gspo_kernels, name) for name in gspo_kernels.__all__]
+    kinds = {kind for kind in public if inspect.isclass(kind) and issubclass(kind, gspo_kernels.Objective)}
+    assert kinds - set(objective_table.objectives()) == {gspo_kernels.Objective, gspo_kernels.TopEntropy}
+
+
+def test_an_objective_says_what_it_does_and_where_it_is_from() -> None:
+    @dataclass(frozen=True)
+    class Stated(gspo_kernels.Objective):
+        """Some Policy Optimization: each token
+        counts twice (arXiv 1234.56789, section 3).
+
+        More of it.
+        """
+
+        eps: float = 0.25
+        most: float | None = None
+
+    @dataclass(frozen=True)
+    class Unstated(gspo_kernels.Objective):
+        """Some Policy Optimization."""
+
+    row = ("`Stated`", "each token counts twice", "per token", "`eps=0.25`", "`sequence_mean`")
+    assert objective_table.cells(Stated) == (*row, "[1234.56789](https://arxiv.org/abs/1234.56789)")
+    with pytest.raises(ValueError, match=r"Unstated: expected a docstring .* got 'Some Policy Optimization\.'"):
+        objective_table.cells(Unstated)
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------
