@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,40 +177,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of each test's product of parameters what `modes.every_pair` keeps; with --all and on a GPU the whole product."""
     if modes.WHOLE:
         return
+    from batches import KINDS, OBJECTIVES, attributes_of
+
+    def values_of(parameter: str, value: Any, every: bool) -> list[Hashable]:
+        """What a parameter of a test stands for in `modes.every_pair`."""
+        # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.
+        if parameter != "objective" or not isinstance(value, str) or value not in OBJECTIVES:
+            return [id(value)]
+        if INTERPRETED:
+            return [x for x in attributes_of(value) if x[0] in ("ratio_of", "uses_logprobs")]
+        return [*attributes_of(value), *([value] if every else [])]
+
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("only_with_all") is None:
             tests[item.nodeid.partition("[")[0]].append(item)
     kept = set[pytest.Item]()
     for group in tests.values():
-        marks = [group[0].get_closest_marker(name) is not None for name in ("every_objective", "each_objective")]
-        own = marks[0] and not INTERPRETED
-        points = [[values_of(*each, own) for each in parameters_of(item).items()] for item in group]
+        every, each = (group[0].get_closest_marker(f"{x}_objective") is not None for x in ("every", "each"))
+        needed = OBJECTIVES if every or each else KINDS
+        points = [[values_of(*of, every) for of in parameters_of(item).items()] for item in group]
         kept.update([group[k] for k in modes.every_pair(points)] if points[0] else group)
-        if any(marks) and not own:
-            kept.update(one_of_each_objective(group, kept))
+        kept.update(of_objectives(needed, group, kept, 3 if every else 1))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
-
-
-def values_of(parameter: str, value: Any, own: bool) -> list[Hashable]:
-    """What a parameter of a test stands for in `modes.every_pair`."""
-    from batches import CLASSES, attributes_of
-
-    # A value is known by its identity: all items of a test hold the same objects, and not all of them hash.
-    if parameter != "objective" or not isinstance(value, str) or value not in CLASSES:
-        return [id(value)]
-    return [*attributes_of(value), *([value] if own else [])]
 
 
 def parameters_of(item: pytest.Item) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-def one_of_each_objective(items: list[pytest.Item], kept: set[pytest.Item]) -> list[pytest.Item]:
-    """Of objectives that none of `kept` has; with other parameters that go round."""
-    by_objective: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        by_objective[parameters_of(item)["objective"]].append(item)
-    there = {parameters_of(item)["objective"] for item in items if item in kept}
-    return [of[k * 7 % len(of)] for k, (name, of) in enumerate(by_objective.items()) if name not in there]
+def of_objectives(names: Sequence[str], items: Sequence[Any], kept: set[Any], count: int) -> list[Any]:
+    """`count` items of each of these objectives that none of `kept` has; what else they have goes round."""
+    found = []
+    for k, name in enumerate(names):
+        mine = [item for item in items if parameters_of(item).get("objective") == name]
+        if mine and kept.isdisjoint(mine):
+            found += [mine[(7 * k + j * len(mine) // count) % len(mine)] for j in range(count)]
+    return found

@@ -10,7 +10,7 @@ import torch
 from modes import DEFAULT_MODE, on_device
 from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO
+from gspo_kernels import DPPO, GSPO
 from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import Operator, _flatten
 from gspo_kernels.base.scalars import run_time_list
@@ -23,7 +23,8 @@ pytestmark = [DEFAULT_MODE, pytest.mark.plain_memory]
 
 OPTIONS: dict[str, Any] = {
     "ref_logprobs": None, "beta": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "importance_weights": None,
-    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0,
+    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0, "kl_weighting": "none", "rollout_logprobs": None,
+    "group_tokens": None,
 }  # fmt: skip
 MASK = torch.tensor([[True, True, False], [True, True, True]])
 
@@ -61,8 +62,13 @@ def inputs(arguments: HeadArguments, everything: bool) -> TokenInputs:
         return token_inputs(batch, GSPO(), numbers(2), None, **OPTIONS)
     logprobs = -numbers(2, 3).abs()
     given = {"ref_logprobs": logprobs, "beta": 0.1, "entropy_coef": 0.01, "importance_weights": numbers(2, 3)}
-    given |= {"normalizer": on_device(torch.tensor(4.0))}
-    return token_inputs(batch, GRPO(), numbers(2, 3), logprobs, **{**OPTIONS, **given})
+    given |= {
+        "normalizer": on_device(torch.tensor(4.0)),
+        "kl_weighting": "ratio",
+        "rollout_logprobs": -numbers(2, 3).abs(),
+    }
+    given |= {"aggregation": "group_mean", "group_tokens": on_device(torch.tensor([5.0, 5.0]))}
+    return token_inputs(batch, DPPO(), numbers(2, 3), logprobs, **{**OPTIONS, **given})
 
 
 def detached(arguments: HeadArguments) -> HeadArguments:

@@ -71,7 +71,7 @@ def cases_of(turn: int) -> list[Case]:
         if objective in WITH_TOKENS:
             found.append(Case(objective, LAYOUTS[turn % 2], {"seed": 51, **BY_TOKEN}, {}, 2))
     for objective in OBJECTIVES[turn % 2 :: 2]:
-        found.append(Case(objective, LAYOUTS[turn // 2 % 2], {"seed": 55, "ref": True}, {"beta": 0.1}, 3))
+        found.append(Case(objective, LAYOUTS[turn // 2 % 2], {"seed": 50}, {}, 3))
     layout, narrow = LAYOUTS[turn % 2], {"seed": 52, "dtype": torch.bfloat16}
     return [
         *found,

@@ -394,6 +394,7 @@ def test_policy_loss_is_what_the_named_losses_call(objective: str, layout: str) 
     assert torch.equal(named.loss, general.loss) and torch.equal(named.gradient, general.gradient)
 
 
+@pytest.mark.each_objective
 @by_objective
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

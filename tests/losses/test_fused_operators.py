@@ -9,7 +9,7 @@ import torch
 from modes import KERNELS, on_device
 from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO, policy_loss_from_logprobs
+from gspo_kernels import DPPO, GSPO, policy_loss_from_logprobs
 from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import _flatten
 from gspo_kernels.base.scalars import run_time_list
@@ -24,7 +24,8 @@ pytestmark = [
 
 OPTIONS: dict[str, Any] = {
     "ref_logprobs": None, "beta": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "importance_weights": None,
-    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0,
+    "aggregation": None, "normalizer": None, "max_log_ratio": 20.0, "kl_weighting": "none", "rollout_logprobs": None,
+    "group_tokens": None,
 }  # fmt: skip
 
 
@@ -38,8 +39,9 @@ def inputs(everything: bool) -> TokenInputs:
     if not everything:
         return token_inputs(batch, GSPO(), numbers(2), None, **OPTIONS)
     given = {"ref_logprobs": -numbers(2, 3), "beta": 0.1, "entropy_coef": 0.01, "importance_weights": numbers(2, 3)}
-    given |= {"normalizer": on_device(torch.tensor(4.0))}
-    return token_inputs(batch, GRPO(dual_clip=3.0), numbers(2, 3), -numbers(2, 3), **{**OPTIONS, **given})
+    given |= {"normalizer": on_device(torch.tensor(4.0)), "kl_weighting": "ratio", "rollout_logprobs": -numbers(2, 3)}
+    given |= {"aggregation": "group_mean", "group_tokens": on_device(torch.tensor([5.0, 5.0]))}
+    return token_inputs(batch, DPPO(), numbers(2, 3), -numbers(2, 3), **{**OPTIONS, **given})
 
 
 def rows(everything: bool) -> Rows:

@@ -25,7 +25,7 @@ from batches import (
     run,
 )
 from checks import check_close, check_gradient, check_outcome, run_and_check
-from modes import KERNELS, by_backend, by_combination, on_device, sized
+from modes import KERNELS, ON_GPU, by_backend, by_combination, on_device, sized
 from tolerances import TOLERANCES
 
 import gspo_kernels
@@ -213,8 +213,8 @@ def test_a_long_sequence_keeps_six_digits() -> None:
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
 def test_more_than_a_kernel_takes_at_a_time(on_policy: bool) -> None:
-    """On a GPU: 512 tokens of a sequence; 256 sequences and 4096 tokens of the batch."""
-    lengths = [sized(1100, 40), 0, *(k % sized(16, 3) for k in range(sized(600, 20)))]
+    """On a GPU: 512 tokens of a sequence; 256 sequences and 4096 tokens of the batch. Interpreted: a hundredth."""
+    lengths = [1100 if ON_GPU else 40, 0, *(k % (16 if ON_GPU else 3) for k in range(600 if ON_GPU else 20))]
     batch = ragged_batch("gspo_token", seed=8, vocab=5, lengths=lengths, on_policy=on_policy, ref=True)
     run_and_check(batch, "packed", "gspo_token", **({} if on_policy else {"beta": 0.1, "entropy_coef": 0.01}))
 
@@ -257,7 +257,7 @@ def test_padded_is_packed(objective: str, backend: str, option: str) -> None:
 @by_backend
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum", "group_mean"])
 def test_micro_batches_with_a_normalizer_add_up(objective: str, layout: str, backend: str, aggregation: str) -> None:
-    groups = aggregation == "group_mean"  # of which one is split
+    at, groups = sized(5, 2), aggregation == "group_mean"  # of which one is split
     batch = ragged_batch(objective, seed=9, lengths=SHORT, ref=True, weights="token", groups=groups)
     options: dict[str, Any] = {"aggregation": aggregation, "beta": 0.1, "entropy_coef": 0.01}
     whole = run_and_check(batch, layout, objective, backend=backend, **options)
@@ -266,7 +266,7 @@ def test_micro_batches_with_a_normalizer_add_up(objective: str, layout: str, bac
             keywords["mask"], keywords.get("cu_seqlens"), aggregation=aggregation,
             group_tokens=keywords.get("group_tokens"),
         )
-        for keywords in (arguments(part, layout).keywords for part in batch.split(5))
+        for keywords in (arguments(part, layout).keywords for part in batch.split(at))
     ]  # fmt: skip
     count = torch.stack(counts).sum()  # a 0-d tensor, as it would come from an all-reduce
     parts = [run(part, layout, objective, backend=backend, normalizer=count, **options) for part in batch.split(5)]

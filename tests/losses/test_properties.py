@@ -91,6 +91,7 @@ def close_to_a_kink(batch: Batch, objective: str, options: dict[str, Any]) -> bo
     return any(abs(abs(x - row.logprob) - opt.max_log_ratio) < 5e-5 for x, row in zip(gaps, batch.rows, strict=False))
 
 
+@pytest.mark.each_objective
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @by_backend
@@ -123,6 +124,7 @@ def small(objective: str, log_ratios: list[float], advantage: float, on: int = 1
     return batch
 
 
+@pytest.mark.each_objective
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @by_backend
@@ -177,6 +179,7 @@ def test_a_nan_logit_shows_in_the_loss(objective: str, layout: str, backend: str
     assert int(stats.logprobs.isnan().sum()) == 1
 
 
+@pytest.mark.each_objective
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @by_backend
 def test_infinities_of_both_signs_in_one_sequence(objective: str, backend: str) -> None:

@@ -22,8 +22,21 @@ import ranks
 import torch
 import torch.distributed as dist
 from batches import (
-    ALL_MASKED, CLASSES, KINDS, LAYOUTS, LENGTHS, LINEAR, OBJECTIVES, PUBLIC, WITH_TOKENS, Batch, Outcome, arguments,
-    pairs_of, ragged_batch, tokens_of_groups,
+    ALL_MASKED,
+    CLASSES,
+    KINDS,
+    LAYOUTS,
+    LENGTHS,
+    LINEAR,
+    OBJECTIVES,
+    PUBLIC,
+    WITH_TOKENS,
+    Batch,
+    Outcome,
+    arguments,
+    pairs_of,
+    ragged_batch,
+    tokens_of_groups,
 )  # fmt: skip
 from checks import check_close, check_outcome, check_stats
 from linear import Identity, chunk_of
@@ -139,7 +152,8 @@ def splits_of(world: int, inners: Sequence[Grid]) -> list[Split]:
     for objective, aggregation, deal, way, layout, option, by_token, averaged, inner in pairs_of(axes):
         build, options = OPTIONS[option]
         case = Case(
-            objective, layout, {"seed": 30, "by_token": by_token and objective in WITH_TOKENS, **build, **grouped(aggregation)},
+            objective, layout,
+            {"seed": 30, "by_token": by_token and objective in WITH_TOKENS, **build, **grouped(aggregation)},
             {"aggregation": aggregation, **options}, rows=3 if way == "hidden in chunks" else None,
         )  # fmt: skip
         split = Split(case, deals[deal], way, averaged, inner)

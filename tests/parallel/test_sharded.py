@@ -19,7 +19,17 @@ import sharding
 import torch
 import torch.distributed as dist
 from batches import (
-    CLASSES, FIELDS, KINDS, LAYOUTS, OBJECTIVES, WITH_TOKENS, Batch, arguments, edge_batch, pairs_of, run,
+    CLASSES,
+    FIELDS,
+    KINDS,
+    LAYOUTS,
+    OBJECTIVES,
+    WITH_TOKENS,
+    Batch,
+    arguments,
+    edge_batch,
+    pairs_of,
+    run,
 )  # fmt: skip
 from checks import check_close, check_gradient, check_outcome, check_rows
 from sharding import Case, Found, Grid

@@ -119,6 +119,7 @@ def step(objective: str, layout: str, build: dict[str, Any], options: dict[str, 
     return launched
 
 
+@pytest.mark.each_objective
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)

@@ -350,7 +350,7 @@ def without_zero_advantage(p: Problem) -> tuple[Problem, float]:
             mask[list(rows)] = False
     assert not torch.equal(mask, batch.mask), "some are skipped"
     count = sum(bool(batch.mask[list(rows)].any()) for rows in batch.sequences)
-    return Problem(p.hidden, p.weight, p.bias, replace(batch, mask=mask)), float(count)
+    return replace(p, batch=replace(batch, mask=mask)), float(count)
 
 
 def put_together(found: Sequence[Found], at: HeadGrid, case: Case, p: Problem) -> Gradients:

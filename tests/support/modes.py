@@ -8,13 +8,15 @@ Batches and the oracle's truth are CPU tensors in every mode. `on_device` brings
 runs; `checks.py` brings results back.
 
 A product of parameters is thinned to a part that still holds every pair of their values (`every_pair`). An objective
-counts there by its attributes: what is right for one that reads log-probabilities, in one layout, with one backend, is
-right for all such. The mathematics of a loss are its own. Where a test is about them, it is marked `every_objective`:
-each objective itself meets every other value; in the interpreter it is met at least once, as it is everywhere under
-`each_objective`. The whole product runs on a GPU, and with `pytest --all`.
+counts there by its attributes (`batches.attributes_of`): what is right for one that reads log-probabilities, in one
+layout, with one backend, is right for all such. Of each attribute there is at least one objective (`batches.KINDS`).
+The mathematics of a loss are its own. Where a test is about them, it is marked `each_objective`: each is met at least
+once; or `every_objective`: each meets every other value. The whole product runs on a GPU, and with `pytest --all`.
 
 The interpreter walks a kernel in numpy: a row costs it milliseconds where the C++ kernels take microseconds. There
 
+- an objective counts by two attributes, what has a ratio and whether it reads log-probabilities; all others are met
+  once, and three times instead of with every value;
 - what is long only for the sake of length is shorter, and still crosses a kernel's block boundaries (`sized`);
 - what runs no Triton kernel is skipped, for the default mode has it (`needs`, `DEFAULT_MODE`, `NOT_INTERPRETED`).
 
