@@ -1,8 +1,8 @@
 """Every objective of the package on the demo's task, from the same warmed-up models: held-out accuracy, three seeds.
 
 Per seed there is one supervised warm-up (see train_arithmetic.py), from which every objective starts, with its default
-parameters and the demo's settings, but for 100 steps in place of 160. The plot shows the accuracy of greedy decoding on held-out problems: a line for each
-objective, the mean over seeds, and the range of the seeds as a band.
+parameters and the demo's settings, but for 100 steps in place of 160. The plot shows the accuracy of greedy decoding on
+held-out problems: a line for each objective, the mean over seeds, and the range of the seeds as a band.
 
 What it does not show: which objective is best. The settings were tuned on GSPO, the model has 108k parameters, four
 updates a batch are hardly off-policy, and three seeds are few. It shows that each objective trains.
