@@ -97,10 +97,15 @@ def group_advantages(
 
     if normalize == "std":
         squares = groups.sum(torch.where(counted, values - mean, 0.0).square())
-        advantages = advantages / ((squares / (size - 1).clamp(min=1)).sqrt() + eps)
+        advantages = _divided(advantages, (squares / (size - 1).clamp(min=1)).sqrt() + eps)
     elif normalize == "batch_std":
-        advantages = advantages / (_moments(advantages, counted, ranks).std + eps)
+        advantages = _divided(advantages, _moments(advantages, counted, ranks).std + eps)
     return advantages.float()
+
+
+def _divided(advantages: Tensor, deviation: Tensor) -> Tensor:
+    """0 stays 0, also where the deviation is 0 and so is `eps`."""
+    return torch.where(advantages == 0, 0.0, advantages / deviation)
 
 
 @torch.no_grad()

@@ -210,6 +210,13 @@ def test_refuses(options: dict[str, Any], argument: str, came: str) -> None:
     check_message(caught.value, argument, came)
 
 
+@pytest.mark.parametrize("normalize", ["std", "batch_std"])
+def test_equal_rewards_without_eps(normalize: str) -> None:
+    rewards = torch.tensor([1.0, 1, 1, 0, 0, 3]) if normalize == "std" else torch.ones(6)
+    found = group_advantages(rewards, group_size=3, normalize=normalize, eps=0.0)
+    assert (found[:3] == 0).all() and not found.isnan().any()
+
+
 def test_no_rewards() -> None:
     assert group_advantages(torch.zeros(0), group_size=4).shape == (0,)
 
