@@ -123,7 +123,18 @@ def check_group_tokens(aggregation: str, group_tokens: Any, batch: BatchShape) -
         raise ValueError(f"group_tokens: expected {expected}, because aggregation is {aggregation!r}; got {got}")
     if group_tokens is None:
         return None
-    return batch.per_sequence("group_tokens", group_tokens, "unmasked tokens of its group")
+    found = batch.per_sequence("group_tokens", group_tokens, "unmasked tokens of its group")
+    if all(checks.may_read(x) and not checks.watched(x) for x in (found, batch.mask) if x is not None):
+        own = batch.layout().local_lengths
+        fewer = (own > 0) & (found.double() < own)  # not of NaN
+        if bool(fewer.any()):
+            i = int(fewer.nonzero()[0])
+            raise ValueError(
+                f"group_tokens: expected how many unmasked tokens the group of each sequence has, at least those of "
+                f"the sequence itself; got {found[i].item():g} for sequence {i}, which has {own[i].item():g}. "
+                "group_token_counts(mask, group_size=...) counts them over whole groups"
+            )
+    return found
 
 
 def check_count(normalizer: Any, batch: BatchShape, name: str = "normalizer") -> None:

@@ -54,18 +54,22 @@ class TopEntropy(Objective):
             raise ValueError("entropy: expected one per token, because TopEntropy compares tokens by it; got None")
         inner = self.objective.terms(tokens)
         lowest = _quantile(tokens.entropy, tokens.layout.mask, 1.0 - run_time(self.share, tokens.entropy.device))
-        return replace(inner, loss=torch.where(tokens.entropy >= lowest, inner.loss, 0.0))
+        left_out = (tokens.entropy < lowest) & ~inner.loss.isnan()  # NaN is not hidden
+        of_nan = torch.where(tokens.entropy.isnan(), torch.nan, 0.0)
+        return replace(inner, loss=torch.where(left_out, 0.0, inner.loss + of_nan))
 
 
 _AS_INNER = ("advantages_per_token", "aggregation", "uses_rollout_logprobs")
 
 
 def _quantile(values: Tensor, mask: Tensor, q: Tensor) -> Tensor:
-    """The q quantile of the unmasked values, between its two neighbours; NaN if there are none."""
+    """The q quantile of the unmasked values that are not NaN, between its two neighbours; if there are none, no number
+    to compare with."""
     if not values.numel():
         return values.new_full((), torch.nan)
-    in_order = torch.where(mask, values, torch.inf).sort().values
-    at = q * (mask.sum() - 1).clamp(min=0)
+    counted = mask & ~values.isnan()
+    in_order = torch.where(counted, values, torch.inf).sort().values
+    at = q * (counted.sum() - 1).clamp(min=0)
     at = torch.where((at - at.round()).abs() < 1e-9, at.round(), at)  # 0.7 * 10 is a little more than 7
     below, above = (in_order[i.long().reshape(1)].squeeze(0) for i in (at.floor(), at.ceil()))
     return below + torch.where(below < above, (at - at.floor()) * (above - below), 0.0)

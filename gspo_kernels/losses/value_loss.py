@@ -123,7 +123,7 @@ class ValueInputs(NamedTuple):
         of_loss = error
         if self.old_values is not None and self.clip_range is not None:
             old, reach = layout.of_tokens(self.old_values), run_time(self.clip_range, values.device)
-            held = torch.where(current > old + reach, old + reach, old - reach) - returns
+            held = torch.where(current > old, old + reach, old - reach) - returns
             clipped = ((current - old).abs() > reach) & (held.abs() > error.abs())
             of_loss = torch.where(clipped, held.detach(), error) + torch.where(old.isnan(), torch.nan, 0.0)
         by_sequence = reduction.token_shares(layout, self.aggregation, self.normalizer, self.group_tokens)

@@ -186,6 +186,7 @@ def dppo_term(  # type: ignore[no-untyped-def]
     bounded = tl.where(log_ratio > max_log_ratio, max_log_ratio, log_ratio)
     ratio = exp(bounded)
     ratio = tl.where(ratio > max_ratio, max_ratio, ratio)
+    ratio = tl.where(rollout_logprob != rollout_logprob, rollout_logprob, ratio)  # NaN is not hidden
     distance = tl.where(
         divergence == 0.0, tl.abs(exp(logprob) - exp(rollout_logprob)), bernoulli_kl(rollout_logprob, logprob)
     )
@@ -241,6 +242,7 @@ class DPPO(Objective):
         ratio = at_most(tokens.log_ratio.detach(), tokens.max_log_ratio).exp()
         if self.max_ratio is not None:
             ratio = at_most(ratio, run_time(self.max_ratio, device))
+        ratio = torch.where(sampled.isnan(), torch.nan, ratio)  # of which no comparison below is true
         moved = _bernoulli_kl if self.divergence == "kl" else _total_variation
         distance = moved(sampled, now)
         low = (tokens.advantages < 0) & (now < sampled) & (distance > run_time(self.delta_low, device))

@@ -49,7 +49,8 @@ def group_advantages(
             the group. "leave_one_out_max": the advantage is the maximum of the group minus the maximum of the others,
             so that only the best response has one, and none if two are the best. "batch_mean": the mean of all rewards.
         normalize: "std" divides by the sample standard deviation of the group's rewards (n - 1, as TRL and verl do);
-            "batch_std" by that of all advantages in the batch; "none" does not divide.
+            "batch_std" by that of all advantages in the batch; "none" does not divide. "batch_mean" needs one of the
+            last two.
         eps: added to the standard deviation.
         group: the data-parallel ranks that share the batch, for "batch_mean" and "batch_std": one collective, which
             every rank has to call. The responses to one prompt have to be on one rank. None: this rank's batch.
@@ -71,7 +72,12 @@ def group_advantages(
             'group: expected None, because nothing is computed over the batch; got a group. baseline="batch_mean" and '
             'normalize="batch_std" use one'
         )
-    if baseline == "batch_mean" and normalize != "std" and group_size is None and group_ids is None:
+    if baseline == "batch_mean" and normalize == "std":
+        raise ValueError(
+            'normalize: expected "batch_std" or "none" with baseline="batch_mean", because a group of equal rewards has '
+            "a deviation of 0 and need not have the mean of the batch; got 'std'"
+        )
+    if baseline == "batch_mean" and group_size is None and group_ids is None:
         group_size = 1  # groups have no effect
     groups = _groups(rewards, group_size, group_ids)
 
@@ -97,10 +103,15 @@ def group_advantages(
 
     if normalize == "std":
         squares = groups.sum(torch.where(counted, values - mean, 0.0).square())
-        advantages = advantages / ((squares / (size - 1).clamp(min=1)).sqrt() + eps)
+        advantages = _divided(advantages, (squares / (size - 1).clamp(min=1)).sqrt() + eps)
     elif normalize == "batch_std":
-        advantages = advantages / (_moments(advantages, counted, ranks).std + eps)
+        advantages = _divided(advantages, _moments(advantages, counted, ranks).std + eps)
     return advantages.float()
+
+
+def _divided(advantages: Tensor, deviation: Tensor) -> Tensor:
+    """0 stays 0, also where the deviation is 0 and so is `eps`."""
+    return torch.where(advantages == 0, 0.0, advantages / deviation)
 
 
 @torch.no_grad()

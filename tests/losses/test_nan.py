@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import ranks
@@ -16,7 +16,18 @@ from linear import Separate, chunk_of
 from modes import BACKENDS, DEFAULT_MODE, INTERPRETED, on_device
 from torch import Tensor
 
-from gspo_kernels import GRPO, GSPO, GSPOToken, Objective, linear_policy_loss, policy_loss, policy_loss_from_logprobs
+from gspo_kernels import (
+    CISPO,
+    DPPO,
+    GRPO,
+    GSPO,
+    GSPOToken,
+    Objective,
+    TopEntropy,
+    linear_policy_loss,
+    policy_loss,
+    policy_loss_from_logprobs,
+)
 from gspo_kernels.linear import operators
 
 SEQUENCES, LENGTH, VOCAB, WIDTH = 5, 4, 20, 8
@@ -35,6 +46,7 @@ class Given:
     advantages: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None = None
 
     @classmethod
     def of(cls, where: str, spoilt: bool) -> Given:
@@ -48,19 +60,23 @@ class Given:
         mask = torch.ones(shape, dtype=torch.bool)
         mask[MASKED] = False
         advantages = torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5])
-        old, ref = (logprobs + 0.05 * torch.randn(shape, generator=generator) for _ in range(2))
+        old, ref, rollout = (logprobs + 0.05 * torch.randn(shape, generator=generator) for _ in range(3))
         if spoilt:
-            {"old": old, "ref": ref}.get(where, hidden)[AT] = math.nan
+            {"old": old, "ref": ref, "rollout": rollout}.get(where, hidden)[AT] = math.nan
         on_policy = where == "logit on-policy"
         return cls(
-            hidden, weight, token_ids, mask, advantages, None if on_policy else old, ref if where == "ref" else None
-        )
+            hidden, weight, token_ids, mask, advantages, None if on_policy else old, ref if where == "ref" else None,
+            rollout if where == "rollout" else None,
+        )  # fmt: skip
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"mask": on_device(self.mask)} | (
-            {} if self.ref_logprobs is None else {"ref_logprobs": on_device(self.ref_logprobs), "beta": 0.1}
-        )
+        found: dict[str, Any] = {"mask": on_device(self.mask)}
+        if self.ref_logprobs is not None:
+            found |= {"ref_logprobs": on_device(self.ref_logprobs), "beta": 0.1}
+        if self.rollout_logprobs is not None:
+            found["rollout_logprobs"] = on_device(self.rollout_logprobs)
+        return found
 
     @property
     def arrays(self) -> list[Tensor | None]:
@@ -149,10 +165,31 @@ def test_the_rows_of_its_ratio_are_nan_and_all_others_what_they_were(
     check(objective, clean, gradient, loss, found, slice(None))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+def test_the_engine_s(path: str, divergence: Literal["tv", "kl"]) -> None:
+    """Of NaN no comparison is true, but DPPO does not keep such a token as if it had not moved."""
+    objective = DPPO(divergence=divergence)
+    clean, gradient = (x.detach().cpu() for x in PATHS[path](Given.of("rollout", False), objective))
+    loss, found = (x.detach().cpu() for x in PATHS[path](Given.of("rollout", True), objective))
+    check(objective, clean, gradient, loss, found, slice(None))
+
+
+@pytest.mark.parametrize("where", ["old", "logit", "logit on-policy"])
+def test_a_token_that_is_left_out_for_its_entropy(where: str) -> None:
+    """Its loss is NaN as well, as with the objective alone; the quantile is that of all other tokens."""
+    for path in (PATHS[name] for name in PATHS if name.startswith("hidden, ")):
+        loss, found = path(Given.of(where, True), TopEntropy(CISPO(), share=0.01))
+        rows = found.isnan().any(-1).cpu()
+        assert loss.isnan() and rows[AT].all() and rows.sum() == len(AT[0])
+        if where != "old":  # else the token of the highest entropy is one of them
+            assert (found.nan_to_num() != 0).any(), "the token of the highest of all other entropies"
+
+
 def check(objective: Objective, clean: Tensor, gradient: Tensor, loss: Tensor, found: Tensor, tokens: slice) -> None:
     """`tokens` of each sequence, in which the gradients [B, T, ...] are."""
     expected = torch.zeros(SEQUENCES, LENGTH, dtype=torch.bool)
-    if isinstance(objective, GRPO):
+    if isinstance(objective, (GRPO, DPPO)):
         expected[AT] = True
     else:
         expected[AT[0]] = True

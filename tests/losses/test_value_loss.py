@@ -483,3 +483,13 @@ def test_mutants_are_rejected(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module.ValueInputs, "loss", broken(mutant))
     with pytest.raises(AssertionError):
         check(case, run(case, "packed"), case.expected())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_value_on_the_edge_of_the_clip_range(sign: float) -> None:
+    """`V - V_old` may be rounded to more than the range and `V_old + range` to V: V is still held on its own side."""
+    old = on_device(torch.randn(1, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    values = old + sign * 0.2
+    assert ((values - old).abs() > 0.2).any() and ((values - old).abs() < 0.2).any()
+    loss, _ = gspo_kernels.value_loss(values, old + sign * 5.0, old)
+    torch.testing.assert_close(loss.item(), 4.8**2 / 2, rtol=1e-12, atol=0.0)
