@@ -288,6 +288,8 @@ def test_on_policy_is_old_equal_to_current(objective: str, layout: str, backend:
     same = run(batch, layout, objective, backend=backend)
     assert float(same.loss) == pytest.approx(float(without.loss), rel=1e-6, abs=1e-7)
     check_close("gradient", same.gradient, without.gradient, 2e-6 * without.gradient.abs())
+    for name, value in without.stats.as_dict().items():
+        assert float(same.stats.as_dict()[name]) == pytest.approx(float(value), rel=1e-6, abs=1e-7), name
 
 
 @by_objective
