@@ -269,7 +269,7 @@ def test_micro_batches_with_a_normalizer_add_up(objective: str, layout: str, bac
         for keywords in (arguments(part, layout).keywords for part in batch.split(at))
     ]  # fmt: skip
     count = torch.stack(counts).sum()  # a 0-d tensor, as it would come from an all-reduce
-    parts = [run(part, layout, objective, backend=backend, normalizer=count, **options) for part in batch.split(5)]
+    parts = [run(part, layout, objective, backend=backend, normalizer=count, **options) for part in batch.split(at)]
     assert sum(float(part.loss) for part in parts) == pytest.approx(float(whole.loss), rel=1e-6, abs=1e-6)
     gradient = torch.cat([part.gradient for part in parts])
     check_close("gradient", gradient, whole.gradient, 2e-6 * whole.gradient.abs())

@@ -357,7 +357,10 @@ def test_a_loss_of_far_logits_is_finite(objective: str, on_policy: bool) -> None
      ("ref_logprobs", "padded")],
 )  # fmt: skip
 def test_nan_propagates_to_its_sequence_alone(objective: str, where: str, layout: str) -> None:
-    """Or, where a token's term depends on that token alone, its row. Sequences of 3, 1 and 2 tokens; one is masked, one has advantage 0."""
+    """Or, where a token's term depends on that token alone, to its row.
+
+    Sequences of 3, 1 and 2 tokens; one is masked, one has advantage 0.
+    """
     generator = torch.Generator().manual_seed(0)
     packed, name = layout == "packed", where.split()[0]
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, False]])
