@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES
+from batches import CLASSES, LAYOUTS, OBJECTIVES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import Problem, check_same, chunk_of, from_hidden, from_logits, problem, rows_of_work
@@ -142,8 +142,10 @@ def expected_work(p: Problem, objective: str, most: int, frozen: bool, **options
     selected = [[t for t in rows if p.batch.mask[t]] for rows in p.batch.sequences]
     active = {t for t, (g, h) in enumerate(zip(truth.d_logprobs, truth.d_entropy, strict=True)) if g or h}
     total = sum(map(len, selected))
+    kind = CLASSES[objective]
     on_policy = p.batch.old_logprobs is None and not options.get("beta") and not options.get("entropy_coef")
-    if on_policy or objective in ("grpo", "ppo"):  # a row needs no other
+    known = on_policy and (kind.known_on_policy or not kind.uses_logprobs)
+    if known or kind.depends_on == "token":  # a row needs no other
         return total, 0, len(active), -(-total // most)
     again = backward = chunks = held = 0
     for rows in selected:

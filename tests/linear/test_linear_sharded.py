@@ -12,7 +12,7 @@ import linear_sharding
 import pytest
 import ranks
 import torch
-from batches import KINDS, LAYOUTS, OBJECTIVES, WITH_TOKENS
+from batches import CLASSES, KINDS, LAYOUTS, OBJECTIVES, WITH_TOKENS
 from checks import check_close
 from linear_sharding import (
     Collective,
@@ -421,7 +421,7 @@ def over_cp(case: Case, steps: Sequence[tuple[str, int, int]]) -> list[int]:
     """What ranks gather: lengths, by which they plan as well; for each step the sum of each sequence beside its length
     (and that of weights); for the loss the sums once more; and stats."""
     sequences, stats = len(linear_sharding.problem_of(case).batch.lengths), 12
-    by_sequence, weights = case.objective in ("gspo", "gspo_token"), int("weights" in case.build)
+    by_sequence, weights = CLASSES[case.objective].depends_on == "sequence", int("weights" in case.build)
     if not case.needs_grad:
         return [(1 + by_sequence + weights) * sequences, stats]
     if not by_sequence:

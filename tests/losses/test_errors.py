@@ -218,6 +218,30 @@ def test_anything_is_fine_at_a_masked_position(objective: str) -> None:
         assert float(other) == pytest.approx(float(loss), rel=1e-6)
 
 
+@pytest.mark.each_objective
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_engines_log_probabilities_are_refused_by_who_does_not_read_them(objective: str) -> None:
+    given = {**padded(), "rollout_logprobs": padded()["old_logprobs"]}
+    if CLASSES[objective].uses_rollout_logprobs:
+        call(PUBLIC[objective], given)
+        return
+    with pytest.raises(ValueError, match="rollout_logprobs") as error:
+        call(PUBLIC[objective], given)
+    check_message(error.value, "rollout_logprobs", CLASSES[objective].__name__)
+
+
+@pytest.mark.parametrize("base", [padded, packed], ids=["padded", "packed"])
+def test_groups_and_their_mean_need_each_other(base: Callable[[], dict[str, Any]]) -> None:
+    tokens = torch.full((B,), 6.0)
+    call(gspo_kernels.gspo_loss, {**base(), "aggregation": "group_mean", "group_tokens": tokens})
+    with pytest.raises(ValueError, match="group_tokens: expected None") as error:
+        call(gspo_kernels.gspo_loss, {**base(), "group_tokens": tokens})
+    check_message(error.value, "group_tokens", "sequence_mean")
+    with pytest.raises(ValueError, match="group_tokens: expected how many") as error:
+        call(gspo_kernels.gspo_loss, {**base(), "aggregation": "group_mean"})
+    check_message(error.value, "group_tokens", "None")
+
+
 @pytest.mark.parametrize("base", [padded, packed], ids=["padded", "packed"])
 def test_gspo_names_gspo_token_for_advantages_by_token(base: Callable[[], dict[str, Any]]) -> None:
     given = base()

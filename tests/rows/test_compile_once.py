@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, arguments, ragged_batch
+from batches import LAYOUTS, OBJECTIVES, PUBLIC, WITH_TOKENS, arguments, ragged_batch
 from modes import DEFAULT_MODE
 
 from gspo_kernels.rows import triton_rows
@@ -72,7 +72,7 @@ def test_as_many_sequences_as_tokens_do_not_compile_again(
     objective: str, on_policy: bool, lookups: set[tuple[str, str]]
 ) -> None:
     """A second dimension says then what packed numbers belong to; kernels get them all in one dimension."""
-    numbers: dict[str, Any] = {"weights": "token", "by_token": objective != "gspo"}
+    numbers: dict[str, Any] = {"weights": "token", "by_token": objective in WITH_TOKENS}
     step(objective, "packed", on_policy, [3, 2], **numbers)
     first = set(lookups)
     for lengths in ([1], [1, 1], [2, 0]):

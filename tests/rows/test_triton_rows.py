@@ -13,7 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from batches import LAYOUTS, OBJECTIVES, PUBLIC, Arguments, Batch, arguments, ragged_batch
+from batches import CLASSES, LAYOUTS, OBJECTIVES, PUBLIC, Arguments, Batch, arguments, ragged_batch
 from checks import check_close, check_gradient, check_rows
 from modes import DEVICE, DTYPES, GPU, INTERPRETED, TRITON_MODES, on_device, sized
 from row_batches import check_batch, everything, peaked, rows
@@ -357,7 +357,10 @@ def test_a_loss_of_far_logits_is_finite(objective: str, on_policy: bool) -> None
      ("ref_logprobs", "padded")],
 )  # fmt: skip
 def test_nan_propagates_to_its_sequence_alone(objective: str, where: str, layout: str) -> None:
-    """Or, where each token has a ratio, its row. Sequences of 3, 1 and 2 tokens; one is masked, one has advantage 0."""
+    """Or, where a token's term depends on that token alone, to its row.
+
+    Sequences of 3, 1 and 2 tokens; one is masked, one has advantage 0.
+    """
     generator = torch.Generator().manual_seed(0)
     packed, name = layout == "packed", where.split()[0]
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, False]])
@@ -390,7 +393,7 @@ def test_nan_propagates_to_its_sequence_alone(objective: str, where: str, layout
     _, sound = gradient(False)
     bad = torch.zeros(3, 3, dtype=torch.bool)
     bad[0, 1] = True
-    if objective in ("gspo", "gspo_token"):
+    if CLASSES[objective].depends_on == "sequence":
         bad[0, 0] = True
     expected = sound.masked_fill((bad[inside] if packed else bad)[..., None], math.nan)
     assert math.isnan(loss)
