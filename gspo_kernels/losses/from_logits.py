@@ -185,9 +185,9 @@ def policy_loss(
     Returns:
         `LossOutput(loss, stats)`. No host sync takes place.
 
-    NaN in a logit, an old log-probability or, with `beta`, a reference one, where the mask is set, makes the loss NaN,
-    and the gradient of that token's row; with GSPO and GSPO-token, of all rows of its sequence. All other rows keep
-    the gradient that they have without it.
+    NaN in a logit, an old log-probability, one of the engine or, with `beta`, a reference one, where the mask is set,
+    makes the loss NaN, and the gradient of that token's row; with GSPO, GSPO-token, GMPO and TOPR, of all rows of its
+    sequence. All other rows keep the gradient that they have without it.
 
     Second derivatives, forward-mode AD and torch.func.grad raise RuntimeError.
 
