@@ -153,6 +153,7 @@ def policy_loss(
             "sequence_sum": sum over a sequence's tokens, mean over sequences; "group_mean": mean over the tokens of all
             sequences of a group (a prompt), then over groups. None takes the objective's.
         group_tokens: for "group_mean", one per sequence: how many unmasked tokens its group has (`group_token_counts`).
+            With `cp_group`, how many all ranks have, for all sequences.
         normalizer: a global count in place of the local one (of sequences; of tokens for "token_mean"; of groups for
             "group_mean"; see `global_count`): the shares of any split over micro-batches or ranks then add up to the
             whole batch's loss and gradient. A number above 0, or a 0-d tensor. 0 is right where no token counts, and
