@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base.agreement import Agreement, fingerprint
@@ -48,7 +49,8 @@ def agree_on_sequences(agreement: Agreement, inputs: TokenInputs) -> None:
         if values is not None:
             shown = fingerprint(values, counted if per_token else held)
             if not per_token:
-                by_sequence = [x if has else None for x, has in zip(values.tolist(), held.tolist(), strict=True)]
+                compared = torch.ones_like(held) if name == "group_tokens" else held  # every rank counts all groups
+                by_sequence = [x if does else None for x, does in zip(values.tolist(), compared.tolist(), strict=True)]
         same[f"{name} (where tokens count)"] = shown
         agreement.compare("cp_group", f"{name} (by sequence)", by_sequence, partial(_check_held, name))
     agreement.same(same, over="tp_group")
@@ -59,12 +61,13 @@ def _kind(values: Tensor | None, per_token: bool) -> str:
 
 
 def _check_held(name: str, group: str, numbers: dict[int, list[float | None]]) -> None:
-    """Refuses different numbers for one sequence; None where a rank has no token of it."""
+    """Refuses different numbers for one sequence; None where a rank has no token of it, and may have any number."""
     for i, of_sequence in enumerate(zip(*numbers.values(), strict=True)):
         held = {rank: x for rank, x in zip(numbers, of_sequence, strict=True) if x is not None}
         if len({"nan" if math.isnan(x) else x for x in held.values()}) > 1:
             listed = ", ".join(f"{x:g} on rank {rank}" for rank, x in held.items())
+            which = "" if name.startswith("group_tokens") else " that has tokens of it"
             raise ValueError(
-                f"{name}: expected the same number for a sequence on every rank of {group} that has tokens of it; got, "
-                f"for sequence {i}, {listed}"
+                f"{name}: expected the same number for a sequence on every rank of {group}{which}; got, for sequence "
+                f"{i}, {listed}"
             )

@@ -153,6 +153,7 @@ def policy_loss(
             "sequence_sum": sum over a sequence's tokens, mean over sequences; "group_mean": mean over the tokens of all
             sequences of a group (a prompt), then over groups. None takes the objective's.
         group_tokens: for "group_mean", one per sequence: how many unmasked tokens its group has (`group_token_counts`).
+            With `cp_group`, how many all ranks have, for all sequences.
         normalizer: a global count in place of the local one (of sequences; of tokens for "token_mean"; of groups for
             "group_mean"; see `global_count`): the shares of any split over micro-batches or ranks then add up to the
             whole batch's loss and gradient. A number above 0, or a 0-d tensor. 0 is right where no token counts, and
@@ -185,9 +186,9 @@ def policy_loss(
     Returns:
         `LossOutput(loss, stats)`. No host sync takes place.
 
-    NaN in a logit, an old log-probability or, with `beta`, a reference one, where the mask is set, makes the loss NaN,
-    and the gradient of that token's row; with GSPO and GSPO-token, of all rows of its sequence. All other rows keep
-    the gradient that they have without it.
+    NaN in a logit, an old log-probability, one of the engine or, with `beta`, a reference one, where the mask is set,
+    makes the loss NaN, and the gradient of that token's row; with GSPO, GSPO-token, GMPO and TOPR, of all rows of its
+    sequence. All other rows keep the gradient that they have without it.
 
     Second derivatives, forward-mode AD and torch.func.grad raise RuntimeError.
 

@@ -74,8 +74,8 @@ def group_advantages(
         )
     if baseline == "batch_mean" and normalize == "std":
         raise ValueError(
-            'normalize: expected "batch_std" or "none" with baseline="batch_mean", because a group of equal rewards has '
-            "a deviation of 0 and need not have the mean of the batch; got 'std'"
+            'normalize: expected "batch_std" or "none" with baseline="batch_mean", because a group of equal rewards '
+            "has a deviation of 0 and need not have the mean of the batch; got 'std'"
         )
     if baseline == "batch_mean" and group_size is None and group_ids is None:
         group_size = 1  # groups have no effect

@@ -378,6 +378,11 @@ CP = {
         "1 on rank 0, 2 on rank 1",
         functions=FROM_LOGPROBS,
     ),
+    "group_tokens of a sequence of which one rank has nothing": Case(
+        lambda at, found: {"aggregation": "group_mean", "group_tokens": torch.tensor([9, 9 + at.c, 9])}, "group_tokens",
+        "for sequence 1, 9 on rank 0, 10 on rank 1",
+        functions=FROM_LOGPROBS,
+    ),
     "weights on one rank": Case(
         to(importance_weights=SOME_WEIGHTS), "importance_weights", "one per sequence on rank 0, None on rank 1", (0,),
         explained_by=(),
