@@ -44,7 +44,7 @@ def tensor(name: str, value: Any, meaning: str, *, sharded: bool = False) -> Ten
     """A plain, dense tensor; with `sharded`, a DTensor too."""
     if not isinstance(value, Tensor):
         remedy = "; torch.as_tensor makes one of it" if isinstance(value, list) or hasattr(value, "__array__") else ""
-        for attribute in ("logits", "weight"):  # what a model returns, and an LM head
+        for attribute in ("logits", "weight", name):  # what a model returns, an LM head, and an output of this package
             if isinstance(getattr(value, attribute, None), Tensor):
                 remedy = f"; pass its {attribute}"
         raise TypeError(f"{name}: expected {meaning}, a torch.Tensor; got {describe(value)}{remedy}")

@@ -79,6 +79,13 @@ CASES: dict[str, Case] = {
     "advantages of another length": (padded, {"advantages": torch.ones(3)}, ValueError, "advantages", "3"),
     "advantages a row": (padded, {"advantages": torch.ones(1, B)}, ValueError, "advantages", "1, 2"),
     "advantages a number": (padded, {"advantages": 1.0}, TypeError, "advantages", "float"),
+    "advantages with returns": (
+        padded,
+        {"advantages": gspo_kernels.GaeOutput(torch.ones(B, T), torch.ones(B, T))},
+        TypeError,
+        "advantages",
+        "; pass its advantages",
+    ),
     "advantages None": (padded, {"advantages": None}, TypeError, "advantages", "None"),
     "packed advantages": (packed, {"advantages": torch.ones(5)}, ValueError, "advantages", "5"),
     # token arrays
