@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import modes
 import oracle
 import pytest
 import torch
@@ -33,8 +34,13 @@ import gspo_kernels
 CHUNKS = [1, 3, None]
 by_chunk = pytest.mark.parametrize("rows", CHUNKS, ids=lambda rows: f"{rows} rows" if rows else "one chunk")
 
-# Fields of an objective are no matter of the head.
-TERMS = [name for name, (_, options) in OPTIONS.items() if not options.keys() & FIELDS - {"eps_low", "dual_clip"}]
+# Fields of an objective are no matter of the head, and nor are those that change a number per token alone.
+NO_MATTER = {"k1", "k2", "weighted k1", "weighted k2", "weighted KL without beta", "sequence mean", "temperature"}
+TERMS = [
+    name
+    for name, (_, options) in OPTIONS.items()
+    if modes.WHOLE or (name not in NO_MATTER and not options.keys() & FIELDS - {"eps_low", "dual_clip"})
+]
 FEW = ["defaults", "on-policy", "all"]  # of the options, in the interpreter
 ROWS = sized(LENGTHS, SHORT)  # a chunk of three is one sequence of the short ones
 TWO = sized(KINDS, ["gspo", "ppo"])

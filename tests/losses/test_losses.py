@@ -168,7 +168,7 @@ def test_every_exported_objective_has_an_oracle() -> None:
 def test_the_papers_defaults(objective: str) -> None:
     """What the function does when told nothing is what the paper says: said again, nothing changes."""
     truth = oracle.OBJECTIVES[objective]
-    batch = ragged_batch(objective, seed=5)
+    batch = ragged_batch(objective, seed=5, lengths=SHORT)
     said: dict[str, Any] = {**truth.fields, "aggregation": truth.aggregation}
     unsaid, aloud = run(batch, "packed", objective), run(batch, "packed", objective, **said)
     assert torch.equal(unsaid.loss, aloud.loss) and torch.equal(unsaid.gradient, aloud.gradient)

@@ -13,7 +13,7 @@ from batches import CLASSES, LAYOUTS, OBJECTIVES, PUBLIC, Batch, arguments, put_
 from checks import check_outcome
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from modes import by_backend, sized
+from modes import WHOLE, by_backend, sized
 
 EXTREMES = [1e30, -1e30, math.inf, -math.inf]
 ORDINARY = [0.0, 1e-4, 2.9e-4, -2.9e-4, 3.1e-4, -3.1e-4, 4.1e-4, 0.1, -0.19, 0.21, -0.22, 0.26, 0.28, 1.0, -1.0]
@@ -99,7 +99,7 @@ def test_any_batch(objective: str, layout: str, backend: str) -> None:
     @given(batches(objective, layout))
     @settings(
         deadline=None,
-        max_examples=sized(60, 6),
+        max_examples=120 if WHOLE else sized(30, 3),
         phases=sized(tuple(Phase), (Phase.explicit, Phase.generate)),  # interpreted, shrinking takes half an hour
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
         database=None,
