@@ -1,4 +1,4 @@
-"""GSPO end to end on a CPU: a tiny Qwen3 learns to add from nothing but "right" and "wrong".
+"""Policy optimization end to end on a CPU: a tiny Qwen3 learns to add from nothing but "right" and "wrong".
 
 A supervised warm-up teaches two ways to answer, both incompletely: directly, `47+85=132`, and digit by digit first,
 `47+85=7+5=12,4+8+1=13:132`. After it there are no examples. In each step the model answers a few problems many times. A
@@ -229,14 +229,19 @@ def chosen_objective(
         parser.error(f"--{min(unknown).replace('_', '-')}: {arguments.loss} has no such clip range")
     if arguments.critic and not kind.advantages_per_token:
         parser.error(f"--critic: makes an advantage for each token, and {arguments.loss} has one for a response")
-    return kind(**clip), clip
+    try:
+        return kind(**clip), clip
+    except ValueError as error:
+        parser.error(f"--{str(error).replace('_', '-', 1)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Writes a plot and a JSON file.")
     parser.add_argument("--loss", choices=OBJECTIVES, default="gspo", help="the objective (default: %(default)s)")
-    parser.add_argument("--eps-low", type=positive, help="clip range below 1 (default: the objective's own)")
-    parser.add_argument("--eps-high", type=positive, help="clip range above 1 (default: the objective's own)")
+    parser.add_argument("--eps-low", type=float, help="clip range below 1, inf for none (default: the objective's own)")
+    parser.add_argument(
+        "--eps-high", type=float, help="clip range above 1, inf for none (default: the objective's own)"
+    )
     parser.add_argument("--critic", action="store_true", help="train a value model, for an advantage for each token")
     parser.add_argument("--lam", type=float, default=1.0, help="of the critic's advantages (default: %(default)s)")
     arguments, settings = parse_arguments(parser, Path("runs/arithmetic"))

@@ -148,7 +148,8 @@ class Objective:
         aggregation: the default of `aggregation=`.
         depends_on: what the term of a token depends on: that "token" alone, its "sequence", or the whole "batch", which
             is always right. From hidden states a loss is computed in chunks, and a narrower value avoids computing
-            logits twice. If `terms` depends on more than is declared, gradients are wrong.
+            logits twice. If `terms` depends on more than is declared, gradients are wrong. A class that defines `terms`
+            does not inherit this, `known_on_policy` or `by_sequence_alone`: declare them again.
         uses_logprobs: whether `terms` reads `tokens.logprobs`, `tokens.old_logprobs`, `tokens.entropy` or
             `tokens.rollout_logprobs`.
         known_on_policy: whether the gradient where every ratio is 1 is the same whatever the log-probabilities are, as
@@ -188,6 +189,9 @@ class Objective:
             cls.triton_term = None
         if overridden < _depth(cls, "row_slope"):
             cls.row_slope = Objective.row_slope  # type: ignore[method-assign]
+        for name in ("depends_on", "known_on_policy", "by_sequence_alone"):  # what other terms need not keep
+            if _depth(cls, "terms") < _depth(cls, name):
+                setattr(cls, name, getattr(Objective, name))
 
     def terms(self, tokens: TokenBatch) -> Terms:
         """The loss of each unit, in torch operators that are differentiable by `tokens.log_ratio`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.collectives import ranks_of, sum_over_ranks
+from ..base.groups import groups_of
 from ..base.layout import BatchShape, Layout, batch_shape
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum", "group_mean")
@@ -160,6 +161,8 @@ def global_count(
     aggregation: str = "sequence_mean",
     group_tokens: Tensor | None = None,
     advantages: Tensor | None = None,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
     group: Any = None,
     cp_group: Any = None,
     averaged: bool = False,
@@ -177,10 +180,12 @@ def global_count(
         aggregation: what the losses have. "token_mean" (PPO's) counts tokens; "sequence_mean" and "sequence_sum" count
             sequences that have an unmasked token; "group_mean" counts groups.
         group_tokens: [B] or [S], for "group_mean", as in the losses (`group_token_counts`).
-        advantages: per sequence or per token, as in the losses. Sequences whose advantages are all 0 are then not
-            counted (DAPO's dynamic sampling, arXiv 2503.14476, without sampling again): their tokens have no gradient,
-            and do not dilute that of the others. A count of 0 becomes 1, for the loss is 0: so count all micro-batches
-            of a step in one call. None: all are counted.
+        advantages: per sequence or per token, as in the losses. Groups whose advantages are all 0 are then not counted
+            (DAPO's dynamic sampling, arXiv 2503.14476, without sampling again): their tokens have no gradient, and do
+            not dilute that of the others. A count of 0 becomes 1, for the loss is 0: so count all micro-batches of a
+            step in one call. None: all are counted.
+        group_size, group_ids: the groups, as in `group_advantages`, whole on this rank. Neither: each sequence is its
+            own group, and one of advantage 0 is not counted though others of its prompt have an advantage.
         group: the ranks whose gradients are summed or averaged: data-parallel and, if there are any, context-parallel
             ones. None: this rank alone.
         cp_group: the ranks of `group` that have tokens of the same sequences.
@@ -206,7 +211,13 @@ def global_count(
     elif groups is not None:
         counted = layout.lengths / _of_groups(layout, groups)
     if advantages is not None:
-        counted = torch.where(_any_advantage(advantages, batch, layout), counted, 0.0 * counted)
+        some = _any_advantage(advantages, batch, layout)
+        if group_size is not None or group_ids is not None:
+            some = groups_of(layout.lengths, group_size, group_ids).sum(some.double()) != 0.0
+        counted = torch.where(some, counted, 0.0 * counted)
+    elif group_size is not None or group_ids is not None:
+        name = "group_ids" if group_size is None else "group_size"
+        raise ValueError(f"{name}: expected None without advantages, of which groups may have none; got a value")
     # A rank's part: of its own tokens under context parallelism, so that the sum over all ranks has each once.
     found = (counted * layout.share()).sum() if ranks is not None else counted.sum()
     if ranks is not None:

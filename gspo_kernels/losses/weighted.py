@@ -104,7 +104,6 @@ def topr_term(  # type: ignore[no-untyped-def]
 
 class _Tapered(Objective):
     uses_logprobs: ClassVar[bool] = True
-    known_on_policy: ClassVar[bool] = True
 
     @staticmethod
     def _tapered(tokens: TokenBatch, log_ratio: Tensor) -> Terms:
@@ -127,6 +126,7 @@ class TOPR(_Tapered):
 
     aggregation: ClassVar[str] = "sequence_sum"
     depends_on: ClassVar[str] = "sequence"
+    known_on_policy: ClassVar[bool] = True
     triton_term = topr_term
     sequence_value: ClassVar[str | None] = "sum"
 
@@ -144,6 +144,7 @@ class TOPRToken(_Tapered):
 
     aggregation: ClassVar[str] = "token_mean"
     depends_on: ClassVar[str] = "token"
+    known_on_policy: ClassVar[bool] = True
     triton_term = topr_term
 
     def terms(self, tokens: TokenBatch) -> Terms:
@@ -182,7 +183,10 @@ def dppo_term(  # type: ignore[no-untyped-def]
     log_ratio, advantage, max_log_ratio, logprob, old_logprob, rollout_logprob, delta_low, delta_high, max_ratio,
     divergence,
 ):  # fmt: skip
-    """DPPO in Triton; divergence is 0 for TV, 1 for KL."""
+    """DPPO in Triton; divergence is 0 for TV, 1 for KL. A delta that is not given is NaN."""
+    usual = tl.where(divergence == 0.0, 0.15, 0.05)
+    delta_low = tl.where(delta_low == delta_low, delta_low, usual)
+    delta_high = tl.where(delta_high == delta_high, delta_high, usual)
     bounded = tl.where(log_ratio > max_log_ratio, max_log_ratio, log_ratio)
     ratio = exp(bounded)
     ratio = tl.where(ratio > max_ratio, max_ratio, ratio)
@@ -229,14 +233,20 @@ class DPPO(Objective):
         found: dict[str, float] = {}
         for name in ("delta_low", "delta_high"):
             given = getattr(self, name)
-            delta = _DELTA[self.divergence] if given is None else given
-            found[name] = checks.number(name, delta, "the largest divergence", at_least=0.0, or_infinite=True)
+            if given is not None:
+                found[name] = checks.number(name, given, "the largest divergence", at_least=0.0, or_infinite=True)
         if self.max_ratio is not None:
             found["max_ratio"] = checks.number("max_ratio", self.max_ratio, "the largest ratio that counts", above=0.0)
         set_numbers(self, found)
 
+    def deltas(self) -> tuple[float, float]:
+        """delta_low and delta_high, or the paper's."""
+        usual = _DELTA[self.divergence]
+        low, high = self.delta_low, self.delta_high
+        return usual if low is None else low, usual if high is None else high
+
     def terms(self, tokens: TokenBatch) -> Terms:
-        assert self.delta_low is not None and self.delta_high is not None
+        delta_low, delta_high = self.deltas()
         device, now = tokens.log_ratio.device, tokens.logprobs.detach()
         sampled = tokens.old_logprobs if tokens.rollout_logprobs is None else tokens.rollout_logprobs
         ratio = at_most(tokens.log_ratio.detach(), tokens.max_log_ratio).exp()
@@ -245,16 +255,16 @@ class DPPO(Objective):
         ratio = torch.where(sampled.isnan(), torch.nan, ratio)  # of which no comparison below is true
         moved = _bernoulli_kl if self.divergence == "kl" else _total_variation
         distance = moved(sampled, now)
-        low = (tokens.advantages < 0) & (now < sampled) & (distance > run_time(self.delta_low, device))
-        high = (tokens.advantages > 0) & (now > sampled) & (distance > run_time(self.delta_high, device))
+        low = (tokens.advantages < 0) & (now < sampled) & (distance > run_time(delta_low, device))
+        high = (tokens.advantages > 0) & (now > sampled) & (distance > run_time(delta_high, device))
         loss = torch.where(low | high, 0.0, -ratio * tokens.advantages * tokens.logprobs)
         return Terms(loss, tokens.log_ratio, low, high)
 
     def row_slope(self) -> RowSlope:
-        assert self.delta_low is not None and self.delta_high is not None
+        delta_low, delta_high = self.deltas()
         return RowSlope(
-            positive=(-math.inf, self.delta_high),
-            negative=(-self.delta_low, math.inf),
+            positive=(-math.inf, delta_high),
+            negative=(-delta_low, math.inf),
             outside="drop",
             measure=self.divergence,
             max_weight=sys.float_info.max if self.max_ratio is None else self.max_ratio,  # finite: held, not dropped

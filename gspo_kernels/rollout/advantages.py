@@ -10,7 +10,8 @@ from torch import Tensor
 from ..base import checks
 from ..base.collectives import Ranks, gather, ranks_of
 from ..base.devices import check_float64
-from ..base.layout import Segments, as_bool, batch_shape, segment_sum
+from ..base.groups import groups_of
+from ..base.layout import as_bool, batch_shape
 
 BASELINES = ("mean", "leave_one_out", "leave_one_out_max", "batch_mean")
 NORMALIZATIONS = ("std", "batch_std", "none")
@@ -79,7 +80,7 @@ def group_advantages(
         )
     if baseline == "batch_mean" and group_size is None and group_ids is None:
         group_size = 1  # groups have no effect
-    groups = _groups(rewards, group_size, group_ids)
+    groups = groups_of(rewards, group_size, group_ids)
 
     values = rewards.double()
     counted = ~values.isnan()
@@ -176,45 +177,6 @@ def _moments(values: Tensor, counted: Tensor, ranks: Ranks | None) -> _Moments:
     return _Moments(mean, (squares / (total - 1).clamp(min=1)).sqrt(), lows.amin() == highs.amax())
 
 
-class _Groups:
-    """Sums and maxima over the group of each response, in a fixed order and without a host sync."""
-
-    def __init__(self, ids: Tensor) -> None:
-        in_order, self._order = torch.sort(ids, stable=True)
-        is_new = torch.ones_like(in_order, dtype=torch.bool)
-        is_new[1:] = in_order[1:] != in_order[:-1]
-        index = is_new.cumsum(0) - 1  # which group, of at most R
-        self._of = torch.empty_like(index).index_copy_(0, self._order, index)
-        boundaries = torch.searchsorted(index, torch.arange(ids.numel() + 1, device=ids.device))
-        self._segments = Segments(boundaries, index, ids.new_zeros((), dtype=torch.float64))
-
-    def sum(self, values: Tensor) -> Tensor:
-        """[R] float64 -> [R]"""
-        return segment_sum(values[self._order], self._segments)[self._of]
-
-    def maximum(self, values: Tensor) -> Tensor:
-        return torch.full_like(values, -torch.inf).scatter_reduce(0, self._of, values, "amax")[self._of]
-
-
-def _groups(responses: Tensor, group_size: Any, group_ids: Any) -> _Groups:
-    if (group_size is None) == (group_ids is None):
-        got = "neither" if group_size is None else "both"
-        raise ValueError(
-            f"group_size, group_ids: expected exactly one of them, to say which responses belong together; got {got}"
-        )
-    if group_ids is not None:
-        checks.integers("group_ids", checks.tensor("group_ids", group_ids, "one group per response"), "one group each")
-        checks.shape("group_ids", group_ids, responses.shape, "one group per response")
-        checks.same_device("group_ids", group_ids, responses.device)
-        return _Groups(group_ids.long())
-    group_size = checks.whole("group_size", group_size, "how many responses each prompt has")
-    if group_size < 1 or responses.numel() % group_size:
-        raise ValueError(
-            f"group_size: expected a divisor of the number of responses, {responses.numel()}; got {group_size}"
-        )
-    return _Groups(torch.arange(responses.numel(), device=responses.device) // group_size)
-
-
 @torch.no_grad()
 def group_token_counts(
     mask: Tensor,
@@ -238,4 +200,4 @@ def group_token_counts(
     """
     checks.tensor("mask", mask, "True or 1 at the tokens that count")
     lengths = batch_shape(mask.shape, mask, cu_seqlens, mask.device).layout().lengths
-    return _groups(lengths, group_size, group_ids).sum(lengths)
+    return groups_of(lengths, group_size, group_ids).sum(lengths)

@@ -90,8 +90,8 @@ VALID: dict[str, dict[str, Any]] = {
     "linear_values": {"hidden": HIDDEN, "weight": HEAD[:1].clone(), "bias": HEAD[0, :1].clone(), "mask": MASK},
     "global_count": {
         "mask": MASK.view(-1), "cu_seqlens": torch.tensor([0, 2, 6]), "aggregation": "group_mean",
-        "group_tokens": torch.tensor([5.0, 5.0]), "advantages": torch.tensor([1.0, 0.0]), "group": None,
-        "cp_group": None,
+        "group_tokens": torch.tensor([5.0, 5.0]), "advantages": torch.tensor([1.0, 0.0]), "group_size": 1,
+        "group": None, "cp_group": None,
     },
     "next_token_targets": {"input_ids": IDS, "mask": MASK},
     "from_vllm": {"outputs": VLLM, "prompt_ids": [[1, 2]], "missing": "mask", "device": None},
@@ -236,7 +236,7 @@ def test_every_argument_of_every_function_is_tried() -> None:
         others = {"policy_loss": "packed", "group_advantages": "by group_ids"}
         tried = VALID[case].keys() | VALID.get(others.get(case, ""), {}).keys()
         names = {name for name in inspect.signature(function_of(case)).parameters}
-        assert names - tried <= {"cu_seqlens", "averaged"}, case
+        assert names - tried <= {"cu_seqlens", "averaged", "group_ids"}, case
 
 
 # --- what is said of some ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 from gspo_kernels import (
+    DPPO,
     GRPO,
     GSPO,
     Objective,
@@ -272,6 +273,12 @@ def test_frozen_dataclasses_of_floats_are_rebuilt() -> None:
         assert objective.packed_parameters() is not None and Objective.unpacked(key) == objective
         unread = Objective.unpacked(key._replace(parameters=()))
         assert type(unread) is type(objective) and unread.depends_on == objective.depends_on
+
+
+def test_a_default_that_depends_on_another_field() -> None:
+    """DPPO's deltas are those of the divergence that the objective has in the end."""
+    assert DPPO().deltas() == (0.15, 0.15) and replace(DPPO(), divergence="kl").deltas() == (0.05, 0.05)
+    assert replace(DPPO(delta_low=0.1), divergence="kl").deltas() == (0.1, 0.05)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,8 @@ def test_a_class_that_overrides_what_a_term_computes_inherits_none() -> None:
 
     for kind in (OtherTerms, OtherRatio, ByMixin, Further):
         assert kind.triton_term is None and kind().row_slope() is None
+    for kind in (OtherTerms, ByMixin, Further):  # of which a token's term may depend on more
+        assert kind.depends_on == "batch" and GRPO.depends_on == "token"
     for same in (GSPO, GSPOToken, GRPO, PPO):
         assert same.triton_term is GSPO.triton_term is not None
     assert OtherDefaults.triton_term is capped_term

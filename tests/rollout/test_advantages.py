@@ -310,3 +310,16 @@ def test_sequences_without_an_advantage_are_not_counted() -> None:
             found = gspo_kernels.global_count(mask, **given, advantages=given_advantages)
             assert float(found) == pytest.approx(expected, rel=1e-15), aggregation
         assert float(gspo_kernels.global_count(mask, **given, advantages=0.0 * advantages)) == 1.0
+
+
+def test_groups_without_an_advantage_are_not_counted() -> None:
+    """A response of advantage 0 counts if another one of its group has an advantage."""
+    mask = on_device(torch.ones(6, 2, dtype=torch.bool))
+    advantages = on_device(torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0]))
+    assert float(gspo_kernels.global_count(mask, advantages=advantages)) == 2.0
+    assert float(gspo_kernels.global_count(mask, advantages=advantages, group_size=3)) == 3.0
+    ids = on_device(torch.tensor([5, 5, 5, 7, 7, 5]))
+    found = gspo_kernels.global_count(mask, advantages=advantages, group_ids=ids, aggregation="token_mean")
+    assert float(found) == 8.0
+    with pytest.raises(ValueError, match=r"^group_size: expected None without advantages"):
+        gspo_kernels.global_count(mask, group_size=3)
