@@ -167,11 +167,11 @@ def _bernoulli_kl(old_logprobs: Tensor, logprobs: Tensor) -> Tensor:
 
     0 where both are equal; infinity where p is 1 (or 0) and q is not.
     """
-    old, new = old_logprobs.clamp(max=0.0), logprobs.clamp(max=0.0)  # rounded up
-    log_others, old_log_others = (torch.log(-torch.expm1(x)) for x in (new, old))
-    others = -torch.expm1(old) * (old_log_others - log_others)
-    found = old.exp() * (old - new) + torch.where(old == 0.0, 0.0, others)  # 0 * infinity, where q is 1
-    return torch.where(old == new, 0.0, found)
+    log_others, old_log_others = (torch.log(-torch.expm1(x)) for x in (logprobs, old_logprobs))
+    others = -torch.expm1(old_logprobs) * (old_log_others - log_others)
+    same = old_logprobs.exp() * (old_logprobs - logprobs)
+    found = same + torch.where(old_logprobs == 0.0, 0.0, others)  # 0 * infinity, where q is 1
+    return torch.where(old_logprobs == logprobs, 0.0, found)
 
 
 _DIVERGENCES = ("tv", "kl")
@@ -191,11 +191,11 @@ def dppo_term(  # type: ignore[no-untyped-def]
     ratio = exp(bounded)
     ratio = tl.where(ratio > max_ratio, max_ratio, ratio)
     ratio = tl.where(rollout_logprob != rollout_logprob, rollout_logprob, ratio)  # NaN is not hidden
-    distance = tl.where(
-        divergence == 0.0, tl.abs(exp(logprob) - exp(rollout_logprob)), bernoulli_kl(rollout_logprob, logprob)
-    )
-    low = (advantage < 0.0) & (logprob < rollout_logprob) & (distance > delta_low)
-    high = (advantage > 0.0) & (logprob > rollout_logprob) & (distance > delta_high)
+    now = tl.where(logprob > 0.0, 0.0, logprob)  # rounded up
+    sampled = tl.where(rollout_logprob > 0.0, 0.0, rollout_logprob)
+    distance = tl.where(divergence == 0.0, tl.abs(exp(now) - exp(sampled)), bernoulli_kl(sampled, now))
+    low = (advantage < 0.0) & (now < sampled) & (distance > delta_low)
+    high = (advantage > 0.0) & (now > sampled) & (distance > delta_high)
     weight = tl.where(low | high, 0.0, ratio)
     return tl.where(low | high, 0.0, -ratio * advantage * logprob), -weight * advantage, low, high
 
@@ -247,8 +247,9 @@ class DPPO(Objective):
 
     def terms(self, tokens: TokenBatch) -> Terms:
         delta_low, delta_high = self.deltas()
-        device, now = tokens.log_ratio.device, tokens.logprobs.detach()
+        device, now = tokens.log_ratio.device, tokens.logprobs.detach().clamp(max=0.0)  # rounded up
         sampled = tokens.old_logprobs if tokens.rollout_logprobs is None else tokens.rollout_logprobs
+        sampled = sampled.clamp(max=0.0)
         ratio = at_most(tokens.log_ratio.detach(), tokens.max_log_ratio).exp()
         if self.max_ratio is not None:
             ratio = at_most(ratio, run_time(self.max_ratio, device))

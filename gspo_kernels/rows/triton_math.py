@@ -347,12 +347,10 @@ def _log_of_others(logprob):
 
 @triton.jit
 def bernoulli_kl(old_logprob, logprob):
-    """KL divergence of the distributions "this token or another", from its two log-probabilities."""
-    old = tl.where(old_logprob > 0.0, 0.0, old_logprob)  # rounded up
-    new = tl.where(logprob > 0.0, 0.0, logprob)
-    of_others = -expm1(old) * (_log_of_others(old) - _log_of_others(new))
-    found = exp(old) * (old - new) + tl.where(old == 0.0, 0.0, of_others)
-    return tl.where(old == new, 0.0, found)
+    """KL divergence of the distributions "this token or another", from its log-probabilities, at most 0."""
+    of_others = -expm1(old_logprob) * (_log_of_others(old_logprob) - _log_of_others(logprob))
+    found = exp(old_logprob) * (old_logprob - logprob) + tl.where(old_logprob == 0.0, 0.0, of_others)
+    return tl.where(old_logprob == logprob, 0.0, found)
 
 
 # ---- float64 by its bits

@@ -87,9 +87,6 @@ def close_to_a_kink(batch: Batch, objective: str, options: dict[str, Any]) -> bo
     opt = oracle.OBJECTIVES[objective].options(**options)
     if batch.expected(objective, **options).margin < 5e-5:
         return True
-    old = batch.old_logprobs
-    if old is not None and CLASSES[objective].uses_rollout_logprobs and bool((old[batch.mask] > 0).any()):
-        return True  # how far a probability above 1 has moved, nobody says
     gaps = [] if batch.ref_logprobs is None else batch.ref_logprobs.tolist()
     return any(abs(abs(x - row.logprob) - opt.max_log_ratio) < 5e-5 for x, row in zip(gaps, batch.rows, strict=False))
 
