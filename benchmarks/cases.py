@@ -29,7 +29,11 @@ BLOCK = 8_192  # columns of a head that are in float64 at a time
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a ratio may fall short of 1, and exceed it.
-EPSILONS = {name: (objective.eps_low, objective.eps_high) for name, objective in oracle.OBJECTIVES.items()}
+EPSILONS = {
+    name: (each.fields["eps_low"], each.fields["eps_high"])
+    for name, each in oracle.OBJECTIVES.items()
+    if each.is_surrogate
+}
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ SLOPES = {
     ),
     "DRO": Slopes(
         {"positive": (0.0, 0.0), "negative": (0.0, 0.0), "outside": "hold", "penalty": 0.05},
-        lambda r, a, _: -a + 0.05 * r,
+        lambda r, a, _: -a + 0.05 * torch.where(r.abs() > 20.0, 0.0, r),
     ),
     "DPPO by TV": Slopes({**_DPPO, "measure": "tv"}, _dppo),
     "DPPO by KL": Slopes({**_DPPO, "measure": "kl"}, _dppo),
