@@ -213,7 +213,8 @@ class DPPO(Objective):
         "tv":  D_t = |p_t - q_t|,     "kl":  D_t = q_t log(q_t / p_t) + (1 - q_t) log((1 - q_t) / (1 - p_t)).
 
     The paper's ratio is that to the engine as well: pass the engine's log-probabilities as `old_logprobs`. Defaults:
-    the paper's deltas; `max_ratio` of the authors' code, a truncation that the paper wants large.
+    the deltas that TRL says the paper recommends, as in verl's examples; the truncation `max_ratio` of the authors'
+    code, which is to be large.
     """
 
     delta_low: float | None = None  # None: 0.15 for "tv", 0.05 for "kl"; infinity: no bound
@@ -240,7 +241,7 @@ class DPPO(Objective):
         set_numbers(self, found)
 
     def deltas(self) -> tuple[float, float]:
-        """delta_low and delta_high, or the paper's."""
+        """delta_low and delta_high, or their defaults."""
         usual = _DELTA[self.divergence]
         low, high = self.delta_low, self.delta_high
         return usual if low is None else low, usual if high is None else high
