@@ -29,11 +29,7 @@ BLOCK = 8_192  # columns of a head that are in float64 at a time
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a ratio may fall short of 1, and exceed it.
-EPSILONS = {
-    name: (each.fields["eps_low"], each.fields["eps_high"])
-    for name, each in oracle.OBJECTIVES.items()
-    if each.is_surrogate
-}
+EPSILONS = {k: (x.fields["eps_low"], x.fields["eps_high"]) for k, x in oracle.OBJECTIVES.items() if x.is_surrogate}
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,14 @@ def _why(value: Tensor) -> str:
     return str(value.dtype)
 
 
+def values_of_tokens(name: str, value: Any) -> None:
+    """Refuses what is no padded or packed array of a value model's outputs."""
+    floats(name, tensor(name, value, "the value model's outputs per token"))
+    if value.ndim not in (1, 2):
+        remedy = f". Pass {name}[..., 0]" if value.ndim and value.shape[-1] == 1 else ""
+        raise ValueError(f"{name}: expected [sequences, tokens] or, packed, [tokens]; got {list(value.shape)}{remedy}")
+
+
 def log_probabilities(name: str, value: Tensor, mask: Tensor | None) -> None:
     """Refuses positive ones where the mask is set, if values may be read; NaN and -inf pass. Shapes must agree."""
     if not may_read(value) or watched(value):

@@ -54,11 +54,16 @@ def count(layout: Layout, aggregation: str, group_tokens: Tensor | None = None) 
 
     Of groups that are split over micro-batches or ranks, parts are counted: their tokens over the group's.
     """
+    return _counted(layout, aggregation, group_tokens).sum()
+
+
+def _counted(layout: Layout, aggregation: str, group_tokens: Tensor | None) -> Tensor:
+    """[sequences], what each adds to the count; NaN where the layout's lengths are."""
     if aggregation == "token_mean":
-        return layout.num_tokens
-    if aggregation != "group_mean":
-        return layout.num_sequences
-    return (layout.lengths / _of_groups(layout, group_tokens)).sum()
+        return layout.lengths
+    if aggregation == "group_mean":
+        return layout.lengths / _of_groups(layout, group_tokens)
+    return layout.lengths.clamp(max=1)
 
 
 def _of_groups(layout: Layout, group_tokens: Tensor | None) -> Tensor:
@@ -205,11 +210,7 @@ def global_count(
     batch = batch_shape(mask.shape, mask, cu_seqlens, mask.device, ranks_of("cp_group", cp_group))
     layout = batch.layout()
     groups = check_group_tokens(aggregation, group_tokens, batch)
-    counted = layout.lengths.clamp(max=1)  # [sequences]; keeps NaN
-    if aggregation == "token_mean":
-        counted = layout.lengths
-    elif groups is not None:
-        counted = layout.lengths / _of_groups(layout, groups)
+    counted = _counted(layout, aggregation, groups)
     if advantages is not None:
         some = _any_advantage(advantages, batch, layout)
         if group_size is not None or group_ids is not None:

@@ -94,10 +94,7 @@ def value_loss(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    checks.floats("values", checks.tensor("values", values, "the value model's outputs per token"))
-    if values.ndim not in (1, 2):
-        remedy = ". Pass values[..., 0]" if values.ndim and values.shape[-1] == 1 else ""
-        raise ValueError(f"values: expected [sequences, tokens] or, packed, [tokens]; got {list(values.shape)}{remedy}")
+    checks.values_of_tokens("values", values)
     batch = batch_shape(values.shape, mask, cu_seqlens, values.device)
     inputs = value_inputs(batch, returns, old_values, clip_range, aggregation, group_tokens, normalizer)
     return inputs.loss(values)

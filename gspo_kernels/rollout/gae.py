@@ -87,10 +87,7 @@ def gae(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    checks.floats("values", checks.tensor("values", values, "the value model's outputs per token"))
-    if values.ndim not in (1, 2):
-        remedy = ". Pass values[..., 0]" if values.ndim and values.shape[-1] == 1 else ""
-        raise ValueError(f"values: expected [sequences, tokens] or, packed, [tokens]; got {list(values.shape)}{remedy}")
+    checks.values_of_tokens("values", values)
     batch = batch_shape(values.shape, mask, cu_seqlens, values.device)
     rewards, rewards_per_token = batch.per_either("rewards", rewards, "rewards")
     if last_values is not None:

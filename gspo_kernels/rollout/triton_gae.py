@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..losses.triton_tokens import counted as _counted
+
 _ANY_ADDRESS = ["rewards", "values", "mask", "last_values", "boundaries", "gamma", "lam", "advantages", "returns"]
 
 
@@ -25,14 +27,6 @@ def _newest(keeps, value, then_keeps, then_value):
 def _compose(slope, constant, then_slope, then_constant):
     """x -> slope x + constant, and then the other map; a slope of 0 lets nothing through, NaN included."""
     return then_slope * slope, tl.where(then_slope == 0, then_constant, then_slope * constant + then_constant)
-
-
-@triton.jit
-def _counted(mask, at, there):
-    if mask is None:
-        return there
-    else:
-        return there & (tl.load(mask + at, mask=there, other=0) != 0)
 
 
 @triton.jit
