@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from ... import (
-    Stats,
-    TokenLogprobs,
-    global_count,
-    linear_policy_loss,
-    linear_token_logprobs,
-)
+from ... import LossOutput, Stats, global_count, linear_policy_loss, linear_token_logprobs
 from .config import LEVELS, LOSS_TYPES, GSPOConfig, check_options
-from .head import JobHead, Opaque
+from .head import Found, HeadTensors, check_head, head_tensors, run_at_head
 
 Inputs = dict[str, Any]  # TRL's micro-batch: completions [B, C], and prompts [B, P] before them
 
@@ -36,7 +30,7 @@ class GSPOTrainer(GRPOTrainer):
         check_surroundings(self)
         for part in (self.model, self.ref_model):
             if part is not None:
-                JobHead.become(self.accelerator.unwrap_model(part))
+                check_head(self.accelerator.unwrap_model(part))
         objective = LEVELS[self.importance_sampling_level]
         self._objective = objective(self.epsilon_low, self.epsilon_high, self.args.delta)
 
@@ -63,74 +57,76 @@ class GSPOTrainer(GRPOTrainer):
         for name, value in of_images.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None, as images are not supported; got {type(value).__name__}")
-        parts, aux_losses = list[TokenLogprobs](), list[Any]()
+        parts, aux_losses = list[tuple[Tensor, ...]](), list[Any]()
         size = batch_size or len(input_ids)
         for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             tokens, mask = ids[:, -logits_to_keep:], attended[:, -logits_to_keep:]
 
-            def job(hidden: Tensor, head: JobHead, tokens: Tensor = tokens, mask: Tensor = mask) -> Opaque:
-                return Opaque(self._logprobs(hidden, head, tokens, mask))
+            def job(hidden: Tensor, head: HeadTensors, tokens: Tensor = tokens, mask: Tensor = mask) -> Found:
+                logprobs, entropy, _ = linear_token_logprobs(
+                    hidden, token_ids=tokens, mask=mask, temperature=self.temperature, **head
+                )
+                return Found((logprobs, entropy))
 
-            found, aux_loss = self._at_head(model, ids, attended, logits_to_keep, job, compute_aux_loss)
-            parts.append(found.value)
+            inputs = {"input_ids": ids, "attention_mask": attended}
+            found, aux_loss = self._at_head(model, inputs, logits_to_keep, job, compute_aux_loss)
+            parts.append(found.results)
             aux_losses.append(aux_loss)
-        logprobs = torch.cat([part.logprobs for part in parts])
-        entropies = torch.cat([part.entropy for part in parts]) if compute_entropy else None
-        return logprobs, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+        logprobs, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+        return (
+            logprobs,
+            entropy if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
 
     def _compute_loss(self, model: Any, inputs: Inputs) -> Tensor:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         mask = _loss_mask(inputs)
 
-        def job(hidden: Tensor, head: JobHead) -> tuple[Tensor, Opaque]:
-            loss, stats, kl = self._loss(hidden, head, inputs, mask)
-            return loss, Opaque((stats, kl))
+        def job(hidden: Tensor, head: HeadTensors) -> Found:
+            loss, stats = self._loss(hidden, head, inputs, mask)
+            return Found((loss,), stats)
 
-        found, aux_loss = self._at_head(model, ids, attended, mask.shape[1], job, self.aux_loss_enabled)
-        loss: Tensor = found[0]
+        of_model = {"input_ids": ids, "attention_mask": attended}
+        found, aux_loss = self._at_head(model, of_model, mask.shape[1], job, self.aux_loss_enabled)
+        loss = found.results[0]
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulated
             self._metrics[self._mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
-        stats, kl = found[1].value
-        self._record(stats, kl, inputs["advantages"], mask)
+        self._record(found.constants, inputs["advantages"], mask)
         return loss
 
     # ---- at the head
 
     def _at_head(
-        self, model: Any, ids: Tensor, attended: Tensor, count: int, job: Callable[..., Any], router: bool
-    ) -> tuple[Any, Any]:
-        """(result of `job` on the hidden states that predict the last `count` tokens, the router's loss)."""
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        head.job = lambda hidden: job(hidden[:, -count - 1 : -1], head)
+        self, model: Any, inputs: dict[str, Any], count: int, job: Callable[[Tensor, HeadTensors], Found], router: bool
+    ) -> tuple[Found, Any]:
+        """(what `job` returned for the hidden states that predict the last `count` tokens, the router's loss)."""
+        rows = len(inputs["input_ids"])
+
+        def of_completions(hidden: Tensor, head: torch.nn.Module) -> Found:
+            hidden = hidden.reshape(rows, -1, hidden.shape[-1])[:, -count - 1 : -1]
+            return job(hidden, head_tensors(head))
+
         of_router = {"output_router_logits": True} if router else {}
-        try:
-            with self.accelerator.autocast():
-                output = model(
-                    input_ids=ids, attention_mask=attended, logits_to_keep=count + 1, use_cache=False, **of_router
-                )  # fmt: skip
-        finally:
-            head.job = None
-        return output.logits, output.aux_loss if router else None
+        with self.accelerator.autocast():
+            found, output = run_at_head(
+                model, self.accelerator.unwrap_model(model), of_completions, {**inputs, "use_cache": False, **of_router}
+            )
+        return found, output.aux_loss if router else None
 
-    def _logprobs(self, hidden: Tensor, head: JobHead, tokens: Tensor, mask: Tensor) -> TokenLogprobs:
-        return linear_token_logprobs(
-            hidden, head.weight, tokens, bias=head.bias, mask=mask, temperature=self.temperature
-        )
-
-    def _loss(self, hidden: Tensor, head: JobHead, inputs: Inputs, mask: Tensor) -> tuple[Tensor, Stats, Tensor]:
-        """A micro-batch's share of the step's loss, its stats, and the mean KL over its tokens."""
-        tokens, advantages = inputs["completion_ids"], inputs["advantages"]
-        old, ref = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
+    def _loss(self, hidden: Tensor, head: HeadTensors, inputs: Inputs, mask: Tensor) -> LossOutput:
+        """A micro-batch's share of the step's loss, and its stats."""
         aggregation, normalizer = LOSS_TYPES[self.loss_type]
-        mean: dict[str, Any] = {"aggregation": aggregation, "normalizer": normalizer(self, inputs, mask), "mask": mask}
-        loss, stats = linear_policy_loss(
-            hidden, head.weight, tokens, advantages, old, bias=head.bias, objective=self._objective,
-            importance_weights=_weights(inputs), temperature=self.temperature, ref_logprobs=ref, beta=self.beta,
-            kl_weighting="ratio" if self.args.use_bias_correction_kl else "none", **mean,
+        return linear_policy_loss(
+            hidden, token_ids=inputs["completion_ids"], advantages=inputs["advantages"],
+            old_logprobs=inputs.get("old_per_token_logps"), mask=mask, objective=self._objective,
+            importance_weights=_weights(inputs), temperature=self.temperature,
+            ref_logprobs=inputs.get("ref_per_token_logps"), beta=self.beta,
+            kl_weighting="ratio" if self.args.use_bias_correction_kl else "none",
+            aggregation=aggregation, normalizer=normalizer(self, inputs, mask), **head,
         )  # fmt: skip
-        return loss, stats, stats.ref_kl
 
     # ---- counts and metrics
 
@@ -150,7 +146,7 @@ class GSPOTrainer(GRPOTrainer):
         return count.double().clamp(min=1) * share
 
     @torch.no_grad()
-    def _record(self, stats: Stats, kl: Tensor, advantages: Tensor, mask: Tensor) -> None:
+    def _record(self, stats: Stats, advantages: Tensor, mask: Tensor) -> None:
         """Logs TRL's metrics, without masked tokens and without sequences that have no other tokens."""
         deviation, counted = torch.expm1(stats.log_ratio.double()), mask != 0
         if stats.ratio_of == "sequence":
@@ -162,7 +158,10 @@ class GSPOTrainer(GRPOTrainer):
         largest = self.accelerator.gather(by_row).nan_to_num(nan=-torch.inf).amax(dim=0)
 
         count = stats.num_tokens
-        sums = [x.float() for x in (stats.entropy * count, kl * count, low.sum(), high.sum(), count, counted.sum())]
+        sums = [
+            x.float()
+            for x in (stats.entropy * count, stats.ref_kl * count, low.sum(), high.sum(), count, counted.sum())
+        ]
         totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
         entropy, kl_sum, lows, highs, tokens, units, low_min, high_max = torch.cat([totals, largest]).tolist()
         tokens, units = max(tokens, 1), max(units, 1)
