@@ -1,7 +1,8 @@
 """Hooks of the documentation's build: the repository's own pages join the site, and every public name must be in it.
 
-A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. The check only
-reads the source and the built pages, so neither torch nor a trainer needs to be installed.
+A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it; one that both
+have is `gspo_kernels`'s. The check only reads the source and the built pages, so neither torch nor a trainer needs to
+be installed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ documented: set[str] = set()  # anchors of the pages that this build has written
 
 
 def public_names() -> Iterator[str]:
-    modules = [PACKAGE / "__init__.py", *sorted((PACKAGE / "integrations").glob("[!_]*"))]
-    for path in modules:
+    own = exported(PACKAGE / "__init__.py")
+    yield from (f"gspo_kernels.{name}" for name in own)
+    for path in sorted((PACKAGE / "integrations").glob("[!_]*")):
         source = path / "__init__.py" if path.is_dir() else path
         if source.suffix == ".py" and source.exists():
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            yield from (f"{module}.{name}" for name in exported(source))
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield from (f"{module}.{name}" for name in exported(source) if name not in own)
 
 
 def exported(source: Path) -> list[str]:
