@@ -58,7 +58,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note_text": {"per_layer_config": {}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16,
                          "layer_types": ["linear_attention", "full_attention"]},
