@@ -55,6 +55,8 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
@@ -152,13 +154,13 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
-        arrays = row_arrays(token_ids, batch.mask, temperature)
-        agree_on_rows(agreement, *arrays, columns, shard)
+        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
         agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
-        arrays = row_arrays(token_ids, inputs.batch.mask, temperature)
+        arrays = row_arrays(token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
     arguments = HeadArguments(
         hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
     )
@@ -249,6 +251,8 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     tp_group: Any = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
@@ -274,8 +278,8 @@ def linear_token_logprobs(
     with Agreement("hidden", hidden, head_ranks(hidden, weight, vocabulary)) as agreement:
         hidden, weight, bias, shard = shard_of_head(hidden, weight, bias, vocabulary)
         columns, chunk_bytes = check_head(hidden, weight, bias, token_ids, vocabulary.size, chunk_bytes, backend, shard)
-        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
-        agree_on_rows(agreement, *arrays, columns, shard)
+        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        agree_on_rows(agreement, arrays, columns, shard)
         agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend)
     arguments = HeadArguments(
         hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard

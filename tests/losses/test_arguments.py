@@ -43,7 +43,8 @@ OF_TOKENS: dict[str, Any] = {
     "group_tokens": torch.tensor([5.0, 5.0]), "normalizer": torch.tensor(7.0), "max_log_ratio": 15.0, "cp_group": None,
 }  # fmt: skip
 OF_ROWS: dict[str, Any] = {
-    "temperature": torch.full((B, T), 1.25), "tp_group": None, "vocab_start": None, "vocab_size": V, "backend": None,
+    "temperature": torch.full((B, T), 1.25), "logit_scale": 0.5, "softcap": 20.0,
+    "tp_group": None, "vocab_start": None, "vocab_size": V, "backend": None,
 }  # fmt: skip
 ON_TOKENS: dict[str, Any] = {"token_ids": IDS, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD}
 OF_ROLLOUT: dict[str, Any] = {"mask": MASK, "cu_seqlens": None, "max_log_ratio": 15.0, "cp_group": None}
@@ -123,7 +124,7 @@ KINDS = {
     "number or tensor": ("temperature", "normalizer"),
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
                "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty", "gamma", "lam",
-               "clip_range"),
+               "clip_range", "logit_scale", "softcap"),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
                "normalize", "missing"),
