@@ -38,12 +38,13 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     objective = options.get("objective", GSPO())
     check_objective(objective)
     context_parallel = options.get("cp_group") is not None
+    fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
+    fields += [] if options.get("softcap") is None else ["tanh_scale"]
     head, *others = arguments or (options.pop("weight", None),)
     if not (isinstance(head, Tensor) and head.is_floating_point()):
-        fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
         stage = stage_reason(objective, choose(logits, backend, fields, warn=False), context_parallel=context_parallel)
         return f"{compare(logits, backend, fields)}\n{stage}"
     wide = torch.float64 if torch.float64 in (logits.dtype, head.dtype) else torch.float32
     chunk = torch.empty(1, 1, 1, dtype=wide, device=logits.device)
-    stage = stage_reason(objective, choose(chunk, backend, warn=False), context_parallel=context_parallel)
-    return f"{compare(chunk, backend)}\n{stage}\n{explain_plan(logits, head, *others, **options)}"
+    stage = stage_reason(objective, choose(chunk, backend, fields, warn=False), context_parallel=context_parallel)
+    return f"{compare(chunk, backend, fields)}\n{stage}\n{explain_plan(logits, head, *others, **options)}"

@@ -67,6 +67,8 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
@@ -170,13 +172,13 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
-        arrays = row_arrays(token_ids, batch.mask, temperature)
-        agree_on_rows(agreement, *arrays, columns, shard)
+        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
-        arrays = row_arrays(token_ids, inputs.batch.mask, temperature)
+        arrays = row_arrays(token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
     dtype = product_dtype(operands.hidden, operands.weight)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
@@ -267,6 +269,8 @@ def linear_token_logprobs(
     low_rank: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     tp_group: Any = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
@@ -292,8 +296,8 @@ def linear_token_logprobs(
         refuse_transforms("linear_token_logprobs", operands)
         operands, shard = shard_of_head(operands, vocabulary)
         columns, chunk_bytes = check_head(operands, token_ids, vocabulary.size, chunk_bytes, backend, shard)
-        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature)
-        agree_on_rows(agreement, *arrays, columns, shard)
+        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        agree_on_rows(agreement, arrays, columns, shard)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend)
     dtype = product_dtype(operands.hidden, operands.weight)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)

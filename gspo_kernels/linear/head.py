@@ -68,7 +68,7 @@ class Head:
         buffer_rows = max(term.of_logits.buffer_rows(max_rows) for term in self._terms)
         self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
         self.backend: Backend = choose(
-            self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, ["row_indices"]
+            self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, rows.fields()
         )
         # Where one thread computes a whole row, it writes the gradient over the logits that it has read.
         self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
@@ -245,7 +245,7 @@ class Head:
     def _as_rows(self, arrays: tuple[Tensor, Tensor | None, Tensor], row_indices: Tensor | None = None) -> Rows:
         token_ids, mask, temperature = (x if x is None or not x.ndim else x[None].contiguous() for x in arrays)
         assert token_ids is not None and temperature is not None
-        return Rows(self._logits[None], token_ids, mask, temperature, self.vocab, row_indices)
+        return Rows(self._logits[None], token_ids, mask, temperature, self.vocab, row_indices, self.rows.tanh_scale)
 
     def _hidden_indices(self, rows: RowRange) -> Tensor:
         """Which rows of the hidden states these are."""

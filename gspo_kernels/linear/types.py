@@ -83,6 +83,7 @@ class HeadArguments:
     token_ids: Tensor  # [outer, inner]; mask and temperature as in `Rows`
     mask: Tensor | None
     temperature: Tensor
+    tanh_scale: Tensor | None
     vocab_size: int  # rows of the weight from there on are padding
     dtype: torch.dtype  # of the operands of the products
     chunk_bytes: int | None
@@ -102,10 +103,15 @@ class SelectedRows:
     token_ids: Tensor  # [rows] int64
     mask: Tensor | None  # [rows] bool, where masked rows are selected as well; None: no selected row is masked
     temperature: Tensor  # [rows] fp32, or 0-d fp64 on the CPU
+    tanh_scale: Tensor | None  # as in `Rows`
 
     @property
     def count(self) -> int:
         return self.token_ids.shape[0]
+
+    def fields(self) -> list[str]:
+        """Optional fields of `Rows` that a backend must honour for them."""
+        return ["row_indices"] if self.tanh_scale is None else ["row_indices", "tanh_scale"]
 
 
 def select_rows(arguments: HeadArguments) -> SelectedRows:
@@ -117,11 +123,12 @@ def select_rows(arguments: HeadArguments) -> SelectedRows:
     check_ids_and_temperatures(arguments.token_ids, mask, arguments.temperature, arguments.vocab_size)
     if mask is None or not can_synchronize(hidden.device):
         ids = ids if mask is None else torch.where(mask.reshape(-1), ids, 0)
-        return SelectedRows(hidden, None, ids, None if mask is None else mask.reshape(-1), temperature)
+        return SelectedRows(
+            hidden, None, ids, None if mask is None else mask.reshape(-1), temperature, arguments.tanh_scale
+        )
     row_indices = mask.reshape(-1).nonzero()[:, 0]
-    return SelectedRows(
-        hidden, row_indices, ids[row_indices], None, temperature[row_indices] if temperature.ndim else temperature
-    )
+    temperature = temperature[row_indices] if temperature.ndim else temperature
+    return SelectedRows(hidden, row_indices, ids[row_indices], None, temperature, arguments.tanh_scale)
 
 
 def to_all_rows(values: Tensor, rows: SelectedRows, shape: torch.Size) -> Tensor:

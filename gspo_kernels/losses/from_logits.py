@@ -15,7 +15,7 @@ from ..base.collectives import ranks_of
 from ..base.documentation import with_arguments_of
 from ..base.layout import batch_shape
 from ..rows import vocab_shard
-from ..rows.arguments import agree_on_rows, check_logits, check_mask, rows_of_caller
+from ..rows.arguments import agree_on_rows, check_logits, check_mask, row_arrays
 from ..rows.dispatch import Backend, choose
 from ..rows.operators import link_of, row_stats, row_stats_and_gradient, with_gradient
 from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
@@ -41,6 +41,8 @@ class CommonOptions(TypedDict, total=False):
     mask: Tensor | None
     cu_seqlens: Tensor | None
     temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
     ref_logprobs: Tensor | None
     beta: float
     kl_estimator: str
@@ -83,6 +85,8 @@ def policy_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
@@ -133,6 +137,10 @@ def policy_loss(
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N, never decreasing. Others are refused on
             the CPU or under GSPO_KERNELS_DEBUG=1; on a GPU they give a NaN loss.
         temperature: what logits are divided by: a number, one per token or, padded, one per sequence [B, 1].
+        logit_scale: what the model multiplies its head's output by (Cohere, Granite); a number above 0.
+        softcap: the bound c of a model that caps its logits (Gemma-2): c tanh(logit_scale * logits / c) is what the
+            temperature divides. None: not capped. Pass the head's output with the model's own two numbers
+            (`logit_transform_of`), or a model's finished logits without them.
 
     Args: KL and entropy
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
@@ -214,9 +222,10 @@ def policy_loss(
             importance_weights=importance_weights, rollout_logprobs=rollout_logprobs, aggregation=aggregation,
             group_tokens=group_tokens, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        rows = rows_of_caller(logits, token_ids, batch.mask, temperature, columns)
+        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        rows = arrays.rows(logits, columns)
         chosen = choose(rows.logits, backend, rows.fields_set())
-        agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
     options = RowOptions(overwrite_logits, chosen.name)
     fused = fused_loss.takes_rows_of(chosen, inputs)
@@ -391,6 +400,8 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     tp_group: Any = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
@@ -415,9 +426,10 @@ def token_logprobs(
     with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
         logits, shard = shard_of("logits", logits, -1, vocabulary)
         columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
-        rows = rows_of_caller(logits, token_ids, check_mask(mask, token_ids), temperature, columns)
+        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        rows = arrays.rows(logits, columns)
         chosen = choose(rows.logits, backend, rows.fields_set())
-        agree_on_rows(agreement, rows.token_ids, rows.mask, rows.temperature, columns, shard)
+        agree_on_rows(agreement, arrays, columns, shard)
     options = RowOptions(overwrite_logits, chosen.name)
     found = row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))

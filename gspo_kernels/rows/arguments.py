@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +16,70 @@ from .types import Rows
 from .vocab_shard import VocabShard
 
 
-def rows_of_caller(logits: Any, token_ids: Any, mask: Tensor | None, temperature: Any, vocab_size: int) -> Rows:
-    """Logits as [outer, inner, columns], packed ones as [1, N, columns], and arrays to match."""
-    token_ids, mask, temperature = row_arrays(token_ids, mask, temperature)
-    return Rows(logits if logits.ndim == 3 else logits[None], token_ids, mask, temperature, vocab_size)
+class RowArrays(NamedTuple):
+    """What a caller says of rows, checked, in the form of `Rows`."""
+
+    token_ids: Tensor  # [outer, inner]
+    mask: Tensor | None
+    temperature: Tensor
+    tanh_scale: Tensor | None
+
+    def rows(self, logits: Tensor, vocab_size: int) -> Rows:
+        """With logits as [outer, inner, columns], packed ones as [1, N, columns]."""
+        of_rows = logits if logits.ndim == 3 else logits[None]
+        return Rows(of_rows, self.token_ids, self.mask, self.temperature, vocab_size, tanh_scale=self.tanh_scale)
 
 
-def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """token_ids, mask and temperature in the form that `Rows` takes; checks the temperature."""
+def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any, logit_scale: Any, softcap: Any) -> RowArrays:
+    """Checks temperature, logit_scale and softcap.
+
+    With z the numbers whose softmax the probabilities are: z = logit_scale * x / temperature, or, with a softcap c,
+    z = c tanh(logit_scale * x / c) / temperature. So a scale alone is part of the temperature, and so is a cap.
+    """
+    of_head = "what the head's output is multiplied by"
+    scale = checks.number("logit_scale", logit_scale, of_head, at_least=1e-6, at_most=1e6)
+    cap = None
+    if softcap is not None:
+        cap = checks.number("softcap", softcap, "the bound of the logits, or None", at_least=1e-3, at_most=1e6)
+    cpu = torch.device("cpu")
     if isinstance(temperature, Tensor):
         temperature = _as_rows(_temperatures(temperature, token_ids).float())
     else:
         temperature = checks.number(
             "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
         )
-        temperature = run_time(temperature, torch.device("cpu"))
-    return _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature
+        _check_quotient(temperature, scale, cap)
+        temperature = run_time(temperature, cpu)
+    tanh_scale = None
+    if cap is not None:
+        bound = run_time(cap, cpu)
+        temperature, tanh_scale = temperature / bound.to(temperature.dtype), run_time(scale, cpu) / bound
+    elif scale != 1.0:
+        temperature = temperature / run_time(scale, cpu).to(temperature.dtype)
+    return RowArrays(
+        _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature, tanh_scale
+    )
+
+
+def _check_quotient(temperature: float, scale: float, cap: float | None) -> None:
+    """The kernels divide by temperature / softcap, or temperature / logit_scale: a number from 1e-6 to 1e6."""
+    name, divisor = ("logit_scale", scale) if cap is None else ("softcap", cap)
+    if not 1e-6 <= temperature / divisor <= 1e6:
+        raise ValueError(
+            f"{name}: expected temperature / {name} from 1e-6 to 1e6; got temperature {temperature:g} and {name} "
+            f"{divisor:g}"
+        )
 
 
 def _temperatures(given: Tensor, token_ids: Tensor) -> Tensor:
     """As one per token; given one per token, one per row of a padded batch [B, 1], or one for all []."""
     checks.floats("temperature", checks.tensor("temperature", given, "a number, or one temperature per token"))
     checks.same_device("temperature", given, token_ids.device)
+    if given.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "temperature: expected a constant, as no loss computes its gradient; got a tensor that requires one. Pass "
+            "temperature.detach()"
+        )
     tokens = token_ids.shape
     by_row = len(tokens) == 2 and given.shape == (tokens[0], 1)
     if given.ndim and given.shape != tokens and not by_row:
@@ -103,17 +145,11 @@ def check_vocab_size(vocab_size: Any, columns: int) -> int:
     return size
 
 
-def agree_on_rows(
-    agreement: Agreement,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    vocab: int,
-    shard: VocabShard | None,
-) -> None:
+def agree_on_rows(agreement: Agreement, arrays: RowArrays, vocab: int, shard: VocabShard | None) -> None:
     """Checks values before ranks compare; over a vocabulary shard's group, all ranks have the same rows."""
     if not agreement.active:
         return
+    token_ids, mask, temperature, tanh_scale = arrays
     check_ids_and_temperatures(token_ids, mask, temperature, vocab)  # the operators do, too late for other ranks
     if shard is None:
         return
@@ -125,7 +161,8 @@ def agree_on_rows(
         "token_ids (how many)": token_ids.numel(),
         "mask": fingerprint(counted),
         "token_ids": fingerprint(token_ids, mask),
-        "temperature": fingerprint(by_row, mask),
+        "temperature (with logit_scale and softcap)": fingerprint(by_row, mask),
+        "logit_scale / softcap": None if tanh_scale is None else float(tanh_scale),
     }
     agreement.same(rows, over=group)
 

@@ -180,7 +180,8 @@ def check_ids_and_temperatures(token_ids: Tensor, mask: Tensor | None, temperatu
     _refuse(bad, mask, token_ids, "token_ids", expected)
     if temperature.ndim:
         bad = ~((temperature >= 1e-6) & (temperature <= 1e6))
-        _refuse(bad, mask, temperature, "temperature", "numbers from 1e-6 to 1e6 where the mask is set")
+        expected = "numbers from 1e-6 to 1e6 where the mask is set, also divided by softcap or logit_scale"
+        _refuse(bad, mask, temperature, "temperature", expected)
 
 
 def _refuse(bad: Tensor, mask: Tensor | None, values: Tensor, name: str, expected: str) -> None:

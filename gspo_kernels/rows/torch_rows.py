@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats, log_share
+from .types import Rows, RowStats, TokenSlope, Upstream, capped, empty_stats, log_share
 from .types import scaled_logits as scaled_logits
 
 name = "reference"
-honours: frozenset[str] = frozenset({"row_indices"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})
 has_kernels = False
 runs_stage_in_triton = False
 computes_slopes = False
@@ -70,6 +70,8 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         at_target = (through_p - g_l * torch.expm1(log_p_target)) / temperature
         result.scatter_(1, block.token_ids[:, None], at_target[:, None].to(result.dtype))
 
+        if rows.tanh_scale is not None:
+            result = result * block.slope()
         result = torch.where(active[:, None], result, 0.0)
         block.put(gradient[..., : rows.vocab_size], _flush(result))
 
@@ -131,9 +133,17 @@ class _Block:
         self.rows, self.outer, self.span = rows, outer, slice(begin, end)
         columns = rows.logits[..., : rows.vocab_size]
         logits = columns[outer, self.span] if rows.row_indices is None else columns[0, rows.row_indices[self.span]]
+        self._given = logits
+        logits = logits if rows.tanh_scale is None else capped(rows, logits)
         self.logits = logits if logits.dtype == torch.float64 else logits.float()
         token_ids = rows.token_ids[outer, self.span]
         self.token_ids = torch.where(self.active(), token_ids, 0)  # a masked row's id may be anything
+
+    def slope(self) -> Tensor:
+        """The derivative of tanh(tanh_scale * logit) by the logit, also where it is small."""
+        assert self.rows.tanh_scale is not None
+        e = torch.exp(-2.0 * (self._given.double() * self.rows.tanh_scale).abs())
+        return 4.0 * self.rows.tanh_scale * e / (1.0 + e).square()
 
     def active(self) -> Tensor:
         if self.rows.mask is None:

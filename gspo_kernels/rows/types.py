@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     temperature: Tensor  # what logits are divided by: fp32 per row, or one number, 0-d fp64 on the CPU
     vocab_size: int  # columns from this one on are padding: they are not read, and their gradient is 0
     row_indices: Tensor | None = None  # int64, for `backward` alone: row i is logits[0, row_indices[i]]
+    tanh_scale: Tensor | None = None  # 0-d fp64 on the CPU: tanh(tanh_scale * logit) is what the temperature divides
 
     def fields_set(self) -> list[str]:
         """Names of the optional fields that are not None."""
@@ -135,9 +136,14 @@ def empty_stats(logits: Tensor) -> RowStats:
     return RowStats(logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.float64))
 
 
+def capped(rows: Rows, logits: Tensor) -> Tensor:
+    """Logits of these rows, of any shape, as the temperature divides them; float64."""
+    return logits.double() if rows.tanh_scale is None else torch.tanh(logits.double() * rows.tanh_scale)
+
+
 def scaled_logits(rows: Rows, logits: Tensor) -> Tensor:
     """One logit of each row, divided by the temperature; float64."""
-    return logits.double() / rows.temperature
+    return capped(rows, logits) / rows.temperature
 
 
 def log_share(

@@ -44,6 +44,7 @@ def head() -> HeadArguments:
         token_ids=on_device(torch.tensor([[0, 3, 14], [7, 1, 2]])),
         mask=on_device(MASK),
         temperature=numbers(2, 3).abs() + 0.5,
+        tanh_scale=torch.tensor(0.5, dtype=torch.float64),
         vocab_size=15,
         dtype=torch.float32,
         chunk_bytes=4 * 17 * 4,
@@ -57,7 +58,7 @@ def frozen_head() -> HeadArguments:
     of_all = torch.ones((), dtype=torch.float64)
     return replace(
         head(), weight=numbers(17, 5), bias=None, low_rank_hidden=None, low_rank_weight=None, mask=None,
-        temperature=of_all, vocab_size=17,
+        temperature=of_all, tanh_scale=None, vocab_size=17,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ OF_TOKENS: dict[str, Any] = {
     "group_tokens": torch.tensor([5.0, 5.0]), "normalizer": torch.tensor(7.0), "max_log_ratio": 15.0, "cp_group": None,
 }  # fmt: skip
 OF_ROWS: dict[str, Any] = {
-    "temperature": torch.full((B, T), 1.25), "tp_group": None, "vocab_start": None, "vocab_size": V, "backend": None,
+    "temperature": torch.full((B, T), 1.25), "logit_scale": 0.5, "softcap": 20.0,
+    "tp_group": None, "vocab_start": None, "vocab_size": V, "backend": None,
 }  # fmt: skip
 ON_TOKENS: dict[str, Any] = {"token_ids": IDS, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD}
 OF_ROLLOUT: dict[str, Any] = {"mask": MASK, "cu_seqlens": None, "max_log_ratio": 15.0, "cp_group": None}
@@ -58,7 +59,8 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "linear_policy_loss": {
         "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.DPPO(), "bias": HEAD[:, 0].clone(),
-        "low_rank": None, **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256, "skip_zero_advantage": False,
+        "low_rank": None, **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256,
+        "skip_zero_advantage": False,
     },
     "policy_loss_from_logprobs": {
         "logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD,
@@ -123,12 +125,13 @@ KINDS = {
     "number or tensor": ("temperature", "normalizer"),
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
                "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty", "gamma", "lam",
-               "clip_range"),
+               "clip_range", "logit_scale", "softcap"),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
                "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage"),
-    "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
+    "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
+              "device"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on

@@ -177,7 +177,7 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "lse": logits.logsumexp(-1).double(),
         **dict.fromkeys(["grad_logprobs", "grad_entropy", "grad_lse"], torch.ones_like(hot)),
         **dict.fromkeys(["upstream_logprobs", "upstream_entropy", "upstream_lse"], torch.ones_like(hot)),
-        **dict.fromkeys(["row_indices", "tickets"]),
+        **dict.fromkeys(["row_indices", "tanh_scale", "tickets"]),
         "factor": on_device(torch.tensor(0.5)),
         "counts": on_device(torch.tensor([2, 3])),
         "gradient": torch.zeros_like(logits),
@@ -205,6 +205,7 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "row_stats": [
             {"logits": logits.clone().requires_grad_(), "temperature": one, "mask": None},
             {"logits": logits.clone().requires_grad_(), "backend": BACKENDS[-1], "vocab_size": 15},
+            {"logits": logits.clone().requires_grad_(), "tanh_scale": one * 0.3, "backend": BACKENDS[-1]},
             {"logits": logits.bfloat16(), "temperature": one * 0.7, "backend": BACKENDS[0]},
         ],
         "row_gradient_": [{}, {**none, "temperature": one * 0.7, "backend": BACKENDS[-1], "vocab_size": 15}],
