@@ -7,12 +7,15 @@ that is left out changes log-probabilities by much.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # configs this small get many warnings
 
 VOCABULARY = 48
 LAYERS = 2
@@ -28,7 +31,7 @@ SIZES = {
         32, "hidden_size n_embd d_model dim embedding_size embed_dim emb_dim word_embed_proj_dim dim_model n_embed"
     ),
     **sized(32, "lru_width embedding_dim hidden_size_global cross_attention_hidden_size"),
-    **sized(32, "adapter_in_dim adapter_out_dim adapter_input_size"),
+    **sized(32, "adapter_in_dim adapter_out_dim adapter_input_size out_hidden_size text_hidden_size"),
     **sized(48, "intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size"),
     **sized(48, "shared_intermediate_size feed_forward_size"),
     **sized(24, "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size"),
@@ -59,6 +62,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granite4_vision": {"deepstack_layer_map": []},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16,
                          "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -122,13 +126,14 @@ def sweep(dtype: torch.dtype = torch.float32) -> Sweep:
 
 
 def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A model in evaluation mode, of 2 or 3 layers; `options` are of its text config."""
-    from transformers import AutoModelForCausalLM
+    """A model in evaluation mode, of 2 or 3 layers; `options` are of its text config. Also for multi-modal types."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForCausalLM if model_type in causal_model_types() else AutoModelForImageTextToText
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = tiny_config(model_type, **options)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager")
         model = model.to(dtype).eval()
     sharpen(model)
     return model
