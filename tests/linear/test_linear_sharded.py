@@ -427,8 +427,8 @@ def test_collectives_of_a_loss(at: HeadGrid) -> None:
             rows = sum(int(p.batch.mask[t]) for of in at.rows(p.batch)[rank // at.tp] for t in of)
             a_row = [A_ROW] * rows if at.tp > 1 else []  # as many chunks as rows
             assert sizes(collectives, "loss", "gather", "tp") == a_row, where
-            rank = case.options.get("low_rank", 0)
-            widths = [p.hidden.shape[1] - rank, rank] if rank else [p.hidden.shape[1]]
+            columns = case.options.get("low_rank", 0)
+            widths = [p.hidden.shape[1] - columns, columns] if columns else [p.hidden.shape[1]]
             reduced = [rows * width for width in widths] if at.tp > 1 and "hidden" in case.needs_grad else []
             assert sizes(collectives, "loss", "reduce", "tp") == reduced, where
             gathered = over_cp(case, found["steps"]) if at.cp > 1 else []
