@@ -172,14 +172,14 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
-        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        dtype = product_dtype(hidden, operands.weight)
+        arrays = row_arrays(dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
-        arrays = row_arrays(token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
-    dtype = product_dtype(operands.hidden, operands.weight)
+        arrays = row_arrays(dtype, token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
         found = linear_row_stats(arguments)
@@ -296,10 +296,10 @@ def linear_token_logprobs(
         refuse_transforms("linear_token_logprobs", operands)
         operands, shard = shard_of_head(operands, vocabulary)
         columns, chunk_bytes = check_head(operands, token_ids, vocabulary.size, chunk_bytes, backend, shard)
-        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        dtype = product_dtype(operands.hidden, operands.weight)
+        arrays = row_arrays(dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend)
-    dtype = product_dtype(operands.hidden, operands.weight)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 

@@ -311,7 +311,7 @@ def test_nothing_as_large_as_the_head_is_made() -> None:
     names = [*inspect.signature(token_inputs).parameters][4:]
     options = {name: inspect.signature(gspo_kernels.policy_loss).parameters[name].default for name in names}
     inputs = token_inputs(batch, GSPO(), torch.ones(2), torch.full(tokens, -5.0), **options)
-    arrays = row_arrays(torch.zeros(tokens, dtype=torch.int64), None, 1.0, 1.0, None)
+    arrays = row_arrays(torch.float32, torch.zeros(tokens, dtype=torch.int64), None, 1.0, 1.0, None)
     given = HeadArguments(*operands, *arrays, vocab, torch.float32, chunk_of(3, vocab), None, None)
     largest = {}
     for trained in (False, True):
