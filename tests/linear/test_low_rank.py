@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gspo_kernels
 from gspo_kernels import GSPO, linear_gspo_loss, linear_logits, linear_token_logprobs, token_logprobs
 from gspo_kernels.base.layout import batch_shape
-from gspo_kernels.linear import head, head_term, operators, schedule
+from gspo_kernels.linear import chunked_loss, head, head_term, operators, schedule
 from gspo_kernels.linear.gradient_rows import ActiveCount
 from gspo_kernels.linear.head import Head
 from gspo_kernels.linear.head_term import HeadTerm
@@ -426,9 +426,9 @@ def b_of_the_next_row(patch: Patch) -> None:
 
 def scale_deferred_for_b(patch: Patch) -> None:
     patch.setattr(head_term.WeightSums, "__init__", head_term.WeightSums.__init__)
-    original = operators.chunked_loss.plan_for
+    original = chunked_loss.plan_for
     patch.setattr(
-        operators.chunked_loss, "plan_for",
+        chunked_loss, "plan_for",
         lambda inputs, lengths, chunk, needs: original(inputs, lengths, chunk, needs._replace(low_rank_weight=False)),
     )  # fmt: skip
 
@@ -441,12 +441,12 @@ def scale_deferred_for_b(patch: Patch) -> None:
         (u_not_scaled, ("weight", "B")), (b_of_the_next_row, ("weight",)), (scale_deferred_for_b, ("weight",)),
     ],
 )  # fmt: skip
-def test_a_mutant_is_rejected(mutant: Callable[[Patch], None], frozen: tuple[str, ...], monkeypatch: Patch) -> None:
-    p = given()
-    truth = from_logits(p, "packed", "gspo")
+def test_a_fault_is_found(mutant: Callable[[Patch], None], frozen: tuple[str, ...], monkeypatch: Patch) -> None:
+    p, wide = given(), dict[str, Any](eps_low=0.9, eps_high=9.0)  # no row is clipped
+    truth = from_logits(p, "packed", "gspo", **wide)
 
     def check() -> None:
-        found = from_hidden(p, "packed", "gspo", rows=3, function=loss_of("gspo", frozen))
+        found = from_hidden(p, "packed", "gspo", rows=3, function=loss_of("gspo", frozen), **wide)
         check_parts(found, truth, p, frozen)
 
     check()
