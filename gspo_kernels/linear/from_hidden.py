@@ -93,13 +93,12 @@ def linear_policy_loss(
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
     one chunk at a time, in float32 as the product returns them. If a sequence fits into a chunk, nothing is computed
     twice. Masked rows are not multiplied. Rows that are clipped or have advantage 0 are left out of the backward
-    products, unless the head is frozen and their sequence is longer than a chunk. `stats.head` counts rows and
-    `explain(hidden, weight, ...)` shows the plan.
+    products, unless weight, bias and B of `low_rank` are frozen and their sequence is longer than a chunk. `stats.head`
+    counts rows and `explain(hidden, weight, ...)` shows the plan.
 
-    Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
-    backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
-    for a count in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows
-    are computed.
+    Gradients of all operands are complete when this returns. They are held in float32 and returned by the backward; the
+    loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and for a count
+    in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows are computed.
 
     Args: the batch
         hidden: [B, T, D] or, packed, [N, D]: the model's last hidden states, after the final norm. bf16, fp16, fp32
@@ -136,9 +135,9 @@ def linear_policy_loss(
             sequences contribute.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
-    propagates to the gradient of hidden in the rows that `policy_loss` names for logits; the gradients of weight and
-    bias are sums over rows, and become NaN everywhere. The result and the errors are those of `policy_loss`;
-    torch.func.vmap raises too.
+    propagates to the gradients of hidden and u in the rows that `policy_loss` names for logits; the gradients of
+    weight, bias and B are sums over rows, and become NaN everywhere. The result and the errors are those of
+    `policy_loss`; torch.func.vmap raises too.
     """
     refuse_forward_mode(
         "linear_policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
