@@ -56,6 +56,7 @@ SIZES = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "clip_vision_model": {"hidden_size": 64},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {
         "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}},
