@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from causal_models import NOT_BUILT, sweep, tiny_model, token_ids
+from causal_models import NOT_BUILT, Sweep, one_thread, sweep, tiny_model, token_ids
 from modes import DEFAULT_MODE
 from torch import Tensor
 
@@ -72,13 +72,10 @@ PLAIN = {"logit_scale": 1.0, "softcap": None}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 class Truth(NamedTuple):
@@ -110,7 +107,7 @@ def truth_of(model: Any) -> Truth:
 
 def forward(model: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(logits, the base's last hidden state where the base is called as a module, input and output of the head)"""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     hooks = [
         model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(base=hidden_of(output))),
         model.get_output_embeddings().register_forward_hook(
@@ -124,7 +121,8 @@ def forward(model: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
 
 
 def hidden_of(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output.last_hidden_state
+    """None where the base is the whole model."""
+    return output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
 
 
 def wrong(model: Any, **transform: Any) -> list[str]:
@@ -192,9 +190,13 @@ def test_every_entry_of_the_table_is_tried() -> None:
             assert names is IGNORED or read <= set(tried[model_type]), model_type
 
 
-def test_every_causal_model_that_can_be_built() -> None:
+@pytest.fixture(scope="module")
+def built() -> Sweep:
+    return sweep()
+
+
+def test_every_causal_model_that_can_be_built(built: Sweep) -> None:
     """With the options that its config has by default."""
-    built = sweep()
     assert {name for name in built.failures if name not in NOT_BUILT} == {"gemma3n"}, "needs timm"
     found: dict[str, list[str]] = {}
     for model_type, model in built.models.items():
@@ -208,12 +210,12 @@ def test_every_causal_model_that_can_be_built() -> None:
     assert found == {}
 
 
-def test_what_the_head_multiplies_is_the_last_hidden_state() -> None:
+def test_what_the_head_multiplies_is_the_last_hidden_state(built: Sweep) -> None:
     """But where the table says that it is scaled, and in heads like BERT's: no scale hides from the table."""
     found = set()
-    for model_type, model in sweep().models.items():
+    for model_type, model in built.models.items():
         with torch.no_grad():
-            _, base, hidden, _ = forward(model)
+            _, base, hidden, _ = forward(model.float())
         if base is not None and not torch.equal(base, hidden):
             found.add(model_type)
     assert found == {*HEADS_WITH_LAYERS.split(), *SCALED_BEFORE_THE_HEAD}
