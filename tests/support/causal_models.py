@@ -107,7 +107,7 @@ class Sweep:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Models this small are slower on more threads: ten times on a busy machine."""
+    """Models this small are slower on more threads, several times on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
