@@ -10,8 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_models import tiny_model
 from modes import DEFAULT_MODE
-from trl_trainers import GRADIENT, LEVELS, LOSS, Build, assert_equal, batch_of, classes, history, said
+from trl_trainers import (
+    GRADIENT,
+    LEVELS,
+    LOSS,
+    Build,
+    assert_equal,
+    batch_of,
+    classes,
+    history,
+    said,
+    trainer_of,
+)
 
 pytestmark = [
     DEFAULT_MODE,
@@ -154,6 +166,21 @@ def test_training_is_the_same(build: Build, kind: str, level: str, beta: float) 
     worst = max((p - others[name]).abs().max() for name, p in ours.model.named_parameters())
     print(f"parameters moved by {largest:.1e} and differ by {worst:.1e}")
     assert worst < 1e-4 * largest
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "opt", "mamba2"])
+def test_other_models_train(tmp_path: Path, model_type: str) -> None:
+    """Models that call methods of what their head returns: generation, old log-probabilities and steps, as with TRL."""
+    model = tiny_model(model_type)
+    model.config.pad_token_id, model.config.eos_token_id = 0, 1
+    model.save_pretrained(tmp_path / model_type)
+    options = {**LEVELS["sequence"], "loss_type": "grpo", "max_steps": 2, "steps_per_generation": 4, "beta": 0.05}
+    expected, found = (history(trainer_of(cls, str(tmp_path / model_type), tmp_path, **options)) for cls in classes())
+    assert len(found) == 3
+    for theirs, mine in zip(expected, found, strict=True):
+        assert list(mine) == list(theirs)
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_accumulation(build: Build) -> None:

@@ -145,6 +145,7 @@ def test_every_causal_model(pair: Pair) -> None:
         if messages:
             wrong[model_type] = messages
     assert wrong == {}
+    assert routers(built.models) == {}
     rows = table(trained, refused)
     shown = "\n".join(f"| {row} | {', '.join(f'`{x}`' for x in sorted(rows[row]))} |" for row in sorted(rows))
     on_page = rows_of_page(PAGE.read_text())
@@ -152,6 +153,22 @@ def test_every_causal_model(pair: Pair) -> None:
     wanted = {row: types & here for row, types in on_page.items() if types & here}  # other versions have other models
     found = {row: types & known for row, types in rows.items() if types & known}
     assert "llama" in known and found == wanted, f"docs/trl.md: expected these rows\n{shown}"
+
+
+def routers(models: dict[str, Any]) -> dict[str, bool]:
+    """Models that return the loss of their router and are refused it, or the other way around."""
+    from gspo_kernels.integrations.trl.models import returns_router_loss
+
+    found: dict[str, bool] = {}
+    for model_type, model in models.items():
+        dense = model_type in ("doge", "flint")  # with the options of the sweep, they have no router
+        if hasattr(model.config.get_text_config(), "output_router_logits") and not dense:
+            with torch.no_grad():
+                output = model(input_ids=torch.ones(1, 4).long(), output_router_logits=True, use_cache=False)
+            returned = getattr(output, "aux_loss", None) is not None
+            if returned != returns_router_loss(type(model)):
+                found[model_type] = returned
+    return found
 
 
 def rows_of_page(text: str) -> dict[str, set[str]]:
@@ -279,6 +296,42 @@ def test_own_classes_are_tried(pair: Pair) -> None:
     check_model(model, torch.device("cpu"))
     assert model.training and all(p.grad is None for p in model.parameters())
     check_model(scaled(tiny_model("llama")), torch.device("cuda"))  # not there yet: not tried
+
+
+def test_the_loss_of_a_router_that_the_class_does_not_compute(build: Build) -> None:
+    """As of Llama 4: refused when the trainer is created. As of a dense config: at the first step."""
+    from gspo_kernels.integrations.trl.models import check_router
+
+    with pytest.raises(ValueError, match=r"^router_aux_loss_coef: expected 0.0, .* weight for Llama4ForCausalLM"):
+        check_router(tiny_model("llama4_text"))
+    ours = build(classes()[1])
+    assert not ours.aux_loss_enabled
+    ids = torch.ones(1, 4, dtype=torch.long)
+    model = tiny_model("mixtral")
+    model.register_forward_hook(lambda module, args, output: setattr(output, "aux_loss", None))
+    with pytest.raises(ValueError, match=r"^router_aux_loss_coef: .* the model returned no aux_loss"):
+        ours._get_per_token_logps_and_entropies(model, ids, ids, 2, compute_aux_loss=True)
+
+
+@pytest.mark.parametrize("model_type", ["modernbert-decoder", "recurrent_gemma", "roberta", "xlstm"])
+def test_where_trl_is_off(pair: Pair, model_type: str) -> None:
+    """From 1.15 on, TRL multiplies the last hidden state with the head, which leaves out what these models do."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head") or not hasattr(utils, "_use_triton"):
+        pytest.skip("TRL 1.14 reads logits, and the kernels of 1.15 need a GPU")
+    options = {"xlstm": {"output_logit_soft_cap": 2.0}, "recurrent_gemma": {"logits_soft_cap": 2.0}}
+    model = tiny_model(model_type, **options.get(model_type, {})).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(1))
+    own = OwnLogits(model, pair.ours.temperature)
+    with torch.no_grad():
+        expected, ours = (
+            t._get_per_token_logps_and_entropies(called, ids, torch.ones_like(ids), 4)[0]
+            for t, called in ((pair.trl, own), (pair.ours, model))
+        )
+        utils.add_fused_lm_head(model, pair.trl.temperature, outputs=("log_probs", "entropy"))
+        theirs, _, _ = pair.trl._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 4)
+    assert (ours - expected).abs().max() < 1e-5
+    assert (theirs - expected).abs().max() > 0.05
 
 
 def test_refused_when_created(build: Build) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,15 +45,24 @@ def on_ranks(folder: Path) -> None:
     inputs["advantages"] = inputs["advantages"].roll(dist.get_rank())
     inputs["num_sequences_in_batch"] *= dist.get_world_size()
     mesh, (trl, gspo) = init_device_mesh("cpu", (dist.get_world_size(),)), classes()
-    cases = ((trl, options, ""), (gspo, options, ""), (gspo, {**options, "entropy_coef": 0.3}, ", entropy bonus"))
-    for cls, given, name in cases:  # with a bonus the head is multiplied again in the backward
-        _, expected, _ = said(trainer_of(trl, model, folder, **given), inputs)
+    cases: list[tuple[Any, dict[str, Any], str]] = [(trl, options, ""), (gspo, options, "")]
+    cases.append((gspo, {**options, "entropy_coef": 0.3}, ", entropy bonus"))  # multiplies again in the backward
+    if find_spec("peft") is not None:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"])
+        cases.append((gspo, {**options, "entropy_coef": 0.3, "peft_config": lora}, ", LoRA"))
+    for cls, given, name in cases:
+        whole = trainer_of(gspo if "peft_config" in given else trl, model, folder, **given)
+        _, expected, _ = said(whole, inputs)
         for gradient in expected.values():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         for wrapped in FSDP2:
             trainer = trainer_of(cls, model, folder, **given)
-            for module in (*trainer.model.model.layers, *([trainer.model.lm_head] if wrapped == FSDP2[1] else [])):
+            trainer.model.load_state_dict(whole.model.state_dict())
+            base = trainer.model.get_base_model() if "peft_config" in given else trainer.model
+            for module in (*base.model.layers, *([base.lm_head] if wrapped == FSDP2[1] else [])):
                 fully_shard(module, mesh=mesh)
             fully_shard(trainer.model, mesh=mesh)
             _, gradients, _ = said(trainer, inputs)
@@ -95,6 +105,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     for wrapped in FSDP2:
         assert found[f"GSPOTrainer, {wrapped}"] < GRADIENT
         assert found[f"GSPOTrainer, {wrapped}, entropy bonus"] < GRADIENT
+        assert found.get(f"GSPOTrainer, {wrapped}, LoRA", 0.0) < GRADIENT
     theirs, ours = found["top tokens"]["losses"]  # the quantile is that of both ranks
     assert ours == pytest.approx(theirs, abs=LOSS) and found["top tokens"]["apart"] < GRADIENT
     assert found["GRPOTrainer, head with the rest"] < GRADIENT

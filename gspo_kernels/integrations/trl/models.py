@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,24 @@ def check_model(model: Any, device: torch.device) -> None:
     whole = all(p.device == device and not hasattr(p, "ds_id") for p in base.parameters())  # ds_id: ZeRO-3's
     if whole and not kind.__module__.startswith("transformers."):
         check_logits(model)
+
+
+def check_router(model: Any) -> None:
+    """Refuses the router's loss for a class that does not compute it: TRL has one of its own for some of them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not returns_router_loss(type(base)):
+        raise ValueError(
+            "router_aux_loss_coef: expected 0.0, because the model's class returns no aux_loss; got a weight for "
+            f"{type(base).__name__}"
+        )
+
+
+def returns_router_loss(kind: type) -> bool:
+    """Whether a class of models computes its router's loss, as far as its source is there to tell."""
+    try:
+        return "aux_loss" in inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return True
 
 
 def check_head(head: Any) -> None:

@@ -22,7 +22,7 @@ from .entropy import add_bonus, has_entropy_options, tokens_that_count
 from .head import Found, head_tensors, run_at_head
 from .images import NAMES as IMAGES
 from .images import of_rows
-from .models import check_model, head_without_adapter, transform_at_head
+from .models import check_model, check_router, head_without_adapter, transform_at_head
 
 Inputs = dict[str, Any]  # TRL's micro-batch: completions [B, C], and prompts [B, P] before them
 HeadJob = Callable[[Tensor, Tensor, dict[str, Any]], Found]  # of hidden states, mask, and a loss's other arguments
@@ -44,6 +44,8 @@ class GSPOTrainer(GRPOTrainer):
         for part in (self.model, self.ref_model):
             if part is not None:
                 check_model(self.accelerator.unwrap_model(part), self.accelerator.device)
+        if self.aux_loss_enabled:
+            check_router(self.model)
         objective = LEVELS[self.importance_sampling_level]
         self._objective = objective(self.epsilon_low, self.epsilon_high, self.args.delta)
 
@@ -131,7 +133,13 @@ class GSPOTrainer(GRPOTrainer):
             found, output = run_at_head(
                 model, causal_model, of_completions, {**inputs, "use_cache": False, **of_router}
             )
-        return found, output.aux_loss if router else None
+        aux_loss = output.aux_loss if router else None
+        if router and aux_loss is None:
+            raise ValueError(
+                "router_aux_loss_coef: expected 0.0, because the model returned no aux_loss with this config; got "
+                f"{self.router_aux_loss_coef}"
+            )
+        return found, aux_loss
 
     def _loss_options(self, inputs: Inputs, mask: Tensor) -> dict[str, Any]:
         """The arguments of a loss that are a micro-batch's share of the step."""
@@ -231,7 +239,12 @@ def _weights(inputs: Inputs) -> Tensor | None:
 
 
 def check_surroundings(trainer: Any) -> None:
-    """Raises a ValueError for ZeRO-3 and FSDP1."""
+    """Raises a ValueError for torch.nn.DataParallel, ZeRO-3 and FSDP1."""
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "n_gpu: expected one GPU per process, because torch.nn.DataParallel copies the model in each forward; got "
+            f"{trainer.args.n_gpu}. Use `accelerate launch`, or CUDA_VISIBLE_DEVICES"
+        )
     deepspeed, state = trainer.args.deepspeed_plugin, trainer.accelerator.state
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("zero_stage: expected at most 2, or FSDP2, as ZeRO-3 has not been tested; got 3")
