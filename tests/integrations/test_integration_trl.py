@@ -168,13 +168,19 @@ def test_training_is_the_same(build: Build, kind: str, level: str, beta: float) 
     assert worst < 1e-4 * largest
 
 
-@pytest.mark.parametrize("model_type", ["falcon_h1", "opt", "mamba2"])
+@pytest.mark.parametrize("model_type", ["granite", "opt", "mamba2"])
 def test_other_models_train(tmp_path: Path, model_type: str) -> None:
     """Models that call methods of what their head returns: generation, old log-probabilities and steps, as with TRL."""
     model = tiny_model(model_type)
     model.config.pad_token_id, model.config.eos_token_id = 0, 1
     model.save_pretrained(tmp_path / model_type)
-    options = {**LEVELS["sequence"], "loss_type": "grpo", "max_steps": 2, "steps_per_generation": 4, "beta": 0.05}
+    options = {
+        **LEVELS["sequence"],
+        "loss_type": "grpo",
+        "max_steps": 2,
+        "steps_per_generation": 4,
+        "learning_rate": 1e-4,
+    }
     expected, found = (history(trainer_of(cls, str(tmp_path / model_type), tmp_path, **options)) for cls in classes())
     assert len(found) == 3
     for theirs, mine in zip(expected, found, strict=True):
