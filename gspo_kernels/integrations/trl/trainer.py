@@ -192,11 +192,8 @@ def _weights(inputs: Inputs) -> Tensor | None:
 
 
 def check_surroundings(trainer: Any) -> None:
-    """Raises a ValueError for processors of images, ZeRO-3 and FSDP1."""
+    """Raises a ValueError for processors of images, and for FSDP1."""
     if trainer._is_vlm:
         raise ValueError("processing_class: expected a tokenizer, as images are not supported; got a processor")
-    deepspeed, state = trainer.args.deepspeed_plugin, trainer.accelerator.state
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError("zero_stage: expected at most 2, or FSDP2, as ZeRO-3 has not been tested; got 3")
-    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_version: expected 2, in which a module's forward has whole parameters; got 1")
