@@ -37,20 +37,22 @@ LOGITS_SCALING = LogitOptions(divided_by="logits_scaling")
 MULTIPLIED_AND_CAPPED = LogitOptions(multiplied_by="output_multiplier", softcap="final_logit_softcapping")
 MUP_WIDTH = LogitOptions(divided_by="logits_mup_width_multiplier", tokens="unpadded_vocab_size", on_hidden=True)
 CAPPED_AND_CUT = LogitOptions(softcap="final_logit_softcapping", tokens="unpadded_vocab_size")
-IGNORED = LogitOptions()
+IGNORED = LogitOptions()  # there is an option, which the class does not apply
 
 # By model type: of a multi-modal model by its own type, because not every such class applies its text model's options.
 LOGIT_OPTIONS = {
-    "afmoe": IGNORED,  # mup_enabled scales the embeddings
+    "afmoe": IGNORED,
+    "aya_vision": IGNORED,
     "beam": FINAL_SOFTCAP,
     "cohere": LOGIT_SCALE,
     "cohere2": LOGIT_SCALE,
     "cohere2_moe": LOGIT_SCALE,
+    "cohere2_vision": IGNORED,
     "cohere_compass": LOGIT_SCALE,
     "cohere_compass_text": LOGIT_SCALE,
     "falcon_h1": LogitOptions(multiplied_by="lm_head_multiplier"),
     "gemma2": FINAL_SOFTCAP,
-    "gemma3": IGNORED,  # the multi-modal class does not cap
+    "gemma3": IGNORED,
     "gemma3_text": FINAL_SOFTCAP,
     "gemma3n": FINAL_SOFTCAP,
     "gemma3n_text": FINAL_SOFTCAP,
@@ -74,7 +76,7 @@ LOGIT_OPTIONS = {
     "inkling_text": MUP_WIDTH,
     "minicpm3": LogitOptions(multiplied_by="dim_model_base", divided_by="hidden_size", on_hidden=True),
     "mistral_large4": FINAL_SOFTCAP,
-    "mpt": IGNORED,  # transformers' class does not apply logit_scale
+    "mpt": IGNORED,
     "muse_glimmer": MULTIPLIED_AND_CAPPED,
     "muse_spark": MULTIPLIED_AND_CAPPED,
     "nanochat": FINAL_SOFTCAP,

@@ -19,6 +19,7 @@ class HeadTensors(TypedDict):
 
     weight: Tensor
     bias: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
 
 
 class Found(NamedTuple):
@@ -32,7 +33,7 @@ Job = Callable[[Tensor, torch.nn.Module], Found]  # of the hidden states and the
 
 
 def head_of(model: Any) -> Any:
-    """The module that computes the logits of `model` now: with PEFT's `modules_to_save`, the active copy of the head."""
+    """The module that computes logits now: with PEFT's `modules_to_save`, the active copy of the head."""
     head = model.get_output_embeddings()
     copies = getattr(head, "modules_to_save", None)
     if copies is None:
@@ -41,8 +42,28 @@ def head_of(model: Any) -> Any:
     return copies[active[0]] if active else head.original_module
 
 
-def head_tensors(head: Any) -> HeadTensors:
-    return {"weight": head.weight, "bias": head.bias}
+def adapters_of(head: Any) -> list[str]:
+    """The LoRA adapters that the head adds to its own product now."""
+    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
+        return []
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def head_tensors(head: Any, hidden: Tensor, mask: Tensor) -> HeadTensors:
+    """The head's parameters and, with LoRA, (u, B) of all active adapters, beside each other.
+
+    Args:
+        hidden: [B, T, D], undefined where `mask` [B, T] is 0.
+    """
+    base = getattr(head, "base_layer", head)
+    left, right = list[Tensor](), list[Tensor]()
+    for name in adapters_of(head):
+        first = head.lora_A[name]
+        rows = hidden.masked_fill(mask[..., None] == 0, 0.0).to(first.weight.dtype)
+        left.append(first(head.lora_dropout[name](rows)) * head.scaling[name])
+        right.append(head.lora_B[name].weight)
+    low_rank = (torch.cat(left, -1), torch.cat(right, -1)) if left else None
+    return {"weight": base.weight, "bias": base.bias, "low_rank": low_rank}
 
 
 def run_at_head(model: Any, causal_model: Any, job: Job, inputs: dict[str, Any]) -> tuple[Found, Any]:
@@ -78,6 +99,11 @@ def run_at_head(model: Any, causal_model: Any, job: Job, inputs: dict[str, Any])
             f"model: expected {type(causal_model).__name__} to call its LM head once in a forward; got {len(found)} "
             "calls"
         )
+    if any(x.requires_grad for x in found[0].results) and not output.logits.requires_grad:
+        raise RuntimeError(
+            f"model: expected {type(causal_model).__name__} to return logits that are differentiable in its LM head's "
+            "output; got constants"
+        )
     results = _Leave.apply(passage, output.logits, *(x.detach() for x in found[0].results))
     return Found(results, found[0].constants), output
 
@@ -112,20 +138,3 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         ctx.passage.gradients = gradients
         return None, ctx.zeros, *(None for _ in gradients)
-
-
-LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def check_head(model: Any) -> None:
-    """Raises a ValueError for heads that are not Linear, and for models that change logits after the head."""
-    head, config = head_of(model), model.config.get_text_config()
-    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
-        raise ValueError(
-            "model: expected an LM head that is a torch.nn.Linear, without adapter or quantization; got "
-            f"{type(head).__name__}"
-        )
-    for name in LOGIT_OPTIONS:
-        value = getattr(config, name, None)
-        if value not in (None, 1.0):
-            raise ValueError(f"{name}: expected a model whose logits are its head's output; got {value}")

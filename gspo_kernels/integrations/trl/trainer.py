@@ -9,11 +9,23 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from ... import LossOutput, Stats, global_count, linear_policy_loss, linear_token_logprobs
+from ... import (
+    LossOutput,
+    Stats,
+    global_count,
+    linear_policy_loss,
+    linear_token_logprobs,
+    policy_loss_from_logprobs,
+)
 from .config import LEVELS, LOSS_TYPES, GSPOConfig, check_options
-from .head import Found, HeadTensors, check_head, head_tensors, run_at_head
+from .entropy import add_bonus, has_entropy_options, tokens_that_count
+from .head import Found, head_tensors, run_at_head
+from .images import NAMES as IMAGES
+from .images import of_rows
+from .models import check_model, transform_at_head
 
 Inputs = dict[str, Any]  # TRL's micro-batch: completions [B, C], and prompts [B, P] before them
+HeadJob = Callable[[Tensor, Tensor, dict[str, Any]], Found]  # of hidden states, mask, and a loss's other arguments
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -30,7 +42,7 @@ class GSPOTrainer(GRPOTrainer):
         check_surroundings(self)
         for part in (self.model, self.ref_model):
             if part is not None:
-                check_head(self.accelerator.unwrap_model(part))
+                check_model(self.accelerator.unwrap_model(part), self.accelerator.device)
         objective = LEVELS[self.importance_sampling_level]
         self._objective = objective(self.epsilon_low, self.epsilon_high, self.args.delta)
 
@@ -51,82 +63,103 @@ class GSPOTrainer(GRPOTrainer):
         batch_size: int | None = None,
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
-        **of_images: Any,
+        **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities [B, C] and entropies [B, C] of the last C tokens, 0 where masked; the router's loss."""
-        for name, value in of_images.items():
-            if value is not None:
-                raise ValueError(f"{name}: expected None, as images are not supported; got {type(value).__name__}")
         parts, aux_losses = list[tuple[Tensor, ...]](), list[Any]()
         size = batch_size or len(input_ids)
-        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            tokens, mask = ids[:, -logits_to_keep:], attended[:, -logits_to_keep:]
-
-            def job(hidden: Tensor, head: HeadTensors, tokens: Tensor = tokens, mask: Tensor = mask) -> Found:
-                logprobs, entropy, _ = linear_token_logprobs(
-                    hidden, token_ids=tokens, mask=mask, temperature=self.temperature, **head
-                )
-                return Found((logprobs, entropy))
-
-            inputs = {"input_ids": ids, "attention_mask": attended}
-            found, aux_loss = self._at_head(model, inputs, logits_to_keep, job, compute_aux_loss)
+        for start in range(0, len(input_ids), size):
+            rows = slice(start, min(start + size, len(input_ids)))
+            inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], **of_rows(images, rows)}
+            mask = inputs["attention_mask"][:, -logits_to_keep:]
+            found, aux_loss = self._at_head(model, inputs, mask, _logprobs, compute_aux_loss)
             parts.append(found.results)
             aux_losses.append(aux_loss)
         logprobs, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
-        return (
-            logprobs,
-            entropy if compute_entropy else None,
-            torch.stack(aux_losses).mean() if compute_aux_loss else None,
-        )
+        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
+        return logprobs, entropy if compute_entropy else None, aux_loss
 
     def _compute_loss(self, model: Any, inputs: Inputs) -> Tensor:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         mask = _loss_mask(inputs)
+        of_model = {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            **of_rows({name: inputs.get(name) for name in IMAGES}, slice(0, len(mask))),
+        }
 
-        def job(hidden: Tensor, head: HeadTensors) -> Found:
-            loss, stats = self._loss(hidden, head, inputs, mask)
+        def loss_at_head(hidden: Tensor, mask: Tensor, head: dict[str, Any]) -> Found:
+            loss, stats = linear_policy_loss(hidden, **head, **self._loss_options(inputs, mask))
             return Found((loss,), stats)
 
-        of_model = {"input_ids": ids, "attention_mask": attended}
-        found, aux_loss = self._at_head(model, of_model, mask.shape[1], job, self.aux_loss_enabled)
-        loss = found.results[0]
+        job = _logprobs if has_entropy_options(self) else loss_at_head
+        found, aux_loss = self._at_head(model, of_model, mask, job, self.aux_loss_enabled)
+        if has_entropy_options(self):
+            logprobs, entropy = found.results
+            loss, stats = self._loss_of_logprobs(logprobs, entropy, inputs, mask)
+        else:
+            loss, stats = found.results[0], found.constants
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulated
             self._metrics[self._mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
-        self._record(found.constants, inputs["advantages"], mask)
+        self._record(stats, inputs["advantages"], mask)
         return loss
 
     # ---- at the head
 
-    def _at_head(
-        self, model: Any, inputs: dict[str, Any], count: int, job: Callable[[Tensor, HeadTensors], Found], router: bool
-    ) -> tuple[Found, Any]:
-        """(what `job` returned for the hidden states that predict the last `count` tokens, the router's loss)."""
-        rows = len(inputs["input_ids"])
+    def _at_head(self, model: Any, inputs: Inputs, mask: Tensor, job: HeadJob, router: bool) -> tuple[Found, Any]:
+        """(what `job` returned for the hidden states that predict the last tokens, the router's loss).
+
+        Args:
+            inputs: the arguments of the model's forward.
+            mask: [B, C], of the last C tokens.
+        """
+        causal_model = self.accelerator.unwrap_model(model)
+        rows, count = mask.shape
+        options: dict[str, Any] = {
+            "token_ids": inputs["input_ids"][:, -count:],
+            "temperature": self.temperature,
+            **transform_at_head(causal_model.config),
+        }
 
         def of_completions(hidden: Tensor, head: torch.nn.Module) -> Found:
             hidden = hidden.reshape(rows, -1, hidden.shape[-1])[:, -count - 1 : -1]
-            return job(hidden, head_tensors(head))
+            return job(hidden, mask, {**options, **head_tensors(head, hidden, mask)})
 
         of_router = {"output_router_logits": True} if router else {}
         with self.accelerator.autocast():
             found, output = run_at_head(
-                model, self.accelerator.unwrap_model(model), of_completions, {**inputs, "use_cache": False, **of_router}
+                model, causal_model, of_completions, {**inputs, "use_cache": False, **of_router}
             )
         return found, output.aux_loss if router else None
 
-    def _loss(self, hidden: Tensor, head: HeadTensors, inputs: Inputs, mask: Tensor) -> LossOutput:
-        """A micro-batch's share of the step's loss, and its stats."""
+    def _loss_options(self, inputs: Inputs, mask: Tensor) -> dict[str, Any]:
+        """The arguments of a loss that are a micro-batch's share of the step."""
         aggregation, normalizer = LOSS_TYPES[self.loss_type]
-        return linear_policy_loss(
-            hidden, token_ids=inputs["completion_ids"], advantages=inputs["advantages"],
-            old_logprobs=inputs.get("old_per_token_logps"), mask=mask, objective=self._objective,
-            importance_weights=_weights(inputs), temperature=self.temperature,
-            ref_logprobs=inputs.get("ref_per_token_logps"), beta=self.beta,
-            kl_weighting="ratio" if self.args.use_bias_correction_kl else "none",
-            aggregation=aggregation, normalizer=normalizer(self, inputs, mask), **head,
-        )  # fmt: skip
+        return {
+            "advantages": inputs["advantages"],
+            "old_logprobs": inputs.get("old_per_token_logps"),
+            "mask": mask,
+            "objective": self._objective,
+            "importance_weights": _weights(inputs),
+            "ref_logprobs": inputs.get("ref_per_token_logps"),
+            "beta": self.beta,
+            "kl_weighting": "ratio" if self.args.use_bias_correction_kl else "none",
+            "aggregation": aggregation,
+            "normalizer": normalizer(self, inputs, mask),
+        }
+
+    def _loss_of_logprobs(self, logprobs: Tensor, entropy: Tensor, inputs: Inputs, mask: Tensor) -> LossOutput:
+        """The loss with TRL's options about entropy."""
+        counted = tokens_that_count(self, entropy, mask)
+        options = self._loss_options(inputs, mask)
+        if self.top_entropy_quantile < 1.0:  # the policy term of all other tokens weighs 0
+            weights = options["importance_weights"]
+            weights = torch.ones_like(logprobs) if weights is None else weights.reshape(len(mask), -1)
+            options["importance_weights"] = torch.where(counted, weights, 0.0)
+        loss, stats = policy_loss_from_logprobs(logprobs, entropy=entropy.detach(), **options)
+        if self._entropy_bonus_enabled:
+            loss = add_bonus(self, loss, entropy, counted)
+        return LossOutput(loss, stats)
 
     # ---- counts and metrics
 
@@ -180,6 +213,11 @@ class GSPOTrainer(GRPOTrainer):
             self._metrics[self._mode][name].append(value)
 
 
+def _logprobs(hidden: Tensor, mask: Tensor, head: dict[str, Any]) -> Found:
+    logprobs, entropy, _ = linear_token_logprobs(hidden, mask=mask, **head)
+    return Found((logprobs, entropy))
+
+
 def _loss_mask(inputs: Inputs) -> Tensor:
     mask: Tensor = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
@@ -192,8 +230,6 @@ def _weights(inputs: Inputs) -> Tensor | None:
 
 
 def check_surroundings(trainer: Any) -> None:
-    """Raises a ValueError for processors of images, and for FSDP1."""
-    if trainer._is_vlm:
-        raise ValueError("processing_class: expected a tokenizer, as images are not supported; got a processor")
+    """Raises a ValueError for FSDP1."""
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_version: expected 2, in which a module's forward has whole parameters; got 1")
