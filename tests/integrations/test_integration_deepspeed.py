@@ -16,16 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from modes import DEFAULT_MODE
-from test_integration_trl import SYMBOLS, classes, history, save_model, trainer_of
+from trl_trainers import SYMBOLS, classes, history, save_model, trainer_of
 
 pytestmark = [
     DEFAULT_MODE,
-    pytest.mark.plain_memory,
+    pytest.mark.plain_memory,  # the trainers' and the model's own
     pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL: pip install gspo-kernels[trl]"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed"),
     pytest.mark.skipif(find_spec("peft") is None, reason="needs PEFT: pip install peft"),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo"),
     pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 RANKS, GROUP = 2, 8
@@ -117,8 +118,7 @@ def on_ranks(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks(tmp_path: Path, threads: None) -> None:
-    torch.set_num_threads(1)
+def test_two_ranks(tmp_path: Path) -> None:
     for kind in ("qwen3", "tied"):
         save_model(tmp_path / kind, kind)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), __file__, str(tmp_path)]
