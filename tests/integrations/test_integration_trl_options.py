@@ -71,5 +71,5 @@ def test_refused_surroundings(version: int) -> None:
 
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
     trainer = SimpleNamespace(accelerator=SimpleNamespace(state=state), is_fsdp_enabled=True)
-    with nullcontext() if version == 2 else pytest.raises(ValueError, match="^fsdp_version: expected .* got "):
+    with nullcontext() if version == 2 else pytest.raises(ValueError, match=r"^fsdp_version: expected .* got "):
         check_surroundings(trainer)
