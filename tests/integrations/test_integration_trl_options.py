@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -73,3 +75,27 @@ def test_refused_surroundings(version: int) -> None:
     trainer = SimpleNamespace(accelerator=SimpleNamespace(state=state), is_fsdp_enabled=True)
     with nullcontext() if version == 2 else pytest.raises(ValueError, match=r"^fsdp_version: expected .* got "):
         check_surroundings(trainer)
+
+
+# ---- versions of TRL
+
+
+@dataclass
+class AnyConfig:
+    importance_sampling_level: str = "sequence"
+
+
+def test_a_later_version_is_warned_about(build: Build) -> None:
+    from trl import GRPOConfig, GRPOTrainer
+
+    from gspo_kernels.integrations.trl.version import check_version
+
+    for tested in ("1.14.0", "1.15.2", "1.16.0.dev0"):
+        with warnings.catch_warnings(action="error"):
+            check_version(tested, GRPOTrainer, GRPOConfig)
+    with pytest.warns(UserWarning, match=r"^trl: .* was tested with 1.14 to 1.16; got 1.17.0.dev0"):
+        check_version("1.17.0.dev0", GRPOTrainer, GRPOConfig)
+    with pytest.raises(
+        ImportError, match=r"^trl: expected 1.14 to 1.16, .* have delta, .*, router_aux_loss_coef; got 0.9.2"
+    ):
+        check_version("0.9.2", GRPOTrainer, AnyConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,3 +125,21 @@ def _logits(hidden: Tensor, head: HeadTensors, config: Any) -> Tensor:
     transform, logits = transform_at_head(config), linear_logits(hidden, **head).float()
     scaled, softcap = transform["logit_scale"] * logits, transform["softcap"]
     return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+
+@contextmanager
+def head_without_adapter(model: Any) -> Iterator[None]:
+    """Within it, `model.get_output_embeddings()` returns the head without its adapter, which TRL refuses from 1.15 on.
+
+    Of a model that is given by its name there is nothing yet: TRL creates it, and refuses the adapter.
+    """
+    if isinstance(model, str):
+        yield
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.get_output_embeddings
+    base.get_output_embeddings = lambda: getattr(own(), "base_layer", own())
+    try:
+        yield
+    finally:
+        del base.get_output_embeddings

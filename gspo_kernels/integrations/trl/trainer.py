@@ -22,7 +22,7 @@ from .entropy import add_bonus, has_entropy_options, tokens_that_count
 from .head import Found, head_tensors, run_at_head
 from .images import NAMES as IMAGES
 from .images import of_rows
-from .models import check_model, transform_at_head
+from .models import check_model, head_without_adapter, transform_at_head
 
 Inputs = dict[str, Any]  # TRL's micro-batch: completions [B, C], and prompts [B, P] before them
 HeadJob = Callable[[Tensor, Tensor, dict[str, Any]], Found]  # of hidden states, mask, and a loss's other arguments
@@ -38,7 +38,8 @@ class GSPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
         args = GSPOConfig("gspo") if args is None else args
         check_options(args)
-        super().__init__(model, reward_funcs, args, *others, **options)
+        with head_without_adapter(model):
+            super().__init__(model, reward_funcs, args, *others, **options)
         check_surroundings(self)
         for part in (self.model, self.ref_model):
             if part is not None:
