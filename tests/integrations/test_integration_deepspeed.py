@@ -30,26 +30,41 @@ pytestmark = [
 ]
 
 RANKS, GROUP = 2, 8
-CASES: dict[str, tuple[int, str, dict[str, Any]]] = {  # the stage of ZeRO, the model, options
-    "whole": (3, "qwen3", {}),
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {  # the stage of ZeRO, the model, options of `trained`
+    "untied": (3, "qwen3", {}),
     "tied": (3, "tied", {"gradient_checkpointing": True}),
-    "adapters": (3, "qwen3", {"lora": True}),
+    "adapters, of the head too": (3, "qwen3", {"adapted": ("q_proj", "down_proj", "lm_head")}),
+    "entropy": (3, "qwen3", {"entropy_coef": 0.1, "length": 6}),  # a mean of means: equal lengths make it one mean
     "stage 2": (2, "qwen3", {}),
 }
 
 
-def completions_of(prompts: list[list[int]]) -> list[list[int]]:
-    """One completion for each copy of a prompt, of 1 to 9 digits."""
+def completions_of(prompts: list[list[int]], length: int | None) -> list[list[int]]:
+    """One completion for each copy of a prompt, of `length` or 1 to 9 digits."""
     completions = []
     for i, prompt in enumerate(prompts):
         drawn = torch.Generator().manual_seed(1000 * sum(prompt) + i % GROUP)
-        length = int(torch.randint(1, 10, (), generator=drawn))
-        completions.append(torch.randint(3, len(SYMBOLS) - 2, (length,), generator=drawn).tolist())
+        size = length or int(torch.randint(1, 10, (), generator=drawn))
+        completions.append(torch.randint(3, len(SYMBOLS) - 2, (size,), generator=drawn).tolist())
     return completions
 
 
-def trained(model: str, folder: Path, ranks: int, stage: int, lora: bool = False, **options: Any) -> dict[str, Any]:
-    """Four optimizer steps of two micro-batches, every other one off-policy. `stage`: of ZeRO; 0: without DeepSpeed."""
+def trained(
+    model: str,
+    folder: Path,
+    ranks: int,
+    stage: int,
+    adapted: tuple[str, ...] = (),
+    length: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Four optimizer steps of two micro-batches, every other one off-policy.
+
+    Args:
+        stage: of ZeRO; 0: without DeepSpeed.
+        adapted: layers that get LoRA, beside which nothing is trained.
+        length: of all completions.
+    """
     from peft import LoraConfig
 
     usual: dict[str, Any] = {
@@ -64,14 +79,14 @@ def trained(model: str, folder: Path, ranks: int, stage: int, lora: bool = False
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
         }  # fmt: skip
-    peft_config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if lora else None
+    peft_config = LoraConfig(r=4, target_modules=list(adapted)) if adapted else None
     trainer = trainer_of(classes()[1], model, folder, peft_config=peft_config, **{**usual, **options})
     sample = trainer._generate_single_turn
 
     def generate(prompts: list[list[int]], *others: Any, **more: Any) -> tuple[list[list[int]], None]:
         sampled, _ = sample(prompts, *others, **more)
         assert len(sampled) == len(prompts)
-        return completions_of(prompts), None
+        return completions_of(prompts, length), None
 
     trainer._generate_single_turn = generate
     start = copy_of(trainer.model)  # with ZeRO-3 no values
