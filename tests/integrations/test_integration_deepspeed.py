@@ -30,6 +30,8 @@ pytestmark = [
 ]
 
 RANKS, GROUP = 2, 8
+LOGGED = ("loss", "grad_norm", "clip_ratio/region_mean")
+BOUNDS = {"loss": 1e-6, "grad_norm": 1e-5, "clip_ratio/region_mean": 1e-6, "parameters": 1e-6}
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {  # the stage of ZeRO, the model, options of `trained`
     "untied": (3, "qwen3", {}),
     "tied": (3, "tied", {"gradient_checkpointing": True}),
@@ -94,8 +96,7 @@ def trained(
     head = trainer.model.get_output_embeddings().weight
     found = {
         "type": type(trainer.model_wrapped).__name__, "numel of the head": head.numel(),
-        "loss": [log["loss"] for log in logs], "grad_norm": [log["grad_norm"] for log in logs],
-        "clipped": [log["clip_ratio/region_mean"] for log in logs],
+        **{name: [log[name] for log in logs] for name in LOGGED},
     }  # fmt: skip
     if stage == 3:
         import deepspeed
@@ -142,19 +143,20 @@ def test_two_ranks(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
-    alone = {}  # by one process: for each model and its options
+    alone = dict[str, dict[str, Any]]()  # by one process: of each model and its options
     for name, (stage, kind, options) in CASES.items():
-        key = (kind, *options)
-        expected = alone[key] if key in alone else trained(str(tmp_path / kind), tmp_path, 1, 0, **options)
-        alone[key] = expected
-        assert max(expected["clipped"]) > 0.1, "every other step is off-policy"
+        key = f"{kind} {options}"
+        if key not in alone:
+            alone[key] = trained(str(tmp_path / kind), tmp_path, 1, 0, **options)
+        expected = alone[key]
+        assert max(expected["clip_ratio/region_mean"]) > 0.1, "every other step is off-policy"
         assert found[name]["type"] == "DeepSpeedEngine"
         assert (found[name]["numel of the head"] == 0) == (stage == 3), "with ZeRO-3 each rank holds a part elsewhere"
-        for number in ("loss", "grad_norm", "clipped"):
-            assert found[name][number] == pytest.approx(expected[number], rel=1e-5, abs=1e-6), (name, number)
-        worst, moved = largest_difference(found[name]["parameters"], expected["parameters"]), expected["moved by"]
-        print(f"{name}: parameters moved by {moved:.1e} and differ by {worst:.1e}")
-        assert worst < 1e-5 * moved, name
+        apart = {n: max(abs(a - b) for a, b in zip(found[name][n], expected[n], strict=True)) for n in LOGGED}
+        apart["parameters"] = largest_difference(found[name]["parameters"], expected["parameters"])
+        print(f"{name}: differences {apart}; parameters moved by {expected['moved by']:.1e}")
+        assert expected["moved by"] > 1e-3
+        assert all(apart[n] <= bound for n, bound in BOUNDS.items()), name
 
 
 if __name__ == "__main__":
