@@ -93,13 +93,12 @@ def linear_policy_loss(
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
     one chunk at a time, in float32 as the product returns them. If a sequence fits into a chunk, nothing is computed
     twice. Masked rows are not multiplied. Rows that are clipped or have advantage 0 are left out of the backward
-    products, unless the head is frozen and their sequence is longer than a chunk. `stats.head` counts rows and
-    `explain(hidden, weight, ...)` shows the plan.
+    products, unless weight, bias and B of `low_rank` are frozen and their sequence is longer than a chunk. `stats.head`
+    counts rows and `explain(hidden, weight, ...)` shows the plan.
 
-    Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
-    backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
-    for a count in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows
-    are computed.
+    Gradients of all operands are complete when this returns. They are held in float32 and returned by the backward; the
+    loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and for a count
+    in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows are computed.
 
     Args: the batch
         hidden: [B, T, D] or, packed, [N, D]: the model's last hidden states, after the final norm. bf16, fp16, fp32
@@ -136,9 +135,9 @@ def linear_policy_loss(
             sequences contribute.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
-    propagates to the gradient of hidden in the rows that `policy_loss` names for logits; the gradients of weight and
-    bias are sums over rows, and become NaN everywhere. The result and the errors are those of `policy_loss`;
-    torch.func.vmap raises too.
+    propagates to the gradients of hidden and u in the rows that `policy_loss` names for logits; the gradients of
+    weight, bias and B are sums over rows, and become NaN everywhere. The result and the errors are those of
+    `policy_loss`; torch.func.vmap raises too.
     """
     refuse_forward_mode(
         "linear_policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
@@ -172,14 +171,14 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
-        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        dtype = product_dtype(hidden, operands.weight)
+        arrays = row_arrays(dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
-        arrays = row_arrays(token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
-    dtype = product_dtype(operands.hidden, operands.weight)
+        arrays = row_arrays(dtype, token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
         found = linear_row_stats(arguments)
@@ -296,10 +295,10 @@ def linear_token_logprobs(
         refuse_transforms("linear_token_logprobs", operands)
         operands, shard = shard_of_head(operands, vocabulary)
         columns, chunk_bytes = check_head(operands, token_ids, vocabulary.size, chunk_bytes, backend, shard)
-        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        dtype = product_dtype(operands.hidden, operands.weight)
+        arrays = row_arrays(dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend)
-    dtype = product_dtype(operands.hidden, operands.weight)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 

@@ -64,7 +64,7 @@ def test_what_the_model_is_passed(build: Build, processor: str) -> None:
     trainer = build(classes()[0], **LEVELS["sequence"], loss_type="grpo")
     for size in (rows, 1, 2, 3):
         passed.clear()
-        trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 2, size, **images)
+        trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 2, batch_size=size, **images)
         assert len(passed) == -(-rows // size)
         for start, expected in zip(range(0, rows, size), passed, strict=True):
             found = of_rows(images, slice(start, min(start + size, rows)))

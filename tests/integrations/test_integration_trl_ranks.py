@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from modes import DEFAULT_MODE
-from trl_trainers import GRADIENT, LEVELS, batch_of, classes, history, said, save_model, trainer_of
+from trl_trainers import GRADIENT, LEVELS, LOSS, batch_of, classes, history, said, save_model, trainer_of
 
 pytestmark = [
     DEFAULT_MODE,
@@ -40,24 +40,30 @@ def on_ranks(folder: Path) -> None:
     say = {"type": type(trainers[1].model_wrapped).__name__, "theirs": theirs, "ours": ours}
     say["apart"] = (parameters[1] - parameters[0]).abs().max().item()
 
-    whole = trainer_of(classes()[0], model, folder, **options)
-    inputs = batch_of(whole)
+    inputs = batch_of(trainer_of(classes()[0], model, folder, **options))
     inputs["advantages"] = inputs["advantages"].roll(dist.get_rank())
     inputs["num_sequences_in_batch"] *= dist.get_world_size()
-    _, expected, _ = said(whole, inputs)
-    for gradient in expected.values():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for wrapped in FSDP2:
-        for cls in classes():
-            trainer = trainer_of(cls, model, folder, **options)
+    mesh, (trl, gspo) = init_device_mesh("cpu", (dist.get_world_size(),)), classes()
+    cases = ((trl, options, ""), (gspo, options, ""), (gspo, {**options, "entropy_coef": 0.3}, ", entropy bonus"))
+    for cls, given, name in cases:  # with a bonus the head is multiplied again in the backward
+        _, expected, _ = said(trainer_of(trl, model, folder, **given), inputs)
+        for gradient in expected.values():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        for wrapped in FSDP2:
+            trainer = trainer_of(cls, model, folder, **given)
             for module in (*trainer.model.model.layers, *([trainer.model.lm_head] if wrapped == FSDP2[1] else [])):
                 fully_shard(module, mesh=mesh)
             fully_shard(trainer.model, mesh=mesh)
             _, gradients, _ = said(trainer, inputs)
             worst = [(gradients[n].full_tensor() - g).abs().max() / g.abs().max() for n, g in expected.items()]
-            say[f"{cls.__name__}, {wrapped}"] = max(x.item() for x in worst)
+            say[f"{cls.__name__}, {wrapped}{name}"] = max(x.item() for x in worst)
+
+    top = [trainer_of(cls, model, folder, **options, top_entropy_quantile=0.4) for cls in classes()]
+    own = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    part = {name: x[own] if x.ndim else x for name, x in inputs.items()}
+    losses, of_ranks = zip(*((said(t, part)[0].item(), said(t, part)[1]["lm_head.weight"]) for t in top), strict=True)
+    say["top tokens"] = {"losses": losses, "apart": (of_ranks[1] - of_ranks[0]).abs().max().item()}
 
     completions = inputs["completion_ids"].shape[1]
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -88,6 +94,9 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert found["apart"] < 1e-6
     for wrapped in FSDP2:
         assert found[f"GSPOTrainer, {wrapped}"] < GRADIENT
+        assert found[f"GSPOTrainer, {wrapped}, entropy bonus"] < GRADIENT
+    theirs, ours = found["top tokens"]["losses"]  # the quantile is that of both ranks
+    assert ours == pytest.approx(theirs, abs=LOSS) and found["top tokens"]["apart"] < GRADIENT
     assert found["GRPOTrainer, head with the rest"] < GRADIENT
     assert found["GRPOTrainer, head alone"] > 0.1, "TRL's gradient of the head is that of one rank"
     assert found["GRPOTrainer, digits lost"] and not found["GSPOTrainer, digits lost"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,13 +58,14 @@ SIZES = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "clip_vision_model": {"hidden_size": 64},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {
         "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "granite4_vision": {"deepstack_layer_map": []},
+    "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16,
                          "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -102,6 +105,17 @@ class Sweep:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on more threads, several times on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def causal_model_types() -> list[str]:
     """The model types of `AutoModelForCausalLM`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -130,12 +144,12 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, **options: A
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForCausalLM if model_type in causal_model_types() else AutoModelForImageTextToText
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), one_thread():
         torch.manual_seed(0)
         config = tiny_config(model_type, **options)
         model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager")
         model = model.to(dtype).eval()
-    sharpen(model)
+        sharpen(model)
     return model
 
 

@@ -88,11 +88,25 @@ def trainer_of(cls: Any, model: str, folder: Path, config: Any = None, peft_conf
 
 
 def classes() -> tuple[Any, Any]:
+    """TRL's trainer and ours."""
+    import trl
     from trl import GRPOTrainer
 
     from gspo_kernels.integrations.trl import GSPOTrainer
 
-    return GRPOTrainer, GSPOTrainer
+    if not trl.__version__.startswith("1.15.") or torch.cuda.is_available():
+        return GRPOTrainer, GSPOTrainer
+
+    class OnOwnLogits(GRPOTrainer):
+        """The kernels of TRL 1.15 need a GPU: without one, with the log-probabilities of the model's own logits."""
+
+        def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **options: Any) -> Any:
+            called = model if isinstance(model, OwnLogits) else OwnLogits(model, self.temperature)
+            with self.accelerator.autocast():
+                return super()._get_per_token_logps_and_entropies(called, *args, **options)
+
+    OnOwnLogits.__name__ = "GRPOTrainer"
+    return OnOwnLogits, GSPOTrainer
 
 
 def batch_of(trainer: Any, off_policy: float = 1e-3) -> dict[str, Any]:
@@ -179,11 +193,12 @@ class OwnLogits:
     what every model does.
     """
 
-    def __init__(self, model: Any, temperature: float) -> None:
-        self.model, self.temperature = model, temperature
+    def __init__(self, model: Any, temperature: float, seed: int | None = None) -> None:
+        self.model, self.temperature, self.seed = model, temperature, seed
 
     def __call__(self, labels: Any = None, fused_lm_head: bool = False, logits_to_keep: int = 0, **inputs: Any) -> Any:
-        torch.manual_seed(9)  # of dropout
+        if self.seed is not None:  # of dropout
+            torch.manual_seed(self.seed)
         output = self.model(**{**inputs, "use_cache": False})
         if not fused_lm_head:
             return output
