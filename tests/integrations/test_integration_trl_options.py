@@ -66,20 +66,18 @@ def test_refused_losses(build: Build, loss_type: str) -> None:
         build(cls, loss_type=loss_type)
 
 
-@pytest.mark.parametrize("name", ["n_gpu", "zero_stage", "fsdp_version"])
+@pytest.mark.parametrize("name", ["n_gpu", "fsdp_version"])
 def test_refused_surroundings(name: str) -> None:
     from gspo_kernels.integrations.trl.trainer import check_surroundings
 
-    def trainer(stage: int = 2, version: int = 2, gpus: int = 1) -> Any:
+    def trainer(version: int = 2, gpus: int = 1) -> Any:
         state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
         return SimpleNamespace(
-            args=SimpleNamespace(n_gpu=gpus, deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
-            accelerator=SimpleNamespace(state=state),
-            is_fsdp_enabled=True,
+            args=SimpleNamespace(n_gpu=gpus), accelerator=SimpleNamespace(state=state), is_fsdp_enabled=True
         )
 
     check_surroundings(trainer())
-    wrong = {"n_gpu": {"gpus": 2}, "zero_stage": {"stage": 3}, "fsdp_version": {"version": 1}}
+    wrong = {"n_gpu": {"gpus": 2}, "fsdp_version": {"version": 1}}
     with pytest.raises(ValueError, match=f"^{name}: expected .* got "):
         check_surroundings(trainer(**wrong[name]))
 

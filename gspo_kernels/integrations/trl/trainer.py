@@ -239,14 +239,11 @@ def _weights(inputs: Inputs) -> Tensor | None:
 
 
 def check_surroundings(trainer: Any) -> None:
-    """Raises a ValueError for torch.nn.DataParallel, ZeRO-3 and FSDP1."""
+    """Raises a ValueError for torch.nn.DataParallel and FSDP1."""
     if trainer.args.n_gpu > 1:
         raise ValueError(
             "n_gpu: expected one GPU per process, because torch.nn.DataParallel copies the model in each forward; got "
             f"{trainer.args.n_gpu}. Use `accelerate launch`, or CUDA_VISIBLE_DEVICES"
         )
-    deepspeed, state = trainer.args.deepspeed_plugin, trainer.accelerator.state
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError("zero_stage: expected at most 2, or FSDP2, as ZeRO-3 has not been tested; got 3")
-    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_version: expected 2, in which a module's forward has whole parameters; got 1")
