@@ -1,4 +1,4 @@
-"""Vision-language models in GSPOTrainer: what TRL passes of a batch's images, and a small Qwen2.5-VL against TRL."""
+"""Vision-language models in GSPOTrainer: what TRL passes of a batch's images, and small models against TRL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from modes import DEFAULT_MODE
+from torch import Tensor
 from trl_trainers import GRADIENT, LEVELS, LOSS, Build, OwnLogits, classes
+
+from gspo_kernels.integrations.trl.images import NAMES
 
 pytestmark = [
     DEFAULT_MODE,
@@ -20,16 +23,16 @@ pytestmark = [
 ]
 
 IMAGE, VOCABULARY = 40, 48
-NUM_IMAGES = [1, 0, 2, 1]
-GRID = torch.tensor([[1, 4, 4], [1, 2, 4], [1, 4, 2], [1, 2, 2]])  # patches of the images, of which 4 are one token
+NUM_IMAGES = [1, 0, 2, 2]
+GRID = torch.tensor([[1, 4, 4], [1, 2, 4], [1, 4, 2], [1, 2, 2], [1, 2, 4]])  # patches, of which 4 are one token
 ROWS = torch.arange(len(NUM_IMAGES) * 5).view(len(NUM_IMAGES), 5)
 
 # What TRL passes of some processors: an entry per patch, tile, image or row.
 PASSED: dict[str, dict[str, Any]] = {
-    "Qwen2.5-VL": {"pixel_values": torch.arange(36.0), "image_grid_thw": GRID, "mm_token_type_ids": ROWS},
-    "Gemma 3": {"pixel_values": torch.arange(4.0), "token_type_ids": ROWS},
-    "Gemma 4": {"pixel_values": torch.arange(4.0), "image_position_ids": torch.arange(4), "token_type_ids": ROWS},
-    "LLaVA-NeXT": {"pixel_values": torch.arange(4.0), "image_sizes": torch.arange(8).view(4, 2)},
+    "Qwen2.5-VL": {"pixel_values": torch.arange(44.0), "image_grid_thw": GRID, "mm_token_type_ids": ROWS},
+    "Gemma 3": {"pixel_values": torch.arange(5.0), "token_type_ids": ROWS},
+    "Gemma 4": {"pixel_values": torch.arange(5.0), "image_position_ids": torch.arange(5), "token_type_ids": ROWS},
+    "LLaVA-NeXT": {"pixel_values": torch.arange(5.0), "image_sizes": torch.arange(10).view(5, 2)},
     "LFM2-VL": {
         "pixel_values": torch.arange(7.0), "pixel_attention_mask": torch.arange(7), "spatial_shapes": torch.arange(7),
         "num_tiles": [2, 0, 4, 1],
@@ -80,31 +83,76 @@ def test_unknown_arguments_are_refused(build: Build) -> None:
         ours._get_per_token_logps_and_entropies(ours.model, ids, ids, 2, pixel_scales=torch.zeros(1))
 
 
-def small_model() -> Any:
-    """Qwen2.5-VL with two layers in each tower."""
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.15,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+         "patch_size": 4}  # fmt: skip
+
+
+def qwen() -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.15,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
-        "fullatt_block_indexes": [1], "window_size": 16, "temporal_patch_size": 2,
-    }  # fmt: skip
-    torch.manual_seed(0)
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+              "patch_size": 4, "fullatt_block_indexes": [1], "window_size": 16}  # fmt: skip
     tokens = {"image_token_id": IMAGE, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
     )
 
 
-def batch_with_images() -> dict[str, Any]:
-    """Prompts padded on the left, with one token for four patches; one row has no image, one has two."""
+def llava() -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    options = {"image_token_index": IMAGE, "vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    vision = TOWER | {"model_type": "clip_vision_model"}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(text_config=TEXT | {"model_type": "llama"}, vision_config=vision, **options)
+    )
+
+
+def gemma() -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = TEXT | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    options = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 42, "eoi_token_index": 43}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=TOWER, **options))
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)  # is 0
+    return model
+
+
+def smolvlm() -> Any:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    options = {"image_token_id": IMAGE, "scale_factor": 1, "pad_token_id": 0}
+    return SmolVLMForConditionalGeneration(
+        SmolVLMConfig(text_config=TEXT | {"model_type": "llama"}, vision_config=TOWER, **options)
+    )
+
+
+def images_of(model: Any, types: Tensor) -> dict[str, Any]:
+    """The arguments with images, as the model's processor makes them: pixels by patch, by image, or by row."""
+    draw, kind = torch.Generator().manual_seed(3), model.config.model_type
+    pixels = torch.randn(len(GRID), 3, 8, 8, generator=draw)
+    if kind == "qwen2_5_vl":
+        patches = torch.randn(int(GRID.prod(1).sum()), 3 * 2 * 4 * 4, generator=draw)
+        return {"pixel_values": patches, "image_grid_thw": GRID, "mm_token_type_ids": types}
+    if kind == "smolvlm":
+        by_row = torch.zeros(len(NUM_IMAGES), max(NUM_IMAGES), 3, 8, 8)  # an image of zeros is no image
+        for row, of_row in zip(by_row, pixels.split(NUM_IMAGES), strict=True):
+            row[: len(of_row)] = of_row
+        return {"pixel_values": by_row, "pixel_attention_mask": torch.ones(*by_row.shape[:2], 8, 8).long()}
+    return {"pixel_values": pixels} | ({"token_type_ids": types} if kind == "gemma3" else {})
+
+
+def batch_with_images(model: Any) -> dict[str, Any]:
+    """Prompts padded on the left, with a token for each four patches; a row has no image, another has two."""
     draw = torch.Generator().manual_seed(1)
-    tokens = (GRID.prod(1) // 4).split(NUM_IMAGES)
+    counts = GRID.prod(1) // 4 if model.config.model_type == "qwen2_5_vl" else torch.full((len(GRID),), 4)
+    tokens = counts.split(NUM_IMAGES)
     prompts = [[5, *(x for count in of_row.tolist() for x in (42, *[IMAGE] * count, 43)), 6] for of_row in tokens]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in prompts])
@@ -115,29 +163,35 @@ def batch_with_images() -> dict[str, Any]:
     return {
         "prompt_ids": ids, "prompt_mask": (ids != 0).long(), "completion_ids": completions, "completion_mask": mask,
         "advantages": torch.tensor([1.0, -0.5, 0.3, -0.8]), "num_sequences_in_batch": torch.tensor(8.0),
-        "pixel_values": torch.randn(int(GRID.prod(1).sum()), 3 * 2 * 4 * 4, generator=draw), "image_grid_thw": GRID,
-        "num_images": NUM_IMAGES, "mm_token_type_ids": types,
+        "num_images": NUM_IMAGES, **images_of(model, types),
     }  # fmt: skip
 
 
-def test_qwen_equals_trl(build: Build) -> None:
+@pytest.mark.parametrize("make", [qwen, llava, gemma, smolvlm])
+def test_models_equal_trl(build: Build, make: Any) -> None:
     """Loss and gradients of both towers, old log-probabilities in parts of the batch; image tokens are prompt."""
     from gspo_kernels.integrations.trl.models import check_model
 
-    model, inputs = small_model().train(), batch_with_images()
+    torch.manual_seed(0)
+    model = make().train()
+    inputs = batch_with_images(model)
     check_model(model, torch.device("cpu"))
     trl, ours = (build(cls, **LEVELS["sequence"], loss_type="grpo") for cls in classes())
     own = OwnLogits(model, trl.temperature)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    images = {n: inputs[n] for n in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
+    images = {name: x for name, x in inputs.items() if name in NAMES}
     with torch.no_grad():
-        expected, found, without = (
+        expected, found, others = (
             t._get_per_token_logps_and_entropies(called, ids, attended, 5, batch_size=3, compute_entropy=True, **of)
-            for t, called, of in ((trl, own, images), (ours, model, images), (ours, model, text_alone(images)))
+            for t, called, of in (
+                (trl, own, images),
+                (ours, model, images),
+                (ours, model, images | {"pixel_values": 2 * images["pixel_values"].flip(-1)}),
+            )
         )
     torch.testing.assert_close(found[:2], expected[:2], rtol=5e-6, atol=5e-6)
-    assert (found[0] - without[0]).abs().max() > 1e-2, "images matter"
+    assert (found[0] - others[0]).abs().max() > 1e-4, "images matter"
     noise = 1e-3 * torch.randn(found[0].shape, generator=torch.Generator().manual_seed(2))
     inputs["old_per_token_logps"] = found[0] + noise
     losses, gradients = [], []
@@ -150,11 +204,7 @@ def test_qwen_equals_trl(build: Build) -> None:
         losses.append(loss.item())
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert losses[1] == pytest.approx(losses[0], abs=LOSS)
-    assert gradients[0].keys() == gradients[1].keys() and any("visual" in name for name in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys() and any("vis" in name for name in gradients[0])
     largest = max(g.abs().max() for g in gradients[0].values())
     assert largest > 1e-4
     assert max((gradients[1][n] - g).abs().max() for n, g in gradients[0].items()) < GRADIENT * largest
-
-
-def text_alone(images: dict[str, Any]) -> dict[str, Any]:
-    return {"mm_token_type_ids": torch.zeros_like(images["mm_token_type_ids"])}

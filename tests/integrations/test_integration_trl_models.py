@@ -265,6 +265,11 @@ def without_head(model: Any) -> Any:
     return model
 
 
+def on_devices(model: Any) -> Any:
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    return model
+
+
 def padded_vocabulary(_: Any) -> Any:
     return tiny_model("inkling_text", unpadded_vocab_size=VOCABULARY - 4)
 
@@ -275,6 +280,7 @@ REFUSED = {
     quantized: r"^model: expected an LM head that is a torch.nn.Linear, .* not quantized; got .*Linear4bit",
     unknown_option: r"^model: expected logits .*LlamaForCausalLM: config.final_logit_scaling: expected",
     without_head: r"^model: expected a causal model with an LM head .*; got LlamaForCausalLM",
+    on_devices: r"^device_map: expected one device, .*; got 0, 1",
     padded_vocabulary: r"^model: expected logits .*config.unpadded_vocab_size: expected all 48",
 }
 

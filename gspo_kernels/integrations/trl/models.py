@@ -43,6 +43,12 @@ def check_model(model: Any, device: torch.device) -> None:
             f"model: expected an LM head that predicts one token; got {kind.__name__}: "
             f"{REFUSED_TYPES[base.config.model_type]}"
         )
+    devices = set(map(str, (getattr(base, "hf_device_map", None) or {}).values()))
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map: expected one device, on which the head and the batch are; got {', '.join(sorted(devices))}. "
+            "Use FSDP2 or DeepSpeed for larger models"
+        )
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(

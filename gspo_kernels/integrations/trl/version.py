@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -26,7 +27,7 @@ ATTRIBUTES = ("_entropy_bonus_enabled", "_last_world_entropy", "_entropy_window_
 def check_version(version: str, trainer: Any, config: Any) -> None:
     """Raises an ImportError if TRL's classes lack something; warns about a version with which this was not tested."""
     fields = {field.name for field in dataclasses.fields(config)}
-    source = inspect.getsource(trainer)
+    source = inspect.getsource(sys.modules[trainer.__module__])
     lacking = [name for name in METHODS if not hasattr(trainer, name)]
     lacking += [name for name in OPTIONS if name not in fields] + [name for name in ATTRIBUTES if name not in source]
     first, last = (".".join(map(str, part)) for part in TESTED)
