@@ -135,7 +135,7 @@ def logit_transform_of(config: Any) -> LogitTransform:
     if tokens is not None and tokens < text.vocab_size:
         raise ValueError(
             f"config.{options.tokens}: expected all {text.vocab_size} rows of the head to be tokens; got {tokens} of "
-            f"{model_type!r}. Pass vocab_size={tokens}, logit_scale={scale:g} and softcap={softcap} yourself"
+            f"{model_type!r}. Pass vocab_size={tokens}, logit_scale={scale} and softcap={softcap} yourself"
         )
     return LogitTransform(logit_scale=scale, softcap=softcap)
 
@@ -157,7 +157,8 @@ def _positive(config: Any, name: str | None, default: Any) -> Any:
 
 def _refuse_unknown(config: Any) -> None:
     """Refuses a model type without an entry if it does something to its logits, or may."""
-    if getattr(config, "is_encoder_decoder", False):
+    text = _text_config(config)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
         raise ValueError(
             f"config: expected a decoder-only model; got {config.model_type!r}, an encoder-decoder model, which may "
             f"scale its hidden states or add to its logits without an option that says so. {YOURSELF}"
@@ -167,7 +168,6 @@ def _refuse_unknown(config: Any) -> None:
             f"config: expected a model that scales or caps its logits, or neither; got {config.model_type!r}, which "
             f"{OTHERWISE[config.model_type]}. Use the loss from its logits"
         )
-    text = _text_config(config)
     for part in (config, text) if text is not config else (config,):
         for name in filter(ABOUT_LOGITS.search, dir(part)):  # with the defaults and properties of its class
             value = getattr(part, name)

@@ -79,9 +79,11 @@ def test_what_a_scale_and_a_softcap_cannot_say_is_refused() -> None:
     cut = config("inkling2_text", final_logit_softcapping=30.0, unpadded_vocab_size=60)
     with pytest.raises(ValueError, match=r"config\.unpadded_vocab_size: .* all 64 .* got 60 .* Pass vocab_size=60, "):
         logit_transform_of(cut)
-    with pytest.raises(ValueError, match="expected a decoder-only model; got 't5'"):
-        logit_transform_of(config("t5", is_encoder_decoder=True))
-    with pytest.raises(ValueError, match="got 'chameleon', which gives .* Use the loss from its logits"):
+    seq2seq = config("t5", is_encoder_decoder=True)
+    for found in (seq2seq, wrapped("t5", seq2seq)):
+        with pytest.raises(ValueError, match="expected a decoder-only model; got 't5'"):
+            logit_transform_of(found)
+    with pytest.raises(ValueError, match=r"got 'chameleon', which gives .* Use the loss from its logits"):
         logit_transform_of(wrapped("chameleon", config("chameleon")))
 
 
