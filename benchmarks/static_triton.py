@@ -74,6 +74,7 @@ def prepare() -> str:
 ROW_TYPES = {
     "logits": "*T", "outer_stride": "i64", "inner_stride": "i64", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
     "mask": "*u8", "temperature": "*fp32", "row_indices": "*i64", "scale": "fp32", "scale_error": "fp32",
+    "tanh_hi": "fp32", "tanh_lo": "fp32",
     "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
     "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
@@ -104,7 +105,9 @@ class Variant:
     objective: str = ""  # whose term is compiled in
 
 
-_ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
+_NO_CAP, _BF16 = ("tanh_hi", "tanh_lo"), ("bf16",)
+_CAPPED = ("mask", "temperature")
+_ROWS = (*_CAPPED, *_NO_CAP)
 _PLACED, _GRADIENTS = (*_ROWS, "row_indices"), ("g_entropies", "g_lses", "factor")
 _FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
 _TOKENS = {"AGGREGATION": "sequence_mean", "ESTIMATOR": "k3", "KL_WEIGHTING": "none"}
@@ -119,14 +122,18 @@ _EVERYTHING = {"AGGREGATION": "group_mean", "KL_WEIGHTING": "ratio"}
 OBJECTIVES = ("GSPO", "GSPOToken", "PPO", "GMPO", "SAPO", "CISPO", "TOPR", "DPPO", "DRO")  # every term and ratio
 VARIANTS = (
     Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
-    Variant("forward", "masked", (), loops=("read", "shifted")),
+    Variant("forward", "masked", _NO_CAP, loops=("read", "shifted")),
     Variant("backward", "plain", (*_PLACED, "g_entropies", "g_lses", "factor", "counts"), loops=("write",)),
     Variant("backward", "entropy", (*_PLACED, "g_lses", "factor", "counts"), loops=("write",)),
     Variant("backward", "loss", (*_PLACED, "g_entropies", "g_lses"), loops=("write",)),
-    Variant("backward", "everything", ("row_indices",), _BF16, loops=("write",)),
+    Variant("backward", "everything", ("row_indices", *_NO_CAP), _BF16, loops=("write",)),
     Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
-    Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
+    Variant("forward_backward", "masked", _NO_CAP, _BF16, loops=("read", "shifted", "write")),
+    Variant("forward", "capped", _CAPPED, loops=("read", "shifted")),
+    Variant("backward", "capped", (*_CAPPED, "row_indices", "g_entropies", "g_lses"), loops=("write",)),
+    Variant("backward", "capped everything", ("row_indices",), _BF16, loops=("write",)),
+    Variant("forward_backward", "capped", _CAPPED, loops=("read", "shifted", "write")),
     Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
     Variant("sequence", "GSPO", (*_OPTIONAL[1:], *_KEPT), ("fp32",), objective="GSPO"),
     Variant("sequence", "GSPO on-policy", (*_UNKNOWN, *_OPTIONAL, *_KEPT), ("fp32",), objective="GSPO"),
