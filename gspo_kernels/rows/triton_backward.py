@@ -41,7 +41,7 @@ from .triton_math import (
     widen_loaded,
     within_cap,
 )
-from .triton_tanh import from_pivot, level_of, pivot_near, steepness, tanh_pair
+from .triton_tanh import above_pivot_and_derivative, level_of, pivot_near, steepness, tanh_pair
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE:
         else:
             return scaled_exp2(t, tl.zeros_like(t) + constant, PTX)
     else:
-        above, derivative = from_pivot(x, pivot, tanh_hi, tanh_lo, PTX)
+        above, derivative = above_pivot_and_derivative(x, pivot, tanh_hi, tanh_lo, PTX)
         t = fma(above, scale, -base)
         if SLOPE:
             return scaled_exp2(t, derivative * fma(t, slope, constant), PTX)

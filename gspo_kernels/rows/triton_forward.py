@@ -54,7 +54,7 @@ from .triton_math import (
     widen,
     within_cap,
 )
-from .triton_tanh import LEAST_POWER, from_pivot, level_of, next_pivot, tanh_pair
+from .triton_tanh import LEAST_POWER, above_pivot, level_of, next_pivot, tanh_pair
 
 
 @triton.jit
@@ -74,8 +74,7 @@ def _add_block(x, there, highest, top, total, lost, weighted, scale, tanh_hi, ta
     if tanh_hi is None:
         t = fma(x, scale, -new_top[None, :, None])
     else:
-        above, _ = from_pivot(x, new_top[None, :, None], tanh_hi, tanh_lo, PTX)
-        t = above * steep[None, :, None]
+        t = above_pivot(x, new_top[None, :, None], tanh_hi, tanh_lo, PTX) * steep[None, :, None]
         if there is not None:
             t = tl.where(there, t, LOWEST)
     e = exp2(t, PTX)

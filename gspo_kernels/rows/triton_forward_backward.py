@@ -52,7 +52,7 @@ def _write_kept(kept, there, destination, hole, base, constant, scale, pivot, ta
         if PTX:
             low, high = halves(bounded_columns(kept, tanh_hi, PTX, DTYPE), DTYPE)
             x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
-            if DTYPE != tl.bfloat16:
+            if tl.bfloat16 != DTYPE:
                 x = within_cap(x, tanh_hi)
         else:
             x = within_cap(kept.to(tl.float32), tanh_hi)
