@@ -141,11 +141,11 @@ struct Rows {
 
   Rows(const std::string& dtype, uintptr_t logits, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
        int64_t inner_stride, uintptr_t token_ids, uintptr_t mask, double temperature, uintptr_t row_temperature,
-       uintptr_t row_indices, int threads)
+       uintptr_t row_indices, double tanh_scale, int threads)
       : shape{outer * inner, inner, vocab},
         inputs{{pointer<char>(logits), outer_stride, inner_stride}, pointer<const int64_t>(token_ids),
                pointer<const bool>(mask), pointer<const float>(row_temperature), temperature,
-               pointer<const int64_t>(row_indices)},
+               pointer<const int64_t>(row_indices), tanh_scale},
         kernels(&::kernels(dtype)),
         threads(threads) {
     if (outer < 0 || inner < 0 || vocab < 1) throw std::invalid_argument("rows: sizes out of range");
@@ -253,11 +253,11 @@ PYBIND11_MODULE(_native, m) {
         py::arg("factor"), py::arg("threads"));
   py::class_<Rows>(m, "Rows")
       .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
-                    double, uintptr_t, uintptr_t, int>(),
+                    double, uintptr_t, uintptr_t, double, int>(),
            py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
            py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("row_indices") = 0,
-           py::arg("threads") = 1)
+           py::arg("tanh_scale") = 0.0, py::arg("threads") = 1)
       .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"))
       .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),

@@ -13,6 +13,10 @@
 //     dL/dz_v = g_l * 1{v = y} + p_v * (g_lse - g_l - g_H * (log p_v + H)),     dL/dx_v = dL/dz_v / temperature
 //
 // All of it is finite for finite logits, up to the largest. Stored as float, l is -inf where its number is too large.
+//
+// Capped logits: where the model computes c tanh(s x / c), the x_v above is tanh(tanh_scale * x) of the logit x, with
+// tanh_scale = s / c, and the temperature is divided by c. The gradient by the logit has one more factor, the slope
+// tanh_scale * (1 - tanh^2).
 #pragma once
 
 #include <cmath>
@@ -76,6 +80,12 @@ GSPO_HD inline RowStats saved_stats(double logprob, double entropy, double lse) 
   return {logprob, entropy, lse, std::exp(logprob), -std::expm1(logprob)};
 }
 
+// 1 - tanh(u)^2, to all its digits also where tanh is nearly 1.
+GSPO_HD inline double tanh_slope(double u) {
+  const double e = std::exp(-2.0 * std::fabs(u));
+  return 4.0 * e / ((1.0 + e) * (1.0 + e));
+}
+
 struct Upstream {  // dL/dlogprob, dL/dentropy, dL/dlse of one row
   double logprob;
   double entropy;
@@ -121,20 +131,22 @@ struct RowGradient {
 };
 
 // `stats`: the forward's; from target and lse, logprob could only be computed by a subtraction. Where lse is -inf, the
-// base and all that follows from it are NaN, for such a row has no gradient.
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, const Base& base) {
+// base and all that follows from it are NaN, for such a row has no gradient. `column_factor` and `target_factor`
+// multiply the gradient of the target and of all other columns.
+GSPO_HD inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, const Base& base,
+                                       double column_factor = 1.0, double target_factor = 1.0) {
   const double logprob = stats.logprob, entropy = stats.entropy, inverse_temperature = scale * kLn2;
   RowGradient row;
   row.base = base.value;
   row.scale = base.scale;
   const float above = static_cast<float>(-base.lost);
-  const double factor = std::exp(above) * (1.0 + (-base.lost - above)) * inverse_temperature;  // exp in float
+  const double factor = std::exp(above) * (1.0 + (-base.lost - above)) * inverse_temperature * column_factor;
   row.constant = static_cast<float>(factor * (g.lse - g.logprob - g.entropy * (entropy - base.lost)));
   row.slope = static_cast<float>(-factor * g.entropy * kLn2);
 
   const double p = stats.p_target;
   const double through_p = p > 0.0 ? p * (g.lse - g.entropy * (logprob + entropy)) : 0.0;
-  row.target = static_cast<float>((g.logprob * stats.p_others + through_p) * inverse_temperature);
+  row.target = static_cast<float>((g.logprob * stats.p_others + through_p) * inverse_temperature * target_factor);
   return row;
 }
 

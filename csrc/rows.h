@@ -26,6 +26,7 @@ struct RowInputs {
   const float* row_temperature;  // absent: `temperature` for every row
   double temperature;
   const int64_t* row_indices;  // of `backward` alone: row i is row row_indices[i] of the logits; absent: row i
+  double tanh_scale;  // the logits are tanh(tanh_scale * x), see row_math.h; 0: they are x
 };
 
 struct RowOutputs {

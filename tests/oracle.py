@@ -30,6 +30,21 @@ class Row:
     lse: float
 
 
+def of_model(outputs: Floats, logit_scale: float = 1.0, softcap: float | None = None) -> list[float]:
+    """The logits that a model makes of its head's outputs: c tanh(s x / c), or s x where it has no cap."""
+    if softcap is None:
+        return [logit_scale * x for x in outputs]
+    return [softcap * math.tanh(logit_scale * x / softcap) for x in outputs]
+
+
+def of_model_slope(outputs: Floats, logit_scale: float = 1.0, softcap: float | None = None) -> list[float]:
+    """The derivative of each by its output: s / cosh^2(s x / c), or s."""
+    if softcap is None:
+        return [logit_scale] * len(outputs)
+    decays = [math.exp(-2.0 * abs(logit_scale * x / softcap)) for x in outputs]
+    return [logit_scale * 4.0 * e / (1.0 + e) ** 2 for e in decays]
+
+
 def below_peak(logits: Floats, temperature: float) -> tuple[list[float], float]:
     """(z_v - z_peak for every v, lse - z_peak): relative to the peak a confident row keeps its small numbers."""
     peak = max(range(len(logits)), key=lambda v: logits[v])

@@ -64,6 +64,17 @@ inline vfloat multiply_subtract(vfloat a, float b, float c) {
 #endif
 }
 
+// a * b + c, the same.
+inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 #if defined(__FMA__) || defined(__AVX512F__)
 constexpr bool kFused = true;
 #else
@@ -270,6 +281,56 @@ struct Exp2 {
     for (int i = Degree - 2; i >= 0; --i) p = p * f + c[i];
     return p;
   }
+};
+
+// ---- tanh, more precisely than one float can hold it: a cap of 30 multiplies its rounding error by 30
+
+// y = whole + part, unrounded: whole is 0 or +-1, and |part| at most 1/2.
+struct TanhParts {
+  vfloat whole, part;
+  vfloat slope() const {  // 1 - y^2 = (1 - |y|)(1 + |y|), to all its digits
+    const vfloat size = (vfloat)((vuint)part & 0x7fffffffu);
+    return (whole == 0.0f ? broadcast(1.0f) : size + size) - size * size;
+  }
+};
+
+// tanh(tanh_scale * x) from m = e^2u - 1, u = tanh_scale * |x|: it is m / (m + 2), or 1 - 2 / (m + 2) above 1/2.
+// Infinities are taken as large numbers, NaN stays NaN.
+class Tanh {
+ public:
+  explicit Tanh(double tanh_scale)
+      : exponent_(2.0 * 1.44269504088896340736 * tanh_scale), high_(static_cast<float>(exponent_)),
+        low_(static_cast<float>(exponent_ - high_)), limit_(static_cast<float>(126.0 / exponent_)) {}
+
+  TanhParts operator()(vfloat x) const {
+    const vuint sign = (vuint)x & 0x80000000u;
+    vfloat size = (vfloat)((vuint)x & 0x7fffffffu);
+    size = size > limit_ ? broadcast(limit_) : size;  // and not at_most, which could lose a NaN
+    constexpr float kRound = 0x1.8p23f + 127.0f;  // as in Exp2
+    const vfloat shifted = multiply_add(size, broadcast(high_), broadcast(kRound)), n = shifted - kRound;
+    const vfloat power = (vfloat)((vuint)shifted << 23);
+    const vfloat f = remainder(size, n);
+    constexpr float kCoefficients[] = {6.931471825e-01f, 2.402264923e-01f, 5.550367385e-02f,  // of 2^f - 1, minimax in
+                                       9.618307464e-03f, 1.338738948e-03f, 1.538365614e-04f};  // relative error: 1.3e-8
+    vfloat p = broadcast(kCoefficients[5]);
+    for (int i = 4; i >= 0; --i) p = multiply_add(p, f, broadcast(kCoefficients[i]));
+    const vfloat m = multiply_add(power, p * f, power - 1.0f);
+    const vint is_small = m < 2.0f;
+    const vfloat q = (is_small ? m : broadcast(2.0f)) / (m + 2.0f);
+    const vuint whole = is_small ? vuint{} : (vuint)broadcast(1.0f) | sign;
+    const vuint part = (vuint)q ^ (is_small ? sign : sign ^ 0x80000000u);
+    return {(vfloat)whole, (vfloat)part};
+  }
+
+ private:
+  vfloat remainder(vfloat size, vfloat n) const {  // size * exponent - n
+    if constexpr (kFused) return multiply_add(size, broadcast(low_), multiply_add(size, broadcast(high_), -n));
+    const vdouble wide = __builtin_convertvector(size, vdouble) * exponent_ - __builtin_convertvector(n, vdouble);
+    return __builtin_convertvector(wide, vfloat);
+  }
+
+  double exponent_;
+  float high_, low_, limit_;
 };
 
 // Whether a t that is out of range shows in the result: infinity for t >= 128, NaN for -infinity, 0 for any other t

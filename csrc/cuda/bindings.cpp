@@ -82,7 +82,7 @@ void bind(py::module_& m) {
         OneRead arguments{};
         arguments.shape = {outer * inner, inner, vocab};
         arguments.in = {logits.view(), pointer<const int64_t>(token_ids), pointer<const bool>(mask),
-                        pointer<const float>(row_temperature), temperature, nullptr};
+                        pointer<const float>(row_temperature), temperature, nullptr, 0.0};
         arguments.out = {pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
         arguments.upstream = {pointer<const float>(grad_logprobs), nullptr, nullptr};
         arguments.common = {pointer<const float>(factor), pointer<const float>(counts), count_size};

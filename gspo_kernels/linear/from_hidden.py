@@ -154,16 +154,15 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
-        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        dtype = product_dtype(hidden, weight)
+        arrays = row_arrays(dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
         agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
-        arrays = row_arrays(token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
-    arguments = HeadArguments(
-        hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
-    )
+        arrays = row_arrays(dtype, token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
+    arguments = HeadArguments(hidden, weight, bias, *arrays, columns, dtype, chunk_bytes, backend, shard)
     if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
@@ -278,12 +277,11 @@ def linear_token_logprobs(
     with Agreement("hidden", hidden, head_ranks(hidden, weight, vocabulary)) as agreement:
         hidden, weight, bias, shard = shard_of_head(hidden, weight, bias, vocabulary)
         columns, chunk_bytes = check_head(hidden, weight, bias, token_ids, vocabulary.size, chunk_bytes, backend, shard)
-        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        dtype = product_dtype(hidden, weight)
+        arrays = row_arrays(dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend)
-    arguments = HeadArguments(
-        hidden, weight, bias, *arrays, columns, product_dtype(hidden, weight), chunk_bytes, backend, shard
-    )
+    arguments = HeadArguments(hidden, weight, bias, *arrays, columns, dtype, chunk_bytes, backend, shard)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 
 

@@ -222,7 +222,7 @@ def policy_loss(
             importance_weights=importance_weights, rollout_logprobs=rollout_logprobs, aggregation=aggregation,
             group_tokens=group_tokens, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        arrays = row_arrays(token_ids, batch.mask, temperature, logit_scale, softcap)
+        arrays = row_arrays(logits.dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
         rows = arrays.rows(logits, columns)
         chosen = choose(rows.logits, backend, rows.fields_set())
         agree_on_rows(agreement, arrays, columns, shard)
@@ -426,7 +426,7 @@ def token_logprobs(
     with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
         logits, shard = shard_of("logits", logits, -1, vocabulary)
         columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
-        arrays = row_arrays(token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
+        arrays = row_arrays(logits.dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         rows = arrays.rows(logits, columns)
         chosen = choose(rows.logits, backend, rows.fields_set())
         agree_on_rows(agreement, arrays, columns, shard)

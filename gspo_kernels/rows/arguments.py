@@ -12,7 +12,7 @@ from ..base.agreement import Agreement, fingerprint
 from ..base.layout import as_bool
 from ..base.scalars import run_time
 from .operators import check_ids_and_temperatures
-from .types import Rows
+from .types import Rows, stats_dtype
 from .vocab_shard import VocabShard
 
 
@@ -30,11 +30,16 @@ class RowArrays(NamedTuple):
         return Rows(of_rows, self.token_ids, self.mask, self.temperature, vocab_size, tanh_scale=self.tanh_scale)
 
 
-def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any, logit_scale: Any, softcap: Any) -> RowArrays:
+def row_arrays(
+    logits: torch.dtype, token_ids: Tensor, mask: Tensor | None, temperature: Any, logit_scale: Any, softcap: Any
+) -> RowArrays:
     """Checks temperature, logit_scale and softcap.
 
     With z the numbers whose softmax the probabilities are: z = logit_scale * x / temperature, or, with a softcap c,
     z = c tanh(logit_scale * x / c) / temperature. So a scale alone is part of the temperature, and so is a cap.
+
+    Args:
+        logits: their dtype.
     """
     of_head = "what the head's output is multiplied by"
     scale = checks.number("logit_scale", logit_scale, of_head, at_least=1e-6, at_most=1e6)
@@ -43,7 +48,7 @@ def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any, logit_s
         cap = checks.number("softcap", softcap, "the bound of the logits, or None", at_least=1e-3, at_most=1e6)
     cpu = torch.device("cpu")
     if isinstance(temperature, Tensor):
-        temperature = _as_rows(_temperatures(temperature, token_ids).float())
+        temperature = _as_rows(_temperatures(temperature, token_ids).double())
     else:
         temperature = checks.number(
             "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
@@ -53,9 +58,10 @@ def row_arrays(token_ids: Tensor, mask: Tensor | None, temperature: Any, logit_s
     tanh_scale = None
     if cap is not None:
         bound = run_time(cap, cpu)
-        temperature, tanh_scale = temperature / bound.to(temperature.dtype), run_time(scale, cpu) / bound
+        temperature, tanh_scale = temperature / bound, run_time(scale, cpu) / bound
     elif scale != 1.0:
-        temperature = temperature / run_time(scale, cpu).to(temperature.dtype)
+        temperature = temperature / run_time(scale, cpu)
+    temperature = temperature.to(stats_dtype(logits)) if temperature.ndim else temperature
     return RowArrays(
         _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature, tanh_scale
     )

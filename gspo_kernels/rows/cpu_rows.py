@@ -19,7 +19,7 @@ except ImportError as error:
     _unavailable_reason = why_missing(error)
 
 name = "native"
-honours: frozenset[str] = frozenset({"row_indices"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})
 has_kernels = True
 runs_stage_in_triton = False
 computes_slopes = False
@@ -99,7 +99,10 @@ def scale(values: Tensor, factor: Tensor) -> None:
 
 def _bind(rows: Rows) -> _native.Rows:
     """The rows as the kernels take them."""
-    return _native.Rows(**row_arguments(rows), **_memory(rows.logits), row_indices=address(rows.row_indices))
+    tanh_scale = 0.0 if rows.tanh_scale is None else float(rows.tanh_scale)
+    return _native.Rows(
+        **row_arguments(rows), **_memory(rows.logits), row_indices=address(rows.row_indices), tanh_scale=tanh_scale
+    )
 
 
 def _memory(logits: Tensor) -> dict[str, Any]:

@@ -23,7 +23,9 @@ class Rows(NamedTuple):
     logits: Tensor  # [outer, inner, columns], any strides
     token_ids: Tensor  # int64
     mask: Tensor | None  # bool; rows that are False are not read. None: every row is active
-    temperature: Tensor  # what logits are divided by: fp32 per row, or one number, 0-d fp64 on the CPU
+    temperature: (
+        Tensor  # what logits are divided by: fp32 (fp64 for fp64 logits) per row, or one number, 0-d fp64 on the CPU
+    )
     vocab_size: int  # columns from this one on are padding: they are not read, and their gradient is 0
     row_indices: Tensor | None = None  # int64, for `backward` alone: row i is logits[0, row_indices[i]]
     tanh_scale: Tensor | None = None  # 0-d fp64 on the CPU: tanh(tanh_scale * logit) is what the temperature divides

@@ -77,9 +77,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "token weights": ({"weights": "token"}, {}),
     "temperature": ({"temperature": 0.7}, {}),
     "temperature by token": ({"temperature": "token"}, {}),
+    "logit scale": ({"logit_scale": 0.4}, {}),
+    "softcap": ({"softcap": 4.0}, {}),
+    "softcap, on-policy": ({"softcap": 3.0, "logit_scale": 0.5, "on_policy": True}, {}),
     "on-policy": ({"on_policy": True}, {}),
     "all": (
-        {"ref": True, "weights": "token", "temperature": "token"},
+        {"ref": True, "weights": "token", "temperature": "token", "softcap": 5.0, "logit_scale": 0.8},
         {"beta": 0.05, "entropy_coef": 0.01, "dual_clip": 3.0, "aggregation": "sequence_sum", "normalizer": 7},
     ),
     "all, on-policy": (

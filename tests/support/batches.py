@@ -137,6 +137,8 @@ class Batch:
     group_tokens: Tensor | None = None  # [S]
     weights: Tensor | None = None  # [S], or [N] where weights_by_token
     temperature: float | Tensor = 1.0  # or [N]
+    logit_scale: float = 1.0
+    softcap: float | None = None
     by_token: bool = False
     weights_by_token: bool = False
     padding: int = 1  # columns beyond the longest sequence, in the padded layout
@@ -149,11 +151,15 @@ class Batch:
     def temperature_of(self, row: int) -> float:
         return float(self.temperature[row]) if isinstance(self.temperature, Tensor) else self.temperature
 
+    def logits_of(self, row: int) -> list[float]:
+        """As the temperature divides them: scaled and capped."""
+        return oracle.of_model(self.logits[row].tolist(), self.logit_scale, self.softcap)
+
     @functools.cached_property
     def rows(self) -> list[oracle.Row]:
         """The oracle's statistics; zeros where masked."""
         return [
-            oracle.row_statistics(self.logits[t].tolist(), int(self.token_ids[t]), self.temperature_of(t))
+            oracle.row_statistics(self.logits_of(t), int(self.token_ids[t]), self.temperature_of(t))
             if self.mask[t]
             else oracle.Row(0.0, 0.0, 0.0)
             for t in range(len(self.mask))
@@ -216,6 +222,8 @@ def ragged_batch(
     groups: bool = False,
     weights: str | None = None,
     temperature: float | str = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     eps_low: float | None = None,
     eps_high: float | None = None,
     logits: Tensor | None = None,
@@ -271,6 +279,7 @@ def ragged_batch(
         sign_of = torch.tensor([rng.choice([-1.0, 0.0, 1.0, 1.0, -1.0]) for _ in range(n)], dtype=wide)
     magnitude = torch.rand(len(sign_of), generator=generator) * 1.5 + 0.5
     batch = Batch(logits.to(dtype), token_ids, mask, list(lengths), sign_of * magnitude.to(wide), by_token=by_token)
+    batch.logit_scale, batch.softcap = logit_scale, softcap
     if temperature == "token":
         batch.temperature = torch.rand(n, generator=generator) * 1.5 + 0.5
     else:
@@ -317,7 +326,7 @@ def make_possible(batch: Batch, wanted: Tensor, units: Sequence[range]) -> None:
             if total >= sum(batch.rows[u].logprob - ROUNDED_UP for u in kept):
                 break
             batch.token_ids[t] = batch.logits[t].double().argmin()
-            row = batch.logits[t].tolist(), int(batch.token_ids[t]), batch.temperature_of(t)
+            row = batch.logits_of(t), int(batch.token_ids[t]), batch.temperature_of(t)
             batch.rows[t] = oracle.row_statistics(*row)
         least = torch.tensor([batch.rows[t].logprob - ROUNDED_UP for t in kept], dtype=torch.float64)
         found = torch.maximum(wanted[kept], least)
@@ -415,6 +424,10 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         "importance_weights": either(batch.weights, math.inf, batch.weights_by_token),
         "temperature": lay(batch.temperature, 1.0),
     }
+    if batch.logit_scale != 1.0:
+        keywords["logit_scale"] = batch.logit_scale
+    if batch.softcap is not None:
+        keywords["softcap"] = batch.softcap
     if batch.rollout_logprobs is not None:
         keywords["rollout_logprobs"] = lay(batch.rollout_logprobs, math.nan)
     if batch.group_tokens is not None:

@@ -76,14 +76,17 @@ def check_gradient(
     g_entropy, g_lse = g_entropy or zeros, g_lse or zeros
     for t in range(n):
         temperature, target = batch.temperature_of(t), int(batch.token_ids[t])
-        logits = batch.logits[t].tolist()
+        logits = batch.logits_of(t)
+        slopes = oracle.of_model_slope(batch.logits[t].tolist(), batch.logit_scale, batch.softcap)
+        by_output = torch.tensor(slopes, dtype=torch.float64)
         coefficients = g_logprob[t], g_entropy[t], g_lse[t]
         if not batch.mask[t] or (coefficients == (0, 0, 0) and not (g_error and g_error[t])):
             assert bool((gradient[t] == 0).all()), f"row {t} must be exactly zero, got {gradient[t]}"
             continue
         expected = torch.tensor(oracle.row_gradient(logits, target, temperature, *coefficients), dtype=torch.float64)
         row = batch.rows[t]
-        logp = batch.logits[t].double() / temperature - row.lse
+        expected *= by_output
+        logp = torch.tensor(logits, dtype=torch.float64) / temperature - row.lse
         logp[target] = row.logprob
         p = logp.exp()
         size = abs(g_logprob[t]) + abs(g_lse[t])
@@ -95,12 +98,15 @@ def check_gradient(
         bound[target] = own * (error + tol.number * abs(g_logprob[t]))
         bound[target] += tol.number * float(p[target]) * (abs(g_lse[t]) + float(entropy_part[target]))
         bound = (bound + digits * (size + abs(g_entropy[t])) * torch.where(everywhere == target, 1.0, p)) / temperature
+        bound *= by_output
         flushed = tol.tiny * max(1.0, (size + 100 * abs(g_entropy[t])) / temperature)  # p itself may have been
         bound += roundings * tol.store * expected.abs() + flushed
         actual, tail = gradient[t].double(), everywhere != target
         check_close(f"row {t}, target column", actual[target], expected[target], bound[target])
         check_close(f"row {t}, tail", actual[tail], expected[tail], bound[tail])
-        if g_lse[t] == 0:  # a constant added to the logits changes neither l nor H, so the row sums to zero
+        if (
+            g_lse[t] == 0 and batch.softcap is None
+        ):  # a constant added to the logits changes neither l nor H, so the row sums to zero
             slack = (2 * tol.number + roundings * tol.store) * float(actual.abs().sum()) + vocab * tol.tiny
             slack += tol.number * float((p * entropy_part).sum()) / temperature + float(bound[target])
             check_number(f"row {t}, its sum", float(actual.sum()), 0.0, slack)

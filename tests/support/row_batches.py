@@ -47,7 +47,10 @@ def check_batch(batch: Batch, backend: str, upstream: list[str] | None = None) -
     leaf = on_device(batch.logits.clone()).requires_grad_()
     mask = None if bool(batch.mask.all()) else on_device(batch.mask)
     temperature = on_device(batch.temperature) if isinstance(batch.temperature, Tensor) else batch.temperature
-    out = token_logprobs(leaf, on_device(batch.token_ids), temperature=temperature, mask=mask, backend=backend)
+    out = token_logprobs(
+        leaf, on_device(batch.token_ids), temperature=temperature, logit_scale=batch.logit_scale, softcap=batch.softcap,
+        mask=mask, backend=backend,
+    )  # fmt: skip
     assert (out.logprobs.dtype, out.entropy.dtype, out.lse.dtype) == (precise, precise, torch.float64)
     check_rows(out.logprobs, out.entropy, out.lse, batch.rows, tol)
     varied = on_device(torch.linspace(0.5, -1.5, len(leaf)).to(precise))  # no two rows, nor signs, alike
