@@ -45,39 +45,46 @@ from .triton_tanh import above_pivot_and_derivative, level_of, pivot_near, steep
 
 
 @triton.jit
-def coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo, scale, source, vocab, target,
-                 tanh_hi, tanh_lo, PTX: tl.constexpr):  # fmt: skip
-    """(base, constant, slope, scale, pivot, at the target): for every column but the target, with t = x scale - base,
+def coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo, scale):
+    """(base, constant, slope, target): for every column but the target, with t = x scale - base,
 
         dL/dx = 2^t (constant + slope t),
 
     where `base` is the row's lse in base 2, rounded; the coefficients contain its rounding error.
-
-    With a cap, see triton_tanh.py, t = (E - P) / (E + 1) scale - base, where base is relative to the pivot P, and dL/dx
-    has another factor, E / (E + 1)^2. Where the gradient is written over the logits, a thread may read the target's
-    after another one has written there, but then it does not write that column.
     """
     base, lost = scale_pair(lse_hi, lse_lo, LOG2E_HI, LOG2E_LO)
     base = tl.where(base == -INFINITY, float("nan"), base)  # a row of -inf, which `widen` may have made finite
-    pivot = 0.0
-    if tanh_hi is not None:
-        pivot = pivot_near(((lse_hi - entropy) + lse_lo) / (scale * LN2_HI))  # of the mean logit
-        level_hi, level_lo = level_of(pivot, scale)
-        base, lost = add_pairs(base, lost, -level_hi, -level_lo)
     factor = exp2_pair(-lost, 0.0) * (scale * LN2_HI)
     constant = factor * (g_lse - g_logprob - g_entropy * (entropy - lost * LN2_HI))
     p = exp(logprob)
     through_p = tl.where(p > 0.0, p * (g_lse - g_entropy * (logprob + entropy)), 0.0)
-    at_target = (through_p - g_logprob * expm1(logprob)) * (scale * LN2_HI)
-    slope = -factor * g_entropy * LN2_HI
-    if tanh_hi is not None:
-        tanh_scale = tanh_hi * (0.5 * LN2_HI)
-        logit = tl.load(source + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
-        _, _, derivative = tanh_pair(logit, tanh_hi, tanh_lo)
-        at_target *= derivative * tanh_scale
-        constant, slope = constant * (4.0 * tanh_scale), slope * (4.0 * tanh_scale)
-        scale = steepness(pivot, scale, PTX)
-    return base, constant, slope, scale, pivot, tl.where(tl.abs(at_target) < TINY, 0.0, at_target)
+    target = (through_p - g_logprob * expm1(logprob)) * (scale * LN2_HI)
+    return base, constant, -factor * g_entropy * LN2_HI, tl.where(tl.abs(target) < TINY, 0.0, target)
+
+
+@triton.jit
+def cap_coefficients(base, constant, slope, at_target, entropy, lse_hi, lse_lo, scale, source, vocab, target, tanh_hi,
+                     tanh_lo, PTX: tl.constexpr):  # fmt: skip
+    """(base, constant, slope, target, scale, pivot) of a row with a cap, from what `coefficients` returned:
+
+        dL/dx = 2^t (constant + slope t) E / (E + 1)^2,    t = (E - P) / (E + 1) scale - base,
+
+    see triton_tanh.py. The pivot P belongs to the row's mean logit, about which most of the probability is.
+
+    Where the gradient is written over the logits, a thread may read the target's logit after another thread has
+    replaced it. Then that other thread is the one that writes the target's column.
+    """
+    pivot = pivot_near(((lse_hi - entropy) + lse_lo) / (scale * LN2_HI))
+    level_hi, level_lo = level_of(pivot, scale)
+    base, lost = add_pairs(base, 0.0, -level_hi, -level_lo)
+    tanh_scale = tanh_hi * (0.5 * LN2_HI)
+    factor = exp2_pair(-lost, 0.0) * (4.0 * tanh_scale)
+    constant, slope = factor * (constant - slope * lost), factor * slope
+    logit = tl.load(source + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
+    _, _, derivative = tanh_pair(logit, tanh_hi, tanh_lo)
+    at_target *= derivative * tanh_scale
+    at_target = tl.where(tl.abs(at_target) < TINY, 0.0, at_target)
+    return base, constant, slope, at_target, steepness(pivot, scale, PTX), pivot
 
 
 @triton.jit
@@ -100,7 +107,7 @@ def gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE:
 
 
 @triton.jit
-def write_gradient(source, destination, vocab, target, base, constant, slope, scale, pivot, at_target, tanh_hi,
+def write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, pivot, tanh_hi,
                    tanh_lo, skip, SLOPE: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
                    PTX: tl.constexpr):  # fmt: skip
     """Writes a row's gradient: a head up to a 16-byte boundary of `destination`, a body of whole accesses, a tail.
@@ -228,22 +235,26 @@ def backward_kernel(
         s, error = scale_of(row, temperature, scale, scale_error)
         hi, lo, power = saved_lse(tl.load(lses + row))
         h = tl.load(entropies + row)
-        logprob = tl.load(logprobs + row)
+        base, constant, slope, at_target = coefficients(
+            g_logprob, g_entropy, g_lse, tl.load(logprobs + row), h, hi, lo, s
+        )
         if row_indices is None:
             source = row_pointer(logits, row, inner, outer_stride, inner_stride)
         else:
             source = logits + tl.load(row_indices + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
-        base, constant, slope, steep, pivot, at_target = coefficients(
-            g_logprob, g_entropy, g_lse, logprob, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
-        )
+        pivot = 0.0
+        if tanh_hi is not None:
+            base, constant, slope, at_target, s, pivot = cap_coefficients(
+                base, constant, slope, at_target, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
+            )
         if is_far(hi, power, tanh_hi):
             largest_logit = largest_logit_of(hi, lo, power, h, s, error)
             write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, h, s, LANES)
         else:
             write_gradient(
-                source, destination, vocab, target, base, constant, slope, steep, pivot, at_target, tanh_hi, tanh_lo,
-                0, SLOPE, REPEAT, LANES, WIDTH, PTX,
+                source, destination, vocab, target, base, constant, slope, at_target, s, pivot, tanh_hi, tanh_lo, 0,
+                SLOPE, REPEAT, LANES, WIDTH, PTX,
             )  # fmt: skip
     else:
         write_zeros(destination, vocab, BLOCK, WIDTH)

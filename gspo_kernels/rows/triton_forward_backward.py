@@ -8,7 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward import coefficients, common_factor, gradient_of, upstream_of, write_gradient, write_zeros
+from .triton_backward import (
+    cap_coefficients,
+    coefficients,
+    common_factor,
+    gradient_of,
+    upstream_of,
+    write_gradient,
+    write_zeros,
+)
 from .triton_columns import block_start, first_block, is_active, phase_of, row_kernel, row_pointer, scale_of
 from .triton_far import is_far, largest_logit_of, write_far
 from .triton_forward import statistics, store_statistics
@@ -101,20 +109,23 @@ def forward_backward_kernel(
         )
         store_statistics(row, logprob, h, hi, lo, power, logprobs, entropies, lses)
         if g_logprob != 0.0:
-            base, constant, slope, steep, pivot, at_target = coefficients(
-                g_logprob, 0.0, 0.0, logprob, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
-            )
+            base, constant, slope, at_target = coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
+            pivot = 0.0
+            if tanh_hi is not None:
+                base, constant, slope, at_target, s, pivot = cap_coefficients(
+                    base, constant, slope, at_target, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
+                )
             if is_far(hi, power, tanh_hi):
                 largest_logit = largest_logit_of(hi, lo, power, h, s, error)
                 write_far(source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, s, LANES)
             else:
                 write_gradient(
-                    source, destination, vocab, target, base, constant, slope, steep, pivot, at_target, tanh_hi,
+                    source, destination, vocab, target, base, constant, slope, at_target, s, pivot, tanh_hi,
                     tanh_lo, skip, False, REPEAT, LANES, WIDTH, PTX,
                 )  # fmt: skip
                 if KEPT > 0 and NARROW:
                     _write_kept(
-                        kept, there, destination, hole, base, constant, steep, pivot, tanh_hi, tanh_lo, KEPT, BLOCK,
+                        kept, there, destination, hole, base, constant, s, pivot, tanh_hi, tanh_lo, KEPT, BLOCK,
                         WIDTH, PTX,
                     )  # fmt: skip
         else:
