@@ -91,14 +91,17 @@ class Again {
   const Vector* vectors_;
 };
 
-// The sums of a thread's share: kGroup vectors at a time; one by one at the end and, with `Again`, in the group that
-// has the target, which is left out. (`Resident` has replaced it by -inf already.)
-template <bool kBounded, class T, class Source>
-__device__ __forceinline__ RunningSums sums_of(const Slice<T>& slice, const Source& source, float scale) {
+// The sums of a thread's share, by `add`: kGroup vectors at a time; one by one at the end and in the group that has the
+// target, which is left out. (Of uncapped logits `Resident` has replaced the target by -inf already.) `add` is told, as
+// bits, which columns of a vector do not count; they are -inf there, of which capped logits may have others.
+template <class Running, class T, class Source, class Add>
+__device__ __forceinline__ Running sums_of(const Slice<T>& slice, const Source& source, const Add& add) {
   constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
-  RunningSums sums;
+  constexpr int kWidth = Columns<T>::kWidth;
+  constexpr bool kFindsTarget = !Source::kResident || Running::kCapped;
+  Running sums;
   const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
-  const int of_target = Source::kResident ? -1 : slice.vector_of_target() - slice.span.first;
+  const int of_target = kFindsTarget ? slice.vector_of_target() - slice.span.first : -1;
   int v = begin, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
 #pragma unroll 1
   for (int part = 0; part < 2; ++part, stop = last) {
@@ -107,52 +110,18 @@ __device__ __forceinline__ RunningSums sums_of(const Slice<T>& slice, const Sour
       Vector group[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) group[k] = source.whole(v + k * kThreads);
-      sums.add<kBounded, T>(group, scale);
+      add(sums, group, 0u);
     }
     const int one_by_one = min(stop + kStride, last);
 #pragma unroll 1
     for (; v < one_by_one; v += kThreads) {
       Vector one[1] = {source.whole(v)};
-      if (!Source::kResident && v == slice.vector_of_target()) slice.leave_out_target(one[0]);
-      sums.add<kBounded, T>(one, scale);
-    }
-  }
-  if (threadIdx.x < 2) {
-    const int at_edge = slice.span.edge(threadIdx.x);
-    if (at_edge >= 0) {
-      const Vector one[1] = {slice.edge(at_edge, slice.target)};
-      sums.add<kBounded, T>(one, scale);
-    }
-  }
-  return sums;
-}
-
-// The same of capped logits. There -inf is a logit like others, so a column that is left out is told by its number.
-template <class T, class Source>
-__device__ __forceinline__ CappedSums sums_of(const Slice<T>& slice, const Source& source, float scale,
-                                              const TanhCap& cap) {
-  constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kWidth = Columns<T>::kWidth;
-  constexpr int kStride = kGroup * kThreads;
-  CappedSums sums;
-  const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
-  const int of_target = slice.vector_of_target() - slice.span.first;
-  int v = begin, stop = slice.target < 0 || of_target < 0 ? last : begin + of_target / kStride * kStride;
-#pragma unroll 1
-  for (int part = 0; part < 2; ++part, stop = last) {
-    const int whole_groups = min(stop, last - (kGroup - 1) * kThreads);
-    for (; v < whole_groups; v += kStride) {
-      Vector group[kGroup];
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) group[k] = source.whole(v + k * kThreads);
-      sums.add<T>(group, scale, cap);
-    }
-    const int one_by_one = min(stop + kStride, last);
-#pragma unroll 1
-    for (; v < one_by_one; v += kThreads) {
-      Vector one[1] = {source.whole(v)};
-      const bool has_target = v == slice.vector_of_target();
-      if (has_target) slice.leave_out_target(one[0]);
-      sums.add<T>(one, scale, cap, has_target ? 1u << (slice.span.phase + slice.target) % kWidth : 0u);
+      unsigned left_out = 0;
+      if (kFindsTarget && v == slice.vector_of_target()) {
+        slice.leave_out_target(one[0]);
+        left_out = 1u << (slice.span.phase + slice.target) % kWidth;
+      }
+      add(sums, one, left_out);
     }
   }
   if (threadIdx.x < 2) {
@@ -164,10 +133,26 @@ __device__ __forceinline__ CappedSums sums_of(const Slice<T>& slice, const Sourc
         const int column = slice.span.column(at_edge, i);
         if (column < 0 || column >= slice.columns || column == slice.target) left_out |= 1u << i;
       }
-      sums.add<T>(one, scale, cap, left_out);
+      add(sums, one, left_out);
     }
   }
   return sums;
+}
+
+// `kBounded`: some logit may be -inf.
+template <bool kBounded, class T, class Source>
+__device__ __forceinline__ RunningSums uncapped_sums(const Slice<T>& slice, const Source& source, float scale) {
+  return sums_of<RunningSums>(slice, source, [&](RunningSums& sums, const auto& vectors, unsigned) {
+    sums.add<kBounded, T>(vectors, scale);
+  });
+}
+
+template <class T, class Source>
+__device__ __forceinline__ CappedSums capped_sums(const Slice<T>& slice, const Source& source, float scale,
+                                                  const TanhCap& cap) {
+  return sums_of<CappedSums>(slice, source, [&](CappedSums& sums, const auto& vectors, unsigned left_out) {
+    sums.add<T>(vectors, scale, cap, left_out);
+  });
 }
 
 // The same where the largest logit of the share is known and RunningSums says that it is too far from 0.
@@ -390,12 +375,12 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
       [[maybe_unused]] const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
                            (warp == 0 && (span.edge(0) >= 0 || span.edge(1) >= 0));
       if constexpr (Cap::kCapped) {
-        sums = sums_of(task.slice, source, task.scale, cap).sums();
+        sums = capped_sums(task.slice, source, task.scale, cap).sums();
       } else {
         RunningSums running;
-        if (!bounded) running = sums_of<false>(task.slice, source, task.scale);
+        if (!bounded) running = uncapped_sums<false>(task.slice, source, task.scale);
         if (bounded || running.weighted != running.weighted)  // NaN comes of another logit of -inf, or of NaN
-          running = sums_of<true>(task.slice, source, task.scale);
+          running = uncapped_sums<true>(task.slice, source, task.scale);
         sums = running.too_far() ? ties_of(task.slice, source, running.largest) : running.sums(task.scale);
       }
     }

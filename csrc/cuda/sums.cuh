@@ -38,6 +38,7 @@ struct Sums {
 
 // A thread's sums while it adds columns to them, where t = x scale - top and top = largest scale, rounded.
 struct RunningSums {
+  static constexpr bool kCapped = false;
   static constexpr float kMost = 1e9f;  // beyond, the rounding of `top` is too coarse
 
   float top = -kMost, largest = -INFINITY, total = 0.0f, weighted = 0.0f;
@@ -81,6 +82,8 @@ struct RunningSums {
 // The same of capped logits, where t = (y - y_P) scale and the pivot P belongs to the largest logit. Every logit is as
 // good as a finite one.
 struct CappedSums {
+  static constexpr bool kCapped = true;
+
   float pivot = kLeastPower, total = 0.0f, weighted = 0.0f;
 
   // Bits of `left_out` are columns that do not count.
