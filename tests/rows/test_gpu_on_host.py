@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
     ),
     "no derivative of the cap": (
         {"e * r * r * row.constant": "0.25f * row.constant"},
-        "gradient is wrong: bfloat16, again, 2 clusters of 1, V = 601, shift 0, in place, capped",
+        "capped, row 0, column",
     ),
     "no derivative of the cap at the target": (
         {"tanh_scale * tanh_slope(tanh_scale * logit)": "tanh_scale"},
