@@ -151,13 +151,15 @@ def write_gradient(source, destination, vocab, target, base, constant, slope, at
                         ahead = tl.load(block_pointers(x_body + start, BLOCK, WIDTH, PTX))
                         ahead = bounded_columns(ahead, tanh_hi, PTX, READ)
                         g = gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE, PTX, READ)
-                        tl.store(here, narrow(g, DTYPE))
+                        g = narrow(g, DTYPE)
+                        tl.store(here, g)
             else:
                 for i in range(0, plain - skip):
                     start = block_start(plain - 1 - i, hole, BLOCK)
                     x = widen_loaded(tl.load(column_pointers(x_body + start, at, WIDTH, ALIGNED)), tanh_hi, PTX)
                     g = gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE, PTX, READ)
-                    tl.store(column_pointers(g_body + start, at, WIDTH, True), narrow(g, DTYPE))
+                    g = narrow(g, DTYPE)
+                    tl.store(column_pointers(g_body + start, at, WIDTH, True), g)
 
     column, there = edges(head, body, vocab, WIDTH)
     x = tl.load(source + column, mask=there, other=0).to(tl.float32)

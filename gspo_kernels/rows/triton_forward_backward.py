@@ -65,7 +65,8 @@ def _write_kept(kept, there, destination, hole, base, constant, scale, pivot, ta
         else:
             x = within_cap(kept.to(tl.float32), tanh_hi)
         g = gradient_of(x, base, constant, 0.0, scale, pivot, tanh_hi, tanh_lo, False, PTX, DTYPE)
-        tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), narrow(g, DTYPE))
+        g = narrow(g, DTYPE)
+        tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g)
 
 
 @row_kernel()

@@ -130,9 +130,10 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "capped, row 0, column",
     ),
     "a capped logit rounded to float": (
-        {"return e.minus(pivot) * reciprocal(e.minus(-1.0f));":
-         "return ((1.0f - 2.0f * reciprocal(e.value() + 1.0f)) - (1.0f - 2.0f * reciprocal(pivot + 1.0f))) * 0.5f * "
-         "(pivot + 1.0f);"},
+        {
+            "return e.minus(pivot) * reciprocal(e.minus(-1.0f));": "return ((1.0f - 2.0f * reciprocal(e.value() + 1.0f)) - (1.0f - 2.0f * reciprocal(pivot + 1.0f))) * 0.5f * "
+            "(pivot + 1.0f);"
+        },
         "logprob is wrong: bfloat16",
     ),
     "E rounded before the pivot is subtracted": (
