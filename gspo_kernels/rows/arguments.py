@@ -167,8 +167,8 @@ def agree_on_rows(agreement: Agreement, arrays: RowArrays, vocab: int, shard: Vo
         "token_ids (how many)": token_ids.numel(),
         "mask": fingerprint(counted),
         "token_ids": fingerprint(token_ids, mask),
+        "softcap (as logit_scale / softcap)": None if tanh_scale is None else float(tanh_scale),
         "temperature (with logit_scale and softcap)": fingerprint(by_row, mask),
-        "logit_scale / softcap": None if tanh_scale is None else float(tanh_scale),
     }
     agreement.same(rows, over=group)
 

@@ -59,7 +59,12 @@ def check_both(compiled: Callable[..., Any], eager: Callable[..., Any], *given: 
 CASES: dict[str, dict[str, Any]] = {
     "off-policy": {},
     "on-policy": {"build": {"on_policy": True}},
-    "all": {"build": {"ref": True, "temperature": "token"}, "beta": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0},
+    "all": {
+        "build": {"ref": True, "temperature": "token", "softcap": 6.0},
+        "beta": 0.1,
+        "entropy_coef": 0.01,
+        "dual_clip": 3.0,
+    },
 }
 
 

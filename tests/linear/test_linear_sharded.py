@@ -48,7 +48,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None, tuple[str,
     "on-policy": ({"bias": True, "on_policy": True, "weights": "token"}, {}, 2, ALL),
     "on-policy with a bonus": ({"on_policy": True}, {"entropy_coef": 0.01}, 2, ALL),
     "all terms": (
-        {"seed": 56, "bias": True, "ref": True, "weights": "token", "temperature": "token"},
+        {"seed": 56, "bias": True, "ref": True, "weights": "token", "temperature": "token", "softcap": 5.0},
         {"beta": 0.05, "kl_weighting": "ratio", "entropy_coef": 0.01, "aggregation": "token_mean"}, 2, ALL,
     ),
     "frozen head": ({"weights": "sequence"}, {"aggregation": "sequence_sum", "normalizer": 7.5}, 1, ("hidden",)),

@@ -23,6 +23,34 @@ from torch import Tensor
 pytestmark = DEFAULT_MODE
 
 
+class Cap(torch.autograd.Function):
+    """The logits of a model from its head's outputs, c tanh(s x / c); some of it broken."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, logit_scale: float, softcap: float, bug: str) -> Tensor:
+        ctx.save_for_backward(outputs)
+        ctx.options = logit_scale, softcap, bug
+        if bug == "scaled after the cap":
+            return logit_scale * softcap * torch.tanh(outputs.double() / softcap)
+        tanh = torch.tanh(outputs.double() * (logit_scale / softcap))
+        if bug == "an approximate tanh":  # as good as a GPU's instruction
+            tanh = tanh * (1 + 2.0**-11)
+        return softcap * tanh
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (outputs,), (logit_scale, softcap, bug) = ctx.saved_tensors, ctx.options
+        u = outputs.double() * (logit_scale / softcap)
+        slope = 1 / torch.cosh(u).square()
+        if bug == "slope of the cap left out":
+            slope = torch.ones_like(slope)
+        if bug == "slope from a rounded tanh":
+            slope = (1 - torch.tanh(u).float().square()).double()
+        if bug == "scale left out of the slope":
+            slope = slope / logit_scale
+        return (gradient * slope * logit_scale).to(outputs.dtype), None, None, None
+
+
 class Rows(torch.autograd.Function):
     """logits [N, V] -> (l, H, lse), each [N] float64, and the vector-Jacobian product; some of them broken."""
 
@@ -284,7 +312,11 @@ def check_row_kernel(bug: str, dtype: torch.dtype = torch.float32, shift: float 
     batch.temperature = 0.7 if kind == "temperature" else 1.0
     leaf = batch.logits.clone().requires_grad_()
     temperature = torch.full((5,), batch.temperature).double()
-    out = Rows.apply(leaf, ids, batch.mask, temperature, bug)
+    logits = leaf
+    if kind == "capped":
+        batch.softcap, batch.logit_scale = 30.0, 12.0
+        logits = Cap.apply(leaf, batch.logit_scale, batch.softcap, bug)
+    out = Rows.apply(logits, ids, batch.mask, temperature, bug)
     tol = TOLERANCES[dtype]
     checks.check_rows(out[0].float(), out[1].float(), out[2], batch.rows, tol)
     for g in ([0.3, -1.0, 2.0, 1e-3, 0.5], [0.0] * 5, [0.0] * 5), ([0.0] * 5, [0.7] * 5, [0.0] * 5):
@@ -334,6 +366,11 @@ MUTANTS: dict[str, Check] = {
     "temperature divided twice": kernel(kind="temperature"),
     "entropy gradient sign": kernel(),
     "entropy gradient dropped": kernel(),
+    "scaled after the cap": kernel(kind="capped"),
+    "an approximate tanh": kernel(kind="capped"),
+    "slope of the cap left out": kernel(kind="capped"),
+    "slope from a rounded tanh": kernel(kind="capped"),
+    "scale left out of the slope": kernel(kind="capped"),
     "one percent in the tail": kernel(dtype=torch.bfloat16),
     "last column unwritten": kernel(),
     "subnormals not flushed": kernel(kind="wide"),

@@ -23,7 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "off-policy": ({}, {}),
     "on-policy": ({"on_policy": True}, {}),
     "all": (
-        {"ref": True, "weights": "token", "temperature": "token"},
+        {"ref": True, "weights": "token", "temperature": "token", "softcap": 5.0},
         {"beta": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0, "aggregation": "token_mean"},
     ),
 }

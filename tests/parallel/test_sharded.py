@@ -42,7 +42,7 @@ from gspo_kernels import policy_loss, policy_loss_from_logprobs, token_logprobs
 
 pytestmark = ranks.mark
 
-FULL = {"ref": True, "weights": "token", "temperature": "token"}
+FULL = {"ref": True, "weights": "token", "temperature": "token", "softcap": 6.0, "logit_scale": 0.8}
 TERMS = {"beta": 0.1, "entropy_coef": 0.02, "kl_estimator": "k2"}
 WEIGHTED = {"beta": 0.5, "kl_weighting": "ratio"}
 # build, options, upstream
@@ -345,8 +345,9 @@ def of_logprobs(rank: int, at: Grid, cases: Sequence[Case]) -> list[Found]:
     """In a rank: the loss from log-probabilities and entropies that are already there."""
 
     def function(logits: Tensor, token_ids: Tensor, *rest: Any, **keywords: Any) -> Any:
-        mask, temperature = keywords["mask"], keywords.pop("temperature")
-        three = token_logprobs(logits, token_ids, mask=mask, temperature=temperature)
+        names = ("temperature", "logit_scale", "softcap")
+        of_rows = {name: keywords.pop(name) for name in names if name in keywords}
+        three = token_logprobs(logits, token_ids, mask=keywords["mask"], **of_rows)
         objective = {"gspo": gspo_kernels.GSPO(), "ppo": gspo_kernels.PPO()}[case.objective]
         return policy_loss_from_logprobs(three.logprobs, *rest, **keywords, objective=objective, entropy=three.entropy)
 

@@ -320,6 +320,7 @@ TP = {
         to(mask=torch.arange(COUNT) > 0), "mask", "rank [01]", (1,), explained_by=(), functions=ALL
     ),
     "another temperature": Case(to(temperature=2.0), "temperature", "rank", (1,), explained_by=(), functions=ALL),
+    "another softcap": Case(to(softcap=30.0), "softcap", "None on rank 0", (1,), explained_by=(), functions=ALL),
     "other advantages": Case(another("advantages", 0, 3.0), "advantages", "rank", (1,), explained_by=()),
     "advantages of the other sign": Case(another("advantages", 0, -1.0), "advantages", "rank", (1,), explained_by=()),
     "other old_logprobs": Case(another("old_logprobs", 2, -9.0), "old_logprobs", "rank", (1,), explained_by=()),

@@ -256,6 +256,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             batch = rows(peaked(4, vocab).to(dtype), temperature=temperature)
             batch.mask[1] = vocab < 500
             check_batch(batch, "native", ["logprobs", "all"])
+            batch = rows((4 * peaked(4, vocab)).to(dtype), temperature=temperature)
+            batch.logits[2, : vocab // 2], batch.softcap = -torch.inf, 20.0
+            check_batch(batch, "native")
     logits = torch.linspace(-120, 60, 1001).repeat(4, 1)
     logits[1, :700] = -torch.inf
     check_batch(rows(logits.to(dtype), torch.tensor([1000, 1000, 0, 700])), "native", ["all"])

@@ -93,7 +93,10 @@ def check_gradient(
         error = tol.number * abs(g_logprob[t]) if g_error is None else g_error[t]
         digits = LSE_DIGITS[KERNELS] * (1 + abs(row.lse))  # log p and H are differences of numbers as large as lse
         entropy_part = torch.where(p > 0, logp.abs() + row.entropy, 0.0) * abs(g_entropy[t])
-        bound = p * (error + (tol.number + tol.argument * logp.abs().nan_to_num(posinf=0)) * (size + entropy_part))
+        exponent = logp.abs().nan_to_num(posinf=0)
+        if batch.softcap is not None:  # a tanh is good to a quarter of a unit in the last place of 1
+            exponent = exponent + batch.softcap / temperature / 4
+        bound = p * (error + (tol.number + tol.argument * exponent) * (size + entropy_part))
         own = -math.expm1(row.logprob)  # the target column's own size is 1 - p
         bound[target] = own * (error + tol.number * abs(g_logprob[t]))
         bound[target] += tol.number * float(p[target]) * (abs(g_lse[t]) + float(entropy_part[target]))

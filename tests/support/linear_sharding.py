@@ -189,7 +189,8 @@ def logprobs_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
     given = operands(rank, at, case, p, p.batch, at.row_indices(p.batch)[0], groups)
     args = arguments(p.batch, case.layout)
     keywords = {name: x for name, x in given.keywords.items() if name != "cp_group"}
-    keywords |= {name: args.keywords[name] for name in ("mask", "temperature")}
+    of_rows = ("mask", "temperature", "logit_scale", "softcap")
+    keywords |= {name: args.keywords[name] for name in of_rows if name in args.keywords}
     out = linear_token_logprobs(given.hidden, given.weight, args.rest[0], bias=given.bias, **keywords)
     if case.needs_grad:
         mixed(out).backward()
