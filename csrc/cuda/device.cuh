@@ -58,14 +58,15 @@ __device__ __forceinline__ float exp2_flushed(float x) {
 #endif
 }
 
+// Factors that are subnormal, and a product that would be, are 0.
 __device__ __forceinline__ float multiply_flushed(float x, float y) {
 #if defined(GSPO_PTX)
   float z;
   asm("mul.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 #else
-  const float z = x * y;
-  return std::fabs(z) < 0x1p-126f ? 0.0f * z : z;
+  const auto flushed = [](float one) { return std::fabs(one) < 0x1p-126f ? 0.0f * one : one; };
+  return flushed(flushed(x) * flushed(y));
 #endif
 }
 

@@ -20,9 +20,12 @@ using GradientOf = std::conditional_t<Cap::kCapped, CappedRowGradient, RowGradie
 
 __device__ __forceinline__ float gradient_of_number(float x, const CappedRowGradient& row, const TanhCap& cap) {
   const TanhCap::Power power = cap.power(x);
-  const float e = power.value(), r = rounded_reciprocal(e + 1.0f);
-  const float t = fmaf(power.minus(row.pivot) * r, row.scale, -row.base);
-  return multiply_flushed(exp2_flushed(t), e * r * r * row.constant);
+  const float e = power.value(), up = power.minus(row.pivot), down = power.minus(-1.0f);
+  const float r = reciprocal(down), q = up * r;
+  const float t = fmaf(fmaf(fmaf(-q, down, up), r, q), row.scale, -row.base);
+  // The derivative of tanh over 4; subnormal where the logit was changed to be within the cap.
+  const float derivative = fmaf(e * r, r, -kLeastPower);
+  return multiply_flushed(exp2_flushed(t), multiply_flushed(derivative, row.constant));
 }
 
 template <class T, class Row, class Cap>

@@ -19,7 +19,7 @@ struct NoCap {
   __device__ __forceinline__ float bounded(float x) const { return x; }
 };
 
-constexpr float kLeastPower = 0x1p-125f;  // of bounded logits
+constexpr float kLeastPower = 0x1p-125f;  // of bounded logits, and about the least E / (E + 1)^2
 constexpr float kMostPivot = 0x1p60f;     // its y is 1 to all digits of a double
 
 struct TanhCap {
@@ -70,9 +70,11 @@ __device__ __forceinline__ float rounded_reciprocal(float x) {
   return fmaf(fmaf(-r, x, 1.0f), r, r);
 }
 
-// (y - y_P) scale is this times TanhCap::above.
+// (y - y_P) scale is this times TanhCap::above. Rounded once, for its error is one of every t.
 __device__ __forceinline__ float steepness(float pivot, float scale) {
-  return 2.0f * scale * rounded_reciprocal(pivot + 1.0f);
+  const float whole = pivot + 1.0f, part = pivot < 1.0f ? pivot - (whole - 1.0f) : 1.0f - (whole - pivot);
+  const float r = reciprocal(whole), q = 2.0f * scale * r;
+  return fmaf(fmaf(-q, whole, 2.0f * scale) - q * part, r, q);
 }
 
 // (y_P - y_Q) scale, where Q is a pivot of this steepness.

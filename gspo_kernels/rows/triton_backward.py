@@ -37,6 +37,7 @@ from .triton_math import (
     quotient,
     scale_pair,
     scaled_exp2,
+    scaled_exp2_twice,
     widen,
     widen_loaded,
     within_cap,
@@ -101,9 +102,9 @@ def gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE:
         above, derivative = above_pivot_and_derivative(x, pivot, tanh_hi, tanh_lo, PTX)
         t = fma(above, scale, -base)
         if SLOPE:
-            return scaled_exp2(t, derivative * fma(t, slope, constant), PTX)
+            return scaled_exp2_twice(t, derivative, fma(t, slope, constant), PTX)
         else:
-            return scaled_exp2(t, derivative * constant, PTX)
+            return scaled_exp2_twice(t, derivative, tl.zeros_like(t) + constant, PTX)
 
 
 @triton.jit

@@ -117,6 +117,16 @@ def scaled_exp2(t, factor, PTX: tl.constexpr):
 
 
 @triton.jit
+def scaled_exp2_twice(t, factor, other, PTX: tl.constexpr):
+    """2^t factor other, subnormals as zero, also where a factor is one."""
+    if PTX:
+        code: tl.constexpr = "{ .reg .f32 e; mul.ftz.f32 $0, $2, $3; ex2.approx.ftz.f32 e, $1; mul.ftz.f32 $0, $0, e; }"
+        return tl.inline_asm_elementwise(code, "=&f,f,f,f", [t, factor, other], tl.float32, True, 1)
+    else:
+        return scaled_exp2(t, tl.where(tl.abs(factor) < TINY, 0.0, factor) * other, PTX)
+
+
+@triton.jit
 def _larger_bf16(x, y):
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
 

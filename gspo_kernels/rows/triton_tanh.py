@@ -20,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import LN2_HI, LN2_LO, add_pairs, fma, quotient, scale_pair, two_product, two_sum, within_cap
+from .triton_math import LN2_HI, LN2_LO, TINY, add_pairs, fma, quotient, scale_pair, two_product, two_sum, within_cap
 
-LEAST_POWER = tl.constexpr(2.0**-125)  # of what `within_cap` returns
+LEAST_POWER = tl.constexpr(2.0**-125)  # of what `within_cap` returns, and about the least E / (E + 1)^2
 MOST_PIVOT = tl.constexpr(2.0**60)  # its y is 1 to all digits of a pair
 _SHIFT = tl.constexpr(1.5 * 2.0**23 + 127)  # added to n, it leaves n + 127 in the lowest bits
 
@@ -68,17 +68,24 @@ def above_pivot(x, pivot, tanh_hi, tanh_lo, PTX: tl.constexpr):
 
 @triton.jit
 def above_pivot_and_derivative(x, pivot, tanh_hi, tanh_lo, PTX: tl.constexpr):
-    """The same and E / (E + 1)^2."""
+    """The same, rounded once for the sake of far columns, and E / (E + 1)^2.
+
+    The latter is good to 4e-7 of itself, and less than 2^-126 where `within_cap` changed the logit.
+    """
     n, p = _power(x, tanh_hi, tanh_lo)
-    e = fma(n, p, n)
-    r = _reciprocal(e + 1.0, PTX)
-    return fma(n, p, n - pivot) * r, e * r * r
+    up, down = fma(n, p, n - pivot), fma(n, p, n + 1.0)
+    r = _about_reciprocal(down, PTX)
+    q = up * r
+    return fma(fma(-q, down, up), r, q), fma(fma(n, p, n) * r, r, -LEAST_POWER)
 
 
 @triton.jit
 def steepness(pivot, scale, PTX: tl.constexpr):
-    """(y - y_P) scale is this times `above_pivot`."""
-    return 2.0 * scale * _reciprocal(pivot + 1.0, PTX)
+    """(y - y_P) scale is this times `above_pivot`; rounded once, for its error is one of every t."""
+    whole, part = two_sum(pivot, 1.0)
+    r = _about_reciprocal(whole, PTX)
+    q = 2.0 * scale * r
+    return fma(fma(-q, whole, 2.0 * scale) - q * part, r, q)
 
 
 @triton.jit
@@ -134,4 +141,5 @@ def tanh_pair(x, tanh_hi, tanh_lo):
     down_hi, down_lo = two_sum(power, 1.0)
     down_hi, down_lo = add_pairs(down_hi, down_lo, power * p_hi, power * p_lo)
     y_hi, y_lo = _quotient_of_pairs(up_hi, up_lo, down_hi, down_lo)
-    return y_hi, y_lo, 4.0 * (fma(power, p_hi, power) / down_hi) / down_hi
+    derivative = fma(fma(power, p_hi, power) / down_hi, 1.0 / down_hi, -LEAST_POWER)
+    return y_hi, y_lo, 4.0 * tl.where(derivative < TINY, 0.0, derivative)

@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "block 0 reaches for block 1 of its cluster, which has not begun",
     ),
     "no derivative of the cap": (
-        {"e * r * r * row.constant": "0.25f * row.constant"},
+        {"multiply_flushed(derivative, row.constant)": "0.25f * row.constant"},
         "capped, row 0, column",
     ),
     "no derivative of the cap at the target": (
