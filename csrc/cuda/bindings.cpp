@@ -43,13 +43,13 @@ void bind(py::module_& m) {
   m.def("cuda_use_variant", &use_variant, py::arg("name"));
   m.def(
       "cuda_layout",
-      [](const std::string& dtype, int64_t vocab, int64_t rows, bool capped, int device) {
-        const Layout found = layout(dtype, vocab, rows, capped, device);
+      [](const std::string& dtype, int64_t vocab, int64_t rows, int device) {
+        const Layout found = layout(dtype, vocab, rows, device);
         return py::dict(py::arg("resident") = found.resident, py::arg("blocks") = found.blocks,
                         py::arg("clusters") = found.clusters, py::arg("threads") = found.threads,
                         py::arg("shared_bytes") = found.shared_bytes);
       },
-      py::kw_only(), py::arg("dtype"), py::arg("vocab"), py::arg("rows"), py::arg("capped") = false, py::arg("device"));
+      py::kw_only(), py::arg("dtype"), py::arg("vocab"), py::arg("rows"), py::arg("device"));
 
   using released = py::call_guard<py::gil_scoped_release>;
   py::class_<View>(m, "View", py::module_local()).def(py::init<uintptr_t, int64_t, int64_t>(), py::arg("address"),

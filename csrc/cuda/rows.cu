@@ -228,10 +228,10 @@ void use_variant(const std::string& name) {
   throw std::invalid_argument("name: expected a variant of this build, " + names + "; got '" + name + "'");
 }
 
-Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, bool capped, int device) {
+Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device) {
   make_current(device);
   return for_dtype(dtype, [&](auto t) {
-    return layout_of<decltype(t)>(vocab, rows, capped, device, *variant_in_use, "one_read, " + dtype);
+    return layout_of<decltype(t)>(vocab, rows, false, device, *variant_in_use, "one_read, " + dtype);
   });
 }
 

@@ -39,6 +39,11 @@ WIDEN_BF16 = tl.constexpr("""{
     shl.b32 $0, pair, 16;
     and.b32 $1, pair, 0xffff0000;
 }""")
+BOUND_BF16 = tl.constexpr("""{
+    .reg .b32 t;
+    max.NaN.bf16x2 t, $1, $2;
+    min.NaN.bf16x2 $0, t, $3;
+}""")
 JOIN_32 = tl.constexpr("""{
     .reg .pred two, one;
     .reg .b32 t;
@@ -159,8 +164,7 @@ def bounded_columns(x, tanh_hi, PTX: tl.constexpr, dtype: tl.constexpr):
     if PTX and dtype == tl.bfloat16 and tanh_hi is not None:
         half = (_cap_bound(tanh_hi).to(tl.int32, bitcast=True) >> 16) & 0x7FFF
         most = half | (half << 16)
-        code: tl.constexpr = "{ .reg .b32 t; max.NaN.bf16x2 t, $1, $2; min.NaN.bf16x2 $0, t, $3; }"
-        return tl.inline_asm_elementwise(code, "=r,r,r,r", [x, most | -0x7FFF8000, most], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(BOUND_BF16, "=r,r,r,r", [x, most | -0x7FFF8000, most], tl.int32, True, 1)
     elif PTX and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, -0x1F521F53], tl.int32, True, 1)
     else:
