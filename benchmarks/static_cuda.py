@@ -37,10 +37,11 @@ SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "rows.cu"
 NVCC_FLAGS = tuple((SOURCE.parent / "nvcc.options").read_text().split())
 
 BUDGETS = {"read": 6.0, "write": 6.0}  # instructions a column, of any dtype; "copy" has none
+BUDGETS_CAPPED = {"read": 28.0, "write": 28.0}  # with the tanh of a softcap
 
 
-def budget(kind: str, dtype: str) -> float:
-    return BUDGETS.get(kind, math.inf)
+def budget(kind: str, dtype: str, capped: bool = False) -> float:
+    return (BUDGETS_CAPPED if capped else BUDGETS).get(kind, math.inf)
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class Kernel:
     loops: tuple[str, ...]  # the hot loops they must have
     load: str  # the instruction by which "read" and "write" read a row
     targets: tuple[str, ...] = NVIDIA  # where they are launched
+    capped: bool = False  # whether the logits have a softcap
 
 
 CLUSTERS = ("sm_90", "sm_100")
 KERNELS = (
     Kernel("one_read", "Resident", ("copy", "read", "write"), "LDS", CLUSTERS),
     Kernel("one_read", "Again", ("read", "write"), "LDG"),
+    Kernel("one_read", "Resident", ("copy", "read", "write"), "LDS", CLUSTERS, capped=True),
+    Kernel("one_read", "Again", ("read", "write"), "LDG", capped=True),
 )
 
 TABLE = {  # a row's words: (kernel and word, its loop)
@@ -65,10 +69,13 @@ TABLE = {  # a row's words: (kernel and word, its loop)
     "its gradient": ("one_read, Resident", "write"),
     "statistics of a row, where there are no clusters": ("one_read, Again", "read"),
     "its gradient, the row read again": ("one_read, Again", "write"),
+    "with a softcap: statistics of a row out of shared memory": ("one_read, Resident capped", "read"),
+    "with a softcap: its gradient": ("one_read, Resident capped", "write"),
 }
 
 # ---- names
 
+_CAPS = {"NoCap": "", "TanhCap": "capped"}  # what a name says of them, behind its first word
 _DTYPES = {"BFloat16": "bf16", "Float16": "fp16", "float": "fp32"}
 _TOKEN = re.compile(r"L[a-z](?P<value>\d+)E|S[0-9A-Z]*_|(?P<length>\d+)|(?P<letter>\w)")
 
@@ -107,7 +114,9 @@ class Instance:
     def of(symbol: str, target: str) -> Instance:
         kernel, arguments = demangle(symbol)
         dtypes = [_DTYPES[word] for word in arguments if word in _DTYPES]
-        return Instance(kernel, tuple(w for w in arguments if w not in _DTYPES), dtypes[0] if dtypes else "", target)
+        words = [word for word in arguments if word not in _DTYPES and word not in _CAPS]
+        words[1:1] = [_CAPS[word] for word in arguments if _CAPS.get(word)]
+        return Instance(kernel, tuple(words), dtypes[0] if dtypes else "", target)
 
     @property
     def name(self) -> str:
@@ -116,7 +125,11 @@ class Instance:
     @property
     def row(self) -> Kernel | None:
         """Of the table."""
-        return next((row for row in KERNELS if row.name == self.kernel and row.word in self.words), None)
+        return next(
+            (row for row in KERNELS
+             if row.name == self.kernel and row.word in self.words and row.capped == ("capped" in self.words)),
+            None,
+        )  # fmt: skip
 
 
 # ---- figures
@@ -163,7 +176,7 @@ def read_kernel(listing: str, usage: dict[str, int], row: Kernel, dtype: str) ->
         listing,
         row.loops,
         lambda loop, kind: columns_of(loop, kind, dtype),
-        lambda kind: budget(kind, dtype),
+        lambda kind: budget(kind, dtype, row.capped),
         "vectors",
         EXCHANGES,
         check,
@@ -194,7 +207,8 @@ def read_cubin(listing: str, usages: dict[str, dict[str, int]], target: str) -> 
     for row in KERNELS:
         for dtype in ITEM_BYTES:
             if target in row.targets and (row, dtype) not in seen:
-                name = Instance(row.name, (row.word,), dtype, target).name
+                words = (row.word, "capped") if row.capped else (row.word,)
+                name = Instance(row.name, words, dtype, target).name
                 figures[name] = Figures(0, 0, problems=(f"not in {SOURCE.name}",))
     return figures
 

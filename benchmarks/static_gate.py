@@ -120,7 +120,7 @@ def markdown() -> list[str]:
 
 
 def _table(
-    compiler: str, measured: Measured, rows: dict[str, tuple[str, str]], budget: Callable[[str, str], float]
+    compiler: str, measured: Measured, rows: dict[str, tuple[str, str]], budget: Callable[[str, str, bool], float]
 ) -> str:
     lines = []
     for words, (kernel, kind) in rows.items():
@@ -129,7 +129,7 @@ def _table(
             name = re.compile(rf"{kernel}\b[^,]*, bf16, {target}")  # nvcc's have their numbers of threads, too
             found = [figures for known, figures in measured.figures.items() if name.fullmatch(known)]
             cells.append(f"{found[0].loops[kind].instructions:.1f} ({found[0].registers})" if found else "")
-        most = budget(kind, "bf16")
+        most = budget(kind, "bf16", "capped" in kernel)
         lines.append([*cells, f"{most:g}" if math.isfinite(most) else ""])
     return "\n".join(table([f"bf16, {compiler} {measured.version}", *NVIDIA, "budget"], lines))
 

@@ -36,6 +36,8 @@ CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
 BUDGETS = {"read": 8.0, "write": 7.0}
 # fp16 has no number low enough to stand for -inf at any temperature: one more instruction keeps 0 times -inf away.
 BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
+# With the tanh of a softcap, which takes two instructions more where no instruction bounds two logits at once.
+BUDGETS_CAPPED = {"read": 28.0, "write": 33.0}
 
 # Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a
 # kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
@@ -49,11 +51,15 @@ TABLE = {  # a row's words: (kernel and variant, its loop)
     "gradient with an entropy bonus": ("backward, everything", "write"),
     "on-policy, one launch: statistics": ("forward_backward, plain", "read"),
     "on-policy, one launch: gradient": ("forward_backward, plain", "write"),
+    "with a softcap: statistics of a row": ("forward, capped", "read"),
+    "with a softcap: gradient of a loss": ("backward, capped", "write"),
+    "with a softcap, on-policy, one launch: statistics": ("forward_backward, capped", "read"),
+    "with a softcap, on-policy, one launch: gradient": ("forward_backward, capped", "write"),
 }
 
 
-def budget(kind: str, dtype: str) -> float:
-    return (BUDGETS_FP16 if dtype == "fp16" else BUDGETS).get(kind, math.inf)
+def budget(kind: str, dtype: str, capped: bool = False) -> float:
+    return (BUDGETS_CAPPED if capped else BUDGETS_FP16 if dtype == "fp16" else BUDGETS).get(kind, math.inf)
 
 
 @cache
@@ -74,7 +80,8 @@ def prepare() -> str:
 ROW_TYPES = {
     "logits": "*T", "outer_stride": "i64", "inner_stride": "i64", "inner": "i32", "vocab": "i32", "token_ids": "*i64",
     "mask": "*u8", "temperature": "*fp32", "row_indices": "*i64", "scale": "fp32", "scale_error": "fp32",
-    "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64", "g_logprobs": "*fp32", "g_entropies": "*fp32",
+    "tanh_hi": "fp32", "tanh_lo": "fp32", "logprobs": "*fp32", "entropies": "*fp32", "lses": "*i64",
+    "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
     "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
     "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32",
@@ -102,8 +109,10 @@ class Variant:
     constants: dict[str, Any] = field(default_factory=dict)
     loops: tuple[str, ...] = ()  # the hot loops it must have
     objective: str = ""  # whose term is compiled in
+    capped: bool = False  # whether logits have a softcap
 
 
+_CAP = ("tanh_hi", "tanh_lo")
 _ROWS, _BF16 = ("mask", "temperature"), ("bf16",)
 _PLACED, _GRADIENTS = (*_ROWS, "row_indices"), ("g_entropies", "g_lses", "factor")
 _FP32 = {"logits": "*fp32"}  # out of a product, with a gradient in the dtype of its operands
@@ -127,6 +136,11 @@ VARIANTS = (
     Variant("backward", "linear", (*_ROWS, *_GRADIENTS), ("bf16", "fp16"), _FP32, loops=("write",)),
     Variant("forward_backward", "plain", _ROWS, loops=("read", "shifted", "write")),
     Variant("forward_backward", "masked", (), _BF16, loops=("read", "shifted", "write")),
+    Variant("forward", "capped", _ROWS, loops=("read", "shifted"), capped=True),
+    Variant("backward", "capped", (*_PLACED, "g_entropies", "g_lses"), loops=("write",), capped=True),
+    Variant("backward", "capped everything", ("row_indices",), _BF16, loops=("write",), capped=True),
+    Variant("backward", "capped linear", (*_ROWS, *_GRADIENTS), _BF16, _FP32, loops=("write",), capped=True),
+    Variant("forward_backward", "capped", _ROWS, loops=("read", "shifted", "write"), capped=True),
     Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
     Variant("sequence", "GSPO", (*_OPTIONAL[1:], *_KEPT), ("fp32",), objective="GSPO"),
     Variant("sequence", "GSPO on-policy", (*_UNKNOWN, *_OPTIONAL, *_KEPT), ("fp32",), objective="GSPO"),
@@ -203,7 +217,7 @@ def compile_kernel(job: Job) -> Any:
     options, constants = launch(job)
     types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}
-    constants |= dict.fromkeys(job.variant.absent)
+    constants |= dict.fromkeys(job.variant.absent if job.variant.capped else (*job.variant.absent, *_CAP))
     signature = {
         name: "constexpr" if name in constants else types[name].replace("T", job.dtype) for name in function.arg_names
     }
@@ -235,6 +249,7 @@ def read_sass(
     per_thread: int,
     read_bytes: int | None = None,
     allowed: int = 0,
+    capped: bool = False,
 ) -> tuple[dict[str, Hot], list[str]]:
     """The hot loops over whole blocks, without a mask; and what is wrong with the kernel.
 
@@ -255,7 +270,7 @@ def read_sass(
 
     # A lane keeps what it reads: shared memory is for exchanges.
     exchanges = (*EXCHANGES, "LDS", "STS")
-    hot, problems = read_loops(listing, kinds, columns, lambda kind: budget(kind, dtype), "blocks", exchanges)
+    hot, problems = read_loops(listing, kinds, columns, lambda kind: budget(kind, dtype, capped), "blocks", exchanges)
     inside, outside = spills(listing)
     if inside or outside > allowed:
         problems.append(f"{inside + outside} accesses to local memory, {inside} of them in loops: spills")
@@ -281,7 +296,7 @@ def measure(job: Job) -> Figures:
     read_bytes = ITEM_BYTES["fp32"] if job.variant.types.get("logits") == "*fp32" else None
     accesses, stack = SPILLS.get(job.variant.kernel, (0, 0))
     hot, problems = read_sass(
-        listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread, read_bytes, accesses
+        listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread, read_bytes, accesses, job.variant.capped
     )
     if usage["STACK"] > stack or usage["LOCAL"]:
         problems.append(f"{usage['STACK']} bytes of stack, {usage['LOCAL']} of local memory")

@@ -76,13 +76,13 @@ void bind(py::module_& m) {
   m.def(
       "cuda_one_read",
       [](const std::string& dtype, const View& logits, int64_t outer, int64_t inner, int64_t vocab, uintptr_t token_ids,
-         uintptr_t mask, double temperature, uintptr_t row_temperature, uintptr_t logprobs, uintptr_t entropy,
-         uintptr_t lse, uintptr_t grad_logprobs, uintptr_t factor, uintptr_t counts, int64_t count_size,
+         uintptr_t mask, double temperature, uintptr_t row_temperature, double tanh_scale, uintptr_t logprobs,
+         uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t factor, uintptr_t counts, int64_t count_size,
          const TokenSlope& slope, const View& gradient, uintptr_t tickets, int device, uintptr_t stream) {
         OneRead arguments{};
         arguments.shape = {outer * inner, inner, vocab};
         arguments.in = {logits.view(), pointer<const int64_t>(token_ids), pointer<const bool>(mask),
-                        pointer<const float>(row_temperature), temperature, nullptr, 0.0};
+                        pointer<const float>(row_temperature), temperature, nullptr, tanh_scale};
         arguments.out = {pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
         arguments.upstream = {pointer<const float>(grad_logprobs), nullptr, nullptr};
         arguments.common = {pointer<const float>(factor), pointer<const float>(counts), count_size};
@@ -93,9 +93,9 @@ void bind(py::module_& m) {
       },
       released(), py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"),
       py::arg("vocab"), py::arg("token_ids"), py::arg("mask"), py::arg("temperature"), py::arg("row_temperature"),
-      py::arg("logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("grad_logprobs"), py::arg("factor"),
-      py::arg("counts"), py::arg("count_size"), py::arg("slope"), py::arg("gradient"), py::arg("tickets"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("tanh_scale"), py::arg("logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("grad_logprobs"),
+      py::arg("factor"), py::arg("counts"), py::arg("count_size"), py::arg("slope"), py::arg("gradient"),
+      py::arg("tickets"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace gspo::gpu

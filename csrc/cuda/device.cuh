@@ -58,14 +58,51 @@ __device__ __forceinline__ float exp2_flushed(float x) {
 #endif
 }
 
+// Factors that are subnormal, and a product that would be, are 0.
 __device__ __forceinline__ float multiply_flushed(float x, float y) {
 #if defined(GSPO_PTX)
   float z;
   asm("mul.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 #else
-  const float z = x * y;
-  return std::fabs(z) < 0x1p-126f ? 0.0f * z : z;
+  const auto flushed = [](float one) { return std::fabs(one) < 0x1p-126f ? 0.0f * one : one; };
+  return flushed(flushed(x) * flushed(y));
+#endif
+}
+
+// 1 / x, off by at most a unit in the last place; 0 where it would be subnormal.
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(GSPO_PTX)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// From -bound to bound; NaN stays.
+__device__ __forceinline__ float bounded_number(float x, float bound) {
+#if defined(GSPO_PTX)
+  float y;
+  asm("{ .reg .f32 t; max.NaN.f32 t, %1, %2; min.NaN.f32 %0, t, %3; }" : "=f"(y) : "f"(x), "f"(-bound), "f"(bound));
+  return y;
+#else
+  return x < -bound ? -bound : x > bound ? bound : x;
+#endif
+}
+
+// The same of two bfloat16, by a bound that is one twice.
+__device__ __forceinline__ uint32_t bounded_pair(uint32_t x, uint32_t bound) {
+#if defined(GSPO_PTX)
+  uint32_t y;
+  asm("{ .reg .b32 t; max.NaN.bf16x2 t, %1, %2; min.NaN.bf16x2 %0, t, %3; }"
+      : "=r"(y) : "r"(x), "r"(bound | 0x80008000u), "r"(bound));
+  return y;
+#else
+  const float most = as_float(bound & 0xffff0000u);
+  const auto bounded = [&](uint32_t one) { return as_bits(bounded_number(as_float(one), most)); };
+  return bounded(x << 16) >> 16 | (bounded(x & 0xffff0000u) & 0xffff0000u);
 #endif
 }
 

@@ -2,20 +2,38 @@
 #pragma once
 
 #include "../row_math.h"
-#include "columns.cuh"
+#include "tanh.cuh"
 
 namespace gspo::gpu {
 
-__device__ __forceinline__ float gradient_of_number(float x, const RowGradient& row) {
+__device__ __forceinline__ float gradient_of_number(float x, const RowGradient& row, const NoCap&) {
   return multiply_flushed(exp2_flushed(fmaf(x, row.scale, -row.base)), row.constant);
 }
 
-template <class T>
-__device__ __forceinline__ Vector gradient_of_vector(const Vector& v, const RowGradient& row) {
+// With a cap, base and scale are relative to a pivot, and the constant has the factor 4 tanh_scale.
+struct CappedRowGradient : RowGradient {
+  float pivot;
+};
+
+template <class Cap>
+using GradientOf = std::conditional_t<Cap::kCapped, CappedRowGradient, RowGradient>;
+
+__device__ __forceinline__ float gradient_of_number(float x, const CappedRowGradient& row, const TanhCap& cap) {
+  const TanhCap::Power power = cap.power(x);
+  const float e = power.value(), up = power.minus(row.pivot), down = power.minus(-1.0f);
+  const float r = reciprocal(down), q = up * r;
+  const float t = fmaf(fmaf(fmaf(-q, down, up), r, q), row.scale, -row.base);
+  // The derivative of tanh over 4; subnormal where the logit was changed to be within the cap.
+  const float derivative = fmaf(e * r, r, -kLeastPower);
+  return multiply_flushed(exp2_flushed(t), multiply_flushed(derivative, row.constant));
+}
+
+template <class T, class Row, class Cap>
+__device__ __forceinline__ Vector gradient_of_vector(const Vector& v, const Row& row, const Cap& cap) {
   float x[Columns<T>::kWidth];
-  unpack(v, x, T{});
+  unpack<T>(v, x, cap);
 #pragma unroll
-  for (float& one : x) one = gradient_of_number(one, row);
+  for (float& one : x) one = gradient_of_number(one, row, cap);
   return packed(x, T{});
 }
 
@@ -34,16 +52,16 @@ __device__ __forceinline__ void write_edges(const Span<T>& to, int columns, T* g
 // `next`: the next row's slice, whose copy into the same buffer begins here; it and the gradient lie as this slice
 // does. A thread then reads its own vectors and edge only, so it may replace each one after it has read it, without a
 // barrier. Null: nothing is copied yet.
-template <int kThreads, class T, class Source>
-__device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Source& source, T* g,
-                                               const RowGradient& row, const Slice<T>* next) {
+template <int kThreads, class T, class Source, class Row, class Cap>
+__device__ __forceinline__ void write_gradient(const Slice<T>& slice, const Source& source, T* g, const Row& row,
+                                               const Cap& cap, const Slice<T>* next) {
   constexpr int kWidth = Columns<T>::kWidth;
   const Span<T> to(g, slice.columns);
   auto* const vectors = reinterpret_cast<Vector*>(g - to.phase);
   const int last = to.last;
-  const auto number = [&](int column) { return gradient_of_number(source.column(column), row); };
+  const auto number = [&](int column) { return gradient_of_number(cap.bounded(source.column(column)), row, cap); };
   if (to.phase == slice.span.phase) {
-    const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row)); };
+    const auto write = [&](int v, const Vector& x) { store(vectors + v, gradient_of_vector<T>(x, row, cap)); };
     [[maybe_unused]] const Vector* const from = next ? next->vectors() : nullptr;
     const auto replace = [&]([[maybe_unused]] int v) {  // after `write`, which uses what was read there
       if constexpr (Source::kResident) source.start_vector_if(next != nullptr, v, from);

@@ -51,23 +51,36 @@ struct Variant {
   struct Instance {
     Kernel kernel;
     size_t static_bytes;  // of shared memory
+  };
+  struct Instances {
+    Instance uncapped, capped;
   } of_float32, of_bfloat16, of_float16;
 
-  const Instance& instance(float) const { return of_float32; }
-  const Instance& instance(BFloat16) const { return of_bfloat16; }
-  const Instance& instance(Float16) const { return of_float16; }
+  const Instances& instances(float) const { return of_float32; }
+  const Instances& instances(BFloat16) const { return of_bfloat16; }
+  const Instances& instances(Float16) const { return of_float16; }
+
+  template <class T>
+  const Instance& instance(bool capped) const {
+    return capped ? instances(T{}).capped : instances(T{}).uncapped;
+  }
 };
 
-template <class T, int kThreads, int kBlocks>
+template <class T, class Cap, int kThreads, int kBlocks>
 constexpr Variant::Instance instance_of() {
   using Source = Resident<T, kThreads>;
-  return {&one_read<T, Source, kBlocks>, sizeof(Shared<T, Source>)};
+  return {&one_read<T, Source, Cap, kBlocks>, sizeof(Shared<T, Source, Cap>)};
+}
+
+template <class T, int kThreads, int kBlocks>
+constexpr Variant::Instances instances_of() {
+  return {instance_of<T, NoCap, kThreads, kBlocks>(), instance_of<T, TanhCap, kThreads, kBlocks>()};
 }
 
 template <int kThreads, int kBlocks>
 constexpr Variant variant(const char* name) {
-  return {name, kThreads, instance_of<float, kThreads, kBlocks>(), instance_of<BFloat16, kThreads, kBlocks>(),
-          instance_of<Float16, kThreads, kBlocks>()};
+  return {name, kThreads, instances_of<float, kThreads, kBlocks>(), instances_of<BFloat16, kThreads, kBlocks>(),
+          instances_of<Float16, kThreads, kBlocks>()};
 }
 
 // The first one is the default; the other is compiled only to be measured, and `cuda_use_variant` chooses it. The whole
@@ -84,8 +97,10 @@ constexpr Variant kVariants[] = {  // threads of a block, blocks on a multiproce
 std::atomic<const Variant*> variant_in_use{&kVariants[0]};
 
 template <class T>
-Kernel kernel_of(const Layout& layout, const Variant& variant) {
-  return layout.resident ? variant.instance(T{}).kernel : &one_read<T, Again<T, kThreadsAgain>, 1>;
+Kernel kernel_of(const Layout& layout, const Variant& variant, bool capped) {
+  using Source = Again<T, kThreadsAgain>;
+  if (layout.resident) return variant.instance<T>(capped).kernel;
+  return capped ? &one_read<T, Source, TanhCap, 1> : &one_read<T, Source, NoCap, 1>;
 }
 
 template <class T>
@@ -114,19 +129,19 @@ class Configuration {
 };
 
 template <class T>
-Layout choose(int64_t vocab, int device, const Variant& variant, const std::string& name) {
+Layout choose(int64_t vocab, bool capped, int device, const Variant& variant, const std::string& name) {
   const unsigned multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   const Layout again{false, 1, multiprocessors, kThreadsAgain, 0};
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9 || !attribute(cudaDevAttrClusterLaunch, device))
     return again;
   const size_t most =
-      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - variant.instance(T{}).static_bytes;
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - variant.instance<T>(capped).static_bytes;
   unsigned blocks = kFewestBlocks;
   while (blocks < kMostBlocks && buffer_bytes<T>(vocab, blocks) > kSlice) blocks *= 2;
   const size_t bytes = buffer_bytes<T>(vocab, blocks);
   if (bytes > most) return again;
   Layout layout{true, blocks, 1, variant.threads, bytes};
-  const Kernel kernel = kernel_of<T>(layout, variant);
+  const Kernel kernel = kernel_of<T>(layout, variant, capped);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), name);
   // So that several blocks fit a multiprocessor. The L1 cache gets what is left, and has little to do.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
@@ -140,13 +155,14 @@ Layout choose(int64_t vocab, int device, const Variant& variant, const std::stri
 }
 
 template <class T>
-Layout layout_of(int64_t vocab, int64_t rows, int device, const Variant& variant, const std::string& name) {
+Layout layout_of(int64_t vocab, int64_t rows, bool capped, int device, const Variant& variant,
+                 const std::string& name) {
   static std::mutex mutex;
-  static std::map<std::tuple<int64_t, int, const Variant*>, Layout> known;
+  static std::map<std::tuple<int64_t, bool, int, const Variant*>, Layout> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(vocab, device, &variant);
+  const auto key = std::make_tuple(vocab, capped, device, &variant);
   auto found = known.find(key);
-  if (found == known.end()) found = known.emplace(key, choose<T>(vocab, device, variant, name)).first;
+  if (found == known.end()) found = known.emplace(key, choose<T>(vocab, capped, device, variant, name)).first;
   Layout layout = found->second;
   if (rows < layout.clusters) layout.clusters = static_cast<unsigned>(rows);
   return layout;
@@ -155,9 +171,10 @@ Layout layout_of(int64_t vocab, int64_t rows, int device, const Variant& variant
 template <class T>
 void run(const OneRead& arguments, int device, cudaStream_t stream, const std::string& name) {
   const Variant& variant = *variant_in_use;
-  const Layout layout = layout_of<T>(arguments.shape.vocab, arguments.shape.rows, device, variant, name);
+  const bool capped = arguments.in.tanh_scale != 0.0;
+  const Layout layout = layout_of<T>(arguments.shape.vocab, arguments.shape.rows, capped, device, variant, name);
   const Configuration configuration(layout, stream);
-  check(cudaLaunchKernelEx(&configuration.value, kernel_of<T>(layout, variant), arguments), name);
+  check(cudaLaunchKernelEx(&configuration.value, kernel_of<T>(layout, variant, capped), arguments), name);
 }
 
 template <class F>
@@ -187,7 +204,7 @@ std::string unavailable_reason(int device) {
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
     error = cudaFuncGetAttributes(
-        &attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, 1>));
+        &attributes, reinterpret_cast<const void*>(&one_read<BFloat16, Again<BFloat16, kThreadsAgain>, NoCap, 1>));
   if (error == cudaSuccess) return "";
   (void)cudaGetLastError();
   return std::string("CUDA cannot load them: ") + cudaGetErrorString(error);
@@ -214,7 +231,7 @@ void use_variant(const std::string& name) {
 Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device) {
   make_current(device);
   return for_dtype(dtype, [&](auto t) {
-    return layout_of<decltype(t)>(vocab, rows, device, *variant_in_use, "one_read, " + dtype);
+    return layout_of<decltype(t)>(vocab, rows, false, device, *variant_in_use, "one_read, " + dtype);
   });
 }
 

@@ -91,14 +91,17 @@ class Again {
   const Vector* vectors_;
 };
 
-// The sums of a thread's share: kGroup vectors at a time; one by one at the end and, with `Again`, in the group that
-// has the target, which is left out. (`Resident` has replaced it by -inf already.)
-template <bool kBounded, class T, class Source>
-__device__ __forceinline__ RunningSums sums_of(const Slice<T>& slice, const Source& source, float scale) {
+// The sums of a thread's share, by `add`: kGroup vectors at a time; one by one at the end and in the group that has the
+// target, which is left out. (Of uncapped logits `Resident` has replaced the target by -inf already.) `add` is told, as
+// bits, which columns of a vector do not count; they are -inf there, of which capped logits may have others.
+template <class Running, class T, class Source, class Add>
+__device__ __forceinline__ Running sums_of(const Slice<T>& slice, const Source& source, const Add& add) {
   constexpr int kThreads = Source::kThreads, kGroup = Source::kGroup, kStride = kGroup * kThreads;
-  RunningSums sums;
+  constexpr int kWidth = Columns<T>::kWidth;
+  constexpr bool kFindsTarget = !Source::kResident || Running::kCapped;
+  Running sums;
   const int last = slice.span.last, begin = slice.span.first + static_cast<int>(threadIdx.x);
-  const int of_target = Source::kResident ? -1 : slice.vector_of_target() - slice.span.first;
+  const int of_target = kFindsTarget ? slice.vector_of_target() - slice.span.first : -1;
   int v = begin, stop = of_target < 0 ? last : begin + of_target / kStride * kStride;
 #pragma unroll 1
   for (int part = 0; part < 2; ++part, stop = last) {
@@ -107,24 +110,49 @@ __device__ __forceinline__ RunningSums sums_of(const Slice<T>& slice, const Sour
       Vector group[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) group[k] = source.whole(v + k * kThreads);
-      sums.add<kBounded, T>(group, scale);
+      add(sums, group, 0u);
     }
     const int one_by_one = min(stop + kStride, last);
 #pragma unroll 1
     for (; v < one_by_one; v += kThreads) {
       Vector one[1] = {source.whole(v)};
-      if (!Source::kResident && v == slice.vector_of_target()) slice.leave_out_target(one[0]);
-      sums.add<kBounded, T>(one, scale);
+      unsigned left_out = 0;
+      if (kFindsTarget && v == slice.vector_of_target()) {
+        slice.leave_out_target(one[0]);
+        left_out = 1u << (slice.span.phase + slice.target) % kWidth;
+      }
+      add(sums, one, left_out);
     }
   }
   if (threadIdx.x < 2) {
     const int at_edge = slice.span.edge(threadIdx.x);
     if (at_edge >= 0) {
       const Vector one[1] = {slice.edge(at_edge, slice.target)};
-      sums.add<kBounded, T>(one, scale);
+      unsigned left_out = 0;
+      for (int i = 0; i < kWidth; ++i) {
+        const int column = slice.span.column(at_edge, i);
+        if (column < 0 || column >= slice.columns || column == slice.target) left_out |= 1u << i;
+      }
+      add(sums, one, left_out);
     }
   }
   return sums;
+}
+
+// `kBounded`: some logit may be -inf.
+template <bool kBounded, class T, class Source>
+__device__ __forceinline__ RunningSums uncapped_sums(const Slice<T>& slice, const Source& source, float scale) {
+  return sums_of<RunningSums>(slice, source, [&](RunningSums& sums, const auto& vectors, unsigned) {
+    sums.add<kBounded, T>(vectors, scale);
+  });
+}
+
+template <class T, class Source>
+__device__ __forceinline__ CappedSums capped_sums(const Slice<T>& slice, const Source& source, float scale,
+                                                  const TanhCap& cap) {
+  return sums_of<CappedSums>(slice, source, [&](CappedSums& sums, const auto& vectors, unsigned left_out) {
+    sums.add<T>(vectors, scale, cap, left_out);
+  });
 }
 
 // The same where the largest logit of the share is known and RunningSums says that it is too far from 0.
@@ -203,12 +231,12 @@ __device__ __forceinline__ double coefficient_of(const Task<T>& task, double log
   return slope == 0.0 ? 0.0 : upstream * slope;
 }
 
-template <class T, class Source>
+template <class T, class Source, class Cap>
 struct Shared {
-  Exchange<Source::kThreads, Source::kResident> exchange;
+  Exchange<Source::kThreads, Source::kResident, Cap> exchange;
   Task<T> task[2];  // this row's and the next one's, by turns
   double common;
-  RowGradient gradient;
+  GradientOf<Cap> gradient;
 };
 
 // What t = x * scale - base of the gradient is computed from. Where all but the largest logit have a probability of 0,
@@ -225,11 +253,31 @@ __device__ __forceinline__ Base scaled_base(const RowStats& stats, double temper
   return {value, scale, (lse - value) * kLn2};
 }
 
+__device__ __forceinline__ RowGradient gradient_of_row(double coefficient, const RowStats& stats, double temperature,
+                                                       double exact_scale, float scale, double, double, const NoCap&) {
+  return gradient_of({coefficient, 0.0, 0.0}, stats, exact_scale, scaled_base(stats, temperature, scale));
+}
+
+// Relative to a pivot near the row's mean logit, where most of the probability is. `logit`: the target's.
+__device__ __forceinline__ CappedRowGradient gradient_of_row(double coefficient, const RowStats& stats,
+                                                             double temperature, double exact_scale, float scale,
+                                                             double logit, double tanh_scale, const TanhCap&) {
+  CappedRowGradient row;
+  row.pivot = pivot_near((stats.lse - stats.entropy) * temperature);
+  const double base = (stats.lse * temperature - level_of(row.pivot)) * scale;
+  const float value = static_cast<float>(base);
+  const float steep = static_cast<float>(2.0 * scale / (1.0 + static_cast<double>(row.pivot)));
+  static_cast<RowGradient&>(row) =
+      gradient_of({coefficient, 0.0, 0.0}, stats, exact_scale, {value, steep, (base - value) * kLn2}, 4.0 * tanh_scale,
+                  tanh_scale * tanh_slope(tanh_scale * logit));
+  return row;
+}
+
 // From the cluster's sums: a row's statistics, stored by one block, and what its gradient is computed from. Every lane
 // of the calling warp computes the same.
-template <class T, class Exchange>
-__device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>& task, const Exchange& exchange,
-                                              int turn, double common) {
+template <class Cap, class T, class Exchange>
+__device__ __forceinline__ GradientOf<Cap> finish(const OneRead& args, const Task<T>& task, const Exchange& exchange,
+                                                  int turn, double common, const Cap& cap) {
   const int64_t row = task.row;
   const bool stores = rank_in_cluster() == 0 && threadIdx.x % kWarp == 0;
   if (!task.counts) {
@@ -237,13 +285,18 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
       args.out.logprobs[row] = args.out.entropy[row] = 0.0f;
       args.out.lse[row] = 0.0;
     }
-    return RowGradient{};
+    return GradientOf<Cap>{};
   }
   const Partial whole = exchange.of_cluster(task.scale, turn);
   const double scale = task.exact_scale;
   const double error = scale * task.unscale - 1.0;  // relative, of the rounded scale; corrected to first order
-  const Others others{whole.largest, whole.total + whole.weighted * error * kLn2, whole.weighted};
-  RowStats stats = combine(others, task.known ? whole.target : NAN, scale);
+  Others others{whole.largest, whole.total + whole.weighted * error * kLn2, whole.weighted};
+  double target = task.known ? whole.target : NAN;
+  if constexpr (Cap::kCapped) {
+    others.base = level_of(whole.largest);
+    target = std::tanh(args.in.tanh_scale * target);
+  }
+  RowStats stats = combine(others, target, scale);
   stats.logprob = static_cast<float>(stats.logprob);
   if (stores) {
     args.out.logprobs[row] = static_cast<float>(stats.logprob);
@@ -251,8 +304,9 @@ __device__ __forceinline__ RowGradient finish(const OneRead& args, const Task<T>
     args.out.lse[row] = stats.lse;
   }
   const double coefficient = coefficient_of(task, stats.logprob, args.slope);
-  if (coefficient == 0.0) return RowGradient{};  // whatever the logits and the common factor are
-  return gradient_of({coefficient * common, 0.0, 0.0}, stats, scale, scaled_base(stats, task.temperature, task.scale));
+  if (coefficient == 0.0) return GradientOf<Cap>{};  // whatever the logits and the common factor are
+  return gradient_of_row(coefficient * common, stats, task.temperature, scale, task.scale, whole.target,
+                         args.in.tanh_scale, cap);
 }
 
 // Whether the slice, its gradient and the next row's slice lie alike to the 16-byte boundaries. Then each thread reads
@@ -266,18 +320,18 @@ __device__ __forceinline__ bool lie_alike(const Slice<T>& slice, const T* gradie
 // kBlocks share a multiprocessor, so that the loads of one, the sums of another and the stores of a third overlap. For
 // each row a cluster
 //
-template <class T, class Source, int kBlocks>
+template <class T, class Source, class Cap, int kBlocks>
 __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __grid_constant__ OneRead args) {
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)
   if constexpr (!Source::kResident) {  // `Resident` is not launched on GPUs without clusters
 #endif
 #if defined(GSPO_ON_HOST)
   auto* buffer = static_cast<Vector*>(on_host::dynamic_shared());
-  using InBlock = Shared<T, Source>;
+  using InBlock = Shared<T, Source, Cap>;
   auto& shared = *static_cast<InBlock*>(on_host::static_shared(sizeof(InBlock)));
 #else
   extern __shared__ Vector buffer[];
-  __shared__ Shared<T, Source> shared;
+  __shared__ Shared<T, Source, Cap> shared;
 #endif
   constexpr int kThreads = Source::kThreads;
   static_assert(kThreads > static_cast<int>(kWarp));  // the second warp prepares the next row
@@ -285,6 +339,7 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
   const unsigned first = blockIdx.x / ranks, clusters = gridDim.x / ranks;
   const bool takes_tickets = rank_in_cluster() == 0 && threadIdx.x == 0;
   const double common = common_of(args.common);
+  const Cap cap(args.in.tanh_scale);
   if (threadIdx.x == 0) {
     shared.exchange.initialize();
     shared.common = common;
@@ -317,26 +372,30 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
       const int warp = static_cast<int>(threadIdx.x / kWarp);
       if (static_cast<int>(threadIdx.x) == owner) shared.exchange.target = source.take_target(task.slice);
       // Whether this warp is sure to have a -inf to sum up: at an edge or in the target's place.
-      const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
+      [[maybe_unused]] const bool bounded = (owner >= 0 && owner / static_cast<int>(kWarp) == warp) ||
                            (warp == 0 && (span.edge(0) >= 0 || span.edge(1) >= 0));
-      RunningSums running;
-      if (!bounded) running = sums_of<false>(task.slice, source, task.scale);
-      if (bounded || running.weighted != running.weighted)  // NaN comes of another logit of -inf, or of NaN
-        running = sums_of<true>(task.slice, source, task.scale);
-      sums = running.too_far() ? ties_of(task.slice, source, running.largest) : running.sums(task.scale);
+      if constexpr (Cap::kCapped) {
+        sums = capped_sums(task.slice, source, task.scale, cap).sums();
+      } else {
+        RunningSums running;
+        if (!bounded) running = uncapped_sums<false>(task.slice, source, task.scale);
+        if (bounded || running.weighted != running.weighted)  // NaN comes of another logit of -inf, or of NaN
+          running = uncapped_sums<true>(task.slice, source, task.scale);
+        sums = running.too_far() ? ties_of(task.slice, source, running.largest) : running.sums(task.scale);
+      }
     }
     if (takes_tickets) shared.exchange.after_next = 2 * uint64_t{clusters} + ticket;
     shared.exchange.publish(sums, task.scale, task.counts && task.slice.target >= 0, turn);
 
     if (threadIdx.x < kWarp) {
       shared.exchange.wait(turn, exchanges++ / 2 & 1u);
-      const RowGradient gradient = finish(args, task, shared.exchange, turn, shared.common);
+      const GradientOf<Cap> gradient = finish(args, task, shared.exchange, turn, shared.common, cap);
       if (threadIdx.x == 0) shared.gradient = gradient;
     } else if (threadIdx.x == kWarp) {
       shared.task[turn ^ 1].prepare(args, static_cast<int64_t>(next_row));
     }
     __syncthreads();
-    const RowGradient gradient = shared.gradient;
+    const GradientOf<Cap> gradient = shared.gradient;
     const bool zero = gradient.constant == 0.0f && gradient.target == 0.0f;
     if constexpr (Source::kResident)
       started = next.row < args.shape.rows && next.counts && (zero || lie_alike(task.slice, task.gradient, next.slice));
@@ -345,7 +404,7 @@ __global__ void __launch_bounds__(Source::kThreads, kBlocks) one_read(const __gr
         if (started) source.start(next.slice);  // no thread reads the buffer after the exchange
       write_zeros<kThreads>(task.slice, task.gradient);
     } else {
-      write_gradient<kThreads>(task.slice, source, task.gradient, gradient, started ? &next.slice : nullptr);
+      write_gradient<kThreads>(task.slice, source, task.gradient, gradient, cap, started ? &next.slice : nullptr);
     }
   }  // and after the last exchange no block writes to another, which may have ended
 #if defined(__CUDA_ARCH__) && !defined(GSPO_CLUSTERS)

@@ -44,7 +44,8 @@ std::vector<std::string> variants();
 void use_variant(const std::string& name);
 
 // Both throw std::runtime_error with CUDA's message and the kernel's name. `dtype`: float32, bfloat16, float16. The
-// device becomes the current one: the caller, who has made it that already, puts another one back.
+// device becomes the current one: the caller, who has made it that already, puts another one back. The layout is that
+// of logits without a cap.
 Layout layout(const std::string& dtype, int64_t vocab, int64_t rows, int device);
 void one_read(const std::string& dtype, const OneRead& arguments, int device, uintptr_t stream);
 

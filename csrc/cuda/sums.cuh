@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../row_math.h"
-#include "columns.cuh"
+#include "tanh.cuh"
 
 namespace gspo::gpu {
 
@@ -29,15 +29,16 @@ __device__ __forceinline__ uint32_t larger_words(uint32_t x, uint32_t y, float) 
   return as_bits(fmaxf(as_float(x), as_float(y)));
 }
 
-// Sums over columns of 2^t and of t 2^t, where t = (x - largest) scale - residual.
+// Sums over columns of 2^t and of t 2^t, where t = (x - largest) scale - residual, of capped logits (y - y_P) scale.
 struct Sums {
-  float largest = -INFINITY;  // logit of all that are summed up
+  float largest = -INFINITY;  // logit of all that are summed up; of capped ones the pivot P
   float residual = 0.0f;      // but for a thread's own sums always 0
   float total = 0.0f, weighted = 0.0f;
 };
 
 // A thread's sums while it adds columns to them, where t = x scale - top and top = largest scale, rounded.
 struct RunningSums {
+  static constexpr bool kCapped = false;
   static constexpr float kMost = 1e9f;  // beyond, the rounding of `top` is too coarse
 
   float top = -kMost, largest = -INFINITY, total = 0.0f, weighted = 0.0f;
@@ -78,6 +79,46 @@ struct RunningSums {
   }
 };
 
+// The same of capped logits, where t = (y - y_P) scale and the pivot P belongs to the largest logit. Every logit is as
+// good as a finite one.
+struct CappedSums {
+  static constexpr bool kCapped = true;
+
+  float pivot = kLeastPower, total = 0.0f, weighted = 0.0f;
+
+  // Bits of `left_out` are columns that do not count.
+  template <class T, int kVectors>
+  __device__ __forceinline__ void add(const Vector (&v)[kVectors], float scale, const TanhCap& cap,
+                                      unsigned left_out = 0) {
+    Vector high = v[0];
+#pragma unroll
+    for (int k = 1; k < kVectors; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) high.words[i] = larger_words(high.words[i], v[k].words[i], T{});
+    const float new_pivot = fmaxf(pivot, cap.pivot_of(gpu::largest(high.words, T{})));
+    const float steep = steepness(new_pivot, scale);
+    const float shift = from_pivot_to(pivot, new_pivot, steep), shrink = exp2_flushed(shift);
+    pivot = new_pivot;
+    weighted = fmaf(total, shift, weighted) * shrink;
+    total *= shrink;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      float x[Columns<T>::kWidth];
+      unpack<T>(v[k], x, cap);
+#pragma unroll
+      for (int i = 0; i < Columns<T>::kWidth; ++i) {
+        float t = cap.above(x[i], pivot) * steep;
+        if (kVectors == 1 && (left_out >> i & 1u)) t = -1e9f;
+        const float e = exp2_flushed(t);
+        total += e;
+        weighted = fmaf(e, t, weighted);
+      }
+    }
+  }
+
+  __device__ __forceinline__ Sums sums() const { return {pivot, 0.0f, total, weighted}; }
+};
+
 // Sums over columns where the largest logit is known and so far from 0 that, in base 2, all others are 59 or more below
 // it: how many equal it. NaN and +inf make them NaN.
 struct Ties {
@@ -93,14 +134,21 @@ struct Ties {
 };
 
 // The sums over `kLanes` neighbouring lanes, in each of them.
-template <unsigned kLanes>
+template <unsigned kLanes, class Cap>
 __device__ __forceinline__ Sums sums_of_lanes(const Sums& of_lane, float scale) {
   constexpr float kLeast = -1e4f;  // where 2^shift is 0; so that no lane has inf * 0 or inf - inf
   Sums sums;
   sums.largest = of_lane.largest;
   for (unsigned lanes = kLanes / 2; lanes > 0; lanes /= 2)
     sums.largest = fmaxf(sums.largest, of_lane_xor(sums.largest, lanes));
-  const float shift = fmaxf(fmaf(of_lane.largest - sums.largest, scale, of_lane.residual), kLeast);
+  float shift;
+  if constexpr (Cap::kCapped) {
+    sums.largest = fmaxf(sums.largest, kLeastPower);
+    const float own = fmaxf(of_lane.largest, kLeastPower);
+    shift = fmaxf(from_pivot_to(own, sums.largest, steepness(sums.largest, scale)), kLeast);
+  } else {
+    shift = fmaxf(fmaf(of_lane.largest - sums.largest, scale, of_lane.residual), kLeast);
+  }
   const float shrink = exp2_flushed(shift);
   sums.total = of_lane.total * shrink;
   sums.weighted = (of_lane.weighted + of_lane.total * shift) * shrink;
@@ -122,7 +170,7 @@ constexpr unsigned kMostBlocks = 8;    // as many as every GPU with clusters tak
 // Shared memory by which the threads of a block, and then the blocks of a cluster, exchange their sums. A block waits
 // for what it is sent, not at a barrier of the cluster, which would also wait for every thread's accesses to global
 // memory. `kCluster`: there are kFewestBlocks or more.
-template <int kThreads, bool kCluster>
+template <int kThreads, bool kCluster, class Cap>
 struct Exchange {
   static constexpr unsigned kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp && kMostBlocks <= kWarp);
@@ -143,7 +191,7 @@ struct Exchange {
   // `after_next`, too.
   __device__ __forceinline__ void publish(const Sums& of_thread, float scale, bool has_target, int turn) {
     const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const Sums of_warp = sums_of_lanes<kWarp>(of_thread, scale);
+    const Sums of_warp = sums_of_lanes<kWarp, Cap>(of_thread, scale);
     if (lane == 0) {
       largest[warp] = of_warp.largest;
       totals[warp] = of_warp.total;
@@ -157,7 +205,7 @@ struct Exchange {
       sums.total = totals[lane];
       sums.weighted = weighted[lane];
     }
-    sums = sums_of_lanes<kWarp>(sums, scale);
+    sums = sums_of_lanes<kWarp, Cap>(sums, scale);
     if (lane >= blocks_in_cluster()) return;  // one thread sends to each block
     const Partial partial{sums.largest, sums.total, sums.weighted, has_target ? target : 0.0f};
     uint64_t words[2];
@@ -197,7 +245,7 @@ struct Exchange {
       sums.weighted = partial.weighted;
       target = partial.target;
     }
-    sums = sums_of_lanes<kMostBlocks>(sums, scale);
+    sums = sums_of_lanes<kMostBlocks, Cap>(sums, scale);
     for (unsigned lanes = kMostBlocks / 2; lanes > 0; lanes /= 2) target += of_lane_xor(target, lanes);
     return {sums.largest, sums.total, sums.weighted, target};
   }

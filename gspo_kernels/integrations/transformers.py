@@ -86,6 +86,9 @@ LOGIT_OPTIONS = {
     "xlstm": LogitOptions(softcap="output_logit_soft_cap"),
 }
 
+# What neither a scale nor a softcap can say, and no option does.
+OTHERWISE = {"chameleon": "gives the tokens of images the lowest logits"}
+
 ABOUT_LOGITS = re.compile(
     r"logit|soft_?cap|(^|_)mup(_|$)|head_(scale|scaling|multiplier)|output_(scale|scaling|multiplier)|dim_model_base"
 )
@@ -132,7 +135,7 @@ def logit_transform_of(config: Any) -> LogitTransform:
     if tokens is not None and tokens < text.vocab_size:
         raise ValueError(
             f"config.{options.tokens}: expected all {text.vocab_size} rows of the head to be tokens; got {tokens} of "
-            f"{model_type!r}. Pass vocab_size={tokens}, logit_scale={scale:g} and softcap={softcap} yourself"
+            f"{model_type!r}. Pass vocab_size={tokens}, logit_scale={scale} and softcap={softcap} yourself"
         )
     return LogitTransform(logit_scale=scale, softcap=softcap)
 
@@ -153,16 +156,22 @@ def _positive(config: Any, name: str | None, default: Any) -> Any:
 
 
 def _refuse_unknown(config: Any) -> None:
-    """Refuses a model type without an entry if it may do something to its logits."""
-    if getattr(config, "is_encoder_decoder", False):
+    """Refuses a model type without an entry if it does something to its logits, or may."""
+    text = _text_config(config)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
         raise ValueError(
             f"config: expected a decoder-only model; got {config.model_type!r}, an encoder-decoder model, which may "
             f"scale its hidden states or add to its logits without an option that says so. {YOURSELF}"
         )
-    text = _text_config(config)
+    if config.model_type in OTHERWISE:
+        raise ValueError(
+            f"config: expected a model that scales or caps its logits, or neither; got {config.model_type!r}, which "
+            f"{OTHERWISE[config.model_type]}. Use the loss from its logits"
+        )
     for part in (config, text) if text is not config else (config,):
-        for name, value in vars(part).items():
-            if ABOUT_LOGITS.search(name) and not ABOUT_OTHERS.search(name) and _active(value):
+        for name in filter(ABOUT_LOGITS.search, dir(part)):  # with the defaults and properties of its class
+            value = getattr(part, name)
+            if not ABOUT_OTHERS.search(name) and _active(value):
                 raise ValueError(
                     f"config.{name}: expected no option that may be about logits, of a model type that "
                     f"logit_transform_of does not know; got {value!r} of {config.model_type!r}. {YOURSELF}"
@@ -170,5 +179,6 @@ def _refuse_unknown(config: Any) -> None:
 
 
 def _active(value: Any) -> bool:
-    """Whether an option's value may do something: not None, False, or a scale of 1."""
-    return not (value is None or value is False or (type(value) in (int, float) and value == 1))
+    """Whether an option's value may do something: it is not None, not False, no scale of 1, and no method."""
+    neutral = value is None or value is False or callable(value) or (type(value) in (int, float) and value == 1)
+    return not neutral

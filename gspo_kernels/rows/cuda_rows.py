@@ -29,7 +29,7 @@ except ImportError:
     _native = None
 
 name = "cuda"
-honours: frozenset[str] = frozenset({"row_indices"})  # `backward` is Triton's
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})  # row_indices in `backward`, which is Triton's
 has_kernels = True
 runs_stage_in_triton = True
 computes_slopes = True
@@ -84,6 +84,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
         _native.cuda_one_read(
             **row_arguments(rows),
             **stats_addresses(stats),
+            tanh_scale=0.0 if rows.tanh_scale is None else float(rows.tanh_scale),
             logits=_view(rows.logits),
             grad_logprobs=upstream.logprobs.data_ptr(),
             factor=address(upstream.factor),

@@ -26,6 +26,7 @@ from .triton_math import (
     LOG2E_HI,
     LOG2E_LO,
     TINY,
+    add_pairs,
     bounded,
     bounded_columns,
     exp,
@@ -36,9 +37,12 @@ from .triton_math import (
     quotient,
     scale_pair,
     scaled_exp2,
+    scaled_exp2_twice,
     widen,
     widen_loaded,
+    within_cap,
 )
+from .triton_tanh import above_pivot_and_derivative, level_of, pivot_near, steepness, tanh_pair
 
 
 @triton.jit
@@ -60,18 +64,52 @@ def coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo, 
 
 
 @triton.jit
-def gradient_of(x, base, constant, slope, scale, SLOPE: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr):
-    """dL/dx of a block of columns, none of them the target."""
-    t = fma(x, scale, -base)
-    if SLOPE:
-        return scaled_exp2(t, fma(bounded(t, PTX, DTYPE), slope, constant), PTX)
-    else:
-        return scaled_exp2(t, tl.zeros_like(t) + constant, PTX)
+def cap_coefficients(base, constant, slope, at_target, entropy, lse_hi, lse_lo, scale, source, vocab, target, tanh_hi,
+                     tanh_lo, PTX: tl.constexpr):  # fmt: skip
+    """(base, constant, slope, target, scale, pivot) of a row with a cap, from what `coefficients` returned:
+
+        dL/dx = 2^t (constant + slope t) E / (E + 1)^2,    t = (E - P) / (E + 1) scale - base,
+
+    see triton_tanh.py. The pivot P belongs to the row's mean logit, about which most of the probability is.
+
+    Where the gradient is written over the logits, a thread may read the target's logit after another thread has
+    replaced it. Then that other thread is the one that writes the target's column.
+    """
+    pivot = pivot_near(((lse_hi - entropy) + lse_lo) / (scale * LN2_HI))
+    level_hi, level_lo = level_of(pivot, scale)
+    base, lost = add_pairs(base, 0.0, -level_hi, -level_lo)
+    tanh_scale = tanh_hi * (0.5 * LN2_HI)
+    factor = exp2_pair(-lost, 0.0) * (4.0 * tanh_scale)
+    constant, slope = factor * (constant - slope * lost), factor * slope
+    logit = tl.load(source + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
+    _, _, derivative = tanh_pair(logit, tanh_hi, tanh_lo)
+    at_target *= derivative * tanh_scale
+    at_target = tl.where(tl.abs(at_target) < TINY, 0.0, at_target)
+    return base, constant, slope, at_target, steepness(pivot, scale, PTX), pivot
 
 
 @triton.jit
-def write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, skip,
-                   SLOPE: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+def gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE: tl.constexpr, PTX: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
+    """dL/dx of a block of columns, none of them the target."""
+    if tanh_hi is None:
+        t = fma(x, scale, -base)
+        if SLOPE:
+            return scaled_exp2(t, fma(bounded(t, PTX, DTYPE), slope, constant), PTX)
+        else:
+            return scaled_exp2(t, tl.zeros_like(t) + constant, PTX)
+    else:
+        above, derivative = above_pivot_and_derivative(x, pivot, tanh_hi, tanh_lo, PTX)
+        t = fma(above, scale, -base)
+        if SLOPE:
+            return scaled_exp2_twice(t, derivative, fma(t, slope, constant), PTX)
+        else:
+            return scaled_exp2_twice(t, derivative, tl.zeros_like(t) + constant, PTX)
+
+
+@triton.jit
+def write_gradient(source, destination, vocab, target, base, constant, slope, at_target, scale, pivot, tanh_hi,
+                   tanh_lo, skip, SLOPE: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
                    PTX: tl.constexpr):  # fmt: skip
     """Writes a row's gradient: a head up to a 16-byte boundary of `destination`, a body of whole accesses, a tail.
 
@@ -98,34 +136,40 @@ def write_gradient(source, destination, vocab, target, base, constant, slope, at
                 start = tl.where(i == 0, full, hole) * BLOCK
                 there = at // WIDTH * WIDTH < body - start
                 here = column_pointers(x_body + start, at, WIDTH, ALIGNED)
-                x = widen_loaded(tl.load(here, mask=there, other=0), PTX)
-                g = gradient_of(x, base, constant, slope, scale, SLOPE, PTX, READ)
+                x = widen_loaded(tl.load(here, mask=there, other=0), tanh_hi, PTX)
+                g = gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE, PTX, READ)
                 g = narrow(tl.where(at == target - head - start, at_target, g), DTYPE)
                 tl.store(column_pointers(g_body + start, at, WIDTH, True), g, mask=there)
             if ALIGNED == 1 and not SLOPE and READ.primitive_bitwidth == 16:
                 if plain > skip:
                     start = block_start(plain - 1, hole, BLOCK)
                     ahead = tl.load(block_pointers(x_body + start, BLOCK, WIDTH, PTX))
-                    ahead = bounded_columns(ahead, PTX, READ)
+                    ahead = bounded_columns(ahead, tanh_hi, PTX, READ)
                     for i in range(0, plain - skip):
-                        x = widen(ahead, PTX, READ)
+                        x = widen(ahead, tanh_hi, PTX, READ)
                         here = column_pointers(g_body + start, at, WIDTH, True)
                         start = block_start(tl.maximum(plain - 2 - i, skip), hole, BLOCK)
                         ahead = tl.load(block_pointers(x_body + start, BLOCK, WIDTH, PTX))
-                        ahead = bounded_columns(ahead, PTX, READ)
-                        g = narrow(gradient_of(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
+                        ahead = bounded_columns(ahead, tanh_hi, PTX, READ)
+                        g = gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE, PTX, READ)
+                        g = narrow(g, DTYPE)
                         tl.store(here, g)
             else:
                 for i in range(0, plain - skip):
                     start = block_start(plain - 1 - i, hole, BLOCK)
-                    x = widen_loaded(tl.load(column_pointers(x_body + start, at, WIDTH, ALIGNED)), PTX)
-                    g = narrow(gradient_of(x, base, constant, slope, scale, SLOPE, PTX, READ), DTYPE)
+                    x = widen_loaded(tl.load(column_pointers(x_body + start, at, WIDTH, ALIGNED)), tanh_hi, PTX)
+                    g = gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, SLOPE, PTX, READ)
+                    g = narrow(g, DTYPE)
                     tl.store(column_pointers(g_body + start, at, WIDTH, True), g)
 
     column, there = edges(head, body, vocab, WIDTH)
     x = tl.load(source + column, mask=there, other=0).to(tl.float32)
-    t = fma(x, scale, -base)
-    g = scaled_exp2(t, fma(tl.maximum(t, -127.0), slope, constant), PTX)
+    if tanh_hi is None:
+        t = fma(x, scale, -base)
+        g = scaled_exp2(t, fma(tl.maximum(t, -127.0), slope, constant), PTX)
+    else:
+        x = within_cap(x, tanh_hi)
+        g = gradient_of(x, base, constant, slope, scale, pivot, tanh_hi, tanh_lo, True, PTX, READ)
     tl.store(destination + column, narrow(tl.where(column == target, at_target, g), DTYPE), mask=there)
 
 
@@ -169,7 +213,7 @@ def upstream_of(array, row, factor):
 @row_kernel()
 def backward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
-    token_ids, mask, temperature, scale, scale_error,
+    token_ids, mask, temperature, scale, scale_error, tanh_hi, tanh_lo,
     row_indices, logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size: tl.int32,
     gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
@@ -202,13 +246,18 @@ def backward_kernel(
         else:
             source = logits + tl.load(row_indices + row) * inner_stride
         target = tl.load(token_ids + row).to(tl.int32)
-        if is_far(hi, power):
+        pivot = 0.0
+        if tanh_hi is not None:
+            base, constant, slope, at_target, s, pivot = cap_coefficients(
+                base, constant, slope, at_target, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
+            )
+        if is_far(hi, power, tanh_hi):
             largest_logit = largest_logit_of(hi, lo, power, h, s, error)
             write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, h, s, LANES)
         else:
             write_gradient(
-                source, destination, vocab, target, base, constant, slope, at_target, s, 0, SLOPE, REPEAT, LANES,
-                WIDTH, PTX,
+                source, destination, vocab, target, base, constant, slope, at_target, s, pivot, tanh_hi, tanh_lo, 0,
+                SLOPE, REPEAT, LANES, WIDTH, PTX,
             )  # fmt: skip
     else:
         write_zeros(destination, vocab, BLOCK, WIDTH)

@@ -137,8 +137,8 @@ def is_active(mask, row):
 # chooses 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = [
-    "outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error", "gradient_outer_stride",
-    "gradient_inner_stride", "rows", "sequences",
+    "outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error", "tanh_hi", "tanh_lo",
+    "gradient_outer_stride", "gradient_inner_stride", "rows", "sequences",
 ]  # fmt: skip
 _ANY_ADDRESS = [
     "logits", "token_ids", "mask", "temperature", "row_indices", "logprobs", "entropies", "lses", "g_logprobs",

@@ -89,9 +89,12 @@ def saved_lse(bits):
 
 
 @triton.jit
-def is_far(lse_hi, power):
-    """Whether only a row's largest logits have a probability, by its lse. NaN and -inf are not far."""
-    return (tl.abs(lse_hi) * power >= FAR_LSE) & (tl.abs(lse_hi) < INFINITY)
+def is_far(lse_hi, power, tanh_hi):
+    """Whether only a row's largest logits have a probability, by its lse. NaN and -inf are not far; nor is a cap."""
+    if tanh_hi is not None:
+        return False
+    else:
+        return (tl.abs(lse_hi) * power >= FAR_LSE) & (tl.abs(lse_hi) < INFINITY)
 
 
 @triton.jit

@@ -52,21 +52,36 @@ from .triton_math import (
     two_product,
     two_sum,
     widen,
+    within_cap,
 )
+from .triton_tanh import LEAST_POWER, above_pivot, level_of, next_pivot, tanh_pair
 
 
 @triton.jit
-def _add_block(x, highest, top, total, lost, weighted, scale, PTX: tl.constexpr, DTYPE: tl.constexpr):
+def _add_block(x, there, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX: tl.constexpr,
+               DTYPE: tl.constexpr):  # fmt: skip
     """Adds a block [REPEAT, LANES, WIDTH] of logits to the lanes' sums of e = 2^t and t e, t = x scale - top.
 
-    `highest` is each lane's largest x. `total` is a compensated sum: the exact one is about total - lost.
+    `highest` is each lane's largest x. `total` is a compensated sum: the exact one is about total - lost. With a cap,
+    t is (y - y_P) scale, where the pivot P is in the place of `top`, and x counts only where it is `there`.
     """
-    new_top = tl.maximum(top, highest * scale)
-    shift = top - new_top
+    if tanh_hi is None:
+        new_top = tl.maximum(top, highest * scale)
+        shift = top - new_top
+    else:
+        new_top, steep, shift = next_pivot(top, highest, scale, tanh_hi, tanh_lo, PTX)
     shrink = exp2(shift, PTX)
-    t = fma(x, scale, -new_top[None, :, None])
+    if tanh_hi is None:
+        t = fma(x, scale, -new_top[None, :, None])
+    else:
+        t = above_pivot(x, new_top[None, :, None], tanh_hi, tanh_lo, PTX) * steep[None, :, None]
+        if there is not None:
+            t = tl.where(there, t, LOWEST)
     e = exp2(t, PTX)
-    weighted = (weighted + total * shift) * shrink + tl.sum(tl.sum(e * bounded(t, PTX, DTYPE), 2), 0)
+    if tanh_hi is None:
+        weighted = (weighted + total * shift) * shrink + tl.sum(tl.sum(e * bounded(t, PTX, DTYPE), 2), 0)
+    else:
+        weighted = (weighted + total * shift) * shrink + tl.sum(tl.sum(e * t, 2), 0)
     added = tl.sum(tl.sum(e, 2), 0) - lost * shrink
     total = total * shrink
     new_total = total + added
@@ -74,12 +89,13 @@ def _add_block(x, highest, top, total, lost, weighted, scale, PTX: tl.constexpr,
 
 
 @triton.jit
-def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-                PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
-    """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top, sum, weighted sum).
+def _sum_others(row, vocab, first, target, scale, tanh_hi, tanh_lo, REPEAT: tl.constexpr, LANES: tl.constexpr,
+                WIDTH: tl.constexpr, PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
+    """Sums of 2^t and t 2^t over every column but the target, t = x scale - top: (top as a pair, sum, weighted sum).
 
     If the `first` block is given, a block is loaded before the previous one is summed; the sums have the same bits.
-    Valid where |top| is less than FAR; `statistics` handles the other rows. NaN or +inf gives NaN.
+    Valid where |top| is less than FAR; `statistics` handles the other rows. NaN or +inf gives NaN. With a cap, t is
+    y scale - top, of any size, and +inf is as good as any large logit.
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
@@ -90,7 +106,7 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
     plain = full + 1 - special
 
     at = tl.arange(0, BLOCK)
-    top = tl.full([LANES], FLOOR, tl.float32)
+    top = tl.full([LANES], FLOOR if tanh_hi is None else LEAST_POWER, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     lost = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
@@ -103,15 +119,17 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
                         prefetch(row + tl.minimum(later, vocab - 1))
                     start = block_start(i, hole, BLOCK)
                     x = load_columns(row, phase, start, vocab, BLOCK, True, SHIFTED == 1, WIDTH, PTX)
-                    x = bounded_columns(x, PTX, DTYPE)
+                    x = bounded_columns(x, tanh_hi, PTX, DTYPE)
                     highest = largest(x, REPEAT, LANES, WIDTH, PTX, DTYPE)
-                    x = tl.reshape(widen(x, PTX, DTYPE), [REPEAT, LANES, WIDTH])
-                    top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
+                    x = tl.reshape(widen(x, tanh_hi, PTX, DTYPE), [REPEAT, LANES, WIDTH])
+                    top, total, lost, weighted = _add_block(
+                        x, None, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX, DTYPE
+                    )
             else:
                 ahead = first
                 if (hole == 0) & (plain > 0):
                     ahead = load_columns(row, phase, BLOCK, vocab, BLOCK, True, False, WIDTH, PTX)
-                ahead = bounded_columns(ahead, PTX, DTYPE)
+                ahead = bounded_columns(ahead, tanh_hi, PTX, DTYPE)
                 for i in range(0, plain):
                     if PREFETCH > 0 and PTX:
                         later = (i + 1 + PREFETCH) * BLOCK + tl.arange(0, LANES) * (REPEAT * WIDTH)
@@ -119,31 +137,43 @@ def _sum_others(row, vocab, first, target, scale, REPEAT: tl.constexpr, LANES: t
                     start = block_start(tl.minimum(i + 1, plain - 1), hole, BLOCK)
                     behind = load_columns(row, phase, start, vocab, BLOCK, True, False, WIDTH, PTX)
                     highest = largest(ahead, REPEAT, LANES, WIDTH, PTX, DTYPE)
-                    x = tl.reshape(widen(ahead, PTX, DTYPE), [REPEAT, LANES, WIDTH])
-                    top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
-                    ahead = bounded_columns(behind, PTX, DTYPE)
+                    x = tl.reshape(widen(ahead, tanh_hi, PTX, DTYPE), [REPEAT, LANES, WIDTH])
+                    top, total, lost, weighted = _add_block(
+                        x, None, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX, DTYPE
+                    )
+                    ahead = bounded_columns(behind, tanh_hi, PTX, DTYPE)
             for i in range(0, special):
                 start = tl.where(i == 0, full, hole) * BLOCK
                 x = load_columns(row, phase, start, vocab, BLOCK, False, SHIFTED == 1, WIDTH, PTX)
-                x = widen(bounded_columns(x, PTX, DTYPE), PTX, DTYPE)
-                x = tl.where((at < vocab - start) & (at != target - start), x, LOWEST)
+                x = widen(bounded_columns(x, tanh_hi, PTX, DTYPE), tanh_hi, PTX, DTYPE)
+                there = (at < vocab - start) & (at != target - start)
+                x = tl.where(there, x, LOWEST)
                 x = tl.reshape(x, [REPEAT, LANES, WIDTH])
                 highest = tl.max(tl.max(x, 2), 0)
-                top, total, lost, weighted = _add_block(x, highest, top, total, lost, weighted, scale, PTX, DTYPE)
+                if tanh_hi is not None:
+                    there = tl.reshape(there, [REPEAT, LANES, WIDTH])
+                    x = within_cap(x, tanh_hi)
+                top, total, lost, weighted = _add_block(
+                    x, there, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX, DTYPE
+                )
 
-    base = tl.max(top, 0)
-    shift = top - base
+    base, base_lo = tl.max(top, 0), 0.0
+    if tanh_hi is None:
+        shift = top - base
+    else:
+        hi, lo = level_of(top, scale)
+        base, base_lo = level_of(base, scale)
+        shift = (hi - base) + (lo - base_lo)
     shrink = exp2(shift, PTX)
-    return base, tl.sum((total - lost) * shrink, 0), tl.sum((weighted + total * shift) * shrink, 0)
+    return base, base_lo, tl.sum((total - lost) * shrink, 0), tl.sum((weighted + total * shift) * shrink, 0)
 
 
 @triton.jit
-def _combine(base, total, weighted, target_logit, scale, scale_error):
-    """(logprob, entropy, lse as a pair) from the others' sums and the target logit; see csrc/row_math.h."""
+def _combine(base, base_lo, total, weighted, target_hi, target_lo, scale_error):
+    """(logprob, entropy, lse as a pair) from the others' sums and the target's exponent; see csrc/row_math.h."""
     alone = total == 0.0  # no other column, or -inf in all of them
     log_hi, log_lo = log2_pair(tl.where(alone, 1.0, total))
-    target_hi, target_lo = two_product(target_logit, scale)
-    rest_hi, rest_lo = add_pairs(base, 0.0, log_hi, log_lo)
+    rest_hi, rest_lo = add_pairs(base, base_lo, log_hi, log_lo)
     rest_hi = tl.where(alone, -INFINITY, rest_hi)
     d_hi, d_lo = add_pairs(rest_hi, rest_lo, -target_hi, -target_lo)  # base 2
     d_hi = tl.where((rest_hi != rest_hi) | (target_hi != target_hi), rest_hi + target_hi, d_hi)
@@ -167,36 +197,46 @@ def _combine(base, total, weighted, target_logit, scale, scale_error):
 
 
 @triton.jit
-def statistics(pointer, token_ids, row, vocab, first, scale, scale_error, REPEAT: tl.constexpr, LANES: tl.constexpr,
-               WIDTH: tl.constexpr, PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
+def statistics(pointer, token_ids, row, vocab, first, scale, scale_error, tanh_hi, tanh_lo, REPEAT: tl.constexpr,
+               LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
     """(logprob, entropy, lse as pair and power); all NaN where the token id is not one of the vocabulary's.
 
-    Where the largest logit or the target's is far from 0, numbers are combined relative to the larger of both.
+    Where the largest logit or the target's is far from 0, numbers are combined relative to the larger of both; no
+    logit with a cap is.
     """
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
     target_logit = tl.load(pointer + target, mask=known, other=float("nan")).to(tl.float32)
-    target_logit = tl.where(
-        target_logit == INFINITY, float("nan"), target_logit
-    )  # an error of the caller: it must not look like p = 1
-    base, total, weighted = _sum_others(pointer, vocab, first, target, scale, REPEAT, LANES, WIDTH, PTX, PREFETCH)
+    if tanh_hi is None:
+        # An error of the caller: it must not look like p = 1.
+        target_logit = tl.where(target_logit == INFINITY, float("nan"), target_logit)
+    base, base_lo, total, weighted = _sum_others(
+        pointer, vocab, first, target, scale, tanh_hi, tanh_lo, REPEAT, LANES, WIDTH, PTX, PREFETCH
+    )
     reference, power = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
-    others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
-    target_far = tl.abs(target_logit * scale) >= FAR
-    if others_far | target_far:
-        highest, count = largest_and_count(pointer, vocab, target, 1024)
-        reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
-        nothing_far = (highest == -INFINITY) & (target_far == 0)
-        reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
-        base = tl.where(others_far, (highest - reference) * scale, base - reference * scale)
-        total = tl.where(others_far, count, total)
-        weighted = tl.where(others_far, 0.0, weighted)
-    logprob, entropy, hi, lo = _combine(base, total, weighted, target_logit - reference, scale, scale_error)
-    if others_far | target_far:  # a difference of logits may not fit float32, where divided by the temperature it does
-        quarter = (target_logit * 0.25 - reference * 0.25) * (scale * LN2_HI)
-        logprob = tl.where((logprob == -INFINITY) & (target_logit > -INFINITY), quarter * 4.0, logprob)
-        hi, lo, power = far_lse(hi, lo, reference, scale, scale_error)
+    if tanh_hi is None:
+        others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
+        target_far = tl.abs(target_logit * scale) >= FAR
+        if others_far | target_far:
+            highest, count = largest_and_count(pointer, vocab, target, 1024)
+            reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
+            nothing_far = (highest == -INFINITY) & (target_far == 0)
+            reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
+            base = tl.where(others_far, (highest - reference) * scale, base - reference * scale)
+            total = tl.where(others_far, count, total)
+            weighted = tl.where(others_far, 0.0, weighted)
+        target_hi, target_lo = two_product(target_logit - reference, scale)
+        logprob, entropy, hi, lo = _combine(base, base_lo, total, weighted, target_hi, target_lo, scale_error)
+        if others_far | target_far:
+            # A difference of logits may not fit float32, where divided by the temperature it does.
+            quarter = (target_logit * 0.25 - reference * 0.25) * (scale * LN2_HI)
+            logprob = tl.where((logprob == -INFINITY) & (target_logit > -INFINITY), quarter * 4.0, logprob)
+            hi, lo, power = far_lse(hi, lo, reference, scale, scale_error)
+    else:
+        target_hi, target_lo, _ = tanh_pair(target_logit, tanh_hi, tanh_lo)
+        target_hi, target_lo = scale_pair(target_hi, target_lo, scale, 0.0)
+        logprob, entropy, hi, lo = _combine(base, base_lo, total, weighted, target_hi, target_lo, scale_error)
     return logprob, entropy, hi, lo, power
 
 
@@ -211,7 +251,7 @@ def store_statistics(row, logprob, entropy, lse_hi, lse_lo, power, logprobs, ent
 @row_kernel()
 def forward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
-    token_ids, mask, temperature, scale, scale_error,
+    token_ids, mask, temperature, scale, scale_error, tanh_hi, tanh_lo,
     logprobs, entropies, lses,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +264,7 @@ def forward_kernel(
             first = first_block(pointer, vocab, REPEAT * LANES * WIDTH, WIDTH, PTX)
         s, error = scale_of(row, temperature, scale, scale_error)
         logprob, h, hi, lo, power = statistics(
-            pointer, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, 0
+            pointer, token_ids, row, vocab, first, s, error, tanh_hi, tanh_lo, REPEAT, LANES, WIDTH, PTX, 0
         )
         store_statistics(row, logprob, h, hi, lo, power, logprobs, entropies, lses)
     else:

@@ -8,11 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward import coefficients, common_factor, gradient_of, upstream_of, write_gradient, write_zeros
+from .triton_backward import (
+    cap_coefficients,
+    coefficients,
+    common_factor,
+    gradient_of,
+    upstream_of,
+    write_gradient,
+    write_zeros,
+)
 from .triton_columns import block_start, first_block, is_active, phase_of, row_kernel, row_pointer, scale_of
 from .triton_far import is_far, largest_logit_of, write_far
 from .triton_forward import statistics, store_statistics
-from .triton_math import bounded_columns, halves, narrow, prefetch
+from .triton_math import bounded_columns, halves, narrow, prefetch, within_cap
 
 
 @triton.jit
@@ -44,24 +52,27 @@ def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def _write_kept(kept, there, destination, hole, base, constant, scale, KEPT: tl.constexpr, BLOCK: tl.constexpr,
-                WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+def _write_kept(kept, there, destination, hole, base, constant, scale, pivot, tanh_hi, tanh_lo, KEPT: tl.constexpr,
+                BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Writes the gradient of the kept blocks, if `there`."""
     DTYPE: tl.constexpr = destination.dtype.element_ty
     if there:
         if PTX:
-            low, high = halves(bounded_columns(kept, PTX, DTYPE), DTYPE)
+            low, high = halves(bounded_columns(kept, tanh_hi, PTX, DTYPE), DTYPE)
             x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
+            if tl.bfloat16 != DTYPE:
+                x = within_cap(x, tanh_hi)
         else:
-            x = kept.to(tl.float32)
-        g = narrow(gradient_of(x, base, constant, 0.0, scale, False, PTX, DTYPE), DTYPE)
+            x = within_cap(kept.to(tl.float32), tanh_hi)
+        g = gradient_of(x, base, constant, 0.0, scale, pivot, tanh_hi, tanh_lo, False, PTX, DTYPE)
+        g = narrow(g, DTYPE)
         tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g)
 
 
 @row_kernel()
 def forward_backward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
-    token_ids, mask, temperature, scale, scale_error,
+    token_ids, mask, temperature, scale, scale_error, tanh_hi, tanh_lo,
     logprobs, entropies, lses, g_logprobs, counts, counts_size: tl.int32,
     gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
@@ -95,21 +106,29 @@ def forward_backward_kernel(
         g_logprob = upstream_of(g_logprobs, row, common_factor(None, counts, counts_size))
         s, error = scale_of(row, temperature, scale, scale_error)
         logprob, h, hi, lo, power = statistics(
-            source, token_ids, row, vocab, first, s, error, REPEAT, LANES, WIDTH, PTX, PREFETCH
+            source, token_ids, row, vocab, first, s, error, tanh_hi, tanh_lo, REPEAT, LANES, WIDTH, PTX, PREFETCH
         )
         store_statistics(row, logprob, h, hi, lo, power, logprobs, entropies, lses)
         if g_logprob != 0.0:
             base, constant, slope, at_target = coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
-            if is_far(hi, power):
+            pivot = 0.0
+            if tanh_hi is not None:
+                base, constant, slope, at_target, s, pivot = cap_coefficients(
+                    base, constant, slope, at_target, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
+                )
+            if is_far(hi, power, tanh_hi):
                 largest_logit = largest_logit_of(hi, lo, power, h, s, error)
                 write_far(source, destination, vocab, target, largest_logit, g_logprob, 0.0, 0.0, h, s, LANES)
             else:
                 write_gradient(
-                    source, destination, vocab, target, base, constant, slope, at_target, s, skip, False, REPEAT,
-                    LANES, WIDTH, PTX,
+                    source, destination, vocab, target, base, constant, slope, at_target, s, pivot, tanh_hi,
+                    tanh_lo, skip, False, REPEAT, LANES, WIDTH, PTX,
                 )  # fmt: skip
                 if KEPT > 0 and NARROW:
-                    _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX)
+                    _write_kept(
+                        kept, there, destination, hole, base, constant, s, pivot, tanh_hi, tanh_lo, KEPT, BLOCK,
+                        WIDTH, PTX,
+                    )  # fmt: skip
         else:
             write_zeros(destination, vocab, BLOCK, WIDTH)
     else:

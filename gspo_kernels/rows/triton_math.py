@@ -39,6 +39,11 @@ WIDEN_BF16 = tl.constexpr("""{
     shl.b32 $0, pair, 16;
     and.b32 $1, pair, 0xffff0000;
 }""")
+BOUND_BF16 = tl.constexpr("""{
+    .reg .b32 t;
+    max.NaN.bf16x2 t, $1, $2;
+    min.NaN.bf16x2 $0, t, $3;
+}""")
 JOIN_32 = tl.constexpr("""{
     .reg .pred two, one;
     .reg .b32 t;
@@ -117,6 +122,16 @@ def scaled_exp2(t, factor, PTX: tl.constexpr):
 
 
 @triton.jit
+def scaled_exp2_twice(t, factor, other, PTX: tl.constexpr):
+    """2^t factor other, subnormals as zero, also where a factor is one."""
+    if PTX:
+        code: tl.constexpr = "{ .reg .f32 e; mul.ftz.f32 $0, $2, $3; ex2.approx.ftz.f32 e, $1; mul.ftz.f32 $0, $0, e; }"
+        return tl.inline_asm_elementwise(code, "=&f,f,f,f", [t, factor, other], tl.float32, True, 1)
+    else:
+        return scaled_exp2(t, tl.where(tl.abs(factor) < TINY, 0.0, factor) * other, PTX)
+
+
+@triton.jit
 def _larger_bf16(x, y):
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
 
@@ -127,9 +142,30 @@ def _larger_fp16(x, y):
 
 
 @triton.jit
-def bounded_columns(x, PTX: tl.constexpr, dtype: tl.constexpr):
-    """On NVIDIA -inf in bf16 becomes -1e20, two columns an instruction; NaN stays."""
-    if PTX and dtype == tl.bfloat16:
+def _cap_bound(tanh_hi):
+    """Beyond it tanh is 1 to more digits than are used, and e^(2 tanh_scale x) may not fit float32."""
+    return tl.full((), 125.0, tl.float32) / tanh_hi
+
+
+@triton.jit
+def within_cap(x, tanh_hi):
+    """Logits, if there is a cap no farther from 0 than its tanh can tell; NaN stays."""
+    if tanh_hi is None:
+        return x
+    else:
+        bound = _cap_bound(tanh_hi)
+        x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bounded_columns(x, tanh_hi, PTX: tl.constexpr, dtype: tl.constexpr):
+    """On NVIDIA, bf16 within the cap or, without one, -inf as -1e20; two columns an instruction; NaN stays."""
+    if PTX and dtype == tl.bfloat16 and tanh_hi is not None:
+        half = (_cap_bound(tanh_hi).to(tl.int32, bitcast=True) >> 16) & 0x7FFF
+        most = half | (half << 16)
+        return tl.inline_asm_elementwise(BOUND_BF16, "=r,r,r,r", [x, most | -0x7FFF8000, most], tl.int32, True, 1)
+    elif PTX and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [x, -0x1F521F53], tl.int32, True, 1)
     else:
         return x
@@ -162,19 +198,26 @@ def halves(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def widen(x, PTX: tl.constexpr, dtype: tl.constexpr):
-    """float32 of a block of logits as `load_columns` loads them."""
+def widen(x, tanh_hi, PTX: tl.constexpr, dtype: tl.constexpr):
+    """float32 of a block of logits as `load_columns` loads them and `bounded_columns` bounds them, within the cap."""
     if PTX and dtype.primitive_bitwidth == 16:  # two logits an int32
         low, high = halves(x, dtype)
-        return tl.reshape(tl.join(low, high), [2 * x.shape[0]])
+        wide = tl.reshape(tl.join(low, high), [2 * x.shape[0]])
     else:
-        return x.to(tl.float32)
+        wide = x.to(tl.float32)
+    if PTX and dtype == tl.bfloat16:
+        return wide
+    else:
+        return within_cap(wide, tanh_hi)
 
 
 @triton.jit
-def widen_loaded(x, PTX: tl.constexpr):
-    """float32 of a block of logits. On NVIDIA -inf in bf16 becomes -1e20, two columns an instruction; NaN stays."""
-    if PTX and x.dtype == tl.bfloat16:
+def widen_loaded(x, tanh_hi, PTX: tl.constexpr):
+    """float32 of a block of logits, within the cap. On NVIDIA -inf in bf16 becomes -1e20, two columns an instruction;
+    NaN stays."""
+    if tanh_hi is not None:
+        return within_cap(x.to(tl.float32), tanh_hi)
+    elif PTX and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(WIDEN_BF16, "=r,=r,r", [x], tl.int32, True, 2).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)

@@ -21,7 +21,7 @@ from . import types
 from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
 name = "triton"
-honours: frozenset[str] = frozenset({"row_indices"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})
 has_kernels = True
 runs_stage_in_triton = True
 computes_slopes = False
@@ -177,7 +177,7 @@ def scaled_logits(rows: Rows, logits: Tensor) -> Tensor:
     """The kernels' lse is that of a rounded scale, but for large logits."""
     exact = types.scaled_logits(rows, logits)
     rounded_scale = (_LOG2_E / rows.temperature.double()).float().double() * math.log(2.0)
-    return torch.where(exact.abs() < _EXACT_FROM, logits.double() * rounded_scale, exact)
+    return torch.where(exact.abs() < _EXACT_FROM, types.capped(rows, logits) * rounded_scale, exact)
 
 
 def compiled_variants() -> int:
@@ -197,6 +197,7 @@ def _of_rows(rows: Rows) -> dict[str, Any]:
     outer_stride, inner_stride, _ = rows.logits.stride()
     # Reading a CPU tensor waits for nothing.
     scale, scale_error = _scale(1.0 if per_row else float(rows.temperature))
+    tanh_hi, tanh_lo = (None, None) if rows.tanh_scale is None else _exponents(float(rows.tanh_scale))
     return {
         "logits": rows.logits,
         "outer_stride": outer_stride,
@@ -208,6 +209,8 @@ def _of_rows(rows: Rows) -> dict[str, Any]:
         "temperature": rows.temperature if per_row else None,
         "scale": scale,
         "scale_error": scale_error,
+        "tanh_hi": tanh_hi,
+        "tanh_lo": tanh_lo,
     }
 
 
@@ -237,6 +240,14 @@ def _scale(temperature: float) -> tuple[float, float]:
     scale = _LOG2_E / temperature
     rounded: float = struct.unpack("f", struct.pack("f", scale))[0]
     return rounded, (scale - rounded) / scale
+
+
+@functools.lru_cache(maxsize=64)
+def _exponents(tanh_scale: float) -> tuple[float, float]:
+    """2 tanh_scale log2(e) as a pair of float32."""
+    exponent = 2.0 * tanh_scale * _LOG2_E
+    rounded: float = struct.unpack("f", struct.pack("f", exponent))[0]
+    return rounded, exponent - rounded
 
 
 def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dict[str, int]:

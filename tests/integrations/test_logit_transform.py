@@ -64,12 +64,27 @@ def test_an_option_that_may_be_about_logits_is_refused(name: str, value: Any) ->
         logit_transform_of(wrapped("made_up", config("llama", **{name: value})))
 
 
+def test_an_option_of_the_config_class_is_an_option() -> None:
+    class Config:
+        model_type = "made_up"
+        final_logit_softcapping = 30.0
+
+        def logits_processor(self) -> None: ...
+
+    with pytest.raises(ValueError, match=r"config\.final_logit_softcapping: .* got 30\.0 of 'made_up'"):
+        logit_transform_of(Config())
+
+
 def test_what_a_scale_and_a_softcap_cannot_say_is_refused() -> None:
     cut = config("inkling2_text", final_logit_softcapping=30.0, unpadded_vocab_size=60)
     with pytest.raises(ValueError, match=r"config\.unpadded_vocab_size: .* all 64 .* got 60 .* Pass vocab_size=60, "):
         logit_transform_of(cut)
-    with pytest.raises(ValueError, match="expected a decoder-only model; got 't5'"):
-        logit_transform_of(config("t5", is_encoder_decoder=True))
+    seq2seq = config("t5", is_encoder_decoder=True)
+    for found in (seq2seq, wrapped("t5", seq2seq)):
+        with pytest.raises(ValueError, match="expected a decoder-only model; got 't5'"):
+            logit_transform_of(found)
+    with pytest.raises(ValueError, match=r"got 'chameleon', which gives .* Use the loss from its logits"):
+        logit_transform_of(wrapped("chameleon", config("chameleon")))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

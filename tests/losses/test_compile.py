@@ -51,7 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "off-policy": ({}, {}),
     "on-policy": ({"on_policy": True, "groups": True}, {"aggregation": "group_mean"}),
     "all": (
-        {"ref": True, "rollout": True, "weights": "token", "temperature": "token"},
+        {"ref": True, "rollout": True, "weights": "token", "temperature": "token", "softcap": 6.0},
         {"beta": 0.1, "kl_weighting": "ratio", "entropy_coef": 0.01, "dual_clip": 3.0},
     ),
 }
@@ -137,6 +137,8 @@ def test_compilations_do_not_grow_with_annealed_numbers() -> None:
     for k in range(BATCHES):
         numbers = {
             "temperature": 0.5 + 0.05 * k,
+            "softcap": 10.0 + k,
+            "logit_scale": 0.4 + 0.05 * k,
             "eps_high": 1e-4 * (k + 1),
             "eps_low": 2e-4 * (k + 1),
             "beta": 0.01 * (k + 1),

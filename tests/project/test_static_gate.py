@@ -194,7 +194,7 @@ def test_the_committed_figures_name_every_kernel_and_keep_the_budgets() -> None:
         hot = committed[job.name].loops
         assert set(hot) == (set(job.variant.loops) if job.target in static_sass.NVIDIA else set())
         for kind, figures in hot.items():
-            assert figures.instructions <= static_triton.budget(kind, job.dtype)
+            assert figures.instructions <= static_triton.budget(kind, job.dtype, job.variant.capped)
 
 
 def test_the_page_has_the_committed_figures() -> None:
@@ -235,6 +235,8 @@ def figures_of(text: str, dtype: str = "bf16", **usage: int) -> Figures:
     [
         (SYMBOL, "one_read, Resident 256, bf16, sm_90"),
         ("_ZN4gspo3gpu8one_readIfNS0_5AgainELi1024EEEvNS0_7OneReadE", "one_read, Again 1024, fp32, sm_90"),
+        (SYMBOL.replace("ELi256E", "ELi256ENS0_5NoCapE"), "one_read, Resident 256, bf16, sm_90"),
+        (SYMBOL.replace("ELi256E", "ELi256ENS0_7TanhCapE"), "one_read, Resident capped 256, bf16, sm_90"),
         ("_ZN4gspo3gpu10statisticsINS0_7Float16ELb1EEEvNS0_7OneReadE", "statistics, 1, fp16, sm_90"),
         ("_ZN4gspo3gpu10FromEdgeN7ILi8EfEEvi", "FromEdgeN7, 8, fp32, sm_90"),
         ("_Z5zerosPf", "zeros, sm_90"),
@@ -300,6 +302,13 @@ def test_every_dtype_has_the_same_budget(dtype: str) -> None:
     assert any("> 6 " in problem for problem in figures_of(resident(read=body), dtype).problems)
 
 
+def test_a_softcap_has_a_budget_of_its_own() -> None:
+    body = listing(loop([*READ, *["FADD R4, R5, R6"] * (20 * COLUMNS)]))
+    for capped in (False, True):
+        _, wrong = static_triton.read_sass(body, "fma.rn.f32", ["read"], "bf16", COLUMNS, capped=capped)
+        assert bool(wrong) != capped
+
+
 def test_the_kernels_are_those_of_the_cubin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_cuda, "KERNELS", (RESIDENT, Kernel("one_read", "Again", (), "LDG", ("sm_80",))))
     unknown = SYMBOL.replace("8Resident", "5Other")
@@ -327,6 +336,7 @@ def test_the_committed_figures_name_every_cuda_kernel_and_keep_the_budgets() -> 
         row = static_cuda.Instance(kernel, tuple(words.split()), dtype, target).row
         assert row is not None
         assert set(figures.loops) == set(row.loops)
-        assert all(hot.instructions <= static_cuda.budget(kind, dtype) for kind, hot in figures.loops.items())
+        budgets = {kind: static_cuda.budget(kind, dtype, row.capped) for kind in figures.loops}
+        assert all(hot.instructions <= budgets[kind] for kind, hot in figures.loops.items())
         wanted.discard((row, dtype, target))
     assert not wanted

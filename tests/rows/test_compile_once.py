@@ -81,6 +81,17 @@ def test_as_many_sequences_as_tokens_do_not_compile_again(
     assert lookups == first
 
 
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_another_softcap_does_not_compile_again(on_policy: bool, lookups: set[tuple[str, str]]) -> None:
+    step("gspo", "packed", on_policy, [3, 2], softcap=30.0)
+    first = set(lookups)
+    for cap in (1.0, 50.0, 7.3):
+        step("gspo", "packed", on_policy, [3, 2], softcap=cap, logit_scale=0.1 * cap, temperature=cap)
+    assert lookups == first
+    step("gspo", "packed", on_policy, [3, 2])
+    assert lookups != first, "without a cap the kernels are others"
+
+
 def test_strides_beyond_32_bits_do_not_compile_again(lookups: set[tuple[str, str]]) -> None:
     """The stride of a packed batch is N V, of a padded one T V: both may cross 2^31 in the middle of a training."""
     from gspo_kernels.rows.types import Rows, Upstream

@@ -71,7 +71,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 CLIP_OPTIONS = [  # of the options: what a token's coefficient or clip depends on, and what takes the one pass away
     *("defaults", "token mean", "normalizer", "dual clip", "saturation", "sequence weights", "token weights"),
-    *("temperature by token", "ref without beta", "k3", "entropy"),
+    *("temperature by token", "ref without beta", "k3", "entropy", "softcap"),
 ]
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_token_objective = pytest.mark.parametrize("objective", ["grpo", "ppo"])
@@ -90,7 +90,7 @@ def test_a_ratio_per_token(objective: str, layout: str, option: str, launches: l
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @by_layout
-@pytest.mark.parametrize("option", ["on-policy", "ref without beta, on-policy", "all, on-policy"])
+@pytest.mark.parametrize("option", ["on-policy", "ref without beta, on-policy", "softcap, on-policy", "all, on-policy"])
 def test_on_policy(objective: str, layout: str, option: str, launches: list[bool]) -> None:
     build, options = OPTIONS[option]
     run_and_check(ragged_batch(objective, seed=32, **build), layout, objective, backend="cuda", **options)

@@ -72,7 +72,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         "logprob is wrong",
     ),
     "-inf is never bounded": (
-        {"running = sums_of<true>(": "running = sums_of<false>("},
+        {"running = uncapped_sums<true>(": "running = uncapped_sums<false>("},
         "entropy is wrong",
     ),
     "large logits by rounded exponents": (
@@ -121,6 +121,35 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
         {"sync_cluster();  // a block that has not begun": "__syncthreads();  // a block that has not begun"},
         "block 0 reaches for block 1 of its cluster, which has not begun",
     ),
+    "no derivative of the cap": (
+        {"multiply_flushed(derivative, row.constant)": "0.25f * row.constant"},
+        "capped, row 0, column",
+    ),
+    "no derivative of the cap at the target": (
+        {"tanh_scale * tanh_slope(tanh_scale * logit)": "tanh_scale"},
+        "capped, row 0, column",
+    ),
+    "a capped logit rounded to float": (
+        {
+            "return e.minus(pivot) * reciprocal(e.minus(-1.0f));": "return ((1.0f - 2.0f * reciprocal(e.value() + 1.0f)) - (1.0f - 2.0f * reciprocal(pivot + 1.0f))) * 0.5f * "
+            "(pivot + 1.0f);"
+        },
+        "logprob is wrong: bfloat16",
+    ),
+    "E rounded before the pivot is subtracted": (
+        {"return fmaf(power, part, power - pivot);": "return fmaf(power, part, power) - pivot;"},
+        "logprob is wrong: bfloat16",
+    ),
+    "the target in capped sums": ({"left_out = 1u << (slice": "left_out = 0u << (slice"}, "capped, row"),
+    "columns of other rows in capped sums": ({"left_out |= 1u << i;": ";"}, "capped, row"),
+    "capped logits far beyond the cap": (
+        {"within.words[i] = bounded_pair(v.words[i], most);": "within.words[i] = v.words[i];"},
+        "logprob is wrong: bfloat16",
+    ),
+    "pivots of lanes not brought together": (
+        {"shift = fmaxf(from_pivot_to(own, sums.largest, steepness(sums.largest, scale)), kLeast);": "shift = 0.0f;"},
+        "logprob is wrong: bfloat16",
+    ),
     "a barrier that some threads do not come to": (
         {"  }  // and after the last": "  }\n  if (threadIdx.x < kWarp) __syncthreads();  // and after the last"},
         "__syncthreads of block 0: 32 of 96 threads came",
@@ -141,6 +170,8 @@ CHOSEN_WRONG = {
     "the old log-probability for the rollout's",
     "the next row from a stale ticket",
     "the next row not copied at all",
+    "no derivative of the cap",
+    "a capped logit rounded to float",
     "a barrier that some threads do not come to",
 }
 
@@ -210,7 +241,7 @@ RACES: dict[str, Mutant | None] = {
     "no barrier among a block's warps": {"__syncthreads();\n    if (warp > 0) return;": "if (warp > 0) return;"},
     "no wait for what blocks send": {"      wait_for_phase(&landed[turn], parity);\n": "(void)parity;"},
     "no barrier before the gradient": {
-        "__syncthreads();\n    const RowGradient gradient": "const RowGradient gradient"
+        "__syncthreads();\n    const GradientOf<Cap> gradient": "const GradientOf<Cap> gradient"
     },
     "no barrier before the next row's copies": {"        __syncthreads();  // every thread is done": "//"},
     "the next row's vector copied by another thread": {

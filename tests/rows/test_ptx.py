@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,8 +32,14 @@ def bf16(bits: int) -> float:
     return found
 
 
-def larger_bf16(a: int, b: int) -> int:
-    return 0x7FFF if bf16(a) != bf16(a) or bf16(b) != bf16(b) else a if bf16(a) >= bf16(b) else b
+def of_bf16(choose: Callable[[float, float], float]) -> Callable[[int, int], int]:
+    """max or min of both halves of two registers; NaN if one of them is."""
+
+    def one(a: int, b: int) -> int:
+        x, y = bf16(a), bf16(b)
+        return 0x7FFF if x != x or y != y else a if choose(x, y) == x else b
+
+    return lambda a, b: one(a & 0xFFFF, b & 0xFFFF) | one(a >> 16, b >> 16) << 16
 
 
 OPERATIONS = {
@@ -43,7 +50,8 @@ OPERATIONS = {
     "selp.b32": lambda a, b, p: a if p else b,
     "selp.f32": lambda a, b, p: a if p else b,
     "shf.r.wrap.b32": lambda low, high, n: ((high << 32 | low) >> (n & 31)) & WORD,
-    "max.NaN.bf16x2": lambda a, b: larger_bf16(a & 0xFFFF, b & 0xFFFF) | larger_bf16(a >> 16, b >> 16) << 16,
+    "max.NaN.bf16x2": of_bf16(max),
+    "min.NaN.bf16x2": of_bf16(min),
 }
 
 
@@ -84,7 +92,20 @@ def test_every_bf16_is_widened() -> None:
     assert bool((found[low] <= -9e19).all() and (found[low] > -1.1e20).all())
 
 
-@pytest.mark.parametrize("code", ["WIDEN_BF16", "JOIN_16", "JOIN_32"])
+@pytest.mark.parametrize("bound", [0x447B, 0x3F01])
+def test_every_bf16_is_brought_within_a_bound(bound: int) -> None:
+    """From -bound to bound; NaN stays."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    truth = bits.view(torch.bfloat16).float().clamp(-bf16(bound), bf16(bound))
+    most = bound | bound << 16
+    words = [carry_out(triton_math.BOUND_BF16.value, 1, [k | (k + 1) << 16, most | 0x80008000, most])[0]
+             for k in range(0, 2**16, 2)]  # fmt: skip
+    found = torch.tensor([bf16(half) for word in words for half in (word & 0xFFFF, word >> 16)])
+    assert torch.equal(found.isnan(), truth.isnan())
+    assert torch.equal(found.nan_to_num(), truth.nan_to_num())
+
+
+@pytest.mark.parametrize("code", ["WIDEN_BF16", "BOUND_BF16", "JOIN_16", "JOIN_32"])
 def test_registers_are_declared(code: str) -> None:
     """ptxas would say so too; here it is said without it."""
     text: str = getattr(triton_math, code).value

@@ -55,6 +55,8 @@ struct Case {
   double dual_clip;
   std::vector<int64_t> targets;
   float offset = 0.0f;  // of all logits
+  double cap = 0.0;     // logits are cap * tanh(x / cap); 0: they are x
+  bool pairs = false;   // all but two logits of a plain row are far below: nothing averages their errors
 };
 
 double random_number() {  // -1 to 1, the same every time
@@ -91,7 +93,7 @@ std::string words(const Case& c) {
   const auto number = [](auto x) { return std::to_string(x); };
   return std::string(", ") + kNames[c.of] + ", " + number(c.clusters) + " clusters of " + number(c.ranks) + ", V = " + number(c.vocab) + ", shift " + number(c.shift) + (c.over ? ", in place" : "") +
          (c.elsewhere ? ", elsewhere" : "") + (c.clip ? c.over ? ", clipped by TV" : ", clipped" : "") + (c.dual_clip < 1e9 ? " twice" : "") +
-         (c.temperatures ? ", temperatures" : "");
+         (c.temperatures ? ", temperatures" : "") + (c.cap != 0.0 ? ", capped" : "");
 }
 
 template <class T>
@@ -103,16 +105,18 @@ size_t buffer_bytes(int64_t vocab, unsigned ranks) {  // of a slice that begins 
 // What a row should come to.
 struct Truth {
   double lse, logprob, entropy = 0.0;
-  std::vector<double> p;
+  std::vector<double> p, slope;  // slope: of the cap
 
   template <class T>
-  Truth(const T* x, int64_t vocab, int64_t token, double temperature) : p(vocab) {
+  Truth(const T* x, int64_t vocab, int64_t token, double temperature, double cap)
+      : p(vocab), slope(vocab, 1.0) {
     double top = -INFINITY, sum = 0.0;
-    for (int64_t v = 0; v < vocab; ++v) top = std::fmax(top, widen(x[v]));
-    const auto below_top = [&](int64_t v) { return (widen(x[v]) - top) / temperature; };
+    const auto logit = [&](int64_t v) { return cap == 0.0 ? widen(x[v]) : cap * std::tanh(widen(x[v]) / cap); };
+    for (int64_t v = 0; v < vocab; ++v) top = std::fmax(top, logit(v));
+    const auto below_top = [&](int64_t v) { return (logit(v) - top) / temperature; };
     for (int64_t v = 0; v < vocab; ++v) sum += std::exp(below_top(v));
     const bool known = token >= 0 && token < vocab;
-    const bool nothing = std::all_of(x, x + vocab, [](T one) { return widen(one) == -INFINITY; });
+    const bool nothing = cap == 0.0 && std::all_of(x, x + vocab, [](T one) { return widen(one) == -INFINITY; });
     const double log_sum = std::log(sum);
     lse = !known ? NAN : nothing ? -INFINITY : top / temperature + log_sum;
     logprob = known ? below_top(token) - log_sum : NAN;
@@ -120,6 +124,8 @@ struct Truth {
       const double log_p = below_top(v) - log_sum;
       p[v] = known ? std::exp(log_p) : NAN;
       if (p[v] != 0.0) entropy -= p[v] * log_p;
+      const double e = std::exp(-2.0 * std::fabs(widen(x[v]) / cap));
+      if (cap != 0.0) slope[v] = 4.0 * e / ((1.0 + e) * (1.0 + e));
     }
   }
 };
@@ -142,6 +148,8 @@ void check(const Case& c) {
   std::vector<int64_t> tokens(rows);
   const auto mask = std::make_unique<bool[]>(rows);
   std::vector<float> upstream(rows), old(rows), rollout(rows), advantages(rows), temperatures(rows);
+  std::vector<double> temperature(rows);  // before it was divided by the cap
+  const double divisor = c.cap == 0.0 ? 1.0 : c.cap;
   std::vector<Truth> truth;
   for (int64_t r = 0; r < rows; ++r) {
     const int kind = plain ? kPlain : static_cast<int>(r);
@@ -153,6 +161,11 @@ void check(const Case& c) {
                                    : static_cast<int64_t>((random_number() + 1.0) / 2.0 * vocab) % vocab;
     row[(token + 11) % vocab] = narrow(c.offset + 9.0f, T{});
     if (plain) row[token] = narrow(c.offset + 8.0f, T{});
+    if (c.pairs) {
+      std::fill(row, row + vocab, narrow(-1e4f, T{}));
+      row[token] = narrow(static_cast<float>(20.0 * random_number()), T{});
+      row[(token + 11) % vocab] = narrow(widen(row[token]) + static_cast<float>(random_number()), T{});
+    }
     const auto make_infinite = [&](double share) {
       for (int64_t v = 0; v < vocab; ++v)
         if (v != token && random_number() < 2.0 * share - 1.0) row[v] = minus_infinity(T{});
@@ -182,10 +195,11 @@ void check(const Case& c) {
     advantages[r] = kind == kHeld || r % 2 == 0 ? 1.0f : -1.0f;
     if (kind == kHeldTwice || kind == kFarAway) advantages[r] = -1.0f;
     upstream[r] = kind == kNoGradient ? 0.0f : c.clip ? 0.37f : -0.37f * advantages[r];
-    temperatures[r] = kind == kTies || kind == kMostNegative ? 1e-6f
-                      : kind == kBothEnds || kind == kLargest ? 1e6f
-                                                              : 0.7f + 0.2f * (r % 5);
-    truth.emplace_back(row, vocab, token, c.temperatures ? temperatures[r] : 1.3);
+    const bool coldest = c.cap == 0.0 && (kind == kTies || kind == kMostNegative);
+    const bool hottest = c.cap == 0.0 && (kind == kBothEnds || kind == kLargest);
+    temperatures[r] = static_cast<float>((coldest ? 1e-6f : hottest ? 1e6f : 0.7f + 0.2f * (r % 5)) / divisor);
+    temperature[r] = (c.temperatures ? temperatures[r] : 1.3 / divisor) * divisor;
+    truth.emplace_back(row, vocab, token, temperature[r], c.cap);
     const double log_ratio = kind == kHeld ? 0.05 : kind == kHeldTwice ? 1.5 : kind == kFarAway ? 2.5 : -0.01;
     rollout[r] = static_cast<float>(kind == kHeld ? std::log(std::exp(truth[r].logprob) + 0.1) : truth[r].logprob);
     old[r] = kind == kTargetInfinite ? (c.over ? -INFINITY : -3.0f) : static_cast<float>(truth[r].logprob - log_ratio);
@@ -200,7 +214,8 @@ void check(const Case& c) {
   OneRead args{};
   args.shape = {rows, inner, vocab};
   args.in = {{reinterpret_cast<char*>(x), outer_stride, stride}, tokens.data(), mask.get(),
-             c.temperatures ? temperatures.data() : nullptr,     1.3,           nullptr};
+             c.temperatures ? temperatures.data() : nullptr,     1.3 / divisor, nullptr,
+             c.cap == 0.0 ? 0.0 : 1.0 / c.cap};
   args.out = {out_logprobs.data(), out_entropy.data(), out_lse.data()};
   args.upstream = {upstream.data(), nullptr, nullptr};
   args.common = {&factor, counts, 3};
@@ -216,8 +231,10 @@ void check(const Case& c) {
   args.gradient = {reinterpret_cast<char*>(g), outer_stride, stride};
   args.tickets = &tickets;
   on_host::launch(c.clusters, c.ranks, kThreads, c.of == kAgain ? 0 : buffer_bytes<T>(vocab, c.ranks), [&] {
-    if (c.of == kAgain) one_read<T, Again<T, kThreads>, 1>(args);
-    if (c.of == kResident) one_read<T, Resident<T, kThreads>, 1>(args);
+    if (c.of == kAgain && c.cap == 0.0) one_read<T, Again<T, kThreads>, NoCap, 1>(args);
+    if (c.of == kAgain && c.cap != 0.0) one_read<T, Again<T, kThreads>, TanhCap, 1>(args);
+    if (c.of == kResident && c.cap == 0.0) one_read<T, Resident<T, kThreads>, NoCap, 1>(args);
+    if (c.of == kResident && c.cap != 0.0) one_read<T, Resident<T, kThreads>, TanhCap, 1>(args);
   });
 
   for (int64_t r = 0; r < rows; ++r) {
@@ -234,7 +251,8 @@ void check(const Case& c) {
       coefficient = held || log_ratio > 2.0 ? 0.0 : coefficient * (1.0 + deviation);
     }
     if (mask[r]) {
-      expect(near(out_logprobs[r], static_cast<float>(t.logprob), 2e-6, 2e-6), "logprob", where);
+      const double error = c.cap == 0.0 ? 2e-6 : c.pairs ? 2.2e-7 : 5e-7;
+      expect(near(out_logprobs[r], static_cast<float>(t.logprob), error, error), "logprob", where);
       expect(near(out_entropy[r], t.entropy, 4e-6, 4e-6), "entropy", where);
       expect(near(out_lse[r], t.lse, 1e-6, 1e-6), "lse", where);
     } else {
@@ -244,8 +262,7 @@ void check(const Case& c) {
     bool right = true;
     for (int64_t v = 0; v < vocab && right; ++v) {
       const double expected =
-          coefficient == 0.0 ? 0.0
-                             : coefficient * ((v == tokens[r]) - t.p[v]) / (c.temperatures ? temperatures[r] : 1.3);
+          coefficient == 0.0 ? 0.0 : coefficient * ((v == tokens[r]) - t.p[v]) * t.slope[v] / temperature[r];
       right = near(widen(g[place(r) + v]), expected, kStep + 4e-6, coefficient == 0.0 ? 0.0 : least);
       expect(right, "gradient", where + ", column " + std::to_string(v));
     }
@@ -275,6 +292,25 @@ void check_kinds(const std::vector<int64_t>& vocabs) {
         }
 }
 
+// Capped rows of every kind, and where logits lie about the cap and far beyond it.
+template <class T>
+void check_capped() {
+  for (const double cap : {30.0, 0.5})
+    for (const Of of : kChecked)
+      for (const int shift : {0, 5}) {
+        const unsigned ranks = of == kAgain ? 1 : 2;
+        check<T>({of, 2, ranks, 601, shift, shift == 0, false, cap < 1.0, shift != 0, 3.0, {}, 0.0f, cap});
+        check<T>({of, 2, ranks, 601, shift, shift != 0, shift == 0, false, false, 3.0, {0, 50, 600}, 25.0f, cap});
+      }
+  std::vector<int64_t> targets(100);
+  for (int64_t& target : targets) target = 90 + (&target - targets.data());
+  check<T>({kResident, 2, 2, 601, 0, false, false, false, false, 3.0, targets, 0.0f, 30.0, true});
+  const int64_t group = 8 * kThreads * Columns<T>::kWidth, vocab = 3 * group + 70 * Columns<T>::kWidth + 3;
+  for (const Of of : kChecked)
+    check<T>({of, 2, of == kAgain ? 1u : 2u, vocab, 3, false, true, true, false, INFINITY,
+              {9, group / 2, group + 77, 3 * group + 8, vocab - 90, vocab - 1}, -20.0f, 30.0});
+}
+
 // Several vectors at a time: three times as many columns as that takes, and some, with the target in each part.
 template <class T>
 void check_groups() {
@@ -299,6 +335,7 @@ int main() {
 #endif
   check_kinds<GSPO_TYPE>({33, 601});
   check_groups<GSPO_TYPE>();
+  check_capped<GSPO_TYPE>();
   check<GSPO_TYPE>({kResident, 2, 2, 601, 1, false, false, false, true, INFINITY, {50, 99}, 1000.0f});
 #else
   check_kinds<BFloat16>({1, 7, 33, 601});
@@ -307,6 +344,9 @@ int main() {
   check_groups<BFloat16>();
   check_groups<float>();
   check_groups<Float16>();
+  check_capped<BFloat16>();
+  check_capped<float>();
+  check_capped<Float16>();
   const double infinity = INFINITY;
   for (const Of of : kChecked) {
     if (of != kAgain) check<float>({of, 2, 2, 601, 1, false, false, false, true, infinity, {50, 99}, 1000.0f});
