@@ -12,7 +12,7 @@ import torch
 from causal_models import NOT_BUILT, VOCABULARY, sweep, tiny_model
 from modes import DEFAULT_MODE
 from torch import Tensor
-from trl_trainers import Build, OwnLogits, classes
+from trl_trainers import Build, OwnLogits, classes, reads_hidden_states
 
 from gspo_kernels.integrations.transformers import IGNORED, LOGIT_OPTIONS
 
@@ -322,9 +322,10 @@ def test_the_loss_of_a_router_that_the_class_does_not_compute(build: Build) -> N
 @pytest.mark.parametrize("model_type", ["modernbert-decoder", "recurrent_gemma", "roberta", "xlstm"])
 def test_where_trl_is_off(pair: Pair, model_type: str) -> None:
     """From 1.15 on, TRL multiplies the last hidden state with the head, which leaves out what these models do."""
-    utils = pytest.importorskip("trl.trainer.utils")
-    if not hasattr(utils, "add_fused_lm_head") or not hasattr(utils, "_use_triton"):
+    if not reads_hidden_states():
         pytest.skip("TRL 1.14 reads logits, and the kernels of 1.15 need a GPU")
+    from trl.trainer import utils
+
     options = {"xlstm": {"output_logit_soft_cap": 2.0}, "recurrent_gemma": {"logits_soft_cap": 2.0}}
     model = tiny_model(model_type, **options.get(model_type, {})).eval()
     ids = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(1))

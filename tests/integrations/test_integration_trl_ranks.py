@@ -14,7 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from modes import DEFAULT_MODE
-from trl_trainers import GRADIENT, LEVELS, LOSS, batch_of, classes, history, said, save_model, trainer_of
+from trl_trainers import (
+    GRADIENT,
+    LEVELS,
+    LOSS,
+    batch_of,
+    classes,
+    history,
+    reads_hidden_states,
+    said,
+    save_model,
+    trainer_of,
+)
 
 pytestmark = [
     DEFAULT_MODE,
@@ -54,6 +65,8 @@ def on_ranks(folder: Path) -> None:
         cases.append((gspo, {**options, "entropy_coef": 0.3, "peft_config": lora}, ", LoRA"))
     for cls, given, name in cases:
         whole = trainer_of(gspo if "peft_config" in given else trl, model, folder, **given)
+        for parameter in whole.model.parameters():  # TRL 1.14 draws adapters without a seed
+            dist.broadcast(parameter.data, 0)
         _, expected, _ = said(whole, inputs)
         for gradient in expected.values():
             dist.all_reduce(gradient)
@@ -109,8 +122,10 @@ def test_two_ranks(tmp_path: Path) -> None:
     theirs, ours = found["top tokens"]["losses"]  # the quantile is that of both ranks
     assert ours == pytest.approx(theirs, abs=LOSS) and found["top tokens"]["apart"] < GRADIENT
     assert found["GRPOTrainer, head with the rest"] < GRADIENT
-    assert found["GRPOTrainer, head alone"] > 0.1, "TRL's gradient of the head is that of one rank"
-    assert found["GRPOTrainer, digits lost"] and not found["GSPOTrainer, digits lost"]
+    if reads_hidden_states():
+        assert found["GRPOTrainer, head alone"] > 0.1, "TRL's gradient of the head is that of one rank"
+        assert found["GRPOTrainer, digits lost"]
+    assert not found["GSPOTrainer, digits lost"]
 
 
 if __name__ == "__main__":

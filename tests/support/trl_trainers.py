@@ -109,6 +109,13 @@ def classes() -> tuple[Any, Any]:
     return OnOwnLogits, GSPOTrainer
 
 
+def reads_hidden_states() -> bool:
+    """Whether TRL's trainer multiplies hidden states with the head here, as 1.16 does; 1.14 reads logits."""
+    from trl.trainer import utils
+
+    return hasattr(utils, "_use_triton")
+
+
 def batch_of(trainer: Any, off_policy: float = 1e-3) -> dict[str, Any]:
     """A micro-batch that the trainer generated, with old log-probabilities close to the model's."""
     torch.manual_seed(1)
