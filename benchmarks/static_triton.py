@@ -41,7 +41,7 @@ BUDGETS_CAPPED = {"read": 28.0, "write": 33.0}
 
 # Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a
 # kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
-SPILLS = {"forward": (2, 8), "forward_backward": (48, 128), "sequence": (6, 16)}
+SPILLS = {"forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16)}
 
 TABLE = {  # a row's words: (kernel and variant, its loop)
     "statistics of a row: log-probability, entropy, logsumexp": ("forward, plain", "read"),
@@ -294,7 +294,7 @@ def measure(job: Job) -> Figures:
     _, constants = launch(job)
     per_thread = constants.get("REPEAT", 1) * constants.get("WIDTH", 1)
     read_bytes = ITEM_BYTES["fp32"] if job.variant.types.get("logits") == "*fp32" else None
-    accesses, stack = SPILLS.get(job.variant.kernel, (0, 0))
+    accesses, stack = SPILLS.get(f"{job.variant.kernel}, {job.variant.name}", SPILLS.get(job.variant.kernel, (0, 0)))
     hot, problems = read_sass(
         listing, kernel.asm["ptx"], job.variant.loops, job.dtype, per_thread, read_bytes, accesses, job.variant.capped
     )

@@ -131,8 +131,10 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
     ),
     "a capped logit rounded to float": (
         {
-            "return e.minus(pivot) * reciprocal(e.minus(-1.0f));": "return ((1.0f - 2.0f * reciprocal(e.value() + 1.0f)) - (1.0f - 2.0f * reciprocal(pivot + 1.0f))) * 0.5f * "
-            "(pivot + 1.0f);"
+            "return e.minus(pivot) * reciprocal(e.minus(-1.0f));": (
+                "const float y = 1.0f - 2.0f * reciprocal(e.value() + 1.0f), base = 1.0f - 2.0f / (pivot + 1.0f);"
+                "return (y - base) * 0.5f * (pivot + 1.0f);"
+            )
         },
         "logprob is wrong: bfloat16",
     ),
