@@ -197,6 +197,8 @@ def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         at_once = triton_stage.tokens_at_once(objective, of_stage.elements)
         return options, {**constants, "TOKENS_AT_ONCE": at_once}
     layout = triton_rows.LAUNCH[kernel]
+    if job.variant.capped:
+        layout = triton_rows.for_cap(layout)
     element_size = ITEM_BYTES[job.dtype]
     sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)
     return triton_rows.compiler_options(layout, element_size, nvidia), {**sizes, "PTX": nvidia, **job.variant.constants}
