@@ -265,8 +265,11 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
 
 
 def for_cap(layout: Launch) -> Launch:
-    """The launch of rows with a cap. Arithmetic bounds their time, so registers are worth more than a second read."""
-    return layout._replace(kept=0)
+    """The launch of rows with a cap. Arithmetic bounds their time, so registers are worth more than a second read.
+
+    Blocks of more than 8192 columns would spill registers on AMD.
+    """
+    return layout._replace(kept=0, elements=min(layout.elements, 8192))
 
 
 def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[str, Any]:
