@@ -117,13 +117,15 @@ bench-precision: .venv/bench
 	$(BIN)/python -m benchmarks.linear_precision $(ARGS)
 
 # Into .venv, as pinned: torch stays the build that it is. Without dependencies where a peer asks for what its functions
-# here do not need, or for versions that another refuses.
+# here do not need, or for versions that another refuses: DeepSpeed's py-cpuinfo is the module of pytest-benchmark's
+# py-cpuinfo2.
 bench-peers: .venv/peers
 
 .venv/peers: .venv/bench
 	$(PIP) --no-deps triton liger-kernel verl cut-cross-entropy
 	$(PIP) packaging trl
 	$(PIP) ray tensordict omegaconf codetiming orjson hydra-core peft torchdata
+	DS_BUILD_OPS=0 $(PIP) --no-deps deepspeed hjson einops
 	touch $@
 
 .venv/base: $(SOURCES)

@@ -1,7 +1,8 @@
 """Hooks of the documentation's build: the repository's own pages join the site, and every public name must be in it.
 
-A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. The check only
-reads the source and the built pages, so neither torch nor a trainer needs to be installed.
+A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. What the package
+itself imports from an integration is public by the package's name alone. The check only reads the source and the built
+pages, so neither torch nor a trainer needs to be installed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ documented: set[str] = set()  # anchors of the pages that this build has written
 
 
 def public_names() -> Iterator[str]:
-    modules = [PACKAGE / "__init__.py", *sorted((PACKAGE / "integrations").glob("[!_]*"))]
-    for path in modules:
+    package = PACKAGE / "__init__.py"
+    yield from (f"gspo_kernels.{name}" for name in exported(package))
+    for path in sorted((PACKAGE / "integrations").glob("[!_]*")):
         source = path / "__init__.py" if path.is_dir() else path
         if source.suffix == ".py" and source.exists():
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            yield from (f"{module}.{name}" for name in exported(source))
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            known = imported(package, f"integrations.{path.stem}")
+            yield from (f"{module}.{name}" for name in exported(source) if name not in known)
 
 
 def exported(source: Path) -> list[str]:
@@ -34,6 +37,12 @@ def exported(source: Path) -> list[str]:
             names: list[str] = ast.literal_eval(statement.value)
             return names
     raise ValueError(f"{source}: expected __all__, the list of its public names")
+
+
+def imported(source: Path, module: str) -> set[str]:
+    """The names that a source imports from a module of its own package."""
+    statements = [each for each in ast.parse(source.read_text()).body if isinstance(each, ast.ImportFrom)]
+    return {alias.name for each in statements if each.module == module for alias in each.names}
 
 
 def on_files(files: Any, config: Any) -> Any:

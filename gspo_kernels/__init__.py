@@ -1,6 +1,7 @@
 """Policy losses for reinforcement learning of language models, fused over vocabulary-sized logits."""
 
 from .base.layout import Layout
+from .integrations.transformers import LogitTransform, logit_transform_of
 from .linear.from_hidden import (
     linear_grpo_loss,
     linear_gspo_loss,
@@ -56,6 +57,7 @@ __all__ = [
     "GaeOutput",
     "HeadWork",
     "Layout",
+    "LogitTransform",
     "LossOutput",
     "Objective",
     "PromptedRollouts",
@@ -94,6 +96,7 @@ __all__ = [
     "linear_token_logprobs",
     "linear_value_loss",
     "linear_values",
+    "logit_transform_of",
     "next_token_targets",
     "policy_loss",
     "policy_loss_from_logprobs",

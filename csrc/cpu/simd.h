@@ -294,8 +294,9 @@ struct TanhParts {
   }
 };
 
-// tanh(tanh_scale * x) from m = e^2u - 1, u = tanh_scale * |x|: it is m / (m + 2), or 1 - 2 / (m + 2) above 1/2.
-// Infinities are taken as large numbers, NaN stays NaN.
+// tanh(tanh_scale * x) from E = e^2u, u = tanh_scale * |x|: it is (E - 1) / (E + 1), or 1 - 2 / (E + 1) above 1/2. E is
+// power * (1 + p), which is never rounded, and the quotient is corrected by what rounding took from its parts. Infinities
+// are taken as large numbers, NaN stays NaN.
 class Tanh {
  public:
   explicit Tanh(double tanh_scale)
@@ -314,9 +315,10 @@ class Tanh {
                                        9.618307464e-03f, 1.338738948e-03f, 1.538365614e-04f};  // relative error: 1.3e-8
     vfloat p = broadcast(kCoefficients[5]);
     for (int i = 4; i >= 0; --i) p = multiply_add(p, f, broadcast(kCoefficients[i]));
-    const vfloat m = multiply_add(power, p * f, power - 1.0f);
-    const vint is_small = m < 2.0f;
-    const vfloat q = (is_small ? m : broadcast(2.0f)) / (m + 2.0f);
+    p = p * f;
+    const vfloat above = multiply_add(power, p, power - 1.0f);  // E - 1
+    const vint is_small = above < 2.0f;
+    const vfloat q = kFused ? quotient(power, p, above, is_small) : wide_quotient(power, p, is_small);
     const vuint whole = is_small ? vuint{} : (vuint)broadcast(1.0f) | sign;
     const vuint part = (vuint)q ^ (is_small ? sign : sign ^ 0x80000000u);
     return {(vfloat)whole, (vfloat)part};
@@ -327,6 +329,24 @@ class Tanh {
     if constexpr (kFused) return multiply_add(size, broadcast(low_), multiply_add(size, broadcast(high_), -n));
     const vdouble wide = __builtin_convertvector(size, vdouble) * exponent_ - __builtin_convertvector(n, vdouble);
     return __builtin_convertvector(wide, vfloat);
+  }
+
+  // (E - 1) / (E + 1) where it is small, else 2 / (E + 1)
+  static vfloat quotient(vfloat power, vfloat p, vfloat above, vint is_small) {
+    const vfloat below = multiply_add(power, p, power + 1.0f), reciprocal = 1.0f / below;
+    const vfloat lost_above = multiply_add(power, p, power - 1.0f - above);
+    const vfloat lost_below = multiply_add(power, p, power + 1.0f - below);
+    const vfloat top = is_small ? above : broadcast(2.0f), q = top * reciprocal;
+    const vfloat rest = multiply_add(-q, below, top) + ((is_small ? lost_above : vfloat{}) - q * lost_below);
+    return multiply_add(rest, reciprocal, q);
+  }
+
+  static vfloat wide_quotient(vfloat power, vfloat p, vint is_small) {
+    const vdouble wide = __builtin_convertvector(power, vdouble);
+    const vdouble exponential = wide + wide * __builtin_convertvector(p, vdouble);
+    const vfloat small = __builtin_convertvector((exponential - 1.0) / (exponential + 1.0), vfloat);
+    const vfloat large = __builtin_convertvector(2.0 / (exponential + 1.0), vfloat);
+    return is_small ? small : large;
   }
 
   double exponent_;

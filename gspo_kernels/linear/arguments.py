@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.agreement import Agreement
+from ..base.autograd import refuse_forward_mode, refuse_vmap
 from ..base.collectives import Ranks
 from ..base.devices import autocasts
 from ..rows.arguments import check_token_ids, check_vocab_size
@@ -16,7 +17,23 @@ from ..rows.dispatch import check_name, choose
 from ..rows.vocab_shard import VocabShard, VocabularyShard, shard_of, tp_ranks
 from .products import sum_dtype
 from .schedule import chunk_size
-from .types import needs_grad
+from .types import Operands
+
+
+def operands_of(hidden: Any, weight: Any, bias: Any, low_rank: Any) -> Operands:
+    """A caller's operands, which `check_operands` checks."""
+    if low_rank is None:
+        return Operands(hidden, weight, bias, None, None)
+    if not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
+        raise TypeError(
+            f"low_rank: expected (u, B), of which u @ B.T is added to the logits; got {checks.describe(low_rank)}"
+        )
+    return Operands(hidden, weight, bias, *low_rank)
+
+
+def refuse_transforms(function: str, operands: Operands) -> None:
+    refuse_forward_mode(function, **operands.by_name())
+    refuse_vmap(function, **operands.by_name())
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -40,34 +57,47 @@ def _is_replicated(hidden: Any, weight: Any) -> bool:
     return replicated and bool(hidden.device_mesh == weight.device_mesh)
 
 
-def shard_of_head(
-    hidden: Any, weight: Any, bias: Any, vocabulary: VocabularyShard
-) -> tuple[Any, Any, Any, VocabShard | None]:
+def shard_of_head(operands: Operands, vocabulary: VocabularyShard) -> tuple[Operands, VocabShard | None]:
     """Plain tensors, and which rows of the head this rank has.
 
     A DTensor weight is a sharded head only where the group or the hidden states say so. FSDP's parameter looks the same
     outside of its module's forward, but there every rank has other hidden states.
     """
+    hidden, weight = operands.hidden, operands.weight
     if not checks.is_dtensor(weight):
         weight, shard = shard_of("weight", weight, 0, vocabulary)
-        return hidden, weight, bias, shard
+        return operands._replace(weight=weight), shard
     if vocabulary.group is None and not _is_replicated(hidden, weight):
-        return hidden, weight, bias, None  # refused below
-    if bias is not None and not (checks.is_dtensor(bias) and bias.device_mesh == weight.device_mesh):
-        raise TypeError(f"bias: expected a DTensor sharded like weight; got {checks.describe(bias)}")
+        return operands, None  # refused below
     local, shard = shard_of("weight", weight, 0, vocabulary)
-    if bias is not None:
-        bias, _ = shard_of("bias", bias, 0, vocabulary)
-    if checks.is_dtensor(hidden) and all(p.is_replicate() for p in hidden.placements):
-        hidden = hidden.to_local(grad_placements=hidden.placements)
-    return hidden, local, bias, shard
+    return Operands(
+        _local_rows(hidden),
+        local,
+        _local_part("bias", operands.bias, weight, vocabulary),
+        _local_rows(operands.low_rank_hidden),
+        _local_part("low_rank[1]", operands.low_rank_weight, weight, vocabulary),
+    ), shard
+
+
+def _local_rows(values: Any) -> Any:
+    """What is replicated on all ranks, as a plain tensor."""
+    if checks.is_dtensor(values) and all(p.is_replicate() for p in values.placements):
+        return values.to_local(grad_placements=values.placements)
+    return values
+
+
+def _local_part(name: str, values: Any, weight: Any, vocabulary: VocabularyShard) -> Any:
+    """This rank's part of what is sharded like a weight that is a DTensor."""
+    if values is None:
+        return None
+    if not (checks.is_dtensor(values) and values.device_mesh == weight.device_mesh):
+        raise TypeError(f"{name}: expected a DTensor sharded like weight; got {checks.describe(values)}")
+    return shard_of(name, values, 0, vocabulary)[0]
 
 
 def agree_on_chunks(
     agreement: Agreement,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    operands: Operands,
     columns: int,
     chunk_bytes: int | None,
     backend: str | None,
@@ -76,26 +106,36 @@ def agree_on_chunks(
     """Ranks take chunks in step: the arguments that decide how many there are, and of which rows, are the same."""
     if not agreement.active:
         return
-    dtype = product_dtype(hidden, weight)
+    hidden, low_rank = operands.hidden, operands.low_rank_hidden
+    dtype = product_dtype(hidden, operands.weight)
     choose(hidden.new_empty((1, 1, 1), dtype=sum_dtype(dtype)), backend)  # refuses here, before other ranks go on
     work = {
         "hidden (how wide)": hidden.shape[-1],
+        "low_rank (how many columns)": 0 if low_rank is None else low_rank.shape[-1],
         "dtype that hidden and weight are multiplied in": str(dtype),
         "chunk_bytes": chunk_bytes,
         "skip_zero_advantage": skip_zero_advantage,
-        "requires_grad of hidden, weight and bias": ", ".join(map(str, needs_grad(hidden, weight, bias))),
+        "requires_grad of hidden, weight, bias and low_rank": ", ".join(map(str, operands.needs_grad())),
     }
     agreement.same(work)
     agreement.same({"vocab_size": columns}, over="cp_group")  # a tensor-parallel group has compared it
 
 
-def check_operands(hidden: Any, weight: Any, bias: Any, shard: VocabShard | None = None) -> None:
-    for name, value, meaning in (
-        ("hidden", hidden, "the model's last hidden states [.., D]"),
-        ("weight", weight, "the LM head [V, D]"),
-        ("bias", bias, "the LM head's bias [V]"),
-    ):
-        if name == "bias" and value is None:
+_MEANINGS = {
+    "hidden": "the model's last hidden states [.., D]",
+    "weight": "the LM head [V, D]",
+    "bias": "the LM head's bias [V]",
+    "low_rank[0]": "u [.., r], a row for each row of hidden",
+    "low_rank[1]": "B [V, r], a row for each row of weight",
+}
+
+
+def check_operands(operands: Operands, shard: VocabShard | None = None) -> None:
+    optional = ["bias"]
+    if operands.low_rank_hidden is None and operands.low_rank_weight is None:
+        optional += ["low_rank[0]", "low_rank[1]"]
+    for name, value in operands.by_name().items():
+        if name in optional and value is None:
             continue
         if checks.is_dtensor(value):
             raise TypeError(
@@ -104,7 +144,8 @@ def check_operands(hidden: Any, weight: Any, bias: Any, shard: VocabShard | None
                 "full_tensor(). If the head is sharded over the vocabulary, pass hidden as a replicated DTensor on its "
                 "mesh, or tp_group"
             )
-        checks.operand(name, checks.tensor(name, value, meaning), meaning)
+        checks.operand(name, checks.tensor(name, value, _MEANINGS[name]), _MEANINGS[name])
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = operands
     if hidden.ndim not in (2, 3):
         raise ValueError(
             f"hidden: expected [sequences, tokens, D] (padded) or [tokens, D] (packed); got {list(hidden.shape)}"
@@ -123,12 +164,22 @@ def check_operands(hidden: Any, weight: Any, bias: Any, shard: VocabShard | None
     if bias is not None:
         checks.shape("bias", bias, (weight.shape[0],), "one per row of weight")
         checks.same_device("bias", bias, hidden.device)
+    if low_rank_hidden is None or low_rank_weight is None:
+        return
+    rows, rank = list(hidden.shape[:-1]), low_rank_hidden.shape[-1] if low_rank_hidden.ndim else 0
+    if list(low_rank_hidden.shape[:-1]) != rows or rank == 0:
+        expected = ", ".join(map(str, [*rows, "r"]))
+        raise ValueError(
+            f"low_rank[0]: expected [{expected}], a row for each row of hidden, and r above 0; got "
+            f"{list(low_rank_hidden.shape)}"
+        )
+    checks.shape("low_rank[1]", low_rank_weight, (weight.shape[0], rank), "a row for each of weight, r columns")
+    checks.same_device("low_rank[0]", low_rank_hidden, hidden.device)
+    checks.same_device("low_rank[1]", low_rank_weight, hidden.device)
 
 
 def check_head(
-    hidden: Any,
-    weight: Any,
-    bias: Any,
+    operands: Operands,
     token_ids: Any,
     vocab_size: Any,
     chunk_bytes: Any,
@@ -136,7 +187,8 @@ def check_head(
     shard: VocabShard | None,
 ) -> tuple[int, int | None]:
     """Returns the size of the vocabulary, and `chunk_bytes` as Python's own number."""
-    check_operands(hidden, weight, bias, shard)
+    check_operands(operands, shard)
+    hidden, weight = operands.hidden, operands.weight
     check_token_ids(token_ids, hidden.shape[:-1], hidden.device, "row of hidden")
     columns = check_vocab_size(vocab_size, weight.shape[0]) if shard is None else shard.vocab_size
     check_name(backend)

@@ -7,6 +7,7 @@ then computes the gradients of the rows from them.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,18 +93,21 @@ def backward_recomputed(head: Head, first: int, stats: RowStats, upstream: Upstr
         head.backward(RowStats(*(x[chosen] for x in stats)), upstream.at(rows[start:stop]))
 
 
-def propagate_nan(gradient: Tensor, inputs: TokenInputs, stage: TokenStage, stats: RowStats, scalars: Tensor) -> None:
-    """Writes NaN into the hidden states' gradient [N, D] of all rows that share a ratio with a NaN row.
+def propagate_nan(
+    gradients: Sequence[Tensor], inputs: TokenInputs, stage: TokenStage, stats: RowStats, scalars: Tensor
+) -> None:
+    """Writes NaN into the gradients [N, ..] of rows, of all rows that share a ratio with a NaN row.
 
     On-policy, coefficients are known before any row has been computed, and do not depend on it. A CPU first checks
     whether there is any NaN. Under context parallelism every rank makes the same check and finds the same.
     """
-    if not inputs.gradient_is_known() or inputs.objective.depends_on == "token":
+    if not gradients or not inputs.gradient_is_known() or inputs.objective.depends_on == "token":
         return
-    if gradient.device.type == "cpu" and not bool(scalars[SCALARS.index("approx_kl")].isnan()):
+    if scalars.device.type == "cpu" and not bool(scalars[SCALARS.index("approx_kl")].isnan()):
         return
     coefficients, _ = stage.gradient(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
-    gradient.masked_fill_(coefficients.isnan()[:, None], torch.nan)
+    for gradient in gradients:
+        gradient.masked_fill_(coefficients.isnan()[:, None], torch.nan)
 
 
 def _empty_stats(head: Head) -> RowStats:
@@ -191,7 +195,7 @@ def plan_for(inputs: TokenInputs, lengths: list[int], chunk: ChunkSize, needs_gr
         depends_on=coefficients_depend_on(inputs),
         gradient=needs_grad.any(),
         # With an entropy bonus a row's gradient is no multiple of the gradient of its log-probability.
-        deferred_scale=not (needs_grad.weight or needs_grad.bias) and inputs.entropy_coef == 0.0,
+        deferred_scale=not needs_grad.sums_over_rows() and inputs.entropy_coef == 0.0,
     )
 
 

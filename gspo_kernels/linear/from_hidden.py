@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from ..base import checks
 from ..base.agreement import Agreement
-from ..base.autograd import refuse_forward_mode, refuse_vmap
+from ..base.autograd import refuse_forward_mode
 from ..base.collectives import ranks_of
 from ..base.documentation import with_arguments_of
 from ..base.layout import batch_shape
@@ -26,18 +26,29 @@ from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
 from ..rows.arguments import agree_on_rows, check_mask, check_token_ids, check_vocab_size, row_arrays
 from ..rows.vocab_shard import vocabulary_of
-from .arguments import agree_on_chunks, check_head, check_operands, head_ranks, product_dtype, shard_of_head
+from .arguments import (
+    agree_on_chunks,
+    check_head,
+    check_operands,
+    head_ranks,
+    operands_of,
+    product_dtype,
+    refuse_transforms,
+    shard_of_head,
+)
 from .chunked_loss import plan_for
+from .head_term import low_rank_products, padded_rows, write_logits
 from .operators import linear_loss, linear_row_stats
 from .products import explain_products, products, sum_dtype
 from .schedule import chunk_size, row_stride
-from .types import HeadArguments, needs_grad
+from .types import HeadArguments, Operands
 
 
 class LinearLossOptions(CommonOptions, total=False):
     """Keyword arguments of every loss from hidden states; `linear_policy_loss` explains them."""
 
     bias: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
     chunk_bytes: int | None
     skip_zero_advantage: bool
 
@@ -52,6 +63,7 @@ def linear_policy_loss(
     *,
     objective: Objective = GSPO(),
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -81,27 +93,31 @@ def linear_policy_loss(
     The same loss, stats and gradients as `policy_loss` of those logits, to the rounding of the products. Logits exist
     one chunk at a time, in float32 as the product returns them. If a sequence fits into a chunk, nothing is computed
     twice. Masked rows are not multiplied. Rows that are clipped or have advantage 0 are left out of the backward
-    products, unless the head is frozen and their sequence is longer than a chunk. `stats.head` counts rows and
-    `explain(hidden, weight, ...)` shows the plan.
+    products, unless weight, bias and B of `low_rank` are frozen and their sequence is longer than a chunk. `stats.head`
+    counts rows and `explain(hidden, weight, ...)` shows the plan.
 
-    Gradients of hidden, weight and bias are complete when this returns. They are held in float32 and returned by the
-    backward; the loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and
-    for a count in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows
-    are computed.
+    Gradients of all operands are complete when this returns. They are held in float32 and returned by the backward; the
+    loss supports one backward pass. On a GPU the host waits for the mask or `cu_seqlens` at the start and for a count
+    in each chunk, while the next chunk is being computed; in a CUDA graph it does not wait, and all rows are computed.
 
     Args: the batch
         hidden: [B, T, D] or, packed, [N, D]: the model's last hidden states, after the final norm. bf16, fp16, fp32
             (fp64 on the reference backend). Row t predicts `token_ids[t]`: nothing is shifted inside.
         weight: [V, D], the LM head, tied or not. The caller gathers a head that is sharded by FSDP2.
         bias: [V] or None.
+        low_rank: (u, B), for LoRA on the head: `u @ B.T` is added to the logits, and no copy of the head is made. u is
+            [.., r], a row for each row of `hidden`: `scaling * lora_A(dropout(hidden))`. B is [V, r], the weight of
+            lora_B. Logits take both as float32 (float64 if hidden or weight is), also under autocast. Both are
+            differentiable. They take r / D of the operations of the head, and memory for gradients of their sizes in
+            float32; each chunk of logits is read and written once more. None: there is no such term.
 
     Args: parallel
-        tp_group: the ranks over which the head is sharded, or a `VocabularyShard` of them: `weight` and `bias` are this
-            rank's [V / ranks, D] and [V / ranks]; `hidden` and all other arguments are the same on every rank of the
-            group. The gradient of `hidden` is summed over the group here, once, in float32: pass `hidden` as it comes
-            out of the model, and not through a layer that sums it again (Megatron's copy to the tensor-parallel
-            region). A DTensor weight with Shard(0) is taken as it is if `hidden` is a replicated DTensor on its mesh,
-            or `tp_group` is its group.
+        tp_group: the ranks over which the head is sharded, or a `VocabularyShard` of them: `weight`, `bias` and B of
+            `low_rank` are this rank's [V / ranks, D], [V / ranks] and [V / ranks, r]; `hidden`, u and all other
+            arguments are the same on every rank of the group. The gradients of `hidden` and u are summed over the group
+            here, once, in float32: pass `hidden` as it comes out of the model, and not through a layer that sums it
+            again (Megatron's copy to the tensor-parallel region). A DTensor weight with Shard(0) is taken as it is if
+            `hidden` is a replicated DTensor on its mesh, or `tp_group` is its group.
         vocab_size: how many rows of the weight are tokens. The rows after them are padding: they are not multiplied,
             and their gradient is 0. None: all are tokens.
         cp_group: as in `policy_loss`. Where a coefficient depends on a whole sequence, ranks take the same sequences
@@ -119,23 +135,24 @@ def linear_policy_loss(
             sequences contribute.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
-    propagates to the gradient of hidden in the rows that `policy_loss` names for logits; the gradients of weight and
-    bias are sums over rows, and become NaN everywhere. The result and the errors are those of `policy_loss`;
-    torch.func.vmap raises too.
+    propagates to the gradients of hidden and u in the rows that `policy_loss` names for logits; the gradients of
+    weight, bias and B are sums over rows, and become NaN everywhere. The result and the errors are those of
+    `policy_loss`; torch.func.vmap raises too.
     """
-    refuse_forward_mode("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode(
         "linear_policy_loss", reverse=False, advantages=advantages, old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, importance_weights=importance_weights, temperature=temperature,
         normalizer=normalizer,
     )  # fmt: skip
-    refuse_vmap("linear_policy_loss", hidden=hidden, weight=weight, bias=bias)
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
     tp, cp = head_ranks(hidden, weight, vocabulary), ranks_of("cp_group", cp_group)
     with Agreement("hidden", hidden, tp, cp) as agreement:
-        hidden, weight, bias, shard = shard_of_head(hidden, weight, bias, vocabulary)
-        columns, chunk_bytes = check_head(hidden, weight, bias, token_ids, vocabulary.size, chunk_bytes, backend, shard)
+        operands = operands_of(hidden, weight, bias, low_rank)
+        refuse_transforms("linear_policy_loss", operands)
+        operands, shard = shard_of_head(operands, vocabulary)
+        columns, chunk_bytes = check_head(operands, token_ids, vocabulary.size, chunk_bytes, backend, shard)
+        hidden = operands.hidden
         batch = batch_shape(token_ids.shape, mask, cu_seqlens, hidden.device, cp)
         inputs = token_inputs(
             batch, objective, advantages, old_logprobs, ref_logprobs=ref_logprobs, beta=beta,
@@ -154,15 +171,15 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
-        dtype = product_dtype(hidden, weight)
+        dtype = product_dtype(hidden, operands.weight)
         arrays = row_arrays(dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
         agree_on_sequences(agreement, inputs)
-        agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend, skip_zero_advantage)
+        agree_on_chunks(agreement, operands, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
         inputs = _without_zero_advantage(inputs)
         arrays = row_arrays(dtype, token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
-    arguments = HeadArguments(hidden, weight, bias, *arrays, columns, dtype, chunk_bytes, backend, shard)
+    arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
@@ -248,6 +265,7 @@ def linear_token_logprobs(
     token_ids: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
@@ -270,23 +288,28 @@ def linear_token_logprobs(
 
     The errors are those of `policy_loss`.
     """
-    refuse_forward_mode("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
     refuse_forward_mode("linear_token_logprobs", reverse=False, temperature=temperature)
-    refuse_vmap("linear_token_logprobs", hidden=hidden, weight=weight, bias=bias)
     vocabulary = vocabulary_of(tp_group, vocab_start, vocab_size)
     with Agreement("hidden", hidden, head_ranks(hidden, weight, vocabulary)) as agreement:
-        hidden, weight, bias, shard = shard_of_head(hidden, weight, bias, vocabulary)
-        columns, chunk_bytes = check_head(hidden, weight, bias, token_ids, vocabulary.size, chunk_bytes, backend, shard)
-        dtype = product_dtype(hidden, weight)
+        operands = operands_of(hidden, weight, bias, low_rank)
+        refuse_transforms("linear_token_logprobs", operands)
+        operands, shard = shard_of_head(operands, vocabulary)
+        columns, chunk_bytes = check_head(operands, token_ids, vocabulary.size, chunk_bytes, backend, shard)
+        dtype = product_dtype(operands.hidden, operands.weight)
         arrays = row_arrays(dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         agree_on_rows(agreement, arrays, columns, shard)
-        agree_on_chunks(agreement, hidden, weight, bias, columns, chunk_bytes, backend)
-    arguments = HeadArguments(hidden, weight, bias, *arrays, columns, dtype, chunk_bytes, backend, shard)
+        agree_on_chunks(agreement, operands, columns, chunk_bytes, backend)
+    arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 
 
 def linear_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, vocab_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """All logits `hidden @ weight.T + bias`, by the products of the losses from hidden states: [.., V], no gradient.
 
@@ -298,28 +321,32 @@ def linear_logits(
         hidden: [B, T, D] or [N, D]: the model's last hidden states, after the final norm.
         weight: [V, D], the whole LM head; no DTensor.
         bias: [V] or None.
+        low_rank: as in `linear_policy_loss`.
         vocab_size: how many rows of the weight are tokens; there are as many logits. None: all are tokens.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. torch.compile
     breaks its graph here. The errors are those of `linear_token_logprobs`.
     """
-    refuse_forward_mode("linear_logits", hidden=hidden, weight=weight, bias=bias)
-    refuse_vmap("linear_logits", hidden=hidden, weight=weight, bias=bias)
-    check_operands(hidden, weight, bias)
-    columns = check_vocab_size(vocab_size, weight.shape[0])
-    logits: Tensor = _all_logits(hidden, weight[:columns], None if bias is None else bias[:columns])
+    operands = operands_of(hidden, weight, bias, low_rank)
+    refuse_transforms("linear_logits", operands)
+    check_operands(operands)
+    logits: Tensor = _all_logits(operands, check_vocab_size(vocab_size, weight.shape[0]))
     return logits
 
 
 @torch.compiler.disable  # torch does not see what multiplies
 @torch.no_grad()
-def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    of, rows, vocab = products(weight, product_dtype(hidden, weight)), hidden.flatten(0, -2), weight.shape[0]
-    stride = row_stride(vocab, hidden.device.type)
-    padded = torch.empty(of.padded_rows(len(rows)), stride, dtype=of.sum_dtype, device=hidden.device)[:, :vocab]
-    if len(rows):
-        of.logits(rows, bias, padded)
-    return padded[: len(rows)].view(*hidden.shape[:-1], vocab)
+def _all_logits(operands: Operands, vocab: int) -> Tensor:
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = operands
+    of, rows = [products(weight[:vocab], product_dtype(hidden, weight))], [hidden.flatten(0, -2)]
+    if low_rank_hidden is not None and low_rank_weight is not None:
+        of.append(low_rank_products(low_rank_weight[:vocab].to(of[0].sum_dtype), of[0]).of_logits)
+        rows.append(low_rank_hidden.flatten(0, -2))
+    count, stride = len(rows[0]), row_stride(vocab, hidden.device.type)
+    padded = torch.empty(padded_rows(of, count), stride, dtype=of[0].sum_dtype, device=hidden.device)[:, :vocab]
+    if count:
+        write_logits(of, rows, None if bias is None else bias[:vocab], padded)
+    return padded[:count].view(*hidden.shape[:-1], vocab)
 
 
 def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:
@@ -335,10 +362,12 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     given: dict[str, Any] = {"objective": GSPO(), **positional, **options}
     dtype = product_dtype(hidden, weight)
     vocabulary = vocabulary_of(*(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size")))
-    hidden, weight, bias, shard = shard_of_head(hidden, weight, given.get("bias"), vocabulary)
-    check_operands(hidden, weight, bias, shard)
+    operands = operands_of(hidden, weight, given.get("bias"), given.get("low_rank"))
+    operands, shard = shard_of_head(operands, vocabulary)
+    check_operands(operands, shard)
+    hidden, weight, low_rank = operands.hidden, operands.weight, operands.low_rank_hidden
     columns = shard.usual_columns if shard else check_vocab_size(vocabulary.size, weight.shape[0])
-    needed = needs_grad(hidden, weight, given.get("bias"))
+    needed = operands.needs_grad()
     chunk = chunk_size(given.get("chunk_bytes"), columns, dtype, hidden.device.type, needed.any())
     rows = hidden.numel() // hidden.shape[-1]
     of_logits = str(sum_dtype(dtype)).removeprefix("torch.")
@@ -346,6 +375,8 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
         f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}",
         explain_products(hidden.device, dtype),
     ]
+    if low_rank is not None:
+        lines.append(f"a low-rank term of {low_rank.shape[-1]} columns is added to the logits of each chunk")
     if "token_ids" not in given or "advantages" not in given:
         return "\n".join(lines)
     check_token_ids(given["token_ids"], hidden.shape[:-1], hidden.device, "row of hidden")

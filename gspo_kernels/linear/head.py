@@ -1,7 +1,7 @@
 """Logits from hidden states and a head, a chunk of rows at a time: never all of them exist.
 
-`Head` computes a chunk (`load`), its statistics (`statistics`), and adds its rows' gradients to those of hidden states,
-weight and bias (`backward`). It knows rows, statistics and upstream gradients; the caller decides the order of chunks.
+`Head` computes a chunk (`load`), its statistics (`statistics`), and adds its rows' gradients to those of the operands
+(`backward`). It knows rows, statistics and upstream gradients; the caller decides the order of chunks.
 Rows are numbered among the selected rows: masked rows are never multiplied by the head.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base.collectives import all_reduce_
 from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
@@ -24,10 +23,10 @@ from .gradient_rows import (
     fp16_exponent,
     order_in_place,
 )
+from .head_term import HeadTerm, TermProducts, low_rank_products, padded_rows, write_logits
 from .products import products
 from .schedule import chunk_size, row_stride
 from .types import Gradients, HeadArguments, NeedsGrad, SelectedRows
-from .weight_sums import WeightSums
 
 RowRange = slice | Tensor  # of selected rows: neighbours, or any [n] int64
 
@@ -61,11 +60,12 @@ class Head:
         self._bias = None if bias is None else bias[:vocab]
         self._products = products(weight[:vocab], dtype)
         self.sum_dtype = self._products.sum_dtype  # of log-probabilities, and of gradients until they are returned
+        self._terms = self._head_terms(arguments)
         device = weight.device
         self.chunk_size = chunk_size(arguments.chunk_bytes, columns, dtype, device.type, needs_grad.any())
         self._max_rows = max_rows = min(self.chunk_size.max_rows, max(rows.count, 1))
         self._stride = row_stride(vocab, device.type)
-        buffer_rows = self._products.buffer_rows(max_rows)
+        buffer_rows = max(term.of_logits.buffer_rows(max_rows) for term in self._terms)
         self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
         self.backend: Backend = choose(
             self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, rows.fields()
@@ -80,34 +80,46 @@ class Head:
             if needs_grad.weight and dtype == torch.bfloat16:
                 self._gradient_rows = min(CHUNKS_OF_GRADIENTS * max_rows, max(rows.count, 1))
             self._gradient_buffer = torch.empty(self._gradient_rows * self._stride, dtype=dtype, device=device)
-
-        def buffer(shape: tuple[int, ...], needed: bool) -> Tensor:
-            return torch.empty(shape if needed else 0, dtype=self.sum_dtype, device=device)
-
-        self._hidden_gradient = buffer(tuple(rows.hidden.shape), needs_grad.hidden).zero_()
-        self._weight_sums = WeightSums(weight if needs_grad.weight else weight[:0], vocab, self.sum_dtype)
-        self._bias_gradient = buffer((weight.shape[0],), needs_grad.bias).zero_()
+        bias_rows = weight.shape[0] if needs_grad.bias else 0
+        self._bias_gradient = torch.zeros(bias_rows, dtype=self.sum_dtype, device=device)
         self._range: RowRange = slice(0, 0)  # the loaded rows
         self._logits = self._view(self._logits_buffer, 0, 0)
         self._pending: PendingProducts | None = None
 
+    def _head_terms(self, arguments: HeadArguments) -> list[HeadTerm]:
+        """The head, and the low-rank term if there is one."""
+        needs_grad, of_head = self.needs_grad, TermProducts(self._products, self._products)
+        terms = [
+            HeadTerm(self.rows.hidden, arguments.weight, self.vocab, of_head, needs_grad.hidden, needs_grad.weight)
+        ]
+        if arguments.low_rank_hidden is not None and arguments.low_rank_weight is not None:
+            hidden, weight = arguments.low_rank_hidden, arguments.low_rank_weight.to(self.sum_dtype)
+            of_low_rank = low_rank_products(weight[: self.vocab], self._products)
+            terms.append(
+                HeadTerm(
+                    hidden.reshape(-1, hidden.shape[-1]), weight, self.vocab, of_low_rank,
+                    needs_grad.low_rank_hidden, needs_grad.low_rank_weight,
+                )
+            )  # fmt: skip
+        return terms
+
     def load(self, rows: RowRange, recompute: bool = False) -> None:
         """Computes the logits of these rows, at most `chunk_size.max_rows`, over those of the last chunk."""
-        hidden = self._hidden_states(rows)
-        first, padded_rows = self._first_free_row(len(hidden)), self._products.padded_rows(len(hidden))
-        padded = self._view(self._logits_buffer, first, padded_rows)
-        self._range, self._logits = rows, padded[: len(hidden)]
-        if hidden.shape[0] and self.vocab:
-            self._products.logits(hidden, self._bias, padded)
+        operands, of_logits = self._operands(rows), [term.of_logits for term in self._terms]
+        count = len(operands[0])
+        padded = self._view(self._logits_buffer, self._first_free_row(count), padded_rows(of_logits, count))
+        self._range, self._logits = rows, padded[:count]
+        if count and self.vocab:
+            write_logits(of_logits, operands, self._bias, padded)
         self.work.chunks += 1
         if recompute:
-            self.work.recomputed_rows += hidden.shape[0]
+            self.work.recomputed_rows += count
         else:
-            self.work.forward_rows += hidden.shape[0]
+            self.work.forward_rows += count
         if not self._in_place and self._pending is not None:  # queued behind the logits of this chunk
             self._pending = self._pending.counted()
             together = self._products.gradient_dtype != torch.float16
-            if not together or self._pending_rows + len(hidden) > self._gradient_rows:
+            if not together or self._pending_rows + count > self._gradient_rows:
                 self.finish_products()
 
     def statistics(self) -> RowStats:
@@ -176,7 +188,7 @@ class Head:
         self.backend.backward(rows, saved, ordered.rows(), gradient[None])
 
     def finish_products(self) -> None:
-        """Multiplies the pending gradients of logits by the head and by the hidden states."""
+        """Multiplies the pending gradients of logits by the operands of each term."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -185,41 +197,35 @@ class Head:
         if len(indices) == 0:
             return
         self.work.backward_rows += len(indices)
-        if self.needs_grad.hidden:
-            self._hidden_gradient.index_copy_(0, indices, self._products.hidden_gradient(gradient, factor))
-        if self.needs_grad.weight:
-            hidden = self.rows.hidden.index_select(0, indices)
-            if active is not None:  # hidden states of an inactive row may be NaN, and zero times NaN is NaN
-                hidden = torch.where(active[:, None], hidden, 0.0)
-            self._products.weight_gradient(gradient, hidden, self._weight_sums, factor)
+        for term in self._terms:
+            term.add_gradients(gradient, indices, active, factor)
         if self.needs_grad.bias:
             self._bias_gradient[: self.vocab].add_(gradient.sum(0, dtype=self.sum_dtype), alpha=factor)
 
     def scale_hidden(self, rows: RowRange, coefficients: Tensor) -> None:
-        """Multiplies the gradient of each of these hidden states by its coefficient; a coefficient of 0 gives 0."""
+        """Multiplies the gradient of each of these rows of hidden states by its coefficient; 0 gives 0."""
         indices = self._hidden_indices(rows)
-        gradient = self._hidden_gradient.index_select(0, indices)
-        factor = coefficients[:, None]
-        scaled = torch.where(factor != 0.0, gradient * factor.to(gradient.dtype), 0.0)
-        self._hidden_gradient.index_copy_(0, indices, scaled)
+        for term in self._terms:
+            term.scale_hidden_gradient(indices, coefficients)
 
     def gradients(self) -> Gradients:
-        """The gradients of all chunks; ends the pass. With a shard, a collective."""
+        """The gradients of all chunks; ends the pass. With a shard, a collective for each term."""
         self.finish_products()
-        if self.shard is not None and self.needs_grad.hidden:
+        if self.shard is not None:
             self._sum_hidden_gradient(self.shard)
-        high, low = self._weight_sums.finished()
-        return Gradients(self._hidden_gradient, high, self._bias_gradient, low)
+        of_head, *others = self._terms
+        high, low = of_head.weight_gradient()
+        found = Gradients(of_head.hidden_gradient, high, self._bias_gradient, high.new_empty(0), high.new_empty(0), low)
+        for of_low_rank in others:
+            found = found._replace(
+                low_rank_hidden=of_low_rank.hidden_gradient, low_rank_weight=of_low_rank.weight_gradient().high
+            )
+        return found
 
     def _sum_hidden_gradient(self, shard: VocabShard) -> None:
-        """Over the ranks. Only selected rows are sent: the others are 0 on every rank."""
-        indices = self.rows.row_indices
-        if indices is None:
-            all_reduce_(self._hidden_gradient, shard.ranks)
-            return
-        gradient = self._hidden_gradient.index_select(0, indices)
-        all_reduce_(gradient, shard.ranks)
-        self._hidden_gradient.index_copy_(0, indices, gradient)
+        """Over the ranks."""
+        for term in self._terms:
+            term.sum_hidden_gradient(self.rows.row_indices, shard.ranks)
 
     # ---- rows
 
@@ -251,10 +257,12 @@ class Head:
         """Which rows of the hidden states the loaded rows `order` are."""
         return self._hidden_indices(self._range).index_select(0, order)
 
-    def _hidden_states(self, rows: RowRange) -> Tensor:
+    def _operands(self, rows: RowRange) -> list[Tensor]:
+        """These rows of each term's hidden states."""
         if self.rows.row_indices is None and isinstance(rows, slice):
-            return self.rows.hidden[rows]
-        return self.rows.hidden.index_select(0, self._hidden_indices(rows))
+            return [term.hidden[rows] for term in self._terms]
+        indices = self._hidden_indices(rows)
+        return [term.hidden.index_select(0, indices) for term in self._terms]
 
     # ---- memory
 

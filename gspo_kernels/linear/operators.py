@@ -1,6 +1,6 @@
 """The torch operators of the hidden-state path: a loss, the statistics of rows, and the gradient of these statistics.
 
-The gradients of hidden states, weight and bias are complete when the loss's operator returns, and not yet rounded
+The gradients of all operands are complete when the loss's operator returns, and not yet rounded
 (`Gradients`). Its backward multiplies them by the incoming gradient of the loss and rounds them to the dtypes of the
 operands; it supports one backward pass.
 """
@@ -29,7 +29,7 @@ from ..rows.types import RowStats, Upstream
 from . import chunked_loss
 from .head import Head
 from .products import sum_dtype
-from .types import Gradients, HeadArguments, NeedsGrad, select_rows, to_all_rows
+from .types import Gradients, HeadArguments, NeedsGrad, Operands, select_rows, to_all_rows
 from .weight_sums import Sums, empty_sums, rounded
 
 _LOSS, _LOGPROBS = "linear_policy_loss", "linear_token_logprobs"  # for error messages
@@ -39,7 +39,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
     if isinstance(inputs.normalizer, Tensor):
         inputs = inputs._replace(normalizer=inputs.normalizer.detach())
     with carried(inputs.objective):
-        found = linear_loss_operator(arguments, arguments.needs_grad(), inputs)
+        found = linear_loss_operator(arguments, arguments.operands().needs_grad(), inputs)
     with torch.no_grad():
         stats = Stats(
             **dict(zip(SCALARS, found.scalars.detach().unbind(), strict=True)),
@@ -53,7 +53,7 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
 
 def linear_row_stats(arguments: HeadArguments) -> RowStats:
     """Statistics of each row [outer, inner], differentiable in all three. The backward computes the logits again."""
-    return linear_row_stats_operator(arguments, arguments.needs_grad())
+    return linear_row_stats_operator(arguments, arguments.operands().needs_grad())
 
 
 @contextmanager
@@ -65,14 +65,17 @@ def _inside_an_operator(device: torch.device) -> Iterator[None]:
 
 
 def _empty_gradients(arguments: HeadArguments, needs_grad: NeedsGrad) -> Gradients:
-    weight, width, dtype = arguments.weight, arguments.hidden.shape[-1], sum_dtype(arguments.dtype)
+    weight, dtype = arguments.weight, sum_dtype(arguments.dtype)
 
-    def empty(shape: list[int], needed: bool) -> Tensor:
-        return torch.empty(shape if needed else [0], dtype=dtype, device=weight.device)
+    def empty(operand: Tensor | None, needed: bool) -> Tensor:
+        if operand is None or not needed:
+            return torch.empty(0, dtype=dtype, device=weight.device)
+        shape = operand.shape if operand.ndim < 3 else operand.flatten(0, 1).shape
+        return torch.empty(shape, dtype=dtype, device=weight.device)
 
-    hidden = empty([arguments.hidden.numel() // width, width], needs_grad.hidden)
-    high, low = empty_sums(weight if needs_grad.weight else weight[:0], dtype)
-    return Gradients(hidden, high, empty([weight.shape[0]], needs_grad.bias), low)
+    found = {name: empty(getattr(arguments, name), needed) for name, needed in needs_grad._asdict().items()}
+    found["weight"], low = empty_sums(weight if needs_grad.weight else weight[:0], dtype)
+    return Gradients(**found, weight_low=low)
 
 
 # ---- a loss
@@ -86,10 +89,15 @@ class LinearLoss(NamedTuple):
     logprobs: Tensor  # of the stats: token layout
     log_ratio: Tensor  # of the stats: [sequences] or token layout
     head_work: Tensor  # fp32, in the order of `HeadWork`
-    hidden_gradient: Tensor  # this and the next three: the fields of `Gradients`
+    hidden_gradient: Tensor  # this and all others: the fields of `Gradients`
     weight_gradient: Tensor
     bias_gradient: Tensor
+    low_rank_hidden_gradient: Tensor
+    low_rank_weight_gradient: Tensor
     weight_gradient_low: Tensor
+
+    def gradients(self) -> Gradients:
+        return Gradients(*self[-len(Gradients._fields) :])
 
 
 def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs) -> LinearLoss:
@@ -110,8 +118,8 @@ def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenI
             loss, of_stage = stage.loss(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
             scalars = torch.stack([getattr(of_stage, name) for name in SCALARS])
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
-        if needs_grad.hidden:
-            chunked_loss.propagate_nan(gradients.hidden, inputs, stage, stats, scalars)
+        of_rows = [x for x in (gradients.hidden, gradients.low_rank_hidden) if x.numel()]
+        chunked_loss.propagate_nan(of_rows, inputs, stage, stats, scalars)
         counts = [float(getattr(work, name)) for name in HeadWork._fields]
         head_work = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in counts])
     return LinearLoss(loss, scalars, logprobs, log_ratio, head_work, *gradients)
@@ -134,21 +142,19 @@ def _fake_linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: T
 def _save_linear_loss(
     ctx: Any, output: LinearLoss, arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs
 ) -> None:
-    operands = (arguments.hidden, arguments.weight, arguments.bias)
+    operands = arguments.operands()
     ctx.shapes_and_dtypes = [None if x is None else (x.shape, x.dtype) for x in operands]
     ctx.needs_grad = needs_grad
     differentiated = [x for x in operands if x is not None and x.requires_grad]
     ctx.edges = [] if watched(arguments.hidden) else [edge_of(x) for x in differentiated]
-    ctx.save_for_backward(
-        output.hidden_gradient, output.weight_gradient, output.bias_gradient, output.weight_gradient_low
-    )
+    ctx.save_for_backward(*output.gradients())
 
 
 def _linear_loss_backward(ctx: Any, upstream: Tensor) -> dict[str, Tensor | None]:
     refuse_second_backward(ctx, _LOSS)
     found: dict[str, Tensor | None] = {}
     gradients = Gradients(*ctx.saved_tensors)
-    saved = zip(NeedsGrad._fields, ctx.needs_grad, gradients[:3], ctx.shapes_and_dtypes, strict=True)
+    saved = zip(Operands._fields, ctx.needs_grad, gradients.of_operands(), ctx.shapes_and_dtypes, strict=True)
     for name, needed, gradient, shape_and_dtype in saved:
         if needed:
             with torch.no_grad():
@@ -173,7 +179,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.
 
 linear_loss_operator = Operator(
     "linear_loss", _linear_loss, fake=_fake_linear_loss, save=_save_linear_loss, backward=_linear_loss_backward,
-    operands=NeedsGrad._fields, outputs=1,
+    operands=Operands._fields, outputs=1,
 )  # fmt: skip
 
 
@@ -222,11 +228,12 @@ def _save_linear_row_stats(ctx: Any, output: RowStats, arguments: HeadArguments,
 def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
     saved = saved_values(ctx)
     arguments, needs_grad = saved["arguments"], saved["needs_grad"]
-    operands = (arguments.hidden, arguments.weight, arguments.bias)
+    operands = arguments.operands()
     found: dict[str, Tensor | None] = {}
     with torch.no_grad():
         gradients = linear_row_gradient_operator(arguments, needs_grad, saved["stats"], Upstream(*upstream))
-    for name, needed, gradient, operand in zip(NeedsGrad._fields, needs_grad, gradients[:3], operands, strict=True):
+    differentiated = zip(Operands._fields, needs_grad, gradients.of_operands(), operands, strict=True)
+    for name, needed, gradient, operand in differentiated:
         if needed:
             with torch.no_grad():
                 if name == "weight" and gradients.weight_low.numel():
@@ -239,5 +246,5 @@ def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, 
 
 linear_row_stats_operator = Operator(
     "linear_row_stats", _linear_row_stats, fake=_fake_linear_row_stats, save=_save_linear_row_stats,
-    backward=_linear_row_stats_backward, operands=NeedsGrad._fields,
+    backward=_linear_row_stats_backward, operands=Operands._fields,
 )  # fmt: skip

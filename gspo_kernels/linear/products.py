@@ -92,11 +92,14 @@ class Products:
         rows = min(max(self._step, _COLUMNS), self._vocab) if self._converts else 0
         return rows * self.weight.shape[1] * self.sum_dtype.itemsize
 
-    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """[n, D] -> the first n rows of `out` [padded_rows(n), V]; the other rows of `out` are padding."""
-        self._logits(self._operand(hidden), None if bias is None else bias.to(self.sum_dtype), out)
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> None:
+        """[n, D] -> the first n rows of `out` [at least padded_rows(n), V]; the other rows of `out` are padding.
 
-    def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        `add`: to what is there, without a bias.
+        """
+        self._logits(self._operand(hidden), None if bias is None else bias.to(self.sum_dtype), out, add)
+
+    def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
         if bias is not None:
             out.copy_(bias.expand_as(out))
         if self._in_blocks:
@@ -105,7 +108,7 @@ class Products:
         for columns, weight in self._weight_blocks(self._step):
             multiply = self._multiply_narrow if len(weight) < self._min_columns else self._multiply
             for rows, of_rows in blocks:
-                multiply(of_rows, weight.t(), out[rows, columns], bias is not None)
+                multiply(of_rows, weight.t(), out[rows, columns], add or bias is not None)
 
     def hidden_gradient(self, gradient: Tensor, factor: float = 1.0) -> Tensor:
         """[n, V] -> [n, D] times a factor."""
@@ -227,9 +230,9 @@ class NativeProducts(Products):
         """Whether a head that is narrower than `dtype` is multiplied as it is."""
         return dtype == torch.float32 and weight.dtype != dtype and left_dtype(weight.dtype) == dtype
 
-    def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def _logits(self, operand: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
         bias = None if bias is None else bias.contiguous()
-        multiply(operand.to(self.gradient_dtype), self.weight.t(), out, bias=bias)
+        multiply(operand.to(self.gradient_dtype), self.weight.t(), out, add, bias=bias)
 
     def _operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.dtype)

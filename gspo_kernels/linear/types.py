@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,20 +12,45 @@ from ..rows.operators import check_ids_and_temperatures
 from ..rows.vocab_shard import VocabShard
 
 
+class Operands(NamedTuple):
+    """What is differentiable. logits = hidden @ weight.T + low_rank_hidden @ low_rank_weight.T + bias."""
+
+    hidden: Tensor  # [B, T, D] or [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    low_rank_hidden: Tensor | None  # [B, T, r] or [N, r]; both of these are None, or neither is
+    low_rank_weight: Tensor | None  # [V, r]
+
+    def by_name(self) -> dict[str, Any]:
+        """As a caller calls them, for error messages."""
+        names = ("hidden", "weight", "bias", "low_rank[0]", "low_rank[1]")
+        return dict(zip(names, self, strict=True))
+
+    def needs_grad(self) -> NeedsGrad:
+        return NeedsGrad(*needs_grad(*self))
+
+
 class NeedsGrad(NamedTuple):
-    """Which operands need a gradient."""
+    """Which of the `Operands` need a gradient."""
 
     hidden: bool
     weight: bool
     bias: bool
+    low_rank_hidden: bool = False
+    low_rank_weight: bool = False
 
     def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
+        return True in self
+
+    def sums_over_rows(self) -> bool:
+        """Whether a gradient is needed that is a sum over rows, and not one of each row."""
+        return self.weight or self.bias or self.low_rank_weight
 
 
-def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> NeedsGrad:
+def needs_grad(*operands: Tensor | None) -> list[bool]:
+    """Of each operand."""
     grad = torch.is_grad_enabled()
-    return NeedsGrad(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
+    return [grad and x is not None and x.requires_grad for x in operands]
 
 
 class Gradients(NamedTuple):
@@ -37,16 +62,24 @@ class Gradients(NamedTuple):
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor  # [V]
+    low_rank_hidden: Tensor  # [N, r]
+    low_rank_weight: Tensor  # [V, r]
     weight_low: Tensor  # uint8 [V, D]; empty where `weight` is the whole sum
+
+    def of_operands(self) -> tuple[Tensor, ...]:
+        """In the order of `Operands`."""
+        return self[: len(Operands._fields)]
 
 
 @dataclass(frozen=True)
 class HeadArguments:
     """Hidden states, a head and one target per row; checked."""
 
-    hidden: Tensor  # [B, T, D] or [N, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
+    hidden: Tensor  # this and the next four: `Operands`
+    weight: Tensor
+    bias: Tensor | None
+    low_rank_hidden: Tensor | None
+    low_rank_weight: Tensor | None
     token_ids: Tensor  # [outer, inner]; mask and temperature as in `Rows`
     mask: Tensor | None
     temperature: Tensor
@@ -55,10 +88,10 @@ class HeadArguments:
     dtype: torch.dtype  # of the operands of the products
     chunk_bytes: int | None
     backend: str | None
-    shard: VocabShard | None  # of a head that is sharded over ranks: `weight` and `bias` are this rank's part
+    shard: VocabShard | None  # of a head that is sharded over ranks: weights and bias are this rank's part
 
-    def needs_grad(self) -> NeedsGrad:
-        return needs_grad(self.hidden, self.weight, self.bias)
+    def operands(self) -> Operands:
+        return Operands(self.hidden, self.weight, self.bias, self.low_rank_hidden, self.low_rank_weight)
 
 
 @dataclass(frozen=True)

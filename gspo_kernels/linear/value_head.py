@@ -18,7 +18,7 @@ from ..base.devices import check_float64
 from ..base.layout import as_bool, batch_shape
 from ..base.operators import Operator, save_values, saved_values
 from ..losses.value_loss import ValueLossOutput, value_inputs
-from .types import NeedsGrad, needs_grad
+from .types import needs_grad
 
 _CHUNK_BYTES, _CHUNK_BYTES_ELSEWHERE = 8 << 20, 64 << 20  # in float64; on a CPU a chunk stays in the cache
 _LOSS, _VALUES = "linear_value_loss", "linear_values"  # for error messages
@@ -96,7 +96,7 @@ def _values(function: str, hidden: Any, weight: Any, bias: Any, mask: Any) -> Te
     refuse_forward_mode(function, instead=_INSTEAD, hidden=hidden, weight=weight, bias=bias)
     refuse_vmap(function, hidden=hidden, weight=weight, bias=bias)
     head = _ValueHead(hidden, weight.reshape(width), bias, mask)
-    return _values_operator(head, needs_grad(hidden, weight, bias))
+    return _values_operator(head, _NeedsGrad(*needs_grad(hidden, weight, bias)))
 
 
 def _check_hidden(hidden: Any) -> None:
@@ -127,6 +127,14 @@ class _ValueHead(NamedTuple):
         return self.hidden
 
 
+class _NeedsGrad(NamedTuple):
+    """Which operands need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
 def _chunks(rows: Tensor) -> Iterator[tuple[int, slice]]:
     """Indices of the first two dimensions of [outer, inner, D]."""
     outer, inner, width = rows.shape
@@ -134,7 +142,7 @@ def _chunks(rows: Tensor) -> Iterator[tuple[int, slice]]:
     return ((i, slice(start, min(start + size, inner))) for i in range(outer) for start in range(0, inner, size))
 
 
-def _linear_values(head: _ValueHead, needs: NeedsGrad) -> Tensor:
+def _linear_values(head: _ValueHead, needs: _NeedsGrad) -> Tensor:
     rows, weight = head.rows(), head.weight.double()
     values = torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
     for where in _chunks(rows):
@@ -153,7 +161,7 @@ class _Gradients(NamedTuple):
     bias: Tensor
 
 
-def _values_gradient(head: _ValueHead, needs: NeedsGrad, gradient: Tensor) -> _Gradients:
+def _values_gradient(head: _ValueHead, needs: _NeedsGrad, gradient: Tensor) -> _Gradients:
     """A row whose gradient is 0 is not added up, whatever is there."""
     rows, dtype = head.rows(), head.dtype()
     upstream = gradient if head.mask is None else gradient.masked_fill(~head.mask, 0.0)
@@ -175,7 +183,7 @@ def _values_gradient(head: _ValueHead, needs: NeedsGrad, gradient: Tensor) -> _G
     return found
 
 
-def _empty_gradients(head: _ValueHead, needs: NeedsGrad, gradient: Tensor) -> _Gradients:
+def _empty_gradients(head: _ValueHead, needs: _NeedsGrad, gradient: Tensor) -> _Gradients:
     """`hidden` is contiguous."""
     operands = (head.hidden, head.weight, head.weight if head.bias is None else head.bias)
     return _Gradients(*[x.new_empty(x.shape if needed else (0,)) for x, needed in zip(operands, needs, strict=True)])
@@ -184,7 +192,7 @@ def _empty_gradients(head: _ValueHead, needs: NeedsGrad, gradient: Tensor) -> _G
 _gradient_operator = Operator("linear_values_gradient", _values_gradient, fake=_empty_gradients)
 
 
-def _save(ctx: Any, values: Tensor, head: _ValueHead, needs: NeedsGrad) -> None:
+def _save(ctx: Any, values: Tensor, head: _ValueHead, needs: _NeedsGrad) -> None:
     save_values(ctx, head=head, needs=needs)
 
 
@@ -196,7 +204,7 @@ def _backward(ctx: Any, gradient: Tensor) -> dict[str, Tensor | None]:
     connected = (head.hidden, head.weight, head.bias, gradient)
     return {
         name: first_derivative(x, _LOSS, *connected, instead=_INSTEAD)
-        for name, x, needed in zip(NeedsGrad._fields, found, needs, strict=True)
+        for name, x, needed in zip(_NeedsGrad._fields, found, needs, strict=True)
         if needed
     }
 
@@ -207,5 +215,5 @@ _values_operator: Operator[Tensor] = Operator(
     fake=lambda head, needs: torch.empty(head.hidden.shape[:-1], dtype=head.dtype(), device=head.hidden.device),
     save=_save,
     backward=_backward,
-    operands=NeedsGrad._fields,
+    operands=_NeedsGrad._fields,
 )

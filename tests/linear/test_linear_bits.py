@@ -183,3 +183,30 @@ def test_with_gradients(batch: Batch, expected: list[Tensor]) -> None:
         _, stats = gspo_kernels.linear_gspo_loss(*arguments, **options)
         assert torch.equal(stats.logprobs.cpu(), logprobs), name
         assert float(stats.ratio_max) == 1.0, name
+
+
+@pytest.mark.parametrize("rank", [1, 20])
+def test_a_low_rank_term(batch: Batch, threads: None, rank: int) -> None:
+    """`low_rank`: of any number of columns, also where operands of the head and of the term are multiplied apart."""
+    generator = torch.Generator().manual_seed(23)
+    u, b = (torch.randn(n, rank, generator=generator).to(batch.weight.dtype) for n in (ROWS, VOCAB))
+
+    def rows(which: Any, chunk: int | None = None) -> list[Tensor]:
+        hidden, weight, bias = batch.rows(which).operands()
+        low_rank = (on_device(u[which]), on_device(b))
+        given: tuple[Tensor, ...] = tuple(on_device(x[which]) for x in (batch.token_ids, batch.temperature))
+        found = gspo_kernels.linear_token_logprobs(
+            hidden, weight, given[0], bias=bias, low_rank=low_rank, temperature=given[1],
+            chunk_bytes=chunk_of(chunk, VOCAB, weight.dtype),
+        )  # fmt: skip
+        logits = gspo_kernels.linear_logits(hidden, weight, bias=bias, low_rank=low_rank)
+        check_bits(gspo_kernels.token_logprobs(logits, given[0], temperature=given[1]), found, slice(None))
+        return [x.cpu() for x in found]
+
+    torch.set_num_threads(2)
+    whole = rows(slice(None))
+    torch.set_num_threads(1)
+    for chunk in (33, 100, 512):
+        check_bits(rows(slice(None), chunk), whole, slice(None), chunk)
+    for which in (slice(0, 1), slice(3, 8), slice(5, 52), torch.arange(ROWS - 1, -1, -2)):
+        check_bits(rows(which, 7), whole, which, which)

@@ -39,9 +39,12 @@ def head() -> HeadArguments:
         hidden=numbers(2, 3, 5).requires_grad_(),
         weight=numbers(17, 5).requires_grad_(),
         bias=numbers(17).requires_grad_(),
+        low_rank_hidden=numbers(2, 3, 2).requires_grad_(),
+        low_rank_weight=numbers(17, 2).requires_grad_(),
         token_ids=on_device(torch.tensor([[0, 3, 14], [7, 1, 2]])),
         mask=on_device(MASK),
         temperature=numbers(2, 3).abs() + 0.5,
+        tanh_scale=torch.tensor(0.5, dtype=torch.float64),
         vocab_size=15,
         dtype=torch.float32,
         chunk_bytes=4 * 17 * 4,
@@ -53,7 +56,10 @@ def head() -> HeadArguments:
 def frozen_head() -> HeadArguments:
     """Only the hidden states need a gradient; nothing is optional."""
     of_all = torch.ones((), dtype=torch.float64)
-    return replace(head(), weight=numbers(17, 5), bias=None, mask=None, temperature=of_all, vocab_size=17)
+    return replace(
+        head(), weight=numbers(17, 5), bias=None, low_rank_hidden=None, low_rank_weight=None, mask=None,
+        temperature=of_all, tanh_scale=None, vocab_size=17,
+    )  # fmt: skip
 
 
 def inputs(arguments: HeadArguments, everything: bool) -> TokenInputs:
@@ -72,14 +78,14 @@ def inputs(arguments: HeadArguments, everything: bool) -> TokenInputs:
 
 
 def detached(arguments: HeadArguments) -> HeadArguments:
-    bias = None if arguments.bias is None else arguments.bias.detach()
-    return replace(arguments, hidden=arguments.hidden.detach(), weight=arguments.weight.detach(), bias=bias)
+    operands = arguments.operands()._asdict()
+    return replace(arguments, **{name: None if x is None else x.detach() for name, x in operands.items()})
 
 
 def samples(operator: str, everything: bool) -> tuple[Operator[Any], tuple[Any, ...]]:
     """An operator and the values that it takes."""
     arguments = head() if everything else frozen_head()
-    needs_grad = NeedsGrad(True, everything, everything)
+    needs_grad = NeedsGrad(True, everything, everything, everything, everything)
     if operator == "loss":
         return linear_loss_operator, (arguments, needs_grad, inputs(arguments, everything))
     if operator == "row_stats":
@@ -111,5 +117,14 @@ def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
 def test_the_arguments_have_the_names_of_the_fields() -> None:
     """A field that is added to a value becomes an argument of this name."""
     names = [argument.name for argument in linear_loss_operator.operator._opoverload._schema.arguments]
-    for name in ("hidden", "weight", "bias", "chunk_bytes", "needs_grad_weight", "old_logprobs", "aggregation"):
+    for name in (
+        "hidden",
+        "weight",
+        "bias",
+        "low_rank_weight",
+        "chunk_bytes",
+        "needs_grad_weight",
+        "old_logprobs",
+        "aggregation",
+    ):
         assert name in names

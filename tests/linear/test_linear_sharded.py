@@ -33,6 +33,7 @@ from gspo_kernels import token_logprobs
 from gspo_kernels.base.layout import Layout
 from gspo_kernels.linear import chunked_loss, head
 from gspo_kernels.linear.head import Head
+from gspo_kernels.linear.head_term import HeadTerm
 from gspo_kernels.rows.vocab_shard import VocabShard
 
 pytestmark = ranks.mark
@@ -58,6 +59,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None, tuple[str,
     "no gradient": ({"bias": True}, {}, 2, ()),
     "skipping": ({"bias": True}, {"skip_zero_advantage": True, "aggregation": "sequence_mean"}, 2, ALL),
 }  # fmt: skip
+LOW_RANK = {"low_rank": 5}  # the last columns of hidden states and of the head
 BY_TOKEN: dict[str, Any] = {"by_token": True, "bias": True}
 
 
@@ -83,6 +85,9 @@ def cases_of(turn: int) -> list[Case]:
         Case("grpo", layout, {"seed": 53, "lengths": (1, 0)}, {}, 1),  # under cp some ranks have nothing
         Case("gspo", layout, {"seed": 54, "lengths": (0, 0), "bias": True}),
         Case("ppo", layout, {"seed": 54, "lengths": ()}),
+        Case("gspo", layout, {"seed": 58, "width": 29, "bias": True}, LOW_RANK, 1),
+        Case("grpo", layout, {"seed": 58, "width": 29, "dtype": torch.bfloat16}, LOW_RANK, 2),
+        Case("gspo", layout, {"seed": 59, "width": 29}, LOW_RANK, 1, ("hidden",)),
     ]
 
 
@@ -267,7 +272,7 @@ def test_another_plan_on_one_rank_is_refused(at: HeadGrid) -> None:
     case = Case("gspo", "packed", {"seed": 71}, {}, 2)
     names = {
         "dtype": "dtype that hidden and weight", "autocast": "dtype that hidden and weight",
-        "skip_zero_advantage": "skip_zero_advantage", "vocab_size": "vocab_size",
+        "skip_zero_advantage": "skip_zero_advantage", "vocab_size": "vocab_size", "low_rank": "hidden (how wide)",
     }  # fmt: skip
     for found in ranks.run(at.size, linear_sharding.odd_one_out, at, case):
         assert found.pop("none") is None
@@ -283,6 +288,16 @@ def test_another_plan_on_one_rank_is_refused(at: HeadGrid) -> None:
 
 def hidden_gradient_of_this_rank(patch: Patch) -> None:
     patch.setattr(Head, "_sum_hidden_gradient", lambda self, shard: None)
+
+
+def low_rank_gradient_of_this_rank(patch: Patch) -> None:
+    original = HeadTerm.sum_hidden_gradient
+
+    def of_head_alone(self: HeadTerm, *rest: Any) -> None:
+        if self.hidden.shape[1] != LOW_RANK["low_rank"]:
+            original(self, *rest)
+
+    patch.setattr(HeadTerm, "sum_hidden_gradient", of_head_alone)
 
 
 def hidden_gradient_summed_twice(patch: Patch) -> None:
@@ -344,14 +359,15 @@ def plan_of_this_rank(patch: Patch) -> None:
 
 
 TP_MUTANTS = [
-    hidden_gradient_of_this_rank, hidden_gradient_summed_twice, rank_not_told_of_other_columns,
-    statistics_of_this_rank, padding_multiplied,
+    hidden_gradient_of_this_rank, low_rank_gradient_of_this_rank, hidden_gradient_summed_twice,
+    rank_not_told_of_other_columns, statistics_of_this_rank, padding_multiplied,
 ]  # fmt: skip
 CP_MUTANTS = [chunks_of_this_rank, gradients_that_stay, gradients_that_cross_twice, count_of_this_rank]
 ORDINARY = [
     Case("gspo", "packed", {"seed": 50, "bias": True}, {}, 1),
     Case("gspo", "padded", {"seed": 50}, {"entropy_coef": 0.01}, 3, ("hidden",)),
     Case("grpo", "packed", {"seed": 50, "bias": True}, {"objective": OfSequence()}, 2),
+    Case("gspo", "packed", {"seed": 50, "width": 29}, LOW_RANK, 2),
 ]
 # Every rank alone would take as many steps over as many sequences as the other, but over its own.
 WHOLE = [Case("gspo", "packed", {"seed": 70, "lengths": (3, 3, 3, 3)}, {}, 1)]
@@ -395,6 +411,7 @@ COUNTED = [
     Case("gspo", "packed", {"seed": 80}, {}, 1, ()),
     Case("gspo", "padded", {"seed": 80, "weights": "token"}, {}, 1, ()),
     Case("ppo", "padded", {"seed": 80}, {}, 1, ()),
+    Case("gspo", "packed", {"seed": 80, "width": 29}, LOW_RANK, 1),
 ]
 
 
@@ -410,7 +427,9 @@ def test_collectives_of_a_loss(at: HeadGrid) -> None:
             rows = sum(int(p.batch.mask[t]) for of in at.rows(p.batch)[rank // at.tp] for t in of)
             a_row = [A_ROW] * rows if at.tp > 1 else []  # as many chunks as rows
             assert sizes(collectives, "loss", "gather", "tp") == a_row, where
-            reduced = [rows * p.hidden.shape[1]] if at.tp > 1 and "hidden" in case.needs_grad else []
+            columns = case.options.get("low_rank", 0)
+            widths = [p.hidden.shape[1] - columns, columns] if columns else [p.hidden.shape[1]]
+            reduced = [rows * width for width in widths] if at.tp > 1 and "hidden" in case.needs_grad else []
             assert sizes(collectives, "loss", "reduce", "tp") == reduced, where
             gathered = over_cp(case, found["steps"]) if at.cp > 1 else []
             assert sizes(collectives, "loss", "gather", "cp") == gathered, where

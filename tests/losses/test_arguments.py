@@ -59,7 +59,8 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "linear_policy_loss": {
         "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.DPPO(), "bias": HEAD[:, 0].clone(),
-        **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256, "skip_zero_advantage": False,
+        "low_rank": None, **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256,
+        "skip_zero_advantage": False,
     },
     "policy_loss_from_logprobs": {
         "logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD,
@@ -68,7 +69,7 @@ VALID: dict[str, dict[str, Any]] = {
     "token_logprobs": {"logits": LOGITS, "token_ids": IDS, "mask": MASK, **OF_ROWS, "overwrite_logits": False},
     "linear_token_logprobs": {
         "hidden": HIDDEN, "weight": HEAD, "token_ids": IDS, "bias": HEAD[:, 0].clone(), "mask": MASK, **OF_ROWS,
-        "chunk_bytes": 256,
+        "chunk_bytes": 256, "low_rank": None,
     },
     "rollout_weights": {
         "logprobs": OLD, "rollout_logprobs": REF, **OF_ROLLOUT, "level": "sequence_sum", "mode": "mask", "lower": 0.5,
@@ -129,7 +130,8 @@ KINDS = {
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
                "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage"),
-    "other": ("objective", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids", "device"),
+    "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
+              "device"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on

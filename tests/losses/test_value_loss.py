@@ -22,7 +22,6 @@ import gspo_kernels
 from gspo_kernels import ValueLossOutput
 from gspo_kernels.base.operators import _flatten
 from gspo_kernels.linear import value_head
-from gspo_kernels.linear.types import NeedsGrad
 from gspo_kernels.losses import value_loss as module
 
 pytestmark = NOT_INTERPRETED  # plain torch
@@ -392,7 +391,7 @@ def test_operators_keep_their_contract(everything: bool) -> None:
     case = case_of(seed=7)
     hidden, weight = (on_device(x).requires_grad_() for x in (case.hidden, case.weight))
     bias, mask = (on_device(case.bias[0].clone()), on_device(case.mask)) if everything else (None, None)
-    needs = NeedsGrad(True, everything, False)
+    needs = value_head._NeedsGrad(True, everything, False)
     head = value_head._ValueHead(hidden, weight, bias, mask)
     frozen = value_head._ValueHead(hidden.detach(), weight.detach(), bias, mask)
     gradient = on_device(torch.randn(len(case.mask)))

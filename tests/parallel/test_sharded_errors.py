@@ -330,8 +330,8 @@ TP = {
     "another dtype": Case(rows_as(lambda x: x.double()), "", "float", (1,), explained_by=()),
     "chunk_bytes": Case(to(chunk_bytes=64), "chunk_bytes", "64|None", (1,), explained_by=(), functions=LINEAR),
     "requires_grad": Case(
-        lambda at, found: {"weight": found["weight"].detach()}, "", "requires_grad.*True, False, False on rank 1", (1,),
-        explained_by=(), functions=LINEAR,
+        lambda at, found: {"weight": found["weight"].detach()}, "",
+        "requires_grad.*True, False, False, False, False on rank 1", (1,), explained_by=(), functions=LINEAR,
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import logit_table  # docs/scripts/logit_table.py
 import objective_table  # docs/scripts/objective_table.py
 import pytest
 import torch
@@ -193,6 +194,11 @@ def test_an_objective_says_what_it_does_and_where_it_is_from() -> None:
     assert objective_table.cells(Stated) == (*row, "[1234.56789](https://arxiv.org/abs/1234.56789)")
     with pytest.raises(ValueError, match=r"Unstated: expected a docstring .* got 'Some Policy Optimization\.'"):
         objective_table.cells(Unstated)
+
+
+def test_the_table_of_what_models_do_to_their_logits_is_that_of_the_package() -> None:
+    text = logit_table.PAGE.read_text()
+    assert text == logit_table.with_table(text), "python docs/scripts/logit_table.py rewrites it"
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------

@@ -98,9 +98,11 @@ def test_arrows_go_one_way() -> None:
 
 
 def test_nobody_imports_integrations() -> None:
+    """But the package itself, which exports what an integration offers without another library."""
     for module, targets in arrows().items():
         if folder_of(module) != "integrations":
-            assert not [target for target in targets if folder_of(target) == "integrations"], module
+            allowed = {"integrations.transformers"} if module == "__init__" else set()
+            assert {target for target in targets if folder_of(target) == "integrations"} <= allowed, module
 
 
 def test_no_import_cycle() -> None:

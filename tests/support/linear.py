@@ -194,6 +194,24 @@ def from_hidden(
     return Gradients(loss.detach().cpu(), stats, of_hidden, of_weight, of_bias)
 
 
+def with_low_rank(function: Callable[..., Any], rank: int, frozen: Sequence[str] = ()) -> Callable[..., Any]:
+    """A loss whose last `rank` columns of hidden states and of the head are passed as `low_rank`.
+
+    The logits stay those of the whole problem, and so do the gradients, which autograd puts together again. `frozen`
+    names parts that need no gradient: "hidden", "weight", "u", "B".
+    """
+
+    def parts(whole: Tensor, names: Sequence[str]) -> list[Tensor]:
+        found = whole.split([whole.shape[-1] - rank, rank], -1)
+        return [x.detach() if name in frozen else x for name, x in zip(names, found, strict=True)]
+
+    def call(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
+        (hidden, u), (weight, b) = parts(hidden, ("hidden", "u")), parts(weight, ("weight", "B"))
+        return function(hidden, weight, *rest, low_rank=(u, b), **options)
+
+    return call
+
+
 def from_logits(
     p: Problem,
     layout: str,

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import LINEAR, PUBLIC, Batch, arguments, flat, to_padded
-from linear import Gradients, Problem, Separate, check_same, chunk_of, without_synchronization
+from linear import Gradients, Problem, Separate, check_same, chunk_of, with_low_rank, without_synchronization
 from linear import from_logits as one_process
 from ranks import grid, refused
 from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, part, shard_of
@@ -152,6 +152,8 @@ def hidden_case(rank: int, at: HeadGrid, case: Case, groups: Any) -> Found:
     function = LINEAR[case.objective]
     if "objective" in options:
         function = partial(linear_policy_loss, objective=options.pop("objective"))
+    if "low_rank" in options:
+        function = with_low_rank(function, options.pop("low_rank"))
     keywords = {**args.keywords, **given.keywords, **options}
     with pytest.MonkeyPatch.context() as patch:
         steps = recorded_steps(patch)
@@ -232,6 +234,7 @@ def odd_one_out(rank: int, at: HeadGrid, case: Case) -> dict[str, Any]:
         "dtype": refused(lambda: loss(given.hidden, given.weight.double() if odd else given.weight)),
         "autocast": refused(autocast),
         "skip_zero_advantage": refused(lambda: loss(given.hidden, given.weight, skip_zero_advantage=odd)),
+        "low_rank": refused(lambda: with_low_rank(loss, 1 + odd)(given.hidden, given.weight)),
         "none": refused(lambda: loss(given.hidden, given.weight)),
         "explained": explain(given.hidden, given.weight, *args.rest, **keywords),
     }
@@ -327,7 +330,7 @@ def truth_of(case: Case) -> tuple[Problem, Gradients]:
     """One process in float64, by way of the logits; made once, for all grids. Token arrays of the stats are flat."""
     if repr(case) not in _TRUTHS:
         p = problem_of(case)
-        options = {name: x for name, x in case.options.items() if name != "backend"}
+        options = {name: x for name, x in case.options.items() if name not in ("backend", "low_rank")}
         if options.pop("skip_zero_advantage", False):
             p, options["normalizer"] = without_zero_advantage(p)
         function = PUBLIC[case.objective]

@@ -2,16 +2,17 @@
 
     from gspo_kernels.integrations.trl import GSPOConfig, GSPOTrainer       # in place of GRPOConfig, GRPOTrainer
 
-The model's LM head computes them instead of logits, within the model's own forward. There its weight is whole, under
-DDP, FSDP2 and PEFT alike. docs/trl.md lists the differences from TRL's numbers.
+They are computed where hidden states enter the model's LM head, within the model's own forward. There its weight is
+whole, under DDP, FSDP2 and PEFT alike. docs/trl.md lists the models and the differences from TRL's numbers.
 """
 
 import trl
 
-if not trl.__version__.startswith("1.16."):  # the trainer overrides private methods of TRL, which change
-    raise ImportError(f"trl: expected 1.16, with which this was tested; got {trl.__version__}")
+from .version import check_version
 
-from .config import GSPOConfig
-from .trainer import GSPOTrainer
+check_version(trl.__version__, trl.GRPOTrainer, trl.GRPOConfig)
+
+from .config import GSPOConfig  # noqa: E402 (after the check)
+from .trainer import GSPOTrainer  # noqa: E402
 
 __all__ = ["GSPOConfig", "GSPOTrainer"]

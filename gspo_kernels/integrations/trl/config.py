@@ -32,9 +32,6 @@ LOSS_TYPES: dict[str, tuple[str, Normalizer]] = {
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": tuple(LEVELS),
     "loss_type": tuple(LOSS_TYPES),
-    "entropy_coef": (0.0,),
-    "use_adaptive_entropy": (False,),
-    "top_entropy_quantile": (1.0,),
     "off_policy_mask_threshold": (None,),
     "use_liger_kernel": (False,),
     "cast_lm_head_to_fp32": (False,),  # here logits are always accumulated in fp32

@@ -10,16 +10,22 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from ... import (
+    LossOutput,
     Stats,
-    TokenLogprobs,
     global_count,
     linear_policy_loss,
     linear_token_logprobs,
+    policy_loss_from_logprobs,
 )
 from .config import LEVELS, LOSS_TYPES, GSPOConfig, check_options
-from .head import JobHead, Opaque
+from .entropy import add_bonus, has_entropy_options, tokens_that_count
+from .head import Found, head_tensors, run_at_head
+from .images import NAMES as IMAGES
+from .images import of_rows
+from .models import check_model, check_router, head_without_adapter, transform_at_head
 
 Inputs = dict[str, Any]  # TRL's micro-batch: completions [B, C], and prompts [B, P] before them
+HeadJob = Callable[[Tensor, Tensor, dict[str, Any]], Found]  # of hidden states, mask, and a loss's other arguments
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -32,11 +38,14 @@ class GSPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
         args = GSPOConfig("gspo") if args is None else args
         check_options(args)
-        super().__init__(model, reward_funcs, args, *others, **options)
+        with head_without_adapter(model):
+            super().__init__(model, reward_funcs, args, *others, **options)
         check_surroundings(self)
         for part in (self.model, self.ref_model):
             if part is not None:
-                JobHead.become(self.accelerator.unwrap_model(part))
+                check_model(self.accelerator.unwrap_model(part), self.accelerator.device)
+        if self.aux_loss_enabled:
+            check_router(self.model)
         objective = LEVELS[self.importance_sampling_level]
         self._objective = objective(self.epsilon_low, self.epsilon_high, self.args.delta)
 
@@ -57,80 +66,109 @@ class GSPOTrainer(GRPOTrainer):
         batch_size: int | None = None,
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
-        **of_images: Any,
+        **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities [B, C] and entropies [B, C] of the last C tokens, 0 where masked; the router's loss."""
-        for name, value in of_images.items():
-            if value is not None:
-                raise ValueError(f"{name}: expected None, as images are not supported; got {type(value).__name__}")
-        parts, aux_losses = list[TokenLogprobs](), list[Any]()
+        parts, aux_losses = list[tuple[Tensor, ...]](), list[Any]()
         size = batch_size or len(input_ids)
-        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            tokens, mask = ids[:, -logits_to_keep:], attended[:, -logits_to_keep:]
-
-            def job(hidden: Tensor, head: JobHead, tokens: Tensor = tokens, mask: Tensor = mask) -> Opaque:
-                return Opaque(self._logprobs(hidden, head, tokens, mask))
-
-            found, aux_loss = self._at_head(model, ids, attended, logits_to_keep, job, compute_aux_loss)
-            parts.append(found.value)
+        for start in range(0, len(input_ids), size):
+            rows = slice(start, min(start + size, len(input_ids)))
+            inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], **of_rows(images, rows)}
+            mask = inputs["attention_mask"][:, -logits_to_keep:]
+            found, aux_loss = self._at_head(model, inputs, mask, _logprobs, compute_aux_loss)
+            parts.append(found.results)
             aux_losses.append(aux_loss)
-        logprobs = torch.cat([part.logprobs for part in parts])
-        entropies = torch.cat([part.entropy for part in parts]) if compute_entropy else None
-        return logprobs, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+        logprobs, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
+        return logprobs, entropy if compute_entropy else None, aux_loss
 
     def _compute_loss(self, model: Any, inputs: Inputs) -> Tensor:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         mask = _loss_mask(inputs)
+        of_model = {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            **of_rows({name: inputs.get(name) for name in IMAGES}, slice(0, len(mask))),
+        }
 
-        def job(hidden: Tensor, head: JobHead) -> tuple[Tensor, Opaque]:
-            loss, stats, kl = self._loss(hidden, head, inputs, mask)
-            return loss, Opaque((stats, kl))
+        def loss_at_head(hidden: Tensor, mask: Tensor, head: dict[str, Any]) -> Found:
+            loss, stats = linear_policy_loss(hidden, **head, **self._loss_options(inputs, mask))
+            return Found((loss,), stats)
 
-        found, aux_loss = self._at_head(model, ids, attended, mask.shape[1], job, self.aux_loss_enabled)
-        loss: Tensor = found[0]
+        job = _logprobs if has_entropy_options(self) else loss_at_head
+        found, aux_loss = self._at_head(model, of_model, mask, job, self.aux_loss_enabled)
+        if has_entropy_options(self):
+            logprobs, entropy = found.results
+            loss, stats = self._loss_of_logprobs(logprobs, entropy, inputs, mask)
+        else:
+            loss, stats = found.results[0], found.constants
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulated
             self._metrics[self._mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
-        stats, kl = found[1].value
-        self._record(stats, kl, inputs["advantages"], mask)
+        self._record(stats, inputs["advantages"], mask)
         return loss
 
     # ---- at the head
 
-    def _at_head(
-        self, model: Any, ids: Tensor, attended: Tensor, count: int, job: Callable[..., Any], router: bool
-    ) -> tuple[Any, Any]:
-        """(result of `job` on the hidden states that predict the last `count` tokens, the router's loss)."""
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        head.job = lambda hidden: job(hidden[:, -count - 1 : -1], head)
+    def _at_head(self, model: Any, inputs: Inputs, mask: Tensor, job: HeadJob, router: bool) -> tuple[Found, Any]:
+        """(what `job` returned for the hidden states that predict the last tokens, the router's loss).
+
+        Args:
+            inputs: the arguments of the model's forward.
+            mask: [B, C], of the last C tokens.
+        """
+        causal_model = self.accelerator.unwrap_model(model)
+        rows, count = mask.shape
+        options: dict[str, Any] = {
+            "token_ids": inputs["input_ids"][:, -count:],
+            "temperature": self.temperature,
+            **transform_at_head(causal_model.config),
+        }
+
+        def of_completions(hidden: Tensor, head: torch.nn.Module) -> Found:
+            hidden = hidden.reshape(rows, -1, hidden.shape[-1])[:, -count - 1 : -1]
+            return job(hidden, mask, {**options, **head_tensors(head, hidden, mask)})
+
         of_router = {"output_router_logits": True} if router else {}
-        try:
-            with self.accelerator.autocast():
-                output = model(
-                    input_ids=ids, attention_mask=attended, logits_to_keep=count + 1, use_cache=False, **of_router
-                )  # fmt: skip
-        finally:
-            head.job = None
-        return output.logits, output.aux_loss if router else None
+        with self.accelerator.autocast():
+            found, output = run_at_head(
+                model, causal_model, of_completions, {**inputs, "use_cache": False, **of_router}
+            )
+        aux_loss = output.aux_loss if router else None
+        if router and aux_loss is None:
+            raise ValueError(
+                "router_aux_loss_coef: expected 0.0, because the model returned no aux_loss with this config; got "
+                f"{self.router_aux_loss_coef}"
+            )
+        return found, aux_loss
 
-    def _logprobs(self, hidden: Tensor, head: JobHead, tokens: Tensor, mask: Tensor) -> TokenLogprobs:
-        return linear_token_logprobs(
-            hidden, head.weight, tokens, bias=head.bias, mask=mask, temperature=self.temperature
-        )
-
-    def _loss(self, hidden: Tensor, head: JobHead, inputs: Inputs, mask: Tensor) -> tuple[Tensor, Stats, Tensor]:
-        """A micro-batch's share of the step's loss, its stats, and the mean KL over its tokens."""
-        tokens, advantages = inputs["completion_ids"], inputs["advantages"]
-        old, ref = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
+    def _loss_options(self, inputs: Inputs, mask: Tensor) -> dict[str, Any]:
+        """The arguments of a loss that are a micro-batch's share of the step."""
         aggregation, normalizer = LOSS_TYPES[self.loss_type]
-        mean: dict[str, Any] = {"aggregation": aggregation, "normalizer": normalizer(self, inputs, mask), "mask": mask}
-        loss, stats = linear_policy_loss(
-            hidden, head.weight, tokens, advantages, old, bias=head.bias, objective=self._objective,
-            importance_weights=_weights(inputs), temperature=self.temperature, ref_logprobs=ref, beta=self.beta,
-            kl_weighting="ratio" if self.args.use_bias_correction_kl else "none", **mean,
-        )  # fmt: skip
-        return loss, stats, stats.ref_kl
+        return {
+            "advantages": inputs["advantages"],
+            "old_logprobs": inputs.get("old_per_token_logps"),
+            "mask": mask,
+            "objective": self._objective,
+            "importance_weights": _weights(inputs),
+            "ref_logprobs": inputs.get("ref_per_token_logps"),
+            "beta": self.beta,
+            "kl_weighting": "ratio" if self.args.use_bias_correction_kl else "none",
+            "aggregation": aggregation,
+            "normalizer": normalizer(self, inputs, mask),
+        }
+
+    def _loss_of_logprobs(self, logprobs: Tensor, entropy: Tensor, inputs: Inputs, mask: Tensor) -> LossOutput:
+        """The loss with TRL's options about entropy."""
+        counted = tokens_that_count(self, entropy, mask)
+        options = self._loss_options(inputs, mask)
+        if self.top_entropy_quantile < 1.0:  # the policy term of all other tokens weighs 0
+            weights = options["importance_weights"]
+            weights = torch.ones_like(logprobs) if weights is None else weights.reshape(len(mask), -1)
+            options["importance_weights"] = torch.where(counted, weights, 0.0)
+        loss, stats = policy_loss_from_logprobs(logprobs, entropy=entropy.detach(), **options)
+        if self._entropy_bonus_enabled:
+            loss = add_bonus(self, loss, entropy, counted)
+        return LossOutput(loss, stats)
 
     # ---- counts and metrics
 
@@ -150,7 +188,7 @@ class GSPOTrainer(GRPOTrainer):
         return count.double().clamp(min=1) * share
 
     @torch.no_grad()
-    def _record(self, stats: Stats, kl: Tensor, advantages: Tensor, mask: Tensor) -> None:
+    def _record(self, stats: Stats, advantages: Tensor, mask: Tensor) -> None:
         """Logs TRL's metrics, without masked tokens and without sequences that have no other tokens."""
         deviation, counted = torch.expm1(stats.log_ratio.double()), mask != 0
         if stats.ratio_of == "sequence":
@@ -162,7 +200,10 @@ class GSPOTrainer(GRPOTrainer):
         largest = self.accelerator.gather(by_row).nan_to_num(nan=-torch.inf).amax(dim=0)
 
         count = stats.num_tokens
-        sums = [x.float() for x in (stats.entropy * count, kl * count, low.sum(), high.sum(), count, counted.sum())]
+        sums = [
+            x.float()
+            for x in (stats.entropy * count, stats.ref_kl * count, low.sum(), high.sum(), count, counted.sum())
+        ]
         totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
         entropy, kl_sum, lows, highs, tokens, units, low_min, high_max = torch.cat([totals, largest]).tolist()
         tokens, units = max(tokens, 1), max(units, 1)
@@ -181,6 +222,11 @@ class GSPOTrainer(GRPOTrainer):
             self._metrics[self._mode][name].append(value)
 
 
+def _logprobs(hidden: Tensor, mask: Tensor, head: dict[str, Any]) -> Found:
+    logprobs, entropy, _ = linear_token_logprobs(hidden, mask=mask, **head)
+    return Found((logprobs, entropy))
+
+
 def _loss_mask(inputs: Inputs) -> Tensor:
     mask: Tensor = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
@@ -193,11 +239,11 @@ def _weights(inputs: Inputs) -> Tensor | None:
 
 
 def check_surroundings(trainer: Any) -> None:
-    """Raises a ValueError for processors of images, ZeRO-3 and FSDP1."""
-    if trainer._is_vlm:
-        raise ValueError("processing_class: expected a tokenizer, as images are not supported; got a processor")
-    deepspeed, state = trainer.args.deepspeed_plugin, trainer.accelerator.state
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError("zero_stage: expected at most 2, or FSDP2, as ZeRO-3 has not been tested; got 3")
-    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+    """Raises a ValueError for torch.nn.DataParallel and FSDP1."""
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "n_gpu: expected one GPU per process, because torch.nn.DataParallel copies the model in each forward; got "
+            f"{trainer.args.n_gpu}. Use `accelerate launch`, or CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_version: expected 2, in which a module's forward has whole parameters; got 1")
