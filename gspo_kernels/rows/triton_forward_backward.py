@@ -20,7 +20,7 @@ from .triton_backward import (
 from .triton_columns import block_start, first_block, is_active, phase_of, row_kernel, row_pointer, scale_of
 from .triton_far import is_far, largest_logit_of, write_far
 from .triton_forward import statistics, store_statistics
-from .triton_math import bounded_columns, halves, narrow, prefetch, within_cap
+from .triton_math import bounded_columns, halves, narrow, prefetch
 
 
 @triton.jit
@@ -52,20 +52,17 @@ def _load_kept(row, hole, there, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def _write_kept(kept, there, destination, hole, base, constant, scale, pivot, tanh_hi, tanh_lo, KEPT: tl.constexpr,
-                BLOCK: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
-    """Writes the gradient of the kept blocks, if `there`."""
+def _write_kept(kept, there, destination, hole, base, constant, scale, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+                WIDTH: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """Writes the gradient of the kept blocks, if `there`. Not for rows with a cap."""
     DTYPE: tl.constexpr = destination.dtype.element_ty
     if there:
         if PTX:
-            low, high = halves(bounded_columns(kept, tanh_hi, PTX, DTYPE), DTYPE)
+            low, high = halves(bounded_columns(kept, None, PTX, DTYPE), DTYPE)
             x = tl.reshape(tl.join(low, high), [KEPT, BLOCK])
-            if tl.bfloat16 != DTYPE:
-                x = within_cap(x, tanh_hi)
         else:
-            x = within_cap(kept.to(tl.float32), tanh_hi)
-        g = gradient_of(x, base, constant, 0.0, scale, pivot, tanh_hi, tanh_lo, False, PTX, DTYPE)
-        g = narrow(g, DTYPE)
+            x = kept.to(tl.float32)
+        g = narrow(gradient_of(x, base, constant, 0.0, scale, 0.0, None, None, False, PTX, DTYPE), DTYPE)
         tl.store(_kept_columns(destination, hole, KEPT, BLOCK, WIDTH), g)
 
 
@@ -81,7 +78,7 @@ def forward_backward_kernel(
     """Both at once, for a gradient by the log-probability that is known in advance: the second read hits the cache.
 
     Of 16-bit logits, PREFETCH more blocks are prefetched to the L2 cache while a row is summed; the first KEPT blocks
-    stay in registers and are not read a second time.
+    stay in registers and are not read a second time; with a cap, none do.
     """
     row = tl.program_id(0)
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
@@ -125,10 +122,7 @@ def forward_backward_kernel(
                     tanh_lo, skip, False, REPEAT, LANES, WIDTH, PTX,
                 )  # fmt: skip
                 if KEPT > 0 and NARROW:
-                    _write_kept(
-                        kept, there, destination, hole, base, constant, s, pivot, tanh_hi, tanh_lo, KEPT, BLOCK,
-                        WIDTH, PTX,
-                    )  # fmt: skip
+                    _write_kept(kept, there, destination, hole, base, constant, s, KEPT, BLOCK, WIDTH, PTX)
         else:
             write_zeros(destination, vocab, BLOCK, WIDTH)
     else:
