@@ -219,7 +219,8 @@ def compile_kernel(job: Job) -> Any:
     options, constants = launch(job)
     types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}
-    constants |= dict.fromkeys(job.variant.absent if job.variant.capped else (*job.variant.absent, *_CAP))
+    absent = job.variant.absent if job.variant.capped else (*job.variant.absent, *_CAP)
+    constants |= dict.fromkeys(name for name in absent if name in function.arg_names)
     signature = {
         name: "constexpr" if name in constants else types[name].replace("T", job.dtype) for name in function.arg_names
     }
