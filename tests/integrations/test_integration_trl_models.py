@@ -304,6 +304,22 @@ def test_own_classes_are_tried(pair: Pair) -> None:
     check_model(scaled(tiny_model("llama")), torch.device("cuda"))  # not there yet: not tried
 
 
+def test_logits_that_a_model_changes_in_place(pair: Pair) -> None:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from gspo_kernels.integrations.trl.models import check_model
+
+    class InPlace(type(tiny_model("llama"))):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+            hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden).mul_(1.0))
+
+    model = tiny_model("llama")
+    model.__class__ = InPlace
+    check_model(model, torch.device("cpu"))
+    assert differences(pair, model) == []
+
+
 def test_the_loss_of_a_router_that_the_class_does_not_compute(build: Build) -> None:
     """As of Llama 4: refused when the trainer is created. As of a dense config: at the first step."""
     from gspo_kernels.integrations.trl.models import check_router
