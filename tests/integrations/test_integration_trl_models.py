@@ -260,6 +260,17 @@ def unknown_option(model: Any) -> Any:
     return model
 
 
+def hooked_head(model: Any) -> Any:
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def replaced_forward(model: Any) -> Any:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * forward(hidden)
+    return model
+
+
 def without_head(model: Any) -> Any:
     model.get_output_embeddings = lambda: None
     return model
@@ -279,6 +290,8 @@ REFUSED = {
     broken: r"^model: expected a model that runs .*; got Broken, with IndexError: every position is needed",
     quantized: r"^model: expected an LM head that is a torch.nn.Linear, .* not quantized; got .*Linear4bit",
     unknown_option: r"^model: expected logits .*LlamaForCausalLM: config.final_logit_scaling: expected",
+    hooked_head: r"^model: expected logits .*; got LlamaForCausalLM, whose logits differ",
+    replaced_forward: r"^model: expected logits .*; got LlamaForCausalLM, whose logits differ",
     without_head: r"^model: expected a causal model with an LM head .*; got LlamaForCausalLM",
     on_devices: r"^device_map: expected one device, .*; got 0, 1",
     padded_vocabulary: r"^model: expected logits .*config.unpadded_vocab_size: expected all 48",
