@@ -92,7 +92,7 @@ OTHERWISE = {"chameleon": "gives the tokens of images the lowest logits"}
 ABOUT_LOGITS = re.compile(
     r"logit|soft_?cap|(^|_)mup(_|$)|head_(scale|scaling|multiplier)|output_(scale|scaling|multiplier)|dim_model_base"
 )
-ABOUT_OTHERS = re.compile(r"attn|attention|router|gate_|mlp_|_init|_keep|contrastive")  # of attention, experts, ...
+ABOUT_OTHERS = re.compile(r"attn|attention|router|gate_|mlp_|_init|_keep|_to_logits|contrastive")  # of attention, ...
 YOURSELF = "Pass logit_scale and softcap yourself, as the model's forward has them"
 
 
@@ -168,7 +168,7 @@ def _refuse_unknown(config: Any) -> None:
             f"config: expected a model that scales or caps its logits, or neither; got {config.model_type!r}, which "
             f"{OTHERWISE[config.model_type]}. Use the loss from its logits"
         )
-    for part in (config, text) if text is not config else (config,):
+    for part in _parts(config, text):
         for name in filter(ABOUT_LOGITS.search, dir(part)):  # with the defaults and properties of its class
             value = getattr(part, name)
             if not ABOUT_OTHERS.search(name) and _active(value):
@@ -176,6 +176,12 @@ def _refuse_unknown(config: Any) -> None:
                     f"config.{name}: expected no option that may be about logits, of a model type that "
                     f"logit_transform_of does not know; got {value!r} of {config.model_type!r}. {YOURSELF}"
                 )
+
+
+def _parts(config: Any, text: Any) -> list[Any]:
+    """A config, its text config, and other configs in it, such as the language model's under a name of its own."""
+    inner = [value for value in vars(config).values() if isinstance(getattr(value, "model_type", None), str)]
+    return [config, *(part for part in (text, *inner) if part is not config)]
 
 
 def _active(value: Any) -> bool:

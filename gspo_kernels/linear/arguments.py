@@ -24,10 +24,14 @@ def operands_of(hidden: Any, weight: Any, bias: Any, low_rank: Any) -> Operands:
     """A caller's operands, which `check_operands` checks."""
     if low_rank is None:
         return Operands(hidden, weight, bias, None, None)
-    if not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
-        raise TypeError(
-            f"low_rank: expected (u, B), of which u @ B.T is added to the logits; got {checks.describe(low_rank)}"
+    pair = isinstance(low_rank, (tuple, list))
+    if not pair or len(low_rank) != 2 or all(x is None for x in low_rank):
+        got = (
+            f"{len(low_rank)} values: {', '.join(map(checks.describe, low_rank))}"
+            if pair
+            else checks.describe(low_rank)
         )
+        raise TypeError(f"low_rank: expected (u, B), of which u @ B.T is added to the logits, or None; got {got}")
     return Operands(hidden, weight, bias, *low_rank)
 
 

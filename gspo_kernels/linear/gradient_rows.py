@@ -80,14 +80,19 @@ class ActiveCount:
         return count, exponent
 
 
-def fp16_exponent(upstream: Upstream) -> Tensor:
-    """0-d: the power of two that brings the largest upstream gradient to between 2^13 and 2^14.
+def fp16_exponent(upstream: Upstream, temperature: Tensor, tanh_scale: Tensor | None) -> Tensor:
+    """0-d: the power of two that brings the largest gradient that a logit may have to between 2^13 and 2^14.
 
+    That is an upstream gradient times the steepest slope of its row: of z = logit / temperature, or of a capped logit.
     The range of fp16 is 6e-8 to 65,504. Unscaled, the gradients of most logits would be 0 in it, because they are
-    smaller than the upstream gradient by the factor p.
+    smaller by the factor p.
+
+    Args:
+        temperature: [rows] or 0-d, as in `Rows`, like `tanh_scale`.
     """
     arrays = Upstream(*upstream.by_statistic())
-    sizes = [x.abs().nan_to_num(0.0).amax().float() for x in arrays[:3] if x is not None and x.numel()]
+    steepest = 1.0 / temperature if tanh_scale is None else tanh_scale / temperature
+    sizes = [(x.abs() * steepest).nan_to_num(0.0).amax().float() for x in arrays[:3] if x is not None and x.numel()]
     if not sizes:
         return torch.zeros((), dtype=torch.int64, device="cpu")
     largest = torch.stack(sizes).amax()

@@ -148,7 +148,11 @@ class Head:
         if self._in_place:
             self._backward_in_place(active, stats, upstream)
             return
-        count = ActiveCount(active, fp16_exponent(upstream) if self._products.gradient_dtype == torch.float16 else None)
+        exponent = None
+        if self._products.gradient_dtype == torch.float16:
+            _, _, temperature = self._row_arrays()
+            exponent = fp16_exponent(upstream, temperature, self.rows.tanh_scale)
+        count = ActiveCount(active, exponent)
         order = torch.argsort(active.logical_not().to(torch.uint8), stable=True)
         if order.numel():
             first = self._pending_rows

@@ -139,8 +139,9 @@ def policy_loss(
         temperature: what logits are divided by: a number, one per token or, padded, one per sequence [B, 1].
         logit_scale: what the model multiplies its head's output by (Cohere, Granite); a number above 0.
         softcap: the bound c of a model that caps its logits (Gemma-2): c tanh(logit_scale * logits / c) is what the
-            temperature divides. None: not capped. Pass the head's output with the model's own two numbers
-            (`logit_transform_of`), or a model's finished logits without them.
+            temperature divides. A logit of -inf becomes -c, and no longer forbids its token. None: not capped. Pass
+            the head's output with the model's own two numbers (`logit_transform_of`), or a model's finished logits
+            without them.
 
     Args: KL and entropy
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.

@@ -260,6 +260,17 @@ def unknown_option(model: Any) -> Any:
     return model
 
 
+def hooked_head(model: Any) -> Any:
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def replaced_forward(model: Any) -> Any:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * forward(hidden)
+    return model
+
+
 def without_head(model: Any) -> Any:
     model.get_output_embeddings = lambda: None
     return model
@@ -279,6 +290,8 @@ REFUSED = {
     broken: r"^model: expected a model that runs .*; got Broken, with IndexError: every position is needed",
     quantized: r"^model: expected an LM head that is a torch.nn.Linear, .* not quantized; got .*Linear4bit",
     unknown_option: r"^model: expected logits .*LlamaForCausalLM: config.final_logit_scaling: expected",
+    hooked_head: r"^model: expected logits .*; got LlamaForCausalLM, whose logits differ",
+    replaced_forward: r"^model: expected logits .*; got LlamaForCausalLM, whose logits differ",
     without_head: r"^model: expected a causal model with an LM head .*; got LlamaForCausalLM",
     on_devices: r"^device_map: expected one device, .*; got 0, 1",
     padded_vocabulary: r"^model: expected logits .*config.unpadded_vocab_size: expected all 48",
@@ -302,6 +315,22 @@ def test_own_classes_are_tried(pair: Pair) -> None:
     check_model(model, torch.device("cpu"))
     assert model.training and all(p.grad is None for p in model.parameters())
     check_model(scaled(tiny_model("llama")), torch.device("cuda"))  # not there yet: not tried
+
+
+def test_logits_that_a_model_changes_in_place(pair: Pair) -> None:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from gspo_kernels.integrations.trl.models import check_model
+
+    class InPlace(type(tiny_model("llama"))):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+            hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden).mul_(1.0))
+
+    model = tiny_model("llama")
+    model.__class__ = InPlace
+    check_model(model, torch.device("cpu"))
+    assert differences(pair, model) == []
 
 
 def test_the_loss_of_a_router_that_the_class_does_not_compute(build: Build) -> None:

@@ -75,6 +75,15 @@ def test_an_option_of_the_config_class_is_an_option() -> None:
         logit_transform_of(Config())
 
 
+def test_a_language_model_under_another_name_is_read() -> None:
+    """As remote code has it: `get_text_config` of transformers does not know `llm_config`, and returns the whole."""
+    inner = config("gemma2", final_logit_softcapping=30.0)
+    with pytest.raises(ValueError, match=r"config\.final_logit_softcapping: .* got 30\.0 of 'made_up'"):
+        logit_transform_of(config("made_up", llm_config=inner))
+    audio = config("wav2vec2", inputs_to_logits_ratio=320)
+    assert logit_transform_of(config("made_up", llm_config=config("llama"), audio_config=audio)) == PLAIN
+
+
 def test_what_a_scale_and_a_softcap_cannot_say_is_refused() -> None:
     cut = config("inkling2_text", final_logit_softcapping=30.0, unpadded_vocab_size=60)
     with pytest.raises(ValueError, match=r"config\.unpadded_vocab_size: .* all 64 .* got 60 .* Pass vocab_size=60, "):

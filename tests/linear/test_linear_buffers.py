@@ -217,6 +217,34 @@ def test_gradients_of_logits_in_fp16(
         check_same(found, truth, p, number=2 * TOLERANCES[dtype].store, stats=False)
 
 
+@frozen_or_not
+@pytest.mark.parametrize("options", [{"logit_scale": 20.0}, {"logit_scale": 20.0, "softcap": 1.0}, {}], ids=str)
+def test_gradients_of_steep_logits_in_fp16(
+    options: dict[str, float], needs_grad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale multiplies gradients, and a temperature below 1 (here per token) divides them."""
+    dtype = torch.float16
+    p = problem("gspo", seed=107, bias=True, dtype=dtype, temperature=1.0 if options else "token", on_policy=True)
+    assert p.bias is not None
+    p.hidden, p.bias = p.hidden / 50, p.bias / 50  # where tanh is steep
+    if not options:
+        p.batch.temperature /= 40
+    found = []
+    for narrow in (False, True):
+        with monkeypatch.context() as patch:
+            if narrow:
+                patch.setattr(operators, "Head", Separate)
+                patch.setattr(head, "products", NarrowProducts)
+            found.append(
+                from_hidden(p, "packed", "gspo", rows=3, needs_grad=needs_grad, backend="reference", **options)
+            )
+    assert torch.isfinite(found[0].loss)
+    for name in needs_grad:
+        wide, half = (getattr(x, name) for x in found)
+        assert wide.abs().max() > 1e-3
+        check_close(name, half, wide, 2 * TOLERANCES[dtype].store * wide.abs().max().expand(wide.shape))
+
+
 @by_objective
 @frozen_or_not
 @pytest.mark.parametrize("layout", ["padded", "packed"])

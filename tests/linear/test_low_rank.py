@@ -345,7 +345,8 @@ U_OK, B_OK = torch.zeros(B, T, R), torch.zeros(VOCAB, R)
 WRONG: dict[str, tuple[Any, type[Exception], str, str]] = {
     "a tensor": (U_OK, TypeError, "low_rank: expected (u, B)", "2, 3, 2"),
     "text": ("ab", TypeError, "low_rank: expected (u, B)", "ab"),
-    "three": ((U_OK, B_OK, 1.0), TypeError, "low_rank: expected (u, B)", "tuple"),
+    "three": ((U_OK, B_OK, 1.0), TypeError, "low_rank: expected (u, B)", "got 3 values: a tensor of shape [2, 3, 2]"),
+    "neither": ((None, None), TypeError, "low_rank: expected (u, B)", "got 2 values: NoneType None"),
     "no u": ((None, B_OK), TypeError, "low_rank[0]: expected u", "None"),
     "no B": ((U_OK, None), TypeError, "low_rank[1]: expected B", "None"),
     "u of integers": ((U_OK.long(), B_OK), TypeError, "low_rank[0]: expected", "int64"),

@@ -121,7 +121,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passage: _Passage, logits: Tensor, *results: Tensor) -> Tensor:
         ctx.passage = passage
-        return logits.view_as(logits)
+        return logits.clone()  # and no view, so that the model may change it in place
 
     @staticmethod
     def backward(ctx: Any, *of_logits: Any) -> Any:

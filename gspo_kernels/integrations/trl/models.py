@@ -33,8 +33,9 @@ def transform_at_head(config: Any) -> LogitTransform:
 def check_model(model: Any, device: torch.device) -> None:
     """Raises a ValueError if the trainer would not compute this model's own log-probabilities.
 
-    The classes of transformers are known. Any other class runs once, on two tokens, and its logits are compared with
-    those that the trainer would compute; unless its parameters are not on `device` yet, as under FSDP2 and ZeRO-3.
+    The classes of transformers are known. Any other class runs once, on two tokens, and so does a model whose head has
+    hooks or a forward of its own. Its logits are compared with those that the trainer would compute; unless its
+    parameters are not on `device` yet, as under FSDP2 and ZeRO-3.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = type(base)
@@ -65,7 +66,7 @@ def check_model(model: Any, device: torch.device) -> None:
             f"{error}"
         ) from error
     whole = all(p.device == device and not hasattr(p, "ds_id") for p in base.parameters())  # ds_id: ZeRO-3's
-    if whole and not kind.__module__.startswith("transformers."):
+    if whole and (is_changed(head_of(model)) or not kind.__module__.startswith("transformers.")):
         check_logits(model)
 
 
@@ -107,6 +108,11 @@ def check_head(head: Any) -> None:
             "peft_config: expected plain LoRA on the LM head (no DoRA, no lora_bias), modules_to_save=['lm_head'], or "
             f"no adapter there; got {found}"
         )
+
+
+def is_changed(head: Any) -> bool:
+    """Whether a head may compute something else than its class does."""
+    return bool("forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks)
 
 
 def _is_linear(module: Any) -> bool:
