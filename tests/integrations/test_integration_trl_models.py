@@ -218,6 +218,20 @@ def test_several_calls_of_the_head(pair: Pair) -> None:
         pair.ours._get_per_token_logps_and_entropies(Twice(), torch.ones(1, 4).long(), torch.ones(1, 4).long(), 2)
 
 
+def test_an_error_at_the_head_leaves_the_model_as_it_was() -> None:
+    from gspo_kernels.integrations.trl.head import run_at_head
+
+    model, ids = tiny_model("llama").eval(), torch.ones(1, 4).long()
+    expected = model(ids).logits
+
+    def job(hidden: Tensor, head: torch.nn.Module) -> Any:
+        raise KeyError("of the job")
+
+    with pytest.raises(KeyError, match="of the job"):
+        run_at_head(model, model, job, {"input_ids": ids})
+    assert torch.equal(model(ids).logits, expected)
+
+
 # ---- refused when the trainer is created
 
 

@@ -272,3 +272,12 @@ def test_groups_of_equal_rewards_are_left_out_of_the_denominator(aggregation: st
     torch.testing.assert_close(found.loss, without.loss, rtol=1e-10, atol=0.0)
     diluted = PATHS[path](**options, **groups).loss
     assert not torch.allclose(diluted, without.loss, rtol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"logit_scale": 0.5}, {"logit_scale": 0.5, "softcap": 2.0}], ids=str)
+def test_skipped_work_with_scaled_or_capped_logits(options: dict[str, float]) -> None:
+    expected = from_logits(objective=GRPO(), **options).loss
+    plain = from_logits(objective=GRPO()).loss
+    found = from_hidden(objective=GRPO(), skip_zero_advantage=True, **options).loss
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0.0)
+    assert not torch.allclose(found, plain, rtol=1e-3)
