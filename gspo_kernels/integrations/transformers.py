@@ -129,6 +129,8 @@ def logit_transform_of(config: Any) -> LogitTransform:
         return LogitTransform(logit_scale=1.0, softcap=None)
     options = LOGIT_OPTIONS[model_type]
     text = _text_config(config)
+    if isinstance(text, dict):
+        raise TypeError(f"config.text_config: expected a config; got {checks.describe(text)}")
     scale = _positive(text, options.multiplied_by, 1.0) / _positive(text, options.divided_by, 1.0)
     softcap = _positive(text, options.softcap, None)
     tokens = getattr(text, options.tokens, None) if options.tokens else None

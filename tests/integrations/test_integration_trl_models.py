@@ -285,6 +285,11 @@ def replaced_forward(model: Any) -> Any:
     return model
 
 
+def tuples(model: Any) -> Any:
+    model.config.return_dict = False
+    return model
+
+
 def without_head(model: Any) -> Any:
     model.get_output_embeddings = lambda: None
     return model
@@ -306,6 +311,7 @@ REFUSED = {
     unknown_option: r"^model: expected logits .*LlamaForCausalLM: config.final_logit_scaling: expected",
     hooked_head: r"^model: expected logits .*; got LlamaForCausalLM, whose logits differ",
     replaced_forward: r"^model: expected logits .*; got LlamaForCausalLM, whose logits differ",
+    tuples: r"^config.return_dict: expected True, .* got False of LlamaForCausalLM",
     without_head: r"^model: expected a causal model with an LM head .*; got LlamaForCausalLM",
     on_devices: r"^device_map: expected one device, .*; got 0, 1",
     padded_vocabulary: r"^model: expected logits .*config.unpadded_vocab_size: expected all 48",

@@ -84,6 +84,11 @@ def test_a_language_model_under_another_name_is_read() -> None:
     assert logit_transform_of(config("made_up", llm_config=config("llama"), audio_config=audio)) == PLAIN
 
 
+def test_a_dictionary_in_place_of_a_text_config_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^config\.text_config: expected a config; got dict \{'final_logit"):
+        logit_transform_of(config("paligemma", text_config={"final_logit_softcapping": 30.0}))
+
+
 def test_what_a_scale_and_a_softcap_cannot_say_is_refused() -> None:
     cut = config("inkling2_text", final_logit_softcapping=30.0, unpadded_vocab_size=60)
     with pytest.raises(ValueError, match=r"config\.unpadded_vocab_size: .* all 64 .* got 60 .* Pass vocab_size=60, "):

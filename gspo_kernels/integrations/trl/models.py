@@ -44,6 +44,11 @@ def check_model(model: Any, device: torch.device) -> None:
             f"model: expected an LM head that predicts one token; got {kind.__name__}: "
             f"{REFUSED_TYPES[base.config.model_type]}"
         )
+    if not getattr(base.config, "return_dict", True):
+        raise ValueError(
+            f"config.return_dict: expected True, because the trainer reads a model's output by name; got False of "
+            f"{kind.__name__}"
+        )
     devices = set(map(str, (getattr(base, "hf_device_map", None) or {}).values()))
     if len(devices) > 1:
         raise ValueError(
