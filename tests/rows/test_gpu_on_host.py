@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[Mutant, str]] = {  # and what is said of it
     "the old log-probability for the rollout's": ({"slope.rollout_logprobs ? ": "false ? "}, "by TV"),
     "no zeros": ({"write_zeros<kThreads>(task.slice, task.gradient);": ";"}, "gradient is wrong"),
     "the next row from a stale ticket": (
-        {"next_row = shared.exchange.next[turn];": "next_row = shared.exchange.next[turn ^ 1] % 64;"},
+        {"next_row = shared.exchange.next[turn];": "next_row = shared.exchange.next[turn ^ 1] % 128;"},
         "is wrong",
     ),
     "a warp of the block not in its sums": (
