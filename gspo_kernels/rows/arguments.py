@@ -48,7 +48,7 @@ def row_arrays(
         cap = checks.number("softcap", softcap, "the bound of the logits, or None", at_least=1e-3, at_most=1e6)
     cpu = torch.device("cpu")
     if isinstance(temperature, Tensor):
-        temperature = _as_rows(_temperatures(temperature, token_ids).double())
+        temperature = _as_rows(_temperatures(temperature, token_ids).to(stats_dtype(logits)))
     else:
         temperature = checks.number(
             "temperature", temperature, "what the logits are divided by", at_least=1e-6, at_most=1e6
@@ -61,7 +61,6 @@ def row_arrays(
         temperature, tanh_scale = temperature / bound, run_time(scale, cpu) / bound
     elif scale != 1.0:
         temperature = temperature / run_time(scale, cpu)
-    temperature = temperature.to(stats_dtype(logits)) if temperature.ndim else temperature
     return RowArrays(
         _as_rows(token_ids.to(torch.int64)), None if mask is None else _as_rows(mask), temperature, tanh_scale
     )

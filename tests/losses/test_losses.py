@@ -299,7 +299,8 @@ def test_on_policy_is_old_equal_to_current(objective: str, layout: str, backend:
 def test_mask_none_is_all_true(objective: str) -> None:
     batch = ragged_batch(objective, seed=11, lengths=(4, 4, 4))
     batch.mask[:] = True
-    batch = Batch(torch.randn(12, 30), torch.arange(12), batch.mask, [4, 4, 4], torch.tensor([1.0, -1.0, 0.5]))
+    logits = torch.randn(12, 30, generator=torch.Generator().manual_seed(11))
+    batch = Batch(logits, torch.arange(12), batch.mask, [4, 4, 4], torch.tensor([1.0, -1.0, 0.5]))
     batch.old_logprobs = torch.tensor([row.logprob for row in batch.rows]) + 0.01
     for layout in LAYOUTS:
         args = arguments(batch, layout)
