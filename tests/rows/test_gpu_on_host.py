@@ -166,12 +166,9 @@ def some(names: Iterable[str], chosen: set[str]) -> list[ParameterSet]:
 
 CHOSEN_WRONG = {
     "the target in the sums",
-    "no edge at the end",
     "-inf is never bounded",
-    "entropy of lanes not shifted",
     "the old log-probability for the rollout's",
     "the next row from a stale ticket",
-    "the next row not copied at all",
     "no derivative of the cap",
     "a capped logit rounded to float",
     "a barrier that some threads do not come to",
