@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from modes import DEFAULT_MODE
+from modes import DEFAULT_MODE, WHOLE
 from trl_trainers import SYMBOLS, classes, history, save_model, trainer_of
 
 pytestmark = [
@@ -33,7 +33,7 @@ RANKS, GROUP = 2, 8
 LOGGED = ("loss", "grad_norm", "clip_ratio/region_mean")
 BOUNDS = {"loss": 1e-6, "grad_norm": 1e-5, "clip_ratio/region_mean": 1e-6, "parameters": 1e-6}
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {  # the stage of ZeRO, the model, options of `trained`
-    "untied": (3, "qwen3", {}),
+    **({"untied": (3, "qwen3", {})} if WHOLE else {}),
     "tied": (3, "tied", {"gradient_checkpointing": True}),
     "adapters, of the head too": (3, "qwen3", {"adapted": ("q_proj", "down_proj", "lm_head")}),
     "entropy": (3, "qwen3", {"entropy_coef": 0.1, "length": 6}),  # a mean of means: equal lengths make it one mean

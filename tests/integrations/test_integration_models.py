@@ -195,8 +195,9 @@ def built() -> Sweep:
     return sweep()
 
 
+@pytest.mark.only_with_all
 def test_every_causal_model_that_can_be_built(built: Sweep) -> None:
-    """With the options that its config has by default."""
+    """With the options that its config has by default. By default the trainer's sweep runs, over the same models."""
     assert {name for name in built.failures if name not in NOT_BUILT} == {"gemma3n"}, "needs timm"
     found: dict[str, list[str]] = {}
     for model_type, model in built.models.items():
@@ -210,6 +211,7 @@ def test_every_causal_model_that_can_be_built(built: Sweep) -> None:
     assert found == {}
 
 
+@pytest.mark.only_with_all
 def test_what_the_head_multiplies_is_the_last_hidden_state(built: Sweep) -> None:
     """But where the table says that it is scaled, and in heads like BERT's: no scale hides from the table."""
     found = set()
