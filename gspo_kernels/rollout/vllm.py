@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..base import checks
+from .kept_sets import read_kept
 from .parsing import (
     agreed_prompt,
     check_count,
@@ -93,7 +94,12 @@ def _responses(requests: list[Any], prompts: Any) -> Iterator[Response]:
                 )
             check_count(f"{here}.logprobs", len(positions), len(token_ids))
             values = _sampled_logprobs(here, token_ids, positions)
-            yield Response(here, token_ids, values, str(get(completion, "finish_reason")), prompt)
+            masks = get(completion, "sampling_mask")
+            named = f"{here}.sampling_mask"
+            if masks is not None and (lists := get(masks, "token_ids")) is not None:
+                masks, named = lists, f"{named}.token_ids"
+            kept = read_kept(named, masks, len(token_ids))
+            yield Response(here, token_ids, values, str(get(completion, "finish_reason")), prompt, kept)
 
 
 def _sampled_logprobs(where: str, token_ids: list[int], positions: Any) -> list[float]:
@@ -157,4 +163,5 @@ def _server_responses(where: str, response: Any, choices: Any, given: list[int] 
         check_count(f"{here}.logprobs", len(values), len(token_ids))
         prompt = get(choice, "prompt_token_ids")  # a completion's choice has it, a chat's response
         prompt = agreed_prompt(here, get(response, "prompt_token_ids") if prompt is None else prompt, given)
-        yield Response(here, token_ids, read_logprobs(origin, values, part), str(reason), prompt)
+        kept = read_kept(f"{here}.sampling_mask", get(choice, "sampling_mask"), len(token_ids))
+        yield Response(here, token_ids, read_logprobs(origin, values, part), str(reason), prompt, kept)
