@@ -22,8 +22,8 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     """Which backend runs for these inputs and why not the others; from hidden states, also the plan of chunks.
 
     It takes the arguments of a loss, in the same order. From logits the answer depends on `logits`, `backend`,
-    `objective`, `kept` and `cp_group` alone; the others may be left out. From hidden states (`hidden, weight, ...`) the plan
-    depends on the others too, and mask and boundaries are read. `objective` is GSPO by default.
+    `objective`, `kept` and `cp_group` alone; the others may be left out. From hidden states (`hidden, weight, ...`) the
+    plan depends on the others too, and mask and boundaries are read. `objective` is GSPO by default.
 
     Returns:
         A few lines of text, the chosen backend first; then which token stage runs, and why if it is the slower one.
