@@ -69,12 +69,7 @@ class Rollouts:
         old_logprobs[at_response - 1] = self.old_logprobs
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         mask[at_response - 1] = self.mask
-        kept = None
-        if self.kept is not None:  # rows of prompts have no entries, so the ids stay as they are
-            counts = torch.zeros_like(input_ids)
-            counts[at_response - 1] = self.kept.counts
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            kept = KeptTokens(self.kept.token_ids, offsets)
+        kept = None if self.kept is None else self.kept.scatter(at_response - 1, input_ids.numel())
         return PromptedRollouts(input_ids, input_ids.roll(-1), old_logprobs, mask, boundaries, kept)
 
 
@@ -117,8 +112,13 @@ def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
         group_ids=_integers([numbers[tuple(prompt)] for prompt in prompts], device) if known else None,
         prompt_ids=_integers([x for prompt in prompts for x in prompt], device) if known else None,
         prompt_cu_seqlens=_boundaries([len(prompt) for prompt in prompts], device) if known else None,
-        kept=None if kept is None else KeptTokens.from_lists(kept, device),
+        kept=None if kept is None else _kept_tokens(kept).to(device),
     )
+
+
+def _kept_tokens(rows: list[list[int]]) -> KeptTokens:
+    cpu = torch.device("cpu")
+    return KeptTokens(_integers(list(itertools.chain.from_iterable(rows)), cpu), _boundaries(list(map(len, rows)), cpu))
 
 
 def _refuse(found: list[Response], values: Tensor, wrong: Tensor, expected: str, hint: str) -> None:

@@ -64,10 +64,10 @@ def kept_of_logits(
     logits = logits.detach()[..., :columns]
     shape, device = logits.shape[:-1], logits.device
     filters = Filters(
-        _reals("temperature", 1.0 if temperature is None else temperature, shape, device, 1e-6, 1e6),
-        None if _is_off(top_p, 1.0) else _reals("top_p", top_p, shape, device, math.ulp(0.0), 1.0),
+        _reals("temperature", temperature, shape, device, "what the logits are divided by", at_least=1e-6, at_most=1e6),
+        None if _is_off(top_p, 1.0) else _reals("top_p", top_p, shape, device, "a probability", above=0.0),
         None if _is_off(top_k, 0) else _ranks(top_k, shape, device, columns),
-        None if _is_off(min_p, 0.0) else _reals("min_p", min_p, shape, device, 0.0, 1.0),
+        None if _is_off(min_p, 0.0) else _reals("min_p", min_p, shape, device, "a probability", at_least=0.0),
     )
     active = torch.ones(shape, dtype=torch.bool, device=device)
     if mask is not None:
@@ -83,6 +83,18 @@ def kept_of_logits(
             ids.append(kept.nonzero()[:, 1].to(torch.int32))
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return torch.cat(ids), offsets, bool((counts[active.reshape(-1)] > 0).all())
+
+
+def kept_of_mask(keep: Any) -> tuple[Tensor, Tensor]:
+    """`token_ids` and `offsets` of the `KeptTokens` that `KeptTokens.from_mask` documents."""
+    keep = as_bool("keep", checks.tensor("keep", keep, "True where a row keeps a column, [rows, vocabulary]"))
+    if keep.ndim not in (2, 3):
+        raise ValueError(
+            f"keep: expected [rows, vocabulary] or [sequences, tokens, vocabulary]; got {list(keep.shape)}"
+        )
+    keep = keep.reshape(-1, keep.shape[-1])
+    keep = keep & ~keep.all(-1, keepdim=True)
+    return keep.nonzero()[:, 1].to(torch.int32), torch.nn.functional.pad(keep.sum(-1).cumsum(0), (1, 0))
 
 
 def _blocks(logits: Tensor, active: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,18 +162,23 @@ def _is_off(value: Any, off: float) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value == off)
 
 
-def _reals(name: str, value: Any, shape: torch.Size, device: torch.device, least: float, most: float) -> Tensor:
+def _reals(
+    name: str, value: Any, shape: torch.Size, device: torch.device, meaning: str, *,
+    above: float = -math.inf, at_least: float = -math.inf, at_most: float = 1.0,
+) -> Tensor:  # fmt: skip
     """A number, or a tensor of one per row, as float32 [rows]."""
-    meaning = {"temperature": "what the logits are divided by"}.get(name, "a probability")
-    if isinstance(value, Tensor):
-        checks.floats(name, checks.tensor(name, value, f"{meaning}, a number or one per row"))
-        found = _rows(name, value, shape, device)
-        if checks.may_read(found) and not bool(((found >= least) & (found <= most)).all()):
-            bad = found[~((found >= least) & (found <= most))]
-            raise ValueError(f"{name}: expected {meaning}, from {least:g} to {most:g}; got {float(bad[0]):g}")
-        return found.float()
-    number = checks.number(name, value, meaning, at_least=least, at_most=most)
-    return torch.full((shape.numel(),), number, dtype=torch.float32, device=device)
+    if not isinstance(value, Tensor):
+        number = checks.number(name, value, meaning, above=above, at_least=at_least, at_most=at_most)
+        return torch.full((shape.numel(),), number, dtype=torch.float32, device=device)
+    checks.floats(name, checks.tensor(name, value, f"{meaning}, a number or one per row"))
+    found = _rows(name, value, shape, device)
+    if checks.may_read(found):
+        good = (found > above) & (found >= at_least) & (found <= at_most)
+        if not bool(good.all()):
+            checks.number(
+                name, float(found[~good][0]), f"{meaning} in each row", above=above, at_least=at_least, at_most=at_most
+            )
+    return found.float()
 
 
 def _ranks(value: Any, shape: torch.Size, device: torch.device, columns: int) -> Tensor:
