@@ -18,7 +18,16 @@ from .triton_backward import (
     write_gradient,
     write_zeros,
 )
-from .triton_columns import block_start, first_block, has_entries, is_active, phase_of, row_kernel, row_pointer, scale_of
+from .triton_columns import (
+    block_start,
+    first_block,
+    has_entries,
+    is_active,
+    phase_of,
+    row_kernel,
+    row_pointer,
+    scale_of,
+)
 from .triton_far import is_far, largest_logit_of, write_far
 from .triton_forward import statistics, store_statistics
 from .triton_math import bounded_columns, halves, narrow, prefetch
