@@ -114,7 +114,7 @@ def _of_entries(entries: Entries, *names: str) -> dict[str, Any]:
 
 
 def _of_rows(**matrices: Tensor) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, x in matrices.items():
         found |= {name: x, f"{name}_stride": x.stride(0), f"{name}_rows": x.shape[0]}
     return found
@@ -158,11 +158,10 @@ def _compile_time(layout: Launch, width: int, dtype: torch.dtype) -> tuple[dict[
 
 
 def sizes(layout: Launch, width: int, dtype: torch.dtype, warp_size: int) -> dict[str, Any]:
-    import triton.language as tl
+    from .triton_sparse_kernels import DTYPES
 
-    of_triton = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     block = warp_size * layout.num_warps * width
-    return {"ENTRIES": layout.entries, "BLOCK": block, "WIDTH": width, "DTYPE": of_triton[dtype]}
+    return {"ENTRIES": layout.entries, "BLOCK": block, "WIDTH": width, "DTYPE": DTYPES[dtype]}
 
 
 @functools.cache

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 
 from ..rows.triton_columns import ABSENT
 from ..rows.triton_math import INFINITY, narrow
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Arguments that vary from call to call do not trigger recompilation.
 _VARIES = [
@@ -101,8 +104,7 @@ def hidden_gradient_kernel(
     begin = tl.minimum(tl.maximum(tl.load(offsets + row), 0), entries)
     end = tl.minimum(tl.load(offsets + row + 1), entries)
     if active is not None:
-        if tl.load(active + row) == 0:
-            end = begin
+        end = tl.where(tl.load(active + row) != 0, end, begin)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, ENTRIES):
         at = start + tl.arange(0, ENTRIES)

@@ -60,7 +60,7 @@ def _add_entries(row, ids, start, count, vocab, target, top, total, lost, weight
 @triton.jit
 def _statistics_of_entries(row, ids, count, vocab, target, scale, scale_error, tanh_hi, tanh_lo, REPEAT: tl.constexpr,
                            LANES: tl.constexpr, GATHERED: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
-    """(logprob, entropy, lse as pair and power); all NaN where the target is not one of the entries, or an id no column.
+    """(logprob, entropy, lse as pair and power); NaN where the target is not one of the entries, or an id no column.
 
     Without a target on this rank (ABSENT) the log-probability is -inf.
     """
@@ -170,6 +170,14 @@ def _row_of(data, begin, row, inner, outer_stride, inner_stride, GATHERED: tl.co
         return row_pointer(data, row, inner, outer_stride, inner_stride)
 
 
+@triton.jit
+def _keeps_all(count, FORM: tl.constexpr):
+    if FORM == "some":
+        return count == 0
+    else:
+        return False
+
+
 @row_kernel()
 def kept_forward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
@@ -184,9 +192,8 @@ def kept_forward_kernel(
     GATHERED: tl.constexpr = FORM == "gathered"
     row = tl.program_id(0)
     begin, count = entries_of(kept_offsets, row, entries)
-    if FORM == "some":
-        if count == 0:
-            return
+    if _keeps_all(count, FORM):
+        return
     active = is_active(mask, row)
     if GATHERED:
         active = active & (count > 0)
@@ -212,16 +219,15 @@ def kept_backward_kernel(
     entries: tl.int64, by_entry,
     LANES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each row from those of its statistics. Reads the entries and writes the row, or gathered: the entries.
+    """Gradient of each row from those of its statistics. Reads its entries; writes the row, or gathered the entries.
 
     `by_entry`: [entries] of the gradient's dtype; gathered, it is the gradient.
     """
     GATHERED: tl.constexpr = FORM == "gathered"
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     begin, count = entries_of(kept_offsets, row, entries)
-    if FORM == "some":
-        if count == 0:
-            return
+    if _keeps_all(count, FORM):
+        return
     destination = _row_of(gradient, begin, row, inner, gradient_outer_stride, gradient_inner_stride, GATHERED)
     common = common_factor(factor, counts, counts_size)
     g_logprob = upstream_of(g_logprobs, row, common)
@@ -257,9 +263,8 @@ def kept_forward_backward_kernel(
     GATHERED: tl.constexpr = FORM == "gathered"
     row = tl.program_id(0)
     begin, count = entries_of(kept_offsets, row, entries)
-    if FORM == "some":
-        if count == 0:
-            return
+    if _keeps_all(count, FORM):
+        return
     destination = _row_of(gradient, begin, row, inner, gradient_outer_stride, gradient_inner_stride, GATHERED)
     active = is_active(mask, row)
     if GATHERED:

@@ -162,11 +162,11 @@ def _launch_rows(kernel: str, rows: Rows, aligned: Tensor, arguments: dict[str, 
     if form in (None, "some"):
         placed = {"row_indices": rows.row_indices} if kernel == "backward" else {}
         _launch(kernel, programs, aligned, {**arguments, **placed})
-    if form is not None:
+    if rows.kept_ids is not None:
         arguments["kept_ids"] = rows.kept_ids
         if "gradient" in arguments:
-            gradient, ids = arguments["gradient"], rows.kept_ids
-            arguments["by_entry"] = gradient if form == "gathered" else torch.empty_like(ids, dtype=gradient.dtype)
+            gradient, size = arguments["gradient"], rows.kept_ids.shape
+            arguments["by_entry"] = gradient if form == "gathered" else gradient.new_empty(size)
         _launch(f"kept_{kernel}", programs, aligned, arguments, form)
 
 

@@ -116,9 +116,8 @@ def test_hidden_gradient(stored: torch.dtype, dtype: torch.dtype, shape: str) ->
     for out_dtype in {torch.float32, stored}:
         out = torch.full_like(matrix(ROWS, SHAPES[shape], out_dtype, 0), math.nan)
         triton_sparse.hidden_gradient(on_device(gradient), weight, entries, dtype, out)
-        expected, size = (
-            torch.zeros(ROWS, terms.shape[1]).double().index_add(0, rows, x) for x in (terms, terms.abs())
-        )
+        zeros = torch.zeros(ROWS, terms.shape[1], dtype=torch.float64)
+        expected, size = (zeros.index_add(0, rows, x) for x in (terms, terms.abs()))
         check(out, expected, size, out_dtype)
         assert not bool(out[[1, INACTIVE, 4]].any())
 
