@@ -14,7 +14,6 @@ from .linear.from_hidden import (
 from .linear.value_head import linear_value_loss, linear_values
 from .losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
-    TokenLogprobs,
     grpo_loss,
     gspo_loss,
     gspo_token_loss,
@@ -23,6 +22,7 @@ from .losses.from_logits import (
     ppo_loss,
     token_logprobs,
 )
+from .losses.from_rows import KeptLogprobs, TokenLogprobs
 from .losses.objectives import Objective, Terms, TokenBatch
 from .losses.reduction import global_count
 from .losses.stats import HeadWork, Stats
@@ -39,6 +39,7 @@ from .rollout.rollouts import PromptedRollouts, Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
 from .rows.arguments import next_token_targets
+from .rows.kept import KeptTokens
 from .rows.vocab_shard import VocabularyShard
 
 __version__ = "0.1.0"
@@ -56,6 +57,8 @@ __all__ = [
     "GSPOToken",
     "GaeOutput",
     "HeadWork",
+    "KeptLogprobs",
+    "KeptTokens",
     "Layout",
     "LogitTransform",
     "LossOutput",

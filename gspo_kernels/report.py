@@ -23,8 +23,8 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     """Which backend runs for these inputs and why not the others; from hidden states, also the plan of chunks.
 
     It takes the arguments of a loss, in the same order. From logits the answer depends on `logits`, `backend`,
-    `objective` and `cp_group` alone; the others may be left out. From hidden states (`hidden, weight, ...`) the plan
-    depends on the others too, and mask and boundaries are read. `objective` is GSPO by default.
+    `objective`, `kept` and `cp_group` alone; the others may be left out. From hidden states (`hidden, weight, ...`) the
+    plan depends on the others too, and mask and boundaries are read. `objective` is GSPO by default.
 
     Returns:
         A few lines of text, the chosen backend first; then which token stage runs, and why if it is the slower one.
@@ -41,6 +41,7 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     context_parallel = options.get("cp_group") is not None
     fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
     fields += [] if options.get("softcap") is None else ["tanh_scale"]
+    fields += [] if options.get("kept") is None else ["kept_ids", "kept_offsets", "kept_form"]
     head, *others = arguments or (options.pop("weight", None),)
     if not (isinstance(head, Tensor) and head.is_floating_point()):
         stage = stage_reason(objective, choose(logits, backend, fields, warn=False), context_parallel=context_parallel)

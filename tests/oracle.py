@@ -45,6 +45,11 @@ def of_model_slope(outputs: Floats, logit_scale: float = 1.0, softcap: float | N
     return [logit_scale * 4.0 * e / (1.0 + e) ** 2 for e in decays]
 
 
+def of_kept(logits: Floats, columns: Rows | None) -> list[float]:
+    """The logits of which the columns that a sampler kept are the softmax (2512.02556, section 3.1); None: all."""
+    return [x if columns is None or v in columns else -math.inf for v, x in enumerate(logits)]
+
+
 def below_peak(logits: Floats, temperature: float) -> tuple[list[float], float]:
     """(z_v - z_peak for every v, lse - z_peak): relative to the peak a confident row keeps its small numbers."""
     peak = max(range(len(logits)), key=lambda v: logits[v])

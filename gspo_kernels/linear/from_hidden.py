@@ -20,7 +20,8 @@ from ..base.documentation import with_arguments_of
 from ..base.layout import batch_shape
 from ..losses.arguments import agree_on_sequences
 from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
-from ..losses.from_logits import CLIP_RANGE, CommonOptions, TokenLogprobs, policy_loss
+from ..losses.from_logits import CLIP_RANGE, CommonOptions, policy_loss
+from ..losses.from_rows import TokenLogprobs
 from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
 from ..rows.arguments import agree_on_rows, check_full_distribution, check_kept_tokens, check_mask, check_vocab_size, row_arrays

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -14,25 +13,24 @@ from ..base.autograd import refuse_forward_mode
 from ..base.collectives import ranks_of
 from ..base.documentation import with_arguments_of
 from ..base.layout import batch_shape
-from ..rows import vocab_shard
-from ..rows.arguments import agree_on_rows, check_logits, check_mask, row_arrays
-from ..rows.dispatch import Backend, choose
-from ..rows.operators import link_of, row_stats, row_stats_and_gradient, with_gradient
-from ..rows.types import RowOptions, RowStats, Upstream, stats_dtype
+from ..rows.arguments import (
+    agree_on_rows,
+    check_full_distribution,
+    check_kept_tokens,
+    check_logits,
+    check_mask,
+    row_arrays,
+)
+from ..rows.dispatch import choose
+from ..rows.kept import KeptTokens
+from ..rows.types import RowOptions
 from ..rows.vocab_shard import shard_of, tp_ranks, vocabulary_of
 from . import fused_loss
 from .arguments import agree_on_sequences
 from .clipped import GRPO, GSPO, PPO, GSPOToken
+from .from_rows import KeptLogprobs, TokenLogprobs, logprobs_of_rows, loss_of_rows
 from .objectives import Objective
-from .token_stage import LossOutput, TokenInputs, token_inputs
-
-
-class TokenLogprobs(NamedTuple):
-    """Per token, in the token layout; differentiable; 0 where masked."""
-
-    logprobs: Tensor  # log p(token), float32 (float64 for float64 logits)
-    entropy: Tensor  # of the whole distribution, same dtype
-    lse: Tensor  # logsumexp of logits / temperature, float64
+from .token_stage import LossOutput, token_inputs
 
 
 class CommonOptions(TypedDict, total=False):
@@ -64,7 +62,22 @@ class CommonOptions(TypedDict, total=False):
 class LossOptions(CommonOptions, total=False):
     """Keyword arguments of every loss from logits."""
 
+    kept: KeptTokens | None
     overwrite_logits: bool
+
+
+class LogprobOptions(TypedDict, total=False):
+    """Keyword arguments of `token_logprobs` that do not change what it returns."""
+
+    mask: Tensor | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    tp_group: Any
+    vocab_start: int | None
+    vocab_size: int | None
+    overwrite_logits: bool
+    backend: str | None
 
 
 CLIP_RANGE = """
@@ -87,6 +100,7 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: KeptTokens | None = None,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
@@ -142,6 +156,9 @@ def policy_loss(
             temperature divides. A logit of -inf becomes -c, and no longer forbids its token. None: not capped. Pass
             the head's output with the model's own two numbers (`logit_transform_of`), or a model's finished logits
             without them.
+        kept: the columns from which each token was sampled (top-p, top-k, min-p). All of the loss, KL and entropy
+            included, is then of the distribution over them, and the gradient of all other columns is 0: pass old,
+            reference and rollout log-probabilities of it, too. Kept columns alone are read. None: the whole vocabulary.
 
     Args: KL and entropy
         ref_logprobs: of the reference policy, one per token; needed if `beta` is not 0.
@@ -223,40 +240,13 @@ def policy_loss(
             importance_weights=importance_weights, rollout_logprobs=rollout_logprobs, aggregation=aggregation,
             group_tokens=group_tokens, normalizer=normalizer, max_log_ratio=max_log_ratio,
         )  # fmt: skip
+        check_kept_tokens(kept, token_ids)
         arrays = row_arrays(logits.dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
-        rows = arrays.rows(logits, columns)
+        rows = arrays.rows(logits, columns, kept)
         chosen = choose(rows.logits, backend, rows.fields_set())
-        agree_on_rows(agreement, arrays, columns, shard)
+        agree_on_rows(agreement, arrays, columns, shard, kept)
         agree_on_sequences(agreement, inputs)
-    options = RowOptions(overwrite_logits, chosen.name)
-    fused = fused_loss.takes_rows_of(chosen, inputs)
-    if shard is not None:
-        found = vocab_shard.row_stats(rows, shard, options)
-        if not fused:
-            return _loss(inputs, found)
-        return fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
-    one_pass = (
-        _gradient_is_known(inputs, chosen, fused)
-        and logits.requires_grad
-        and torch.is_grad_enabled()
-        and not checks.watched(logits)
-        and logits.dtype != torch.float16  # a loss scaler's factor has to come in before the rounding to fp16
-    )
-    if fused:
-        return fused_loss.policy_loss(rows, inputs, options, one_pass)
-    if one_pass:
-        stage = inputs.stage()
-        upstream = Upstream(stage.gradient_on_policy().to(stats_dtype(logits.dtype)).reshape(rows.token_ids.shape))
-        link = link_of(logits) if overwrite_logits else logits
-        found, gradient = row_stats_and_gradient(rows, upstream, options)
-        with torch.no_grad():
-            statistics = found.logprobs.reshape(-1), found.entropy.reshape(-1)
-            value, stats = stage.loss(*statistics)
-            if bool(stats.approx_kl.isnan()):  # the same on every rank; read on a CPU alone
-                has_nan = stage.gradient(*statistics)[0].isnan().reshape(rows.token_ids.shape)
-                gradient[..., :columns][has_nan] = torch.nan
-        return LossOutput(with_gradient(value, link, gradient, options.backend), stats)
-    return _loss(inputs, row_stats(rows, options))
+    return loss_of_rows(logits, rows, inputs, chosen, overwrite_logits, shard)
 
 
 @with_arguments_of(policy_loss, CLIP_RANGE)
@@ -394,6 +384,23 @@ def policy_loss_from_logprobs(
     return stage.loss(logprobs.reshape(-1), None if entropy is None else stage.layout.select(entropy.reshape(-1)))
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    kept: KeptTokens,
+    full_distribution: bool = ...,
+    **options: Unpack[LogprobOptions],
+) -> KeptLogprobs: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, *, kept: None = None, **options: Unpack[LogprobOptions]
+) -> TokenLogprobs: ...
+
+
 @with_arguments_of(policy_loss)
 def token_logprobs(
     logits: Tensor,
@@ -403,12 +410,14 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: KeptTokens | None = None,
+    full_distribution: bool = True,
     tp_group: Any = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     overwrite_logits: bool = False,
     backend: str | None = None,
-) -> TokenLogprobs:
+) -> TokenLogprobs | KeptLogprobs:
     """Log-probability of each token, entropy and logsumexp of its row, in one read of the logits; differentiable.
 
     The losses use the same kernel: compute old and reference log-probabilities with this function (under
@@ -418,6 +427,10 @@ def token_logprobs(
         logits: [B, T, V] or packed [N, V], as in `policy_loss`.
         token_ids: integers [B, T] or [N].
         mask: masked rows are not read and give 0.
+        kept: the columns from which each token was sampled. The result is then `KeptLogprobs(kept, full)`, of the
+            distribution over them and of that over all columns, from one read of the logits and with one gradient: a
+            ratio over the kept columns and a KL over all come from one call.
+        full_distribution: with `kept`, whether to compute `full`. If not, it is None, and kept columns alone are read.
 
     The errors are those of `policy_loss`.
     """
@@ -427,22 +440,11 @@ def token_logprobs(
     with Agreement("logits", logits, tp_ranks(logits, -1, vocabulary)) as agreement:
         logits, shard = shard_of("logits", logits, -1, vocabulary)
         columns = check_logits(logits, token_ids, overwrite_logits, vocabulary.size, shard)
+        check_kept_tokens(kept, token_ids)
+        check_full_distribution(full_distribution, kept, overwrite_logits and shard is not None)
         arrays = row_arrays(logits.dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
-        rows = arrays.rows(logits, columns)
+        rows = arrays.rows(logits, columns, kept)
         chosen = choose(rows.logits, backend, rows.fields_set())
-        agree_on_rows(agreement, arrays, columns, shard)
+        agree_on_rows(agreement, arrays, columns, shard, kept)
     options = RowOptions(overwrite_logits, chosen.name)
-    found = row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
-    return TokenLogprobs(*(x.reshape(token_ids.shape) for x in (found.logprobs, found.entropy, found.lse)))
-
-
-def _loss(inputs: TokenInputs, found: RowStats) -> LossOutput:
-    return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
-
-
-def _gradient_is_known(inputs: TokenInputs, backend: Backend, fused: bool) -> bool:
-    """Whether a row's gradient can be written while the row is read for the first time."""
-    if fused:
-        return inputs.gradient_is_known() or fused_loss.has_row_slopes(inputs, backend)
-    # NaN in one row concerns its whole sequence, if that has one ratio: to look for it is free on a CPU alone.
-    return inputs.gradient_is_known() and inputs.batch.device.type == "cpu"
+    return logprobs_of_rows(rows, options, shard, token_ids.shape, full_distribution)

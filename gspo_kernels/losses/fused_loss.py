@@ -236,9 +236,7 @@ def _gradient_of_loss(ctx: Any, factor: Tensor) -> dict[str, Tensor | None]:
 fused_loss = Operator(
     "fused_loss",
     _fused_loss,
-    fake=lambda rows, inputs, options: FusedLoss(
-        *_empty_results(rows.token_ids.shape, inputs), *empty_stats(rows.logits)
-    ),
+    fake=lambda rows, inputs, options: FusedLoss(*_empty_results(rows.token_ids.shape, inputs), *empty_stats(rows)),
     save=_save_loss,
     backward=_gradient_of_loss,
     operands=("logits",),

@@ -11,8 +11,9 @@ from ..base import checks
 from ..base.agreement import Agreement, fingerprint
 from ..base.layout import as_bool
 from ..base.scalars import run_time
-from .operators import check_ids_and_temperatures
-from .types import Rows, stats_dtype
+from .kept import KeptTokens
+from .operators import check_ids_and_temperatures, check_kept
+from .types import KeptForm, Rows, stats_dtype
 from .vocab_shard import VocabShard
 
 
@@ -24,10 +25,27 @@ class RowArrays(NamedTuple):
     temperature: Tensor
     tanh_scale: Tensor | None
 
-    def rows(self, logits: Tensor, vocab_size: int) -> Rows:
+    def rows(self, logits: Tensor, vocab_size: int, kept: KeptTokens | None = None) -> Rows:
         """With logits as [outer, inner, columns], packed ones as [1, N, columns]."""
         of_rows = logits if logits.ndim == 3 else logits[None]
-        return Rows(of_rows, self.token_ids, self.mask, self.temperature, vocab_size, tanh_scale=self.tanh_scale)
+        rows = Rows(of_rows, self.token_ids, self.mask, self.temperature, vocab_size, tanh_scale=self.tanh_scale)
+        if kept is None:
+            return rows
+        return rows._replace(kept_ids=kept.token_ids, kept_offsets=kept.offsets, kept_form=kept_form(kept, self.mask))
+
+    def gathered(self, logits: Tensor, kept: KeptTokens) -> Rows:
+        """With the logits [entries] of the kept columns alone."""
+        rows = self.rows(logits[None, None], logits.shape[0], kept)
+        return rows._replace(kept_form="gathered")
+
+
+def kept_form(kept: KeptTokens, mask: Tensor | None) -> KeptForm:
+    """Whether rows without entries have to be expected. Looks, where that is free."""
+    every = kept.every_row
+    if every is not True and checks.may_read(kept.offsets) and not checks.watched(kept.offsets):
+        has_entries = kept.counts > 0
+        every = bool((has_entries if mask is None else has_entries | ~mask.reshape(-1)).all())
+    return "every" if every else "some"
 
 
 def row_arrays(
@@ -133,6 +151,35 @@ def check_mask(mask: Any, token_ids: Tensor) -> Tensor | None:
     return as_bool("mask", mask)
 
 
+def check_kept_tokens(kept: Any, token_ids: Tensor) -> None:
+    """Refuses what is no `KeptTokens` of these rows; the operators look at the ids."""
+    if kept is None:
+        return
+    if not isinstance(kept, KeptTokens):
+        raise TypeError(
+            f"kept: expected KeptTokens, or None for the whole vocabulary; got {checks.describe(kept)}. "
+            "KeptTokens.from_lists makes one of a list of ids for each row"
+        )
+    rows = token_ids.numel()
+    if len(kept) != rows:
+        raise ValueError(
+            f"kept: expected {rows} rows, one for each row of {list(token_ids.shape)} token_ids, masked ones included; "
+            f"got {len(kept)}"
+        )
+    checks.same_device("kept", kept.token_ids, token_ids.device)
+
+
+def check_full_distribution(full_distribution: Any, kept: KeptTokens | None, overwrites_shard: bool = False) -> None:
+    checks.flag("full_distribution", full_distribution, "whether to compute the full distribution's numbers, too")
+    if kept is None and not full_distribution:
+        raise ValueError("full_distribution: expected True without kept=; got False, and nothing else to compute")
+    if kept is not None and full_distribution and overwrites_shard:
+        raise ValueError(
+            "overwrite_logits: expected False for two distributions (kept= and full_distribution=True) over a "
+            "tp_group, whose gradients are added; got True"
+        )
+
+
 def check_token_ids(token_ids: Any, shape: torch.Size, device: torch.device, of_what: str) -> None:
     checks.tensor("token_ids", token_ids, "the token each row predicts")
     checks.integers("token_ids", token_ids, "the token each row predicts")
@@ -150,12 +197,17 @@ def check_vocab_size(vocab_size: Any, columns: int) -> int:
     return size
 
 
-def agree_on_rows(agreement: Agreement, arrays: RowArrays, vocab: int, shard: VocabShard | None) -> None:
+def agree_on_rows(
+    agreement: Agreement, arrays: RowArrays, vocab: int, shard: VocabShard | None, kept: KeptTokens | None = None
+) -> None:
     """Checks values before ranks compare; over a vocabulary shard's group, all ranks have the same rows."""
     if not agreement.active:
         return
     token_ids, mask, temperature, tanh_scale = arrays
     check_ids_and_temperatures(token_ids, mask, temperature, vocab)  # the operators do, too late for other ranks
+    if kept is not None:
+        check_kept(token_ids, mask, kept.token_ids, kept.offsets, vocab)
+    agreement.same({"kept (whether it is given)": kept is not None})
     if shard is None:
         return
     counted = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
@@ -169,6 +221,8 @@ def agree_on_rows(agreement: Agreement, arrays: RowArrays, vocab: int, shard: Vo
         "softcap (as logit_scale / softcap)": None if tanh_scale is None else float(tanh_scale),
         "temperature (with logit_scale and softcap)": fingerprint(by_row, mask),
     }
+    if kept is not None:
+        rows |= {"kept.offsets": fingerprint(kept.offsets), "kept.token_ids": fingerprint(kept.token_ids)}
     agreement.same(rows, over=group)
 
 

@@ -52,7 +52,7 @@ def unavailable_reason() -> str:
 
 
 def forward(rows: Rows) -> RowStats:
-    stats = empty_stats(rows.logits)
+    stats = empty_stats(rows)
     _bind(rows).forward(**stats_addresses(stats))
     return stats
 
@@ -78,7 +78,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
     assert slope is None
-    stats = empty_stats(rows.logits)
+    stats = empty_stats(rows)
     _request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(

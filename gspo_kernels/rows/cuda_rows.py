@@ -75,7 +75,7 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
     if gradient.dtype != rows.logits.dtype:
         assert slope is None
         return triton_rows.forward_backward(rows, upstream, gradient)
-    stats, counts = empty_stats(rows.logits), upstream.counts
+    stats, counts = empty_stats(rows), upstream.counts
     assert _native is not None and upstream.logprobs is not None
     tickets = upstream.tickets
     if tickets is None or tickets.numel() == 0:  # empty in a batch without sequences

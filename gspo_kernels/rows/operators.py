@@ -49,7 +49,7 @@ def _gradient_of_stats(
 row_stats = Operator(
     "row_stats",
     _row_stats,
-    fake=lambda rows, options: empty_stats(rows.logits),
+    fake=lambda rows, options: empty_stats(rows),
     save=_save,
     backward=_gradient_of_stats,
     operands=("logits",),
@@ -93,7 +93,7 @@ def _row_stats_and_gradient(rows: Rows, upstream: Upstream, gradient: Tensor, ba
 _row_stats_and_gradient_ = Operator(
     "row_stats_and_gradient_",
     _row_stats_and_gradient,
-    fake=lambda rows, upstream, gradient, backend: empty_stats(rows.logits),
+    fake=lambda rows, upstream, gradient, backend: empty_stats(rows),
     mutates=("gradient",),
     direct=True,
 )
@@ -168,7 +168,38 @@ class _KnownGradient(torch.autograd.Function):
 
 
 def check_values(rows: Rows) -> None:
+    if rows.kept_form == "gathered":  # whose ids were checked where they were gathered
+        return
     check_ids_and_temperatures(rows.token_ids, rows.mask, rows.temperature, rows.vocab_size)
+    if rows.kept_ids is not None and rows.kept_offsets is not None:
+        check_kept(rows.token_ids, rows.mask, rows.kept_ids, rows.kept_offsets, rows.vocab_size)
+
+
+def check_kept(token_ids: Tensor, mask: Tensor | None, ids: Tensor, offsets: Tensor, vocab_size: int) -> None:
+    """Kept ids are columns, and an unmasked row with entries has its token among them."""
+    if not may_read(ids):
+        return
+    counts = offsets.diff()
+    row_of = torch.arange(counts.shape[0], device=ids.device).repeat_interleave(counts)
+    bad = ((ids < 0) | (ids >= vocab_size)).nonzero()[:1, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"kept: expected ids from 0 to {vocab_size - 1} (the logits have {vocab_size} columns); got "
+            f"{int(ids[bad[0]])} in row {int(row_of[bad[0]])}"
+        )
+    flat = token_ids.reshape(-1)
+    found = torch.zeros_like(flat, dtype=torch.bool)
+    found[row_of[ids == flat[row_of]]] = True
+    missing = ~found & (counts > 0)
+    if mask is not None:
+        missing &= mask.reshape(-1)
+    if bool(missing.any()):
+        row = int(missing.nonzero()[0])
+        raise ValueError(
+            f"kept: expected the sampled token among the ids that its row keeps, where the mask is set; got token "
+            f"{int(flat[row])} in row {row}, which keeps {int(counts[row])} other ids. Are the rows of kept those of "
+            "the logits? Row t predicts token t (see next_token_targets)"
+        )
 
 
 def check_ids_and_temperatures(token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab_size: int) -> None:

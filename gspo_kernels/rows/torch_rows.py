@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .types import Rows, RowStats, TokenSlope, Upstream, capped, empty_stats, log_share
+from .types import ABSENT, Rows, RowStats, TokenSlope, Upstream, capped, empty_stats, log_share
 from .types import scaled_logits as scaled_logits
 
 name = "reference"
-honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept_ids", "kept_offsets", "kept_form"})
 has_kernels = False
 runs_stage_in_triton = False
 computes_slopes = False
@@ -37,7 +37,7 @@ def describe() -> str:
 
 
 def forward(rows: Rows) -> RowStats:
-    stats = empty_stats(rows.logits)
+    stats = empty_stats(rows)
     for block in _blocks(rows):
         active, target = block.active(), block.target_logits()
         logprob, entropy, lse = _statistics(block.others(), target, block.temperatures())
@@ -68,12 +68,11 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         p_target = log_p_target.exp()
         through_p = torch.where(p_target > 0, p_target * (g_lse - g_h * (log_p_target + row_entropy)), p_target)
         at_target = (through_p - g_l * torch.expm1(log_p_target)) / temperature
-        result.scatter_(1, block.token_ids[:, None], at_target[:, None].to(result.dtype))
+        result.scatter_(1, block.targets[:, None], at_target[:, None].to(result.dtype))
 
         if rows.tanh_scale is not None:
             result = result * block.slope()
-        result = torch.where(active[:, None], result, 0.0)
-        block.put(gradient[..., : rows.vocab_size], _flush(result))
+        block.put_gradient(gradient, _flush(torch.where(active[:, None], result, 0.0)))
 
 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
@@ -127,28 +126,43 @@ def _softplus(d: Tensor) -> Tensor:
 
 
 class _Block:
-    """A run of rows, flattened to [rows, vocab] in the precision the arithmetic runs in."""
+    """A run of rows, flattened to [rows, columns] in the precision the arithmetic runs in.
+
+    Of rows that keep some columns, the logits of all others are -inf. They have one column more, of -inf as well: the
+    target of a row whose token is on another rank.
+    """
 
     def __init__(self, rows: Rows, outer: int, begin: int, end: int) -> None:
         self.rows, self.outer, self.span = rows, outer, slice(begin, end)
-        columns = rows.logits[..., : rows.vocab_size]
-        logits = columns[outer, self.span] if rows.row_indices is None else columns[0, rows.row_indices[self.span]]
+        self._entries = None if rows.kept_ids is None else _Entries(rows, outer, begin, end)
+        if rows.kept_form == "gathered":
+            assert self._entries is not None
+            logits = rows.logits[0, 0].new_zeros(self._entries.shape)
+            logits[self._entries.at] = rows.logits[0, 0, self._entries.span]
+        elif rows.row_indices is None:
+            logits = rows.logits[outer, self.span, : rows.vocab_size]
+        else:
+            logits = rows.logits[0, rows.row_indices[self.span], : rows.vocab_size]
         self._given = logits
         logits = logits if rows.tanh_scale is None else capped(rows, logits)
         self.logits = logits if logits.dtype == torch.float64 else logits.float()
         token_ids = rows.token_ids[outer, self.span]
-        self.token_ids = torch.where(self.active(), token_ids, 0)  # a masked row's id may be anything
+        self.targets = torch.where(self.active(), token_ids, 0)  # columns; a masked row's id may be anything
+        if self._entries is not None:
+            self.logits, self.targets = self._entries.alone(self.logits, token_ids)
 
     def slope(self) -> Tensor:
         """The derivative of tanh(tanh_scale * logit) by the logit, also where it is small."""
         assert self.rows.tanh_scale is not None
         e = torch.exp(-2.0 * (self._given.double() * self.rows.tanh_scale).abs())
-        return 4.0 * self.rows.tanh_scale * e / (1.0 + e).square()
+        slope = 4.0 * self.rows.tanh_scale * e / (1.0 + e).square()
+        return torch.nn.functional.pad(slope, (0, self.logits.shape[1] - slope.shape[1]))
 
     def active(self) -> Tensor:
-        if self.rows.mask is None:
-            return torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
-        return self.rows.mask[self.outer, self.span]
+        active = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
+        if self.rows.mask is not None:
+            active = self.rows.mask[self.outer, self.span]
+        return active & (self._entries.counts > 0) if self.rows.kept_form == "gathered" else active  # type: ignore[union-attr]
 
     def temperatures(self) -> Tensor:
         if self.rows.temperature.ndim == 0:
@@ -156,10 +170,10 @@ class _Block:
         return self.rows.temperature[self.outer, self.span].double()
 
     def target_logits(self) -> Tensor:
-        return self.logits.gather(1, self.token_ids[:, None])[:, 0].double()
+        return self.logits.gather(1, self.targets[:, None])[:, 0].double()
 
     def others(self) -> Tensor:
-        return self.logits.scatter(1, self.token_ids[:, None], -torch.inf)
+        return self.logits.scatter(1, self.targets[:, None], -torch.inf)
 
     def log_share(self, row_lse: Tensor, row_entropy: Tensor) -> Tensor:
         """Logarithm of these columns' share of the row. The logits may be a shard of it; 0 where they are all of it."""
@@ -173,6 +187,57 @@ class _Block:
 
     def put(self, array: Tensor, values: Tensor) -> None:
         array[self.outer, self.span] = values.to(array.dtype)
+
+    def put_gradient(self, gradient: Tensor, values: Tensor) -> None:
+        if self._entries is None:
+            self.put(gradient[..., : self.rows.vocab_size], values)
+            return
+        values = torch.where(self._entries.outside, 0.0, values)  # also of a row that is NaN
+        if self.rows.kept_form == "gathered":
+            gradient[0, 0, self._entries.span] = values[self._entries.at].to(gradient.dtype)
+        else:
+            self.put(gradient[..., : self.rows.vocab_size], values[:, :-1])
+
+
+class _Entries:
+    """The entries of a run of rows, and their place in a matrix [rows, columns + 1] of logits."""
+
+    def __init__(self, rows: Rows, outer: int, begin: int, end: int) -> None:
+        assert rows.kept_ids is not None and rows.kept_offsets is not None
+        first = outer * rows.token_ids.shape[1]
+        offsets = rows.kept_offsets[first + begin : first + end + 1].clamp(0, rows.kept_ids.shape[0])
+        self.counts = offsets.diff()
+        self.span = slice(int(offsets[0]), int(offsets[-1]))  # reads: this backend may wait for its device
+        self._ids = rows.kept_ids[self.span].long()
+        row_of = torch.arange(end - begin, device=offsets.device).repeat_interleave(self.counts)
+        self._keeps_all = self.counts == 0
+        if rows.kept_form == "gathered":
+            columns = torch.arange(self._ids.shape[0], device=offsets.device) - (offsets[:-1] - offsets[0])[row_of]
+            width = int(self.counts.max()) if end > begin else 0
+        else:
+            self._keeps_all &= rows.kept_form == "some"
+            columns, width = self._ids.clamp(0, rows.vocab_size - 1), rows.vocab_size
+        self.shape, self.at = (end - begin, width), (row_of, columns)
+        self._bad = torch.zeros(end - begin, dtype=torch.bool, device=offsets.device)
+        if rows.kept_form != "gathered":
+            wrong = (self._ids != ABSENT) & (columns != self._ids)
+            self._bad.index_put_((row_of[wrong],), self._bad.new_ones(()))
+        self.outside = torch.ones(end - begin, width + 1, dtype=torch.bool, device=offsets.device)
+        here = self._ids != ABSENT
+        self.outside[row_of[here], columns[here]] = False
+        self.outside[:, :-1] &= ~self._keeps_all[:, None]
+
+    def alone(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """([rows, columns + 1], the column of each row's token); -inf outside; NaN where the token is not kept."""
+        row_of, columns = self.at
+        logits = torch.nn.functional.pad(logits, (0, 1)).masked_fill(self.outside, -torch.inf)
+        is_token = self._ids == token_ids[row_of]
+        targets = torch.full_like(token_ids, self.shape[1])
+        targets[row_of[is_token]] = columns[is_token]
+        missing = (targets == self.shape[1]) & (token_ids != ABSENT)
+        targets = torch.where(self._keeps_all, token_ids.clamp(0, self.shape[1]), targets)
+        bad = (self._bad | missing) & ~self._keeps_all
+        return logits.masked_fill(bad[:, None], torch.nan), targets
 
 
 def _blocks(rows: Rows) -> Iterator[_Block]:

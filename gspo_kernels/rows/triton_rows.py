@@ -124,7 +124,7 @@ def _too_old(device: torch.device) -> bool:
 
 
 def forward(rows: Rows) -> RowStats:
-    stats = empty_stats(rows.logits)
+    stats = empty_stats(rows)
     _launch("forward", _one_program_each(rows), rows.logits, {**_of_rows(rows), **_of_stats(stats)})
     return stats
 
@@ -145,7 +145,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
     assert slope is None
-    stats = empty_stats(rows.logits)
+    stats = empty_stats(rows)
     arguments = {**_of_rows(rows), **_of_stats(stats), **_of_logprobs(upstream), **_of_gradient(gradient)}
     _launch("forward_backward", _one_program_each(rows), rows.logits, arguments)
     return stats

@@ -29,6 +29,19 @@ class Rows(NamedTuple):
     vocab_size: int  # columns from this one on are padding: they are not read, and their gradient is 0
     row_indices: Tensor | None = None  # int64, for `backward` alone: row i is logits[0, row_indices[i]]
     tanh_scale: Tensor | None = None  # 0-d fp64 on the CPU: tanh(tanh_scale * logit) is what the temperature divides
+    # The columns that rows keep: the distribution is that over them alone. All three are None, or none is.
+    kept_ids: Tensor | None = None  # [entries] int32; `ABSENT`: a column of another rank
+    kept_offsets: Tensor | None = None  # [outer * inner + 1] int64: where each row's entries begin
+    kept_form: str | None = None  # see `KeptForm`
+
+    def has_entries(self) -> Tensor:
+        """bool [outer, inner], which rows keep the columns of their entries. The others keep all."""
+        assert self.kept_offsets is not None
+        return (self.kept_offsets.diff() > 0).view(self.token_ids.shape)
+
+    def whole(self) -> Rows:
+        """The same rows with all columns."""
+        return self._replace(kept_ids=None, kept_offsets=None, kept_form=None)
 
     def fields_set(self) -> list[str]:
         """Names of the optional fields that are not None."""
@@ -36,6 +49,18 @@ class Rows(NamedTuple):
 
 
 OPTIONAL_FIELDS = tuple(Rows._field_defaults)
+
+# What rows that keep some columns look like.
+#   some      a row without entries keeps all columns
+#   every     every unmasked row has entries; one without is NaN
+#   gathered  `logits` [1, 1, entries] are those of the entries alone, and so is their gradient. `vocab_size` is their
+#             number, and ids only say which entry is the row's token. Rows without entries have statistics of 0, and no
+#             gradient.
+KeptForm = Literal["some", "every", "gathered"]
+
+# No column of this rank. As a kept id: its logit is -inf, its gradient is not written. As the token of a row with
+# entries: no entry is the token, `backward` does not read the saved log-probability, and its upstream gradient is 0.
+ABSENT = -(1 << 31)
 
 
 class RowOptions(NamedTuple):
@@ -132,9 +157,10 @@ def stats_dtype(logits: torch.dtype) -> torch.dtype:
     return torch.float64 if logits == torch.float64 else torch.float32
 
 
-def empty_stats(logits: Tensor) -> RowStats:
-    """Buffers for the statistics of [outer, inner, columns] logits."""
-    logprobs = torch.empty(logits.shape[:2], dtype=stats_dtype(logits.dtype), device=logits.device)
+def empty_stats(rows: Rows) -> RowStats:
+    """Buffers for the statistics of these rows."""
+    shape, logits = rows.token_ids.shape, rows.logits
+    logprobs = torch.empty(shape, dtype=stats_dtype(logits.dtype), device=logits.device)
     return RowStats(logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs, dtype=torch.float64))
 
 

@@ -29,7 +29,7 @@ from ..base.collectives import Ranks, gather, ranks_of
 from ..base.operators import Operator, save_values, saved_values
 from . import operators
 from .dispatch import Backend, by_name
-from .types import RowOptions, Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
+from .types import ABSENT, RowOptions, Rows, RowStats, Upstream, empty_stats, log_share, stats_dtype
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,17 @@ class VocabShard:
     def local(self, rows: Rows) -> tuple[Tensor, Rows]:
         """(whether this rank has the token, the rows of its columns alone)."""
         owns, token_ids = self.local_ids(rows.token_ids)
-        return owns, rows._replace(token_ids=token_ids, vocab_size=self.columns)
+        if rows.kept_ids is None:
+            return owns, rows._replace(token_ids=token_ids, vocab_size=self.columns)
+        token_ids = torch.where(owns | ~rows.has_entries(), token_ids, ABSENT)
+        columns = rows.vocab_size if rows.kept_form == "gathered" else self.columns
+        return owns, rows._replace(token_ids=token_ids, vocab_size=columns, kept_ids=self.local_kept(rows.kept_ids))
+
+    def local_kept(self, ids: Tensor) -> Tensor:
+        """The columns here of kept ids; `ABSENT` for those of other ranks, -1 where no rank has the column."""
+        column, known = ids - self.begin, (ids >= 0) & (ids < self.vocab_size)
+        elsewhere = torch.where(known, ABSENT, -1)
+        return torch.where((column >= 0) & (column < self.columns), column, elsewhere).to(ids.dtype)
 
 
 @dataclass(frozen=True)
@@ -225,10 +235,11 @@ def of_this_rank(
     Args:
         local: the rows of this rank's columns; a row's first one stands for a target of another rank.
     """
-    logits = backend.scaled_logits(local, local.logits[..., 0]).reshape(owns.shape)
-    dtype = stats.logprobs.dtype
-    own = log_share(logits, stats.lse, torch.zeros_like(logits), stats.entropy.double(), dtype)
-    logprobs = torch.where(owns, stats.logprobs, own.to(dtype))
+    logprobs = stats.logprobs
+    if local.kept_form != "gathered":  # kernels do not read the log-probability of a token that is `ABSENT`
+        logits = backend.scaled_logits(local, local.logits[..., 0]).reshape(owns.shape)
+        own = log_share(logits, stats.lse, torch.zeros_like(logits), stats.entropy.double(), logprobs.dtype)
+        logprobs = torch.where(owns, logprobs, own.to(logprobs.dtype))
     g_logprobs, g_lse = upstream.logprobs, upstream.lse
     if g_logprobs is not None:
         elsewhere = torch.where(owns, 0.0, -g_logprobs)
@@ -275,7 +286,7 @@ def _gradient_of_stats(
 row_stats = Operator(
     "sharded_row_stats",
     _row_stats,
-    fake=lambda rows, shard, options: empty_stats(rows.logits),
+    fake=lambda rows, shard, options: empty_stats(rows),
     save=_save,
     backward=_gradient_of_stats,
     operands=("logits",),

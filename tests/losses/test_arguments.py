@@ -55,7 +55,7 @@ OF_VALUES: dict[str, Any] = {
 VALID: dict[str, dict[str, Any]] = {
     "policy_loss": {
         "logits": LOGITS, **ON_TOKENS, "objective": gspo_kernels.DPPO(0.01, 0.02), **OF_TOKENS, **OF_ROWS,
-        "overwrite_logits": False,
+        "kept": None, "overwrite_logits": False,
     },
     "linear_policy_loss": {
         "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.DPPO(), "bias": HEAD[:, 0].clone(),
@@ -66,7 +66,10 @@ VALID: dict[str, dict[str, Any]] = {
         "logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD,
         "objective": gspo_kernels.DPPO(), "entropy": -REF, **OF_TOKENS,
     },
-    "token_logprobs": {"logits": LOGITS, "token_ids": IDS, "mask": MASK, **OF_ROWS, "overwrite_logits": False},
+    "token_logprobs": {
+        "logits": LOGITS, "token_ids": IDS, "mask": MASK, **OF_ROWS, "kept": None, "full_distribution": True,
+        "overwrite_logits": False,
+    },
     "linear_token_logprobs": {
         "hidden": HIDDEN, "weight": HEAD, "token_ids": IDS, "bias": HEAD[:, 0].clone(), "mask": MASK, **OF_ROWS,
         "chunk_bytes": 256, "low_rank": None,
@@ -129,9 +132,9 @@ KINDS = {
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
                "normalize", "missing"),
-    "flag": ("overwrite_logits", "skip_zero_advantage"),
+    "flag": ("overwrite_logits", "skip_zero_advantage", "full_distribution"),
     "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
-              "device"),
+              "device", "kept"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on

@@ -80,6 +80,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "logit scale": ({"logit_scale": 0.4}, {}),
     "softcap": ({"softcap": 4.0}, {}),
     "softcap, on-policy": ({"softcap": 3.0, "logit_scale": 0.5, "on_policy": True}, {}),
+    "kept": ({"kept": True}, {}),
+    "kept, on-policy": ({"kept": True, "on_policy": True}, {}),
+    "kept, all": (
+        {"kept": True, "ref": True, "weights": "token", "temperature": "token", "softcap": 5.0, "logit_scale": 0.8},
+        {"beta": 0.05, "entropy_coef": 0.01, "dual_clip": 3.0, "aggregation": "token_mean"},
+    ),
     "on-policy": ({"on_policy": True}, {}),
     "all": (
         {"ref": True, "weights": "token", "temperature": "token", "softcap": 5.0, "logit_scale": 0.8},
@@ -116,7 +122,7 @@ def test_against_the_oracle(objective: str, layout: str, backend: str, option: s
 @by_objective
 @by_layout
 @by_combination
-@pytest.mark.parametrize("option", ["defaults", "all"])
+@pytest.mark.parametrize("option", ["defaults", "all", "kept, all"])
 def test_dtypes(objective: str, layout: str, backend: str, dtype: torch.dtype, option: str) -> None:
     build, options = OPTIONS[option]
     batch = ragged_batch(objective, seed=2, lengths=SHORT, dtype=dtype, **build)

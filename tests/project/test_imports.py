@@ -76,7 +76,7 @@ def test_every_import_names_a_module() -> None:
     found = arrows()
     missing = {f"{module} imports {target}" for module, targets in found.items() for target in targets - found.keys()}
     assert not missing
-    used = {"base.layout", "rows.operators", "losses.token_stage"}
+    used = {"base.layout", "rows.arguments", "losses.token_stage"}
     assert used <= found["losses.from_logits"], "relative imports are read"
 
 

@@ -139,6 +139,7 @@ class Batch:
     temperature: float | Tensor = 1.0  # or [N]
     logit_scale: float = 1.0
     softcap: float | None = None
+    kept: list[list[int] | None] | None = None  # [N], the columns of each row; None: all
     by_token: bool = False
     weights_by_token: bool = False
     padding: int = 1  # columns beyond the longest sequence, in the padded layout
@@ -152,8 +153,9 @@ class Batch:
         return float(self.temperature[row]) if isinstance(self.temperature, Tensor) else self.temperature
 
     def logits_of(self, row: int) -> list[float]:
-        """As the temperature divides them: scaled and capped."""
-        return oracle.of_model(self.logits[row].tolist(), self.logit_scale, self.softcap)
+        """As the temperature divides them: scaled and capped; -inf where a column is not kept."""
+        logits = oracle.of_model(self.logits[row].tolist(), self.logit_scale, self.softcap)
+        return oracle.of_kept(logits, None if self.kept is None else self.kept[row])
 
     @functools.cached_property
     def rows(self) -> list[oracle.Row]:
@@ -205,7 +207,8 @@ class Batch:
             return x[sequence_indices if name in by_sequence else row_indices] if isinstance(x, Tensor) else x
 
         found = {each.name: cut(each.name, getattr(self, each.name)) for each in fields(self)}
-        return Batch(**{**found, "lengths": [len(of) for of in rows]})
+        kept = None if self.kept is None else [self.kept[t] for t in row_indices.tolist()]
+        return Batch(**{**found, "kept": kept, "lengths": [len(of) for of in rows]})
 
 
 def ragged_batch(
@@ -224,6 +227,7 @@ def ragged_batch(
     temperature: float | str = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: bool = False,
     eps_low: float | None = None,
     eps_high: float | None = None,
     logits: Tensor | None = None,
@@ -280,6 +284,7 @@ def ragged_batch(
     magnitude = torch.rand(len(sign_of), generator=generator) * 1.5 + 0.5
     batch = Batch(logits.to(dtype), token_ids, mask, list(lengths), sign_of * magnitude.to(wide), by_token=by_token)
     batch.logit_scale, batch.softcap = logit_scale, softcap
+    batch.kept = kept_sets(batch, rng) if kept else None
     if temperature == "token":
         batch.temperature = torch.rand(n, generator=generator) * 1.5 + 0.5
     else:
@@ -305,6 +310,21 @@ def ragged_batch(
     return batch
 
 
+def kept_sets(batch: Batch, rng: random.Random) -> list[list[int] | None]:
+    """For each row its token alone, all columns (said and unsaid), or some; the likely ones more often than others."""
+    found: list[list[int] | None] = []
+    vocab = batch.logits.shape[-1]
+    for t, token in enumerate(batch.token_ids.tolist()):
+        kind = rng.choice(["one", "all", "unsaid", *["some"] * 4])
+        count = {"one": 1, "all": vocab, "some": rng.randint(2, max(2, min(vocab, 12)))}.get(kind, 0)
+        by_size = batch.logits[t].float().argsort(descending=True).tolist()
+        half = by_size[: count // 2]
+        ids = list(dict.fromkeys([token, *half, *rng.sample(range(vocab), vocab)]))[:count]
+        rng.shuffle(ids)
+        found.append(ids or None)
+    return found
+
+
 def tokens_of_groups(batch: Batch, sequences: Sequence[int]) -> Tensor:
     """[S], of groups that have these of the sequences."""
     counts = [float(batch.mask[list(rows)].sum()) for rows in batch.sequences]
@@ -325,7 +345,10 @@ def make_possible(batch: Batch, wanted: Tensor, units: Sequence[range]) -> None:
         for t in sorted(kept, key=lambda t: -batch.rows[t].logprob):
             if total >= sum(batch.rows[u].logprob - ROUNDED_UP for u in kept):
                 break
-            batch.token_ids[t] = batch.logits[t].double().argmin()
+            columns = None if batch.kept is None else batch.kept[t]
+            logits = batch.logits[t].double()
+            least_likely = min(columns or range(len(logits)), key=lambda v: float(logits[v]))
+            batch.token_ids[t] = least_likely
             row = batch.logits_of(t), int(batch.token_ids[t]), batch.temperature_of(t)
             batch.rows[t] = oracle.row_statistics(*row)
         least = torch.tensor([batch.rows[t].logprob - ROUNDED_UP for t in kept], dtype=torch.float64)
@@ -428,6 +451,8 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         keywords["logit_scale"] = batch.logit_scale
     if batch.softcap is not None:
         keywords["softcap"] = batch.softcap
+    if batch.kept is not None:
+        keywords["kept"] = kept_tokens(batch, layout)
     if batch.rollout_logprobs is not None:
         keywords["rollout_logprobs"] = lay(batch.rollout_logprobs, math.nan)
     if batch.group_tokens is not None:
@@ -441,6 +466,20 @@ def arguments(batch: Batch, layout: str) -> Arguments:
         lay(batch.old_logprobs, math.nan),
     )
     return Arguments(lay(batch.logits, math.nan).requires_grad_(), rest, keywords)
+
+
+def kept_tokens(batch: Batch, layout: str) -> gspo_kernels.KeptTokens:
+    """Of a padded batch, rows of the padding keep all columns."""
+    assert batch.kept is not None
+    by_row: list[list[int] | None] = list(batch.kept)
+    if layout == "padded":
+        width = max(batch.lengths, default=0) + batch.padding
+        by_row = [batch.kept[t] if t is not None else None for rows in batch.sequences for t in padded_to(rows, width)]
+    return gspo_kernels.KeptTokens.from_lists(by_row, device=modes.DEVICE)
+
+
+def padded_to(rows: range, width: int) -> list[int | None]:
+    return [*rows, *[None] * (width - len(rows))]
 
 
 @dataclass

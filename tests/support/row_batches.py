@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from batches import Batch
+from batches import Batch, kept_tokens
 from checks import check_close, check_gradient, check_no_subnormals, check_rows
 from modes import on_device, sized
 from tolerances import TOLERANCES
@@ -47,10 +47,12 @@ def check_batch(batch: Batch, backend: str, upstream: list[str] | None = None) -
     leaf = on_device(batch.logits.clone()).requires_grad_()
     mask = None if bool(batch.mask.all()) else on_device(batch.mask)
     temperature = on_device(batch.temperature) if isinstance(batch.temperature, Tensor) else batch.temperature
-    out = token_logprobs(
-        leaf, on_device(batch.token_ids), temperature=temperature, logit_scale=batch.logit_scale, softcap=batch.softcap,
-        mask=mask, backend=backend,
-    )  # fmt: skip
+    ids, options = on_device(batch.token_ids), {"logit_scale": batch.logit_scale, "softcap": batch.softcap}
+    options |= {"temperature": temperature, "mask": mask, "backend": backend}
+    if batch.kept is None:
+        out = token_logprobs(leaf, ids, **options)
+    else:
+        out, _ = token_logprobs(leaf, ids, kept=kept_tokens(batch, "packed"), full_distribution=False, **options)
     assert (out.logprobs.dtype, out.entropy.dtype, out.lse.dtype) == (precise, precise, torch.float64)
     check_rows(out.logprobs, out.entropy, out.lse, batch.rows, tol)
     varied = on_device(torch.linspace(0.5, -1.5, len(leaf)).to(precise))  # no two rows, nor signs, alike
