@@ -6,7 +6,7 @@ Arguments, stats and numbers are those of the losses from logits.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -21,10 +21,17 @@ from ..base.layout import batch_shape
 from ..losses.arguments import agree_on_sequences
 from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CLIP_RANGE, CommonOptions, policy_loss
-from ..losses.from_rows import TokenLogprobs
+from ..losses.from_rows import KeptLogprobs, TokenLogprobs
 from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
-from ..rows.arguments import agree_on_rows, check_full_distribution, check_kept_tokens, check_mask, check_vocab_size, row_arrays
+from ..rows.arguments import (
+    agree_on_rows,
+    check_full_distribution,
+    check_kept_tokens,
+    check_mask,
+    check_vocab_size,
+    row_arrays,
+)
 from ..rows.kept import KeptTokens
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import (
@@ -38,8 +45,8 @@ from .arguments import (
     refuse_transforms,
     shard_of_head,
 )
-from .kept_rows import kept_rows, logprobs_of_kept_rows, loss_of_kept_rows
 from .head_term import low_rank_products, padded_rows, write_logits
+from .kept_rows import kept_rows, logprobs_of_kept_rows, loss_of_kept_rows
 from .operators import linear_loss, linear_row_stats
 from .products import products
 from .schedule import row_stride
@@ -54,6 +61,23 @@ class LinearLossOptions(CommonOptions, total=False):
     chunk_bytes: int | None
     skip_zero_advantage: bool
     sparse_weight_grad: bool
+
+
+class LinearLogprobOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_token_logprobs` that do not change what it returns."""
+
+    bias: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    tp_group: Any
+    vocab_start: int | None
+    vocab_size: int | None
+    chunk_bytes: int | None
+    sparse_weight_grad: bool
+    backend: str | None
 
 
 @with_arguments_of(policy_loss)
@@ -276,6 +300,24 @@ def linear_ppo_loss(
     return linear_policy_loss(hidden, weight, token_ids, advantages, old_logprobs, objective=objective, **options)
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    kept: KeptTokens,
+    full_distribution: bool = ...,
+    **options: Unpack[LinearLogprobOptions],
+) -> KeptLogprobs: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, kept: None = None, **options: Unpack[LinearLogprobOptions]
+) -> TokenLogprobs: ...
+
+
 @with_arguments_of(linear_policy_loss)
 def linear_token_logprobs(
     hidden: Tensor,
@@ -308,8 +350,8 @@ def linear_token_logprobs(
         mask: masked rows are not multiplied, and give 0.
         kept: the columns from which each token was sampled. The result is then `KeptLogprobs(kept, full)`, of the
             distribution over them and of that over all columns; differentiable in both.
-        full_distribution: with `kept`, whether to compute `full`. If not, it is None, and of rows that keep some columns
-            these alone are multiplied.
+        full_distribution: with `kept`, whether to compute `full`. If not, it is None, and rows that keep some columns
+            are multiplied by these alone.
 
     Args: memory and backend
         sparse_weight_grad: as in `linear_policy_loss`, with `full_distribution=False` alone.

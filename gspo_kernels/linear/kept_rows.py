@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..losses import fused_loss
-from ..losses.from_rows import KeptLogprobs, loss_of_rows, loss_of_stats, of_tokens, stats_of_rows
+from ..losses.from_rows import KeptLogprobs, loss_of_rows, loss_of_stats, of_tokens
 from ..losses.stats import HeadWork
 from ..losses.token_stage import LossOutput, TokenInputs
+from ..rows import vocab_shard
 from ..rows.arguments import RowArrays, kept_form
 from ..rows.dispatch import Backend, choose
 from ..rows.kept import KeptTokens
+from ..rows.operators import row_stats
 from ..rows.types import RowOptions, Rows, RowStats
 from .operators import linear_row_stats
 from .products import sum_dtype
@@ -47,7 +49,8 @@ class KeptRows(NamedTuple):
         return kept_logits(replace(self.arguments, backend=self.chosen.name), columns)
 
     def stats(self, rows: Rows) -> RowStats:
-        return stats_of_rows(rows, self.arguments.shard, RowOptions(False, self.chosen.name))
+        options, shard = RowOptions(False, self.chosen.name), self.arguments.shard
+        return row_stats(rows, options) if shard is None else vocab_shard.row_stats(rows, shard, options)
 
     def without_entries(self) -> Tensor:
         """bool [outer, inner], the unmasked rows that keep the whole vocabulary."""

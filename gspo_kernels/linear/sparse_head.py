@@ -7,6 +7,7 @@ that of logits (`Rows.kept_form` "gathered").
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,16 +49,13 @@ class SparseProducts(Protocol):
 
 def sparse_products(backend: str | None, *operands: Tensor) -> SparseProducts:
     """The products that run beside a backend of the rows, for these operands."""
-    kernels = all(x.stride(-1) == 1 and x.dtype != torch.float64 for x in operands)
-    if kernels and backend == "native":
-        from . import cpu_sparse
-
-        return cpu_sparse
-    if kernels and backend in ("triton", "cuda"):
-        from . import triton_sparse
-
-        return triton_sparse
-    return torch_sparse
+    name = {"native": "cpu_sparse", "triton": "triton_sparse", "cuda": "triton_sparse"}.get(backend or "")
+    if name is None or any(x.stride(-1) != 1 or x.dtype == torch.float64 for x in operands):
+        return torch_sparse
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except ImportError:
+        return torch_sparse
 
 
 def kept_logits(arguments: HeadArguments, kept: KeptColumns) -> Tensor:
