@@ -221,7 +221,7 @@ def check_sparse_weight_grad(
     elif checks.is_dtensor(weight):
         reason = "because weight is a DTensor, which takes no sparse gradient"
     elif kept.every_row is not True:
-        whole = kept.counts == 0 if mask is None else (kept.counts == 0) & mask.reshape(-1).bool()
+        whole = kept.counts == 0 if mask is None else (kept.counts == 0) & mask.reshape(-1)
         if count := int(whole.sum()):
             reason = f"because rows keep all columns, {count} of {len(kept)}, and their gradient is dense"
     if reason:
