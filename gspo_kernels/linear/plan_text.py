@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base.layout import batch_shape
@@ -12,12 +14,17 @@ from ..losses.clipped import GSPO
 from ..losses.from_logits import policy_loss
 from ..losses.token_stage import token_inputs
 from ..rows.arguments import check_token_ids, check_vocab_size
+from ..rows.dispatch import choose
+from ..rows.kept import KeptTokens
+from ..rows.types import Rows
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import check_operands, operands_of, product_dtype, shard_of_head
 from .chunked_loss import plan_for
 from .from_hidden import without_zero_advantage
 from .products import explain_products, sum_dtype
 from .schedule import chunk_size
+from .sparse_head import sparse_products
+from .types import Operands
 
 
 def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:
@@ -48,8 +55,9 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     ]
     if low_rank is not None:
         lines.append(f"a low-rank term of {low_rank.shape[-1]} columns is added to the logits of each chunk")
+    kept = given.get("kept")
     if "token_ids" not in given or "advantages" not in given:
-        return "\n".join(lines)
+        return "\n".join([*lines, *_kept(kept, None, operands, dtype, given)])
     check_token_ids(given["token_ids"], hidden.shape[:-1], hidden.device, "row of hidden")
     parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
@@ -62,6 +70,8 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     lengths = inputs.batch.layout().lengths_on_host()
     or_zero = ", or of advantage 0 (skip_zero_advantage)" if given.get("skip_zero_advantage") else ""
     lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked{or_zero}")
+    if kept is not None:
+        return "\n".join([*lines, *_kept(kept, inputs.batch.mask, operands, dtype, given)])
     steps = plan_for(inputs, lengths, chunk, needed)
     for mode, meaning in _MODES.items():
         found = [step for step in steps if step.mode == mode]
@@ -73,6 +83,30 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     return "\n".join(lines)
 
 
+def _kept(
+    kept: KeptTokens | None, mask: Tensor | None, operands: Operands, dtype: torch.dtype, given: dict[str, Any]
+) -> Iterator[str]:
+    """Which rows take the sparse head, and which the full one."""
+    if kept is None:
+        return
+    counts = kept.counts if mask is None else kept.counts[mask.reshape(-1)]
+    some = int((counts > 0).sum())
+    fields = [name for name in Rows._fields if name.startswith("kept_")]
+    entries = operands.hidden.new_empty((1, 1, 1), dtype=sum_dtype(dtype))
+    backend = choose(entries, given.get("backend"), fields, warn=False).name
+    name = sparse_products(backend, operands.hidden, operands.weight).__name__.rpartition(".")[2]
+    yield (f"sparse head ({_PRODUCTS[name]}): {int(counts.sum())} kept columns of {some} rows, in place of all of them")
+    if len(counts) > some:
+        yield f"{len(counts) - some} rows keep the whole vocabulary: their logits are computed in chunks, twice"
+    if operands.needs_grad().weight:
+        yield (
+            "the gradient of the weight is sparse: the columns that rows keep"
+            if given.get("sparse_weight_grad")
+            else "the gradient of the weight is dense, zeros but for kept columns; see sparse_weight_grad"
+        )
+
+
+_PRODUCTS = {"cpu_sparse": "C++", "triton_sparse": "Triton", "torch_sparse": "plain torch"}
 _TOKEN_OPTIONS = (
     "ref_logprobs", "beta", "kl_estimator", "kl_weighting", "entropy_coef", "importance_weights", "rollout_logprobs",
     "aggregation", "group_tokens", "normalizer", "max_log_ratio",

@@ -27,6 +27,8 @@ _FUNCTION = "linear_policy_loss or linear_token_logprobs"  # for error messages
 class SparseProducts(Protocol):
     """One implementation of the three products: a module with these names. `torch_sparse` says what they compute."""
 
+    __name__: str
+
     def kept_logits(
         self, hidden: Tensor, weight: Tensor, entries: Entries, dtype: torch.dtype, out: Tensor, add: bool
     ) -> None: ...
