@@ -84,7 +84,8 @@ ROW_TYPES = {
     "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
     "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
-    "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32",
+    "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32", "kept_ids": "*i32", "kept_offsets": "*i64",
+    "entries": "i64", "by_entry": "*T",
 }  # fmt: skip
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "rollout_logprobs": "*fp32",
@@ -110,6 +111,7 @@ class Variant:
     loops: tuple[str, ...] = ()  # the hot loops it must have
     objective: str = ""  # whose term is compiled in
     capped: bool = False  # whether logits have a softcap
+    kept: bool = False  # whether there are rows that keep some columns alone
 
 
 _CAP = ("tanh_hi", "tanh_lo")
@@ -141,6 +143,18 @@ VARIANTS = (
     Variant("backward", "capped everything", ("row_indices",), _BF16, loops=("write",), capped=True),
     Variant("backward", "capped linear", (*_ROWS, *_GRADIENTS), _BF16, _FP32, loops=("write",), capped=True),
     Variant("forward_backward", "capped", _ROWS, loops=("read", "shifted", "write"), capped=True),
+    Variant("forward", "beside kept", _ROWS, _BF16, loops=("read", "shifted"), kept=True),
+    Variant("backward", "beside kept", (*_PLACED, "g_entropies", "g_lses"), _BF16, loops=("write",), kept=True),
+    Variant("forward_backward", "beside kept", _ROWS, _BF16, loops=("read", "shifted", "write"), kept=True),
+    Variant("kept_forward", "plain", _ROWS, constants={"FORM": "every"}, kept=True),
+    Variant("kept_forward", "gathered", ("temperature",), ("fp32",), constants={"FORM": "gathered"}, kept=True),
+    Variant("kept_forward", "capped", (), _BF16, constants={"FORM": "some"}, capped=True, kept=True),
+    Variant("kept_backward", "loss", (*_ROWS, "g_entropies", "g_lses"), constants={"FORM": "every"}, kept=True),
+    Variant("kept_backward", "gathered", ("temperature",), ("fp32",), constants={"FORM": "gathered"}, kept=True),
+    Variant("kept_backward", "capped", (), _BF16, constants={"FORM": "some"}, capped=True, kept=True),
+    Variant("kept_forward_backward", "plain", _ROWS, constants={"FORM": "every"}, kept=True),
+    Variant("kept_forward_backward", "gathered", _ROWS, ("fp32",), constants={"FORM": "gathered"}, kept=True),
+    Variant("kept_forward_backward", "capped", (), _BF16, constants={"FORM": "some"}, capped=True, kept=True),
     Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
     Variant("sequence", "GSPO", (*_OPTIONAL[1:], *_KEPT), ("fp32",), objective="GSPO"),
     Variant("sequence", "GSPO on-policy", (*_UNKNOWN, *_OPTIONAL, *_KEPT), ("fp32",), objective="GSPO"),
@@ -199,6 +213,7 @@ def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     layout = triton_rows.LAUNCH[kernel]
     if job.variant.capped:
         layout = triton_rows.for_cap(layout)
+    layout = triton_rows.for_form(layout, job.variant.constants.get("FORM"))
     element_size = ITEM_BYTES[job.dtype]
     sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)
     return triton_rows.compiler_options(layout, element_size, nvidia), {**sizes, "PTX": nvidia, **job.variant.constants}
@@ -219,7 +234,8 @@ def compile_kernel(job: Job) -> Any:
     options, constants = launch(job)
     types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}
-    absent = job.variant.absent if job.variant.capped else (*job.variant.absent, *_CAP)
+    without = (*(() if job.variant.capped else _CAP), *(() if job.variant.kept else ("kept_offsets",)))
+    absent = (*job.variant.absent, *without)
     constants |= dict.fromkeys(name for name in absent if name in function.arg_names)
     signature = {
         name: "constexpr" if name in constants else types[name].replace("T", job.dtype) for name in function.arg_names
