@@ -119,7 +119,7 @@ def _kept(logits: Tensor, filters: Filters) -> Tensor:
     if filters.min_p is not None:
         keep = keep & (z >= largest + filters.min_p[:, None].log())
     if filters.top_k is not None:
-        keep = keep & (z >= _ranked(z.masked_fill(~keep, -torch.inf), filters.top_k))
+        keep = keep & (z >= _ranked(z, filters.top_k))  # of all columns: where min-p left fewer, all of them stay
     if filters.top_p is not None:
         nucleus = _nucleus(z.masked_fill(~keep, -torch.inf), filters.top_p)
         keep = keep & torch.where(filters.top_p[:, None] < 1.0, nucleus, True)
