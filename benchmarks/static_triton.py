@@ -207,7 +207,7 @@ class Job:
         Every kernel is so compiled in each of its dtypes, every hot loop for each GPU, and for AMD everything but the
         terms of most objectives.
         """
-        beside_kept = self.variant.kept and self.variant.loops  # the same loops as without
+        beside_kept = self.variant.kept and (self.variant.loops or self.variant.capped)  # as without
         elsewhere = bool(self.variant.loops) or (self.target in AMD and self.variant.objective in ("", "GSPO", "DPPO"))
         return self.target == "sm_90" or (elsewhere and not beside_kept and self.dtype == self.variant.dtypes[0])
 
