@@ -21,7 +21,7 @@ from . import types
 from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
 name = "triton"
-honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept_ids", "kept_offsets", "kept_form"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept"})
 has_kernels = True
 runs_stage_in_triton = True
 computes_slopes = False
