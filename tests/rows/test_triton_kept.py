@@ -124,7 +124,7 @@ def test_columns_of_other_ranks(form: str) -> None:
         entropy = torch.where(truth.lse.isfinite(), truth.entropy, 0.0)
         check_close("entropy", found.entropy, entropy, 2e-6 * (1 + entropy))
         assert not bool(found.logprobs.isnan().any())
-        garbage = stats._replace(logprobs=torch.where(owns, stats.logprobs, math.nan))
+        garbage = stats._replace(logprobs=torch.where(tokens == ABSENT, math.nan, stats.logprobs))
         g = given._replace(logprobs=torch.where(tokens == ABSENT, 0.0, given.logprobs))  # type: ignore[arg-type]
         gradient = gradient_of(shard, garbage, g)
         check_gradient(gradient, gradient_of(shard, stats, g, torch_rows))
