@@ -78,7 +78,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def one_read(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Any = None) -> RowStats:
         seen.names.append("one_read")
-        return empty_stats(rows.logits)
+        return empty_stats(rows)
 
     monkeypatch.setattr(type(triton_stage_kernels.batch_kernel), "run", launch)
     monkeypatch.setattr(cuda_rows, "forward_backward", one_read)
