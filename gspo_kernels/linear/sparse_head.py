@@ -7,7 +7,7 @@ that of logits (`Rows.kept_form` "gathered").
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from ..base.autograd import first_derivative
 from ..base.collectives import all_reduce_
 from ..base.operators import Operator, save_values, saved_values
+from ..rows import cpu_rows
 from ..rows.operators import check_ids_and_temperatures, check_kept
-from . import torch_sparse
+from . import torch_sparse, triton_sparse
 from .products import sum_dtype
 from .types import Entries, HeadArguments, KeptColumns, NeedsGrad, Operands, entries_of
 
@@ -51,13 +52,13 @@ class SparseProducts(Protocol):
 
 def sparse_products(backend: str | None, *operands: Tensor) -> SparseProducts:
     """The products that run beside a backend of the rows, for these operands and results."""
-    name = {"native": "cpu_sparse", "triton": "triton_sparse", "cuda": "triton_sparse"}.get(backend or "")
-    if name is None or any(x.stride(-1) != 1 or x.dtype == torch.float64 for x in operands):
+    if any(x.stride(-1) != 1 or x.dtype == torch.float64 for x in operands):
         return torch_sparse
-    try:
-        return importlib.import_module(f"{__package__}.{name}")
-    except ImportError:
-        return torch_sparse
+    if backend == "native":
+        from . import cpu_sparse  # needs the extension
+
+        return cpu_sparse
+    return triton_sparse if backend in ("triton", "cuda") else torch_sparse
 
 
 def kept_logits(arguments: HeadArguments, kept: KeptColumns) -> Tensor:
@@ -120,7 +121,7 @@ class KeptGradients(NamedTuple):
 def _gradients(arguments: HeadArguments, kept: KeptColumns, needs_grad: NeedsGrad, gradient: Tensor) -> KeptGradients:
     entries, dtype = entries_of(arguments, kept), gradient.dtype
     hidden, weight, _, low_rank_hidden, low_rank_weight = _matrices(arguments)
-    found = _empty_gradients(arguments, kept, needs_grad)
+    found = _empty_gradients(arguments, kept, needs_grad, _zeros_in_huge_pages)
     if needs_grad.hidden:
         _hidden_gradient(arguments, gradient, weight, entries, arguments.dtype, found.hidden)
     if needs_grad.low_rank_hidden:
@@ -162,17 +163,27 @@ def _hidden_gradient(
         out.copy_(sums)
 
 
-def _empty_gradients(arguments: HeadArguments, kept: KeptColumns, needs_grad: NeedsGrad) -> KeptGradients:
+def _empty_gradients(
+    arguments: HeadArguments, kept: KeptColumns, needs_grad: NeedsGrad, zeros: Callable[..., Tensor] = torch.zeros
+) -> KeptGradients:
     """Sums over rows are zeros: the rows of columns without entries are not written."""
     device, found = arguments.hidden.device, {}
     for name, needed in needs_grad._asdict().items():
         operand = getattr(arguments, name)
-        make = torch.empty if name in ("hidden", "low_rank_hidden") else torch.zeros
+        make = torch.empty if name in ("hidden", "low_rank_hidden") else zeros
         if operand is None or not needed or (name == "weight" and kept.sparse_weight_grad):
             found[name] = torch.empty(0, dtype=arguments.weight.dtype, device=device)
         else:
             found[name] = make(operand.shape, dtype=operand.dtype, device=device)
     return KeptGradients(**found, columns=torch.empty(0, dtype=torch.int64, device=device))
+
+
+def _zeros_in_huge_pages(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Most of the time of a dense gradient is that of its page faults."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and not cpu_rows.unavailable_reason():
+        cpu_rows.request_huge_pages(out)
+    return out.zero_()
 
 
 kept_gradient_operator = Operator(

@@ -69,14 +69,16 @@ def test_dtypes(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("rank", [None, 3], ids=["plain", "low rank"])
 def test_every_operand(backend: str, every: bool, frozen: bool, rank: int | None) -> None:
-    p = problem("ppo", seed=23, lengths=LENGTHS, bias=rank is None, kept=True)
+    p = problem("ppo", seed=24, lengths=LENGTHS, bias=rank is None, kept=True)
     p = with_entries(p) if every else p
     needs_grad = ["hidden"] if frozen else ["hidden", "weight", "bias"]
     function = LINEAR["ppo"] if rank is None else with_low_rank(LINEAR["ppo"], rank)
     found = from_hidden(p, "padded", "ppo", rows=3, function=function, needs_grad=needs_grad, backend=backend)
     check_same(found, from_logits(p, "padded", "ppo"), p)
     assert (found.weight is None) == frozen
-    assert (int(found.stats.head.forward_rows) == 0) == every
+    assert p.batch.kept is not None
+    without = [bool(mask) and not ids for mask, ids in zip(p.batch.mask, p.batch.kept, strict=True)]
+    assert int(found.stats.head.forward_rows) == sum(without)
 
 
 def test_all_columns_are_the_full_loss() -> None:
