@@ -109,7 +109,7 @@ bench-compare: .venv/bench
 # Then those of kept columns: 3 minutes.
 bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
-	$(BIN)/python -m benchmarks.kept_head
+	$(BIN)/python -m benchmarks.kept_head $(filter --smoke,$(ARGS))
 
 # A million tokens of context in constant memory: 16 minutes.
 bench-context: .venv/bench

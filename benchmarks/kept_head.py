@@ -144,14 +144,14 @@ def markdown(content: dict[str, Any]) -> str:
             memory = "" if name == "zeros" else f", {size(m['gradient_bytes'])} + {size(beside)}"
             cells.append(f"{m['seconds']:.3f} s{faster}{memory}")
         rows.append([label, *cells])
-    heads = [f"N = {first['rows']:,}, D = {first['width']:,}, V = {first['vocab']:,}", *(c["dtype"] for c in cases)]
-    kept = first["kept"]
+    sizes = f"N = {first['rows']:,}, D = {first['width']:,}, V = {first['vocab']:,}"
+    kept, heads = first["kept"], [sizes, *(case["dtype"] for case in cases)]
     return "\n".join(
         [
-            f"Kept columns on {about['cores']} cores of {about['cpu']}, {about['date']}: a mean of {kept['mean']:.1f} a "
-            f"row, a median of {kept['median']:.0f}, {kept['p99']:.0f} at the 99th percentile. "
-            "Time of a loss and its gradients, how many times as fast as the full head, and memory: of the returned "
-            "gradients, and beside them.",
+            f"Kept columns on {about['cores']} cores of {about['cpu']}, {about['date']}. Rows keep {kept['mean']:.1f} "
+            f"on average, {kept['median']:.0f} in the middle, {kept['p99']:.0f} at the 99th percentile. Time of a loss "
+            "and its gradients, how many times as fast as the full head, and memory: of the returned gradients, and "
+            "beside them.",
             "",
             *table(heads, rows),
         ]
