@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from batches import KINDS, LINEAR, SHORT, kept_tokens, ragged_batch, run
-from checks import check_close, check_outcome
+from checks import allocated, check_close, check_outcome
 from linear import Identity, Problem, check_same, from_hidden, from_logits, problem, with_low_rank
-from modes import DEVICE, NOT_INTERPRETED, by_backend, by_combination, on_device, sized
+from modes import DEFAULT_MODE, DEVICE, NOT_INTERPRETED, by_backend, by_combination, on_device, sized
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -281,6 +281,28 @@ def test_rows_without_a_gradient_are_not_read() -> None:
     assert bool(loss.isfinite()) and hidden.grad is not None and weight.grad is not None
     assert hidden.grad.isfinite().all() and hidden.grad.any(-1).flatten().tolist() == [True, False, False, False]
     assert weight.grad.isfinite().all() and weight.grad.any(-1).tolist() == [True, True, *[False] * 5]
+
+
+@DEFAULT_MODE
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_memory_is_that_of_the_kept_columns_and_of_the_gradients(frozen: bool) -> None:
+    """Of all that torch hands out, freed or not: no other logits, no second gradient, no copy of the head."""
+    rows, width, vocab, columns = 256, 64, 8_000, 4
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, width, generator=generator) for n in (rows, vocab))
+    ids = torch.randint(vocab - columns, (rows,), generator=generator)
+    kept = KeptTokens((ids[:, None] + torch.arange(columns)).flatten(), torch.arange(rows + 1) * columns)
+    hidden.requires_grad_()
+    weight.requires_grad_(not frozen)
+
+    def work() -> None:
+        linear_policy_loss(hidden[None], weight, ids[None], torch.ones(1), kept=kept).loss.backward()
+
+    work()
+    hidden.grad = weight.grad = None
+    of_gradients = 4 * width * (rows + (0 if frozen else vocab))
+    assert allocated(work) < of_gradients + 64 * rows * columns + 512 * rows
 
 
 def test_explain_says_what_is_multiplied() -> None:
