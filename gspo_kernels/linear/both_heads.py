@@ -16,7 +16,7 @@ from ..base.operators import Operator, save_values, saved_values
 from ..rows.types import RowStats, Upstream
 from . import operators, sparse_head
 from .sparse_head import FUNCTION
-from .types import Gradients, HeadArguments, KeptColumns, NeedsGrad, Operands
+from .types import Gradients, HeadArguments, KeptColumns, NeedsGrad, Operands, can_synchronize
 from .weight_sums import Sums, rounded, to_float32
 
 
@@ -67,14 +67,15 @@ def _gradient(
     upstream: Upstream,
 ) -> _Outputs:
     of_full = operators.row_gradient(replace(arguments, mask=full), needs_grad, stats, upstream)
-    columns_alone = kept._replace(sparse_weight_grad=True)
-    buffers = sparse_head.empty_gradients(arguments, columns_alone, needs_grad, dtype=of_logits.dtype)
-    of_kept = sparse_head.write_gradients(arguments, columns_alone, needs_grad, of_logits, buffers)
+    # A CUDA graph cannot know how many columns there are.
+    kept = kept._replace(sparse_weight_grad=can_synchronize(of_logits.device))
+    buffers = sparse_head.empty_gradients(arguments, kept, needs_grad, dtype=of_logits.dtype)
+    of_kept = sparse_head.write_gradients(arguments, kept, needs_grad, of_logits, buffers)
     found = {}
     for name, operand in arguments.operands()._asdict().items():
         if operand is None or not getattr(needs_grad, name):
             found[name] = of_logits.new_empty(0)
-        elif name == "weight":
+        elif name == "weight" and kept.sparse_weight_grad:
             found[name] = _weight_gradient(of_full, of_kept.columns, of_kept.weight, operand.dtype)
         else:
             sums = getattr(of_full, name).view(operand.shape).add_(getattr(of_kept, name))

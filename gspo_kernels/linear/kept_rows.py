@@ -37,11 +37,7 @@ class KeptRows(NamedTuple):
     kept: KeptTokens
     chosen: Backend
     sparse_weight_grad: bool
-
-    @property
-    def every(self) -> bool:
-        """Whether every unmasked row is known to have entries."""
-        return kept_form(self.kept, self.arrays.mask) == "every"
+    every: bool  # whether every unmasked row is known to have entries
 
     @property
     def columns(self) -> KeptColumns:
@@ -73,7 +69,8 @@ def kept_rows(arguments: HeadArguments, arrays: RowArrays, kept: KeptTokens, spa
     entries = arguments.hidden.new_empty(kept.token_ids.shape[0], dtype=sum_dtype(arguments.dtype))
     rows = arrays.gathered(entries, kept)
     chosen = choose(rows.logits, arguments.backend, rows.fields_set())
-    return KeptRows(arguments, arrays, kept, chosen, sparse_weight_grad)
+    every = kept_form(kept, arrays.mask) == "every"
+    return KeptRows(arguments, arrays, kept, chosen, sparse_weight_grad, every)
 
 
 def loss_of_kept_rows(of: KeptRows, inputs: TokenInputs) -> LossOutput:

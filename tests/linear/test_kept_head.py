@@ -87,6 +87,13 @@ def test_all_columns_are_the_full_loss() -> None:
     check_same(from_hidden(every, "packed", "gspo"), from_logits(p, "packed", "gspo"), p)
 
 
+def test_sequences_of_advantage_zero_may_be_left_out() -> None:
+    p = problem("gspo", seed=35, lengths=LENGTHS, kept=True)
+    p.batch.advantages[0] = p.batch.advantages[3] = 0.0
+    found = from_hidden(p, "packed", "gspo", skip_zero_advantage=True)
+    check_same(found, from_logits(p, "packed", "gspo"), p, stats=False)
+
+
 @NOT_INTERPRETED
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="threads of the CPU")
 @by_backend
