@@ -34,7 +34,6 @@ CASES = [
 GRIDS = [
     HeadGrid(tp=2, vocab="unequal"),
     HeadGrid(tp=4, vocab="loose"),  # the last ranks have no column
-    HeadGrid(cp=2),
     HeadGrid(tp=2, cp=2, vocab="dtensor", idle=True),
 ]
 
