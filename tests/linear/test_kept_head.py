@@ -176,13 +176,15 @@ def test_token_logprobs_of_both_distributions(full: bool) -> None:
     check_close("gradient of bias", bias.grad, g.sum(0), 1e-5 * size.sum(0))
 
 
+@NOT_INTERPRETED
 def test_gradcheck() -> None:
-    kept = KeptTokens.from_lists([[3, 0], [3], None, [6, 2, 1, 5], [1, 4]], device=DEVICE)
-    ids = on_device(torch.tensor([0, 3, 6, 2, 1]))
+    """Through both distributions, by every operand; one row keeps its token alone, one all columns."""
+    kept = KeptTokens.from_lists([[3, 0], [3], None, [4, 2, 1]], device=DEVICE)
+    ids = on_device(torch.tensor([0, 3, 4, 2]))
     generator = torch.Generator().manual_seed(3)
     leaves = [
         on_device(torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
-        for shape in ((5, 4), (7, 4), (7,), (5, 2), (7, 2))
+        for shape in ((4, 3), (5, 3), (5,), (4, 1), (5, 1))
     ]
 
     def work(hidden: Tensor, weight: Tensor, bias: Tensor, u: Tensor, b: Tensor) -> Any:
@@ -246,7 +248,7 @@ def test_optimizers_of_sparse_gradients(optimizer: Any) -> None:
 
 
 def test_backward_twice_and_second_derivatives() -> None:
-    p = problem("gspo", seed=30, lengths=LENGTHS, kept=True)
+    p = problem("gspo", seed=30, lengths=SHORT, kept=True)
     hidden, weight = on_device(p.hidden.clone()).requires_grad_(), on_device(p.weight.clone()).requires_grad_()
     loss, _ = loss_of(p, hidden, weight)
     first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
@@ -258,7 +260,7 @@ def test_backward_twice_and_second_derivatives() -> None:
 
 
 def test_under_checkpointing() -> None:
-    p = problem("gspo", seed=31, lengths=LENGTHS, kept=True)
+    p = problem("gspo", seed=31, lengths=SHORT, kept=True)
     gradients = []
     for wrap in (lambda f, *x: f(*x), partial(checkpoint, use_reentrant=False)):
         hidden, weight = on_device(p.hidden.clone()).requires_grad_(), on_device(p.weight.clone()).requires_grad_()
