@@ -2,9 +2,11 @@
 // with any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (rows/operators.py).
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/products.h"
@@ -132,37 +134,90 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// One call's rows: the logits, the inputs of each row, and the number of threads.
+KeptForm form_of(const std::string& name) {
+  if (name == "all") return KeptForm::kAll;
+  if (name == "some") return KeptForm::kSome;
+  if (name == "every") return KeptForm::kEvery;
+  if (name == "gathered") return KeptForm::kGathered;
+  throw std::invalid_argument("kept_form: expected all, some, every or gathered, got '" + name + "'");
+}
+
+// Memory that a thread keeps for its next task.
+void* thread_buffer(size_t bytes) {
+  static thread_local std::vector<char> buffer;
+  if (buffer.size() < bytes) buffer.resize(bytes);
+  return buffer.data();
+}
+
+// One call's rows: the logits, the inputs of each row, the columns that rows keep, and the number of threads.
 struct Rows {
   RowShape shape;
   RowInputs inputs;
+  KeptColumns kept;
   const RowKernels* kernels;
   int threads;
+  int64_t columns = 0;  // that all rows keep
+  size_t buffer_bytes = 0;
 
   Rows(const std::string& dtype, uintptr_t logits, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
        int64_t inner_stride, uintptr_t token_ids, uintptr_t mask, double temperature, uintptr_t row_temperature,
-       uintptr_t row_indices, double tanh_scale, int threads)
+       uintptr_t row_indices, double tanh_scale, const std::string& kept_form, uintptr_t kept_ids,
+       uintptr_t kept_offsets, int64_t kept_entries, int threads)
       : shape{outer * inner, inner, vocab},
         inputs{{pointer<char>(logits), outer_stride, inner_stride}, pointer<const int64_t>(token_ids),
                pointer<const bool>(mask), pointer<const float>(row_temperature), temperature,
                pointer<const int64_t>(row_indices), tanh_scale},
+        kept{form_of(kept_form), pointer<const int32_t>(kept_ids), pointer<const int64_t>(kept_offsets), kept_entries,
+             nullptr},
         kernels(&::kernels(dtype)),
         threads(threads) {
-    if (outer < 0 || inner < 0 || vocab < 1) throw std::invalid_argument("rows: sizes out of range");
+    if (outer < 0 || inner < 0 || vocab < (gathered() ? 0 : 1) || kept_entries < 0)
+      throw std::invalid_argument("rows: sizes out of range");
+    count_columns();
   }
 
-  template <class F>
-  void for_each(const F& run) const {
-    constexpr int64_t kColumnsPerTask = 1 << 16;  // small vocabularies: several rows a task
-    constexpr int64_t kColumnsPerThread = 1 << 18;  // less than 0.1 ms of work: waking a thread would cost more
-    const int64_t grain = shape.vocab >= kColumnsPerTask ? 1 : kColumnsPerTask / shape.vocab;
-    const int64_t useful = 1 + shape.rows * shape.vocab / kColumnsPerThread;
-    parallel_for(shape.rows, grain, useful < threads ? static_cast<int>(useful) : threads, run);
+  void count_columns() {
+    if (kept.form == KeptForm::kAll) {
+      columns = shape.rows * shape.vocab;
+      return;
+    }
+    int64_t most = 0;
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const int64_t entries = entries_of(kept, row).count();
+      columns += entries == 0 && kept.form == KeptForm::kSome ? shape.vocab : entries;
+      most = std::max(most, entries);
+    }
+    buffer_bytes = most * sizeof(float);
   }
+
+  // Calls run(kept, begin, end) for all rows, in which so many columns are read or written.
+  template <class F>
+  void for_each(int64_t columns, const F& run) const {
+    constexpr int64_t kColumnsPerTask = 1 << 16;    // small vocabularies: several rows a task
+    constexpr int64_t kColumnsPerThread = 1 << 18;  // less than 0.1 ms of work: waking a thread would cost more
+    constexpr int64_t kColumnsOfShortRow = 256;     // that take as long as a row of one column
+    constexpr int64_t kKeptRowsPerTask = 16;        // one of them may keep all columns
+    const bool whole = kept.form == KeptForm::kAll;
+    if (!whole) columns += shape.rows * kColumnsOfShortRow;
+    const int64_t rows = std::max<int64_t>(1, kColumnsPerTask * shape.rows / std::max<int64_t>(1, columns));
+    const int64_t grain = whole ? rows : std::min(rows, kKeptRowsPerTask);
+    const int64_t useful = 1 + columns / kColumnsPerThread;
+    parallel_for(shape.rows, grain, useful < threads ? static_cast<int>(useful) : threads,
+                 [&](int64_t begin, int64_t end) {
+                   KeptColumns own = kept;
+                   if (buffer_bytes) own.buffer = thread_buffer(buffer_bytes);
+                   run(own, begin, end);
+                 });
+  }
+
+  bool gathered() const { return kept.form == KeptForm::kGathered; }
+  int64_t columns_of_gradient() const { return gathered() ? columns : shape.rows * shape.vocab; }
 
   void forward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse) const {
     const RowOutputs out{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
-    for_each([&](int64_t begin, int64_t end) { kernels->forward(shape, inputs, out, begin, end); });
+    for_each(columns, [&](const KeptColumns& own, int64_t begin, int64_t end) {
+      kernels->forward(shape, inputs, own, out, begin, end);
+    });
   }
 
   void backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy,
@@ -173,7 +228,9 @@ struct Rows {
     const UpstreamArrays upstream{pointer<const float>(grad_logprobs), pointer<const float>(grad_entropy),
                                   pointer<const double>(grad_lse)};
     const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
-    for_each([&](int64_t begin, int64_t end) { run(shape, inputs, saved, upstream, view, begin, end); });
+    for_each(columns_of_gradient(), [&](const KeptColumns& own, int64_t begin, int64_t end) {
+      run(shape, inputs, own, saved, upstream, view, begin, end);
+    });
   }
 
   void forward_backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs,
@@ -181,15 +238,15 @@ struct Rows {
     const RowOutputs out{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
     const UpstreamArrays upstream{pointer<const float>(grad_logprobs), nullptr, nullptr};
     const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
-    for_each([&](int64_t begin, int64_t end) {
-      kernels->forward_backward(shape, inputs, out, upstream, view, begin, end);
+    for_each(columns_of_gradient(), [&](const KeptColumns& own, int64_t begin, int64_t end) {
+      kernels->forward_backward(shape, inputs, own, out, upstream, view, begin, end);
     });
   }
 
   // Multiplies the numbers (such as a saved gradient) in place; a factor of exactly 1 writes nothing.
   void scale(double factor) const {
     if (factor == 1.0) return;
-    for_each([&](int64_t begin, int64_t end) {
+    for_each(columns, [&](const KeptColumns&, int64_t begin, int64_t end) {
       kernels->scale(shape, inputs.logits, static_cast<float>(factor), begin, end);
     });
   }
@@ -253,11 +310,12 @@ PYBIND11_MODULE(_native, m) {
         py::arg("factor"), py::arg("threads"));
   py::class_<Rows>(m, "Rows")
       .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
-                    double, uintptr_t, uintptr_t, double, int>(),
+                    double, uintptr_t, uintptr_t, double, const std::string&, uintptr_t, uintptr_t, int64_t, int>(),
            py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
            py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("row_indices") = 0,
-           py::arg("tanh_scale") = 0.0, py::arg("threads") = 1)
+           py::arg("tanh_scale") = 0.0, py::arg("kept_form") = "all", py::arg("kept_ids") = 0,
+           py::arg("kept_offsets") = 0, py::arg("kept_entries") = 0, py::arg("threads") = 1)
       .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
            py::arg("lse"))
       .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),

@@ -19,7 +19,7 @@ except ImportError as error:
     _unavailable_reason = why_missing(error)
 
 name = "native"
-honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept_ids", "kept_offsets", "kept_form"})
 has_kernels = True
 runs_stage_in_triton = False
 computes_slopes = False
@@ -101,8 +101,25 @@ def _bind(rows: Rows) -> _native.Rows:
     """The rows as the kernels take them."""
     tanh_scale = 0.0 if rows.tanh_scale is None else float(rows.tanh_scale)
     return _native.Rows(
-        **row_arguments(rows), **_memory(rows.logits), row_indices=address(rows.row_indices), tanh_scale=tanh_scale
+        **row_arguments(rows),
+        **_memory(rows.logits),
+        **_kept(rows),
+        row_indices=address(rows.row_indices),
+        tanh_scale=tanh_scale,
     )
+
+
+def _kept(rows: Rows) -> dict[str, Any]:
+    """The columns that rows keep."""
+    if rows.kept_ids is None:
+        return {}
+    assert rows.kept_offsets is not None and rows.kept_ids.is_contiguous() and rows.kept_offsets.is_contiguous()
+    return {
+        "kept_form": rows.kept_form,
+        "kept_ids": rows.kept_ids.data_ptr(),
+        "kept_offsets": rows.kept_offsets.data_ptr(),
+        "kept_entries": rows.kept_ids.numel(),
+    }
 
 
 def _memory(logits: Tensor) -> dict[str, Any]:

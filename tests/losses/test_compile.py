@@ -50,6 +50,7 @@ def same(compiled: tuple[Tensor, Tensor, Any], eager: tuple[Tensor, Tensor, Any]
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "off-policy": ({}, {}),
     "on-policy": ({"on_policy": True, "groups": True}, {"aggregation": "group_mean"}),
+    "kept": ({"kept": True, "temperature": "token"}, {"entropy_coef": 0.01}),
     "all": (
         {"ref": True, "rollout": True, "weights": "token", "temperature": "token", "softcap": 6.0},
         {"beta": 0.1, "kl_weighting": "ratio", "entropy_coef": 0.01, "dual_clip": 3.0},

@@ -51,6 +51,37 @@ class Cap(torch.autograd.Function):
         return (gradient * slope * logit_scale).to(outputs.dtype), None, None, None
 
 
+class Keep(torch.autograd.Function):
+    """The logits of the columns that rows keep, all others -inf; some of it broken."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, kept: list[list[int]], bug: str) -> Tensor:
+        inside = torch.zeros(logits.shape, dtype=torch.bool)
+        for t, columns in enumerate(kept):
+            if bug == "an offset one too far":
+                columns = [*columns[1:], *kept[(t + 1) % len(kept)][:1]]
+            if bug == "last kept column unread":
+                columns = columns[:-1] or columns
+            inside[t, columns] = True
+        if bug == "sampled token forgotten":
+            inside.scatter_(1, ids[:, None], False)
+        if bug == "a set of one is the whole row":
+            inside |= inside.sum(-1, keepdim=True) == 1
+        ctx.save_for_backward(logits, inside)
+        ctx.bug = bug
+        return torch.where(inside, logits, -math.inf)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        logits, inside = ctx.saved_tensors
+        outside = torch.zeros_like(gradient)
+        if ctx.bug == "a gradient outside of the set":
+            outside = torch.softmax(logits, -1) * gradient.abs().sum(-1, keepdim=True)
+        if ctx.bug == "gradient of the next column":
+            gradient = gradient.roll(1, -1)
+        return torch.where(inside, gradient, outside), None, None, None
+
+
 class Rows(torch.autograd.Function):
     """logits [N, V] -> (l, H, lse), each [N] float64, and the vector-Jacobian product; some of them broken."""
 
@@ -308,14 +339,17 @@ def check_row_kernel(bug: str, dtype: torch.dtype = torch.float32, shift: float 
         ids = ids.clamp(min=8)
     if kind == "wide":
         logits[:, 1:60] -= 88.0
+    kept = [[5, 0, 61], [3, 9, 20, 12], [66, 1], [30], [2, 7, 66, 0, 41]] if kind == "kept" else None
     batch = Batch((logits + shift).to(dtype), ids, torch.ones(5, dtype=torch.bool), [5], torch.zeros(1))
-    batch.temperature = 0.7 if kind == "temperature" else 1.0
+    batch.temperature, batch.kept = 0.7 if kind == "temperature" else 1.0, kept
     leaf = batch.logits.clone().requires_grad_()
     temperature = torch.full((5,), batch.temperature).double()
     logits = leaf
     if kind == "capped":
         batch.softcap, batch.logit_scale = 30.0, 12.0
         logits = Cap.apply(leaf, batch.logit_scale, batch.softcap, bug)
+    if kept is not None:
+        logits = Keep.apply(leaf, ids, kept, bug)
     out = Rows.apply(logits, ids, batch.mask, temperature, bug)
     tol = TOLERANCES[dtype]
     checks.check_rows(out[0].float(), out[1].float(), out[2], batch.rows, tol)
@@ -371,6 +405,12 @@ MUTANTS: dict[str, Check] = {
     "slope of the cap left out": kernel(kind="capped"),
     "slope from a rounded tanh": kernel(kind="capped"),
     "scale left out of the slope": kernel(kind="capped"),
+    "sampled token forgotten": kernel(kind="kept"),
+    "an offset one too far": kernel(kind="kept"),
+    "last kept column unread": kernel(kind="kept"),
+    "a set of one is the whole row": kernel(kind="kept"),
+    "a gradient outside of the set": kernel(kind="kept"),
+    "gradient of the next column": kernel(kind="kept"),
     "one percent in the tail": kernel(dtype=torch.bfloat16),
     "last column unwritten": kernel(),
     "subnormals not flushed": kernel(kind="wide"),

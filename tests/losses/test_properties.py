@@ -53,6 +53,12 @@ def batches(draw: st.DrawFn, objective: str, layout: str) -> tuple[Batch, dict[s
     batch = Batch(logits.to(dtype), token_ids, mask, lengths, numbers(n if by_token else s, magnitudes))
     batch.by_token = by_token
     batch.temperature = draw(st.sampled_from([1.0, 0.5, 1.7]))
+    if draw(st.booleans()):
+        sets = [draw(st.none() | st.permutations(range(vocab))) for _ in range(n)]
+        batch.kept = [
+            None if ids is None else list({*ids[: draw(st.integers(0, vocab))], int(token_ids[t])})
+            for t, ids in enumerate(sets)
+        ]
     logprobs = torch.tensor([row.logprob for row in batch.rows], dtype=torch.float64)
 
     if draw(st.integers(0, 5)):

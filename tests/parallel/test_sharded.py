@@ -59,6 +59,8 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any], float]] = [
     ({"seed": 18, "groups": True, "ref": True}, {"aggregation": "group_mean", **WEIGHTED}, 1.0),
     ({"seed": 19, "groups": True, "on_policy": True}, {"aggregation": "group_mean", "normalizer": 2.5}, 1.0),
     ({"seed": 21, "rollout": True}, {"divergence": "kl", "eps_high": math.inf}, 1.0),
+    ({"seed": 22, "kept": True}, {}, 1.0),
+    ({"seed": 23, "kept": True, "on_policy": True, **FULL}, TERMS, 1.0),
 ]
 
 
