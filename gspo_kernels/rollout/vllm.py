@@ -1,7 +1,7 @@
 """Outputs of vLLM as packed arrays: the log-probabilities of a rollout, ready to be `old_logprobs`.
 
 vLLM is not imported: outputs are recognised by their fields, as objects or as JSON. Formats: `vllm/outputs.py`,
-`vllm/logprobs.py` and `vllm/entrypoints/openai/*/protocol.py`, as of 0.9 to 0.20.
+`vllm/logprobs.py` and `vllm/entrypoints/openai/*/protocol.py`, as of 0.9 to 0.32.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def from_vllm(
 
     vLLM's default, `logprobs_mode="raw_logprobs"`, gives log-probabilities of the model's own logits, before penalties,
     temperature, top-k and top-p: pass `temperature=1.0` to the losses. To sample at another temperature, start vLLM
-    with `logprobs_mode="processed_logprobs"` and give the losses the same `temperature`. With top-k or top-p, processed
-    log-probabilities are those of the filtered distribution, which no loss here computes.
+    with `logprobs_mode="processed_logprobs"` and give the losses the same `temperature`. To sample with top-k, top-p or
+    min-p, add `return_sampling_mask=True` (vLLM 0.28 and later; on the server, `/inference/v1/generate` returns it):
+    the result then has `kept`, for the losses' `kept=`, and processed log-probabilities are those of the distribution
+    over these sets. Without kept sets they belong to no distribution that a loss computes.
 
     Args:
         outputs: see above. Requests must have finished; parts of a stream are refused.

@@ -118,7 +118,10 @@ class KeptTokens:
 
     @classmethod
     def from_mask(cls, keep: Tensor) -> KeptTokens:
-        """From a dense mask [rows, V] or [B, T, V], bool or 0 and 1. A row of one value keeps all. Waits for a GPU."""
+        """From a dense mask [rows, V] or [B, T, V]: bool, or 0 and 1. Waits for a GPU.
+
+        A row that is all True, or all False, keeps the whole vocabulary.
+        """
         return cls._checked(*kept_of_mask(keep), None)
 
     def to_lists(self) -> list[list[int] | None]:

@@ -66,7 +66,7 @@ def kept_of_logits(
     filters = Filters(
         _reals("temperature", temperature, shape, device, "what the logits are divided by", at_least=1e-6, at_most=1e6),
         None if _is_off(top_p, 1.0) else _reals("top_p", top_p, shape, device, "a probability", above=0.0),
-        None if _is_off(top_k, 0) else _ranks(top_k, shape, device, columns),
+        None if _is_off(top_k, 0, -1) else _ranks(top_k, shape, device, columns),
         None if _is_off(min_p, 0.0) else _reals("min_p", min_p, shape, device, "a probability", at_least=0.0),
     )
     active = torch.ones(shape, dtype=torch.bool, device=device)
@@ -157,9 +157,9 @@ def _nucleus(z: Tensor, p: Tensor, most: int = LARGEST) -> Tensor:
     return keep
 
 
-def _is_off(value: Any, off: float) -> bool:
-    """Whether it is None, or the number that leaves the filter out."""
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value == off)
+def _is_off(value: Any, *off: float) -> bool:
+    """Whether it is None, or a number that turns the filter off."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value in off)
 
 
 def _reals(
