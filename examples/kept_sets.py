@@ -12,6 +12,7 @@ loss is from the exact one, by enumeration of all responses; and how a training 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import time
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from gspo_kernels import KeptTokens, group_advantages, gspo_loss, token_logprobs
 
-SETTINGS = Settings(steps=80)
+SETTINGS = Settings(steps=60)
 SMOKE = replace(QUICK, warmup_steps=2, steps=1, samples=4, max_response=4, held_out=4, evaluations=1)
 LENGTH = 3  # tokens of an enumerated response: two digits and the end
 ENUMERATED = [f"{x}+{y}=" for x in range(1, 10) for y in range(x, 10) if x + y >= 10]  # problems that have one
@@ -71,19 +72,22 @@ class Filter:
 FILTERS = (
     Filter("no filter"),
     *(Filter(f"top-p {p:g}", top_p=p) for p in (0.95, 0.9, 0.8, 0.7)),
-    *(Filter(f"top-k {k}", top_k=k) for k in (8, 4, 2)),
+    *(Filter(f"top-k {k}", top_k=k) for k in (4, 2)),
     *(Filter(f"min-p {p:g}", min_p=p) for p in (0.02, 0.1, 0.3)),
 )
 TRAINED = Filter("top-p 0.8", top_p=0.8)
 
 # What the loss is given: log-probabilities of whom as `old_logprobs`, and whether the kept sets.
 WAYS = {
-    "kept": "kept sets, the engine's log-probabilities",
-    "engine": "the engine's log-probabilities alone",
-    "recomputed": "the trainer's own log-probabilities",
+    "kept": "the engine's log-probabilities and `kept=`",
+    "engine": "the engine's log-probabilities",
+    "recomputed": "log-probabilities recomputed by the trainer",
 }
-TRAININGS = {f"{TRAINED.name}: {text}": (TRAINED, way) for way, text in WAYS.items()} | {
-    "no filter": (FILTERS[0], "recomputed")
+TRAININGS = {
+    "kept": (TRAINED, "kept", "top-p 0.8, the engine's log-probabilities and kept="),
+    "engine": (TRAINED, "engine", "top-p 0.8, the engine's log-probabilities"),
+    "recomputed": (TRAINED, "recomputed", "top-p 0.8, recomputed log-probabilities"),
+    "unfiltered": (FILTERS[0], "engine", "no filter, the engine's log-probabilities"),
 }
 COLORS = dict(zip(TRAININGS, ("#0072B2", "#D55E00", "#CC79A7", GREY), strict=True))
 
@@ -159,8 +163,7 @@ def clipping(learner: Learner, chosen: Filter, settings: Settings) -> dict[str, 
     }
     penalized = rollout.advantages < 0
     for way, logprobs, sets in (("kept", both.kept.logprobs, kept), ("engine", both.full.logprobs, None)):
-        options = {"mask": mask, "kept": sets}
-        stats = gspo_loss(logits, token_ids, rollout.advantages, rollout.old_logprobs, **options).stats
+        stats = gspo_loss(logits, token_ids, rollout.advantages, rollout.old_logprobs, mask=mask, kept=sets).stats
         log_ratio = ((logprobs - rollout.old_logprobs) * mask).sum(1) / mask.sum(1)
         off = log_ratio.expm1().abs()
         found[way] = {
@@ -245,11 +248,13 @@ def apart(found: Tensor, exact: Tensor) -> dict[str, float]:
     return {"error": ((found - exact).norm() / exact.norm()).item(), "cosine": cosine.item()}
 
 
-def bias(learner: Learner, filters: tuple[Filter, ...]) -> dict[str, dict[str, dict[str, float]]]:
+def bias(
+    learner: Learner, filters: tuple[Filter, ...], problems: list[str] = ENUMERATED
+) -> dict[str, dict[str, dict[str, float]]]:
     """By filter and way: the distance of the expected gradient from the exact one."""
     found = {}
     for chosen in filters:
-        exact = gradients(learner, ENUMERATED, chosen)
+        exact = gradients(learner, problems, chosen)
         found[chosen.name] = {way: apart(exact[way], exact["exact"]) for way in WAYS}
         lab.tick()
     return found
@@ -299,20 +304,20 @@ def train(learner: Learner, chosen: Filter, way: str, settings: Settings) -> dic
 def measure(seed: int, settings: Settings, filters: tuple[Filter, ...], device: str) -> dict[str, Any]:
     learner = lab.warmed_up(seed, settings, device)
     torch.manual_seed(seed)
-    found = {"bias": bias(learner.copy(), filters), "clipping": {}, "training": {}}
+    found = {"bias": bias(learner, filters[1:]), "clipping": {}, "training": {}}
     for chosen in filters:
         found["clipping"][chosen.name] = clipping(learner.copy(), chosen, settings)
         lab.tick()
-    for name, (chosen, way) in TRAININGS.items():
+    for name, (chosen, way, _) in TRAININGS.items():
         found["training"][name] = train(learner.copy(), chosen, way, settings)
     return found
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     began = time.perf_counter()
-    filters = FILTERS[3:4] if arguments.quick else FILTERS
+    filters = (FILTERS[0], TRAINED) if arguments.quick else FILTERS
     jobs = [(seed, settings, filters, arguments.device) for seed in range(arguments.seeds)]
-    total = arguments.seeds * (2 * len(filters) + len(TRAININGS) * settings.steps)
+    total = arguments.seeds * (2 * len(filters) - 1 + len(TRAININGS) * settings.steps)
     found = lab.side_by_side(measure, jobs, total, arguments.workers, arguments.name)
     return lab.save(arguments, settings, began, joined(found))
 
@@ -328,62 +333,54 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
     return {"clipping": clipping_table(record), "bias": bias_table(record), "training": training_table(record)}
 
 
-def table(titles: str, numbers: int, rows: list[list[str]]) -> str:
-    """Markdown; the last `numbers` columns are aligned to the right."""
-    columns = titles.count("|") + 1
-    lines = [f"| {titles} |", "|" + "---|" * (columns - numbers) + "--:|" * numbers]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """Markdown; all columns but the first are aligned to the right."""
+    lines = [titles, ["---"] + ["--:"] * (len(titles) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def clipping_table(record: dict[str, Any]) -> str:
-    titles = (
-        "filter | columns kept | one alone | clipped | of those below their group's mean | mean \\|s - 1\\| | largest "
-        "| `kept=`: clipped | largest \\|s - 1\\|"
-    )
+    titles = ["filter", "columns", "one column", "their probability", "clipped", "of the penalized", "mean off 1"]
+    titles += ["largest", "`kept=`: clipped", "largest off 1"]
     rows = []
     for name, found in record["clipping"].items():
         engine, kept = found["engine"], found["kept"]
-        shares = [mean_share(each) for each in (found["singletons"], engine["clipped"], engine["penalized"])]
-        sizes = [f"{lab.mean(engine['mean']):.2g}", f"{max(engine['largest']):.2g}"]
-        rows.append(
-            [name, f"{lab.mean(found['columns']):.1f}", *shares, *sizes, mean_share(kept["clipped"]),
-             f"{max(kept['largest']):.0e}"]
-        )  # fmt: skip
-    return table(titles, 8, rows)
+        shares = [share(each) for each in (found["singletons"], found["mass"], engine["clipped"], engine["penalized"])]
+        off = [size(lab.mean(engine["mean"])), size(max(engine["largest"]))]
+        own = [share(kept["clipped"]), size(max(kept["largest"]))]
+        rows.append([name, f"{lab.mean(found['columns']):.1f}", *shares, *off, *own])
+    return table(titles, rows)
 
 
-def mean_share(values: list[float]) -> str:
+def share(values: list[float]) -> str:
     return f"{lab.mean(values):.0%}" if any(values) else "0"
 
 
+def size(value: float) -> str:
+    return f"{value:.0e}" if value < 1e-3 else f"{value:.2g}"
+
+
 def bias_table(record: dict[str, Any]) -> str:
-    titles = "filter | " + " | ".join(f"{text}: error | cosine" for text in WAYS.values())
+    titles = ["filter", *(f"{text}: {what}" for text in WAYS.values() for what in ("error", "cosine"))]
     rows = []
     for name, found in record["bias"].items():
-        cells = [name]
-        for way in WAYS:
-            error = lab.mean(found[way]["error"])
-            cells += [f"{error:.0e}" if error < 1e-3 else f"{error:.2f}", f"{lab.mean(found[way]['cosine']):.3f}"]
-        rows.append(cells)
-    return table(titles, 6, rows)
+        cells = [(size(lab.mean(found[way]["error"])), f"{lab.mean(found[way]['cosine']):.3f}") for way in WAYS]
+        rows.append([name, *itertools.chain(*cells)])
+    return table(titles, rows)
 
 
 def training_table(record: dict[str, Any]) -> str:
-    titles = (
-        "training | reward, last tenth | held-out accuracy at the end | clipped, first step | mean "
-        "| probability of the kept set, last tenth"
-    )
+    titles = ["filter, `old_logprobs`", "mean reward", "of the last tenth", "held-out accuracy", "clipped, first step"]
+    titles += ["whole training", "probability of the columns, last tenth"]
     rows = []
     for name, found in record["training"].items():
-        reward, mass = ([lab.mean(tail(each)) for each in found[key]] for key in ("reward", "mass"))
+        reward, clipped = ([lab.mean(each) for each in found[key]] for key in ("reward", "clipped"))
+        late, mass = ([lab.mean(tail(each)) for each in found[key]] for key in ("reward", "mass"))
+        first = [each[0] for each in found["clipped"]]
         accuracy = [each[-1] for each in found["accuracy"]]
-        first = lab.mean([each[0] for each in found["clipped"]])
-        clipped = [lab.mean(each) for each in found["clipped"]]
-        rows.append(
-            [name, *(lab.ranged(each, ".0%") for each in (reward, accuracy)), f"{first:.0%}",
-             lab.ranged(clipped, ".0%"), f"{lab.mean(mass):.1%}"]
-        )  # fmt: skip
-    return table(titles, 5, rows)
+        cells = (lab.ranged(each, ".0%") for each in (reward, late, accuracy, first, clipped, mass))
+        rows.append([TRAININGS[name][2], *cells])
+    return table(titles, rows)
 
 
 def tail(values: list[float]) -> list[float]:
@@ -396,18 +393,10 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     for name, found in record["training"].items():
         for axes, key in ((reward, "reward"), (clipped, "clipped")):
             runs = [lab.smooth(each, 5) for each in found[key]]
-            lab.spread(axes, range(1, len(runs[0]) + 1), runs, COLORS[name], name)
-        steps = len(found["reward"][0])
+            lab.spread(axes, range(1, len(runs[0]) + 1), runs, COLORS[name], TRAININGS[name][2])
         last = len(found["accuracy"][0]) - 1
-        lab.spread(
-            accuracy,
-            [i * steps / last for i in range(last + 1)],
-            found["accuracy"],
-            COLORS[name],
-            name,
-            marker="o",
-            ms=3,
-        )
+        steps = [i * len(found["reward"][0]) / last for i in range(last + 1)]
+        lab.spread(accuracy, steps, found["accuracy"], COLORS[name], name, marker="o", ms=3)
     reward.set(title="Reward", ylabel="sampled responses that are right")
     clipped.set(title="Clip fraction", ylabel="responses that are clipped")
     accuracy.set(title="Held-out accuracy", ylabel="problems solved, greedy decoding")
@@ -427,7 +416,7 @@ def fill(page: str, record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    arguments, settings = lab.parse(__doc__, "kept-sets", 3, SETTINGS, SMOKE)
+    arguments, settings = lab.parse(__doc__, "kept-sets", 2, SETTINGS, SMOKE)
     record = lab.load(arguments) if arguments.redraw else run(arguments, settings)
     draw(record, arguments)
     page = arguments.output / "kept-sets.md"
