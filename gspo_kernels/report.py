@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .base import checks
-from .linear.from_hidden import explain_plan, linear_gspo_loss
+from .linear.from_hidden import linear_gspo_loss
+from .linear.plan_text import explain_plan
 from .losses.clipped import GSPO
 from .losses.from_logits import gspo_loss
 from .losses.objectives import check_objective
