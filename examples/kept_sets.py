@@ -63,9 +63,11 @@ class Filter:
         probabilities = logits.softmax(-1)
         keep = probabilities >= self.min_p * probabilities.amax(-1, keepdim=True)
         ordered, order = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all larger ones
-        first = torch.arange(logits.shape[-1], device=logits.device) < (self.top_k or logits.shape[-1])
-        kept = first & (before < self.top_p)
+        kept = torch.ones_like(keep)  # in this order
+        if self.top_k:
+            kept[..., self.top_k :] = False
+        if self.top_p < 1:
+            kept &= ordered.cumsum(-1) - ordered < self.top_p  # the probability of all larger ones
         return keep & torch.zeros_like(kept).scatter(-1, order, kept)
 
 
