@@ -4,7 +4,7 @@ An engine that filters draws each token from a few columns, and reports the toke
 the demo's model, for several filters: what GSPO clips before anything was learned; how far the expected gradient of the
 loss is from the exact one, by enumeration of all responses; and how a training goes with top-p 0.8.
 
-    python examples/kept_sets.py                    # some 15 minutes on two CPU cores, into runs/paper
+    python examples/kept_sets.py                    # up to 20 minutes on two CPU cores, into runs/paper
     python examples/kept_sets.py --quick            # seconds
     python examples/kept_sets.py --redraw --output docs  # the page's figure and tables, from docs/kept-sets.json
 """
@@ -81,15 +81,15 @@ TRAINED = Filter("top-p 0.8", top_p=0.8)
 
 # What the loss is given: log-probabilities of whom as `old_logprobs`, and whether the kept sets.
 WAYS = {
-    "kept": "the engine's log-probabilities and `kept=`",
-    "engine": "the engine's log-probabilities",
-    "recomputed": "log-probabilities recomputed by the trainer",
+    "kept": "the engine's, with `kept=`",
+    "engine": "the engine's",
+    "recomputed": "recomputed by the trainer",
 }
 TRAININGS = {
-    "kept": (TRAINED, "kept", "top-p 0.8, the engine's log-probabilities and kept="),
-    "engine": (TRAINED, "engine", "top-p 0.8, the engine's log-probabilities"),
-    "recomputed": (TRAINED, "recomputed", "top-p 0.8, recomputed log-probabilities"),
-    "unfiltered": (FILTERS[0], "engine", "no filter, the engine's log-probabilities"),
+    "kept": (TRAINED, "kept", f"{TRAINED.name}, {WAYS['kept']}"),
+    "engine": (TRAINED, "engine", f"{TRAINED.name}, {WAYS['engine']}"),
+    "recomputed": (TRAINED, "recomputed", f"{TRAINED.name}, {WAYS['recomputed']}"),
+    "unfiltered": (FILTERS[0], "engine", f"no filter, {WAYS['engine']}"),
 }
 COLORS = dict(zip(TRAININGS, ("#0072B2", "#D55E00", "#CC79A7", GREY), strict=True))
 
@@ -268,7 +268,7 @@ def bias(
 def train(learner: Learner, chosen: Filter, way: str, settings: Settings) -> dict[str, list[float]]:
     torch.manual_seed(0)
     optimizer = build_optimizer(learner.model)
-    history: dict[str, list[float]] = {"reward": [], "clipped": [], "mass": [], "accuracy": []}
+    history: dict[str, list[float]] = {"reward": [], "first": [], "clipped": [], "mass": [], "accuracy": []}
     history["accuracy"].append(greedy_accuracy(learner.model, learner.tokenizer, learner.problems.held_out))
     for step in range(1, settings.steps + 1):
         rollout, kept = roll_out(learner, chosen, settings)
@@ -292,6 +292,7 @@ def train(learner: Learner, chosen: Filter, way: str, settings: Settings) -> dic
             update(learner.model, optimizer, loss, settings.learning_rate_at(step), settings.max_grad_norm)
             clipped.append(stats.clip_fraction)
         history["reward"].append(rollout.rewards.mean().item())
+        history["first"].append(clipped[0].item())  # before the policy has moved
         history["clipped"].append(torch.stack(clipped).mean().item())
         history["mass"].append(mass.item())
         if settings.is_evaluated(step):
@@ -342,8 +343,8 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def clipping_table(record: dict[str, Any]) -> str:
-    titles = ["filter", "columns", "one column", "their probability", "clipped", "of the penalized", "mean off 1"]
-    titles += ["largest", "`kept=`: clipped", "largest off 1"]
+    titles = ["filter", "columns", "one column", "p(S)", "clipped", "of the penalized", "ratio off 1, mean", "largest"]
+    titles += ["with `kept=`: clipped", "ratio off 1, largest"]
     rows = []
     for name, found in record["clipping"].items():
         engine, kept = found["engine"], found["kept"]
@@ -363,22 +364,22 @@ def size(value: float) -> str:
 
 
 def bias_table(record: dict[str, Any]) -> str:
-    titles = ["filter", *(f"{text}: {what}" for text in WAYS.values() for what in ("error", "cosine"))]
+    titles = ["filter", *(title for text in WAYS.values() for title in (f"{text}: error", "cosine"))]
     rows = []
     for name, found in record["bias"].items():
-        cells = [(size(lab.mean(found[way]["error"])), f"{lab.mean(found[way]['cosine']):.3f}") for way in WAYS]
+        pairs = [(lab.mean(found[way]["error"]), lab.mean(found[way]["cosine"])) for way in WAYS]
+        cells = [(f"{x:.0e}" if x < 1e-3 else f"{x:.1%}", f"{y:.3f}") for x, y in pairs]
         rows.append([name, *itertools.chain(*cells)])
     return table(titles, rows)
 
 
 def training_table(record: dict[str, Any]) -> str:
-    titles = ["filter, `old_logprobs`", "mean reward", "of the last tenth", "held-out accuracy", "clipped, first step"]
-    titles += ["whole training", "probability of the columns, last tenth"]
+    titles = ["filter, `old_logprobs`", "mean reward", "of the last tenth", "held-out accuracy"]
+    titles += ["clipped, first updates", "all updates", "p(S), last tenth"]
     rows = []
     for name, found in record["training"].items():
-        reward, clipped = ([lab.mean(each) for each in found[key]] for key in ("reward", "clipped"))
+        reward, first, clipped = ([lab.mean(each) for each in found[key]] for key in ("reward", "first", "clipped"))
         late, mass = ([lab.mean(tail(each)) for each in found[key]] for key in ("reward", "mass"))
-        first = [each[0] for each in found["clipped"]]
         accuracy = [each[-1] for each in found["accuracy"]]
         cells = (lab.ranged(each, ".0%") for each in (reward, late, accuracy, first, clipped, mass))
         rows.append([TRAININGS[name][2], *cells])
@@ -393,19 +394,19 @@ def tail(values: list[float]) -> list[float]:
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     figure, (reward, clipped, accuracy) = lab.panels(3, f"GSPO with {TRAINED.name}, without and with kept sets")
     for name, found in record["training"].items():
-        for axes, key in ((reward, "reward"), (clipped, "clipped")):
+        for axes, key in ((reward, "reward"), (clipped, "first")):
             runs = [lab.smooth(each, 5) for each in found[key]]
-            lab.spread(axes, range(1, len(runs[0]) + 1), runs, COLORS[name], TRAININGS[name][2])
+            lab.spread(axes, range(1, len(runs[0]) + 1), runs, COLORS[name], TRAININGS[name][2].replace("`", ""))
         last = len(found["accuracy"][0]) - 1
         steps = [i * len(found["reward"][0]) / last for i in range(last + 1)]
         lab.spread(accuracy, steps, found["accuracy"], COLORS[name], name, marker="o", ms=3)
     reward.set(title="Reward", ylabel="sampled responses that are right")
-    clipped.set(title="Clip fraction", ylabel="responses that are clipped")
+    clipped.set(title="Clipped by the first of a step's updates", ylabel="responses that are clipped")
     accuracy.set(title="Held-out accuracy", ylabel="problems solved, greedy decoding")
     for axes in (reward, clipped, accuracy):
         axes.set_xlabel("step")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    reward.legend(frameon=False, fontsize=7)
+    reward.legend(frameon=False, fontsize=7, title="filter, old log-probabilities", title_fontsize=7)
     lab.write(figure, arguments)
 
 
