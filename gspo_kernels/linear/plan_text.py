@@ -16,7 +16,6 @@ from ..losses.token_stage import token_inputs
 from ..rows.arguments import check_token_ids, check_vocab_size
 from ..rows.dispatch import choose
 from ..rows.kept import KeptTokens
-from ..rows.types import Rows
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import check_operands, operands_of, product_dtype, shard_of_head
 from .chunked_loss import plan_for
@@ -91,9 +90,8 @@ def _kept(
         return
     counts = kept.counts if mask is None else kept.counts[mask.reshape(-1)]
     some = int((counts > 0).sum())
-    fields = [name for name in Rows._fields if name.startswith("kept_")]
     entries = operands.hidden.new_empty((1, 1, 1), dtype=sum_dtype(dtype))
-    backend = choose(entries, given.get("backend"), fields, warn=False).name
+    backend = choose(entries, given.get("backend"), ["kept"], warn=False).name
     name = sparse_products(backend, operands.hidden, operands.weight).__name__.rpartition(".")[2]
     yield (f"sparse head ({_PRODUCTS[name]}): {int(counts.sum())} kept columns of {some} rows, in place of all of them")
     if len(counts) > some:

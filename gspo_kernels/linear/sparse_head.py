@@ -50,7 +50,7 @@ class SparseProducts(Protocol):
 
 
 def sparse_products(backend: str | None, *operands: Tensor) -> SparseProducts:
-    """The products that run beside a backend of the rows, for these operands."""
+    """The products that run beside a backend of the rows, for these operands and results."""
     name = {"native": "cpu_sparse", "triton": "triton_sparse", "cuda": "triton_sparse"}.get(backend or "")
     if name is None or any(x.stride(-1) != 1 or x.dtype == torch.float64 for x in operands):
         return torch_sparse
@@ -78,10 +78,10 @@ def _kept_logits(arguments: HeadArguments, kept: KeptColumns, needs_grad: NeedsG
     check_kept(token_ids, mask, kept.ids, kept.offsets, vocab)
     entries, out = entries_of(arguments, kept), _fake_kept_logits(arguments, kept, needs_grad)
     hidden, weight, bias, low_rank_hidden, low_rank_weight = _matrices(arguments)
-    products = sparse_products(arguments.backend, hidden, weight)
+    products = sparse_products(arguments.backend, hidden, weight, out)
     products.kept_logits(hidden, weight, entries, arguments.dtype, out, False)
     if low_rank_hidden is not None and low_rank_weight is not None:
-        products = sparse_products(arguments.backend, low_rank_hidden, low_rank_weight)
+        products = sparse_products(arguments.backend, low_rank_hidden, low_rank_weight, out)
         products.kept_logits(low_rank_hidden, low_rank_weight, entries, out.dtype, out, True)
     if bias is not None and len(bias):
         of_entries = bias.index_select(0, entries.ids.clamp(0, len(bias) - 1)).to(out.dtype)
@@ -131,7 +131,7 @@ def _gradients(arguments: HeadArguments, kept: KeptColumns, needs_grad: NeedsGra
     ids, order = torch.sort(entries.ids, stable=True)
 
     def sum_by_column(of_rows: Tensor, destination: Tensor, rounded_to: torch.dtype, out: Tensor) -> None:
-        products = sparse_products(arguments.backend, of_rows)
+        products = sparse_products(arguments.backend, of_rows, out)
         products.weight_gradient(gradient, of_rows, entries, order, destination, rounded_to, out)
 
     if needs_grad.weight and kept.sparse_weight_grad:
@@ -154,14 +154,12 @@ def _hidden_gradient(
     arguments: HeadArguments, gradient: Tensor, weight: Tensor, entries: Entries, dtype: torch.dtype, out: Tensor
 ) -> None:
     """Of one term. Over the ranks of a shard it is summed before it is rounded."""
-    products, out = sparse_products(arguments.backend, weight), out.view(-1, out.shape[-1])
-    if arguments.shard is None:
-        products.hidden_gradient(gradient, weight, entries, dtype, out)
-        return
-    sums = torch.empty_like(out, dtype=gradient.dtype)
-    products.hidden_gradient(gradient, weight, entries, dtype, sums)
-    all_reduce_(sums, arguments.shard.ranks)
-    out.copy_(sums)
+    out, shard = out.view(-1, out.shape[-1]), arguments.shard
+    sums = out if shard is None else torch.empty_like(out, dtype=gradient.dtype)
+    sparse_products(arguments.backend, weight, sums).hidden_gradient(gradient, weight, entries, dtype, sums)
+    if shard is not None:
+        all_reduce_(sums, shard.ranks)
+        out.copy_(sums)
 
 
 def _empty_gradients(arguments: HeadArguments, kept: KeptColumns, needs_grad: NeedsGrad) -> KeptGradients:

@@ -23,16 +23,16 @@ def read_kept(where: str, rows: Any, tokens: int) -> KeptSets | None:
     found = read_list(where, rows, "lists of token ids, one per sampled token")
     check_count(where, len(found), tokens)
     lists = [row.tolist() if hasattr(row, "tolist") else row for row in found]
-    plain = set(map(type, lists)) <= {list} and set(map(type, itertools.chain.from_iterable(lists))) <= {int}
-    if not plain:
+    flat = list(itertools.chain.from_iterable(lists)) if set(map(type, lists)) <= {list} else None
+    if flat is None or not set(map(type, flat)) <= {int}:
         lists = [read_ids(f"{where}[{i}]", row) for i, row in enumerate(lists)]
-    for i, row in enumerate(lists):
-        if row and not (min(row) >= 0 and max(row) <= HIGHEST_ID):
-            wrong = next(x for x in row if not 0 <= x <= HIGHEST_ID)
-            raise ValueError(f"{where}[{i}]: expected token ids, from 0 to 2**31 - 1; got {wrong}")
-        if len(set(row)) < len(row):
-            twice = next(x for j, x in enumerate(row) if x in row[:j])
-            raise ValueError(f"{where}[{i}]: expected each id once; got id {twice} twice")
+        flat = list(itertools.chain.from_iterable(lists))
+    if flat and not (min(flat) >= 0 and max(flat) <= HIGHEST_ID):
+        i, wrong = next((i, x) for i, row in enumerate(lists) for x in row if not 0 <= x <= HIGHEST_ID)
+        raise ValueError(f"{where}[{i}]: expected token ids, from 0 to 2**31 - 1; got {wrong}")
+    if sum(map(len, map(set, lists))) < len(flat):
+        i, twice = next((i, x) for i, row in enumerate(lists) for j, x in enumerate(row) if x in row[:j])
+        raise ValueError(f"{where}[{i}]: expected each id once; got id {twice} twice")
     return KeptSets(where, lists)
 
 

@@ -99,7 +99,8 @@ def _not_honoured(backend: Backend, fields: Collection[str]) -> list[str]:
     for field in fields:
         if field not in backend.honours:
             able = [repr(other.name) for other in BACKENDS if field in other.honours]
-            reasons.append(f"it does not support {field}; {' and '.join(able) or 'no backend'} does")
+            others = f"{', '.join(able)} do" if len(able) > 1 else f"{(able or ['no backend'])[0]} does"
+            reasons.append(f"it does not support {field}; {others}")
     return reasons
 
 
