@@ -46,14 +46,16 @@ BASELINE = (
     "csrc/cpu/rows_baseline.cpp",
     "csrc/cpu/products.cpp",
     "csrc/cpu/products_baseline.cpp",
+    "csrc/cpu/sparse.cpp",
+    "csrc/cpu/sparse_baseline.cpp",
 )
 SOURCES: dict[str, list[str]] = {source: [] for source in BASELINE}
 AVX512_BF16 = "-mavx512bf16"  # GCC 10 and Clang 9 know it; without it that file compiles to nothing
 if X86:
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    SOURCES |= {"csrc/cpu/rows_avx2.cpp": AVX2, "csrc/cpu/products_avx2.cpp": AVX2}
-    SOURCES |= {"csrc/cpu/rows_avx512.cpp": AVX512, "csrc/cpu/products_avx512.cpp": AVX512}
+    SOURCES |= {f"csrc/cpu/{part}_avx2.cpp": AVX2 for part in ("rows", "products", "sparse")}
+    SOURCES |= {f"csrc/cpu/{part}_avx512.cpp": AVX512 for part in ("rows", "products", "sparse")}
     SOURCES |= {"csrc/cpu/products_avx512bf16.cpp": [*AVX512, AVX512_BF16]}
 LINK = ["-pthread"] + (["-ldl"] if sys.platform.startswith("linux") else [])
 

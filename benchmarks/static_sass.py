@@ -123,7 +123,8 @@ def find_loops(listing: str) -> list[Loop]:
     targets = _branches(instructions, labels)
     ranges = _ranges(targets)
     innermost = [r for r in ranges if not any(r != q and r[0] <= q[0] and q[1] <= r[1] for q in ranges)]
-    return [Loop(tuple(_main_path(instructions, targets, first, last))) for first, last in innermost]
+    paths = (_main_path(instructions, targets, first, last) for first, last in innermost)
+    return [Loop(tuple(path)) for path in paths if path]
 
 
 def spills(listing: str) -> tuple[int, int]:
@@ -151,7 +152,10 @@ def _ranges(targets: dict[int, int]) -> list[tuple[int, int]]:
 
 
 def _main_path(instructions: list[Instruction], targets: dict[int, int], first: int, last: int) -> list[Instruction]:
-    """The path from `first` to `last` that moves the most bytes; of several, the one with the fewest steps."""
+    """The path from `first` to `last` that moves the most bytes; of several, the one with the fewest steps.
+
+    [] if there is none: a branch back from code that was only placed later is no loop.
+    """
     best: dict[int, tuple[int, int, int]] = {first: (0, 0, -1)}  # index -> (bytes, -steps before it, predecessor)
     for at in range(first, last):
         if at not in best:
@@ -163,7 +167,7 @@ def _main_path(instructions: list[Instruction], targets: dict[int, int], first: 
         for successor in ({jump} if always else {at + 1, jump}) - {None}:
             if successor is not None and at < successor <= last:
                 best[successor] = max(best.get(successor, (-1, 0, -1)), (best[at][0] + moves, best[at][1] - 1, at))
-    path, at = [], last
+    path, at = [], last if last in best else -1
     while at >= 0:
         path.append(instructions[at])
         at = best[at][2]

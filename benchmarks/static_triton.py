@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .static_sass import (
     EXCHANGES,
     ITEM_BYTES,
@@ -29,6 +31,7 @@ from .static_sass import (
 )  # fmt: skip
 
 AMD = ("gfx942",)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
 
 # Instructions a column, by what a hot loop does: "read" sums up a row, "write" writes a gradient. No budget have
@@ -41,7 +44,10 @@ BUDGETS_CAPPED = {"read": 30.0, "write": 33.0}
 
 # Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a
 # kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
-SPILLS = {"forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16)}
+SPILLS = {
+    "forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16),
+    "hidden_gradient, any address": (2, 8),
+}  # fmt: skip
 
 TABLE = {  # a row's words: (kernel and variant, its loop)
     "statistics of a row: log-probability, entropy, logsumexp": ("forward, plain", "read"),
@@ -84,7 +90,8 @@ ROW_TYPES = {
     "g_logprobs": "*fp32", "g_entropies": "*fp32",
     "g_lses": "*fp32", "factor": "*fp32", "counts": "*fp32", "counts_size": "i32", "gradient": "*T",
     "gradient_outer_stride": "i64", "gradient_inner_stride": "i64", "rows": "i32", "values": "*T", "loss": "*fp32",
-    "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32",
+    "numbers": "*fp32", "cu_seqlens": "*i32", "sequences": "i32", "kept_ids": "*i32", "kept_offsets": "*i64",
+    "entries": "i64", "by_entry": "*T",
 }  # fmt: skip
 TOKEN_TYPES = {
     "logprobs": "*fp32", "old_logprobs": "*fp32", "ref_logprobs": "*fp32", "rollout_logprobs": "*fp32",
@@ -94,6 +101,13 @@ TOKEN_TYPES = {
     "p2": "fp32", "p3": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
     "g_logprobs": "*fp32", "g_entropies": "*fp32", "token_advantages": "*fp32", "token_weights": "*fp32",
     "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
+}  # fmt: skip
+
+SPARSE_TYPES = {
+    "hidden": "*T", "hidden_stride": "i64", "hidden_rows": "i64", "weight": "*T", "weight_stride": "i64",
+    "weight_rows": "i64", "ids": "*i32", "offsets": "*i64", "rows": "*i64", "active": "*u8", "entries": "i64",
+    "gradient": "*fp32", "order": "*i64", "destination": "*i64", "out": "*T", "out_stride": "i64", "out_rows": "i64",
+    "depth": "i32",
 }  # fmt: skip
 
 
@@ -110,6 +124,7 @@ class Variant:
     loops: tuple[str, ...] = ()  # the hot loops it must have
     objective: str = ""  # whose term is compiled in
     capped: bool = False  # whether logits have a softcap
+    kept: bool = False  # whether there are rows that keep some columns alone
 
 
 _CAP = ("tanh_hi", "tanh_lo")
@@ -125,6 +140,8 @@ _OPTIONAL = (
 _UNKNOWN = ("logprobs", "entropies")
 _TERMS = ("old_logprobs", "rollout_logprobs", *_KEPT, "log_ratios")
 _EVERYTHING = {"AGGREGATION": "group_mean", "KL_WEIGHTING": "ratio"}
+_SUMS, _OPERANDS = {"out": "*fp32"}, {"hidden": "*fp32", "weight": "*fp32"}
+_WIDE, _NARROW = {"ALIGNED": True}, {"ALIGNED": False}
 OBJECTIVES = ("GSPO", "GSPOToken", "PPO", "GMPO", "SAPO", "CISPO", "TOPR", "DPPO", "DRO")  # every term and ratio
 VARIANTS = (
     Variant("forward", "plain", _ROWS, loops=("read", "shifted")),
@@ -141,6 +158,25 @@ VARIANTS = (
     Variant("backward", "capped everything", ("row_indices",), _BF16, loops=("write",), capped=True),
     Variant("backward", "capped linear", (*_ROWS, *_GRADIENTS), _BF16, _FP32, loops=("write",), capped=True),
     Variant("forward_backward", "capped", _ROWS, loops=("read", "shifted", "write"), capped=True),
+    Variant("forward", "beside kept", _ROWS, _BF16, loops=("read", "shifted"), kept=True),
+    Variant("backward", "beside kept", (*_PLACED, "g_entropies", "g_lses"), _BF16, loops=("write",), kept=True),
+    Variant("forward_backward", "beside kept", _ROWS, _BF16, loops=("read", "shifted", "write"), kept=True),
+    Variant("kept_forward", "plain", _ROWS, constants={"FORM": "every"}, kept=True),
+    Variant("kept_forward", "gathered", ("temperature",), ("fp32",), constants={"FORM": "gathered"}, kept=True),
+    Variant("kept_forward", "capped", (), _BF16, constants={"FORM": "some"}, capped=True, kept=True),
+    Variant("kept_backward", "loss", (*_ROWS, "g_entropies", "g_lses"), constants={"FORM": "every"}, kept=True),
+    Variant("kept_backward", "gathered", ("temperature",), ("fp32",), constants={"FORM": "gathered"}, kept=True),
+    Variant("kept_backward", "capped", (), _BF16, constants={"FORM": "some"}, capped=True, kept=True),
+    Variant("kept_forward_backward", "plain", _ROWS, constants={"FORM": "every"}, kept=True),
+    Variant("kept_forward_backward", "gathered", _ROWS, ("fp32",), constants={"FORM": "gathered"}, kept=True),
+    Variant("kept_forward_backward", "capped", (), _BF16, constants={"FORM": "some"}, capped=True, kept=True),
+    Variant("kept_logits", "plain", ("active",), types=_SUMS, constants={**_WIDE, "ADD": False}),
+    Variant("kept_logits", "any address", (), _BF16, _SUMS, {**_NARROW, "ADD": True}),
+    Variant("kept_logits", "autocast", (), _BF16, {**_SUMS, **_OPERANDS}, {**_WIDE, "ADD": False}),
+    Variant("hidden_gradient", "plain", ("active",), constants=_WIDE),
+    Variant("hidden_gradient", "any address", (), _BF16, _SUMS, _NARROW),
+    Variant("weight_gradient", "plain", ("active",), constants=_WIDE),
+    Variant("weight_gradient", "any address", (), _BF16, _SUMS, _NARROW),
     Variant("scale", "plain", (), constants={"WHOLE": True}, loops=("scale",)),
     Variant("sequence", "GSPO", (*_OPTIONAL[1:], *_KEPT), ("fp32",), objective="GSPO"),
     Variant("sequence", "GSPO on-policy", (*_UNKNOWN, *_OPTIONAL, *_KEPT), ("fp32",), objective="GSPO"),
@@ -171,8 +207,9 @@ class Job:
         Every kernel is so compiled in each of its dtypes, every hot loop for each GPU, and for AMD everything but the
         terms of most objectives.
         """
+        beside_kept = self.variant.kept and self.variant.loops  # the same loops as without
         elsewhere = bool(self.variant.loops) or (self.target in AMD and self.variant.objective in ("", "GSPO", "DPPO"))
-        return self.target == "sm_90" or (elsewhere and self.dtype == self.variant.dtypes[0])
+        return self.target == "sm_90" or (elsewhere and not beside_kept and self.dtype == self.variant.dtypes[0])
 
 
 def jobs(only: str = "", sample: bool = False) -> list[Job]:
@@ -183,6 +220,7 @@ def jobs(only: str = "", sample: bool = False) -> list[Job]:
 def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compiler's options and the constants that a kernel is launched with."""
     import gspo_kernels
+    from gspo_kernels.linear import triton_sparse
     from gspo_kernels.losses import triton_stage
     from gspo_kernels.rows import triton_rows
 
@@ -196,9 +234,16 @@ def launch(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
             constants |= triton_stage.functions_of(objective)
         at_once = triton_stage.tokens_at_once(objective, of_stage.elements)
         return options, {**constants, "TOKENS_AT_ONCE": at_once}
+    if kernel in triton_sparse.LAUNCH:
+        of_products = triton_sparse.LAUNCH[kernel]
+        operand = job.variant.types.get("weight", f"*{job.dtype}").removeprefix("*")
+        width = 16 // ITEM_BYTES[operand]
+        sizes = triton_sparse.sizes(of_products, width, DTYPES[job.dtype], 32 if nvidia else 64)
+        return {"num_warps": of_products.num_warps, "enable_fp_fusion": True}, {**sizes, **job.variant.constants}
     layout = triton_rows.LAUNCH[kernel]
     if job.variant.capped:
         layout = triton_rows.for_cap(layout)
+    layout = triton_rows.for_form(layout, job.variant.constants.get("FORM"))
     element_size = ITEM_BYTES[job.dtype]
     sizes = triton_rows.sizes(kernel, layout, element_size, 32 if nvidia else 64)
     return triton_rows.compiler_options(layout, element_size, nvidia), {**sizes, "PTX": nvidia, **job.variant.constants}
@@ -210,16 +255,22 @@ def compile_kernel(job: Job) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from gspo_kernels.linear import triton_sparse
     from gspo_kernels.losses import triton_stage_kernels
     from gspo_kernels.rows import triton_rows
 
-    rows = job.variant.kernel in triton_rows.LAUNCH
     kernel = job.variant.kernel
-    function = triton_rows.kernels()[kernel] if rows else getattr(triton_stage_kernels, f"{kernel}_kernel")
+    if kernel in triton_rows.LAUNCH:
+        function, types = triton_rows.kernels()[kernel], ROW_TYPES
+    elif kernel in triton_sparse.LAUNCH:
+        function, types = triton_sparse.kernels()[kernel], SPARSE_TYPES
+    else:
+        function, types = getattr(triton_stage_kernels, f"{kernel}_kernel"), TOKEN_TYPES
     options, constants = launch(job)
-    types = {**(ROW_TYPES if rows else TOKEN_TYPES), **job.variant.types}
+    types = {**types, **job.variant.types}
     constants = {name: constants[name] for name in function.arg_names if name not in types}
-    absent = job.variant.absent if job.variant.capped else (*job.variant.absent, *_CAP)
+    without = (*(() if job.variant.capped else _CAP), *(() if job.variant.kept else ("kept_offsets",)))
+    absent = (*job.variant.absent, *without)
     constants |= dict.fromkeys(name for name in absent if name in function.arg_names)
     signature = {
         name: "constexpr" if name in constants else types[name].replace("T", job.dtype) for name in function.arg_names

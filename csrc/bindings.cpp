@@ -6,11 +6,11 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/products.h"
 #include "cpu/rows.h"
+#include "cpu/sparse.h"
 #if defined(GSPO_CUDA)
 #include "cuda/bindings.h"
 #endif
@@ -142,13 +142,6 @@ KeptForm form_of(const std::string& name) {
   throw std::invalid_argument("kept_form: expected all, some, every or gathered, got '" + name + "'");
 }
 
-// Memory that a thread keeps for its next task.
-void* thread_buffer(size_t bytes) {
-  static thread_local std::vector<char> buffer;
-  if (buffer.size() < bytes) buffer.resize(bytes);
-  return buffer.data();
-}
-
 // One call's rows: the logits, the inputs of each row, the columns that rows keep, and the number of threads.
 struct Rows {
   RowShape shape;
@@ -252,6 +245,36 @@ struct Rows {
   }
 };
 
+// ---- a sparse head
+
+const SparseInstructions& sparse_instructions() {
+#if defined(__x86_64__)
+  const std::string rows = instruction_set().name;
+  if (rows == "avx512") return kSparseAvx512;
+  if (rows == "avx2") return kSparseAvx2;
+#endif
+  return kSparseBaseline;
+}
+
+ElementType element_type(const std::string& dtype) {
+  if (dtype == "float32") return kFloat32;
+  if (dtype == "bfloat16") return kBFloat16;
+  if (dtype == "float16") return kFloat16;
+  throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
+}
+
+Matrix matrix(const std::string& dtype, uintptr_t data, int64_t rows, int64_t columns, int64_t row_stride) {
+  if (rows < 0 || columns < 0) throw std::invalid_argument("matrix: sizes out of range");
+  return {element_type(dtype), pointer<char>(data), rows, columns, row_stride};
+}
+
+SparseEntries sparse_entries(int64_t count, int64_t rows, uintptr_t ids, uintptr_t offsets, uintptr_t row_of,
+                             uintptr_t active) {
+  if (count < 0 || rows < 0) throw std::invalid_argument("entries: sizes out of range");
+  return {count, rows, pointer<const int32_t>(ids), pointer<const int64_t>(offsets), pointer<const int64_t>(row_of),
+          pointer<const bool>(active)};
+}
+
 // Sums in 24 bits, and `count` numbers of a product to add to them from sum `first` on.
 template <class F>
 void for_each_sum(int64_t count, int threads, const F& run) {
@@ -308,6 +331,39 @@ PYBIND11_MODULE(_native, m) {
         py::arg("product"), py::arg("count"), py::arg("pass_number"), py::arg("threads"));
   m.def("round_sums", &round_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("count"),
         py::arg("factor"), py::arg("threads"));
+  py::class_<Matrix>(m, "Matrix", py::module_local())
+      .def(py::init(&matrix), py::kw_only(), py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("columns"),
+           py::arg("row_stride"));
+  py::class_<SparseEntries>(m, "SparseEntries", py::module_local())
+      .def(py::init(&sparse_entries), py::kw_only(), py::arg("count"), py::arg("rows"), py::arg("ids"),
+           py::arg("offsets"), py::arg("row_of"), py::arg("active"));
+  m.def(
+      "kept_logits",
+      [](const Matrix& hidden, const Matrix& weight, const std::string& rounded_to, const SparseEntries& entries,
+         uintptr_t out, bool add, int threads) {
+        kept_logits(sparse_instructions(), hidden, weight, element_type(rounded_to), entries, pointer<float>(out), add,
+                    threads);
+      },
+      released(), py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("rounded_to"), py::arg("entries"),
+      py::arg("out"), py::arg("add"), py::arg("threads"));
+  m.def(
+      "hidden_gradient",
+      [](uintptr_t gradient, const Matrix& weight, const std::string& rounded_to, const SparseEntries& entries,
+         const Matrix& out, int threads) {
+        hidden_gradient(sparse_instructions(), pointer<const float>(gradient), weight, element_type(rounded_to),
+                        entries, out, threads);
+      },
+      released(), py::kw_only(), py::arg("gradient"), py::arg("weight"), py::arg("rounded_to"), py::arg("entries"),
+      py::arg("out"), py::arg("threads"));
+  m.def(
+      "weight_gradient",
+      [](uintptr_t gradient, const Matrix& hidden, const std::string& rounded_to, const SparseEntries& entries,
+         uintptr_t order, uintptr_t destination, const Matrix& out, int threads) {
+        weight_gradient(sparse_instructions(), pointer<const float>(gradient), hidden, element_type(rounded_to),
+                        entries, pointer<const int64_t>(order), pointer<const int64_t>(destination), out, threads);
+      },
+      released(), py::kw_only(), py::arg("gradient"), py::arg("hidden"), py::arg("rounded_to"), py::arg("entries"),
+      py::arg("order"), py::arg("destination"), py::arg("out"), py::arg("threads"));
   py::class_<Rows>(m, "Rows")
       .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
                     double, uintptr_t, uintptr_t, double, const std::string&, uintptr_t, uintptr_t, int64_t, int>(),

@@ -18,6 +18,9 @@ struct RowShape {
   int64_t vocab;
 };
 
+// A kept column, or a token, that is in another part of a vocabulary which is sharded over ranks.
+constexpr int32_t kAbsent = INT32_MIN;
+
 // Arrays of one number per row, in row order; a null pointer means "absent".
 struct RowInputs {
   LogitsView logits;

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .base import checks
-from .linear.from_hidden import explain_plan, linear_gspo_loss
+from .linear.from_hidden import linear_gspo_loss
+from .linear.plan_text import explain_plan
 from .losses.clipped import GSPO
 from .losses.from_logits import gspo_loss
 from .losses.objectives import check_objective
@@ -40,7 +41,6 @@ def explain(logits: Tensor, *arguments: Any, backend: str | None = None, **optio
     context_parallel = options.get("cp_group") is not None
     fields = [name for name in OPTIONAL_FIELDS if options.get(name) is not None]
     fields += [] if options.get("softcap") is None else ["tanh_scale"]
-    fields += [] if options.get("kept") is None else ["kept_ids", "kept_offsets", "kept_form"]
     head, *others = arguments or (options.pop("weight", None),)
     if not (isinstance(head, Tensor) and head.is_floating_point()):
         stage = stage_reason(objective, choose(logits, backend, fields, warn=False), context_parallel=context_parallel)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <thread>
@@ -64,6 +65,13 @@ void parallel_for(int64_t count, int64_t grain, int threads, const F& run) {
     for (std::thread& helper : helpers) helper.join();
   }
   if (work.failure) std::rethrow_exception(work.failure);
+}
+
+// Memory that a thread keeps for its next task.
+inline void* thread_buffer(size_t bytes) {
+  static thread_local std::vector<char> buffer;
+  if (buffer.size() < bytes) buffer.resize(bytes);
+  return buffer.data();
 }
 
 }  // namespace gspo

@@ -26,9 +26,6 @@ struct KeptColumns {
   void* buffer;  // of this thread, for the logits of one row's entries
 };
 
-// As an entry's column, or as a row's token: it is in another part of a vocabulary that is sharded over ranks.
-constexpr int32_t kAbsent = INT32_MIN;
-
 struct EntryRange {
   int64_t begin, end;
   int64_t count() const { return end - begin; }

@@ -19,6 +19,8 @@ from ..base import checks
 from ..base.layout import as_bool
 from ..losses.clipped import GRPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
+from ..losses.from_rows import KeptLogprobs
+from ..rows.kept import KeptTokens
 
 __all__ = ["policy_loss"]
 
@@ -36,7 +38,7 @@ REFUSED = (
 def policy_loss(
     args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one micro-batch, without a host sync.
+    """The loss of one micro-batch. Without kept sets (`rollout_top_p` 1) there is no host sync, with them one.
 
     Args:
         args: slime's arguments. `advantage_estimator` "gspo" selects GSPO-token, which equals GSPO where all tokens of
@@ -70,10 +72,18 @@ def policy_loss(
     objective = kind(args.eps_clip, high, args.eps_clip_c)
 
     by_token = args.calculate_per_token_loss
-    logprobs, entropy, _ = token_logprobs(
+    kept = kept_tokens(batch, rows) if getattr(args, "rollout_top_p", 1.0) != 1.0 else None
+    # Two distributions over a shard of the vocabulary have two gradients, which cannot both be written over the logits.
+    overwrite = not args.recompute_loss_function and (kept is None or tp_group is None)
+    found = token_logprobs(
         logits[0], rows.scatter(rows.token_ids, torch.int64), mask=mask, temperature=args.rollout_temperature,
-        tp_group=tp_group, overwrite_logits=not args.recompute_loss_function,
+        kept=kept, tp_group=tp_group, overwrite_logits=overwrite,
     )  # fmt: skip
+    if isinstance(found, KeptLogprobs):
+        assert found.full is not None
+        logprobs, entropy = found.kept.logprobs, found.full.entropy  # slime's entropy is of the whole vocabulary
+    else:
+        logprobs, entropy = found.logprobs, found.entropy
     pg_loss, stats = policy_loss_from_logprobs(
         logprobs, advantages[None], old_logprobs, objective=objective, mask=mask, cu_seqlens=rows.cu_seqlens,
         importance_weights=None if by_token else rows.scatter(shares(batch, rows.counts))[None],
@@ -111,6 +121,7 @@ class ResponseRows(NamedTuple):
     token_ids: list[Tensor]  # what they predict
     mask: list[Tensor]  # slime's loss masks for them
     length: int  # T, the number of rows of the logits
+    pieces: list[list[tuple[int, int]]]  # of each sample: the tokens of its response, begin to end
 
     def scatter(self, values: list[Tensor], at_least: torch.dtype = torch.float32) -> Tensor:
         """[T]: `values` at these rows, 0 elsewhere, in a dtype that holds them and `at_least`: float64 stays."""
@@ -122,7 +133,7 @@ class ResponseRows(NamedTuple):
 def response_rows(batch: Any, logits: Tensor, cp_rank: int, cp_size: int) -> ResponseRows:
     """The response rows of a packed batch [1, T, V / tp] on one context-parallel rank."""
     length, device = logits.shape[1], logits.device
-    ends, indices, token_ids, mask, counts = [0], [], [], [], []
+    ends, indices, token_ids, mask, counts, parts = [0], [], [], [], [], []
     for tokens, loss_mask, total, response in zip(
         batch["unconcat_tokens"], batch["loss_masks"], batch["total_lengths"], batch["response_lengths"], strict=True
     ):
@@ -132,13 +143,51 @@ def response_rows(batch: Any, logits: Tensor, cp_rank: int, cp_size: int) -> Res
         token_ids += [tokens[begin + 1 : end + 1] for begin, end, _ in pieces]
         mask += [loss_mask[begin - first : end - first] for begin, end, _ in pieces]
         counts.append(sum(end - begin for begin, end, _ in pieces))
+        parts.append([(begin - first, end - first) for begin, end, _ in pieces])
         ends.append(ends[-1] + sample_rows)
     no_rows = torch.zeros(0, dtype=torch.int64, device="cpu")
     return ResponseRows(
         torch.tensor([*ends, length], device="cpu").to(device, non_blocking=True),
         torch.cat([no_rows, *indices]).to(device, non_blocking=True),
-        counts, token_ids, mask, length,
+        counts, token_ids, mask, length, parts,
     )  # fmt: skip
+
+
+def kept_tokens(batch: Any, rows: ResponseRows) -> KeptTokens:
+    """What `--rollout-top-p` kept for each row, [T]. As in slime, the sampled token is kept in any case.
+
+    The engine samples with another kernel than the one that lists the set, so a token at its edge may be missing. To
+    see which, this copies the token ids to the host.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+    sets, sizes = [nothing], [nothing]
+    for i, pieces in enumerate(rows.pieces):
+        ids, offsets = (_listed(batch, f"rollout_top_p_token_{name}", i) for name in ("ids", "offsets"))
+        response = int(batch["response_lengths"][i])
+        if offsets.shape != (response + 1,):
+            raise ValueError(
+                f'batch["rollout_top_p_token_offsets"][{i}]: expected {response + 1} numbers, one more than the '
+                f"response has tokens; got {offsets.numel()}"
+            )
+        for begin, end in pieces:
+            sets.append(ids[int(offsets[begin]) : int(offsets[end])])
+            sizes.append(offsets[begin : end + 1].diff())
+    ids, counts = torch.cat(sets), torch.cat(sizes)
+    tokens = torch.cat([nothing, *(x.to("cpu", torch.int64) for x in rows.token_ids)])
+    row = torch.arange(tokens.numel(), device="cpu").repeat_interleave(counts)
+    missing = torch.ones_like(tokens, dtype=torch.bool)
+    missing[row[ids == tokens[row]]] = False
+    order = torch.cat([row, missing.nonzero()[:, 0]]).argsort(stable=True)
+    offsets = torch.nn.functional.pad((counts + missing).cumsum(0), (1, 0))
+    kept = KeptTokens(torch.cat([ids, tokens[missing]])[order], offsets, every_row=True)
+    return kept.to(rows.indices.device, non_blocking=True).scatter(rows.indices, rows.length)
+
+
+def _listed(batch: Any, name: str, sample: int) -> Tensor:
+    """slime's ragged arrays are lists, or int32 tensors on the CPU."""
+    if batch.get(name) is None:
+        raise ValueError(f'batch["{name}"]: expected what --rollout-top-p kept, because it is not 1; got None')
+    return torch.as_tensor(batch[name][sample], dtype=torch.int64, device="cpu")
 
 
 def rows_of(total: int, response: int, cp_rank: int, cp_size: int) -> tuple[int, list[tuple[int, int, int]]]:
@@ -181,9 +230,5 @@ def refuse(args: Any) -> None:
     for name in REFUSED:
         if getattr(args, name, None):
             raise NotImplementedError(f"{name}: expected it off with this loss; got {getattr(args, name)!r}")
-    if getattr(args, "rollout_top_p", 1.0) != 1.0:
-        raise NotImplementedError(
-            f"rollout_top_p: expected 1.0, as this loss normalises over the whole vocabulary; got {args.rollout_top_p}"
-        )
     if args.advantage_estimator == "cispo":
         raise NotImplementedError("advantage_estimator: expected one whose loss clips ratios; got 'cispo'")

@@ -14,6 +14,7 @@ from ..base.collectives import Ranks
 from ..base.devices import autocasts
 from ..rows.arguments import check_token_ids, check_vocab_size
 from ..rows.dispatch import check_name, choose
+from ..rows.kept import KeptTokens
 from ..rows.vocab_shard import VocabShard, VocabularyShard, shard_of, tp_ranks
 from .products import sum_dtype
 from .schedule import chunk_size
@@ -201,3 +202,27 @@ def check_head(
     dtype = product_dtype(hidden, weight)
     chunk_size(chunk_bytes, shard.usual_columns if shard else columns, dtype, hidden.device.type, gradient=False)
     return columns, int(chunk_bytes)
+
+
+def check_sparse_weight_grad(
+    given: Any, kept: KeptTokens | None, mask: Tensor | None, weight: Any, full_distribution: bool = False
+) -> None:
+    """Refuses a sparse gradient where the gradient is not sparse, or could not be taken as one. May read rows."""
+    checks.flag("sparse_weight_grad", given, "whether the weight's gradient is a sparse tensor")
+    if not given:
+        return
+    reason = ""
+    if kept is None:
+        reason = "because kept= is None, and all columns have a gradient"
+    elif full_distribution:
+        reason = "because full_distribution=True gives all columns a gradient"
+    elif torch.compiler.is_compiling():
+        reason = "under torch.compile, which takes no sparse gradient"
+    elif checks.is_dtensor(weight):
+        reason = "because weight is a DTensor, which takes no sparse gradient"
+    elif kept.every_row is not True:
+        whole = kept.counts == 0 if mask is None else (kept.counts == 0) & mask.reshape(-1)
+        if count := int(whole.sum()):
+            reason = f"because rows keep all columns, {count} of {len(kept)}, and their gradient is dense"
+    if reason:
+        raise ValueError(f"sparse_weight_grad: expected False, {reason}; got True")

@@ -5,9 +5,8 @@ Arguments, stats and numbers are those of the losses from logits.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -22,26 +21,35 @@ from ..base.layout import batch_shape
 from ..losses.arguments import agree_on_sequences
 from ..losses.clipped import GRPO, GSPO, PPO, GSPOToken
 from ..losses.from_logits import CLIP_RANGE, CommonOptions, policy_loss
-from ..losses.from_rows import TokenLogprobs
+from ..losses.from_rows import KeptLogprobs, TokenLogprobs
 from ..losses.objectives import Objective
 from ..losses.token_stage import LossOutput, TokenInputs, token_inputs
-from ..rows.arguments import agree_on_rows, check_mask, check_token_ids, check_vocab_size, row_arrays
+from ..rows.arguments import (
+    agree_on_rows,
+    check_full_distribution,
+    check_kept_tokens,
+    check_mask,
+    check_vocab_size,
+    row_arrays,
+)
+from ..rows.kept import KeptTokens
 from ..rows.vocab_shard import vocabulary_of
 from .arguments import (
     agree_on_chunks,
     check_head,
     check_operands,
+    check_sparse_weight_grad,
     head_ranks,
     operands_of,
     product_dtype,
     refuse_transforms,
     shard_of_head,
 )
-from .chunked_loss import plan_for
 from .head_term import low_rank_products, padded_rows, write_logits
+from .kept_rows import kept_rows, logprobs_of_kept_rows, loss_of_kept_rows
 from .operators import linear_loss, linear_row_stats
-from .products import explain_products, products, sum_dtype
-from .schedule import chunk_size, row_stride
+from .products import products
+from .schedule import row_stride
 from .types import HeadArguments, Operands
 
 
@@ -52,6 +60,24 @@ class LinearLossOptions(CommonOptions, total=False):
     low_rank: tuple[Tensor, Tensor] | None
     chunk_bytes: int | None
     skip_zero_advantage: bool
+    sparse_weight_grad: bool
+
+
+class LinearLogprobOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_token_logprobs` that do not change what it returns."""
+
+    bias: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    tp_group: Any
+    vocab_start: int | None
+    vocab_size: int | None
+    chunk_bytes: int | None
+    sparse_weight_grad: bool
+    backend: str | None
 
 
 @with_arguments_of(policy_loss)
@@ -70,6 +96,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: KeptTokens | None = None,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
@@ -87,6 +114,7 @@ def linear_policy_loss(
     cp_group: Any = None,
     chunk_bytes: int | None = None,
     skip_zero_advantage: bool = False,
+    sparse_weight_grad: bool = False,
     backend: str | None = None,
 ) -> LossOutput:
     """Policy loss of any objective from hidden states and the LM head, without the logits `hidden @ weight.T + bias`.
@@ -111,6 +139,10 @@ def linear_policy_loss(
             lora_B. Logits take both as float32 (float64 if hidden or weight is), also under autocast. Both are
             differentiable. They take r / D of the operations of the head, and memory for gradients of their sizes in
             float32; each chunk of logits is read and written once more. None: there is no such term.
+        kept: as in `policy_loss`. Kept columns alone are multiplied, of the unmasked rows: N K D operations for N rows
+            that keep K columns each, in place of N V D. Their logits exist all at once, and take K numbers a row. Rows
+            that keep the whole vocabulary take chunks as they do without `kept`, and their logits are computed again by
+            the backward; `stats.head` counts these rows, before the backward. More than one backward pass is supported.
 
     Args: parallel
         tp_group: the ranks over which the head is sharded, or a `VocabularyShard` of them: `weight`, `bias` and B of
@@ -134,6 +166,11 @@ def linear_policy_loss(
         skip_zero_advantage: leaves out sequences whose advantages are all 0: the loss and gradients are the same, but
             their tokens are in none of the stats. Not with a KL term, an entropy bonus or `DRO`, to which such
             sequences contribute.
+        sparse_weight_grad: with `kept`, whether the gradient of the weight is a sparse tensor of the columns that a row
+            keeps, as that of `torch.nn.Embedding(sparse=True)`. Then no zeros [V, D] are written, which take most of
+            the time otherwise. For `torch.optim.SGD` and `SparseAdam`; not for FSDP2 or torch.compile. Every unmasked
+            row has to keep some columns. On a GPU the host waits for the rows at the start, unless `kept.every_row`
+            is True, and in the backward for the number of columns.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
     propagates to the gradients of hidden and u in the rows that `policy_loss` names for logits; the gradients of
@@ -172,15 +209,19 @@ def linear_policy_loss(
                 f"skip_zero_advantage: expected an objective in which such sequences have no part; got "
                 f"{type(objective).__name__}, whose needs_advantage is False"
             )
+        check_kept_tokens(kept, token_ids)
         dtype = product_dtype(hidden, operands.weight)
         arrays = row_arrays(dtype, token_ids, batch.mask, temperature, logit_scale, softcap)
-        agree_on_rows(agreement, arrays, columns, shard)
+        check_sparse_weight_grad(sparse_weight_grad, kept, arrays.mask, weight)
+        agree_on_rows(agreement, arrays, columns, shard, kept)
         agree_on_sequences(agreement, inputs)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend, skip_zero_advantage)
     if skip_zero_advantage:
-        inputs = _without_zero_advantage(inputs)
+        inputs = without_zero_advantage(inputs)
         arrays = row_arrays(dtype, token_ids, inputs.batch.mask, temperature, logit_scale, softcap)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
+    if kept is not None:
+        return loss_of_kept_rows(kept_rows(arguments, arrays, kept, sparse_weight_grad), inputs)
     if torch.compiler.is_compiling() and objective.packed_parameters() is None:  # an operator takes no objects
         found = linear_row_stats(arguments)
         return inputs.stage().loss(found.logprobs.reshape(-1), found.entropy.reshape(-1))
@@ -259,6 +300,24 @@ def linear_ppo_loss(
     return linear_policy_loss(hidden, weight, token_ids, advantages, old_logprobs, objective=objective, **options)
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    kept: KeptTokens,
+    full_distribution: bool = ...,
+    **options: Unpack[LinearLogprobOptions],
+) -> KeptLogprobs: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, kept: None = None, **options: Unpack[LinearLogprobOptions]
+) -> TokenLogprobs: ...
+
+
 @with_arguments_of(linear_policy_loss)
 def linear_token_logprobs(
     hidden: Tensor,
@@ -271,12 +330,15 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: KeptTokens | None = None,
+    full_distribution: bool = True,
     tp_group: Any = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
+    sparse_weight_grad: bool = False,
     backend: str | None = None,
-) -> TokenLogprobs:
+) -> TokenLogprobs | KeptLogprobs:
     """Log-probability of each token, entropy and logsumexp of its row, from hidden states and the LM head.
 
     Use it under `torch.no_grad()` for old and reference log-probabilities: one product, nothing kept. They carry the
@@ -286,6 +348,13 @@ def linear_token_logprobs(
     Args: the batch
         token_ids: integers [B, T] or [N].
         mask: masked rows are not multiplied, and give 0.
+        kept: the columns from which each token was sampled. The result is then `KeptLogprobs(kept, full)`, of the
+            distribution over them and of that over all columns; differentiable in both.
+        full_distribution: with `kept`, whether to compute `full`. If not, it is None, and rows that keep some columns
+            are multiplied by these alone.
+
+    Args: memory and backend
+        sparse_weight_grad: as in `linear_policy_loss`, with `full_distribution=False` alone.
 
     The errors are those of `policy_loss`.
     """
@@ -297,10 +366,16 @@ def linear_token_logprobs(
         operands, shard = shard_of_head(operands, vocabulary)
         columns, chunk_bytes = check_head(operands, token_ids, vocabulary.size, chunk_bytes, backend, shard)
         dtype = product_dtype(operands.hidden, operands.weight)
+        check_kept_tokens(kept, token_ids)
+        check_full_distribution(full_distribution, kept)
         arrays = row_arrays(dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
-        agree_on_rows(agreement, arrays, columns, shard)
+        check_sparse_weight_grad(sparse_weight_grad, kept, arrays.mask, weight, full_distribution)
+        agree_on_rows(agreement, arrays, columns, shard, kept)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
+    if kept is not None:
+        of_rows = kept_rows(arguments, arrays, kept, sparse_weight_grad)
+        return logprobs_of_kept_rows(of_rows, token_ids.shape, full_distribution)
     return TokenLogprobs(*(x.reshape(token_ids.shape) for x in linear_row_stats(arguments)))
 
 
@@ -350,72 +425,7 @@ def _all_logits(operands: Operands, vocab: int) -> Tensor:
     return padded[:count].view(*hidden.shape[:-1], vocab)
 
 
-def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> str:
-    """How `linear_policy_loss` would compute these arguments, in a few lines. Reads mask and boundaries."""
-    names = ("token_ids", "advantages", "old_logprobs")
-    positional = dict(zip(names, arguments, strict=False))
-    if len(arguments) > len(names) or positional.keys() & options.keys():
-        twice = ", ".join(sorted(positional.keys() & options.keys())) or f"{len(arguments) - len(names)} more"
-        raise TypeError(
-            f"explain: expected hidden, weight, {', '.join(names)}, as of a loss, and every other argument by its "
-            f"name, each once; got {twice}"
-        )
-    given: dict[str, Any] = {"objective": GSPO(), **positional, **options}
-    dtype = product_dtype(hidden, weight)
-    vocabulary = vocabulary_of(*(given.get(name) for name in ("tp_group", "vocab_start", "vocab_size")))
-    operands = operands_of(hidden, weight, given.get("bias"), given.get("low_rank"))
-    operands, shard = shard_of_head(operands, vocabulary)
-    check_operands(operands, shard)
-    hidden, weight, low_rank = operands.hidden, operands.weight, operands.low_rank_hidden
-    columns = shard.usual_columns if shard else check_vocab_size(vocabulary.size, weight.shape[0])
-    needed = operands.needs_grad()
-    chunk = chunk_size(given.get("chunk_bytes"), columns, dtype, hidden.device.type, needed.any())
-    rows = hidden.numel() // hidden.shape[-1]
-    of_logits = str(sum_dtype(dtype)).removeprefix("torch.")
-    lines = [
-        f"chunks of up to {chunk.max_rows} rows of {columns} logits in {of_logits}",
-        explain_products(hidden.device, dtype),
-    ]
-    if low_rank is not None:
-        lines.append(f"a low-rank term of {low_rank.shape[-1]} columns is added to the logits of each chunk")
-    if "token_ids" not in given or "advantages" not in given:
-        return "\n".join(lines)
-    check_token_ids(given["token_ids"], hidden.shape[:-1], hidden.device, "row of hidden")
-    parameters = inspect.signature(policy_loss).parameters
-    batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
-    inputs = token_inputs(
-        batch, given["objective"], given["advantages"], given.get("old_logprobs"),
-        **{name: given.get(name, parameters[name].default) for name in _TOKEN_OPTIONS},
-    )  # fmt: skip
-    if given.get("skip_zero_advantage"):
-        inputs = _without_zero_advantage(inputs)
-    lengths = inputs.batch.layout().lengths_on_host()
-    or_zero = ", or of advantage 0 (skip_zero_advantage)" if given.get("skip_zero_advantage") else ""
-    lines.append(f"{rows - sum(lengths)} of {rows} rows are left out: masked{or_zero}")
-    steps = plan_for(inputs, lengths, chunk, needed)
-    for mode, meaning in _MODES.items():
-        found = [step for step in steps if step.mode == mode]
-        if found:
-            taken = sum(step.stop - step.start for step in found)
-            lines.append(f"{mode}: {taken} rows in {len(found)} step{'s' * (len(found) > 1)}: {meaning}")
-    if given.get("cp_group") is not None:
-        lines.append("of this rank's rows; over cp_group a sequence is as long as the longest part of it")
-    return "\n".join(lines)
-
-
-_TOKEN_OPTIONS = (
-    "ref_logprobs", "beta", "kl_estimator", "kl_weighting", "entropy_coef", "importance_weights", "rollout_logprobs",
-    "aggregation", "group_tokens", "normalizer", "max_log_ratio",
-)  # fmt: skip
-_MODES = {
-    "statistics": "nothing needs a gradient",
-    "single_pass": "gradients are computed while the logits of the chunk are in memory",
-    "deferred_scale": "the head needs no gradient; the gradient of hidden is scaled once the loss is known",
-    "recompute": "sequences longer than a chunk; the logits of their active rows are computed twice",
-}
-
-
-def _without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
+def without_zero_advantage(inputs: TokenInputs) -> TokenInputs:
     """Masks sequences whose advantages are all 0; the count of the batch keeps them."""
     batch = inputs.batch
     layout = batch.layout()

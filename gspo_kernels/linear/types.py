@@ -94,6 +94,32 @@ class HeadArguments:
         return Operands(self.hidden, self.weight, self.bias, self.low_rank_hidden, self.low_rank_weight)
 
 
+class Entries(NamedTuple):
+    """Which logits a sparse head computes: entry e is that of row rows[e] in column ids[e]."""
+
+    ids: Tensor  # int32 [E]; ABSENT: the column is on another rank
+    offsets: Tensor  # int64 [N + 1]: row i of the hidden states has the entries from offsets[i] to offsets[i + 1]
+    rows: Tensor  # int64 [E]
+    active: Tensor | None  # bool [N]; rows that are False are not read. None: all are active
+
+
+class KeptColumns(NamedTuple):
+    """Which columns rows keep, and how the gradient of the head is returned."""
+
+    ids: Tensor  # int32 [E], of the whole vocabulary
+    offsets: Tensor  # int64 [N + 1]
+    sparse_weight_grad: bool  # whether the weight's gradient is a sparse tensor of the columns that have entries
+
+
+def entries_of(arguments: HeadArguments, kept: KeptColumns) -> Entries:
+    """The entries of this rank's head; in bounds whatever the offsets are, which a GPU does not check."""
+    ids = kept.ids if arguments.shard is None else arguments.shard.local_kept(kept.ids)
+    last = max(arguments.token_ids.numel() - 1, 0)
+    rows = torch.searchsorted(kept.offsets, torch.arange(ids.shape[0], device=ids.device), right=True) - 1
+    mask = arguments.mask
+    return Entries(ids, kept.offsets, rows.clamp(0, last), None if mask is None else mask.reshape(-1))
+
+
 @dataclass(frozen=True)
 class SelectedRows:
     """The rows of the hidden states that are multiplied by the head; the arrays have an entry for each of them."""

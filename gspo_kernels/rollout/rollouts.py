@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..base import checks
+from ..rows.kept import KeptTokens
+from .kept_sets import KeptSets, kept_rows
 
 # Stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
 LOWEST = -9999.0
@@ -24,6 +26,7 @@ class PromptedRollouts(NamedTuple):
     old_logprobs: Tensor  # [P + N] float32, NaN where the mask is False
     mask: Tensor  # [P + N] bool, True where a token of a response is predicted
     cu_seqlens: Tensor  # [S + 1] int64
+    kept: KeptTokens | None = None  # of [P + N] rows, for `kept=`: row t keeps what `token_ids[t]` was drawn from
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Rollouts:
     group_ids: Tensor | None  # [S] int64, for `group_advantages`: equal for equal prompts. None: prompts not known
     prompt_ids: Tensor | None  # [P] int64, the prompt of each response, packed
     prompt_cu_seqlens: Tensor | None  # [S + 1] int64
+    kept: KeptTokens | None = None  # of N rows: the ids from which each token was drawn. None: not returned
 
     def with_prompts(self) -> PromptedRollouts:
         """Targets for a causal model that reads prompt and response, shifted as `next_token_targets` does.
@@ -65,7 +69,8 @@ class Rollouts:
         old_logprobs[at_response - 1] = self.old_logprobs
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         mask[at_response - 1] = self.mask
-        return PromptedRollouts(input_ids, input_ids.roll(-1), old_logprobs, mask, boundaries)
+        kept = None if self.kept is None else self.kept.scatter(at_response - 1, input_ids.numel())
+        return PromptedRollouts(input_ids, input_ids.roll(-1), old_logprobs, mask, boundaries, kept)
 
 
 class Response(NamedTuple):
@@ -76,6 +81,7 @@ class Response(NamedTuple):
     logprobs: list[float]  # NaN where there is none
     finish_reason: str
     prompt: list[int] | None
+    kept: KeptSets | None = None
 
 
 def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
@@ -95,6 +101,7 @@ def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
         without = next(each.where for each in found if each.prompt is None)
         raise ValueError(f"{without}: expected prompt token ids, as other responses have; got none. Pass prompt_ids=")
     known = len(prompts) == len(found)
+    kept = kept_rows([(each.where, each.token_ids, each.kept) for each in found], mask.tolist())
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     return Rollouts(
         token_ids=_integers([x for each in found for x in each.token_ids], device),
@@ -105,7 +112,13 @@ def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
         group_ids=_integers([numbers[tuple(prompt)] for prompt in prompts], device) if known else None,
         prompt_ids=_integers([x for prompt in prompts for x in prompt], device) if known else None,
         prompt_cu_seqlens=_boundaries([len(prompt) for prompt in prompts], device) if known else None,
+        kept=None if kept is None else _kept_tokens(kept).to(device),
     )
+
+
+def _kept_tokens(rows: list[list[int]]) -> KeptTokens:
+    cpu = torch.device("cpu")
+    return KeptTokens(_integers(list(itertools.chain.from_iterable(rows)), cpu), _boundaries(list(map(len, rows)), cpu))
 
 
 def _refuse(found: list[Response], values: Tensor, wrong: Tensor, expected: str, hint: str) -> None:

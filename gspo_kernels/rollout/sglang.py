@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..base import checks
+from .kept_sets import KeptSets, read_kept
 from .parsing import (
     agreed_prompt,
     check_count,
@@ -36,7 +37,10 @@ def from_sglang(
 
     SGLang computes log-probabilities after penalties and after dividing by the temperature, so give the losses the same
     `temperature`; if the server runs with SGLANG_RETURN_ORIGINAL_LOGPROB, pass `temperature=1.0`. They do not include
-    top-k, top-p and min-p (older versions included top-p): sample without these filters.
+    top-k, top-p and min-p (older versions included top-p). To sample with these filters, send
+    `return_sampling_mask=True`: the result then has `kept`, and `old_logprobs` are `output_token_sampling_logprobs`,
+    those of the distribution over the kept sets, in either `sampling_logprobs_mode`. `return_logprob` is not needed
+    then, where the output has `output_ids`.
 
     Args:
         prompt_ids: the prompt's token ids for each element of `outputs`, of which SGLang returns one per response
@@ -68,28 +72,16 @@ def _response(where: str, output: Any, prompt: Any, given: list[int] | None) -> 
             f"{where}.meta_info: expected what /generate returns, or a chat's choice with return_meta_info=true, "
             f"because other responses have no token ids; got {describe(output)}"
         )
-    here = f"{where}.meta_info.output_token_logprobs"
-    rows = get(meta, "output_token_logprobs")
-    if rows is None:
-        raise ValueError(f"{here}: expected [(logprob, token id, text), ...]; got none: send return_logprob=true")
     reason = get(meta, "finish_reason")
     if reason is None:
         raise ValueError(
             f"{where}.meta_info.finish_reason: expected that of a whole response; got None, a part of a stream"
         )
-    rows = _rows(here, rows)
-    token_ids = read_ids(here, [token for _, token, *_ in rows], "[1]")
-    logprobs = read_logprobs(here, [logprob for logprob, *_ in rows], "[0]")
-    if (count := get(meta, "completion_tokens")) is not None:
-        named = f"{where}.meta_info.completion_tokens"
-        check_count(here, len(rows), checks.whole(named, count, "how many tokens were sampled"))
-    if (output_ids := get(output, "output_ids")) is not None:
-        output_ids = read_ids(f"{where}.output_ids", output_ids)
-        check_count(here, len(rows), len(output_ids))
-        if output_ids != token_ids:
-            raise ValueError(
-                f"{where}.output_ids: expected the token ids of meta_info.output_token_logprobs; got others"
-            )
+    token_ids, logprobs = _tokens(where, output, meta)
+    named = f"{where}.meta_info.output_token_sampling_mask"
+    kept = read_kept(named, get(meta, "output_token_sampling_mask"), len(token_ids))
+    if kept is not None:
+        logprobs = _kept_logprobs(f"{where}.meta_info.output_token_sampling_logprobs", meta, token_ids, kept)
     prompt = get(output, "prompt_token_ids") if prompt is None else prompt
     inputs = get(meta, "input_token_logprobs")
     if prompt is None and inputs is not None:
@@ -98,7 +90,47 @@ def _response(where: str, output: Any, prompt: Any, given: list[int] | None) -> 
         if inputs and len(inputs) == get(meta, "prompt_tokens"):  # otherwise they start later in the prompt
             prompt = read_ids(here, [token for _, token, *_ in inputs], "[1]")
     kind = str(get(reason, "type") if isinstance(reason, Mapping) else reason)
-    return Response(where, token_ids, logprobs, kind, agreed_prompt(where, prompt, given))
+    return Response(where, token_ids, logprobs, kind, agreed_prompt(where, prompt, given), kept)
+
+
+def _tokens(where: str, output: Any, meta: Any) -> tuple[list[int], list[float]]:
+    """Token ids, with log-probabilities over the whole vocabulary: none where kept sets alone were requested."""
+    here = f"{where}.meta_info.output_token_logprobs"
+    rows, output_ids = get(meta, "output_token_logprobs"), get(output, "output_ids")
+    if output_ids is not None:
+        output_ids = read_ids(f"{where}.output_ids", output_ids)
+    if rows is not None:
+        rows = _rows(here, rows)
+        token_ids = read_ids(here, [token for _, token, *_ in rows], "[1]")
+    elif output_ids is not None and get(meta, "output_token_sampling_mask") is not None:
+        here, rows, token_ids = f"{where}.output_ids", [], output_ids
+    else:
+        raise ValueError(f"{here}: expected [(logprob, token id, text), ...]; got none: send return_logprob=true")
+    if (count := get(meta, "completion_tokens")) is not None:
+        named = f"{where}.meta_info.completion_tokens"
+        check_count(here, len(token_ids), checks.whole(named, count, "how many tokens were sampled"))
+    if output_ids is not None:
+        check_count(here, len(token_ids), len(output_ids))
+        if output_ids != token_ids:
+            raise ValueError(
+                f"{where}.output_ids: expected the token ids of meta_info.output_token_logprobs; got others"
+            )
+    return token_ids, read_logprobs(here, [logprob for logprob, *_ in rows], "[0]")
+
+
+def _kept_logprobs(where: str, meta: Any, token_ids: list[int], kept: KeptSets) -> list[float]:
+    """The sampled tokens' log-probabilities over the kept sets: one a token, or one for each id of its set."""
+    values = get(meta, "output_token_sampling_logprobs")
+    if values is None:
+        raise ValueError(f"{where}: expected the log-probabilities that come with output_token_sampling_mask; got none")
+    values = read_list(where, values, "log-probabilities over the kept ids")
+    check_count(where, len(values), len(token_ids))
+    for i, (value, token, row) in enumerate(zip(values, token_ids, kept.rows, strict=True)):
+        if isinstance(value, (list, tuple)):  # sampling_logprobs_mode="support"
+            if len(value) != len(row):
+                raise ValueError(f"{where}[{i}]: expected one for each of the {len(row)} kept ids; got {len(value)}")
+            values[i] = value[row.index(token)] if token in row else None
+    return read_logprobs(where, values)
 
 
 def _rows(where: str, values: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Outputs of vLLM as packed arrays: the log-probabilities of a rollout, ready to be `old_logprobs`.
 
 vLLM is not imported: outputs are recognised by their fields, as objects or as JSON. Formats: `vllm/outputs.py`,
-`vllm/logprobs.py` and `vllm/entrypoints/openai/*/protocol.py`, as of 0.9 to 0.20.
+`vllm/logprobs.py` and `vllm/entrypoints/openai/*/protocol.py`, as of 0.9 to 0.32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..base import checks
+from .kept_sets import read_kept
 from .parsing import (
     agreed_prompt,
     check_count,
@@ -43,8 +44,10 @@ def from_vllm(
 
     vLLM's default, `logprobs_mode="raw_logprobs"`, gives log-probabilities of the model's own logits, before penalties,
     temperature, top-k and top-p: pass `temperature=1.0` to the losses. To sample at another temperature, start vLLM
-    with `logprobs_mode="processed_logprobs"` and give the losses the same `temperature`. With top-k or top-p, processed
-    log-probabilities are those of the filtered distribution, which no loss here computes.
+    with `logprobs_mode="processed_logprobs"` and give the losses the same `temperature`. To sample with top-k, top-p or
+    min-p, add `return_sampling_mask=True` (vLLM 0.28 and later; on the server, `/inference/v1/generate` returns it):
+    the result then has `kept`, for the losses' `kept=`, and processed log-probabilities are those of the distribution
+    over these sets. Without kept sets they belong to no distribution that a loss computes.
 
     Args:
         outputs: see above. Requests must have finished; parts of a stream are refused.
@@ -93,7 +96,12 @@ def _responses(requests: list[Any], prompts: Any) -> Iterator[Response]:
                 )
             check_count(f"{here}.logprobs", len(positions), len(token_ids))
             values = _sampled_logprobs(here, token_ids, positions)
-            yield Response(here, token_ids, values, str(get(completion, "finish_reason")), prompt)
+            masks = get(completion, "sampling_mask")
+            named = f"{here}.sampling_mask"
+            if masks is not None and (lists := get(masks, "token_ids")) is not None:
+                masks, named = lists, f"{named}.token_ids"
+            kept = read_kept(named, masks, len(token_ids))
+            yield Response(here, token_ids, values, str(get(completion, "finish_reason")), prompt, kept)
 
 
 def _sampled_logprobs(where: str, token_ids: list[int], positions: Any) -> list[float]:
@@ -157,4 +165,5 @@ def _server_responses(where: str, response: Any, choices: Any, given: list[int] 
         check_count(f"{here}.logprobs", len(values), len(token_ids))
         prompt = get(choice, "prompt_token_ids")  # a completion's choice has it, a chat's response
         prompt = agreed_prompt(here, get(response, "prompt_token_ids") if prompt is None else prompt, given)
-        yield Response(here, token_ids, read_logprobs(origin, values, part), str(reason), prompt)
+        kept = read_kept(f"{here}.sampling_mask", get(choice, "sampling_mask"), len(token_ids))
+        yield Response(here, token_ids, read_logprobs(origin, values, part), str(reason), prompt, kept)

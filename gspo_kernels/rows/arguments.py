@@ -220,9 +220,9 @@ def agree_on_rows(
         "token_ids": fingerprint(token_ids, mask),
         "softcap (as logit_scale / softcap)": None if tanh_scale is None else float(tanh_scale),
         "temperature (with logit_scale and softcap)": fingerprint(by_row, mask),
+        "kept.offsets": None if kept is None else fingerprint(kept.offsets),
+        "kept.token_ids": None if kept is None else fingerprint(kept.token_ids),
     }
-    if kept is not None:
-        rows |= {"kept.offsets": fingerprint(kept.offsets), "kept.token_ids": fingerprint(kept.token_ids)}
     agreement.same(rows, over=group)
 
 

@@ -19,7 +19,7 @@ except ImportError as error:
     _unavailable_reason = why_missing(error)
 
 name = "native"
-honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept_ids", "kept_offsets", "kept_form"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept"})
 has_kernels = True
 runs_stage_in_triton = False
 computes_slopes = False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import checks
+from .kept_filter import kept_of_logits, kept_of_mask
 
 HIGHEST_ID = (1 << 31) - 1
 
@@ -79,6 +80,50 @@ class KeptTokens:
         made = cls(ids, offsets)
         return made if device is None else made.to(device)
 
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        *,
+        top_p: float | Tensor | None = None,
+        top_k: int | Tensor | None = None,
+        min_p: float | Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        mask: Tensor | None = None,
+        vocab_size: int | None = None,
+    ) -> KeptTokens:
+        """What an engine's filters keep of these logits: vLLM's rules, in its order (`kept_filter`).
+
+        For logits of your own sampler. Where an engine returns its sets, take those: another rounding of the logits
+        moves columns across a filter's edge, and the sampled token may be one of them. A row that loses no column has
+        no entries, nor has a row with NaN. Deterministic; memory for 4 million logits at a time. Waits for a GPU.
+
+        Args:
+            logits: [B, T, V] or [N, V], any float dtype, finished: after the model's own softcap and scale. Of all
+                columns; a shard of the vocabulary does not tell what the others keep.
+            top_p: above 0, at most 1. 1 or None: off.
+            top_k: 0, -1 or None: off. Columns that equal the k-th largest are all kept.
+            min_p: from 0 to 1, of the largest probability. 0 or None: off.
+            temperature: what the logits are divided by first.
+            mask: [B, T] or [N]: rows that are False are not read and have no entries.
+            vocab_size: columns from this one on are padding and never kept. None: all columns are tokens.
+
+        Numbers, or tensors of one number per row ([B, T] or [N]) or per sequence ([B, 1]).
+        """
+        return cls._checked(
+            *kept_of_logits(
+                logits, top_p=top_p, top_k=top_k, min_p=min_p, temperature=temperature, mask=mask, vocab_size=vocab_size
+            )
+        )
+
+    @classmethod
+    def from_mask(cls, keep: Tensor) -> KeptTokens:
+        """From a dense mask [rows, V] or [B, T, V]: bool, or 0 and 1. Waits for a GPU.
+
+        A row that is all True, or all False, keeps the whole vocabulary.
+        """
+        return cls._checked(*kept_of_mask(keep), None)
+
     def to_lists(self) -> list[list[int] | None]:
         """The ids of each row; None where it keeps the whole vocabulary. Waits for a GPU."""
         ids, ends = self.token_ids.tolist(), self.offsets.tolist()
@@ -104,6 +149,11 @@ class KeptTokens:
 
     def pin_memory(self) -> KeptTokens:
         return self._checked(self.token_ids.pin_memory(), self.offsets.pin_memory(), self.every_row)
+
+    def scatter(self, rows: Tensor, length: int) -> KeptTokens:
+        """These rows as rows number `rows` (ascending) of `length`, of which the others keep the whole vocabulary."""
+        counts = torch.zeros(length, dtype=torch.int64, device=self.device).index_copy(0, rows, self.counts)
+        return self._checked(self.token_ids, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), self.every_row)
 
     def __getitem__(self, rows: Any) -> KeptTokens:
         """Some rows, as those of a mini-batch: a slice with a step of 1, or int64 or bool numbers of rows.

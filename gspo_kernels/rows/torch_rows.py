@@ -17,7 +17,7 @@ from .types import ABSENT, Rows, RowStats, TokenSlope, Upstream, capped, empty_s
 from .types import scaled_logits as scaled_logits
 
 name = "reference"
-honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept_ids", "kept_offsets", "kept_form"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept"})
 has_kernels = False
 runs_stage_in_triton = False
 computes_slopes = False

@@ -14,6 +14,7 @@ from .triton_columns import (
     column_pointers,
     columns_before_boundary,
     edges,
+    has_entries,
     is_active,
     row_kernel,
     row_pointer,
@@ -64,16 +65,14 @@ def coefficients(g_logprob, g_entropy, g_lse, logprob, entropy, lse_hi, lse_lo, 
 
 
 @triton.jit
-def cap_coefficients(base, constant, slope, at_target, entropy, lse_hi, lse_lo, scale, source, vocab, target, tanh_hi,
-                     tanh_lo, PTX: tl.constexpr):  # fmt: skip
+def cap_coefficients(base, constant, slope, at_target, entropy, lse_hi, lse_lo, scale, logit, tanh_hi, tanh_lo,
+                     PTX: tl.constexpr):  # fmt: skip
     """(base, constant, slope, target, scale, pivot) of a row with a cap, from what `coefficients` returned:
 
         dL/dx = 2^t (constant + slope t) E / (E + 1)^2,    t = (E - P) / (E + 1) scale - base,
 
-    see triton_tanh.py. The pivot P belongs to the row's mean logit, about which most of the probability is.
-
-    Where the gradient is written over the logits, a thread may read the target's logit after another thread has
-    replaced it. Then that other thread is the one that writes the target's column.
+    see triton_tanh.py. The pivot P belongs to the row's mean logit, about which most of the probability is. `logit`:
+    the target's.
     """
     pivot = pivot_near(((lse_hi - entropy) + lse_lo) / (scale * LN2_HI))
     level_hi, level_lo = level_of(pivot, scale)
@@ -81,11 +80,20 @@ def cap_coefficients(base, constant, slope, at_target, entropy, lse_hi, lse_lo, 
     tanh_scale = tanh_hi * (0.5 * LN2_HI)
     factor = exp2_pair(-lost, 0.0) * (4.0 * tanh_scale)
     constant, slope = factor * (constant - slope * lost), factor * slope
-    logit = tl.load(source + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
     _, _, derivative = tanh_pair(logit, tanh_hi, tanh_lo)
     at_target *= derivative * tanh_scale
     at_target = tl.where(tl.abs(at_target) < TINY, 0.0, at_target)
     return base, constant, slope, at_target, steepness(pivot, scale, PTX), pivot
+
+
+@triton.jit
+def logit_of(source, vocab, target):
+    """A row's logit of the target, or 0 if it has none.
+
+    Where the gradient is written over the logits, a thread may read it after another thread has replaced it. Then that
+    other thread is the one that writes the target's column.
+    """
+    return tl.load(source + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -215,17 +223,19 @@ def backward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
     token_ids, mask, temperature, scale, scale_error, tanh_hi, tanh_lo,
     row_indices, logprobs, entropies, lses, g_logprobs, g_entropies, g_lses, factor, counts, counts_size: tl.int32,
-    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
+    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64, kept_offsets, entries: tl.int64,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each row from those of its statistics. Reads a row once and writes it; a row without one is zeroed.
 
     Row i belongs to row i of the logits, or with `row_indices` to their row row_indices[i]. The gradient may have
-    another dtype.
+    another dtype. Rows with entries are left to `kept_backward_kernel`.
 
     The last rows come first: the forward read them last, so the cache may still have them.
     """
     row = tl.num_programs(0) - 1 - tl.program_id(0)
+    if has_entries(kept_offsets, row, entries):
+        return
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
     SLOPE: tl.constexpr = g_entropies is not None
     destination = row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
@@ -249,7 +259,7 @@ def backward_kernel(
         pivot = 0.0
         if tanh_hi is not None:
             base, constant, slope, at_target, s, pivot = cap_coefficients(
-                base, constant, slope, at_target, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
+                base, constant, slope, at_target, h, hi, lo, s, logit_of(source, vocab, target), tanh_hi, tanh_lo, PTX
             )
         if is_far(hi, power, tanh_hi):
             largest_logit = largest_logit_of(hi, lo, power, h, s, error)

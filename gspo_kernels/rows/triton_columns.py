@@ -18,7 +18,7 @@ import functools
 import triton
 import triton.language as tl
 
-from .triton_math import LN2_HI, LOG2E_HI, LOG2E_LO, fma, join_columns, quotient
+from .triton_math import INFINITY, LN2_HI, LOG2E_HI, LOG2E_LO, fma, join_columns, quotient
 
 
 @triton.jit
@@ -133,15 +133,67 @@ def is_active(mask, row):
         return tl.load(mask + row) != 0
 
 
+# ---- rows that keep some columns
+
+ABSENT = tl.constexpr(-(1 << 31))  # as in types.py
+
+
+@triton.jit
+def entries_of(kept_offsets, row, entries):
+    """(Where a row's entries begin, how many there are), never outside of all `entries`."""
+    begin = tl.minimum(tl.maximum(tl.load(kept_offsets + row), 0), entries)
+    end = tl.minimum(tl.load(kept_offsets + row + 1), entries)
+    return begin, tl.minimum(tl.maximum(end - begin, 0), 0x7FFF0000).to(tl.int32)
+
+
+@triton.jit
+def has_entries(kept_offsets, row, entries):
+    if kept_offsets is None:
+        return False
+    else:
+        _, count = entries_of(kept_offsets, row, entries)
+        return count > 0
+
+
+@triton.jit
+def kept_target(token_ids, row):
+    """The id to find among a row's entries; -1 if there can be none."""
+    token = tl.load(token_ids + row)
+    return tl.where((token >= 0) & (token <= 0x7FFFFFFF) | (token == ABSENT), token, -1).to(tl.int32)
+
+
+@triton.jit
+def load_ids(ids, at, count):
+    return tl.load(ids + at, mask=at < count, other=ABSENT)
+
+
+@triton.jit
+def is_column(id, vocab, GATHERED: tl.constexpr):
+    """Whether the logit of an id may be read."""
+    if GATHERED:
+        return id >= 0
+    else:
+        return (id >= 0) & (id < vocab)
+
+
+@triton.jit
+def load_entries(row, id, at, vocab, GATHERED: tl.constexpr):
+    """float32 logits of the entries `at`: -inf where the id is ABSENT, NaN where it is no column."""
+    column = at if GATHERED else id
+    x = tl.load(row + column, mask=is_column(id, vocab, GATHERED), other=float("nan")).to(tl.float32)
+    return tl.where(id == ABSENT, -INFINITY, x)
+
+
 # Arguments that vary from call to call do not trigger recompilation. Integers have declared types: otherwise Triton
 # chooses 32 or 64 bits by the value, and a stride of 2^31 or more compiles another kernel.
 
 _VARIES = [
     "outer_stride", "inner_stride", "inner", "vocab", "counts_size", "scale", "scale_error", "tanh_hi", "tanh_lo",
-    "gradient_outer_stride", "gradient_inner_stride", "rows", "sequences",
+    "gradient_outer_stride", "gradient_inner_stride", "rows", "sequences", "entries",
 ]  # fmt: skip
 _ANY_ADDRESS = [
     "logits", "token_ids", "mask", "temperature", "row_indices", "logprobs", "entropies", "lses", "g_logprobs",
-    "g_entropies", "g_lses", "factor", "counts", "gradient", "values", "loss", "numbers", "cu_seqlens",
+    "g_entropies", "g_lses", "factor", "counts", "gradient", "values", "loss", "numbers", "cu_seqlens", "kept_ids",
+    "kept_offsets", "by_entry",
 ]  # fmt: skip
 row_kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_columns import load_entries, load_ids
 from .triton_math import (
     FAR_LSE,
     INFINITY,
@@ -32,14 +33,21 @@ from .triton_math import (
 
 
 @triton.jit
-def largest_and_count(row, vocab, target, BLOCK: tl.constexpr):
-    """(The largest logit of all columns but the target, how many have it): (-inf, 0) if none, NaN for NaN or +inf."""
+def largest_and_count(row, ids, columns, vocab, target, BLOCK: tl.constexpr, GATHERED: tl.constexpr):
+    """(The largest logit of all columns but the target, how many have it): (-inf, 0) if none, NaN for NaN or +inf.
+
+    `columns`: how many there are, all of the row's or, with `ids`, those of its entries.
+    """
     at = tl.arange(0, BLOCK)
     largest_logit = tl.full([BLOCK], -INFINITY, tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        there = (start + at < vocab) & (start + at != target)
-        x = tl.load(row + start + at, mask=there, other=-INFINITY).to(tl.float32)
+    for start in range(0, columns, BLOCK):
+        if ids is None:
+            there = (start + at < columns) & (start + at != target)
+            x = tl.load(row + start + at, mask=there, other=-INFINITY).to(tl.float32)
+        else:
+            id = load_ids(ids, start + at, columns)
+            x = tl.where(id == target, -INFINITY, load_entries(row, id, start + at, vocab, GATHERED))
         x = tl.where(x == x, x, INFINITY)
         new_largest = tl.maximum(largest_logit, x)
         count = tl.where(largest_logit == new_largest, count, 0.0) + tl.where(x == new_largest, 1.0, 0.0)
@@ -117,20 +125,35 @@ def _no_subnormal(x):
 
 
 @triton.jit
-def write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, entropy, scale,
-              BLOCK: tl.constexpr):  # fmt: skip
-    """Writes the gradient of such a row: every largest logit has the probability exp(-entropy), others have 0."""
-    DTYPE: tl.constexpr = destination.dtype.element_ty
+def far_values(g_logprob, g_entropy, g_lse, entropy, scale):
+    """The four numbers that a far row's gradient consists of: at a largest logit and elsewhere, then of the target.
+
+    Every largest logit has the probability exp(-entropy), others have 0.
+    """
     p, inverse_temperature = exp(-entropy), scale * LN2_HI
     nothing = g_entropy * 0.0  # or NaN
     at_largest = _no_subnormal((g_lse - g_logprob + nothing) * p * inverse_temperature)
     elsewhere = tl.where(at_largest == at_largest, 0.0, at_largest)
     target_largest = _no_subnormal((p * g_lse - g_logprob * expm1(-entropy) + nothing) * inverse_temperature)
     target_elsewhere = _no_subnormal((g_logprob + nothing) * inverse_temperature)
+    return at_largest, elsewhere, target_largest, target_elsewhere
+
+
+@triton.jit
+def far_gradient(is_largest, is_target, at_largest, elsewhere, target_largest, target_elsewhere):
+    of_target = tl.where(is_largest, target_largest, target_elsewhere)
+    return tl.where(is_target, of_target, tl.where(is_largest, at_largest, elsewhere))
+
+
+@triton.jit
+def write_far(source, destination, vocab, target, largest_logit, g_logprob, g_entropy, g_lse, entropy, scale,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """Writes the gradient of such a row."""
+    DTYPE: tl.constexpr = destination.dtype.element_ty
+    a, b, c, d = far_values(g_logprob, g_entropy, g_lse, entropy, scale)
     at = tl.arange(0, BLOCK)
     for start in range(0, vocab, BLOCK):
         there = start + at < vocab
         is_largest = tl.load(source + start + at, mask=there, other=0).to(tl.float32) == largest_logit
-        of_target = tl.where(is_largest, target_largest, target_elsewhere)
-        g = tl.where(start + at == target, of_target, tl.where(is_largest, at_largest, elsewhere))
+        g = far_gradient(is_largest, start + at == target, a, b, c, d)
         tl.store(destination + start + at, narrow(g, DTYPE), mask=there)

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from .triton_columns import (
+    ABSENT,
     block_start,
     first_block,
+    has_entries,
     is_active,
     load_columns,
     phase_of,
@@ -58,7 +60,7 @@ from .triton_tanh import LEAST_POWER, above_pivot, level_of, next_pivot, tanh_pa
 
 
 @triton.jit
-def _add_block(x, there, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX: tl.constexpr,
+def add_block(x, there, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX: tl.constexpr,
                DTYPE: tl.constexpr):  # fmt: skip
     """Adds a block [REPEAT, LANES, WIDTH] of logits to the lanes' sums of e = 2^t and t e, t = x scale - top.
 
@@ -122,7 +124,7 @@ def _sum_others(row, vocab, first, target, scale, tanh_hi, tanh_lo, REPEAT: tl.c
                     x = bounded_columns(x, tanh_hi, PTX, DTYPE)
                     highest = largest(x, REPEAT, LANES, WIDTH, PTX, DTYPE)
                     x = tl.reshape(widen(x, tanh_hi, PTX, DTYPE), [REPEAT, LANES, WIDTH])
-                    top, total, lost, weighted = _add_block(
+                    top, total, lost, weighted = add_block(
                         x, None, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX, DTYPE
                     )
             else:
@@ -138,7 +140,7 @@ def _sum_others(row, vocab, first, target, scale, tanh_hi, tanh_lo, REPEAT: tl.c
                     behind = load_columns(row, phase, start, vocab, BLOCK, True, False, WIDTH, PTX)
                     highest = largest(ahead, REPEAT, LANES, WIDTH, PTX, DTYPE)
                     x = tl.reshape(widen(ahead, tanh_hi, PTX, DTYPE), [REPEAT, LANES, WIDTH])
-                    top, total, lost, weighted = _add_block(
+                    top, total, lost, weighted = add_block(
                         x, None, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX, DTYPE
                     )
                     ahead = bounded_columns(behind, tanh_hi, PTX, DTYPE)
@@ -153,10 +155,15 @@ def _sum_others(row, vocab, first, target, scale, tanh_hi, tanh_lo, REPEAT: tl.c
                 if tanh_hi is not None:
                     there = tl.reshape(there, [REPEAT, LANES, WIDTH])
                     x = within_cap(x, tanh_hi)
-                top, total, lost, weighted = _add_block(
+                top, total, lost, weighted = add_block(
                     x, there, highest, top, total, lost, weighted, scale, tanh_hi, tanh_lo, PTX, DTYPE
                 )
+    return merge_lanes(top, total, lost, weighted, scale, tanh_hi, PTX)
 
+
+@triton.jit
+def merge_lanes(top, total, lost, weighted, scale, tanh_hi, PTX: tl.constexpr):
+    """The lanes' sums as those of the row: (top as a pair, sum, weighted sum)."""
     base, base_lo = tl.max(top, 0), 0.0
     if tanh_hi is None:
         shift = top - base
@@ -199,11 +206,7 @@ def _combine(base, base_lo, total, weighted, target_hi, target_lo, scale_error):
 @triton.jit
 def statistics(pointer, token_ids, row, vocab, first, scale, scale_error, tanh_hi, tanh_lo, REPEAT: tl.constexpr,
                LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, PREFETCH: tl.constexpr):  # fmt: skip
-    """(logprob, entropy, lse as pair and power); all NaN where the token id is not one of the vocabulary's.
-
-    Where the largest logit or the target's is far from 0, numbers are combined relative to the larger of both; no
-    logit with a cap is.
-    """
+    """(logprob, entropy, lse as pair and power); all NaN where the token id is not one of the vocabulary's."""
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocab)
     target = tl.where(known, token, 0).to(tl.int32)
@@ -214,12 +217,26 @@ def statistics(pointer, token_ids, row, vocab, first, scale, scale_error, tanh_h
     base, base_lo, total, weighted = _sum_others(
         pointer, vocab, first, target, scale, tanh_hi, tanh_lo, REPEAT, LANES, WIDTH, PTX, PREFETCH
     )
+    return combine_sums(
+        pointer, None, vocab, vocab, target, target_logit, base, base_lo, total, weighted, scale, scale_error, tanh_hi,
+        tanh_lo, 1024, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def combine_sums(pointer, ids, columns, vocab, target, target_logit, base, base_lo, total, weighted, scale, scale_error,
+                 tanh_hi, tanh_lo, BLOCK: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
+    """(logprob, entropy, lse as pair and power) from the sums over all columns but the target.
+
+    Where the largest logit or the target's is far from 0, numbers are combined relative to the larger of both; no
+    logit with a cap is. `ids` and `columns` are those of `largest_and_count`.
+    """
     reference, power = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
     if tanh_hi is None:
         others_far = tl.abs(base) >= FAR  # also where nothing is above the floor
         target_far = tl.abs(target_logit * scale) >= FAR
         if others_far | target_far:
-            highest, count = largest_and_count(pointer, vocab, target, 1024)
+            highest, count = largest_and_count(pointer, ids, columns, vocab, target, BLOCK, GATHERED)
             reference = tl.maximum(tl.where(others_far, highest, 0.0), target_logit)
             nothing_far = (highest == -INFINITY) & (target_far == 0)
             reference = tl.where(nothing_far | (reference == -INFINITY), 0.0, reference)
@@ -236,6 +253,8 @@ def statistics(pointer, token_ids, row, vocab, first, scale, scale_error, tanh_h
     else:
         target_hi, target_lo, _ = tanh_pair(target_logit, tanh_hi, tanh_lo)
         target_hi, target_lo = scale_pair(target_hi, target_lo, scale, 0.0)
+        if ids is not None:
+            target_hi = tl.where(target == ABSENT, -INFINITY, target_hi)
         logprob, entropy, hi, lo = _combine(base, base_lo, total, weighted, target_hi, target_lo, scale_error)
     return logprob, entropy, hi, lo, power
 
@@ -252,11 +271,16 @@ def store_statistics(row, logprob, entropy, lse_hi, lse_lo, power, logprobs, ent
 def forward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
     token_ids, mask, temperature, scale, scale_error, tanh_hi, tanh_lo,
-    logprobs, entropies, lses,
+    logprobs, entropies, lses, kept_offsets, entries: tl.int64,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability of the token, entropy and logsumexp of each row; zeros where masked. Reads a row once."""
+    """Log-probability of the token, entropy and logsumexp of each row; zeros where masked. Reads a row once.
+
+    Rows with entries are left to `kept_forward_kernel`.
+    """
     row = tl.program_id(0)
+    if has_entries(kept_offsets, row, entries):
+        return
     if is_active(mask, row):
         pointer = row_pointer(logits, row, inner, outer_stride, inner_stride)
         first = None

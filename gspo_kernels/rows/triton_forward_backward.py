@@ -13,11 +13,21 @@ from .triton_backward import (
     coefficients,
     common_factor,
     gradient_of,
+    logit_of,
     upstream_of,
     write_gradient,
     write_zeros,
 )
-from .triton_columns import block_start, first_block, is_active, phase_of, row_kernel, row_pointer, scale_of
+from .triton_columns import (
+    block_start,
+    first_block,
+    has_entries,
+    is_active,
+    phase_of,
+    row_kernel,
+    row_pointer,
+    scale_of,
+)
 from .triton_far import is_far, largest_logit_of, write_far
 from .triton_forward import statistics, store_statistics
 from .triton_math import bounded_columns, halves, narrow, prefetch
@@ -71,16 +81,19 @@ def forward_backward_kernel(
     logits, outer_stride: tl.int64, inner_stride: tl.int64, inner: tl.int32, vocab: tl.int32,
     token_ids, mask, temperature, scale, scale_error, tanh_hi, tanh_lo,
     logprobs, entropies, lses, g_logprobs, counts, counts_size: tl.int32,
-    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64,
+    gradient, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64, kept_offsets, entries: tl.int64,
     REPEAT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
     PREFETCH: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Both at once, for a gradient by the log-probability that is known in advance: the second read hits the cache.
 
     Of 16-bit logits, PREFETCH more blocks are prefetched to the L2 cache while a row is summed; the first KEPT blocks
-    stay in registers and are not read a second time; with a cap, none do.
+    stay in registers and are not read a second time; with a cap, none do. Rows with entries are left to
+    `kept_forward_backward_kernel`.
     """
     row = tl.program_id(0)
+    if has_entries(kept_offsets, row, entries):
+        return
     BLOCK: tl.constexpr = REPEAT * LANES * WIDTH
     NARROW: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     destination = row_pointer(gradient, row, inner, gradient_outer_stride, gradient_inner_stride)
@@ -110,8 +123,9 @@ def forward_backward_kernel(
             base, constant, slope, at_target = coefficients(g_logprob, 0.0, 0.0, logprob, h, hi, lo, s)
             pivot = 0.0
             if tanh_hi is not None:
+                logit = logit_of(source, vocab, target)
                 base, constant, slope, at_target, s, pivot = cap_coefficients(
-                    base, constant, slope, at_target, h, hi, lo, s, source, vocab, target, tanh_hi, tanh_lo, PTX
+                    base, constant, slope, at_target, h, hi, lo, s, logit, tanh_hi, tanh_lo, PTX
                 )
             if is_far(hi, power, tanh_hi):
                 largest_logit = largest_logit_of(hi, lo, power, h, s, error)

@@ -21,7 +21,7 @@ from . import types
 from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
 name = "triton"
-honours: frozenset[str] = frozenset({"row_indices", "tanh_scale"})
+honours: frozenset[str] = frozenset({"row_indices", "tanh_scale", "kept"})
 has_kernels = True
 runs_stage_in_triton = True
 computes_slopes = False
@@ -62,7 +62,13 @@ LAUNCH = {
     "backward": Launch(num_warps=4, elements=4096, max_registers=128),
     "forward_backward": Launch(num_warps=16, elements=16384, prefetch=2, kept=2),
     "scale": Launch(num_warps=4, elements=4096),
+    # One warp a row: most rows have a few entries, and every warp would repeat the row's scalars. A gradient is written
+    # as `backward` writes zeros.
+    "kept_forward": Launch(num_warps=1, elements=512),
+    "kept_backward": Launch(num_warps=4, elements=4096),
+    "kept_forward_backward": Launch(num_warps=4, elements=4096),
 }
+MOST_ENTRIES = 512  # of a row, summed at a time
 MOST_SCALE_PROGRAMS = 1024  # usually the factor is 1, and most of the time is spent on starting programs
 # Small blocks, so that short rows, which are cheap, have several of them.
 INTERPRETED_LAUNCH = Launch(num_warps=1, elements=256, kept=2)
@@ -125,14 +131,12 @@ def _too_old(device: torch.device) -> bool:
 
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows)
-    _launch("forward", _one_program_each(rows), rows.logits, {**_of_rows(rows), **_of_stats(stats)})
+    _launch_rows("forward", rows, rows.logits, _of_stats(stats))
     return stats
 
 
 def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) -> None:
     arguments = {
-        **_of_rows(rows),
-        "row_indices": rows.row_indices,
         **_of_stats(stats),
         **_of_logprobs(upstream),
         "g_entropies": upstream.entropy,
@@ -140,15 +144,30 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         "factor": upstream.factor,
         **_of_gradient(gradient),
     }
-    _launch("backward", _one_program_each(rows), gradient, arguments)
+    _launch_rows("backward", rows, gradient, arguments)
 
 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
     assert slope is None
     stats = empty_stats(rows)
-    arguments = {**_of_rows(rows), **_of_stats(stats), **_of_logprobs(upstream), **_of_gradient(gradient)}
-    _launch("forward_backward", _one_program_each(rows), rows.logits, arguments)
+    arguments = {**_of_stats(stats), **_of_logprobs(upstream), **_of_gradient(gradient)}
+    _launch_rows("forward_backward", rows, rows.logits, arguments)
     return stats
+
+
+def _launch_rows(kernel: str, rows: Rows, aligned: Tensor, arguments: dict[str, Any]) -> None:
+    """One program a row: rows with all columns, then rows with entries. Each launch leaves the others' rows alone."""
+    arguments |= _of_rows(rows)
+    programs, form = rows.token_ids.numel(), rows.kept_form
+    if form in (None, "some"):
+        placed = {"row_indices": rows.row_indices} if kernel == "backward" else {}
+        _launch(kernel, programs, aligned, {**arguments, **placed})
+    if rows.kept_ids is not None:
+        arguments["kept_ids"] = rows.kept_ids
+        if "gradient" in arguments:
+            gradient, size = arguments["gradient"], rows.kept_ids.shape
+            arguments["by_entry"] = gradient if form == "gathered" else gradient.new_empty(size)
+        _launch(f"kept_{kernel}", programs, aligned, arguments, form)
 
 
 def scale(values: Tensor, factor: Tensor, nan_source: NanSource | None = None) -> None:
@@ -211,6 +230,8 @@ def _of_rows(rows: Rows) -> dict[str, Any]:
         "scale_error": scale_error,
         "tanh_hi": tanh_hi,
         "tanh_lo": tanh_lo,
+        "kept_offsets": rows.kept_offsets,
+        "entries": 0 if rows.kept_ids is None else rows.kept_ids.shape[0],
     }
 
 
@@ -228,10 +249,6 @@ def _of_logprobs(upstream: Upstream) -> dict[str, Any]:
 def _of_gradient(gradient: Tensor) -> dict[str, Any]:
     outer_stride, inner_stride, _ = gradient.stride()
     return {"gradient": gradient, "gradient_outer_stride": outer_stride, "gradient_inner_stride": inner_stride}
-
-
-def _one_program_each(rows: Rows) -> int:
-    return rows.token_ids.numel()
 
 
 @functools.lru_cache(maxsize=64)
@@ -256,6 +273,10 @@ def sizes(kernel: str, layout: Launch, element_size: int, warp_size: int) -> dic
     if kernel == "scale":
         return {"BLOCK": layout.elements, "WIDTH": width}
     lanes = warp_size * layout.num_warps
+    if kernel.startswith("kept"):
+        of_sums = {} if kernel == "kept_backward" else {"REPEAT": max(1, min(layout.elements, MOST_ENTRIES) // lanes)}
+        of_writes = {} if kernel == "kept_forward" else {"BLOCK": layout.elements, "WIDTH": width}
+        return {"LANES": lanes, **of_sums, **of_writes}
     repeat = max(1, layout.elements // (lanes * width))
     found = {"REPEAT": repeat, "LANES": lanes, "WIDTH": width}
     if kernel == "forward_backward":
@@ -272,6 +293,11 @@ def for_cap(layout: Launch) -> Launch:
     return layout._replace(kept=0, elements=min(layout.elements, 8192))
 
 
+def for_form(layout: Launch, form: str | None) -> Launch:
+    """Gathered, no row is written: entries alone are work for one warp."""
+    return layout._replace(num_warps=1) if form == "gathered" else layout
+
+
 def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[str, Any]:
     """Options of Triton's compiler. Seven instructions per column need multiply and add to be fused."""
     limited = layout.max_registers is not None and element_size == 2 and nvidia
@@ -279,25 +305,29 @@ def compiler_options(layout: Launch, element_size: int, nvidia: bool) -> dict[st
     return {"num_warps": layout.num_warps, "enable_fp_fusion": True, **registers}
 
 
-def _launch(kernel: str, programs: int, aligned: Tensor, arguments: dict[str, Any]) -> None:
+def _launch(kernel: str, programs: int, aligned: Tensor, arguments: dict[str, Any], form: str | None = None) -> None:
     """The kernel moves 16 bytes of `aligned` at a time."""
     if programs == 0:
         return
-    layout = INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel]
+    layout = for_form(INTERPRETED_LAUNCH if INTERPRETED else LAUNCH[kernel], form)
     if arguments.get("tanh_hi") is not None:
         layout = for_cap(layout)
-    constants, options = _compile_time(kernel, layout, aligned.element_size())
+    constants, options = _compile_time(kernel, layout, aligned.element_size(), form)
     with on_device(aligned):
         kernels()[kernel][(programs,)](**arguments, **constants, **options)
 
 
 @functools.cache
-def _compile_time(kernel: str, layout: Launch, element_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _compile_time(
+    kernel: str, layout: Launch, element_size: int, form: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A kernel's constants, and the options of the compiler."""
     nvidia = torch.version.hip is None
     constants: dict[str, Any] = sizes(kernel, layout, element_size, 32 if nvidia else 64)
     if kernel != "scale":
         constants["PTX"] = not INTERPRETED and nvidia
+    if form is not None:
+        constants["FORM"] = form
     return constants, compiler_options(layout, element_size, nvidia)
 
 
@@ -313,6 +343,7 @@ def kernels() -> dict[str, Any]:
     from .triton_backward import backward_kernel
     from .triton_forward import forward_kernel
     from .triton_forward_backward import forward_backward_kernel
+    from .triton_kept import kept_backward_kernel, kept_forward_backward_kernel, kept_forward_kernel
     from .triton_scale import scale_kernel
 
     return {
@@ -320,4 +351,7 @@ def kernels() -> dict[str, Any]:
         "backward": backward_kernel,
         "forward_backward": forward_backward_kernel,
         "scale": scale_kernel,
+        "kept_forward": kept_forward_kernel,
+        "kept_backward": kept_backward_kernel,
+        "kept_forward_backward": kept_forward_backward_kernel,
     }

@@ -44,11 +44,12 @@ class Rows(NamedTuple):
         return self._replace(kept_ids=None, kept_offsets=None, kept_form=None)
 
     def fields_set(self) -> list[str]:
-        """Names of the optional fields that are not None."""
-        return [name for name in OPTIONAL_FIELDS if getattr(self, name) is not None]
+        """Names of the optional fields that are not None; "kept" for the three of the columns that rows keep."""
+        names = [name for name in Rows._field_defaults if getattr(self, name) is not None]
+        return list(dict.fromkeys("kept" if name.startswith("kept_") else name for name in names))
 
 
-OPTIONAL_FIELDS = tuple(Rows._field_defaults)
+OPTIONAL_FIELDS = ("row_indices", "tanh_scale", "kept")  # as `fields_set` names them
 
 # What rows that keep some columns look like.
 #   some      a row without entries keeps all columns

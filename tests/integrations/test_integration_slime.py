@@ -45,8 +45,11 @@ def args(**changes: Any) -> SimpleNamespace:
 # --- the whole batch --------------------------------------------------------------------------------------------------
 
 
-def whole(by_token: bool = False) -> dict[str, Any]:
-    """Samples before they are sharded: a response's arrays are [response], logits [total, VOCAB]."""
+def whole(by_token: bool = False, kept: bool = False) -> dict[str, Any]:
+    """Samples before they are sharded: a response's arrays are [response], logits [total, VOCAB].
+
+    `kept`: with the sets of --rollout-top-p 0.9. Some lack the sampled token, some have none but it, or none at all.
+    """
     g = torch.Generator().manual_seed(3)
     batch: dict[str, Any] = {
         "total_lengths": [p + r for p, r in SAMPLES],
@@ -60,18 +63,39 @@ def whole(by_token: bool = False) -> dict[str, Any]:
     }
     batch["loss_masks"][0][0] = 1
     batch["loss_masks"][4][:] = 0
+    if kept:
+        sizes = [torch.randint(4, (r,), generator=g) ** 2 for _, r in SAMPLES]
+        sets = [[torch.randperm(VOCAB, generator=g)[: int(n)] for n in some] for some in sizes]
+        batch["rollout_top_p_token_ids"] = [torch.cat([torch.zeros(0), *some]).int() for some in sets]
+        batch["rollout_top_p_token_offsets"] = [
+            torch.tensor([0, *itertools.accumulate(map(len, some))], dtype=torch.int32) for some in sets
+        ]
     offsets = [2e-4, 6e-4, -6e-4, 1.5, -2e-4, 0.0, 5e-4]  # of a sample's mean log-ratio: in and out of the clip range
     for i, (prompt, response) in enumerate(SAMPLES):
-        rows = torch.log_softmax(batch["logits"][i].double() / TEMPERATURE, -1)[prompt - 1 : prompt + response - 1]
+        rows = torch.log_softmax(over_kept(batch, i, batch["logits"][i].double() / TEMPERATURE), -1)
         new = rows.gather(1, batch["unconcat_tokens"][i][prompt:, None])[:, 0]
-        kept = batch["loss_masks"][i].bool()
+        counted = batch["loss_masks"][i].bool()
         noise = torch.randn(response, generator=g, dtype=torch.float64) * 0.05
-        noise -= noise[kept].mean() if kept.any() else 0
-        batch["log_probs"].append((new - noise - offsets[i]).float())
+        noise -= noise[counted].mean() if counted.any() else 0
+        old = new - noise - offsets[i]
+        batch["log_probs"].append((old.clamp(max=0) if kept else old).float())  # a set of one has 0
         batch["ref_log_probs"].append((new + torch.randn(response, generator=g) * 0.2).float())
         advantage = torch.randn(response if by_token else 1, generator=g).expand(response)
         batch["advantages"].append(advantage.clone() if i != 3 else -advantage.abs())
     return batch
+
+
+def over_kept(batch: dict[str, Any], i: int, z: Tensor) -> Tensor:
+    """The rows that predict a response, -inf but for the columns that are kept; the sampled token always is."""
+    prompt, response = SAMPLES[i]
+    z = z[prompt - 1 : prompt + response - 1]
+    if "rollout_top_p_token_ids" not in batch:
+        return z
+    ids, offsets = batch["rollout_top_p_token_ids"][i].long(), batch["rollout_top_p_token_offsets"][i].tolist()
+    keep = F.one_hot(batch["unconcat_tokens"][i][prompt:], VOCAB).bool()
+    for t in range(response):
+        keep[t, ids[offsets[t] : offsets[t + 1]]] = True
+    return z.masked_fill(~keep, -math.inf)
 
 
 def plain(batch: dict[str, Any], opt: SimpleNamespace, denominators: list[int] | None) -> Found:
@@ -79,9 +103,10 @@ def plain(batch: dict[str, Any], opt: SimpleNamespace, denominators: list[int] |
     leaves = [x.double().requires_grad_() for x in batch["logits"]]
     sums = dict.fromkeys(("pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl", "kl_loss"), torch.zeros(()))
     for i, (prompt, response) in enumerate(SAMPLES):
-        logp = torch.log_softmax(leaves[i] / TEMPERATURE, -1)[prompt - 1 : prompt + response - 1]
+        z = leaves[i] / TEMPERATURE
+        logp = torch.log_softmax(z, -1)[prompt - 1 : prompt + response - 1]  # slime's entropy is of all columns
         mask = batch["loss_masks"][i].double()
-        new = logp.gather(1, batch["unconcat_tokens"][i][prompt:, None])[:, 0]
+        new = torch.log_softmax(over_kept(batch, i, z), -1).gather(1, batch["unconcat_tokens"][i][prompt:, None])[:, 0]
         r = new - batch["log_probs"][i].double()
         log_s = r
         if opt.advantage_estimator == "gspo":
@@ -162,7 +187,7 @@ def share(
 ) -> Found:
     """The hook's loss, log and gradient on a rank, with each row's (sample, position); rows of padding are NaN."""
     cp_rank, tp_rank = divmod(rank, tp)
-    batch, opt = whole(by_token), args(**changes)
+    batch, opt = whole(by_token, "rollout_top_p" in changes), args(**changes)
     rows, positions_of_rows = [], []
     for i, total in enumerate(batch["total_lengths"]):
         mine = positions(total, cp_rank, cp)
@@ -183,7 +208,8 @@ def share(
         loss, log = slime.policy_loss(opt, given, logits, reducer(batch, cp_rank, cp, opt, denominators))
         loss.backward()
     assert leaf.grad is not None
-    assert torch.equal(logits.detach(), leaf.grad) != opt.recompute_loss_function, "written over, unless still needed"
+    needed = opt.recompute_loss_function or (opt.rollout_top_p != 1 and tp > 1)
+    assert torch.equal(logits.detach(), leaf.grad) != needed, "written over, unless still needed"
     return {"loss": loss, "log": log, "gradient": leaf.grad[0], "positions_of_rows": positions_of_rows}
 
 
@@ -198,6 +224,7 @@ CASES: dict[str, tuple[dict[str, Any], bool, list[int] | None]] = {
         None,
     ),
     "gspo, recomputed": ({"recompute_loss_function": True}, False, None),
+    "gspo, kept sets": ({"rollout_top_p": 0.9}, False, None),
 }
 
 
@@ -208,7 +235,7 @@ CASES: dict[str, tuple[dict[str, Any], bool, list[int] | None]] = {
 def test_shares_of_all_ranks_are_the_whole(tp: int, cp: int, case: str) -> None:
     changes, by_token, denominators = CASES[case]
     found = ranks.run(tp * cp, share, tp, cp, changes, by_token, denominators)
-    batch, opt = whole(by_token), args(**changes)
+    batch, opt = whole(by_token, "rollout_top_p" in changes), args(**changes)
     reference = plain(batch, opt, denominators)
     first = found[::tp]
     size = sum(abs(float(x)) for x in reference["log"].values())
@@ -236,9 +263,12 @@ def test_shares_of_all_ranks_are_the_whole(tp: int, cp: int, case: str) -> None:
                 continue
             # Each column by its own size, p, or 1 - p of the token. Log-probabilities near -10 have 1e-6 in float32,
             # which is what KL, weighed by 0.1, takes a difference of.
-            own = torch.softmax(batch["logits"][sample][position].double() / TEMPERATURE, -1)
+            z = batch["logits"][sample].double() / TEMPERATURE
+            at = position - SAMPLES[sample][0] + 1  # its number in the response
+            whole_row, kept_row = (torch.softmax(x, -1) for x in (z[position], over_kept(batch, sample, z)[at]))
+            own = torch.maximum(whole_row, kept_row)
             token = int(batch["unconcat_tokens"][sample][position + 1])
-            own[token] = 1 - own[token]
+            own[token] = 1 - whole_row[token]
             coefficient = reference["gradient"][sample][position, token].abs() / own[token]
             slack = own[t * width : (t + 1) * width] * (2e-7 + 5e-6 * coefficient) + 3e-6 * expected.abs()
             check_close(f"sample {sample}, row {position}", gradient, expected, slack)
@@ -261,7 +291,7 @@ def test_on_policy_without_old_log_probs() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [*((name, True) for name in slime.REFUSED), ("rollout_top_p", 0.9), ("advantage_estimator", "cispo")],
+    [*((name, True) for name in slime.REFUSED), ("advantage_estimator", "cispo")],
 )
 def test_refusals_name_the_option(option: str, value: Any) -> None:
     refused = pytest.raises(NotImplementedError, match=rf"^{option}: expected")
@@ -274,6 +304,16 @@ def hook(batch: dict[str, Any]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]
     opt = args(recompute_loss_function=True)
     leaf = F.pad(torch.cat(batch["logits"]), (0, 0, 0, PADDING))[None]
     return partial(slime.policy_loss, opt, batch, leaf, reducer(batch, 0, 1, opt, None))
+
+
+def test_kept_sets_are_needed_and_fit() -> None:
+    opt = args(rollout_top_p=0.9)
+    short = whole(kept=True)
+    short["rollout_top_p_token_offsets"][1] = short["rollout_top_p_token_offsets"][1][:-1]
+    for batch, name in ((whole(), "ids"), (short, r'offsets"\]\[1\]')):
+        refused = pytest.raises(ValueError, match=rf'^batch\["rollout_top_p_token_{name}.*expected')
+        with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)), refused:
+            slime.policy_loss(opt, batch, F.pad(torch.cat(batch["logits"]), (0, 0, 0, PADDING))[None], torch.sum)
 
 
 @pytest.mark.parametrize("name", ["advantages", "log_probs", "ref_log_probs"])

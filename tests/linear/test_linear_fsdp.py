@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gspo_kernels import linear_gspo_loss, linear_token_logprobs
+from gspo_kernels import KeptTokens, linear_gspo_loss, linear_token_logprobs
 
 pytestmark = ranks.mark
 
@@ -62,18 +62,21 @@ def share(batch: dict[str, Tensor], rank: int, ranks: int) -> tuple[tuple[Tensor
     return arrays, {"cu_seqlens": ends, "normalizer": len(LENGTHS), "chunk_bytes": 4 * VOCAB * 4, **wide}
 
 
+def kept_share(rank: int, ranks: int) -> KeptTokens:
+    """Each row keeps its token and two more, the first row of a sequence all."""
+    _, batch = made()
+    rows = [[int(t), (int(t) + 3) % VOCAB, (int(t) + 5) % VOCAB] for t in batch["ids"]]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
+    half = len(LENGTHS) // ranks
+    first, last = ends[rank * half], ends[(rank + 1) * half]
+    return KeptTokens.from_lists([None if t in ends else rows[t] for t in range(first, last)])
+
+
 def work(rank: int) -> dict[str, Any]:
     policy, batch = made()
     fully_shard(policy)
     arrays, options = share(batch, rank, RANKS)
-    loss, _ = policy(*arrays, **options)
-    loss.backward()
-    dist.all_reduce(loss := loss.detach())
-    gradients: dict[str, Tensor] = {}
-    for name, x in policy.named_parameters():
-        assert isinstance(x.grad, DTensor) and x.grad.dtype == torch.float32
-        gradients[name] = x.grad.full_tensor() * RANKS  # FSDP takes the mean over ranks, the normalizer counts all
-
+    found = [step(policy, arrays, {**options, **more}) for more in ({}, {"kept": kept_share(rank, RANKS)})]
     hidden, weight = torch.zeros(len(arrays[0]), WIDTH), policy.head.weight
     assert isinstance(weight, DTensor)  # resharded after the backward
     whole = weight.full_tensor()  # by all ranks, before one refuses
@@ -82,7 +85,20 @@ def work(rank: int) -> dict[str, Any]:
         ranks.refused(lambda: linear_token_logprobs(hidden, weight, arrays[1])),
         ranks.refused(lambda: linear_token_logprobs(hidden, whole, arrays[1], bias=policy.head.bias)),
     ]
-    return {"loss": loss, "gradients": gradients, "refused": refused, "bf16": in_bf16(rank)}
+    return {"steps": found, "refused": refused, "bf16": in_bf16(rank)}
+
+
+def step(policy: Policy, arrays: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of all ranks, and the gradient of each parameter."""
+    policy.zero_grad()
+    loss, _ = policy(*arrays, **options)
+    loss.backward()
+    dist.all_reduce(loss := loss.detach())
+    gradients: dict[str, Tensor] = {}
+    for name, x in policy.named_parameters():
+        assert isinstance(x.grad, DTensor) and x.grad.dtype == torch.float32
+        gradients[name] = x.grad.full_tensor() * RANKS  # FSDP takes the mean over ranks, the normalizer counts all
+    return loss, gradients
 
 
 def in_bf16(rank: int) -> dict[str, Any]:
@@ -115,20 +131,22 @@ def found() -> list[dict[str, Any]]:
     return ranks.run(RANKS, work)
 
 
-def test_two_shards_are_one_process(found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["all columns", "kept columns"])
+def test_two_shards_are_one_process(found: list[dict[str, Any]], kept: bool) -> None:
     """Loss and gradients of head, bias and body: each rank has half of the sequences, and `normalizer` their count."""
     policy, batch = made()
     arrays, options = share(batch, 0, 1)
-    loss, stats = policy(*arrays, **options)
+    loss, stats = policy(*arrays, **options, kept=kept_share(0, 1) if kept else None)
     loss.backward()
-    assert int(stats.head.recomputed_rows) > 0, "a sequence longer than a chunk is among them"
+    assert kept or int(stats.head.recomputed_rows) > 0, "a sequence longer than a chunk is among them"
     for of_rank in found:
-        assert float(of_rank["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
-        assert set(of_rank["gradients"]) == {"body.weight", "body.bias", "head.weight", "head.bias"}
+        of_loss, gradients = of_rank["steps"][kept]
+        assert float(of_loss) == pytest.approx(float(loss.detach()), rel=1e-6)
+        assert set(gradients) == {"body.weight", "body.bias", "head.weight", "head.bias"}
         for name, x in policy.named_parameters():
             assert x.grad is not None and bool(x.grad.any())
             near = {"rtol": 1e-5, "atol": 1e-6 * float(x.grad.abs().max())}
-            torch.testing.assert_close(of_rank["gradients"][name], x.grad, **near)
+            torch.testing.assert_close(gradients[name], x.grad, **near)
 
 
 def test_a_shard_is_refused_and_what_to_do_is_said(found: list[dict[str, Any]]) -> None:

@@ -242,7 +242,7 @@ def fitting_sequences_computed_twice(patch: Patch) -> None:
 
 def skipped_sequences_not_counted(patch: Patch) -> None:
     wrap(
-        patch, from_hidden_module, "_without_zero_advantage",
+        patch, from_hidden_module, "without_zero_advantage",
         lambda original, inputs: original(inputs)._replace(normalizer=inputs.normalizer),
     )  # fmt: skip
 

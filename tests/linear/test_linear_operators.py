@@ -15,7 +15,8 @@ from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import Operator, _flatten
 from gspo_kernels.base.scalars import run_time_list
 from gspo_kernels.linear.operators import linear_loss_operator, linear_row_gradient_operator, linear_row_stats_operator
-from gspo_kernels.linear.types import HeadArguments, NeedsGrad
+from gspo_kernels.linear.sparse_head import kept_gradient_operator, kept_logits_operator
+from gspo_kernels.linear.types import HeadArguments, KeptColumns, NeedsGrad
 from gspo_kernels.losses.token_stage import TokenInputs, token_inputs
 from gspo_kernels.rows.types import RowStats, Upstream
 
@@ -90,6 +91,8 @@ def samples(operator: str, everything: bool) -> tuple[Operator[Any], tuple[Any, 
         return linear_loss_operator, (arguments, needs_grad, inputs(arguments, everything))
     if operator == "row_stats":
         return linear_row_stats_operator, (arguments, needs_grad)
+    if operator.startswith("kept"):
+        return kept_samples(operator, arguments, needs_grad)
     stats = RowStats(-numbers(2, 3).abs(), numbers(2, 3).abs(), numbers(2, 3).double())
     g = numbers(2, 3, seed=1)
     return linear_row_gradient_operator, (
@@ -100,7 +103,21 @@ def samples(operator: str, everything: bool) -> tuple[Operator[Any], tuple[Any, 
     )
 
 
-@pytest.mark.parametrize("operator", ["loss", "row_stats", "row_gradient"])
+def kept_samples(operator: str, arguments: HeadArguments, needs_grad: NeedsGrad) -> tuple[Operator[Any], Any]:
+    """One row keeps its token alone, one all columns; the row that is masked keeps other ids than its token."""
+    rows = [[4, 0], [3], [1, 2], [7, 8, 9], [], [0, 2, 14]]
+    ids = torch.tensor([v for row in rows for v in row], dtype=torch.int32)
+    ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    if arguments.mask is None:  # now the third row's token is asked for
+        ids[3] = 14
+    kept = KeptColumns(on_device(ids), on_device(ends), False)
+    named = replace(arguments, backend="reference")
+    if operator == "kept_logits":
+        return kept_logits_operator, (named, kept, needs_grad)
+    return kept_gradient_operator, (detached(named), kept, needs_grad, numbers(len(ids)))
+
+
+@pytest.mark.parametrize("operator", ["loss", "row_stats", "row_gradient", "kept_logits", "kept_gradient"])
 @pytest.mark.parametrize("everything", [True, False], ids=["every argument", "few"])
 def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
     """Nothing is aliased or mutated without a declaration; fake tensors, autograd, and dynamic shapes under AOT."""

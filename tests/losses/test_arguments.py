@@ -60,7 +60,7 @@ VALID: dict[str, dict[str, Any]] = {
     "linear_policy_loss": {
         "hidden": HIDDEN, "weight": HEAD, **ON_TOKENS, "objective": gspo_kernels.DPPO(), "bias": HEAD[:, 0].clone(),
         "low_rank": None, **OF_TOKENS, **OF_ROWS, "entropy_coef": 0.0, "beta": 0.0, "chunk_bytes": 256,
-        "skip_zero_advantage": False,
+        "skip_zero_advantage": False, "kept": None, "sparse_weight_grad": False,
     },
     "policy_loss_from_logprobs": {
         "logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), "old_logprobs": OLD,
@@ -72,7 +72,7 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "linear_token_logprobs": {
         "hidden": HIDDEN, "weight": HEAD, "token_ids": IDS, "bias": HEAD[:, 0].clone(), "mask": MASK, **OF_ROWS,
-        "chunk_bytes": 256, "low_rank": None,
+        "chunk_bytes": 256, "low_rank": None, "kept": None, "full_distribution": True, "sparse_weight_grad": False,
     },
     "rollout_weights": {
         "logprobs": OLD, "rollout_logprobs": REF, **OF_ROLLOUT, "level": "sequence_sum", "mode": "mask", "lower": 0.5,
@@ -132,7 +132,7 @@ KINDS = {
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
                "normalize", "missing"),
-    "flag": ("overwrite_logits", "skip_zero_advantage", "full_distribution"),
+    "flag": ("overwrite_logits", "skip_zero_advantage", "full_distribution", "sparse_weight_grad"),
     "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
               "device", "kept"),
 }  # fmt: skip

@@ -180,7 +180,7 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
         "lse": logits.logsumexp(-1).double(),
         **dict.fromkeys(["grad_logprobs", "grad_entropy", "grad_lse"], torch.ones_like(hot)),
         **dict.fromkeys(["upstream_logprobs", "upstream_entropy", "upstream_lse"], torch.ones_like(hot)),
-        **dict.fromkeys(["row_indices", "tanh_scale", "tickets"]),
+        **dict.fromkeys(["row_indices", "tanh_scale", "tickets", "kept_ids", "kept_offsets", "kept_form"]),
         "factor": on_device(torch.tensor(0.5)),
         "counts": on_device(torch.tensor([2, 3])),
         "gradient": torch.zeros_like(logits),
@@ -204,14 +204,29 @@ def samples(name: str, group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
     by_token = on_device(torch.randn(6, generator=generator)).double()
     none = dict.fromkeys(["mask", "factor", "counts", "grad_entropy", "grad_lse", "upstream_entropy", "upstream_lse"])
     no_entropy = dict.fromkeys(["entropy", "lse"])
+    kept = {
+        "kept_ids": on_device(torch.tensor([3, 9, 0, 16, 4, 12, 1, 2], dtype=torch.int32)),
+        "kept_offsets": on_device(torch.tensor([0, 2, 2, 3, 5, 7, 8])),
+        "kept_form": "some",
+        "token_ids": on_device(torch.tensor([[9, 5, 0], [16, 12, 2]])),
+    }
+    ones = torch.ones_like(hot)
+    of_both = {
+        **{f"full_{name}": given[name] for name in ("logprobs", "entropy", "lse")},
+        **{f"{of}_upstream_{name}": ones for of in ("kept", "full") for name in ("logprobs", "entropy", "lse")},
+        **dict.fromkeys([*(f"full_upstream_{name}" for name in ("factor", "counts", "tickets")), "factor", "counts"]),
+    }
     changes: dict[str, list[dict[str, Any]]] = {
         "row_stats": [
             {"logits": logits.clone().requires_grad_(), "temperature": one, "mask": None},
             {"logits": logits.clone().requires_grad_(), "backend": BACKENDS[-1], "vocab_size": 15},
             {"logits": logits.clone().requires_grad_(), "tanh_scale": one * 0.3, "backend": BACKENDS[-1]},
             {"logits": logits.bfloat16(), "temperature": one * 0.7, "backend": BACKENDS[0]},
+            {"logits": logits.clone().requires_grad_(), **kept},
         ],
-        "row_gradient_": [{}, {**none, "temperature": one * 0.7, "backend": BACKENDS[-1], "vocab_size": 15}],
+        "row_stats_of_both": [{"logits": logits.clone().requires_grad_(), **kept}],
+        "row_gradient_of_both_": [{**kept, **of_both}],
+        "row_gradient_": [{}, kept, {**none, "temperature": one * 0.7, "backend": BACKENDS[-1], "vocab_size": 15}],
         "row_stats_and_gradient_": [
             {"logprobs": hot, **no_entropy},
             {**none, **no_entropy, "logprobs": hot, "temperature": one, "vocab_size": 15},

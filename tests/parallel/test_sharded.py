@@ -28,6 +28,7 @@ from batches import (
     Batch,
     arguments,
     edge_batch,
+    kept_tokens,
     pairs_of,
     run,
 )  # fmt: skip
@@ -269,6 +270,61 @@ def test_rows_that_are_hard_to_merge(at: Grid) -> None:
         gradient = torch.cat([one["gradient"] for one in of_ranks], -1)[:, :16]
         assert bool(gradient[10:].isnan().all()), "a NaN or infinite logit is not hidden from any shard"
         check_gradient(gradient[:10], sharding.part(batch, [range(10)]), *([g] * 10 for g in upstream), tol=tol)
+
+
+def kept_rows() -> Batch:
+    """The same rows, each keeping some columns: on one rank alone, without those that are NaN, all, or nothing said."""
+    batch = hard_rows()
+    batch.kept = [
+        [0],
+        None,
+        [2, 9],
+        [3, 1, 15],
+        [12, 4],
+        [7, 6, 5],
+        [6, 1],
+        list(range(16)),
+        [8, 10],
+        [9],
+        [10],
+        [11, 0],
+    ]
+    return batch
+
+
+def kept_statistics(rank: int, at: Grid) -> list[list[Found]]:
+    """In a rank: the same of the kept columns and of all, from one call."""
+    tp_group, _ = ranks.grid(rank, at.tp, at.cp)
+    batch = kept_rows()
+    first, width = at.columns(16)[rank]
+    kept, start = kept_tokens(batch, "packed"), {"vocab_start": first} if at.vocab == "unequal" else {}
+    found = []
+    for upstream in UPSTREAM:
+        leaf = sharding.shard_of(batch.logits, first, width, -1).requires_grad_()
+        both = token_logprobs(leaf, batch.token_ids, kept=kept, tp_group=tp_group, vocab_size=16, **start)
+        of_call = []
+        for three in both:
+            assert three is not None
+            scalar = sum((x.double() * g).sum() for x, g in zip(three, upstream, strict=True) if g)
+            (gradient,) = torch.autograd.grad(scalar, leaf, retain_graph=True)
+            of_call.append({"three": list(three), "gradient": gradient})
+        found.append(of_call)
+    return found
+
+
+@pytest.mark.parametrize("at", [Grid(tp=2), Grid(tp=4, vocab="loose"), Grid(tp=4, vocab="unequal")], ids=str)
+def test_kept_rows_over_ranks(at: Grid) -> None:
+    """Most ranks have no kept column of most rows."""
+    batch, whole, tol = kept_rows(), hard_rows(), TOLERANCES[torch.float32]
+    found = ranks.run(at.size, kept_statistics, at)
+    for i, upstream in enumerate(UPSTREAM):
+        for which, truth, count in ((0, batch, 12), (1, whole, 10)):
+            of_ranks = [of_rank[i][which] for of_rank in found]
+            check_rows(*(x[:count] for x in of_ranks[0]["three"]), truth.rows[:count], tol)
+            assert all(bool(x[count:].isnan().all()) for x in of_ranks[0]["three"])
+            gradient = torch.cat([one["gradient"] for one in of_ranks], -1)[:count, :16]
+            part = sharding.part(truth, [range(count)])
+            check_gradient(gradient, part, *([g] * count for g in upstream), tol=tol)
 
 
 # --- on the edge of the clip range ------------------------------------------------------------------------------------

@@ -239,11 +239,17 @@ def another(name: str, index: int, value: float) -> Callable[[At, Given], Given]
     return change
 
 
+def keeps(token: Callable[[At], int]) -> Callable[[At, Given], Given]:
+    """Every row keeps the tokens that may be its own, and this one."""
+    return lambda at, found: {"kept": gspo_kernels.KeptTokens.from_lists([[0, 1, 2, 3, 4, token(at)]] * COUNT)}
+
+
 def mesh_of(at: At, *shape: int) -> Any:
     return dist.init_device_mesh("cpu", shape)
 
 
 ALL = (*LOSSES, "token_logprobs", "linear_token_logprobs")
+FROM_LOGITS = ("gspo_loss", "token_logprobs")
 LINEAR = ("linear_gspo_loss", "linear_grpo_loss", "linear_token_logprobs")
 SOME_WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
 REFERENCE = {"ref_logprobs": torch.full((COUNT,), -2.0)}
@@ -321,6 +327,11 @@ TP = {
     ),
     "another temperature": Case(to(temperature=2.0), "temperature", "rank", (1,), explained_by=(), functions=ALL),
     "another softcap": Case(to(softcap=30.0), "softcap", "None on rank 0", (1,), explained_by=(), functions=ALL),
+    "another kept set": Case(keeps(lambda at: 5 + at.t), "kept.token_ids", "rank", functions=FROM_LOGITS),
+    "kept on one rank": Case(
+        keeps(lambda at: 5), "kept", "True on rank 0", (0,), explained_by=(), functions=FROM_LOGITS
+    ),
+    "kept beyond the vocabulary": Case(keeps(lambda at: VOCAB), "kept", f"got {VOCAB}", functions=FROM_LOGITS),
     "other advantages": Case(another("advantages", 0, 3.0), "advantages", "rank", (1,), explained_by=()),
     "advantages of the other sign": Case(another("advantages", 0, -1.0), "advantages", "rank", (1,), explained_by=()),
     "other old_logprobs": Case(another("old_logprobs", 2, -9.0), "old_logprobs", "rank", (1,), explained_by=()),

@@ -701,7 +701,7 @@ def test_what_an_engine_samples_has_ratio_one(engine: str, temperature: float) -
         rollouts = from_vllm(outputs)
     else:
         rollouts = from_sglang(outputs, prompt_ids=[[k, 2 * k % 12] for k in range(6)])
-    ids, token_ids, old_logprobs, mask, cu_seqlens = rollouts.with_prompts()
+    ids, token_ids, old_logprobs, mask, cu_seqlens, _ = rollouts.with_prompts()
     logits = table[ids].requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     loss, stats = gspo_loss(

@@ -239,7 +239,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif("triton" in BACKENDS, reason="the Triton kernels' own tests have it")
 def test_the_cuda_kernels_refuse_kept_rows() -> None:
     batch = of_sizes(9, [2, 3])
-    with pytest.raises(ValueError, match=r"backend: .*'cuda'.* does not support kept_ids; .*'reference'"):
+    with pytest.raises(ValueError, match=r"backend: .*'cuda'.* does not support kept; .*'reference'"):
         token_logprobs(batch.logits, batch.token_ids, kept=kept_tokens(batch, "packed"), backend="cuda")
 
 

@@ -270,9 +270,9 @@ def ragged_batch(
     for i in range(s):
         k, sign = PLAN[i % len(PLAN)]
         signs.append(sign)
-        kept = [t for t in range(ends[i], ends[i + 1]) if mask[t]]
-        noise = [rng.gauss(0, 0.3) for _ in kept]
-        for j, t in enumerate(kept):
+        unmasked = [t for t in range(ends[i], ends[i + 1]) if mask[t]]
+        noise = [rng.gauss(0, 0.3) for _ in unmasked]
+        for j, t in enumerate(unmasked):
             if truth.of_tokens:  # each token its own place about the window
                 wanted[t] = log_ratio(PLAN[(i + j) % len(PLAN)][0])
             else:  # the mean over the sequence lands on its place

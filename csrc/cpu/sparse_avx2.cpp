@@ -1,0 +1,3 @@
+#include "sparse.inc"
+
+const gspo::SparseInstructions gspo::kSparseAvx2 = sparse_instructions();

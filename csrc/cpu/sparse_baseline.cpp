@@ -1,0 +1,3 @@
+#include "sparse.inc"
+
+const gspo::SparseInstructions gspo::kSparseBaseline = sparse_instructions();
