@@ -164,7 +164,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["GSPO_KERNELS_TEST_ALL"] = "1"  # for what test modules make of OBJECTIVES, also in ranks
         modes.WHOLE = True
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # else they wait for each other's cores
+    if workers > 1:  # else they wait for each other's cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of processes that tests start
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
     config.addinivalue_line("markers", "only_with_all: runs with --all alone, for others find the same faults")
     config.addinivalue_line("markers", "every_objective: each objective meets every other parameter (modes.py)")
