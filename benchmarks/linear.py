@@ -35,7 +35,6 @@ from . import context, kept_head, libraries
 from .cases import (
     DENSE,
     DENSE_1024,
-    DTYPES,
     FROZEN,
     INACTIVE,
     LINEAR_CASES,
@@ -65,6 +64,7 @@ from .results import (
     size,
     title,
 )  # fmt: skip
+from .sampled import DTYPES
 
 KIND = "linear-cpu"
 PAGE = REPOSITORY / "docs" / "hidden-states.md"

@@ -12,7 +12,7 @@ import pytest
 
 from gspo_kernels.losses import triton_stage_kernels
 
-from . import context, gpu_model, host, kept_head, linear, linear_precision, linear_tf32, peers, plot
+from . import context, gpu_kept_model, gpu_model, host, kept_head, linear, linear_precision, linear_tf32, peers, plot
 from . import gpu_page as page
 from .cases import DENSE, FORWARD, INACTIVE, Problem, linear_case, linear_smoke
 from .contestants import Contestant, Run
@@ -146,6 +146,17 @@ def test_gpu_model(capsys: pytest.CaptureFixture[str]) -> None:
                 work, measured = gpu_model.Work(plan), cases[plan.measured]["contestants"]["ours"]
                 assert 0.7 < work.seconds(speed) / measured["median"] < 1.03, plan
                 assert 0.9 < work.peak() / measured["extra_bytes"] < 1.15, plan
+
+
+def test_gpu_kept_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/gpu.md has what it predicts: from logits a pass and little more, from hidden states a fraction."""
+    assert gpu_kept_model.main() == 0
+    assert capsys.readouterr().out in (REPOSITORY / "docs" / "gpu.md").read_text()
+    for speed in map(gpu_model.Speed.of, page.committed()):
+        for work in gpu_kept_model.WORKS:
+            passes = work.seconds(speed) * speed.copy / (2 * work.rows * gpu_model.VOCAB)
+            assert work.width or 1 < passes < 1.1
+            assert work.seconds(speed) < work.seconds_without(speed)
 
 
 def test_peers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,7 @@ def _kept(rows: Rows) -> dict[str, Any]:
     if rows.kept_ids is None:
         return {}
     assert rows.kept_offsets is not None and rows.kept_ids.is_contiguous() and rows.kept_offsets.is_contiguous()
+    assert rows.kept_ids.dtype == torch.int32 and len(rows.kept_offsets) == rows.token_ids.numel() + 1
     return {
         "kept_form": rows.kept_form,
         "kept_ids": rows.kept_ids.data_ptr(),
