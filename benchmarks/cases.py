@@ -6,14 +6,13 @@ A case starts from logits, or (where it has a width) from hidden states and a he
 - packed: ragged sequences one after another, by `LENGTHS`;
 - ragged: padded, the shortest response a quarter of the longest, the rest masked.
 
-Logits are normal with one likelier column a row, the token that was sampled. Rows without a coefficient are masked (no
-kernel reads them), of a clipped sequence, or of a sequence whose advantage is 0 (the forward reads these once).
+Of the logits of a row a sampler may have kept a few columns. Rows without a coefficient are masked (no kernel reads
+them), of a clipped sequence, or of a sequence whose advantage is 0 (the forward reads these once).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import os
 from dataclasses import dataclass, replace
 
@@ -21,13 +20,13 @@ import oracle
 import torch
 from torch import Tensor
 
+from gspo_kernels import KeptTokens
+
+from .sampled import DTYPES, SEED, Sampled, keeping, sample
+
 ROWS = int(os.environ.get("GSPO_BENCH_ROWS", "2048"))
 SMOKE_ROWS, SEQUENCES = 64, 8
 LENGTHS = (3, 9, 5, 14, 8, 6, 12, 7)  # of packed sequences, in shares of 64
-SEED = 20250725
-BLOCK = 8_192  # columns of a head that are in float64 at a time
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a ratio may fall short of 1, and exceed it.
 EPSILONS = {k: (x.fields["eps_low"], x.fields["eps_high"]) for k, x in oracle.OBJECTIVES.items() if x.is_surrogate}
 
@@ -46,6 +45,7 @@ class Work:
     far: bool = False  # log-ratios are 100 to 200 clip ranges: rounding cannot change which sequences are clipped
     spread: float = 0.6  # otherwise they are uniform within +-spread clip ranges
     outside: float = 1 / 12  # share of tokens far outside, where the ratio is per token
+    kept: int = 0  # columns of a row that the sampler kept; 0: all
 
     @property
     def ratio_per_token(self) -> bool:
@@ -100,6 +100,7 @@ WORKS = (
         clipped=1 / 7,
         inactive=0.6,
     ),
+    Work("kept_8", "loss and gradient, 8 columns of a row kept", kept=8),
 )
 # Cases that share logits stand together: the logits are built once and kept until others are needed.
 CASES = tuple(
@@ -108,16 +109,16 @@ CASES = tuple(
     for dtype in DTYPES
     for layout in ("padded", "packed")
     for work in WORKS
-    if work.name != "masked_60" or vocab == 151_936
+    if work.name not in ("masked_60", "kept_8") or vocab == 151_936
 )
 # Every work, dtype, vocabulary and layout at least once, with as few compilations as that takes.
 SMOKE = tuple(
     Case(work, dtype, vocab, layout)
     for work, dtype, vocab, layout in zip(
         WORKS,
-        ("fp32", "bf16", "bf16", "bf16", "fp32"),
-        (151_936, 151_936, 32_000, 151_936, 32_000),
-        ("packed", "padded", "packed", "padded", "padded"),
+        ("fp32", "bf16", "bf16", "bf16", "fp32", "fp32"),
+        (151_936, 151_936, 32_000, 151_936, 32_000, 32_000),
+        ("packed", "padded", "packed", "padded", "padded", "packed"),
         strict=True,
     )
 )
@@ -180,17 +181,6 @@ HARD_CASES = {"logits": _SMALL(GSPO, "fp32", 1_000), "hidden": _SMALL(GSPO, "fp3
 # ---- inputs
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """What a loss starts from, the token sampled at each row, and what float64 says of it."""
-
-    pristine: tuple[Tensor, ...]  # logits [rows and spare rows, vocab]; or hidden [rows, width], weight [vocab, width]
-    working: tuple[Tensor, ...]  # the same; logits are in memory of their own that a contestant may overwrite
-    token_ids: Tensor  # [rows]
-    logprobs: Tensor  # [rows] float64
-    lse: Tensor  # [rows] float64
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A case's inputs, as the losses take them, and what is known of the answer."""
@@ -207,6 +197,7 @@ class Problem:
     sequence_of: Tensor  # [rows], the sequence that each row belongs to
     loss: float  # in float64
     coefficients: Tensor  # [rows] float64, dL/dlogprob
+    kept: KeptTokens | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -227,9 +218,11 @@ class Problem:
 
     @property
     def visits(self) -> float:
-        """Passes over the logits that arithmetic needs: one is all rows; masked and inactive ones are not visited."""
+        """Passes over the logits that arithmetic needs: masked and inactive rows are not visited, nor are columns that
+        were not kept."""
+        share = self.case.work.kept / self.case.vocab if self.case.work.kept else 1.0
         unmasked = float(self.mask.double().mean())
-        return unmasked + self.active if self.case.work.gradient else unmasked
+        return share * (unmasked + self.active if self.case.work.gradient else unmasked)
 
     @property
     def units(self) -> float:
@@ -287,6 +280,8 @@ def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
     if rows % sequences or rows < least:
         raise ValueError(f"rows: expected a multiple of {sequences}, at least {least}; got {rows}")
     sampled = sample(case.vocab, case.dtype, rows, case.width, sequences, case.spare, device)
+    if work.kept:
+        sampled = keeping(sampled, work.kept)
     generator = torch.Generator().manual_seed(SEED)
 
     packed, tokens = case.layout == "packed", rows // sequences
@@ -332,9 +327,16 @@ def build(case: Case, rows: int | None = None, device: str = "cpu") -> Problem:
         sequence_of=sequence_of.to(device),
         loss=0.0,
         coefficients=torch.empty(0),
+        kept=None if sampled.kept is None else kept_tokens(sampled.kept),
     )
     problem.restore()
     return problem.solved()
+
+
+def kept_tokens(columns: Tensor) -> KeptTokens:
+    """[rows, columns], as many for each row."""
+    offsets = torch.arange(len(columns) + 1, device=columns.device) * columns.shape[1]
+    return KeptTokens(columns.flatten(), offsets, every_row=True)
 
 
 def _log_ratios(
@@ -378,52 +380,6 @@ def means(values: Tensor, mask: Tensor, sequence_of: Tensor, sequences: int) -> 
     """[rows] -> [sequences], over unmasked rows."""
     sums = torch.zeros(sequences, dtype=torch.float64).index_add_(0, sequence_of, values * mask)
     return sums / sequence_of[mask].bincount(minlength=sequences).clamp(min=1)
-
-
-@functools.lru_cache(maxsize=1)
-def sample(vocab: int, dtype: str, rows: int, width: int, sequences: int, spare: int, device: str) -> Sampled:
-    generator = torch.Generator(device).manual_seed(SEED)
-    token_ids = torch.randint(vocab, (rows,), generator=generator, device=device)
-    if width:
-        weight = torch.randn(vocab, width, generator=generator, device=device).mul_(2.0 / math.sqrt(width))
-        operands = tuple(x.to(DTYPES[dtype]) for x in (likely_hidden(weight, token_ids, generator), weight))
-        logprobs, lse = exact_logprobs(operands[0], operands[1], token_ids)
-        return Sampled(operands, operands, token_ids, logprobs, lse)
-    pristine = torch.empty(rows + sequences * spare, vocab, dtype=DTYPES[dtype], device=device)
-    logprobs, lse = torch.empty(2, rows, dtype=torch.float64, device=device)
-    row_indices = torch.arange(rows, device=device)
-    if spare:
-        pristine.view(sequences, -1, vocab)[:, -spare:] = 0.0
-        row_indices += row_indices // (rows // sequences) * spare
-    for begin in range(0, rows, 64):  # in blocks, so that no float64 copy of the whole is made
-        block = slice(begin, min(begin + 64, rows))
-        size = block.stop - begin
-        values = torch.randn(size, vocab, generator=generator, device=device) * 2.0
-        likely = torch.rand(size, 1, generator=generator, device=device) * 11.0 + 4.0
-        stored = values.scatter_(1, token_ids[block, None], likely).to(pristine.dtype)
-        pristine[row_indices[block]] = stored
-        exact = stored.double()
-        lse[block] = exact.logsumexp(1)
-        logprobs[block] = exact.gather(1, token_ids[block, None])[:, 0] - lse[block]
-    return Sampled((pristine,), (pristine.clone(),), token_ids, logprobs, lse)
-
-
-def likely_hidden(weight: Tensor, token_ids: Tensor, generator: torch.Generator) -> Tensor:
-    """[rows, width]; logits of deviation 2, but for the sampled token's, which is likelier: up to p = 0.9."""
-    (rows,), (vocab, width) = token_ids.shape, weight.shape
-    likely = 4.0 + math.log(vocab) * torch.rand(rows, 1, generator=generator, device=weight.device)
-    directions = weight[token_ids]
-    hidden = torch.randn(rows, width, generator=generator, device=weight.device)
-    return hidden.add_(directions * (likely / directions.square().sum(1, keepdim=True)))
-
-
-def exact_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and logsumexps [rows], in float64."""
-    exact = hidden.double()
-    lse = torch.full((len(hidden),), -math.inf, dtype=torch.float64, device=hidden.device)
-    for block in weight.split(BLOCK):
-        lse = torch.logaddexp(lse, (exact @ block.double().T).logsumexp(1))
-    return (exact * weight[token_ids].double()).sum(1) - lse, lse
 
 
 def _inactive_sequences(work: Work, sequences: int) -> tuple[list[int], list[int]]:

@@ -87,7 +87,7 @@ def ours(
     low, high = EPSILONS[objective]
     options: dict[str, Any] = {"mask": problem.mask, "cu_seqlens": problem.cu_seqlens, "eps_low": low, "eps_high": high}
     if from_logits:
-        options |= {"overwrite_logits": overwrite_logits, "backend": backend}
+        options |= {"overwrite_logits": overwrite_logits, "backend": backend, "kept": problem.kept}
     else:
         options |= {"chunk_bytes": chunk_bytes}
     inputs = *problem.leaves, problem.token_ids
@@ -109,6 +109,14 @@ def torch_logprobs(operands: tuple[Tensor, ...], token_ids: Tensor) -> Tensor:
     """From logits, or from hidden states and a head, whose logits are all in memory."""
     logits = operands[0] if len(operands) == 1 else torch.nn.functional.linear(*operands)
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _eager_logprobs(problem: Problem) -> Tensor:
+    kept = problem.sampled.kept
+    if kept is None:
+        return torch_logprobs(problem.leaves, problem.token_ids)
+    columns = problem.logits.gather(-1, kept.view(*problem.token_ids.shape, -1))
+    return torch.log_softmax(columns.float(), dim=-1)[..., 0]
 
 
 def torch_loss_of_logprobs(
@@ -207,9 +215,7 @@ def _products(problem: Problem) -> Run:
 
 
 OVERWRITES = functools.partial(ours, overwrite_logits=True)
-EAGER = Contestant(
-    "eager", "torch eager", on_logprobs(lambda problem: torch_logprobs(problem.leaves, problem.token_ids))
-)
+EAGER = Contestant("eager", "torch eager", on_logprobs(_eager_logprobs))
 COMPILED = Contestant("compile", "torch.compile", _compiled, compiles=True)
 PRODUCTS = Contestant("products", "bare matrix products", _products)
 CONTESTANTS = (
@@ -223,4 +229,5 @@ BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
 
 
 def contestants_of(work: Work) -> list[Contestant]:
-    return [c for c in CONTESTANTS if work.gradient or not c.gradient_only]
+    candidates = [c for c in CONTESTANTS if not (work.kept and c.compiles)]  # what gathers a few columns gains nothing
+    return [c for c in candidates if work.gradient or not c.gradient_only]

@@ -26,11 +26,11 @@ import torch
 from gspo_kernels import linear_gspo_loss
 
 from . import gpu_parts
-from .cases import SEED
 from .gpu_meter import finish, meter_of
 from .gpu_model import Plan, Work
 from .gpu_parts import table
 from .results import arguments_of, default_path, load, machine, newest, save, size, title
+from .sampled import SEED
 
 KIND = "context-cpu"
 # Bytes: a bound of what the package holds of each row beside the gradient of the hidden states. By torch's profiler it

@@ -25,11 +25,12 @@ from torch import Tensor
 import gspo_kernels
 
 from . import libraries
-from .cases import EPSILONS, SEED, exact_logprobs, likely_hidden
+from .cases import EPSILONS
 from .contestants import Unfit
 from .gpu_parts import table
 from .race import words
 from .results import arguments_of, default_path, machine, newest, save, title
+from .sampled import SEED, exact_logprobs, likely_hidden
 
 KIND = "linear-precision-cpu"
 SEQUENCES = 64

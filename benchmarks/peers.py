@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from . import libraries
-from .cases import HARD_CASES, PEER_CASES, PEER_SMOKE, Case, Problem, build, exact_logprobs, sample
+from .cases import HARD_CASES, PEER_CASES, PEER_SMOKE, Case, Problem, build
 from .contestants import COMPILED, EAGER, OVERWRITES, Contestant, Run, Unfit, on_logprobs, ours
 from .gpu_meter import meter_of
 from .gpu_parts import table
 from .race import Outcome, Rounds, race
 from .results import FOLDER, REPOSITORY, arguments_of, load, machine, newest, record, save
+from .sampled import exact_logprobs, sample
 from .truth import distance, exact_gradients
 
 ROUNDS, SMOKE_ROUNDS = Rounds(least=5, most=9, seconds=20.0), Rounds(least=1, most=1)

@@ -18,10 +18,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cases import DTYPES, WORKS
+from .cases import WORKS
 from .contestants import BY_NAME, CONTESTANTS
 from .gpu_parts import table
 from .results import load, newest, size
+from .sampled import DTYPES
 
 VOCAB, LAYOUT = 151_936, "padded"
 LABELS = {

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import BLOCK, Problem
+from .cases import Problem
+from .sampled import BLOCK
 
 
 class WrongAnswer(Exception):
@@ -29,6 +30,9 @@ class WrongAnswer(Exception):
 def exact_of_logits(problem: Problem, rows: Tensor) -> Tensor:
     """[rows] -> [rows, vocab]: dL/dl ([y = v] - p_v)"""
     p = (problem.exact_logits(rows) - problem.sampled.lse[rows, None]).exp_()
+    if problem.sampled.kept is not None:
+        kept = problem.sampled.kept[rows]
+        p = torch.zeros_like(p).scatter_(1, kept, p.gather(1, kept))
     target = problem.sampled.token_ids[rows, None]
     of_target = -torch.expm1(problem.sampled.logprobs[rows, None])  # 1 - p without cancellation
     coefficients = problem.coefficients[rows, None]

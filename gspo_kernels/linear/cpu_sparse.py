@@ -18,6 +18,7 @@ from .types import Entries
 def kept_logits(hidden: Tensor, weight: Tensor, entries: Entries, dtype: torch.dtype, out: Tensor, add: bool) -> None:
     """The logit of each entry -> `out` [E] float32, or added to it. Its bits depend on the two rows alone."""
     assert out.dtype == torch.float32 and out.is_contiguous() and len(out) == len(entries.ids)
+    assert hidden.shape == (len(entries.offsets) - 1, weight.shape[1])
     _native.kept_logits(
         hidden=_matrix(hidden),
         weight=_matrix(weight),
@@ -55,7 +56,7 @@ def weight_gradient(
     """The sum of gradient times hidden states over the entries of each column -> rows of `out`, rounded once."""
     _check_gradient(gradient, entries)
     assert order.is_contiguous() and destination.is_contiguous() and out.shape[1] == hidden.shape[1]
-    assert len(order) == len(destination) == len(gradient)
+    assert len(order) == len(destination) == len(gradient) and len(hidden) == len(entries.offsets) - 1
     _native.weight_gradient(
         gradient=gradient.data_ptr(),
         hidden=_matrix(hidden),
@@ -87,6 +88,8 @@ def _matrix(matrix: Tensor) -> _native.Matrix:
 def _bind(entries: Entries) -> _native.SparseEntries:
     ids, offsets, rows, active = entries
     assert all(x is None or x.is_contiguous() for x in entries)
+    assert (ids.dtype, offsets.dtype, rows.dtype) == (torch.int32, torch.int64, torch.int64) and len(rows) == len(ids)
+    assert active is None or (active.dtype == torch.bool and len(active) == len(offsets) - 1)
     return _native.SparseEntries(
         count=len(ids),
         rows=len(offsets) - 1,
