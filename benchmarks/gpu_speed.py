@@ -38,6 +38,8 @@ WORKS = {
         Work("grpo", "GRPO, a ratio per token, off-policy", objective="grpo"),
         Work("ppo", "PPO, one mean over all tokens, off-policy", objective="ppo"),
         Work("gspo_inactive", "GSPO, 45% of no advantage, 15% of the rest clipped", no_advantage=0.45, clipped=0.15),
+        Work("gspo_kept", "GSPO, off-policy, 8 columns of a row kept", kept=8),
+        Work("gspo_kept_on_policy", "GSPO, on-policy, 8 columns of a row kept", on_policy=True, kept=8),
     )
 }
 

@@ -46,7 +46,7 @@ BUDGETS_CAPPED = {"read": 30.0, "write": 33.0}
 # kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
 SPILLS = {
     "forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16),
-    "kept_forward_backward": (2, 8), "hidden_gradient, any address": (2, 8),
+    "kept_forward_backward": (2, 8),
 }  # fmt: skip
 
 TABLE = {  # a row's words: (kernel and variant, its loop)

@@ -106,14 +106,25 @@ def hidden_gradient_kernel(
     if active is not None:
         end = tl.where(tl.load(active + row) != 0, end, begin)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(begin, end, ENTRIES):
-        at = start + tl.arange(0, ENTRIES)
-        id = tl.load(ids + at, mask=at < end, other=ABSENT)
-        g = tl.load(gradient + at, mask=at < end, other=0.0)
+    at = begin + tl.arange(0, ENTRIES)
+    next_id = tl.load(ids + at, mask=at < end, other=ABSENT)
+    next_g = tl.load(gradient + at, mask=at < end, other=0.0)
+    for _ in range(begin, end, ENTRIES):
+        id, g = next_id, next_g
+        at += ENTRIES  # the next ones are loaded while rows of the head are on their way
+        next_id = tl.load(ids + at, mask=at < end, other=ABSENT)
+        next_g = tl.load(gradient + at, mask=at < end, other=0.0)
         there = (id >= 0) & (id < weight_rows) & (g != 0.0)
         w = _load(weight, weight_stride, id, there, column, depth, ALIGNED, WIDTH, DTYPE)
         total += tl.sum(tl.where(there, g, 0.0)[:, None] * w, 0)
     _store(out, out_stride, row, column, depth, total, ALIGNED, WIDTH)
+
+
+@triton.jit
+def _entries_of_id(order, ids, at, entries, id):
+    """The entries at these places of the order, and which of them have this id."""
+    e = tl.load(order + at, mask=at < entries, other=0)
+    return e, (at < entries) & (tl.load(ids + e) == id)
 
 
 @_kernel()
@@ -131,18 +142,18 @@ def weight_gradient_kernel(
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    position = start
+    at = start + tl.arange(0, ENTRIES)
+    e, same = _entries_of_id(order, ids, at, entries, id)
     more = start >= 0
     while more:
-        at = position + tl.arange(0, ENTRIES)
-        e = tl.load(order + at, mask=at < entries, other=0)
-        same = (at < entries) & (tl.load(ids + e) == id)
+        at += ENTRIES  # the next ones are looked up while hidden states of these are on their way
+        next_e, next_same = _entries_of_id(order, ids, at, entries, id)
         row = tl.load(rows + e, mask=same, other=-1)
         g = tl.load(gradient + e, mask=same, other=0.0)
         there = (g != 0.0) & (row >= 0) & (row < hidden_rows)
         there = _is_active(active, row, there)
         h = _load(hidden, hidden_stride, row, there, column, depth, ALIGNED, WIDTH, DTYPE)
         total += tl.sum(tl.where(there, g, 0.0)[:, None] * h, 0)
-        position += ENTRIES
-        more = tl.min(same.to(tl.int32), 0) != 0
+        more = tl.max(next_same.to(tl.int32), 0) != 0
+        e, same = next_e, next_same
     _store(out, out_stride, to, column, depth, total, ALIGNED, WIDTH)
