@@ -106,8 +106,10 @@ bench-compare: .venv/bench
 	$(BIN)/python -m benchmarks.compare $(BASE)
 
 # The losses from hidden states, against the peers that `make bench-peers` has installed: 20 minutes, and a minute.
+# Then those of kept columns: 3 minutes.
 bench-linear: .venv/bench
 	$(BIN)/python -m benchmarks.linear $(ARGS)
+	$(BIN)/python -m benchmarks.kept_head $(filter --smoke,$(ARGS))
 
 # A million tokens of context in constant memory: 16 minutes.
 bench-context: .venv/bench

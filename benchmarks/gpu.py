@@ -58,7 +58,10 @@ PROFILED = (
     "gspo_inactive", "gspo_fresh",
 )  # fmt: skip
 KERNELS = ("forward", "backward", "forward_backward", "one_read")
-TESTS = ("test_rows.py", "test_triton_rows.py", "test_cuda_rows.py", "test_losses.py", "test_autograd.py")
+TESTS = (
+    "test_rows.py", "test_triton_rows.py", "test_cuda_rows.py", "test_losses.py", "test_autograd.py", "test_kept.py",
+    "test_triton_kept.py", "test_triton_sparse.py",
+)  # fmt: skip
 MORE_TESTS = (
     "test_row_independence.py", "test_linear_bits.py", "test_linear.py", "test_linear_precision.py",
     "test_vocab_size.py", "test_stats.py", "test_group_of_one.py", "test_nan.py", "test_inputs.py",

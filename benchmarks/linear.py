@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import context, libraries
+from . import context, kept_head, libraries
 from .cases import (
     DENSE,
     DENSE_1024,
@@ -242,7 +242,9 @@ def _cell(m: dict[str, Any] | None) -> str:
 # ---- docs/hidden-states.md
 
 
-def page_block(contents: Sequence[dict[str, Any]], contexts: Sequence[dict[str, Any]]) -> str:
+def page_block(
+    contents: Sequence[dict[str, Any]], contexts: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]] = ()
+) -> str:
     """Of each machine a table of the cases with 2,048 rows and one of those with 1,024 rows, where it has them.
 
     `contexts`: results of context.py, whose tables stand below.
@@ -263,7 +265,7 @@ def page_block(contents: Sequence[dict[str, Any]], contexts: Sequence[dict[str, 
         if lines:
             blocks.append("The same machine with 1,024 rows, seconds:")
             blocks.append("\n".join(table(["V, dtype", *(BY_NAME[name].label for name in _COMPARED)], lines)))
-    return "\n\n".join([*blocks, *map(context.markdown, contexts)])
+    return "\n\n".join([*blocks, *map(kept_head.markdown, kept), *map(context.markdown, contexts)])
 
 
 def _machine(about: dict[str, Any]) -> str:
@@ -290,7 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="the tables of docs/hidden-states.md, from all results")
     options = parser.parse_args(arguments)
     if options.write:
-        PAGE.write_text(filled(PAGE.read_text(), page_block(committed(KIND), committed(context.KIND))))
+        PAGE.write_text(
+            filled(PAGE.read_text(), page_block(committed(KIND), committed(context.KIND), committed(kept_head.KIND)))
+        )
         return 0
     if options.markdown is not None:
         print(markdown(load(options.markdown if options.markdown.name else newest(KIND))["cases"]))

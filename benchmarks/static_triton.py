@@ -46,7 +46,7 @@ BUDGETS_CAPPED = {"read": 30.0, "write": 33.0}
 # kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
 SPILLS = {
     "forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16),
-    "hidden_gradient, any address": (2, 8),
+    "kept_forward_backward": (2, 8), "hidden_gradient, any address": (2, 8),
 }  # fmt: skip
 
 TABLE = {  # a row's words: (kernel and variant, its loop)
@@ -207,7 +207,7 @@ class Job:
         Every kernel is so compiled in each of its dtypes, every hot loop for each GPU, and for AMD everything but the
         terms of most objectives.
         """
-        beside_kept = self.variant.kept and self.variant.loops  # the same loops as without
+        beside_kept = self.variant.kept and (self.variant.loops or self.variant.capped)  # as without
         elsewhere = bool(self.variant.loops) or (self.target in AMD and self.variant.objective in ("", "GSPO", "DPPO"))
         return self.target == "sm_90" or (elsewhere and not beside_kept and self.dtype == self.variant.dtypes[0])
 

@@ -12,7 +12,7 @@ import pytest
 
 from gspo_kernels.losses import triton_stage_kernels
 
-from . import context, gpu_model, host, linear, linear_precision, linear_tf32, peers, plot
+from . import context, gpu_kept_model, gpu_model, host, kept_head, linear, linear_precision, linear_tf32, peers, plot
 from . import gpu_page as page
 from .cases import DENSE, FORWARD, INACTIVE, Problem, linear_case, linear_smoke
 from .contestants import Contestant, Run
@@ -34,9 +34,21 @@ def test_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| V = 151,936 | dense, fp32 |" in linear.markdown(load(newest(linear.KIND))["cases"])
 
 
+def test_kept_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kept.json"
+    assert kept_head.main(["--smoke", "--save", str(path)]) == 0
+    assert all(case["contestants"].keys() == kept_head.LABELS.keys() for case in load(path)["cases"].values())
+    capsys.readouterr()
+    assert kept_head.main(["--markdown", str(path)]) == 0
+    assert "| kept columns, head frozen |" in capsys.readouterr().out
+    sizes = kept_head.kept_sizes(2_048, 151_936).double()
+    found = float(sizes.mean()), float(sizes.median()), float(sizes.quantile(0.99)), float((sizes == 1).double().mean())
+    assert found == pytest.approx((8.0, 2.0, 82.0, 0.46), rel=0.02)
+
+
 def test_the_page_of_hidden_states_has_the_committed_numbers() -> None:
     text = linear.PAGE.read_text()
-    block = linear.page_block(committed(linear.KIND), committed(context.KIND))
+    block = linear.page_block(committed(linear.KIND), committed(context.KIND), committed(kept_head.KIND))
     assert page.filled(text, block) == text, "python -m benchmarks.linear --write"
 
 
@@ -134,6 +146,17 @@ def test_gpu_model(capsys: pytest.CaptureFixture[str]) -> None:
                 work, measured = gpu_model.Work(plan), cases[plan.measured]["contestants"]["ours"]
                 assert 0.7 < work.seconds(speed) / measured["median"] < 1.03, plan
                 assert 0.9 < work.peak() / measured["extra_bytes"] < 1.15, plan
+
+
+def test_gpu_kept_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/gpu.md has what it predicts: from logits a pass and little more, from hidden states a fraction."""
+    assert gpu_kept_model.main() == 0
+    assert capsys.readouterr().out in (REPOSITORY / "docs" / "gpu.md").read_text()
+    for speed in map(gpu_model.Speed.of, page.committed()):
+        for work in gpu_kept_model.WORKS:
+            passes = work.seconds(speed) * speed.copy / (2 * work.rows * gpu_model.VOCAB)
+            assert work.width or 1 < passes < 1.1
+            assert work.seconds(speed) < work.seconds_without(speed)
 
 
 def test_peers(capsys: pytest.CaptureFixture[str]) -> None:

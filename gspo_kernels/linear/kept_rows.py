@@ -22,7 +22,7 @@ from ..rows.dispatch import Backend, choose
 from ..rows.kept import KeptTokens
 from ..rows.operators import row_stats
 from ..rows.types import RowOptions, Rows, RowStats
-from .operators import linear_row_stats
+from .both_heads import both_heads
 from .products import sum_dtype
 from .schedule import chunk_size
 from .sparse_head import kept_logits
@@ -37,16 +37,22 @@ class KeptRows(NamedTuple):
     kept: KeptTokens
     chosen: Backend
     sparse_weight_grad: bool
+    every: bool  # whether every unmasked row is known to have entries
 
     @property
-    def every(self) -> bool:
-        """Whether every unmasked row is known to have entries."""
-        return kept_form(self.kept, self.arrays.mask) == "every"
+    def columns(self) -> KeptColumns:
+        return KeptColumns(self.kept.token_ids, self.kept.offsets, self.chosen.name, self.sparse_weight_grad)
 
-    def logits(self) -> Tensor:
-        """[entries]"""
-        columns = KeptColumns(self.kept.token_ids, self.kept.offsets, self.sparse_weight_grad)
-        return kept_logits(replace(self.arguments, backend=self.chosen.name), columns)
+    def kept_alone(self) -> RowStats:
+        """Statistics of the rows that keep some columns; 0 elsewhere."""
+        return self.stats(self.arrays.gathered(kept_logits(self.arguments, self.columns), self.kept))
+
+    def kept_and_full(self, full: Tensor | None) -> tuple[RowStats, RowStats]:
+        """Statistics over the columns that rows keep, and over all columns of the rows `full` (None: of all)."""
+        logits, of_full = both_heads(self.arguments, self.columns, full)
+        of_kept, whole = self.stats(self.arrays.gathered(logits, self.kept)), self.without_entries()
+        merged = (torch.where(whole, x, y) for x, y in zip(of_full, of_kept, strict=True))
+        return RowStats(*merged), of_full
 
     def stats(self, rows: Rows) -> RowStats:
         options, shard = RowOptions(False, self.chosen.name), self.arguments.shard
@@ -57,31 +63,23 @@ class KeptRows(NamedTuple):
         found = (self.kept.counts == 0).view(self.arrays.token_ids.shape)
         return found if self.arrays.mask is None else found & self.arrays.mask
 
-    def full_stats(self, mask: Tensor | None) -> RowStats:
-        """Of these rows, by the full head; 0 elsewhere."""
-        return linear_row_stats(replace(self.arguments, mask=mask))
-
-    def merged(self, of_kept: RowStats, full: RowStats) -> RowStats:
-        """The full head's statistics for rows without entries."""
-        whole = self.without_entries()
-        return RowStats(*(torch.where(whole, x, y) for x, y in zip(full, of_kept, strict=True)))
-
 
 def kept_rows(arguments: HeadArguments, arrays: RowArrays, kept: KeptTokens, sparse_weight_grad: bool) -> KeptRows:
     """Chooses the backend of the rows; refuses one that is named and cannot take them."""
     entries = arguments.hidden.new_empty(kept.token_ids.shape[0], dtype=sum_dtype(arguments.dtype))
     rows = arrays.gathered(entries, kept)
     chosen = choose(rows.logits, arguments.backend, rows.fields_set())
-    return KeptRows(arguments, arrays, kept, chosen, sparse_weight_grad)
+    every = kept_form(kept, arrays.mask) == "every"
+    return KeptRows(arguments, arrays, kept, chosen, sparse_weight_grad, every)
 
 
 def loss_of_kept_rows(of: KeptRows, inputs: TokenInputs) -> LossOutput:
-    logits = of.logits()
-    rows = of.arrays.gathered(logits, of.kept)
     if of.every:
+        logits = kept_logits(of.arguments, of.columns)
+        rows = of.arrays.gathered(logits, of.kept)
         loss, stats = loss_of_rows(logits, rows, inputs, of.chosen, shard=of.arguments.shard)
     else:
-        found = of.merged(of.stats(rows), of.full_stats(of.without_entries()))
+        found, _ = of.kept_and_full(of.without_entries())
         if fused_loss.takes_rows_of(of.chosen, inputs):
             loss, stats = fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
         else:
@@ -104,10 +102,8 @@ def _work(of: KeptRows) -> HeadWork:
 
 def logprobs_of_kept_rows(of: KeptRows, shape: torch.Size, full_distribution: bool) -> KeptLogprobs:
     """`shape`: of the caller's tokens."""
-    of_kept = of.stats(of.arrays.gathered(of.logits(), of.kept))
     if full_distribution:
-        full = of.full_stats(of.arrays.mask)
-        return KeptLogprobs(of_tokens(of.merged(of_kept, full), shape), of_tokens(full, shape))
-    if not of.every:
-        of_kept = of.merged(of_kept, of.full_stats(of.without_entries()))
+        of_kept, full = of.kept_and_full(of.arrays.mask)
+        return KeptLogprobs(of_tokens(of_kept, shape), of_tokens(full, shape))
+    of_kept = of.kept_alone() if of.every else of.kept_and_full(of.without_entries())[0]
     return KeptLogprobs(of_tokens(of_kept, shape), None)

@@ -186,9 +186,7 @@ linear_loss_operator = Operator(
 # ---- statistics of rows alone
 
 
-def _linear_row_gradient(
-    arguments: HeadArguments, needs_grad: NeedsGrad, stats: RowStats, upstream: Upstream
-) -> Gradients:
+def row_gradient(arguments: HeadArguments, needs_grad: NeedsGrad, stats: RowStats, upstream: Upstream) -> Gradients:
     with _inside_an_operator(arguments.hidden.device):
         rows = select_rows(arguments)
         head = Head(arguments, rows, needs_grad)
@@ -204,19 +202,19 @@ def _linear_row_gradient(
 
 
 linear_row_gradient_operator = Operator(
-    "linear_row_gradient", _linear_row_gradient,
+    "linear_row_gradient", row_gradient,
     fake=lambda arguments, needs_grad, stats, upstream: _empty_gradients(arguments, needs_grad),
 )  # fmt: skip
 
 
-def _linear_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
+def row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
     with _inside_an_operator(arguments.hidden.device):
         rows = select_rows(arguments)
         found = chunked_loss.statistics(Head(arguments, rows, NeedsGrad(False, False, False)))
         return RowStats(*(to_all_rows(x, rows, arguments.token_ids.shape) for x in found))
 
 
-def _fake_linear_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
+def empty_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
     ids, dtype = arguments.token_ids, sum_dtype(arguments.dtype)
     return RowStats(*(torch.empty(ids.shape, dtype=d, device=ids.device) for d in (dtype, dtype, torch.float64)))
 
@@ -245,6 +243,6 @@ def _linear_row_stats_backward(ctx: Any, *upstream: Tensor | None) -> dict[str, 
 
 
 linear_row_stats_operator = Operator(
-    "linear_row_stats", _linear_row_stats, fake=_fake_linear_row_stats, save=_save_linear_row_stats,
+    "linear_row_stats", row_stats, fake=empty_row_stats, save=_save_linear_row_stats,
     backward=_linear_row_stats_backward, operands=Operands._fields,
 )  # fmt: skip

@@ -104,10 +104,11 @@ class Entries(NamedTuple):
 
 
 class KeptColumns(NamedTuple):
-    """Which columns rows keep, and how the gradient of the head is returned."""
+    """Which columns rows keep, and how the sparse head computes them."""
 
     ids: Tensor  # int32 [E], of the whole vocabulary
     offsets: Tensor  # int64 [N + 1]
+    backend: str  # the name of the one that was chosen for their rows
     sparse_weight_grad: bool  # whether the weight's gradient is a sparse tensor of the columns that have entries
 
 

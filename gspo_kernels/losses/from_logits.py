@@ -41,6 +41,7 @@ class CommonOptions(TypedDict, total=False):
     temperature: float | Tensor
     logit_scale: float
     softcap: float | None
+    kept: KeptTokens | None
     ref_logprobs: Tensor | None
     beta: float
     kl_estimator: str
@@ -62,7 +63,6 @@ class CommonOptions(TypedDict, total=False):
 class LossOptions(CommonOptions, total=False):
     """Keyword arguments of every loss from logits."""
 
-    kept: KeptTokens | None
     overwrite_logits: bool
 
 

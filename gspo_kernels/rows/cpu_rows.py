@@ -61,7 +61,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
     if gradient.dtype not in (rows.logits.dtype, torch.bfloat16):
         raise ValueError(f"gradient: expected {rows.logits.dtype} or bfloat16; got {gradient.dtype}")
     if gradient.data_ptr() != rows.logits.data_ptr():
-        _request_huge_pages(gradient)
+        request_huge_pages(gradient)
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     grad_lse = None if grad_lse is None else grad_lse.double()
     _bind(rows).backward(
@@ -79,7 +79,7 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
 def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: TokenSlope | None = None) -> RowStats:
     assert slope is None
     stats = empty_stats(rows)
-    _request_huge_pages(gradient)
+    request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()
     _bind(rows).forward_backward(
         **stats_addresses(stats),
@@ -133,7 +133,7 @@ def _memory(logits: Tensor) -> dict[str, Any]:
     }
 
 
-def _request_huge_pages(gradient: Tensor) -> None:
+def request_huge_pages(gradient: Tensor) -> None:
     """Page faults on a newly allocated gradient cost more than the arithmetic."""
     storage = gradient.untyped_storage()
     _native.request_huge_pages(storage.data_ptr(), storage.nbytes())

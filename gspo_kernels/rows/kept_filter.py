@@ -4,11 +4,12 @@
     min-p   keeps z >= max z + log min_p
     top-k   of those, keeps z >= the k-th largest: all that equal it, so more than k columns at a tie
     top-p   of those, keeps a column if it and all before it, in ascending order, have more than 1 - p together, and
-            always the last; of columns with equal z, the higher id comes later
+            always the last; of columns with equal z, the lower id comes later
 
 This is what `apply_min_p` (`vllm/v1/worker/gpu/sample/min_p.py`) and `apply_top_k_top_p_pytorch`
-(`vllm/v1/sample/ops/topk_topp_sampler.py`) of vLLM 0.32 do. vLLM's Triton kernel differs at ties alone: it keeps
-exactly k columns, and those of lower id. docs/rollout.md says where SGLang differs.
+(`vllm/v1/sample/ops/topk_topp_sampler.py`) of vLLM 0.32 do, except that the latter's sort is not stable: which of equal
+columns top-p keeps is the accident of that sort. The rule here is that of vLLM's Triton kernel, which otherwise
+differs at a tie of top-k alone: it keeps exactly k columns. docs/rollout.md says where SGLang differs.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _kept(logits: Tensor, filters: Filters) -> Tensor:
     if filters.min_p is not None:
         keep = keep & (z >= largest + filters.min_p[:, None].log())
     if filters.top_k is not None:
-        keep = keep & (z >= _ranked(z.masked_fill(~keep, -torch.inf), filters.top_k))
+        keep = keep & (z >= _ranked(z, filters.top_k))  # of all columns: where min-p left fewer, all of them stay
     if filters.top_p is not None:
         nucleus = _nucleus(z.masked_fill(~keep, -torch.inf), filters.top_p)
         keep = keep & torch.where(filters.top_p[:, None] < 1.0, nucleus, True)
@@ -145,11 +146,11 @@ def _nucleus(z: Tensor, p: Tensor, most: int = LARGEST) -> Tensor:
     count = (from_here_down > 1.0 - p[:, None]).sum(-1, keepdim=True).clamp(min=1)
     least = values.gather(-1, count - 1)
     keep = z >= least
-    surplus = keep.sum(-1, keepdim=True) - count  # equal to the least, and of lower id
+    surplus = keep.sum(-1, keepdim=True) - count  # equal to the least, and of higher id
     tied = (surplus > 0).nonzero()[:, 0]
     if tied.numel():
         equal = z[tied] == least[tied]
-        keep[tied] &= ~equal | (equal.cumsum(-1) > surplus[tied])
+        keep[tied] &= ~equal | (equal.cumsum(-1) <= equal.sum(-1, keepdim=True) - surplus[tied])
     if most < z.shape[-1]:
         larger = ((count[:, 0] == most) & (p < 1.0)).nonzero()[:, 0]
         if larger.numel():

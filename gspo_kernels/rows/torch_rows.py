@@ -231,7 +231,7 @@ class _Entries:
         """([rows, columns + 1], the column of each row's token); -inf outside; NaN where the token is not kept."""
         row_of, columns = self.at
         logits = torch.nn.functional.pad(logits, (0, 1)).masked_fill(self.outside, -torch.inf)
-        is_token = self._ids == token_ids[row_of]
+        is_token = (self._ids != ABSENT) & (self._ids == token_ids[row_of])
         targets = torch.full_like(token_ids, self.shape[1])
         targets[row_of[is_token]] = columns[is_token]
         missing = (targets == self.shape[1]) & (token_ids != ABSENT)

@@ -301,7 +301,7 @@ def test_refusals_name_the_option(option: str, value: Any) -> None:
 
 def hook(batch: dict[str, Any]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
     """The hook on one rank, with all terms."""
-    opt = args(recompute_loss_function=True)
+    opt = args(recompute_loss_function=True, rollout_top_p=0.9 if "rollout_top_p_token_ids" in batch else 1.0)
     leaf = F.pad(torch.cat(batch["logits"]), (0, 0, 0, PADDING))[None]
     return partial(slime.policy_loss, opt, batch, leaf, reducer(batch, 0, 1, opt, None))
 
@@ -347,8 +347,9 @@ def starts() -> list[tuple[int, int, int]]:
     return [(first, p, r) for first, (p, r) in zip(ends, SAMPLES, strict=False)]
 
 
-def test_the_default_device_does_not_matter() -> None:
-    loss_of = hook(whole())
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_default_device_does_not_matter(kept: bool) -> None:
+    loss_of = hook(whole(kept=kept))
     with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)):
         loss, log = loss_of()
         with torch.device("meta"):

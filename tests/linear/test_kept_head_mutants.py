@@ -101,11 +101,18 @@ def low_rank_term_alone(patch: Patch) -> None:
 
 
 def bias_of_the_next_column(patch: Patch) -> None:
-    wrap(patch, sparse_head, "_matrices", lambda original, a: original(replace(a, bias=a.bias.roll(1))))
+    wrap(patch, sparse_head, "matrices", lambda original, a: original(replace(a, bias=a.bias.roll(1))))
 
 
 def rows_without_entries_forgotten(patch: Patch) -> None:
-    patch.setattr(KeptRows, "merged", lambda self, of_kept, full: of_kept)
+    patch.setattr(KeptRows, "kept_and_full", lambda self, full: (self.kept_alone(), None))
+
+
+def gradients_of_the_full_head_alone(patch: Patch) -> None:
+    def change(original: Any, arguments: Any, kept: Any, needs_grad: Any, gradient: Tensor, *rest: Any) -> Any:
+        return original(arguments, kept, needs_grad, torch.zeros_like(gradient), *rest)
+
+    wrap(patch, sparse_head, "write_gradients", change)
 
 
 def rows_with_entries_in_the_full_head(patch: Patch) -> None:
@@ -128,6 +135,7 @@ MUTANTS: dict[Callable[[Patch], None], dict[str, Any]] = {
     low_rank_term_alone: {"rank": 4},
     bias_of_the_next_column: {},
     rows_without_entries_forgotten: {},
+    gradients_of_the_full_head_alone: {},
     rows_with_entries_in_the_full_head: {},
     rows_without_entries_taken_for_some: {},
 }

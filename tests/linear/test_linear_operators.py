@@ -14,6 +14,7 @@ from gspo_kernels import DPPO, GSPO
 from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import Operator, _flatten
 from gspo_kernels.base.scalars import run_time_list
+from gspo_kernels.linear.both_heads import both_heads_operator
 from gspo_kernels.linear.operators import linear_loss_operator, linear_row_gradient_operator, linear_row_stats_operator
 from gspo_kernels.linear.sparse_head import kept_gradient_operator, kept_logits_operator
 from gspo_kernels.linear.types import HeadArguments, KeptColumns, NeedsGrad
@@ -110,14 +111,22 @@ def kept_samples(operator: str, arguments: HeadArguments, needs_grad: NeedsGrad)
     ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     if arguments.mask is None:  # now the third row's token is asked for
         ids[3] = 14
-    kept = KeptColumns(on_device(ids), on_device(ends), False)
-    named = replace(arguments, backend="reference")
+    kept = KeptColumns(on_device(ids), on_device(ends), "reference", False)
     if operator == "kept_logits":
-        return kept_logits_operator, (named, kept, needs_grad)
-    return kept_gradient_operator, (detached(named), kept, needs_grad, numbers(len(ids)))
+        return kept_logits_operator, (arguments, kept, needs_grad)
+    if operator == "kept_gradient":
+        return kept_gradient_operator, (detached(arguments), kept, needs_grad, numbers(len(ids)))
+    return both_heads_operator, (
+        arguments,
+        kept,
+        on_device(torch.tensor([[False] * 3, [False, True, False]])),
+        needs_grad,
+    )
 
 
-@pytest.mark.parametrize("operator", ["loss", "row_stats", "row_gradient", "kept_logits", "kept_gradient"])
+@pytest.mark.parametrize(
+    "operator", ["loss", "row_stats", "row_gradient", "kept_logits", "kept_gradient", "kept_and_full"]
+)
 @pytest.mark.parametrize("everything", [True, False], ids=["every argument", "few"])
 def test_operators_keep_their_contract(operator: str, everything: bool) -> None:
     """Nothing is aliased or mutated without a declaration; fake tensors, autograd, and dynamic shapes under AOT."""

@@ -14,6 +14,8 @@ import torch
 from batches import LAYOUTS, OBJECTIVES, PUBLIC, WITH_TOKENS, arguments, ragged_batch
 from modes import DEFAULT_MODE
 
+from gspo_kernels.linear import triton_sparse
+from gspo_kernels.linear.types import Entries
 from gspo_kernels.rows import triton_rows
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -42,7 +44,16 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
 
 def step(objective: str, layout: str, on_policy: bool, lengths: list[int], **options: Any) -> None:
     per_token = {name: options.pop(name) for name in ("weights", "by_token") if name in options}
-    batch = ragged_batch(objective, lengths=lengths, on_policy=on_policy, vocab=17 + sum(lengths), **per_token)
+    form = options.pop("kept", None)
+    vocab = 17 + sum(lengths)
+    batch = ragged_batch(
+        objective, lengths=lengths, on_policy=on_policy, vocab=vocab, kept=form is not None, **per_token
+    )
+    if batch.kept is not None:
+        tokens = batch.token_ids.tolist()
+        batch.kept = [ids or [max(token, 0)] for ids, token in zip(batch.kept, tokens, strict=True)]
+        if form == "some":
+            batch.kept[batch.mask.tolist().index(True)] = None
     args = arguments(batch, layout)
     temperature = options.pop("temperature", 1.0)
     loss, _ = PUBLIC[objective](args.logits, *args.rest, **{**args.keywords, "temperature": temperature}, **options)
@@ -92,6 +103,45 @@ def test_another_softcap_does_not_compile_again(on_policy: bool, lookups: set[tu
     assert lookups != first, "without a cap the kernels are others"
 
 
+@pytest.mark.parametrize(
+    ("form", "on_policy", "launches"), [("some", False, 6), ("some", True, 5), ("every", False, 4)]
+)
+def test_other_kept_sets_do_not_compile_again(
+    form: str, on_policy: bool, launches: int, lookups: set[tuple[str, str]]
+) -> None:
+    step("gspo", "packed", on_policy, [3, 2], kept=form)
+    first = set(lookups)
+    assert len(first) == launches
+    for lengths in ([1], [13, 3], [7, 20]):
+        step("gspo", "packed", on_policy, lengths, kept=form, temperature=0.1 * len(lengths))
+    assert lookups == first
+
+
+def test_other_sparse_heads_do_not_compile_again(lookups: set[tuple[str, str]]) -> None:
+    """Rows of the head either start on 16-byte boundaries, all of them, or they do not."""
+
+    def launch(rows: int, entries: int, vocab: int, depth: int, stride: int) -> None:
+        def matrix(n: int) -> torch.Tensor:
+            return torch.zeros(n * stride, dtype=torch.bfloat16).as_strided((n, depth), (stride, 1))
+
+        ids = torch.zeros(entries, dtype=torch.int32)
+        order = torch.zeros(entries, dtype=torch.int64)
+        of = Entries(ids, torch.zeros(rows + 1, dtype=torch.int64), order, None)
+        gradient, hidden, weight = torch.zeros(entries), matrix(rows), matrix(vocab)
+        triton_sparse.kept_logits(hidden, weight, of, torch.bfloat16, gradient, False)
+        triton_sparse.hidden_gradient(gradient, weight, of, torch.bfloat16, hidden)
+        triton_sparse.weight_gradient(gradient, hidden, of, order, order, torch.bfloat16, weight)
+
+    launch(3, 5, 7, 32, 32)
+    first = set(lookups)
+    assert {kernel for kernel, _ in first} == {f"{kernel}_kernel" for kernel in triton_sparse.LAUNCH}
+    for case in ((1, 1, 1, 8, 8), (16, 64, 16, 16, 24), (1, 33, 2, 40, 4000)):
+        launch(*case)
+    assert lookups == first
+    launch(3, 5, 7, 33, 33)
+    assert len(lookups) == 2 * len(first)
+
+
 def test_strides_beyond_32_bits_do_not_compile_again(lookups: set[tuple[str, str]]) -> None:
     """The stride of a packed batch is N V, of a padded one T V: both may cross 2^31 in the middle of a training."""
     from gspo_kernels.rows.types import Rows, Upstream
@@ -108,6 +158,11 @@ def test_strides_beyond_32_bits_do_not_compile_again(lookups: set[tuple[str, str
         triton_rows.backward(batch, triton_rows.forward(batch), upstream, logits)
         triton_rows.forward_backward(batch, upstream, logits)
         triton_rows.scale(logits, torch.ones(1))
+        ids, offsets = torch.zeros(rows, dtype=torch.int32), torch.zeros(3 * rows + 1, dtype=torch.int64)
+        batch = batch._replace(kept_ids=ids, kept_offsets=offsets, kept_form="every")
+        logits.new_empty = torch.empty
+        triton_rows.backward(batch, triton_rows.forward(batch), upstream, logits)
+        triton_rows.forward_backward(batch, upstream, logits)
 
     launch(2, 3000, 1000)
     first = set(lookups)

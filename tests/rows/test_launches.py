@@ -6,6 +6,7 @@ dispatch mode: every operator that reads or writes memory on the device is a lau
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def one_read(rows: Rows, upstream: Upstream, gradient: Tensor, clip: Any = None) -> RowStats:
         seen.names.append("one_read")
-        return empty_stats(rows.logits)
+        return empty_stats(rows)
 
     monkeypatch.setattr(type(triton_stage_kernels.batch_kernel), "run", launch)
     monkeypatch.setattr(cuda_rows, "forward_backward", one_read)
@@ -106,9 +107,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 }
 
 
-def step(objective: str, layout: str, build: dict[str, Any], options: dict[str, Any], launched: list[str]) -> list[str]:
+def step(
+    objective: str,
+    layout: str,
+    build: dict[str, Any],
+    options: dict[str, Any],
+    launched: list[str],
+    every_row: bool | None = None,
+) -> list[str]:
     """What a loss and its backward launch."""
     args = arguments(ragged_batch(objective, seed=60, **build), layout)
+    if "kept" in args.keywords:
+        args.keywords["kept"] = dataclasses.replace(args.keywords["kept"], every_row=every_row)
     options = {name: on_device(x) if isinstance(x, Tensor) else x for name, x in options.items()}
     logits = args.logits.detach().clone().requires_grad_()
     root = torch.ones((), device=DEVICE)
@@ -126,6 +136,24 @@ def step(objective: str, layout: str, build: dict[str, Any], options: dict[str, 
 def test_four_launches(objective: str, layout: str, case: str, launched: list[str]) -> None:
     build, options, expected = CASES[case]
     assert step(objective, layout, build, {**options, "backend": "triton"}, launched) == expected
+
+
+KEPT_TWICE = ["kept_forward_kernel", "sequence_kernel", "batch_kernel", "kept_backward_kernel"]
+KEPT_ONCE = ["sequence_kernel", "kept_forward_backward_kernel", "batch_kernel", "scale_kernel"]
+KEPT_CASES: dict[str, tuple[bool, bool | None, list[str]]] = {  # on-policy, `KeptTokens.every_row`
+    "off-policy": (False, True, KEPT_TWICE),
+    "on-policy": (True, True, KEPT_ONCE),
+    "rows without entries": (False, None, ["forward_kernel", *KEPT_TWICE[:3], "backward_kernel", KEPT_TWICE[3]]),
+    "rows without entries, on-policy": (True, None, [KEPT_ONCE[0], "forward_backward_kernel", *KEPT_ONCE[1:]]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", KEPT_CASES)
+def test_kept_sets_take_four_launches_and_rows_without_two_more(layout: str, case: str, launched: list[str]) -> None:
+    on_policy, every_row, expected = KEPT_CASES[case]
+    build = {"on_policy": on_policy, "kept": True}
+    assert step("gspo", layout, build, {"backend": "triton"}, launched, every_row) == expected
 
 
 CUDA_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -6,19 +6,17 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batches import LAYOUTS
-from checks import check_close, check_gradient, check_rows
+from checks import allocated, check_close, check_gradient, check_rows
 from modes import (
     DEFAULT_MODE,
     DEVICE,
     KERNELS,
-    ON_GPU,
     by_backend,
     by_combination,
     needs,
@@ -194,18 +192,6 @@ def test_upstream_gradients_of_any_stride(backend: str, dtype: torch.dtype) -> N
     check_gradient(gradient, batch, [1.0] * 6)
     (gradient,) = torch.autograd.grad(out.logprobs, leaf, strided)
     check_gradient(gradient, batch, strided.tolist())  # a third backward still finds what the forward saved
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """Bytes that torch hands out during `work`, freed or not."""
-    if ON_GPU:
-        before = torch.cuda.memory_stats(DEVICE)["allocated_bytes.all.allocated"]
-        work()
-        after: int = torch.cuda.memory_stats(DEVICE)["allocated_bytes.all.allocated"]
-        return after - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -7,13 +7,13 @@ itself. At V = 150k anything else is blind: the softmax term of a row is a few 1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import oracle
 import torch
 from batches import Batch, Outcome, run
-from modes import KERNELS
+from modes import DEVICE, KERNELS, ON_GPU
 from tolerances import LSE_DIGITS, TOLERANCES, Tolerance
 from torch import Tensor
 
@@ -234,3 +234,18 @@ def run_and_check(batch: Batch, layout: str, objective: str, *, upstream: float 
     outcome = run(batch, layout, objective, upstream=upstream, backend=backend, **options)
     check_outcome(outcome, batch, objective, upstream=upstream, **options)
     return outcome
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Bytes that torch hands out during `work`, freed or not."""
+    if ON_GPU:
+        before = torch.cuda.memory_stats(DEVICE)["allocated_bytes.all.allocated"]
+        work()
+        after: int = torch.cuda.memory_stats(DEVICE)["allocated_bytes.all.allocated"]
+        return after - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
