@@ -27,6 +27,8 @@
 #define GSPO_HD
 #endif
 
+// Functions are static: every instruction set compiles its own. Of one that the linker shares among them, an old
+// processor could get the AVX-512 code.
 namespace gspo {
 
 constexpr double kLn2 = 0.69314718055994530942;
@@ -50,7 +52,7 @@ struct RowStats {
 // The others come to nothing (sum == 0) where V == 1 or all of them are -inf. A NaN or +inf logit gives NaN: it is the
 // caller's bug and is not hidden. A row of -inf gives NaN, too, but for its lse, which is -inf: it may be a part of a
 // row, and then has a share of 0.
-GSPO_HD inline RowStats combine(const Others& others, double target_logit, double scale) {
+GSPO_HD static inline RowStats combine(const Others& others, double target_logit, double scale) {
   const double target = target_logit == INFINITY ? NAN : target_logit;
   const bool alone = others.sum == 0.0;
   const double base = alone ? -INFINITY : others.base;
@@ -76,12 +78,12 @@ GSPO_HD inline RowStats combine(const Others& others, double target_logit, doubl
 }
 
 // The same of a forward that is over, of which the caller kept three numbers.
-GSPO_HD inline RowStats saved_stats(double logprob, double entropy, double lse) {
+GSPO_HD static inline RowStats saved_stats(double logprob, double entropy, double lse) {
   return {logprob, entropy, lse, std::exp(logprob), -std::expm1(logprob)};
 }
 
 // 1 - tanh(u)^2, to all its digits also where tanh is nearly 1.
-GSPO_HD inline double tanh_slope(double u) {
+GSPO_HD static inline double tanh_slope(double u) {
   const double e = std::exp(-2.0 * std::fabs(u));
   return 4.0 * e / ((1.0 + e) * (1.0 + e));
 }
@@ -103,14 +105,14 @@ struct Base {
 
 // Whether all columns but the largest have a probability of 0. Logits as large as that are at least 64 nats apart, as
 // floats, and beside them lse has no digits for the sum, which is the number of ties: lse = max x / temperature + H.
-GSPO_HD inline bool only_ties(const RowStats& stats) { return std::fabs(stats.lse) >= 0x1p30; }
+GSPO_HD static inline bool only_ties(const RowStats& stats) { return std::fabs(stats.lse) >= 0x1p30; }
 
-GSPO_HD inline float logit_of_ties(const RowStats& stats, double temperature) {  // max x, to the bit
+GSPO_HD static inline float logit_of_ties(const RowStats& stats, double temperature) {  // max x, to the bit
   return static_cast<float>((stats.lse - stats.entropy) * temperature);
 }
 
 // The base is the row's lse as a logit, rounded.
-GSPO_HD inline Base base_of(const RowStats& stats, double scale) {
+GSPO_HD static inline Base base_of(const RowStats& stats, double scale) {
   const double inverse_temperature = scale * kLn2;
   const float rounded_scale = static_cast<float>(scale);
   if (only_ties(stats)) return {logit_of_ties(stats, 1.0 / inverse_temperature), rounded_scale, stats.entropy};
@@ -133,7 +135,7 @@ struct RowGradient {
 // `stats`: the forward's; from target and lse, logprob could only be computed by a subtraction. Where lse is -inf, the
 // base and all that follows from it are NaN, for such a row has no gradient. `column_factor` and `target_factor`
 // multiply the gradient of the target and of all other columns.
-GSPO_HD inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, const Base& base,
+GSPO_HD static inline RowGradient gradient_of(const Upstream& g, const RowStats& stats, double scale, const Base& base,
                                        double column_factor = 1.0, double target_factor = 1.0) {
   const double logprob = stats.logprob, entropy = stats.entropy, inverse_temperature = scale * kLn2;
   RowGradient row;

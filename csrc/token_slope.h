@@ -45,7 +45,7 @@ struct Token {
 // infinite for pi = 1, unless mu = 1. Probabilities near 0 and 1 keep their digits: with p the larger of the two, the
 // last logarithm is log1p(|pi - mu| / (1 - p)) or its negative. The log-probabilities are finite; that of the rollout
 // may have been rounded to more than 0.
-GSPO_HD inline double moved_by(Measure measure, double logprob, double rollout_logprob) {
+GSPO_HD static inline double moved_by(Measure measure, double logprob, double rollout_logprob) {
   const double step = logprob - rollout_logprob, apart = std::fabs(step);
   const double larger = step > 0.0 ? logprob : rollout_logprob;
   const double p = std::exp(larger), difference = p * -std::expm1(-apart);
@@ -56,7 +56,7 @@ GSPO_HD inline double moved_by(Measure measure, double logprob, double rollout_l
 }
 
 // NaN if a number that it depends on is NaN.
-GSPO_HD inline double slope_of(const Token& token, const TokenSlope& loss) {
+GSPO_HD static inline double slope_of(const Token& token, const TokenSlope& loss) {
   const auto finite = [](double x) { return x > 1e30 ? 1e30 : x < -1e30 ? -1e30 : x; };  // no inf - inf
   const double log_ratio = finite(token.logprob) - finite(token.old_logprob);
   const bool saturated = log_ratio > loss.max_log_ratio;
