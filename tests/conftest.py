@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,13 +166,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["GSPO_KERNELS_TEST_ALL"] = "1"  # for what test modules make of OBJECTIVES, also in ranks
         modes.WHOLE = True
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # else they wait for each other's cores
+    if workers > 1:  # else they wait for each other's cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of processes that tests start
     config.addinivalue_line("markers", "plain_memory: torch.empty stays uninitialised")
     config.addinivalue_line("markers", "only_with_all: runs with --all alone, for others find the same faults")
     config.addinivalue_line("markers", "every_objective: each objective meets every other parameter (modes.py)")
     config.addinivalue_line("markers", "each_objective: each objective is met at least once (modes.py)")
     # Kernels select an inf * 0 away as a GPU does, in silence; numpy speaks of each.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Modules of which this mode skips every test are not imported, for some import trainers for seconds."""
+    if not (INTERPRETED or ON_GPU) or collection_path.suffix != ".py":
+        return None
+    skipped = "DEFAULT_MODE|NOT_INTERPRETED" if INTERPRETED else "DEFAULT_MODE"
+    return (
+        True if re.search(rf"^pytestmark = (\[\s*)?({skipped})\b", collection_path.read_text(), re.MULTILINE) else None
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -353,8 +353,8 @@ class Tanh {
   float high_, low_, limit_;
 };
 
-// Whether a t that is out of range shows in the result: infinity for t >= 128, NaN for -infinity, 0 for any other t
-// below -150. Where it does not, anything can come of t > 127 and t < -127.
+// Whether a t that is out of range shows in the result: infinity for t >= 128, 0 for t below -150 (for -infinity, some
+// processors say NaN). Where it does not, anything can come of t > 127 and t < -127.
 #if defined(__AVX512F__)
 constexpr bool kSaturates = true;
 #else

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base.autograd import first_derivative
 from ..base.operators import Operator, save_values, saved_values
+from ..losses.stats import HeadWork
 from ..rows.types import RowStats, Upstream
 from . import operators, sparse_head
 from .sparse_head import FUNCTION
@@ -25,26 +26,31 @@ class BothOutputs(NamedTuple):
     logprobs: Tensor  # this and the next two: `RowStats` of the full head's rows, [outer, inner]
     entropy: Tensor
     lse: Tensor
+    head_work: Tensor  # of the full head: fp32, in the order of `HeadWork`; not differentiable
+
+    def full_stats(self) -> RowStats:
+        return RowStats(self.logprobs, self.entropy, self.lse)
 
 
-def both_heads(arguments: HeadArguments, kept: KeptColumns, full: Tensor | None) -> tuple[Tensor, RowStats]:
+def both_heads(arguments: HeadArguments, kept: KeptColumns, full: Tensor | None) -> BothOutputs:
     """The logits of kept columns, and statistics of the rows `full` (bool [outer, inner]; None: all); differentiable.
 
     Args:
         kept: its `sparse_weight_grad` is False.
     """
-    logits, *stats = both_heads_operator(arguments, kept, full, arguments.operands().needs_grad())
-    return logits, RowStats(*stats)
+    return both_heads_operator(arguments, kept, full, arguments.operands().needs_grad())
 
 
 def _both(arguments: HeadArguments, kept: KeptColumns, full: Tensor | None, needs_grad: NeedsGrad) -> BothOutputs:
     logits = sparse_head.multiply(arguments, kept, needs_grad)
-    return BothOutputs(logits, *operators.row_stats(replace(arguments, mask=full), needs_grad))
+    stats, work = operators.row_stats_and_work(replace(arguments, mask=full))
+    return BothOutputs(logits, *stats, operators.as_tensor(work, logits.device))
 
 
 def _empty(arguments: HeadArguments, kept: KeptColumns, full: Tensor | None, needs_grad: NeedsGrad) -> BothOutputs:
     stats = operators.empty_row_stats(arguments, needs_grad)
-    return BothOutputs(sparse_head.empty_logits(arguments, kept, needs_grad), *stats)
+    work = torch.empty(len(HeadWork._fields), dtype=torch.float32, device=arguments.hidden.device)
+    return BothOutputs(sparse_head.empty_logits(arguments, kept, needs_grad), *stats, work)
 
 
 class _Outputs(NamedTuple):
@@ -113,8 +119,7 @@ def _save(
     full: Tensor | None,
     needs_grad: NeedsGrad,
 ) -> None:
-    stats = RowStats(*output[1:])
-    save_values(ctx, arguments=arguments, kept=kept, full=full, needs_grad=needs_grad, stats=stats)
+    save_values(ctx, arguments=arguments, kept=kept, full=full, needs_grad=needs_grad, stats=output.full_stats())
 
 
 def _backward(ctx: Any, of_logits: Tensor | None, *of_stats: Tensor | None) -> dict[str, Tensor | None]:
@@ -138,5 +143,5 @@ def _backward(ctx: Any, of_logits: Tensor | None, *of_stats: Tensor | None) -> d
 
 
 both_heads_operator = Operator(
-    "both_heads", _both, fake=_empty, save=_save, backward=_backward, operands=Operands._fields
+    "both_heads", _both, fake=_empty, save=_save, backward=_backward, operands=Operands._fields, outputs=4
 )

@@ -22,9 +22,8 @@ from ..rows.dispatch import Backend, choose
 from ..rows.kept import KeptTokens
 from ..rows.operators import row_stats
 from ..rows.types import RowOptions, Rows, RowStats
-from .both_heads import both_heads
+from .both_heads import BothOutputs, both_heads
 from .products import sum_dtype
-from .schedule import chunk_size
 from .sparse_head import kept_logits
 from .types import HeadArguments, KeptColumns
 
@@ -47,12 +46,17 @@ class KeptRows(NamedTuple):
         """Statistics of the rows that keep some columns; 0 elsewhere."""
         return self.stats(self.arrays.gathered(kept_logits(self.arguments, self.columns), self.kept))
 
-    def kept_and_full(self, full: Tensor | None) -> tuple[RowStats, RowStats]:
-        """Statistics over the columns that rows keep, and over all columns of the rows `full` (None: of all)."""
-        logits, of_full = both_heads(self.arguments, self.columns, full)
-        of_kept, whole = self.stats(self.arrays.gathered(logits, self.kept)), self.without_entries()
-        merged = (torch.where(whole, x, y) for x, y in zip(of_full, of_kept, strict=True))
-        return RowStats(*merged), of_full
+    def kept_and_full(self, full: Tensor | None) -> tuple[RowStats, BothOutputs]:
+        """Statistics over the columns that rows keep, and what both heads have found.
+
+        Args:
+            full: the rows that the full head computes, too: all that keep the whole vocabulary are among them. None:
+                all rows.
+        """
+        found, whole = both_heads(self.arguments, self.columns, full), self.without_entries()
+        of_kept = self.stats(self.arrays.gathered(found.kept_logits, self.kept))
+        merged = (torch.where(whole, x, y) for x, y in zip(found.full_stats(), of_kept, strict=True))
+        return RowStats(*merged), found
 
     def stats(self, rows: Rows) -> RowStats:
         options, shard = RowOptions(False, self.chosen.name), self.arguments.shard
@@ -78,32 +82,21 @@ def loss_of_kept_rows(of: KeptRows, inputs: TokenInputs) -> LossOutput:
         logits = kept_logits(of.arguments, of.columns)
         rows = of.arrays.gathered(logits, of.kept)
         loss, stats = loss_of_rows(logits, rows, inputs, of.chosen, shard=of.arguments.shard)
+        work = torch.zeros(len(HeadWork._fields), device=of.kept.device)
     else:
-        found, _ = of.kept_and_full(of.without_entries())
+        found, both = of.kept_and_full(of.without_entries())
+        work = both.head_work.detach()
         if fused_loss.takes_rows_of(of.chosen, inputs):
             loss, stats = fused_loss.loss_of_rows(inputs, found.logprobs, found.entropy)
         else:
             loss, stats = loss_of_stats(inputs, found)
-    return LossOutput(loss, replace(stats, head=_work(of)))
-
-
-@torch.no_grad()
-def _work(of: KeptRows) -> HeadWork:
-    """Of the full head, before the backward."""
-    nothing = torch.zeros((), device=of.kept.device)
-    if of.every:
-        return HeadWork(nothing, nothing, nothing, nothing)
-    arguments = of.arguments
-    columns = arguments.vocab_size if arguments.shard is None else arguments.shard.usual_columns
-    chunk = chunk_size(arguments.chunk_bytes, columns, arguments.dtype, of.kept.device.type, gradient=False)
-    rows = of.without_entries().sum(dtype=torch.float32)
-    return HeadWork(rows, nothing, nothing, (rows / chunk.max_rows).ceil())
+    return LossOutput(loss, replace(stats, head=HeadWork(*work.unbind())))
 
 
 def logprobs_of_kept_rows(of: KeptRows, shape: torch.Size, full_distribution: bool) -> KeptLogprobs:
     """`shape`: of the caller's tokens."""
     if full_distribution:
-        of_kept, full = of.kept_and_full(of.arrays.mask)
-        return KeptLogprobs(of_tokens(of_kept, shape), of_tokens(full, shape))
+        of_kept, both = of.kept_and_full(of.arrays.mask)
+        return KeptLogprobs(of_tokens(of_kept, shape), of_tokens(both.full_stats(), shape))
     of_kept = of.kept_alone() if of.every else of.kept_and_full(of.without_entries())[0]
     return KeptLogprobs(of_tokens(of_kept, shape), None)

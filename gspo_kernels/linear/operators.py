@@ -27,7 +27,7 @@ from ..rows.dispatch import choose
 from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
 from . import chunked_loss
-from .head import Head
+from .head import Head, Work
 from .products import sum_dtype
 from .types import Gradients, HeadArguments, NeedsGrad, Operands, select_rows, to_all_rows
 from .weight_sums import Sums, empty_sums, rounded
@@ -120,9 +120,13 @@ def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenI
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
         of_rows = [x for x in (gradients.hidden, gradients.low_rank_hidden) if x.numel()]
         chunked_loss.propagate_nan(of_rows, inputs, stage, stats, scalars)
-        counts = [float(getattr(work, name)) for name in HeadWork._fields]
-        head_work = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in counts])
-    return LinearLoss(loss, scalars, logprobs, log_ratio, head_work, *gradients)
+    return LinearLoss(loss, scalars, logprobs, log_ratio, as_tensor(work, device), *gradients)
+
+
+def as_tensor(work: Work, device: torch.device) -> Tensor:
+    """fp32, in the order of `HeadWork`."""
+    counts = [float(getattr(work, name)) for name in HeadWork._fields]
+    return torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in counts])
 
 
 def _fake_linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenInputs) -> LinearLoss:
@@ -208,10 +212,15 @@ linear_row_gradient_operator = Operator(
 
 
 def row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:
+    return row_stats_and_work(arguments)[0]
+
+
+def row_stats_and_work(arguments: HeadArguments) -> tuple[RowStats, Work]:
     with _inside_an_operator(arguments.hidden.device):
         rows = select_rows(arguments)
-        found = chunked_loss.statistics(Head(arguments, rows, NeedsGrad(False, False, False)))
-        return RowStats(*(to_all_rows(x, rows, arguments.token_ids.shape) for x in found))
+        head = Head(arguments, rows, NeedsGrad(False, False, False))
+        found = chunked_loss.statistics(head)
+        return RowStats(*(to_all_rows(x, rows, arguments.token_ids.shape) for x in found)), head.work
 
 
 def empty_row_stats(arguments: HeadArguments, needs_grad: NeedsGrad) -> RowStats:

@@ -18,8 +18,8 @@ class HeadWork(NamedTuple):
 
     A product of one row with the head costs 2DV operations. A row of `forward_rows` or `recomputed_rows` takes one such
     product; a row of `backward_rows` one for hidden states and one for the head, where these need a gradient. `explain`
-    shows the plan that leads to these counts. With `kept`, rows that keep the whole vocabulary are counted, and only
-    once: before the backward.
+    shows the plan that leads to these counts. With `kept`, rows that keep the whole vocabulary are counted, before the
+    backward alone.
     """
 
     forward_rows: Tensor  # unmasked rows; prompt and padding are never among them

@@ -105,7 +105,10 @@ def bias_of_the_next_column(patch: Patch) -> None:
 
 
 def rows_without_entries_forgotten(patch: Patch) -> None:
-    patch.setattr(KeptRows, "kept_and_full", lambda self, full: (self.kept_alone(), None))
+    def kept_and_full(original: Any, self: KeptRows, full: Any) -> Any:
+        return self.kept_alone(), original(self, full)[1]
+
+    wrap(patch, KeptRows, "kept_and_full", kept_and_full)
 
 
 def gradients_of_the_full_head_alone(patch: Patch) -> None:

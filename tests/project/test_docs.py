@@ -21,7 +21,10 @@ import gspo_kernels
 from gspo_kernels.rows.dispatch import Backend
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ("README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md", "docs/objectives.md", "docs/ppo.md")
+EXAMPLES = (
+    "README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md", "docs/objectives.md", "docs/ppo.md",
+    "docs/kept-sets.md",
+)  # fmt: skip
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 pytestmark = DEFAULT_MODE

@@ -21,9 +21,8 @@ HERE = ROOT / "tests" / "support" / "gpu_on_host"
 SOURCES = (HERE / "module.cpp", ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/cuda/rows.cu")
 FLAGS = (
     "-std=c++17",
-    "-O2",
+    "-O1",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-pthread",
     "-DGSPO_ON_HOST",
@@ -48,8 +47,16 @@ def on_host() -> ModuleType:
             for old in folder.glob("*.so"):
                 old.unlink()
             includes = [f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_paths()["include"])]
-            command = [COMPILER, *FLAGS, *includes, "-x", "c++", *map(str, SOURCES), "-o", f"{target}.part"]
-            subprocess.run(command, check=True)
+            objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
+            commands = [
+                [COMPILER, *FLAGS, *includes, "-c", "-x", "c++", str(source), "-o", made]
+                for source, made in zip(SOURCES, objects, strict=True)
+            ]
+            compilers = [subprocess.Popen(command) for command in commands]  # at once: other workers wait for it
+            for compiler, command in zip(compilers, commands, strict=True):
+                if compiler.wait():
+                    raise subprocess.CalledProcessError(compiler.returncode, command)
+            subprocess.run([COMPILER, "-shared", "-pthread", *objects, "-o", f"{target}.part"], check=True)
             Path(f"{target}.part").rename(target)
     specification = importlib.util.spec_from_file_location("gpu_on_host", target)
     assert specification is not None and specification.loader is not None
