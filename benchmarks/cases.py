@@ -217,12 +217,20 @@ class Problem:
         return float((self.coefficients != 0).double().mean())
 
     @property
+    def share(self) -> float:
+        """Of a row's logits, those that are read."""
+        return self.case.work.kept / self.case.vocab if self.case.work.kept else 1.0
+
+    @property
+    def read_once(self) -> float:
+        """Passes over the logits in which every unmasked row is read once, kept columns alone."""
+        return self.share * float(self.mask.double().mean())
+
+    @property
     def visits(self) -> float:
         """Passes over the logits that arithmetic needs: masked and inactive rows are not visited, nor are columns that
         were not kept."""
-        share = self.case.work.kept / self.case.vocab if self.case.work.kept else 1.0
-        unmasked = float(self.mask.double().mean())
-        return share * (unmasked + self.active if self.case.work.gradient else unmasked)
+        return self.read_once + (self.share * self.active if self.case.work.gradient else 0.0)
 
     @property
     def units(self) -> float:
@@ -232,7 +240,7 @@ class Problem:
         """
         if not self.case.work.gradient:
             return self.visits
-        return (float(self.mask.double().mean()) if self.case.work.one_read else self.visits) + 1.0
+        return (self.read_once if self.case.work.one_read else self.visits) + 1.0
 
     @property
     def flops(self) -> float:

@@ -199,10 +199,7 @@ def bytes_of(name: str, problem: Problem) -> float | None:
     if "at::native" in name or name.startswith(("Memcpy", "Memset")):
         return None
     name = short(name)
-    kept, vocab = problem.case.work.kept, problem.case.vocab
-    read = kept / vocab if kept else 1.0  # of a row
-    unmasked = read * float(problem.mask.double().mean())
-    active = read * float((problem.coefficients != 0).double().mean())
+    unmasked, active = problem.read_once, problem.share * problem.active
     both = unmasked + 1.0
     needed = {"forward_backward": both, "one_read": both, "backward": active + 1.0, "forward": unmasked}
     for word, passes in needed.items():

@@ -47,12 +47,14 @@ WORKS = {
 def build_named(device: str, name: str) -> Problem:
     """Of <work>-<dtype>-<vocabulary>-<rows>.
 
-    Padded, and cut from logits with one position more, as `model(...).logits[:, :-1]` is: the layout that Liger takes.
+    Padded, and cut from logits with one position more, as `model(...).logits[:, :-1]` is: the layout that Liger takes
+    (not with kept sets, which it does not take).
     Where the vocabulary is odd, rows of the logits and of a fresh gradient begin at every address, each at another one.
     """
     work, dtype, vocab, rows = name.split("-")
     sequences = 8 if device == "cpu" else 64
-    return build(Case(WORKS[work], dtype, int(vocab), "padded", sequences=sequences, spare=1), int(rows), device)
+    spare = 0 if WORKS[work].kept else 1
+    return build(Case(WORKS[work], dtype, int(vocab), "padded", sequences=sequences, spare=spare), int(rows), device)
 
 
 def build_on(device: str, work: str, rows: int) -> Problem:

@@ -203,6 +203,10 @@ def test_bytes_of_kernels_follow_mask_and_coefficients() -> None:
     assert profile.bytes_of("void gspo::gpu::one_read<__nv_bfloat16, 256>(gspo::gpu::OneRead)", problem) == 2.0 * size
     assert profile.bytes_of("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8>(float*)", problem) is None
     assert profile.bytes_of("Memcpy DtoD (Device -> Device)", problem) is None
+    problem = speed.build_on("cpu", "gspo_kept_on_policy", 16)  # 8 of 100 columns
+    assert profile.bytes_of("kept_forward_kernel", problem) == pytest.approx(0.08 * problem.logits_bytes)
+    assert profile.bytes_of("kept_backward_kernel", problem) == pytest.approx(1.08 * problem.logits_bytes)
+    assert problem.units == pytest.approx(1.08)
 
 
 def test_profile_without_cupti_keeps_the_time_of_the_whole(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
