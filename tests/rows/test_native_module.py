@@ -156,7 +156,7 @@ def test_other_python_threads_run_meanwhile() -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="needs binutils")
 def test_no_instruction_set_shares_a_function() -> None:
-    """A weak symbol is defined in several objects, and the linker takes one: an old processor might get AVX-512 code."""
+    """The linker takes one of the objects that define a weak symbol: an old processor might get AVX-512 code."""
     done = subprocess.run(["nm", "--demangle", native.__file__], capture_output=True, text=True, check=True)
     weak = [line for line in done.stdout.splitlines() if " W gspo" in line or " V gspo" in line]
     assert not weak, "\n".join(weak)
