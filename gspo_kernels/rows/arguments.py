@@ -42,7 +42,7 @@ class RowArrays(NamedTuple):
 def kept_form(kept: KeptTokens, mask: Tensor | None) -> KeptForm:
     """Whether rows without entries have to be expected. Looks, where that is free."""
     every = kept.every_row
-    if every is not True and checks.may_read(kept.offsets) and not checks.watched(kept.offsets):
+    if checks.may_read(kept.offsets) and not checks.watched(kept.offsets):
         has_entries = kept.counts > 0
         every = bool((has_entries if mask is None else has_entries | ~mask.reshape(-1)).all())
     return "every" if every else "some"

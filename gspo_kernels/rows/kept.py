@@ -29,8 +29,9 @@ class KeptTokens:
     Args:
         token_ids: integers [entries], from 0 to 2^31 - 1; stored as int32.
         offsets: integers [rows + 1] from 0 to the number of entries, never decreasing; stored as int64.
-        every_row: whether every row that a mask leaves has entries. None: read it where that is free (on the CPU), and
-            otherwise be ready for rows without. True saves work on a GPU; a row without entries is NaN there.
+        every_row: whether every row that a mask leaves has entries; not needed on the CPU, where that is read. On a GPU
+            True saves work, and a row without entries is NaN; None and False are ready for such rows. Over a
+            `tp_group` all ranks say the same.
 
     Raises: ValueError, TypeError, on the CPU or under GSPO_KERNELS_DEBUG=1: offsets that decrease, negative ids, the
         same id twice in a row. Elsewhere nothing is read: such rows have no defined numbers.

@@ -16,8 +16,9 @@ from row_batches import check_batch, peaked, rows
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from gspo_kernels import KeptTokens, gspo_loss, policy_loss_from_logprobs, token_logprobs
+from gspo_kernels import KeptTokens, gspo_loss, linear_token_logprobs, policy_loss_from_logprobs, token_logprobs
 
+IDS, OFFSETS = torch.tensor([3, 7, 1]), torch.tensor([0, 3, 3])  # of two rows: the second keeps all columns
 SIZES = sized([1, 2, 3, 15, 16, 17, 31, 33, 64, 65, 127, 129, 300], [1, 2, 17, 65, 129])  # about widths of vectors
 
 
@@ -179,6 +180,21 @@ def test_over_the_logits(backend: str, on_policy: bool) -> None:
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
     assert bool((gradients[0][..., -3:] == 0).all())
+
+
+@DEFAULT_MODE
+def test_a_claim_about_rows_is_not_believed_on_the_cpu() -> None:
+    """That every row has entries, where one has none: it keeps all columns all the same."""
+    batch = of_sizes(30, [4, None])
+    kept, claimed = (KeptTokens(*given) for given in ((IDS, OFFSETS), (IDS, OFFSETS, True)))
+    batch.token_ids[:] = 3
+    for head in (torch.eye(30), torch.randn(30, 30, generator=torch.Generator().manual_seed(0))):
+        found = [
+            linear_token_logprobs(batch.logits, head, batch.token_ids, kept=x, full_distribution=False).kept
+            for x in (kept, claimed)
+        ]
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        assert float(found[0].logprobs[1]) < -1e-3
 
 
 @DEFAULT_MODE
