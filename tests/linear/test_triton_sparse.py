@@ -81,6 +81,18 @@ def test_kept_logits(stored: torch.dtype, dtype: torch.dtype, shape: str) -> Non
     assert torch.equal(twice, 2 * out)
 
 
+def test_one_16_bit_dtype_is_rounded_to_the_other() -> None:
+    """fp16 operands under a bf16 autocast: both dtypes have 16 bits, and the operands are not those of the product."""
+    entries, shape = entries_of(inactive=False), SHAPES["aligned"]
+    hidden, weight = matrix(ROWS, shape, torch.float16, 1), matrix(VOCAB, shape, torch.float16, 2)
+    out = on_device(torch.empty(len(entries.ids)))
+    triton_sparse.kept_logits(hidden, weight, entries, torch.bfloat16, out, False)
+    ids, rows = entries.ids.cpu().long(), entries.rows.cpu()
+    here = ids != ABSENT
+    terms = rounded(hidden, torch.bfloat16)[rows][here] * rounded(weight, torch.bfloat16)[ids[here]]
+    check(out.cpu()[here], terms.sum(1), terms.abs().sum(1))
+
+
 def test_a_bad_id_is_nan_and_reads_nothing() -> None:
     entries, hidden, weight = entries_of(), *(matrix(n, (16, 16, 0), torch.float32, n) for n in (ROWS, VOCAB))
     ids, rows = entries.ids.clone(), entries.rows.clone()
