@@ -370,7 +370,7 @@ def linear_token_logprobs(
         check_full_distribution(full_distribution, kept)
         arrays = row_arrays(dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         check_sparse_weight_grad(sparse_weight_grad, kept, arrays.mask, weight, full_distribution)
-        agree_on_rows(agreement, arrays, columns, shard, kept)
+        agree_on_rows(agreement, arrays, columns, shard, kept, full_distribution)
         agree_on_chunks(agreement, operands, columns, chunk_bytes, backend)
     arguments = HeadArguments(*operands, *arrays, columns, dtype, chunk_bytes, backend, shard)
     if kept is not None:

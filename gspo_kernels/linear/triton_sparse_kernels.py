@@ -37,7 +37,7 @@ def _load(data, stride, rows, there, column, depth, ALIGNED: tl.constexpr, WIDTH
         here = tl.max_contiguous(tl.multiple_of(here, [1, BYTES]), [1, WIDTH])
         inside = column // WIDTH * WIDTH < depth
     x = tl.load(here, mask=there[:, None] & inside[None, :], other=0)
-    if DTYPE != tl.float32 and READ != DTYPE:  # also from one dtype of 16 bits to the other
+    if DTYPE.primitive_bitwidth < 32 and READ != DTYPE:  # also from one dtype of 16 bits to the other
         return narrow(x.to(tl.float32), DTYPE).to(tl.float32)
     else:
         return x.to(tl.float32)

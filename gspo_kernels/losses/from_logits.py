@@ -445,6 +445,6 @@ def token_logprobs(
         arrays = row_arrays(logits.dtype, token_ids, check_mask(mask, token_ids), temperature, logit_scale, softcap)
         rows = arrays.rows(logits, columns, kept)
         chosen = choose(rows.logits, backend, rows.fields_set())
-        agree_on_rows(agreement, arrays, columns, shard, kept)
+        agree_on_rows(agreement, arrays, columns, shard, kept, full_distribution)
     options = RowOptions(overwrite_logits, chosen.name)
     return logprobs_of_rows(rows, options, shard, token_ids.shape, full_distribution)

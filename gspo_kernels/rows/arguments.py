@@ -198,7 +198,12 @@ def check_vocab_size(vocab_size: Any, columns: int) -> int:
 
 
 def agree_on_rows(
-    agreement: Agreement, arrays: RowArrays, vocab: int, shard: VocabShard | None, kept: KeptTokens | None = None
+    agreement: Agreement,
+    arrays: RowArrays,
+    vocab: int,
+    shard: VocabShard | None,
+    kept: KeptTokens | None,
+    full_distribution: bool = True,
 ) -> None:
     """Checks values before ranks compare; over a vocabulary shard's group, all ranks have the same rows."""
     if not agreement.active:
@@ -207,7 +212,7 @@ def agree_on_rows(
     check_ids_and_temperatures(token_ids, mask, temperature, vocab)  # the operators do, too late for other ranks
     if kept is not None:
         check_kept(token_ids, mask, kept.token_ids, kept.offsets, vocab)
-    agreement.same({"kept (whether it is given)": kept is not None})
+    agreement.same({"kept (whether it is given)": kept is not None, "full_distribution": full_distribution})
     if shard is None:
         return
     counted = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask

@@ -331,6 +331,10 @@ TP = {
     "kept on one rank": Case(
         keeps(lambda at: 5), "kept", "True on rank 0", (0,), explained_by=(), functions=FROM_LOGITS
     ),
+    "one distribution on one rank": Case(
+        lambda at, found: {**keeps(lambda at: 5)(at, found), "full_distribution": at.t == 0}, "full_distribution",
+        "True on rank 0, False on rank 1", explained_by=(), functions=("token_logprobs", "linear_token_logprobs"),
+    ),
     "kept beyond the vocabulary": Case(keeps(lambda at: VOCAB), "kept", f"got {VOCAB}", functions=FROM_LOGITS),
     "other advantages": Case(another("advantages", 0, 3.0), "advantages", "rank", (1,), explained_by=()),
     "advantages of the other sign": Case(another("advantages", 0, -1.0), "advantages", "rank", (1,), explained_by=()),
