@@ -65,7 +65,7 @@ build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# ARGS=--sample: half of the kernels, each dtype and each GPU.
+# ARGS=--sample: a third of the kernels, each of them for a GPU of NVIDIA.
 static: .venv/test
 	$(BIN)/python -m benchmarks.static_gate $(ARGS)
 

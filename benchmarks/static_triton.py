@@ -202,14 +202,18 @@ class Job:
 
     @property
     def in_sample(self) -> bool:
-        """All kernels for sm_90; for other GPUs in one dtype alone, and without a hot loop for AMD alone.
+        """All kernels for sm_90, in fp16 the plain ones; for other GPUs in one dtype alone, without a hot loop for AMD.
 
-        Every kernel is so compiled in each of its dtypes, every hot loop for each GPU, and for AMD everything but the
-        terms of most objectives.
+        Every kernel is so compiled in bf16 and fp32, every uncapped hot loop for each GPU, and for AMD everything but
+        capped gradients and the terms of most objectives.
         """
-        beside_kept = self.variant.kept and (self.variant.loops or self.variant.capped)  # as without
-        elsewhere = bool(self.variant.loops) or (self.target in AMD and self.variant.objective in ("", "GSPO", "DPPO"))
-        return self.target == "sm_90" or (elsewhere and not beside_kept and self.dtype == self.variant.dtypes[0])
+        variant = self.variant
+        if self.target == "sm_90":
+            return self.dtype != "fp16" or variant.name == "plain"
+        beside_kept = variant.kept and (variant.loops or variant.capped)  # as without
+        few = variant.objective in ("", "GSPO", "DPPO") and (not variant.capped or variant.kernel == "forward")
+        elsewhere = few if self.target in AMD else bool(variant.loops) and not variant.capped
+        return elsewhere and not beside_kept and self.dtype == variant.dtypes[0]
 
 
 def jobs(only: str = "", sample: bool = False) -> list[Job]:
