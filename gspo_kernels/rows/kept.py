@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class KeptTokens:
         if checks.may_read(ids) and not checks.watched(ids):
             _check(ids, offsets)
             if every is None:
-                every = bool((offsets.diff() > 0).all())
+                every = bool((offsets.long().diff() > 0).all())
         object.__setattr__(self, "token_ids", ids.detach().to(torch.int32).contiguous())
         object.__setattr__(self, "offsets", offsets.detach().to(torch.int64).contiguous())
         object.__setattr__(self, "every_row", every)
@@ -174,14 +174,18 @@ class KeptTokens:
             checks.shape("rows", rows, (len(self),), "one per row")
             rows = rows.nonzero()[:, 0]
         checks.integers("rows", rows, "numbers of rows")
+        if rows.ndim != 1:
+            raise ValueError(f"rows: expected one dimension, the numbers of rows; got shape {list(rows.shape)}")
+        rows = rows.long()
         counts, starts = self.counts[rows], self.offsets[:-1][rows]
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         at = torch.arange(int(offsets[-1]), device=self.device) + (starts - offsets[:-1]).repeat_interleave(counts)
         return self._checked(self.token_ids[at], offsets, every)
 
     @classmethod
-    def cat(cls, parts: Sequence[KeptTokens]) -> KeptTokens:
+    def cat(cls, parts: Iterable[KeptTokens]) -> KeptTokens:
         """The rows of all parts, one after the other."""
+        parts = list(parts)
         if not parts or not all(isinstance(part, KeptTokens) for part in parts):
             raise TypeError(f"parts: expected KeptTokens, at least one; got {[type(part).__name__ for part in parts]}")
         sizes = [0, *itertools.accumulate(part.token_ids.shape[0] for part in parts)]

@@ -65,6 +65,16 @@ def test_parts_one_after_the_other(parts: list[Lists]) -> None:
     assert found.every_row in (None, all(row is not None for row in whole))
 
 
+def test_any_integers() -> None:
+    """Offsets and numbers of rows of every width: uint8 is no mask here, and torch subtracts no uint16."""
+    rows: Lists = [[3], None, [1, 2]]
+    for dtype in (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64):
+        made = KeptTokens(torch.tensor([3, 1, 2]).to(dtype), torch.tensor([0, 1, 1, 3]).to(dtype))
+        assert made.to_lists() == rows and made.every_row is False
+        assert made[torch.tensor([2, 0, 0]).to(dtype)].to_lists() == [[1, 2], [3], [3]]
+    assert KeptTokens.cat(made[i : i + 1] for i in range(3)).to_lists() == rows
+
+
 @given(ragged, st.lists(st.integers(0, 2), min_size=9, max_size=9))
 @tries
 def test_rows_among_others(rows: Lists, gaps: list[int]) -> None:
@@ -111,6 +121,10 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str, str]] = {
         lambda: KeptTokens.from_lists([[1], [2]])[torch.tensor([True])], ValueError, "rows", "[1]",
     ),
     "numbers as a list": (lambda: KeptTokens.from_lists([[1], [2]])[[0]], TypeError, "rows", "[0]"),
+    "numbers in two dimensions": (
+        lambda: KeptTokens.from_lists([[1], [2]])[torch.tensor([[0], [1]])], ValueError, "rows", "[2, 1]",
+    ),
+    "a single number": (lambda: KeptTokens.from_lists([[1], [2]])[torch.tensor(1)], ValueError, "rows", "[]"),
     "no parts": (lambda: KeptTokens.cat([]), TypeError, "parts", "[]"),
 }  # fmt: skip
 
