@@ -168,9 +168,10 @@ def linear_policy_loss(
             sequences contribute.
         sparse_weight_grad: with `kept`, whether the gradient of the weight is a sparse tensor of the columns that a row
             keeps, as that of `torch.nn.Embedding(sparse=True)`. Then no zeros [V, D] are written, which take most of
-            the time otherwise. For `torch.optim.SGD` and `SparseAdam`; not for FSDP2 or torch.compile. Every unmasked
-            row has to keep some columns. On a GPU the host waits for the rows at the start, unless `kept.every_row`
-            is True, and in the backward for the number of columns.
+            the time otherwise. For `torch.optim.SGD` and `SparseAdam`; not for FSDP2, torch.compile or torch's
+            `clip_grad_norm_`; `weight` is the parameter itself, no view or cast. Every unmasked row has to keep some
+            columns. On a GPU the host waits for the rows at the start, unless `kept.every_row` is True, and in the
+            backward for the number of columns.
 
     Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. NaN
     propagates to the gradients of hidden and u in the rows that `policy_loss` names for logits; the gradients of
