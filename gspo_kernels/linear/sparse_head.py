@@ -139,10 +139,12 @@ def write_gradients(
         products.weight_gradient(gradient, of_rows, entries, order, destination, rounded_to, out)
 
     if needs_grad.weight and kept.sparse_weight_grad:
-        begins = torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])[: len(ids)] & (ids >= 0)
+        inside = (ids >= 0) & (ids < len(weight))  # an id that is no column, which a GPU does not refuse, has no row
+        begins = torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])[: len(ids)] & inside
         columns = ids[begins].long()  # waits for a GPU
         found = found._replace(columns=columns, weight=found.weight.new_zeros(len(columns), weight.shape[1]))
-        sum_by_column(hidden, begins.cumsum(0) - 1, arguments.dtype, found.weight)
+        destination = torch.where(inside, begins.cumsum(0) - 1, len(ids))
+        sum_by_column(hidden, destination, arguments.dtype, found.weight)
     elif needs_grad.weight:
         sum_by_column(hidden, ids.long(), arguments.dtype, found.weight)
     if needs_grad.bias:

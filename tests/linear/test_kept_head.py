@@ -356,3 +356,27 @@ def test_kept_tokens_are_checked() -> None:
     ):
         with pytest.raises(error, match=f"^{said}"):
             loss_of(p, hidden, weight, kept=wrong)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_id_that_is_no_column_is_nan_and_nothing_is_written_for_it(
+    sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where ids are not read: an index out of range would end the process there, or the optimizer's."""
+    monkeypatch.setattr("gspo_kernels.rows.operators.may_read", lambda tensor: False)
+    hidden = on_device(torch.randn(3, 8)).requires_grad_()
+    weight = on_device(torch.randn(20, 8)).requires_grad_()
+    ids = [[1, 500], [2, 3], [4, 2] if sparse else None]
+    kept, token_ids = KeptTokens.from_lists(ids, device=DEVICE), on_device(torch.tensor([1, 2, 4]))
+    options: dict[str, Any] = {"kept": kept, "full_distribution": False, "sparse_weight_grad": sparse}
+    found = linear_token_logprobs(hidden, weight, token_ids, **options).kept
+    assert found.logprobs.isnan().tolist() == [True, False, False]
+    found.logprobs.sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.isnan().any(1).tolist() == [True, False, False]
+    gradient = weight.grad
+    if sparse:
+        gradient = gradient.coalesce()
+        assert gradient.indices()[0].tolist() == [1, 2, 3, 4]
+        gradient = gradient.to_dense()
+    assert gradient.isnan().any(1).nonzero()[:, 0].tolist() == [1]
