@@ -35,8 +35,8 @@ class RowArrays(NamedTuple):
 
     def gathered(self, logits: Tensor, kept: KeptTokens) -> Rows:
         """With the logits [entries] of the kept columns alone."""
-        rows = self.rows(logits[None, None], logits.shape[0], kept)
-        return rows._replace(kept_form="gathered")
+        rows = self.rows(logits[None, None], logits.shape[0])
+        return rows._replace(kept_ids=kept.token_ids, kept_offsets=kept.offsets, kept_form="gathered")
 
 
 def kept_form(kept: KeptTokens, mask: Tensor | None) -> KeptForm:
