@@ -1,7 +1,7 @@
 """What compilers make of the GPU kernels, without a GPU: compiled for several, and their machine code read.
 
     python -m benchmarks.static_gate               against benchmarks/results/static.json; fails if a kernel got worse
-    python -m benchmarks.static_gate --sample      a third of the time: what is compiled for sm_90, and some for others
+    python -m benchmarks.static_gate --sample      what is compiled for sm_90, and some kernels for other GPUs
     python -m benchmarks.static_gate --write       the figures into that file
     python -m benchmarks.static_gate --only WORD   kernels whose name has this word
     python -m benchmarks.static_gate --markdown    the tables of docs/gpu.md, from that file; compiles nothing
@@ -141,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write", action="store_true", help=f"write {RESULTS.name}, a compiler's part unless its kernels are at fault"
     )
-    parser.add_argument("--sample", action="store_true", help="what is compiled for sm_90, and some kernels for other GPUs")
+    parser.add_argument(
+        "--sample", action="store_true", help="what is compiled for sm_90, and some kernels for other GPUs"
+    )
     parser.add_argument("--only", default="", metavar="WORD", help="kernels whose name has this word")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/gpu.md and end")

@@ -108,7 +108,7 @@ def _empty_gradient(
     return _Outputs(*buffers[: len(_Outputs._fields)])
 
 
-both_gradients_operator = Operator("both_heads_gradient", _gradient, fake=_empty_gradient)
+both_gradients_operator = Operator("linear_both_heads_gradient", _gradient, fake=_empty_gradient)
 
 
 def _save(
@@ -143,5 +143,5 @@ def _backward(ctx: Any, of_logits: Tensor | None, *of_stats: Tensor | None) -> d
 
 
 both_heads_operator = Operator(
-    "both_heads", _both, fake=_empty, save=_save, backward=_backward, operands=Operands._fields, outputs=4
+    "linear_both_heads", _both, fake=_empty, save=_save, backward=_backward, operands=Operands._fields, outputs=4
 )

@@ -206,7 +206,7 @@ def _zeros_in_huge_pages(shape: torch.Size, dtype: torch.dtype, device: torch.de
 
 
 kept_gradient_operator = Operator(
-    "kept_logits_gradient", _gradients,
+    "linear_kept_logits_gradient", _gradients,
     fake=lambda arguments, kept, needs_grad, gradient: empty_gradients(arguments, kept, needs_grad),
 )  # fmt: skip
 
@@ -236,5 +236,5 @@ def _as_sparse(columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 
 kept_logits_operator: Operator[Tensor] = Operator(
-    "kept_logits", multiply, fake=empty_logits, save=_save, backward=_backward, operands=Operands._fields
+    "linear_kept_logits", multiply, fake=empty_logits, save=_save, backward=_backward, operands=Operands._fields
 )

@@ -135,8 +135,9 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-EVERYWHERE = ["rows_baseline", "products", "products_baseline"]
-X86 = [*EVERYWHERE, "rows_avx2", "rows_avx512", "products_avx2", "products_avx512", "products_avx512bf16"]
+EVERYWHERE = ["rows_baseline", "products", "products_baseline", "sparse", "sparse_baseline"]
+OF_X86 = [f"{part}_{isa}" for part in ("rows", "products", "sparse") for isa in ("avx2", "avx512")]
+X86 = [*EVERYWHERE, *OF_X86, "products_avx512bf16"]
 
 
 @pytest.mark.parametrize(
