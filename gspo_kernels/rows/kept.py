@@ -30,8 +30,8 @@ class KeptTokens:
         token_ids: integers [entries], from 0 to 2^31 - 1; stored as int32.
         offsets: integers [rows + 1] from 0 to the number of entries, never decreasing; stored as int64.
         every_row: whether every row that a mask leaves has entries; not needed on the CPU, where that is read. On a GPU
-            True saves work, and a row without entries is NaN; None and False are ready for such rows. Over a
-            `tp_group` all ranks say the same.
+            True saves work, and a row without entries is NaN (from hidden states its numbers are 0); None and False are
+            ready for such rows. Over a `tp_group` all ranks say the same.
 
     Raises: ValueError, TypeError, on the CPU or under GSPO_KERNELS_DEBUG=1: offsets that decrease, negative ids, the
         same id twice in a row. Elsewhere nothing is read: such rows have no defined numbers.
@@ -106,7 +106,8 @@ class KeptTokens:
             top_k: 0, -1 or None: off. Columns that equal the k-th largest are all kept.
             min_p: from 0 to 1, of the largest probability. 0 or None: off.
             temperature: what the logits are divided by first.
-            mask: [B, T] or [N]: rows that are False are not read and have no entries.
+            mask: [B, T] or [N]: rows that are False are not read and have no entries. `every_row` is then about the
+                others: on a GPU, give the losses no mask that is wider.
             vocab_size: columns from this one on are padding and never kept. None: all columns are tokens.
 
         Numbers, or tensors of one number per row ([B, T] or [N]) or per sequence ([B, 1]).
