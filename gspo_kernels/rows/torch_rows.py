@@ -159,10 +159,9 @@ class _Block:
         return torch.nn.functional.pad(slope, (0, self.logits.shape[1] - slope.shape[1]))
 
     def active(self) -> Tensor:
-        active = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
-        if self.rows.mask is not None:
-            active = self.rows.mask[self.outer, self.span]
-        return active & (self._entries.counts > 0) if self.rows.kept_form == "gathered" else active  # type: ignore[union-attr]
+        if self.rows.mask is None:
+            return torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
+        return self.rows.mask[self.outer, self.span]
 
     def temperatures(self) -> Tensor:
         if self.rows.temperature.ndim == 0:
@@ -210,12 +209,11 @@ class _Entries:
         self.span = slice(int(offsets[0]), int(offsets[-1]))  # reads: this backend may wait for its device
         self._ids = rows.kept_ids[self.span].long()
         row_of = torch.arange(end - begin, device=offsets.device).repeat_interleave(self.counts)
-        self._keeps_all = self.counts == 0
+        self._keeps_all = (self.counts == 0) & (rows.kept_form == "some")
         if rows.kept_form == "gathered":
             columns = torch.arange(self._ids.shape[0], device=offsets.device) - (offsets[:-1] - offsets[0])[row_of]
             width = int(self.counts.max()) if end > begin else 0
         else:
-            self._keeps_all &= rows.kept_form == "some"
             columns, width = self._ids.clamp(0, rows.vocab_size - 1), rows.vocab_size
         self.shape, self.at = (end - begin, width), (row_of, columns)
         self._bad = torch.zeros(end - begin, dtype=torch.bool, device=offsets.device)

@@ -187,7 +187,7 @@ def kept_forward_kernel(
 ):  # fmt: skip
     """Statistics of each row's entries; zeros where masked. FORM: see `KeptForm`.
 
-    Rows without entries: "some" leaves them to `forward_kernel`, "gathered" writes zeros, "every" NaN.
+    Rows without entries: "some" leaves them to `forward_kernel`, otherwise they are NaN.
     """
     GATHERED: tl.constexpr = FORM == "gathered"
     row = tl.program_id(0)
@@ -195,8 +195,6 @@ def kept_forward_kernel(
     if _keeps_all(count, FORM):
         return
     active = is_active(mask, row)
-    if GATHERED:
-        active = active & (count > 0)
     if active:
         pointer = _row_of(logits, begin, row, inner, outer_stride, inner_stride, GATHERED)
         s, error = scale_of(row, temperature, scale, scale_error)
@@ -267,8 +265,6 @@ def kept_forward_backward_kernel(
         return
     destination = _row_of(gradient, begin, row, inner, gradient_outer_stride, gradient_inner_stride, GATHERED)
     active = is_active(mask, row)
-    if GATHERED:
-        active = active & (count > 0)
     if active:
         source = _row_of(logits, begin, row, inner, outer_stride, inner_stride, GATHERED)
         g_logprob = upstream_of(g_logprobs, row, common_factor(None, counts, counts_size))

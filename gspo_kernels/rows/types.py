@@ -55,8 +55,7 @@ OPTIONAL_FIELDS = ("row_indices", "tanh_scale", "kept")  # as `fields_set` names
 #   some      a row without entries keeps all columns
 #   every     every unmasked row has entries; one without is NaN
 #   gathered  `logits` [1, 1, entries] are those of the entries alone, and so is their gradient. `vocab_size` is their
-#             number, and ids only say which entry is the row's token. Rows without entries have statistics of 0, and no
-#             gradient.
+#             number, and ids only say which entry is the row's token. An unmasked row without entries is NaN.
 KeptForm = Literal["some", "every", "gathered"]
 
 # No column of this rank. As a kept id: its logit is -inf, its gradient is not written. As the token of a row with

@@ -183,18 +183,23 @@ def test_over_the_logits(backend: str, on_policy: bool) -> None:
 
 
 @DEFAULT_MODE
-def test_a_claim_about_rows_is_not_believed_on_the_cpu() -> None:
-    """That every row has entries, where one has none: it keeps all columns all the same."""
-    batch = of_sizes(30, [4, None])
-    kept, claimed = (KeptTokens(*given) for given in ((IDS, OFFSETS), (IDS, OFFSETS, True)))
+def test_a_claim_about_rows_is_not_believed_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That every row has entries, where one has none: on the CPU it keeps all columns, elsewhere it is NaN."""
+    batch, head = of_sizes(30, [4, None]), torch.eye(30)
     batch.token_ids[:] = 3
-    for head in (torch.eye(30), torch.randn(30, 30, generator=torch.Generator().manual_seed(0))):
-        found = [
-            linear_token_logprobs(batch.logits, head, batch.token_ids, kept=x, full_distribution=False).kept
-            for x in (kept, claimed)
-        ]
-        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
-        assert float(found[0].logprobs[1]) < -1e-3
+    kept, claimed = (KeptTokens(*given) for given in ((IDS, OFFSETS), (IDS, OFFSETS, True)))
+
+    def found(kept: KeptTokens) -> list[Tensor]:
+        ids, alone = batch.token_ids, {"kept": kept, "full_distribution": False}
+        from_hidden = linear_token_logprobs(batch.logits, head, ids, **alone)  # type: ignore[call-overload]
+        from_logits = token_logprobs(batch.logits, ids, **alone)  # type: ignore[call-overload]
+        return [*from_hidden.kept, *from_logits.kept]
+
+    for x, y in zip(found(kept), found(claimed), strict=True):
+        assert torch.equal(x, y) and bool(x.isfinite().all())
+    monkeypatch.setattr("gspo_kernels.base.checks.may_read", lambda tensor: False)
+    for x in found(claimed):
+        assert x.isnan().tolist() == [False, True]
 
 
 @DEFAULT_MODE
