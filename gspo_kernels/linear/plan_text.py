@@ -13,7 +13,7 @@ from ..base.layout import batch_shape
 from ..losses.clipped import GSPO
 from ..losses.from_logits import policy_loss
 from ..losses.token_stage import token_inputs
-from ..rows.arguments import check_token_ids, check_vocab_size
+from ..rows.arguments import check_kept_tokens, check_token_ids, check_vocab_size
 from ..rows.dispatch import choose
 from ..rows.kept import KeptTokens
 from ..rows.vocab_shard import vocabulary_of
@@ -58,6 +58,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any
     if "token_ids" not in given or "advantages" not in given:
         return "\n".join([*lines, *_kept(kept, None, operands, dtype, given)])
     check_token_ids(given["token_ids"], hidden.shape[:-1], hidden.device, "row of hidden")
+    check_kept_tokens(kept, given["token_ids"])
     parameters = inspect.signature(policy_loss).parameters
     batch = batch_shape(given["token_ids"].shape, given.get("mask"), given.get("cu_seqlens"), hidden.device)
     inputs = token_inputs(

@@ -36,11 +36,17 @@ def read_kept(where: str, rows: Any, tokens: int) -> KeptSets | None:
     return KeptSets(where, lists)
 
 
-def kept_rows(found: list[tuple[str, list[int], KeptSets | None]], mask: list[bool]) -> list[list[int]] | None:
+LEAST_CERTAIN = -1e-3  # a token that is alone in its set has log-probability 0, but for an engine's rounding
+
+
+def kept_rows(
+    found: list[tuple[str, list[int], KeptSets | None]], mask: list[bool], logprobs: list[float]
+) -> list[list[int]] | None:
     """The sets of all tokens of all responses (where, tokens, sets); None where no response has sets.
 
-    Raises: ValueError where some responses have sets and others have none, and where a token that counts is not in its
-        set. An empty set is no set: neither engine writes one.
+    Raises: ValueError where some responses have sets and others have none, where a token that counts is not in its set
+        (an empty set is no set: neither engine writes one), and where a token that is alone in its set was not certain:
+        log-probabilities are then those of the whole vocabulary.
     """
     first = next((sets for *_, sets in found if sets is not None), None)
     if first is None:
@@ -55,10 +61,18 @@ def kept_rows(found: list[tuple[str, list[int], KeptSets | None]], mask: list[bo
                 )
             continue
         for i, (token, row) in enumerate(zip(tokens, sets.rows, strict=True)):
-            if mask[len(rows) + i] and token not in row:
+            if not mask[len(rows) + i]:
+                continue
+            if token not in row:
                 raise ValueError(
                     f"{sets.where}[{i}]: expected the sampled token, id {token}, among the ids that were kept; got "
                     f"{len(row)} others"
+                )
+            if len(row) == 1 and logprobs[len(rows) + i] < LEAST_CERTAIN:
+                raise ValueError(
+                    f"{where}: expected log-probabilities over the ids that were kept, so 0 for its token {i}, which "
+                    f"was the only one; got {logprobs[len(rows) + i]:g}, as of the whole vocabulary. vLLM needs "
+                    'logprobs_mode="processed_logprobs" beside return_sampling_mask'
                 )
         rows += sets.rows
     return rows

@@ -101,7 +101,7 @@ def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
         without = next(each.where for each in found if each.prompt is None)
         raise ValueError(f"{without}: expected prompt token ids, as other responses have; got none. Pass prompt_ids=")
     known = len(prompts) == len(found)
-    kept = kept_rows([(each.where, each.token_ids, each.kept) for each in found], mask.tolist())
+    kept = kept_rows([(each.where, each.token_ids, each.kept) for each in found], mask.tolist(), exact.tolist())
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     return Rollouts(
         token_ids=_integers([x for each in found for x in each.token_ids], device),

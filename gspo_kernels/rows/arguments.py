@@ -166,7 +166,11 @@ def check_kept_tokens(kept: Any, token_ids: Tensor) -> None:
             f"kept: expected {rows} rows, one for each row of {list(token_ids.shape)} token_ids, masked ones included; "
             f"got {len(kept)}"
         )
-    checks.same_device("kept", kept.token_ids, token_ids.device)
+    if kept.device != token_ids.device:
+        raise ValueError(
+            f"kept: expected KeptTokens on {token_ids.device}, where the other arguments are; got them on "
+            f"{kept.device}. Pass kept.to({str(token_ids.device)!r})"
+        )
 
 
 def check_full_distribution(full_distribution: Any, kept: KeptTokens | None, overwrites_shard: bool = False) -> None:

@@ -16,7 +16,7 @@ from .kept_filter import kept_of_logits, kept_of_mask
 HIGHEST_ID = (1 << 31) - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
 class KeptTokens:
     """The token ids that each row keeps, as a ragged array (CSR): row i keeps `token_ids[offsets[i]:offsets[i + 1]]`.
 

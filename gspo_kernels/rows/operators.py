@@ -197,8 +197,8 @@ def check_kept(token_ids: Tensor, mask: Tensor | None, ids: Tensor, offsets: Ten
         row = int(missing.nonzero()[0])
         raise ValueError(
             f"kept: expected the sampled token among the ids that its row keeps, where the mask is set; got token "
-            f"{int(flat[row])} in row {row}, which keeps {int(counts[row])} other ids. Are the rows of kept those of "
-            "the logits? Row t predicts token t (see next_token_targets)"
+            f"{int(flat[row])} in row {row}, which keeps {int(counts[row])} and not this one. Are the rows of kept "
+            "those of the logits? Row t predicts token t (see next_token_targets)"
         )
 
 

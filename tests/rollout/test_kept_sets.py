@@ -35,8 +35,8 @@ from gspo_kernels import KeptTokens, Rollouts, from_sglang, from_vllm, gspo_loss
 
 pytestmark = DEFAULT_MODE
 
-# Of each response of test_engines.py: [3, 3, 0], [4], nothing, [2, 11, 2, 11, 2]. Sets of one, in any order.
-SETS = [[[[3, 8], [9, 3, 1], [0]], [[4, 2]]], [[], [[2], [7, 11], [2, 5], [11], [1, 2, 90]]]]
+# Of each response of test_engines.py: [3, 3, 0], [4], nothing, [2, 11, 2, 11, 2]. Ids in any order.
+SETS = [[[[3, 8], [9, 3, 1], [6, 0]], [[4, 2]]], [[], [[2, 4], [7, 11], [2, 5], [11, 3], [1, 2, 90]]]]
 EXPECTED = [kept for k, j in FLAT for kept in SETS[k][j]]
 
 
@@ -122,6 +122,13 @@ def test_with_prompts() -> None:
     assert all(sets[t] is None for t in (~found.mask).nonzero()[:, 0].tolist())
     begin, end = found.cu_seqlens[1:3].tolist()
     assert found.kept[begin:end].to_lists() == [None, None, [4, 2], None], "a mini-batch: the second response"
+
+
+def test_log_probabilities_of_another_distribution_are_seen() -> None:
+    """A token that was alone in its set was certain. Of raw log-probabilities it seldom is."""
+    outputs = changed(vllm_outputs(), "0.outputs.0.sampling_mask.token_ids.2", [0])
+    with pytest.raises(ValueError, match=r"^outputs\[0\].outputs\[0\]: .* so 0 for its token 2, .*processed_logprobs"):
+        from_vllm(outputs)
 
 
 def test_a_masked_token_needs_no_set() -> None:
