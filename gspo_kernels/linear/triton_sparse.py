@@ -20,7 +20,6 @@ from torch import Tensor
 from ..rows.triton_rows import INTERPRETED, on_device
 from .types import Entries
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACCESS = 16  # bytes of the widest load
 
 
@@ -38,17 +37,6 @@ LAUNCH = {
     "weight_gradient": Launch(num_warps=4, entries=8),
 }
 _INTERPRETED_LAUNCH = Launch(num_warps=1, entries=4)  # small, so that rows of a few entries have several blocks
-
-
-def unsupported_reasons(hidden: Tensor, weight: Tensor) -> list[str]:
-    """Why these kernels cannot multiply these operands; empty if they can."""
-    reasons = []
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if x.dtype not in _DTYPES:
-            reasons.append(f"{name} is {x.dtype}, these kernels take float32, bfloat16 and float16")
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            reasons.append(f"rows of {name} have stride {x.stride(-1)} inside, these kernels need 1")
-    return reasons
 
 
 def kept_logits(hidden: Tensor, weight: Tensor, entries: Entries, dtype: torch.dtype, out: Tensor, add: bool) -> None:

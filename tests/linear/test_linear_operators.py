@@ -109,7 +109,7 @@ def kept_samples(operator: str, arguments: HeadArguments, needs_grad: NeedsGrad)
     rows = [[4, 0], [3], [1, 2], [7, 8, 9], [], [0, 2, 14]]
     ids = torch.tensor([v for row in rows for v in row], dtype=torch.int32)
     ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    if arguments.mask is None:  # now the third row's token is asked for
+    if arguments.mask is None:  # the third row is not masked then, and has to keep its token
         ids[3] = 14
     kept = KeptColumns(on_device(ids), on_device(ends), "reference", False)
     if operator == "kept_logits":
