@@ -35,7 +35,8 @@ from .report import explain
 from .rollout.advantages import group_advantages, group_token_counts, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
 from .rollout.gae import GaeOutput, gae
-from .rollout.rollouts import PromptedRollouts, Rollouts
+from .rollout.prompted import PromptedRollouts, WeightVersions
+from .rollout.rollouts import Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
 from .rows.arguments import next_token_targets
@@ -79,6 +80,7 @@ __all__ = [
     "ValueLossOutput",
     "ValueStats",
     "VocabularyShard",
+    "WeightVersions",
     "clipped_surrogate",
     "explain",
     "from_sglang",

@@ -13,20 +13,10 @@ from torch import Tensor
 from ..base import checks
 from ..rows.kept import KeptTokens
 from .kept_sets import KeptSets, kept_rows
+from .prompted import PromptedRollouts, WeightVersions
 
 # Stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
 LOWEST = -9999.0
-
-
-class PromptedRollouts(NamedTuple):
-    """Each prompt followed by its response, packed: row t of a causal model's logits predicts `token_ids[t]`."""
-
-    input_ids: Tensor  # [P + N] int64, for the model: each prompt, then its response
-    token_ids: Tensor  # [P + N] int64, `input_ids` rolled left by one; the last row of a sequence is masked
-    old_logprobs: Tensor  # [P + N] float32, NaN where the mask is False
-    mask: Tensor  # [P + N] bool, True where a token of a response is predicted
-    cu_seqlens: Tensor  # [S + 1] int64
-    kept: KeptTokens | None = None  # of [P + N] rows, for `kept=`: row t keeps what `token_ids[t]` was drawn from
 
 
 @dataclass(frozen=True)
@@ -42,6 +32,8 @@ class Rollouts:
     prompt_ids: Tensor | None  # [P] int64, the prompt of each response, packed
     prompt_cu_seqlens: Tensor | None  # [S + 1] int64
     kept: KeptTokens | None = None  # of N rows: the ids from which each token was drawn. None: not returned
+    weight_versions: WeightVersions | None = None  # of N tokens. None: not returned
+    routed_experts: Tensor | None = None  # int16 [P + N, layers, k] of prompts and responses. None: not returned
 
     def with_prompts(self) -> PromptedRollouts:
         """Targets for a causal model that reads prompt and response, shifted as `next_token_targets` does.
@@ -69,8 +61,18 @@ class Rollouts:
         old_logprobs[at_response - 1] = self.old_logprobs
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         mask[at_response - 1] = self.mask
+        position_ids = torch.arange(input_ids.numel(), device=input_ids.device)
+        position_ids -= boundaries[:-1].repeat_interleave(boundaries.diff())
         kept = None if self.kept is None else self.kept.scatter(at_response - 1, input_ids.numel())
-        return PromptedRollouts(input_ids, input_ids.roll(-1), old_logprobs, mask, boundaries, kept)
+        versions = self.weight_versions
+        if versions is not None:
+            of_rows = torch.full_like(input_ids, -1)
+            of_rows[at_response - 1] = versions.of_tokens
+            versions = WeightVersions(versions.labels, of_rows)
+        return PromptedRollouts(
+            input_ids, position_ids, input_ids.roll(-1), old_logprobs, mask, boundaries, kept, versions,
+            self.routed_experts,
+        )  # fmt: skip
 
 
 class Response(NamedTuple):

@@ -701,8 +701,9 @@ def test_what_an_engine_samples_has_ratio_one(engine: str, temperature: float) -
         rollouts = from_vllm(outputs)
     else:
         rollouts = from_sglang(outputs, prompt_ids=[[k, 2 * k % 12] for k in range(6)])
-    ids, token_ids, old_logprobs, mask, cu_seqlens, _ = rollouts.with_prompts()
-    logits = table[ids].requires_grad_()
+    batch = rollouts.with_prompts()
+    token_ids, old_logprobs, mask, cu_seqlens = batch.token_ids, batch.old_logprobs, batch.mask, batch.cu_seqlens
+    logits = table[batch.input_ids].requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     loss, stats = gspo_loss(
         logits, token_ids, advantages, old_logprobs, mask=mask, cu_seqlens=cu_seqlens, temperature=temperature
