@@ -21,6 +21,7 @@ from .mistakes import Trial, of_distribution, of_filters, of_pairing, of_pairs, 
 from .pairings import SENTINEL, Batch, as_given, pairings, permutation
 
 EQUAL = 2e-5  # nats a token: what float32 kernels of two programs differ by on average, ten times over
+EXACT = 1e-4  # what is left if the trainer's logits are rounded otherwise, and nothing else
 NOISE = 5e-2  # what bfloat16 makes of it
 MOST = 20.0  # nats: a larger difference counts as this, and so does a missing log-probability
 
@@ -117,10 +118,11 @@ def _diagnose(batch: Batch, new: Tensor, distribution: Distribution | None) -> M
     if scores.given_is_equal:
         return _conclude(batch, new, distribution, scores, None)
     sample = None if distribution is None else Sample(distribution, _rows_to_sample(batch))
-    for stage in (_single_mistakes, _rarer_mistakes, _two_mistakes):
+    for stage, enough in ((_single_mistakes, EXACT), (_rarer_mistakes, NOISE), (_two_mistakes, NOISE)):
         for trial in stage(batch, new, distribution, sample):
             scores.add(trial)
-        if scores.best() is not None:
+        found = scores.best()
+        if found is not None and _distance(found) <= enough:
             break
     return _conclude(batch, new, distribution, scores, scores.best())
 
@@ -200,7 +202,7 @@ class _Scores:
         if not left <= min(NOISE, share * before):
             return False
         telling = int((trial.counted & (trial.new < -1e-2) & trial.old.isfinite()).sum())
-        if left <= 1e-4:
+        if left <= EXACT:
             return telling >= (8 if score.fitted else 4)
         return telling >= (16 if before > NOISE and not score.fitted else 48)
 
@@ -260,10 +262,13 @@ def _conclude(
         cause, said, fix = "stale_weights", text.STALE, text.STALE_FIX
     else:
         said = text.UNKNOWN
-    notes = tuple(text.notes_of(batch, new, winner or given, given, agrees or winner is not None, facts))
+    notes = list(text.notes_of(batch, new, winner or given, given, agrees or winner is not None, facts))
+    if agrees and facts.tokens and distribution is not None and distribution.kept is None:
+        sample = Sample(distribution, _rows_to_sample(batch))
+        notes += text.note_of_sampling(sample.likeliest_temperature(batch.mask), sample.given)
     untried: tuple[str, ...] = () if distribution is not None else text.NEEDS_LOGITS
     if distribution is not None and distribution.kept is not None and not scores.given_is_equal:
         untried = text.NEEDS_NO_KEPT
     return MismatchDiagnosis(
-        agrees, cause, said, fix, candidates, notes, untried, facts.tokens, facts.sequences
+        agrees, cause, said, fix, candidates, tuple(notes), untried, facts.tokens, facts.sequences
     )  # fmt: skip

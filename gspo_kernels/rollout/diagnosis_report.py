@@ -101,7 +101,8 @@ class Facts(NamedTuple):
 def facts_of(batch: Batch, new: Tensor, noise: float) -> Facts:
     tokens = int(batch.mask.sum())
     sequences = int((batch.per_sequence(batch.mask.double()) > 0.5).sum())
-    r = _differences(batch, new)
+    use = batch.mask & new.isfinite() & batch.old.isfinite()
+    r = (new - batch.old)[use]
     n = r.numel()
     if n < 64:
         return Facts(tokens, sequences, False, False, 0.0, 0.0, 1.0)
@@ -114,16 +115,12 @@ def facts_of(batch: Batch, new: Tensor, noise: float) -> Facts:
     looks_stale = (
         size > noise
         and effective > 0.1  # else the mean says nothing
-        and abs(weight_mean - 1) < max(0.02, 4 * spread / math.sqrt(n))
+        and abs(weight_mean - 1) < min(0.25, max(0.02, 4 * spread / math.sqrt(n)))
+        and float(torch.corrcoef(torch.stack([new[use], batch.old[use]]))[0, 1]) > 0.5
         and k3 / 3 < k1 < 3 * k3
         and float(r.abs().median()) > 1e-4
     )
     return Facts(tokens, sequences, is_one_sided, looks_stale, k1, k3, weight_mean)
-
-
-def _differences(batch: Batch, new: Tensor) -> Tensor:
-    use = batch.mask & new.isfinite() & batch.old.isfinite()
-    return (new - batch.old)[use]
 
 
 def notes_of(
@@ -147,6 +144,19 @@ def notes_of(
         yield from _about_the_unexplained(batch, new, facts)
 
 
+def note_of_sampling(sampled: tuple[float, float] | None, given: float) -> Iterator[str]:
+    """sampled: the temperature at which the tokens are most likely, and its standard error."""
+    if sampled is None:
+        return
+    temperature, error = sampled
+    if abs(temperature - given) > max(5 * error, 0.1 * given):
+        yield (
+            f"the tokens look sampled at temperature {temperature:.2f} +- {error:.2f}, not at {given:.4g}: the ratios "
+            "are 1, but of another distribution than that of the sampling. Raw log-probabilities hide a temperature, "
+            "top-p or top-k in this way; so does a batch from which responses were left out"
+        )
+
+
 def _about_clipping(chosen: MismatchCandidate) -> str:
     window = f"{GSPO.eps_low:g} below 1 to {GSPO.eps_high:g} above"
     clipped = f"{chosen.clip_fraction:.0%} of these responses are clipped before any update"
@@ -155,9 +165,9 @@ def _about_clipping(chosen: MismatchCandidate) -> str:
     tokens = (1.96 * chosen.rms / GSPO.eps_low) ** 2
     return (
         f"what remains is noise of {chosen.rms:.1e} nats a token (root mean square). GSPO clips a ratio from {window}: "
-        f"{clipped}. If errors are independent, 95% of responses are inside from some {_round_up(tokens):,} tokens on. To "
-        "have none, recompute old_logprobs with token_logprobs before the first update, and correct for the engine with "
-        "rollout_weights"
+        f"{clipped}. If errors are independent, 95% of responses are inside from some {_round_up(tokens):,} tokens on. "
+        "To have none, recompute old_logprobs with token_logprobs before the first update, and correct for the engine "
+        "with rollout_weights"
     )
 
 
@@ -184,10 +194,10 @@ def _about_the_unexplained(batch: Batch, new: Tensor, facts: Facts) -> Iterator[
     parts = [size[use & (place > low) & (place <= low + 0.25)] for low in (0.0, 0.75)]
     if all(part.numel() >= 16 for part in parts):
         first, last = (float(part.mean()) for part in parts)
-        yield f"the mean difference is {first:.2g} nats in the first quarter of the responses and {last:.2g} in the last"
+        yield f"the mean difference is {first:.2g} nats in the first quarter of a response and {last:.2g} in the last"
     yield (
         f"the mean of exp(logprob - old_logprob) is {facts.weight_mean:.3g}, and 1 if the tokens were sampled from the "
-        f"old distribution; KL(old || new) is {facts.kl_k1:.3g} (k1) and {facts.kl_k3:.3g} (k3) nats a token, equal then"
+        f"old distribution; KL(old || new) is {facts.kl_k1:.3g} (k1) or {facts.kl_k3:.3g} (k3) nats a token, equal then"
     )
 
 

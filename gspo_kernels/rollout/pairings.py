@@ -186,17 +186,21 @@ def _starts(batch: Batch) -> Iterator[Pairing]:
     edge = "column 0" if batch.width is not None else "their sequence's first row"
     last = "the last column" if batch.width is not None else "their sequence's last row"
     if batch.width is None:
-        fix = "aligned = torch.zeros_like(old_logprobs); aligned[mask] = values  # of responses alone, one after the other"
+        fix = (
+            "aligned = torch.zeros_like(old_logprobs); aligned[mask] = values  # of the responses, one after the other"
+        )
     else:
         fix = (
-            "aligned = torch.zeros_like(old_logprobs); aligned[mask] = old_logprobs[there]  # there: bool [B, T], where "
-            "a response's values are now"
+            "aligned = torch.zeros_like(old_logprobs); aligned[mask] = old_logprobs[there]  # there: bool [B, T], "
+            "where a response's values are now"
         )
     ways = [
-        ("old_logprobs_at_the_start", f"old_logprobs of each response begin at {edge}, its mask does not", first[of] + rank),
+        ("old_logprobs_at_the_start", f"old_logprobs of each response begin at {edge}, its mask does not",
+         first[of] + rank),
         ("old_logprobs_at_the_end", f"old_logprobs of each response end at {last}, its mask does not",
          (batch.boundaries[1:] - count)[of] + rank),
-        ("old_logprobs_elsewhere", "old_logprobs of each response begin in another place than its mask", lowest[of] + rank),
+        ("old_logprobs_elsewhere", "old_logprobs of each response begin in another place than its mask",
+         lowest[of] + rank),
         ("old_logprobs_elsewhere", "old_logprobs of each response end in another place than its mask",
          (highest + 1 - count)[of] + rank),
     ]  # fmt: skip
