@@ -12,18 +12,17 @@ from torch import Tensor
 from ..base import checks
 from ..base.layout import BatchShape, batch_shape
 from ..losses.clipped import GSPO
-from ..rows.arguments import check_kept_tokens, check_logits, row_arrays
+from ..rows.arguments import check_kept_tokens, check_logits, check_token_ids, row_arrays
 from ..rows.kept import KeptTokens
 from . import diagnosis_report as text
 from .diagnosis_report import MismatchCandidate, MismatchDiagnosis
-from .distributions import TEMPERATURES, Distribution, Sample
+from .distributions import MOST, TEMPERATURES, Distribution, Sample
 from .mistakes import Trial, of_distribution, of_filters, of_pairing, of_pairs, of_rounding, of_sums, of_values
 from .pairings import SENTINEL, Batch, as_given, pairings, permutation
 
 EQUAL = 2e-5  # nats a token: what float32 kernels of two programs differ by on average, ten times over
 EXACT = 1e-4  # what is left if the trainer's logits are rounded otherwise, and nothing else
 NOISE = 5e-2  # what bfloat16 makes of it
-MOST = 20.0  # nats: a larger difference counts as this, and so does a missing log-probability
 
 
 @torch.no_grad()
@@ -70,30 +69,38 @@ def diagnose_mismatch(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    distribution, shape = None, None
     if logits is None:
-        found = checks.tensor("logprobs", logprobs, "the trainer's log-probabilities, because there are no logits")
-        checks.digits("logprobs", found)
-        checks.integers("token_ids", checks.tensor("token_ids", token_ids, "token ids"), "token ids")
-        checks.same_device("token_ids", token_ids, found.device)
-        shape = batch_shape(token_ids.shape, mask, cu_seqlens, found.device)
-        shape.log_probabilities("logprobs", found, "the trainer's log-probabilities")
+        distribution, new, shape = None, *_trainers(logprobs, token_ids, mask, cu_seqlens)
         row_arrays(torch.float32, token_ids, None, temperature, 1.0, None)
-        new = found.detach().reshape(-1).double()
+        if vocab_size is not None:
+            checks.whole("vocab_size", vocab_size, "how many columns are tokens", at_least=1)
     else:
+        columns = check_logits(logits, token_ids, False, vocab_size, None)
         if logprobs is not None:
             raise ValueError(
                 f"logprobs: expected None with logits, of which they are computed; got {checks.describe(logprobs)}"
             )
-        columns = check_logits(logits, token_ids, False, vocab_size, None)
         shape = batch_shape(token_ids.shape, mask, cu_seqlens, logits.device)
         row_arrays(logits.dtype, token_ids, None, temperature, 1.0, None)
-        distribution = Distribution(logits, token_ids, temperature, kept, columns)
+        distribution, new = Distribution(logits, token_ids, temperature, kept, columns), None
     check_kept_tokens(kept, token_ids)
     batch = _batch(shape, old_logprobs)
     if distribution is not None:
         new = distribution.logprobs()
+    assert new is not None
     return _diagnose(batch, new, distribution)
+
+
+def _trainers(logprobs: Any, token_ids: Any, mask: Any, cu_seqlens: Any) -> tuple[Tensor, BatchShape]:
+    """The trainer's own log-probabilities, [N] float64."""
+    name, meaning = "logprobs", "the trainer's log-probabilities per token, because there are no logits"
+    found = checks.tensor(name, logprobs, meaning).detach()
+    checks.digits(name, found)
+    if found.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected [sequences, tokens] or, packed, [tokens]; got {list(found.shape)}")
+    check_token_ids(token_ids, found.shape, found.device, "log-probability")
+    shape = batch_shape(found.shape, mask, cu_seqlens, found.device)
+    return shape.log_probabilities(name, found, meaning).reshape(-1).double(), shape
 
 
 def _batch(shape: BatchShape, old_logprobs: Any) -> Batch:

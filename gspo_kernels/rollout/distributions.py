@@ -18,9 +18,11 @@ from ..rows.kept import KeptTokens
 
 SAMPLED = 1 << 24  # logits of the sample
 MOST_ROWS = 4096
+MOST = 20.0  # nats: a larger difference counts as this
 COLUMNS = 1024  # most likely columns of a row that filters are fitted to
 LOWEST, HIGHEST, STEPS = 0.1, 10.0, 47  # temperatures that are tried first
 TOP_P = (*(x / 100 for x in range(95, 0, -5)), *(x / 100 for x in range(99, 49, -1) if x % 5), 0.995, 0.999)
+ROUND = 19  # of these, that are tried together with top_k
 TOP_K = (*range(2, 11), 20, 30, 40, 50, 64, 100, 200, 500)
 MIN_P = (0.1, 0.05, 0.2, 0.01, 0.02, 0.3, 0.5, 0.03, 0.15, 0.25, 0.005, 0.001)
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 0.5, 1.2, 1.1, 0.4, 0.3, 1.5)  # tried together with filters
@@ -133,6 +135,8 @@ class Filter(NamedTuple):
     options: dict[str, float]  # of `KeptTokens.from_logits`
     temperature: float  # as in `Temperature`
     mean: float
+    rows: Tensor  # [R] int64, those of the sample that were compared
+    logprobs: Tensor  # [R] float64, of their tokens
 
 
 class Sample:
@@ -185,7 +189,7 @@ class Sample:
 
         def difference(value: float, lse: Tensor) -> float:
             r = (logit / (self.unit.double() * value) - lse - target)[use]
-            return float(r.abs().nan_to_num(20.0).clamp(max=20.0).mean())
+            return float(r.abs().nan_to_num(MOST).clamp(max=MOST).mean())
 
         means = [difference(x, lse) for x, lse in zip(self.grid, self.lse, strict=True)]
         best = min(range(STEPS), key=means.__getitem__)
@@ -197,7 +201,7 @@ class Sample:
     def difference_at(self, value: float, old: Tensor, counted: Tensor, shift: int = 0) -> float:
         target, logit = old[self.rows], self._columns(shift)
         r = (logit / (self.unit.double() * value) - self._lse(value) - target)[counted[self.rows]]
-        return float(r.abs().nan_to_num(20.0).clamp(max=20.0).mean())
+        return float(r.abs().nan_to_num(MOST).clamp(max=MOST).mean())
 
     def likeliest_temperature(self, counted: Tensor) -> tuple[float, float] | None:
         """At which these tokens are most likely, and its standard error: what they were sampled at, if from the rest.
@@ -227,42 +231,51 @@ class Sample:
         use = counted[self.rows] & target.isfinite() & logit.isfinite()
         if int(use.sum()) < 8:
             return
-        columns = min(COLUMNS, self.z.shape[1])
-        ordered = self.z[use].topk(columns).values  # [R, K], descending
-        rank = (self.z[use] > logit[use, None]).sum(-1)  # [R], of the token
-        best = dict[tuple[str, ...], Filter]()
+        logit, target, rows, unit = logit[use], target[use], self.rows[use], self.unit[use].double()
+        ordered = self.z[use].topk(min(COLUMNS, self.z.shape[1])).values.double()  # [R, K], descending
+        rank = (self.z[use] > logit[:, None]).sum(-1)  # [R], of the token
+        best = dict[str, Filter]()
         for value in values:
-            at = (self.unit[use] * value)[:, None]
-            own = (ordered / at).double()
-            probabilities = (own - self._lse(value)[use, None]).exp()
-            mass = probabilities.cumsum(-1)  # [R, K], of the n + 1 most likely columns
-            r = logit[use] / at[:, 0].double() - self._lse(value)[use] - target[use]
-            for options, size in _sets(probabilities, mass):
-                of_set = mass.gather(1, (size - 1)[:, None])[:, 0].clamp(max=1.0).log()
-                outside = (rank >= size).double()
-                left = ((r - of_set).abs() + outside).clamp(max=20.0).mean()
-                found = Filter(options, value, float(left))
-                kind = tuple(options)
-                if kind not in best or found.mean < 0.9 * best[kind].mean - 1e-9:
-                    best[kind] = found
+            lse = self._lse(value)[use]
+            probabilities = (ordered / (unit * value)[:, None] - lse[:, None]).exp()
+            mass = probabilities.cumsum(-1).clamp(max=1.0)  # [R, K], of the n + 1 most likely columns
+            logprob = logit / (unit * value) - lse
+            for kind, (options, size) in _sets(probabilities, mass).items():
+                over_set = logprob[:, None] - mass.gather(1, size - 1).log()  # [R, H]
+                left = (over_set - target[:, None]).abs() + (rank[:, None] >= size)  # 1 for a token that is not kept
+                means = left.clamp(max=MOST).mean(0)
+                h = int(means.argmin())
+                if kind not in best or float(means[h]) < 0.9 * best[kind].mean - 1e-9:
+                    best[kind] = Filter(options[h], value, float(means[h]), rows, over_set[:, h])
         yield from best.values()
 
 
-def _sets(probabilities: Tensor, mass: Tensor) -> Iterator[tuple[dict[str, float], Tensor]]:
-    """Filters, and how many columns each keeps of every row, [R]."""
-    columns = probabilities.shape[1]
-    rows = probabilities.shape[0]
-    every_k = [k for k in TOP_K if k < columns]
-    for k in every_k:
-        yield {"top_k": k}, torch.full((rows,), k, dtype=torch.int64, device=mass.device)
-    for p in TOP_P:
-        yield {"top_p": p}, ((mass < p).sum(-1) + 1).clamp(max=columns)
-    for m in MIN_P:
-        yield {"min_p": m}, (probabilities >= m * probabilities[:, :1]).sum(-1).clamp(min=1)
-    for k in every_k:
-        within, whole = mass[:, :k], mass[:, k - 1 : k]
-        for p in TOP_P[:19]:
-            yield {"top_k": k, "top_p": p}, ((within < p * whole).sum(-1) + 1).clamp(max=k)
+def _sets(probabilities: Tensor, mass: Tensor) -> dict[str, tuple[list[dict[str, float]], Tensor]]:
+    """Of each kind the filters that are tried, H, and how many columns each keeps of every row, [R, H]."""
+    rows, columns = mass.shape
+    like: dict[str, Any] = {"dtype": mass.dtype, "device": mass.device}
+    top_k = [k for k in TOP_K if k < columns]
+    k = torch.tensor(top_k, dtype=torch.int64, device=mass.device)
+    p, fewer_p = torch.tensor(TOP_P, **like), torch.tensor(TOP_P[:ROUND], **like)
+    m = torch.tensor(MIN_P, **like)
+
+    def at_least(share: Tensor) -> Tensor:  # [R, H]: columns until their probabilities are this together
+        return (torch.searchsorted(mass, share) + 1).clamp(max=columns)
+
+    found: dict[str, tuple[list[dict[str, float]], Tensor]] = {
+        "top_p": ([{"top_p": x} for x in TOP_P], at_least(p.expand(rows, -1).contiguous())),
+        "min_p": (
+            [{"min_p": x} for x in MIN_P],
+            torch.searchsorted(-probabilities, -m * probabilities[:, :1], right=True).clamp(min=1),
+        ),
+    }
+    if top_k:
+        within = (mass[:, k - 1, None] * fewer_p).flatten(1)  # [R, K P]
+        most = k[:, None].expand(-1, ROUND).flatten()
+        found["top_k"] = [{"top_k": x} for x in top_k], k.expand(rows, -1)
+        pairs = [{"top_k": x, "top_p": y} for x in top_k for y in TOP_P[:ROUND]]
+        found["top_k, top_p"] = pairs, torch.minimum(at_least(within), most)
+    return {kind: found[kind] for kind in ("top_k", "top_p", "min_p", "top_k, top_p") if kind in found}
 
 
 def _least(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:

@@ -236,11 +236,13 @@ def of_filters(
     """Top-k, top-p, min-p, and top-k with top-p, at these temperatures."""
     for found in sample.filters(old, counted, values):
         temperature = sample.as_argument(found.temperature)
-        rows = counted
-        if found.mean > NEAR:  # of the sample is enough for the table
+        if found.mean > NEAR:  # the sample is enough for the table
             rows = torch.zeros_like(counted)
-            rows[sample.rows] = counted[sample.rows]
-        new = distribution.filtered(temperature, rows, **found.options)
+            rows[found.rows] = True
+            new = torch.full_like(old, torch.nan)
+            new[found.rows] = found.logprobs
+        else:
+            rows, new = counted, distribution.filtered(temperature, counted, **found.options)
         outside = rows & new.isnan()  # rounding moves columns across a filter's edge
         if int(outside.sum()) <= 0.02 * int(rows.sum()):
             rows = rows & ~outside
