@@ -250,7 +250,9 @@ def _conclude(
 ) -> MismatchDiagnosis:
     given, others = scores.given, dict[str, MismatchCandidate]()
     for score, _ in scores.found:  # of each name the nearest
-        if score.name not in others or _distance(score) < _distance(others[score.name]):
+        known = others.get(score.name)
+        compared = score.tokens or score.missing
+        if compared and (known is None or _distance(score) < _distance(known)):
             others[score.name] = score
     if winner is not None:
         others[winner.name] = winner

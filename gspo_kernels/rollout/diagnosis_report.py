@@ -230,18 +230,18 @@ def _report(found: MismatchDiagnosis) -> str:
 
 
 def _table(found: MismatchDiagnosis) -> Iterator[str]:
-    columns = ("difference, nats:", "mean", "largest", "GSPO clips", "tokens", "missing")
-    widths = (46, 9, 9, 10, 9, 9)
-    rows = [columns]
+    """The difference under each hypothesis; a star marks the one that was found."""
+    rows = [("difference in nats, if", "mean", "largest", "GSPO clips", "tokens", "missing")]
     for each in found.candidates:
         fitted = ", ".join(f"{name} {value:.4g}" for name, value in each.fitted)
         name = f"{'*' if each.name == found.cause else ' '} {each.name}{f' ({fitted})' if fitted else ''}"
         share = f"{each.clip_fraction:.0%}" if each.tokens else "-"
         numbers = (_number(each.mean), _number(each.largest)) if each.tokens else ("-", "-")
         rows.append((name, *numbers, share, f"{each.tokens:,}", f"{each.missing:,}" if each.missing else ""))
-    for row in rows:
-        first, *others = row
-        yield (f"{first:<{widths[0]}}" + "".join(f"{x:>{w}}" for x, w in zip(others, widths[1:], strict=True))).rstrip()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        right = "  ".join(f"{x:>{width}}" for x, width in zip(others, widths[1:], strict=True))
+        yield f"{first:<{widths[0]}}  {right}".rstrip()
 
 
 def _number(value: float) -> str:

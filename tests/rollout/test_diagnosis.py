@@ -185,11 +185,11 @@ WITHOUT_LOGITS = [
 EXACT = {"logits in bfloat16", "bfloat16", "bfloat16, as it is", "float16"}  # noise hides what they do
 
 
-@pytest.mark.parametrize("layout", [lambda x: x, packed], ids=["padded", "packed"])
-@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("how", ["padded, exact", "packed, with noise"])
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_named(case: str, noise: float, layout: Callable[[Arrays], Arrays]) -> None:
+def test_a_mistake_is_named(case: str, how: str) -> None:
     cause, make = MISTAKES[case]
+    noise, layout = (0.0, dict) if how == "padded, exact" else (0.01, packed)
     if noise and case in EXACT | {"most likely", "one late, another temperature"}:
         pytest.skip("the mistake is made of exact values")
     found = diagnosed(layout(make(sampled(noise))))
@@ -305,14 +305,12 @@ def test_other_weights_are_told_from_what_is_unknown() -> None:
 # --- no false alarms --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [0.0, 2e-6, 1e-3, 0.01, 0.03])
-@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+@pytest.mark.parametrize("noise", [0.0, 2e-6, 1e-3, 0.03])
+@pytest.mark.parametrize("rows", [1, 3, 30])
 def test_right_rollouts_raise_no_alarm(noise: float, rows: int) -> None:
-    for seed in range(3):
-        given = sampled(noise, seed=seed, rows=rows)
-        for layout in (given, packed(given)):
-            found = diagnosed(layout)
-            assert found.agrees and found.cause is None and found.fix == "", str(found)
+    for seed, layout in enumerate((dict, packed)):
+        found = diagnosed(layout(sampled(noise, seed=seed, rows=rows)))
+        assert found.agrees and found.cause is None and found.fix == "", str(found)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
@@ -377,12 +375,10 @@ def test_recorded_rollouts_of_vllm(name: str, options: Arrays, cause: str | None
     assert found.cause == cause and found.agrees == (cause is None), str(found)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("case", [x for x in MISTAKES if x not in EXACT or x.startswith("bfloat16")])
-def test_mistakes_made_on_recorded_rollouts(case: str, layout: str) -> None:
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_made_on_recorded_rollouts(case: str) -> None:
     cause, make = MISTAKES[case]
-    given = make(padded(recorded("right")))
-    found = diagnosed(packed(given) if layout == "packed" else given)
+    found = diagnosed(make(padded(recorded("right"))))
     assert found.cause == cause, str(found)
 
 
