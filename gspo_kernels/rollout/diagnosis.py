@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base import checks
-from ..base.layout import BatchShape, batch_shape
+from ..base.layout import BatchShape, batch_shape, check_boundaries
 from ..losses.clipped import GSPO
 from ..rows.arguments import check_kept_tokens, check_logits, check_token_ids, row_arrays
 from ..rows.kept import KeptTokens
@@ -18,7 +18,7 @@ from . import diagnosis_report as text
 from .diagnosis_report import MismatchCandidate, MismatchDiagnosis
 from .distributions import MOST, TEMPERATURES, Distribution, Sample
 from .mistakes import Trial, of_distribution, of_filters, of_pairing, of_pairs, of_rounding, of_sums, of_values
-from .pairings import SENTINEL, Batch, as_given, pairings, permutation
+from .pairings import SENTINEL, Batch, as_given, other_tokens, pairings, permutation
 
 EQUAL = 2e-5  # nats a token: what float32 kernels of two programs differ by on average, ten times over
 EXACT = 1e-4  # what is left if the trainer's logits are rounded otherwise, and nothing else
@@ -46,7 +46,7 @@ def diagnose_mismatch(
     rounding, the wrong quantity. The diagnosis names the one under which the difference falls to noise, with the
     numbers and the line to change, and says so if there is none. docs/diagnose.md lists them, and what cannot be seen.
 
-    It waits for the device, reads the logits some twenty times, and keeps no state: it is for one batch, not for every
+    It waits for the device, reads the logits a dozen times or two, and keeps no state: it is for one batch, not for every
     step. For those see `rollout_mismatch`.
 
     Args:
@@ -114,6 +114,7 @@ def _batch(shape: BatchShape, old_logprobs: Any) -> Batch:
     count, device = old.numel(), shape.device
     mask = torch.ones(count, dtype=torch.bool, device=device) if shape.mask is None else shape.mask.reshape(-1)
     if shape.cu_seqlens is not None:
+        check_boundaries(shape.cu_seqlens, count)
         return Batch(old, mask, shape.cu_seqlens.long(), None)
     rows, width = shape.tokens
     return Batch(old, mask, torch.arange(rows + 1, device=device) * width, width)
@@ -146,6 +147,8 @@ def _single_mistakes(
     yield from of_sums(batch, new)
     if distribution is not None and sample is not None:
         yield from of_distribution(batch, distribution, sample)
+    for pairing in other_tokens(batch):
+        yield of_pairing(batch, new, pairing)
 
 
 def _rarer_mistakes(
@@ -161,7 +164,7 @@ def _rarer_mistakes(
 def _two_mistakes(
     batch: Batch, new: Tensor, distribution: Distribution | None, sample: Sample | None
 ) -> Iterator[Trial]:
-    for pairing in pairings(batch, distribution is not None):
+    for pairing in (*pairings(batch, distribution is not None), *other_tokens(batch)):
         yield from of_pairs(batch, distribution, sample, new, pairing)
 
 

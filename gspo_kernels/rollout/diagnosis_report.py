@@ -26,7 +26,7 @@ NOISE = (
 )
 STALE = (
     "the log-probabilities are those of a policy that sampled these tokens, but not of this one: the engine's weights "
-    "are not the trainer's"
+    "are not the trainer's, but older, quantized or of another adapter"
 )
 STALE_FIX = (
     "push the weights before sampling, and take old_logprobs before the first update  # push model.state_dict(): "

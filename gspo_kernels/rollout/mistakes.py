@@ -51,7 +51,7 @@ def joined(first: Pairing, second: Trial) -> Trial:
 
 
 def of_values(new: Tensor, old: Tensor, counted: Tensor) -> Iterator[Trial]:
-    """Probabilities, signs and bases: one value of `old` is changed at a time."""
+    """Probabilities, signs, bases and factors."""
     use = counted & old.isfinite() & new.isfinite()
     some = old[use]
     if some.numel() == 0:
@@ -73,7 +73,6 @@ def of_values(new: Tensor, old: Tensor, counted: Tensor) -> Iterator[Trial]:
     ):  # fmt: skip
         if abs(factor / exact - 1) < 0.02:
             yield Trial(name, text, fix, new, old / exact, counted)
-            return
     yield Trial(
         "scaled", f"old_logprobs are the trainer's times {factor:.4g}",
         f"old_logprobs = old_logprobs / {factor:.4g}  # a temperature divides logits, never log-probabilities",

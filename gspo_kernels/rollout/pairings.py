@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,21 +31,21 @@ class Batch:
     boundaries: Tensor  # [S + 1] int64
     width: int | None  # of a padded batch; None: packed
 
-    @property
+    @cached_property
     def begin(self) -> Tensor:
         """[N], where each token's sequence begins."""
         return self.boundaries[self.sequence_of]
 
-    @property
+    @cached_property
     def end(self) -> Tensor:
         return self.boundaries[self.sequence_of + 1]
 
-    @property
+    @cached_property
     def sequence_of(self) -> Tensor:
         lengths = self.boundaries.diff()
         return torch.arange(lengths.numel(), device=self.old.device).repeat_interleave(lengths)
 
-    @property
+    @cached_property
     def filled(self) -> Tensor:
         """[N] bool: where there is an old log-probability other than 0, which arrays are often filled with."""
         return self.old.isfinite() & (self.old != 0)
@@ -74,7 +75,7 @@ class Pairing(NamedTuple):
 
 
 def pairings(batch: Batch, has_logits: bool) -> Iterator[Pairing]:
-    """All but `as_given`, the likelier ones first."""
+    """All but `as_given` and `other_tokens`, the likelier ones first."""
     yield from _shifts(batch, has_logits)
     yield from _masks(batch)
     yield from _starts(batch)
@@ -148,6 +149,19 @@ def _masks(batch: Batch) -> Iterator[Pairing]:
             "next_token_targets(input_ids, mask) shifts both",
             0, source, (there >= 0) & mask[there.clamp(min=0)], True,
         )  # fmt: skip
+    none = mask & ~filled
+    yield Pairing(
+        "mask_too_wide",
+        f"the mask includes tokens without an old log-probability (NaN, infinite or 0: {int(none.sum())} of "
+        f"{int(mask.sum())}), such as a prompt's or padding",
+        "mask = response_mask  # of sampled tokens alone: not attention_mask, not that of prompt and response",
+        0, source, mask & filled, True,
+    )  # fmt: skip
+
+
+def other_tokens(batch: Batch) -> Iterator[Pairing]:
+    """Masks that leave out what they should select. They do not say why the selected tokens differ: tried last."""
+    source, mask = as_given(batch).source, batch.mask
     yield Pairing(
         "mask_inverted", "the mask is inverted", "mask = ~mask.bool()  # True where a token counts",
         0, source, ~mask, True,
@@ -156,15 +170,7 @@ def _masks(batch: Batch) -> Iterator[Pairing]:
         "mask_of_other_tokens",
         "the mask selects other tokens than those with an old log-probability: that of the prompt?",
         "pass the mask of the response, shifted as token_ids are: True where token_ids[t] was sampled",
-        0, source, filled & ~mask, True,
-    )  # fmt: skip
-    none = mask & ~filled
-    yield Pairing(
-        "mask_too_wide",
-        f"the mask includes tokens without an old log-probability (NaN, infinite or 0: {int(none.sum())} of "
-        f"{int(mask.sum())}), such as a prompt's or padding",
-        "mask = response_mask  # of sampled tokens alone: not attention_mask, not that of prompt and response",
-        0, source, mask & filled, True,
+        0, source, batch.filled & ~mask, True,
     )  # fmt: skip
 
 
