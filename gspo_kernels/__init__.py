@@ -37,10 +37,11 @@ from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightSt
 from .rollout.diagnosis import diagnose_mismatch
 from .rollout.diagnosis_report import MismatchCandidate, MismatchDiagnosis
 from .rollout.gae import GaeOutput, gae
-from .rollout.prompted import PromptedRollouts, WeightVersions
+from .rollout.prompted import PromptedRollouts
 from .rollout.rollouts import Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
+from .rollout.weight_versions import WeightVersions
 from .rows.arguments import next_token_targets
 from .rows.kept import KeptTokens
 from .rows.vocab_shard import VocabularyShard
