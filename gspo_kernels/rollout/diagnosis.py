@@ -46,8 +46,8 @@ def diagnose_mismatch(
     rounding, the wrong quantity. The diagnosis names the one under which the difference falls to noise, with the
     numbers and the line to change, and says so if there is none. docs/diagnose.md lists them, and what cannot be seen.
 
-    It waits for the device, reads the logits a dozen times or two, and keeps no state: it is for one batch, not for every
-    step. For those see `rollout_mismatch`.
+    It waits for the device, reads the logits a dozen times or two, and keeps no state: it is for one batch, not for
+    every step. For those see `rollout_mismatch`.
 
     Args:
         logits: [B, T, V] or packed [N, V], any float dtype, as for the loss: row t predicts `token_ids[t]`. Finished,
