@@ -18,7 +18,7 @@ from . import diagnosis_report as text
 from .diagnosis_report import MismatchCandidate, MismatchDiagnosis
 from .distributions import MOST, TEMPERATURES, Distribution, Sample
 from .mistakes import Trial, of_distribution, of_filters, of_pairing, of_pairs, of_rounding, of_sums, of_values
-from .pairings import SENTINEL, Batch, as_given, other_tokens, pairings, permutation
+from .pairings import LOWEST, SENTINEL, Batch, as_given, other_tokens, pairings, permutation
 
 EQUAL = 2e-5  # nats a token: what float32 kernels of two programs differ by on average, ten times over
 EXACT = 1e-4  # what is left if the trainer's logits are rounded otherwise, and nothing else
@@ -110,7 +110,7 @@ def _batch(shape: BatchShape, old_logprobs: Any) -> Batch:
     checks.shape(name, old, shape.tokens, f"{meaning}, one per token")
     checks.same_device(name, old, shape.device)
     old = old.reshape(-1).double()
-    old = torch.where(old.isfinite() & (old > SENTINEL), old, torch.nan)
+    old = torch.where(old.isfinite() & (old != SENTINEL) & (old > LOWEST), old, torch.nan)
     count, device = old.numel(), shape.device
     mask = torch.ones(count, dtype=torch.bool, device=device) if shape.mask is None else shape.mask.reshape(-1)
     if shape.cu_seqlens is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FARTHEST = 8  # tokens by which old log-probabilities are shifted
-SENTINEL = -9999.0  # servers write it for minus infinity
+SENTINEL, LOWEST = -9999.0, -1e30  # vLLM's server and SGLang write this, and less than that, for minus infinity
 PROBES = 64  # responses whose values are looked for in all of `old`
 WIDTH = 16  # tokens of a response that are looked for
 SEARCHED = 1 << 31  # comparisons in such a search
