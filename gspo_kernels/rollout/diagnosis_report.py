@@ -140,7 +140,7 @@ def notes_of(
         )
     if explained and chosen.mean > 0 and facts.tokens:
         yield _about_clipping(chosen)
-    if not explained and facts.tokens >= 64:
+    if not explained and facts.tokens - given.missing >= 64:
         yield from _about_the_unexplained(batch, new, facts)
 
 

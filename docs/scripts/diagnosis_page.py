@@ -1,4 +1,4 @@
-"""Writes the report in docs/diagnose.md: python docs/scripts/diagnosis_report.py
+"""Writes the report in docs/diagnose.md: python docs/scripts/diagnosis_page.py
 
 The rollouts are recorded ones of vLLM (tests/rollout/recorded/record_diagnosis.py), sampled with top_p=0.8.
 """
@@ -15,7 +15,7 @@ from gspo_kernels import diagnose_mismatch
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "diagnose.md"
-BEGIN, END = "<!-- report: begin, by python docs/scripts/diagnosis_report.py -->", "<!-- report: end -->"
+BEGIN, END = "<!-- report: begin, by python docs/scripts/diagnosis_page.py -->", "<!-- report: end -->"
 
 
 def report() -> str:
