@@ -207,7 +207,7 @@ def _about_the_unexplained(batch: Batch, new: Tensor, facts: Facts) -> Iterator[
 def _report(found: MismatchDiagnosis) -> str:
     head = f"{found.tokens:,} tokens of {found.sequences:,} responses"
     result = "Result: " if found.agrees or found.cause is None else "Found: "
-    lines = [head, "", *_wrapped(f"{result}{found.text}.")]
+    lines = [head, "", *_wrapped(result + found.text + ("" if found.text.endswith("?") else "."))]
     best = next((x for x in found.candidates if x.name == found.cause), None)
     if best is not None:
         fall = f"{_number(found.given.mean)} to {_number(best.mean)} nats a token"
@@ -230,9 +230,11 @@ def _report(found: MismatchDiagnosis) -> str:
 
 
 def _table(found: MismatchDiagnosis) -> Iterator[str]:
-    """The difference under each hypothesis; a star marks the one that was found."""
+    """The difference under each hypothesis, with a star at the one that was found; of two together that one alone."""
     rows = [("difference in nats, if", "mean", "largest", "GSPO clips", "tokens", "missing")]
     for each in found.candidates:
+        if " + " in each.name and each.name != found.cause:
+            continue
         fitted = ", ".join(f"{name} {value:.4g}" for name, value in each.fitted)
         name = f"{'*' if each.name == found.cause else ' '} {each.name}{f' ({fitted})' if fitted else ''}"
         share = f"{each.clip_fraction:.0%}" if each.tokens else "-"

@@ -150,6 +150,8 @@ def _masks(batch: Batch) -> Iterator[Pairing]:
             0, source, (there >= 0) & mask[there.clamp(min=0)], True,
         )  # fmt: skip
     none = mask & ~filled
+    if not bool(none.any()):
+        return
     yield Pairing(
         "mask_too_wide",
         f"the mask includes tokens without an old log-probability (NaN, infinite or 0: {int(none.sum())} of "
