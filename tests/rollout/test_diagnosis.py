@@ -214,6 +214,23 @@ def test_log_probabilities_are_enough_for_most(case: str) -> None:
     assert "Not tried" in str(found)
 
 
+def test_values_of_packed_responses_without_the_prompts() -> None:
+    given = packed(sampled())
+    old = torch.zeros_like(given["old_logprobs"])
+    old[: int(given["mask"].sum())] = given["old_logprobs"][given["mask"]]
+    assert diagnosed(given | {"old_logprobs": old}).cause == "old_logprobs_without_prompts"
+
+
+def test_padding_on_another_side() -> None:
+    """Responses begin in column 8 of one array, as with prompts padded on the left; elsewhere where prompts end."""
+    given = sampled()
+    old = torch.zeros_like(given["old_logprobs"])
+    for row, values, mask in zip(old, given["old_logprobs"], given["mask"], strict=True):
+        row[8 : 8 + int(mask.sum())] = values[mask]
+    found = diagnosed(given | {"old_logprobs": old})
+    assert found.cause == "old_logprobs_elsewhere" and "padding is on the other side" in found.text
+
+
 # --- distributions ----------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +437,9 @@ def test_the_page_has_a_report_of_these_rollouts() -> None:
     page = diagnosis_page.PAGE.read_text()
     found = diagnosis_page.report().split("difference in nats")[0].splitlines()
     assert all(line in page for line in found if not line.startswith("The mean"))
+    causes = {part for cause, _ in MISTAKES.values() for part in cause.split(" + ")}
+    causes |= {name for *_, name in ENGINE if name} | {x.name for x in diagnosed(sampled(0.01)).candidates[1:]}
+    assert {name for name in causes if " + " not in name and f"`{name}`" not in page} == set()
 
 
 def test_following_the_line_makes_the_arrays_agree() -> None:
