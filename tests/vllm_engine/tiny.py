@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import string
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from importlib import util
 from typing import Any
 
@@ -87,12 +90,48 @@ def start_engine(tiny: Tiny, **options: Any) -> engine.Engine:
     return engine.Engine(tiny.model, tiny.tokenizer, **settings)
 
 
+def start_async(tiny: Tiny, **options: Any) -> Any:
+    """`AsyncLLM`, whose engine is a process of its own."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    settings = {"dtype": "float32", "max_model_len": LONGEST, "block_size": 32, "num_gpu_blocks_override": 128}
+    settings |= {"enforce_eager": True, "logprobs_mode": "processed_logprobs", "disable_log_stats": True} | options
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.model.save_pretrained(folder)
+        tiny.tokenizer.save_pretrained(folder)
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, **settings))
+
+
 def generate(of: engine.Engine, prompts: Sequence[Sequence[int]], **parameters: Any) -> list[Any]:
     """One `RequestOutput` for each prompt; log-probabilities of the sampled tokens unless `logprobs` asks for more."""
     from vllm import SamplingParams
 
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     return of.llm.generate(requests, SamplingParams(**({"logprobs": 0, "seed": 0} | parameters)), use_tqdm=False)
+
+
+def steps(
+    of: engine.Engine,
+    prompts: Sequence[Sequence[int]],
+    each_step: Callable[[int], None] = lambda step: None,
+    kind: str = "FINAL_ONLY",
+    **parameters: Any,
+) -> list[Any]:
+    """What the engine returns at each of its steps, in this order; before a step `each_step` is called."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    core, found = of.llm.llm_engine, list[Any]()
+    asked = {"logprobs": 0, "seed": 0, "output_kind": RequestOutputKind[kind]} | parameters
+    for k, prompt in enumerate(prompts):
+        core.add_request(str(k), {"prompt_token_ids": list(prompt)}, SamplingParams(**asked))
+    for step in itertools.count():
+        if not core.has_unfinished_requests():
+            return found
+        each_step(step)
+        found += copy.deepcopy(core.step())  # the engine goes on with the lists of tokens
+    return found
 
 
 def completions(outputs: Sequence[Any]) -> list[Any]:
