@@ -42,7 +42,8 @@ def fields_of(value: Any) -> dict[str, Any] | None:
         return None
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return vars(value) | (getattr(value, "model_extra", None) or {})  # pydantic's: fields that the class does not have
+    found = vars(value) | (getattr(value, "model_extra", None) or {})  # of pydantic: what the class does not name
+    return {name: each for name, each in found.items() if not name.startswith("_")}
 
 
 def scrubbed(name: str, value: Any) -> Any:
