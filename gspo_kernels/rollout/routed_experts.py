@@ -23,14 +23,14 @@ class RoutedExperts(NamedTuple):
     rows: Tensor  # [rows, layers, k] int16
 
 
-def read_experts(where: str, values: Any, *, raw_experts_per_token: tuple[int, int] | None = None) -> Tensor | None:
+def read_experts(where: str, values: Any, raw: tuple[int, int] | None = None) -> Tensor | None:
     """[rows, layers, k] int16 from an array, from nested lists, or from the base64 text of a server.
 
-    Text holds a `.npy` file (vLLM), or, with `raw_experts_per_token` = (rows, k), int32 values alone (SGLang).
+    Text holds a `.npy` file (vLLM), or, with `raw` = (layers, k), int32 values alone (SGLang).
     """
     if values is None:
         return None
-    found = _decoded(where, values, raw_experts_per_token) if isinstance(values, str) else _array(where, values)
+    found = _decoded(where, values, raw) if isinstance(values, str) else _array(where, values)
     if found.dtype not in checks.INTEGERS:
         raise TypeError(f"{where}: expected the numbers of experts, integers; got {found.dtype}")
     if found.ndim != 3:
@@ -62,13 +62,11 @@ def _decoded(where: str, text: str, raw: tuple[int, int] | None) -> Tensor:
         found = torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
     except (binascii.Error, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{where}: expected {expected} as base64; got text that is none ({error})") from error
-    rows, k = raw
-    if found.numel() % max(1, rows * k) or (found.numel() and not rows):
+    if found.numel() % (raw[0] * raw[1]):
         raise ValueError(
-            f"{where}: expected {k} experts in each layer for each of {rows} tokens (the prompt's and the response's "
-            f"without the last); got {found.numel()} values. Is experts_per_token={k} right, and the prompt?"
+            f"{where}: expected {raw[0]} x {raw[1]} experts for each token, experts_shape; got {found.numel()} values"
         )
-    return found.view(rows, -1, k) if found.numel() else found.view(rows, 0, k)
+    return found.view(-1, *raw)
 
 
 def check_rows(experts: RoutedExperts, prompt: int, tokens: int) -> None:
@@ -85,7 +83,7 @@ def check_rows(experts: RoutedExperts, prompt: int, tokens: int) -> None:
 
 def experts_of_tokens(found: list[tuple[int, int, RoutedExperts | None]], device: torch.device) -> Tensor | None:
     """[P + N, layers, k] of all sequences (prompt tokens, sampled tokens, experts); None where none has experts."""
-    first = next((experts for *_, experts in found if experts is not None), None)
+    first = next((experts for *_, experts in found if experts is not None and experts.rows.shape[0]), None)
     if first is None:
         return None
     shape = first.rows.shape[1:]
@@ -93,14 +91,12 @@ def experts_of_tokens(found: list[tuple[int, int, RoutedExperts | None]], device
     end = 0
     for prompt, tokens, experts in found:
         end += prompt + tokens
-        if experts is None:
+        if experts is None or not (rows := experts.rows.shape[0]):
             continue
         if experts.rows.shape[1:] != shape:
             raise ValueError(
                 f"{experts.where}: expected {shape[0]} layers of {shape[1]} experts, as {first.where} has; got "
                 f"{list(experts.rows.shape)}"
             )
-        rows = experts.rows.shape[0]
-        if rows:
-            result[end - 1 - rows : end - 1] = experts.rows  # no router has read the last token
+        result[end - 1 - rows : end - 1] = experts.rows  # no router has read the last token
     return result.to(device)

@@ -32,7 +32,7 @@ def from_sglang(
     outputs: Any,
     *,
     prompt_ids: Sequence[Sequence[int]] | None = None,
-    experts_per_token: int | None = None,
+    experts_shape: tuple[int, int] | None = None,
     missing: str = "refuse",
     device: Any = None,
 ) -> Rollouts:
@@ -54,30 +54,38 @@ def from_sglang(
         prompt_ids: the prompt's token ids for each element of `outputs`, of which SGLang returns one per response
             (with n > 1, the n responses to a prompt are adjacent). None: those in `input_token_logprobs`, which
             `logprob_start_len=0` requests, or `return_prompt_token_ids=True`, if any.
-        experts_per_token: k of the model's routers, which `return_routed_experts=True` does not return. None:
-            `routed_experts` are not read.
+        experts_shape: (layers, k), the number of layers and of experts per token in `routed_experts`, which
+            `return_routed_experts=True` returns without its shape. None: they are not read.
 
     The other arguments, the result and the errors are those of `from_vllm`. Token ids are also compared with
     `completion_tokens` and `output_ids`, which detects responses that are shifted by one.
     """
-    if experts_per_token is not None:
-        checks.whole("experts_per_token", experts_per_token, "the number of experts per token and layer", at_least=1)
-    found = _responses(list_outputs(outputs, ("meta_info", "choices")), prompt_ids, experts_per_token)
+    if experts_shape is not None:
+        if not isinstance(experts_shape, (tuple, list)) or len(experts_shape) != 2:
+            raise TypeError(
+                f"experts_shape: expected (layers, experts per token); got {checks.describe(experts_shape)}"
+            )
+        layers, k = (checks.whole("experts_shape", x, "(layers, experts per token)", at_least=1) for x in experts_shape)
+        experts_shape = layers, k
+    found = _responses(list_outputs(outputs, ("meta_info", "choices")), prompt_ids, experts_shape)
     return pack(found, missing, device)
 
 
-def _responses(outputs: list[Any], prompts: Any, k_experts: int | None) -> Iterator[Response]:
+Shape = tuple[int, int] | None
+
+
+def _responses(outputs: list[Any], prompts: Any, shape: Shape) -> Iterator[Response]:
     given = read_prompts(prompts, len(outputs))
     for k, output in enumerate(outputs):
         choices, prompt = get(output, "choices"), only_prompt(k, given[k])
         if choices is None:
-            yield _response(f"outputs[{k}]", output, None, prompt, k_experts)
+            yield _response(f"outputs[{k}]", output, None, prompt, shape)
             continue
         for j, choice in enumerate(read_list(f"outputs[{k}].choices", choices, "choices")):
-            yield _response(f"outputs[{k}].choices[{j}]", choice, get(output, "prompt_token_ids"), prompt, k_experts)
+            yield _response(f"outputs[{k}].choices[{j}]", choice, get(output, "prompt_token_ids"), prompt, shape)
 
 
-def _response(where: str, output: Any, prompt: Any, given: list[int] | None, k_experts: int | None) -> Response:
+def _response(where: str, output: Any, prompt: Any, given: list[int] | None, shape: Shape) -> Response:
     """One output or choice with `meta_info`; `prompt`: as its response has it, `given`: as the caller passed it."""
     meta = get(output, "meta_info")
     if meta is None:
@@ -104,7 +112,9 @@ def _response(where: str, output: Any, prompt: Any, given: list[int] | None, k_e
             prompt = read_ids(here, [token for _, token, *_ in inputs], "[1]")
     kind = str(get(reason, "type") if isinstance(reason, Mapping) else reason)
     prompt = agreed_prompt(where, prompt, given)
-    experts = None if k_experts is None else _experts(where, meta, prompt, len(token_ids), k_experts)
+    named = f"{where}.meta_info.routed_experts"
+    rows = None if shape is None else read_experts(named, get(meta, "routed_experts"), shape)
+    experts = None if rows is None else RoutedExperts(named, rows)
     return Response(where, token_ids, logprobs, kind, prompt, kept, _versions(where, meta, len(token_ids)), experts)
 
 
@@ -114,16 +124,6 @@ def _versions(where: str, meta: Any, tokens: int) -> list[Span] | None:
     if spans is None and last is not None:
         spans = [{"version": last, "start": 0, "end": tokens}]
     return read_versions(f"{where}.meta_info.weight_versions", spans, tokens)
-
-
-def _experts(where: str, meta: Any, prompt: list[int] | None, tokens: int, k: int) -> RoutedExperts | None:
-    named, values = f"{where}.meta_info.routed_experts", get(meta, "routed_experts")
-    if values is None or prompt is None:
-        return None
-    start = get(meta, "routed_experts_start_len") or 0
-    rows = max(0, len(prompt) + tokens - 1 - start)
-    found = read_experts(named, values, raw_experts_per_token=(rows, k))
-    return None if found is None else RoutedExperts(named, found)
 
 
 def _tokens(where: str, output: Any, meta: Any) -> tuple[list[int], list[float]]:

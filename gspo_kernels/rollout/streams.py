@@ -13,7 +13,7 @@ from typing import Any
 from ..base.checks import HIGHEST_LOGPROB
 from .parsing import LAST_PART, LOWEST, get
 
-ROUNDING = 1e-5  # of a sum of log-probabilities in float32, relative to the sum
+ROUNDING = 2.0**-23  # of each addition, relative to the sum, where a version or a reader sums in float32
 
 
 def refuse_part(where: str, cumulative: Any, logprobs: list[float]) -> None:
@@ -23,7 +23,7 @@ def refuse_part(where: str, cumulative: Any, logprobs: list[float]) -> None:
     if not all(LOWEST < x <= HIGHEST_LOGPROB for x in logprobs):  # refused for what they are, or masked
         return
     total = math.fsum(logprobs)
-    if abs(cumulative - total) > ROUNDING * max(1.0, abs(cumulative)):
+    if abs(cumulative - total) > ROUNDING * (1 + len(logprobs)) * max(1.0, abs(cumulative)):
         raise ValueError(
             f"{where}.cumulative_logprob: expected the sum of the {len(logprobs)} log-probabilities, {total:g}; got "
             f"{cumulative:g}: {LAST_PART}"

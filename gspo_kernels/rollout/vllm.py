@@ -36,7 +36,11 @@ _TOKEN = re.compile(r"token_id:(\d+)")
 
 
 def from_vllm(
-    outputs: Any, *, prompt_ids: Sequence[Sequence[int]] | None = None, missing: str = "refuse", device: Any = None
+    outputs: Any,
+    *,
+    prompt_ids: Sequence[Sequence[int] | Sequence[Sequence[int]]] | None = None,
+    missing: str = "refuse",
+    device: Any = None,
 ) -> Rollouts:
     """vLLM's outputs as packed arrays.
 
@@ -56,9 +60,15 @@ def from_vllm(
     the result then has `kept`, for the losses' `kept=`, and processed log-probabilities are those of the distribution
     over these sets. Without kept sets they belong to no distribution that a loss computes.
 
+    `weight_versions` are kept, where the engine returned them, and so are `routed_experts`
+    (`enable_return_routed_experts=True`) of responses whose prompt is known.
+
     Args:
-        outputs: see above. Requests must have finished; parts of a stream are refused.
-        prompt_ids: the prompt's token ids for each element of `outputs`. None: those that the engine returned, if any.
+        outputs: see above. Requests must have finished. Parts of a stream are refused, the last one too
+            (`RequestOutputKind.DELTA`, a server's last chunk). With `RequestOutputKind.CUMULATIVE` and n > 1 the last
+            part has only the responses that ended last: use `FINAL_ONLY`, which is what `LLM.generate` uses.
+        prompt_ids: the prompt's token ids for each element of `outputs`; for a response of `/v1/completions` to several
+            prompts the list of its prompts, in the request's order. None: those that the engine returned, if any.
         missing: what to do with a sampled token that has no log-probability: it is None, NaN, minus infinity, or at
             most -9999.0, which a server writes for minus infinity. "refuse" raises; "mask" sets the token's mask to
             False. Every sampled token has a log-probability, so a missing one means an engine's bug, or a sampling
@@ -67,7 +77,8 @@ def from_vllm(
 
     Raises:
         ValueError, TypeError: naming the position in `outputs`, what was expected and what came: log-probabilities that
-            were not requested, a count other than that of the tokens, values above 0 (logits), unfinished requests.
+            were not requested, a count other than that of the tokens, values above 0 (logits), unfinished requests,
+            parts of streams, and prompts that are not those of the responses.
     """
     return pack(_responses(list_outputs(outputs, ("outputs", "choices")), prompt_ids), missing, device)
 

@@ -101,7 +101,7 @@ VALID: dict[str, dict[str, Any]] = {
     "next_token_targets": {"input_ids": IDS, "mask": MASK},
     "from_vllm": {"outputs": VLLM, "prompt_ids": [[1, 2]], "missing": "mask", "device": None},
     "from_sglang": {
-        "outputs": [{"meta_info": META}], "prompt_ids": [[1, 2]], "experts_per_token": 2, "missing": "mask",
+        "outputs": [{"meta_info": META}], "prompt_ids": [[1, 2]], "experts_shape": (1, 2), "missing": "mask",
         "device": None,
     },
     "GSPO": {"eps_low": 0.1, "eps_high": 0.1, "dual_clip": 3.0},
@@ -132,12 +132,12 @@ KINDS = {
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
                "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty", "gamma", "lam",
                "clip_range", "logit_scale", "softcap"),
-    "whole": ("vocab_size", "chunk_bytes", "group_size", "experts_per_token"),
+    "whole": ("vocab_size", "chunk_bytes", "group_size"),
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
                "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage", "full_distribution", "sparse_weight_grad"),
     "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
-              "device", "kept"),
+              "device", "kept", "experts_shape"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on
@@ -206,8 +206,6 @@ def test_whole_numbers_of_numpy(case: str) -> None:
 
 
 def tensors_of(outcome: Any) -> list[Tensor]:
-    if isinstance(outcome, gspo_kernels.Rollouts):
-        outcome = vars(outcome).values()
     return [outcome] if isinstance(outcome, Tensor) else [x for x in outcome if isinstance(x, Tensor)]
 
 
