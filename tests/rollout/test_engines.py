@@ -136,7 +136,7 @@ class ColumnLogprobs:
 
 def as_dicts(token_ids: Sequence[int], logprobs: Sequence[float]) -> Any:
     return [
-        {token: Logprob(x, rank) for rank, (token, x) in enumerate(top(*pair))}
+        {token: Logprob(x, rank, ".") for rank, (token, x) in enumerate(top(*pair))}
         for pair in zip(token_ids, logprobs, strict=True)
     ]
 
@@ -160,7 +160,7 @@ def request_outputs(container: Callable[..., Any] = as_dicts) -> list[RequestOut
             list(prompt),
             None,
             [
-                CompletionOutput(j, "..", tuple(tokens), sum(logprobs), container(tokens, logprobs), REASONS[k][j])
+                CompletionOutput(j, "..", tuple(tokens), math.fsum(logprobs), container(tokens, logprobs), REASONS[k][j])
                 for j, (tokens, logprobs) in enumerate(RESPONSES[k])
             ],
             True,
@@ -263,7 +263,7 @@ def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
                 "message": {"role": "assistant", "content": ".."},
                 "logprobs": {
                     "content": [
-                        {"token": named(t, as_ids), "logprob": x, "bytes": None, "top_logprobs": []}
+                        {"token": named(t, as_ids), "logprob": x, "bytes": [46], "top_logprobs": []}
                         for t, x in zip(tokens, logprobs, strict=True)
                     ]
                 },

@@ -85,8 +85,9 @@ def shapes(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict):
         for key, each in value.items():
             if key not in (CLASS, LENGTH):
-                yield f"{path}.{key}", kind(each)
-                yield from shapes(each, f"{path}.{key}")
+                name = "" if path.endswith("top_logprobs[]") else key  # its keys are tokens
+                yield f"{path}.{name}", kind(each)
+                yield from shapes(each, f"{path}.{name}")
 
 
 def kind(value: Any) -> str:

@@ -33,7 +33,7 @@ def test_cumulative(tiny: Tiny, engines: Any, record: Any) -> None:
             from_vllm(part)
     rollouts = check(parts[-1:])
     assert rollouts.cu_seqlens.tolist() == [0, 6] and difference(tiny, rollouts) < NOISE
-    record("offline_cumulative_parts", parts, request=REQUEST, refused=list(range(5)))
+    record("offline_cumulative_parts", parts, request=REQUEST, refused=list(range(5)), whole=[5])
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["dictionaries", "flat"])

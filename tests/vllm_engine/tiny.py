@@ -19,20 +19,28 @@ import engine
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from gspo_kernels import PromptedRollouts, Rollouts, from_vllm, token_logprobs
+from gspo_kernels import KeptTokens, PromptedRollouts, Rollouts, from_vllm, token_logprobs
 
 LONGEST = 512  # tokens of a prompt and its response
+EXPERTS_PER_TOKEN = 2
 PROMPTS = ["hello", "a", "the same again and again"]
 
 
 class Tiny:
     """The trainer's model, its tokenizer, and prompts."""
 
-    def __init__(self, seed: int = 0, **changes: Any) -> None:
+    def __init__(self, seed: int = 0, experts: int = 0, **changes: Any) -> None:
         self.tokenizer = build_tokenizer()
-        self.model = build_model(self.tokenizer, seed, **changes)
+        self.model = build_model(self.tokenizer, seed, experts, **changes)
         self.prompts = self.encode(PROMPTS)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -44,13 +52,34 @@ class Tiny:
         found = self.model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
         return found.logits[0]
 
-    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0, filtered: bool = True) -> Tensor:
         """[N], at the sampling's temperature and over its kept sets, if it has any."""
         batch = rollouts.with_prompts()
         logits, options = self.logits(batch), dict[str, Any](mask=batch.mask, temperature=temperature)
-        if batch.kept is None:
+        if batch.kept is None or not filtered:
             return token_logprobs(logits, batch.token_ids, **options).logprobs[batch.mask]
         return token_logprobs(logits, batch.token_ids, kept=batch.kept, **options).kept.logprobs[batch.mask]
+
+    def sets(self, rollouts: Rollouts, **request: Any) -> list[set[int]]:
+        """The set of each token of the responses, as `KeptTokens.from_logits` makes it of the trainer's logits."""
+        batch = rollouts.with_prompts()
+        names = ("top_p", "top_k", "min_p", "temperature")
+        options = {name: request[name] for name in names if name in request}
+        rows = kept_lists(KeptTokens.from_logits(self.logits(batch), mask=batch.mask, **options))
+        every = set(range(len(self.tokenizer)))  # a row that loses no column has no entries
+        return [row or every for row, sampled in zip(rows, batch.mask.tolist(), strict=True) if sampled]
+
+    @torch.no_grad()
+    def experts(self, rollouts: Rollouts) -> Tensor:
+        """[P + N, layers, k]: what the trainer's router chooses, the lower index first."""
+        batch = rollouts.with_prompts()
+        inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
+        logits = self.model(**inputs, use_cache=False, output_router_logits=True).router_logits
+        return torch.stack([x.topk(EXPERTS_PER_TOKEN).indices for x in logits], 1).sort(-1).values
+
+
+def kept_lists(kept: KeptTokens) -> list[set[int]]:
+    return [set(part.tolist()) for part in kept.token_ids.tensor_split(kept.offsets[1:-1])]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -64,8 +93,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, **changes: Any) -> Qwen3ForCausalLM:
-    """Random weights, large enough that some tokens are a hundred times likelier than others."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, experts: int, **changes: Any) -> PreTrainedModel:
+    """Random weights, large enough that some tokens are a hundred times likelier than others. 0 experts: dense."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
@@ -81,7 +110,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, **changes: Any) -
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return Qwen3ForCausalLM(Qwen3Config(**(settings | changes))).eval()
+    settings |= changes
+    if not experts:
+        return Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+    settings |= {"num_experts": experts, "num_experts_per_tok": EXPERTS_PER_TOKEN, "moe_intermediate_size": 64}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, norm_topk_prob=True)).eval()
 
 
 def start_engine(tiny: Tiny, **options: Any) -> engine.Engine:
@@ -150,9 +183,9 @@ def check(outputs: Any, *, prompts: Sequence[Sequence[int]] | None = None) -> Ro
     return rollouts
 
 
-def difference(tiny: Tiny, rollouts: Rollouts, temperature: float = 1.0) -> float:
+def difference(tiny: Tiny, rollouts: Rollouts, temperature: float = 1.0, filtered: bool = True) -> float:
     """Mean absolute difference of the engine's log-probabilities to the trainer's, in nats per token."""
-    return (rollouts.old_logprobs - tiny.logprobs(rollouts, temperature)).abs().mean().item()
+    return (rollouts.old_logprobs - tiny.logprobs(rollouts, temperature, filtered)).abs().mean().item()
 
 
 def facts(tiny: Tiny, rollouts: Rollouts, temperature: float = 1.0) -> dict[str, Any]:
