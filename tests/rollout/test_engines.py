@@ -1,7 +1,7 @@
 """vLLM's and SGLang's outputs as packed arrays, from fakes with the fields and the order of the engines' own.
 
-The fakes follow `vllm/outputs.py`, `vllm/logprobs.py`, `vllm/v1/engine/logprobs.py` and the OpenAI protocol of vLLM,
-and SGLang's `tokenizer_manager.py` and `docs/basic_usage/sampling_params.md`. Neither engine is installed or imported.
+vLLM's have the fields of its recorded outputs, which `test_recorded.py` checks. SGLang's follow `tokenizer_manager.py`
+and `docs/basic_usage/sampling_params.md`. Neither engine is installed or imported.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def request_outputs(container: Callable[..., Any] = as_dicts) -> list[RequestOut
             list(prompt),
             None,
             [
-                CompletionOutput(j, "..", tuple(tokens), math.fsum(logprobs), container(tokens, logprobs), REASONS[k][j])
+                CompletionOutput(j, "..", tuple(tokens), sum(logprobs, 0.0), container(tokens, logprobs), REASONS[k][j])
                 for j, (tokens, logprobs) in enumerate(RESPONSES[k])
             ],
             True,

@@ -6,7 +6,6 @@ tokens were recorded beside them.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 

@@ -23,7 +23,7 @@ OPTIONS = [
     "--num-gpu-blocks-override=128", "--logprobs-mode=processed_logprobs", "--no-enable-prefix-caching",
     "--enable-scale-out",  # /inference/v1/generate
 ]  # fmt: skip
-START = 240  # seconds; on a busy machine the imports alone take a minute
+START = 600  # seconds; on a busy machine the imports alone take minutes
 
 
 class Server:
