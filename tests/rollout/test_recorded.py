@@ -111,6 +111,7 @@ FAKES: dict[str, tuple[Any, list[str]]] = {
     "flat": (fakes.request_outputs(fakes.as_flat), ["offline_flat", "offline_aborted"]),
     "completions": ([fakes.completion_json(0)], ["server_completions", "server_completions_aborted"]),
     "completions, names": ([fakes.completion_json(0, ids=False, as_ids=True)], ["server_completions_names"]),
+    "generate": ([fakes.generated_json(0)], ["server_generate", "server_generate_aborted"]),
     "chat": ([fakes.chat_json(0)], ["server_chat", "server_chat_aborted"]),
     "chat, names": ([fakes.chat_json(0, ids=False, as_ids=True)], ["server_chat_names"]),
 }
