@@ -4,8 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize bench bench-compare bench-linear
-.PHONY: bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
+.PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
+.PHONY: test-vllm bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)

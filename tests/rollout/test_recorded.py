@@ -35,7 +35,7 @@ def test_every_kind_is_there() -> None:
 def test_nothing_of_the_machine_is_recorded(name: str) -> None:
     text = (recorded.FOLDER / f"{name}.json").read_text()
     assert not re.search(r"/(tmp|home|root|work|usr|Users)\b|127\.0\.0\.1|localhost|cmpl-|generate-", text)
-    assert len(text) < 20_000
+    assert len(text) < 60_000
 
 
 @pytest.mark.parametrize("name", WHOLE)
