@@ -4,9 +4,8 @@ A tiny Qwen3-MoE (that of `experts.py`, head size 32) is warmed up, and vLLM sam
 that it used. The trainer computes the log-probabilities of the same tokens twice, with the experts that its own routers
 choose and with the engine's replayed: what remains of the difference is not the routers'.
 
-    python examples/paper/replay.py                  # with vLLM: the environment of `make demo-vllm`
-    python examples/paper/replay.py --device cuda
-    python examples/paper/replay.py --redraw         # only the table, from replay.json
+    python examples/paper/replay.py --output docs             # with vLLM: the environment of `make demo-vllm`
+    python examples/paper/replay.py --output docs --redraw    # only the table, from docs/routing-replay.json
 
 vLLM returns experts from its second model runner alone, whose kernels are Triton's. On a CPU they run in Triton's
 interpreter, in a process of their own: about a second for each token.
@@ -214,7 +213,7 @@ def differences(batch: PromptedRollouts, logprobs: Tensor) -> dict[str, float]:
 
 
 def measure(device: str, settings: Settings) -> dict[str, Any]:
-    learner = warmed_up(0, settings, build=partial(build_experts, head_dim=32))
+    learner = warmed_up(0, settings, build=partial(build_experts, head_size=32))
     prompts = [learner.tokenizer(problem).input_ids for problem in learner.problems.draw(settings.groups)]
     rows, seconds = [], {}
     for engine in dict.fromkeys(engine for engine, _ in PAIRS):
@@ -251,7 +250,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     began = time.perf_counter()
-    arguments, settings = lab.parse(__doc__, "replay", 1, SAMPLED, SMALL)
+    arguments, settings = lab.parse(__doc__, "routing-replay", 1, SAMPLED, SMALL)
     if arguments.redraw:
         record = lab.load(arguments)
     else:
