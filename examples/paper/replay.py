@@ -13,6 +13,7 @@ interpreter, in a process of their own: about a second for each token.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import time
@@ -173,7 +174,7 @@ def sampled(
 @torch.no_grad()
 def compare(learner: Learner, batch: PromptedRollouts, dtype: str) -> dict[str, Any]:
     """The trainer's log-probabilities against the engine's, with its own experts and with the engine's."""
-    model = learner.model.to(getattr(torch, dtype))
+    model = copy.deepcopy(learner.model).to(getattr(torch, dtype))
     replay = RoutingReplay(model)
     experts = batch.routed_experts
     assert experts is not None
@@ -186,7 +187,6 @@ def compare(learner: Learner, batch: PromptedRollouts, dtype: str) -> dict[str, 
         own = logprobs()
     with replay.replay(experts):
         replayed = logprobs()
-    learner.model.float()
     moved = changed(torch.stack(choices, 1).to(experts.device), experts.long()).flatten(1)  # [P + N, layers * k]
     rerouted = moved.any(1) & batch.mask
     return {
