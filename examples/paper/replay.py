@@ -4,9 +4,8 @@ A tiny Qwen3-MoE (that of `experts.py`, head size 32) is warmed up, and vLLM sam
 that it used. The trainer computes the log-probabilities of the same tokens twice, with the experts that its own routers
 choose and with the engine's replayed: what remains of the difference is not the routers'.
 
-    python examples/paper/replay.py                  # with vLLM: the environment of `make demo-vllm`
-    python examples/paper/replay.py --device cuda
-    python examples/paper/replay.py --redraw         # only the table, from replay.json
+    python examples/paper/replay.py --output docs             # with vLLM: the environment of `make demo-vllm`
+    python examples/paper/replay.py --output docs --redraw    # only the table, from docs/routing-replay.json
 
 vLLM returns experts from its second model runner alone, whose kernels are Triton's. On a CPU they run in Triton's
 interpreter, in a process of their own: about a second for each token.
@@ -14,6 +13,7 @@ interpreter, in a process of their own: about a second for each token.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import time
@@ -174,7 +174,7 @@ def sampled(
 @torch.no_grad()
 def compare(learner: Learner, batch: PromptedRollouts, dtype: str) -> dict[str, Any]:
     """The trainer's log-probabilities against the engine's, with its own experts and with the engine's."""
-    model = learner.model.to(getattr(torch, dtype))
+    model = copy.deepcopy(learner.model).to(getattr(torch, dtype))
     replay = RoutingReplay(model)
     experts = batch.routed_experts
     assert experts is not None
@@ -187,25 +187,25 @@ def compare(learner: Learner, batch: PromptedRollouts, dtype: str) -> dict[str, 
         own = logprobs()
     with replay.replay(experts):
         replayed = logprobs()
-    learner.model.float()
-    moved = changed(torch.stack(choices, 1).to(experts.device), experts.long())  # [P + N, layers, k]
-    moved = moved[(experts >= 0).flatten(1).all(1)]
+    moved = changed(torch.stack(choices, 1).to(experts.device), experts.long()).flatten(1)  # [P + N, layers * k]
+    rerouted = moved.any(1) & batch.mask
     return {
-        "choices_changed": float(moved.float().mean()),
-        "tokens_rerouted": float(moved.flatten(1).any(1).float().mean()),
-        "own": differences(batch, own),
-        "replayed": differences(batch, replayed),
+        "choices_changed": float(moved[batch.mask].float().mean()),
+        "tokens_rerouted": float(rerouted.sum() / batch.mask.sum()),
+        "own": differences(batch, own, rerouted),
+        "replayed": differences(batch, replayed, rerouted),
     }
 
 
-def differences(batch: PromptedRollouts, logprobs: Tensor) -> dict[str, float]:
+def differences(batch: PromptedRollouts, logprobs: Tensor, rerouted: Tensor) -> dict[str, float]:
     signs = torch.ones(len(batch), device=logprobs.device)
     signs[::2] = -1  # advantages: GSPO's clip range has an edge for each sign
-    found = (logprobs - batch.old_logprobs)[batch.mask].abs()
+    found = (logprobs - batch.old_logprobs).abs()
     mismatch = rollout_mismatch(logprobs, batch.old_logprobs, signs, mask=batch.mask, cu_seqlens=batch.cu_seqlens)
     return {
-        "mean": float(found.mean()),
-        "largest": float(found.max()),
+        "mean": float(found[batch.mask].mean()),
+        "largest": float(found[batch.mask].max()),
+        "mean_of_rerouted": float(found[rerouted].mean()) if rerouted.any() else 0.0,
         "clip_fraction": float(mismatch.clip_fraction),
     }
 
@@ -214,7 +214,7 @@ def differences(batch: PromptedRollouts, logprobs: Tensor) -> dict[str, float]:
 
 
 def measure(device: str, settings: Settings) -> dict[str, Any]:
-    learner = warmed_up(0, settings, build=partial(build_experts, head_dim=32))
+    learner = warmed_up(0, settings, build=partial(build_experts, head_size=32))
     prompts = [learner.tokenizer(problem).input_ids for problem in learner.problems.draw(settings.groups)]
     rows, seconds = [], {}
     for engine in dict.fromkeys(engine for engine, _ in PAIRS):
@@ -235,23 +235,22 @@ def measure(device: str, settings: Settings) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     lines = [
-        "| engine, trainer | tokens with another expert | own experts: mean, largest | replayed: mean, largest "
-        "| clipped before learning: own, replayed |",
-        "|---|---|---|---|---|",
+        "| engine, trainer | rerouted tokens | all tokens: mean, largest | replayed | rerouted tokens: mean | replayed "
+        "| clipped before learning | replayed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        own, replayed = row["own"], row["replayed"]
-        lines.append(
-            f"| {row['engine']}, {row['trainer']} | {row['tokens_rerouted']:.1%} | {own['mean']:.1e}, "
-            f"{own['largest']:.1e} | {replayed['mean']:.1e}, {replayed['largest']:.1e} | {own['clip_fraction']:.0%}, "
-            f"{replayed['clip_fraction']:.0%} |"
-        )
+        of_both = [row["own"], row["replayed"]]
+        cells = [f"{x['mean']:.1e}, {x['largest']:.1e}" for x in of_both]
+        cells += [f"{x['mean_of_rerouted']:.1e}" if row["tokens_rerouted"] else "" for x in of_both]
+        cells += [f"{x['clip_fraction']:.0%}" for x in of_both]
+        lines.append(f"| {row['engine']}, {row['trainer']} | {row['tokens_rerouted']:.1%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     began = time.perf_counter()
-    arguments, settings = lab.parse(__doc__, "replay", 1, SAMPLED, SMALL)
+    arguments, settings = lab.parse(__doc__, "routing-replay", 1, SAMPLED, SMALL)
     if arguments.redraw:
         record = lab.load(arguments)
     else:

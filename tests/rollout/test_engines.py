@@ -96,7 +96,7 @@ class RequestOutput:
 
 @dataclass
 class FlatLogprobs:
-    """vLLM 0.11 and later, with `SamplingParams(flat_logprobs=True)`: lists for all positions, dicts on access."""
+    """As of vLLM 0.11 to 0.32, with `SamplingParams(flat_logprobs=True)`: lists for all positions, dicts on access."""
 
     start_indices: list[int] = field(default_factory=list)
     end_indices: list[int] = field(default_factory=list)
@@ -120,7 +120,7 @@ class FlatLogprobs:
 
 
 class ColumnLogprobs:
-    """Later versions of vLLM: numpy columns; each read of an attribute builds a new list."""
+    """A container with the fields of FlatLogprobs that builds a new list at each read of one."""
 
     def __init__(self, flat: FlatLogprobs) -> None:
         self.flat, self.reads = flat, 0
