@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write tests/rollout/recorded/*.json")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for theirs in ("FutureWarning:vllm", "DeprecationWarning:torch.jit"):
+        config.addinivalue_line("filterwarnings", f"ignore::{theirs}")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     """The trainer's model and tokenizer. Its weights do not change."""

@@ -29,6 +29,7 @@ REQUESTS: dict[str, dict[str, Any]] = {  # the engine refuses requests without t
     "min_p": {"top_k": 34, "min_p": 0.1},
     "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 0.7},
     "min_tokens": {"top_k": 34, "min_tokens": 8},
+    "allowed": {"top_k": 34, "allowed_token_ids": list(range(1, 20))},
 }
 
 
