@@ -1,7 +1,7 @@
 """vLLM's and SGLang's outputs as packed arrays, from fakes with the fields and the order of the engines' own.
 
-The fakes follow `vllm/outputs.py`, `vllm/logprobs.py`, `vllm/v1/engine/logprobs.py` and the OpenAI protocol of vLLM,
-and SGLang's `tokenizer_manager.py` and `docs/basic_usage/sampling_params.md`. Neither engine is installed or imported.
+vLLM's have the fields of its recorded outputs, which `test_recorded.py` checks. SGLang's follow `tokenizer_manager.py`
+and `docs/basic_usage/sampling_params.md`. Neither engine is installed or imported.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ColumnLogprobs:
 
 def as_dicts(token_ids: Sequence[int], logprobs: Sequence[float]) -> Any:
     return [
-        {token: Logprob(x, rank) for rank, (token, x) in enumerate(top(*pair))}
+        {token: Logprob(x, rank, ".") for rank, (token, x) in enumerate(top(*pair))}
         for pair in zip(token_ids, logprobs, strict=True)
     ]
 
@@ -160,7 +160,7 @@ def request_outputs(container: Callable[..., Any] = as_dicts) -> list[RequestOut
             list(prompt),
             None,
             [
-                CompletionOutput(j, "..", tuple(tokens), sum(logprobs), container(tokens, logprobs), REASONS[k][j])
+                CompletionOutput(j, "..", tuple(tokens), sum(logprobs, 0.0), container(tokens, logprobs), REASONS[k][j])
                 for j, (tokens, logprobs) in enumerate(RESPONSES[k])
             ],
             True,
@@ -222,6 +222,10 @@ def named(token: int, as_id: bool) -> str:
     return f"token_id:{token}" if as_id else "word"
 
 
+def usage(k: int) -> dict[str, int]:
+    return {"prompt_tokens": len(PROMPTS[k]), "completion_tokens": sum(len(tokens) for tokens, _ in RESPONSES[k])}
+
+
 def completion_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
     """POST /v1/completions with logprobs=0, n=2."""
     return {
@@ -245,7 +249,7 @@ def completion_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str,
             }
             for j, (tokens, logprobs) in enumerate(RESPONSES[k])
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4},
+        "usage": usage(k),
     }
 
 
@@ -259,7 +263,7 @@ def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
                 "message": {"role": "assistant", "content": ".."},
                 "logprobs": {
                     "content": [
-                        {"token": named(t, as_ids), "logprob": x, "bytes": None, "top_logprobs": []}
+                        {"token": named(t, as_ids), "logprob": x, "bytes": [46], "top_logprobs": []}
                         for t, x in zip(tokens, logprobs, strict=True)
                     ]
                 },
@@ -269,6 +273,7 @@ def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
             for j, (tokens, logprobs) in enumerate(RESPONSES[k])
         ],
         "prompt_token_ids": PROMPTS[k] if ids else None,
+        "usage": usage(k),
     }
 
 
@@ -360,11 +365,13 @@ def with_value(engine: str, value: Any) -> tuple[Callable[..., Rollouts], Any]:
     if engine == "vllm":
         outputs = request_outputs()
         outputs[0].outputs[0].logprobs[1][3] = Logprob(value)
+        outputs[0].outputs[0].cumulative_logprob = None
         return from_vllm, outputs
     if engine == "flat":
         outputs = request_outputs(as_flat)
         flat = outputs[0].outputs[0].logprobs
         flat.logprobs[flat.start_indices[1]] = value
+        outputs[0].outputs[0].cumulative_logprob = None
         return from_vllm, outputs
     if engine == "server":
         response = completion_json(0)
