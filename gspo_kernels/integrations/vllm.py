@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+__all__ = ["push_weights"]
+
 
 def push_weights(llm: Any, weights: Iterable[tuple[str, Tensor]], version: str | None = None) -> None:
     """The engine samples with these weights from here on; its prefix cache, made with the old ones, is emptied.
