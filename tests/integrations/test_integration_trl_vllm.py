@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,11 +90,12 @@ def test_adapters_are_merged(build: Build) -> None:
     assert all(torch.allclose(llm.weights[name], value, atol=1e-6) for name, value in plain.state_dict().items())
 
 
-@pytest.mark.filterwarnings("error:vLLM runs in")
 def test_the_engines_dtype_is_compared(build: Build) -> None:
-    build_with(build, Engine(), use_vllm=True)
-    build_with(build, Engine(dtype=torch.bfloat16), use_vllm=True, bf16=True)
-    with pytest.raises(UserWarning, match=r"vLLM runs in torch.bfloat16 and the trainer in torch.float32"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "vLLM runs in")
+        build_with(build, Engine(), use_vllm=True)
+        build_with(build, Engine(dtype=torch.bfloat16), use_vllm=True, bf16=True)
+    with pytest.warns(UserWarning, match=r"vLLM runs in torch.bfloat16 and the trainer in torch.float32"):
         build_with(build, Engine(dtype=torch.bfloat16), use_vllm=True)
 
 
