@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recorded
 import torch
 from modes import DEFAULT_MODE
 from test_errors import check_message
@@ -226,55 +227,68 @@ def usage(k: int) -> dict[str, int]:
     return {"prompt_tokens": len(PROMPTS[k]), "completion_tokens": sum(len(tokens) for tokens, _ in RESPONSES[k])}
 
 
+def from_recorded(name: str, k: int, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """A response that vLLM's server sent, with other choices: their further fields are those that it had."""
+    response = recorded.load(name)["outputs"][0]
+    first = response["choices"][0]
+    numbered = [
+        first | {"index": j, "finish_reason": REASONS[k][j], "stop_reason": None} | choice
+        for j, choice in enumerate(choices)
+    ]
+    return response | {"choices": numbered, "usage": usage(k)} | fields
+
+
 def completion_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
     """POST /v1/completions with logprobs=0, n=2."""
-    return {
-        "id": "cmpl-1",
-        "object": "text_completion",
-        "choices": [
-            {
-                "index": j,
-                "text": "..",
-                "logprobs": {
-                    "text_offset": [0] * len(tokens),
-                    "token_logprobs": list(logprobs),
-                    "tokens": [named(t, as_ids) for t in tokens],
-                    "top_logprobs": [{named(t, as_ids): x} for t, x in zip(tokens, logprobs, strict=True)],
-                },
-                "finish_reason": REASONS[k][j],
-                "stop_reason": None,
-                "token_ids": list(tokens) if ids else None,
-                "prompt_logprobs": None,
-                "prompt_token_ids": PROMPTS[k] if ids else None,
-            }
-            for j, (tokens, logprobs) in enumerate(RESPONSES[k])
-        ],
-        "usage": usage(k),
-    }
+    choices = [
+        {
+            "logprobs": {
+                "text_offset": [0] * len(tokens),
+                "token_logprobs": list(logprobs),
+                "tokens": [named(t, as_ids) for t in tokens],
+                "top_logprobs": [{named(t, as_ids): x} for t, x in zip(tokens, logprobs, strict=True)],
+            },
+            "token_ids": list(tokens) if ids else None,
+            "prompt_token_ids": PROMPTS[k] if ids else None,
+        }
+        for tokens, logprobs in RESPONSES[k]
+    ]
+    return from_recorded("server_completions", k, choices)
 
 
 def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
-    """POST /v1/chat/completions with logprobs=true, n=2; /inference/v1/generate has no `object` and no `message`."""
-    return {
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": j,
-                "message": {"role": "assistant", "content": ".."},
-                "logprobs": {
-                    "content": [
-                        {"token": named(t, as_ids), "logprob": x, "bytes": [46], "top_logprobs": []}
-                        for t, x in zip(tokens, logprobs, strict=True)
-                    ]
-                },
-                "finish_reason": REASONS[k][j],
-                "token_ids": list(tokens) if ids else None,
-            }
-            for j, (tokens, logprobs) in enumerate(RESPONSES[k])
-        ],
-        "prompt_token_ids": PROMPTS[k] if ids else None,
-        "usage": usage(k),
-    }
+    """POST /v1/chat/completions with logprobs=true, n=2."""
+    choices = [
+        {
+            "logprobs": {
+                "content": [
+                    {"token": named(t, as_ids), "logprob": x, "bytes": [46], "top_logprobs": []}
+                    for t, x in zip(tokens, logprobs, strict=True)
+                ]
+            },
+            "token_ids": list(tokens) if ids else None,
+        }
+        for tokens, logprobs in RESPONSES[k]
+    ]
+    return from_recorded("server_chat", k, choices, prompt_token_ids=PROMPTS[k] if ids else None)
+
+
+def generated_json(k: int, ids: bool = True) -> dict[str, Any]:
+    """POST /inference/v1/generate with logprobs=0, n=2."""
+    choices = [
+        {
+            "logprobs": {
+                "content": [
+                    {"token_id": t, "logprob": x, "rank": 1, "top_logprobs": []}
+                    for t, x in zip(tokens, logprobs, strict=True)
+                ]
+            },
+            "token_ids": list(tokens),
+            "weight_versions": [{"version": "default", "start": 0, "end": len(tokens)}] if tokens else [],
+        }
+        for tokens, logprobs in RESPONSES[k]
+    ]
+    return from_recorded("server_generate", k, choices, prompt_token_ids=PROMPTS[k] if ids else None)
 
 
 def as_objects(value: Any) -> Any:
@@ -293,13 +307,9 @@ def test_server_responses(response: Callable[..., Any], read: Callable[[Any], An
 
 
 def test_the_generate_endpoint() -> None:
-    responses = [chat_json(k, ids=True) for k in range(2)]
-    for response in responses:
-        del response["object"], response["prompt_token_ids"]
-        for choice in response["choices"]:
-            del choice["message"]
-    check(from_vllm(responses), prompts=False)
-    check(from_vllm(responses, prompt_ids=PROMPTS))
+    check(from_vllm([generated_json(k) for k in range(2)]))
+    check(from_vllm([generated_json(k, ids=False) for k in range(2)]), prompts=False)
+    check(from_vllm([generated_json(k, ids=False) for k in range(2)], prompt_ids=PROMPTS))
 
 
 # --- SGLang -----------------------------------------------------------------------------------------------------------

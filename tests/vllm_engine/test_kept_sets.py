@@ -29,6 +29,12 @@ FILTERS = {
 }
 
 
+def sets_of(outputs: list[Any]) -> list[set[int]]:
+    """The tokens whose log-probability is not minus infinity, of requests with `logprobs=-1`."""
+    rows = (row for each in completions(outputs) for row in each.logprobs)
+    return [{token for token, x in row.items() if x.logprob > -math.inf} for row in rows]
+
+
 @pytest.mark.parametrize("filters", FILTERS)
 def test_from_logits(tiny: Tiny, engines: Any, filters: str) -> None:
     """The engine's processed log-probabilities of all tokens are minus infinity outside of its kept sets."""
@@ -37,14 +43,20 @@ def test_from_logits(tiny: Tiny, engines: Any, filters: str) -> None:
     rollouts = check(outputs)
     temperature = options.get("temperature", 1.0)
     assert difference(tiny, rollouts, temperature) > 0.01  # over the whole vocabulary
-    engine = [
-        {token for token, x in row.items() if x.logprob > -math.inf}
-        for each in completions(outputs)
-        for row in each.logprobs
-    ]
+    engine = sets_of(outputs)
     assert tiny.sets(rollouts, **options) == engine and 1 < sum(map(len, engine)) / len(engine) < 30
     filtered = dataclasses.replace(rollouts, kept=KeptTokens.from_lists([sorted(row) for row in engine]))
     assert difference(tiny, filtered, temperature) < NOISE
+
+
+def test_from_logits_of_another_precision(tiny: Tiny, engines: Any) -> None:
+    """Of an engine in bfloat16 the trainer's logits give other sets in some rows, some without the sampled token."""
+    engine = engines(max_logprobs=-1, dtype="bfloat16")
+    outputs = generate(engine, tiny.prompts, n=8, max_tokens=24, logprobs=-1, **FILTERS["all"])
+    rollouts = check(outputs)
+    ours, theirs = tiny.sets(rollouts, **FILTERS["all"]), sets_of(outputs)
+    assert 0.5 < sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours) < 1
+    assert all(token in row for token, row in zip(rollouts.token_ids.tolist(), theirs, strict=True))
 
 
 # --- the second model runner ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_outputs import NOISE
-from tiny import Tiny, check, difference, generate, start_engine
+from tiny import Tiny, check, difference, facts, generate, start_engine
 
 pytestmark = pytest.mark.plain_memory
 
@@ -17,12 +17,14 @@ def counter(engine: Any, name: str) -> int:
 
 
 def test_preemption(tiny: Tiny, engines: Any, record: Any) -> None:
-    """8 responses of up to 4 blocks in 9 blocks: requests lose their cache, and compute it again."""
-    engine = engines(max_length=128, num_gpu_blocks_override=9, disable_log_stats=False)
-    before = counter(engine, "num_preemptions")
-    outputs = generate(engine, tiny.prompts[:1], n=8, max_tokens=100, ignore_eos=True)
+    """3 responses of 2 blocks each in 4 blocks: requests lose their cache, and compute it again."""
+    engine = engines(max_length=64, num_gpu_blocks_override=5, disable_log_stats=False)
+    before, request = counter(engine, "num_preemptions"), {"n": 3, "max_tokens": 32, "ignore_eos": True}
+    outputs = generate(engine, tiny.prompts[:1], **request)
     assert counter(engine, "num_preemptions") > before
-    assert difference(tiny, check(outputs)) < NOISE
+    rollouts = check(outputs)
+    assert difference(tiny, rollouts) < NOISE
+    record("offline_preempted", outputs, request=request, **facts(tiny, rollouts))
 
 
 def test_chunked_prefill(tiny: Tiny, engines: Any) -> None:

@@ -23,12 +23,9 @@ def train(own: Tiny) -> None:
 
 
 def mismatch(own: Tiny, engine: Any) -> Any:
-    batch = check(generate(engine, own.prompts, n=8, max_tokens=24)).with_prompts()
-    trainer = torch.zeros_like(batch.old_logprobs)
-    trainer[batch.mask] = own.logprobs(check(generate(engine, own.prompts, n=8, max_tokens=24)))
-    advantages = torch.tensor([1.0, -1.0]).repeat(len(batch) // 2)
-    options = {"mask": batch.mask, "cu_seqlens": batch.cu_seqlens}
-    return rollout_mismatch(trainer, batch.old_logprobs, advantages, **options)
+    rollouts = check(generate(engine, own.prompts, n=8, max_tokens=24))
+    advantages = torch.tensor([1.0, -1.0]).repeat(len(rollouts.finish_reasons) // 2)
+    return rollout_mismatch(own.logprobs(rollouts), rollouts.old_logprobs, advantages, cu_seqlens=rollouts.cu_seqlens)
 
 
 @pytest.mark.parametrize("tied", [True, False])
