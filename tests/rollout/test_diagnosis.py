@@ -406,6 +406,7 @@ def test_mistakes_made_on_recorded_rollouts(case: str) -> None:
 # --- each hypothesis is needed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.only_with_all
 @pytest.mark.parametrize("case", MISTAKES)
 def test_without_its_hypothesis_a_mistake_is_not_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cause, make = MISTAKES[case]
