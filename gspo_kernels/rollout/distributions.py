@@ -241,9 +241,12 @@ class Sample:
             mass = probabilities.cumsum(-1).clamp(max=1.0)  # [R, K], of the n + 1 most likely columns
             logprob = logit / (unit * value) - lse
             for kind, (options, size) in _sets(probabilities, mass).items():
-                over_set = logprob[:, None] - mass.gather(1, size - 1).log()  # [R, H]
+                known = size <= mass.shape[1]  # [R, H]; a larger set has columns that were not sorted
+                over_set = logprob[:, None] - mass.gather(1, size.clamp(max=mass.shape[1]) - 1).log()
                 left = (over_set - target[:, None]).abs() + (rank[:, None] >= size)  # 1 for a token that is not kept
-                means = left.clamp(max=MOST).mean(0)
+                enough = known.sum(0) >= 8
+                means = torch.where(known, left.clamp(max=MOST), 0.0).sum(0) / known.sum(0).clamp(min=1)
+                means = torch.where(enough, means, MOST)
                 h = int(means.argmin())
                 if kind not in best or float(means[h]) < 0.9 * best[kind].mean - 1e-9:
                     best[kind] = Filter(options[h], value, float(means[h]), rows, over_set[:, h])
@@ -259,11 +262,14 @@ def _sets(probabilities: Tensor, mass: Tensor) -> dict[str, tuple[list[dict[str,
     p, fewer_p = torch.tensor(TOP_P, **like), torch.tensor(TOP_P[:ROUND], **like)
     m = torch.tensor(MIN_P, **like)
 
+    whole = bool((mass[:, -1] > 1 - 1e-6).all())  # all of the vocabulary was sorted, or all that counts
+    most_known = columns if whole else columns + 1
+
     def at_least(share: Tensor) -> Tensor:  # [R, H]: columns until their probabilities are this together
-        return (torch.searchsorted(mass, share) + 1).clamp(max=columns)
+        return torch.searchsorted(mass, share) + 1
 
     found: dict[str, tuple[list[dict[str, float]], Tensor]] = {
-        "top_p": ([{"top_p": x} for x in TOP_P], at_least(p.expand(rows, -1).contiguous())),
+        "top_p": ([{"top_p": x} for x in TOP_P], at_least(p.expand(rows, -1).contiguous()).clamp(max=most_known)),
         "min_p": (
             [{"min_p": x} for x in MIN_P],
             torch.searchsorted(-probabilities, -m * probabilities[:, :1], right=True).clamp(min=1),
