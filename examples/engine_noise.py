@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import NormalDist
@@ -178,20 +179,25 @@ def compare(trainer: Tensor, engine: Tensor) -> dict[str, Any]:
 
 def measured(folder: Path, sampled: dict[str, Tensor], prompts: list[list[int]], engine: str, sizes: Sizes) -> Any:
     """All comparisons with one engine's responses, by trainer."""
-    ids, logprobs, again = sampled["ids"], sampled["logprobs"], sizes.again
-    short = repeated(prompts, sizes.short[0])
-    found: dict[str, Any] = {"pairs": {}, "short": {}, "floors": {}}
+    ids, logprobs = sampled["ids"], sampled["logprobs"]
+    found: dict[str, Any] = {"pairs": {}}
     for trainer in TRAINERS:
         model = trainer_model(folder, trainer)
         whole = trainer_logprobs(model, trainer, prompts, ids)
         found["pairs"][trainer] = compare(whole, logprobs)
-        few = trainer_logprobs(model, trainer, short, sampled["short_ids"])
-        found["short"][trainer] = by_length(few - sampled["short_logprobs"], [sizes.short[1]])
-        alone = trainer_logprobs(model, trainer, prompts[:again], ids[:again], rows=1)
-        packed = packed_logprobs(model, trainer, prompts[:again], ids[:again])
-        for name, other in (("one by one", alone), ("packed", packed)):
-            found["floors"][f"{trainer}, {name}"] = compare(other, whole[:again])
-    found["floors"]["engine, prefill"] = compare(sampled["prefill"], logprobs[:again])
+        if "short_ids" in sampled:
+            few = trainer_logprobs(model, trainer, repeated(prompts, sizes.short[0]), sampled["short_ids"], rows=64)
+            found["pairs"][trainer]["short"] = by_length(few - sampled["short_logprobs"], [sizes.short[1]])
+    if "prefill" in sampled:
+        again = len(sampled["prefill"])
+        found["floors"] = {"engine, prefill": compare(sampled["prefill"], logprobs[:again])}
+        for trainer in ("bf16", "bf16, linear"):
+            model = trainer_model(folder, trainer)
+            whole = trainer_logprobs(model, trainer, prompts[:again], ids[:again])
+            alone = trainer_logprobs(model, trainer, prompts[:again], ids[:again], rows=1)
+            packed = packed_logprobs(model, trainer, prompts[:again], ids[:again])
+            found["floors"] |= {f"{trainer}, one by one": compare(alone, whole)}
+            found["floors"] |= {f"{trainer}, packed": compare(packed, whole)}
     if "own" in sampled:
         found["own"] = sampled["own"].item()
     return found
@@ -200,7 +206,7 @@ def measured(folder: Path, sampled: dict[str, Tensor], prompts: list[list[int]],
 def run(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     began = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the engines' processes
-    torch.set_num_threads(arguments.workers)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer, problems = build_tokenizer(), Problems(random.Random(0), 3, 500)
     content: dict[str, Any] = {model: {} for model in MODELS}
@@ -337,13 +343,16 @@ def fill(page: str, record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--responses", type=count, help=f"of each engine (default: {Sizes().responses})")
     parser.add_argument("--workers", type=count, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test that learns next to nothing")
     parser.add_argument("--redraw", action="store_true", help="only figure and tables, from engine-noise.json")
     arguments = parser.parse_args()
     arguments.name, arguments.seeds, arguments.device = "engine-noise", 1, "cpu"
-    record = lab.load(arguments) if arguments.redraw else run(arguments, SMOKE if arguments.quick else Sizes())
+    sizes = SMOKE if arguments.quick else Sizes()
+    sizes = replace(sizes, responses=arguments.responses or sizes.responses)
+    record = lab.load(arguments) if arguments.redraw else run(arguments, sizes)
     draw(record, arguments)
     page = arguments.output / "rollout.md"
     if page.exists():
