@@ -60,6 +60,7 @@ LOWEST, HIGHEST = math.log1p(-GSPO.eps_low), math.log1p(GSPO.eps_high)  # of a l
 SMOKE = Sizes(warmup_steps=2, stream_steps=(1, 1), responses=4, length=40, short=(4, 20), again=2)
 MODELS = {"trained": "the demo's model", "random": "random weights"}
 JOBS = [("trained", engine) for engine in ENGINES] + [("random", "bf16"), ("random", "bf16, linear_logits")]
+QUICK_JOBS = [("trained", "bf16"), ("trained", "bf16, linear_logits")]
 PAIRS = [("trained", "fp32", trainer) for trainer in ("fp32", "bf16")]  # of the table
 PAIRS += [("trained", "bf16", trainer) for trainer in TRAINERS]
 PAIRS += [("trained", engine, "bf16, linear") for engine in ("bf16, fp32 head", "bf16, linear_logits")]
@@ -88,18 +89,15 @@ def clipped_share(length: float, spread: float, bias: float) -> float:
 
     Half of the advantages are positive, and clipped above 1 + eps_high; half are negative, clipped below 1 - eps_low.
     """
-    normal = NormalDist(bias, max(spread, 1e-12) / math.sqrt(length))
+    normal = NormalDist(bias, max(spread / math.sqrt(length), 1e-12))
     return 0.5 * (1 - normal.cdf(HIGHEST)) + 0.5 * normal.cdf(LOWEST)
 
 
 def length_below(limit: float, spread: float, bias: float) -> float | None:
-    """The length from which the share is below the limit; None: never, because the mean itself is not inside.
-
-    A bias within the range leaves a share that only falls with the length.
-    """
+    """The length from which the share is below the limit; None: there is none, because the mean itself is outside."""
     if not LOWEST < bias < HIGHEST:
         return None
-    low, high = 0.0, 100.0  # of the length's logarithm
+    low, high = 0.0, 100.0  # of the length's logarithm; a mean within the range leaves a share that only falls
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (low, middle) if clipped_share(math.exp(middle), spread, bias) < limit else (middle, high)
@@ -130,12 +128,26 @@ def by_length(errors: Tensor, lengths: Sequence[int]) -> dict[str, list[float]]:
     }
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Of log y over log x, by least squares; None if a y is 0."""
-    if min(y) <= 0:
-        return None
-    u, v = torch.tensor(x).double().log(), torch.tensor(y).double().log()
+def slope_of(errors: Tensor, lengths: Sequence[int]) -> float:
+    """Of the deviation of means over n successive errors, by n, both logarithmic: -0.5 if errors are independent.
+
+    Least squares over lengths of which a response has at least four pieces. 0 if there are no errors.
+    """
+    points = []
+    for n in lengths:
+        pieces = errors[:, : errors.shape[1] // n * n].reshape(-1, n).mean(1)
+        if 4 * n <= errors.shape[1] and pieces.std(correction=0) > 0:
+            points.append((math.log(n), pieces.std(correction=0).log().item()))
+    if len(points) < 2:
+        return 0.0
+    u, v = torch.tensor(points).double().T
     return (((u - u.mean()) * (v - v.mean())).sum() / (u - u.mean()).square().sum()).item()
+
+
+def spread_of(lengths: Sequence[int], deviation: Sequence[float]) -> float:
+    """sqrt(n) times the deviation of means over n errors, from the longer half of the lengths measured."""
+    late = [n * deviation[i] ** 2 for i, n in enumerate(lengths) if 2 * n >= lengths[-1]]
+    return math.sqrt(lab.mean(late))
 
 
 def measured_length(lengths: Sequence[int], clipped: Sequence[float]) -> int | None:
@@ -153,21 +165,21 @@ def compare(trainer: Tensor, engine: Tensor) -> dict[str, Any]:
     errors = trainer.double() - engine.double()
     lengths = curve_lengths(errors.shape[1])
     found: dict[str, Any] = {"lengths": lengths, **by_length(errors, lengths)}
-    late = [i for i, n in enumerate(lengths) if n >= min(100, lengths[-1])]
-    # Means of n errors have the variance spread^2 / n; independent errors would make spread the noise of a token.
-    spread = math.sqrt(lab.mean([lengths[i] * found["deviation"][i] ** 2 for i in late]))
-    bias = errors.mean().item()
+    spread = spread_of(lengths, found["deviation"])
     signs = torch.tensor([1.0, -1.0]).repeat(len(errors))[: len(errors)]
     mismatch = rollout_mismatch(trainer.float(), engine.float(), signs).as_dict()
     wanted = ("kl_k1", "kl_k3", "noise", "clip_fraction", "flip_fraction", "sequence_effective_fraction")
+    # The engine drew the tokens, so that the mean error is -KL; k3 estimates it with less variance than the mean does.
+    bias = -float(mismatch["kl_k3"])
     return found | {
         "responses": len(errors),
+        "entropy": -engine.mean().item(),  # estimated by the tokens that were drawn
         "noise": errors.square().mean().sqrt().item(),
         "largest": errors.abs().max().item(),
+        "mean": errors.mean().item(),
         "bias": bias,
-        "entropy": -engine.mean().item(),  # estimated by the tokens that were drawn
         "spread": spread,
-        "slope": slope(lengths, found["deviation"]),
+        "slope": slope_of(errors, lengths),
         "measured_length": measured_length(lengths, found["clipped"]),
         "fitted_length": length_below(LIMIT, spread, bias),
         "mismatch": {name: float(mismatch[name]) for name in wanted},
@@ -217,12 +229,13 @@ def run(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
             if name == "trained":
                 content["accuracy"] = greedy_accuracy(model, tokenizer, problems.held_out)
                 print(f"held-out accuracy: {content['accuracy']:.0%}")
-        prompts = [tokenizer(problem).input_ids for problem in problems.draw(sizes.responses)]
-        jobs = [(Path(root, model), engine, prompts, sizes) for model, engine in JOBS]
+        prompts = [tokenizer(each).input_ids for each in Problems(random.Random(1), 3, 0).draw(sizes.responses)]
+        chosen = QUICK_JOBS if arguments.quick else JOBS
+        jobs = [(Path(root, model), engine, prompts, sizes) for model, engine in chosen]
         # A fresh process for each engine, because vLLM reads the environment and the device once.
         with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
             results = pool.imap(work, jobs, chunksize=1)
-            for (model, engine), found in zip(JOBS, tqdm(results, arguments.name, len(jobs)), strict=True):
+            for (model, engine), found in zip(chosen, tqdm(results, arguments.name, len(jobs)), strict=True):
                 content[model][engine] = found
     content["rule"] = [{"noise": noise, "length": expected_length(noise)} for noise in RULE]
     content["vllm"] = vllm_version()
@@ -245,7 +258,19 @@ def vllm_version() -> str:
 
 
 def tables(record: dict[str, Any]) -> dict[str, str]:
-    return {"pairs": pair_table(record), "rule": rule_table(record), "floors": floor_table(record)}
+    found = {model: pair_table(record, model) for model in MODELS}
+    return found | {"floors": floor_table(record), "rule": rule_table(record), "about": about(record)}
+
+
+def about(record: dict[str, Any]) -> str:
+    """What was measured, on what."""
+    versions, settings, bf16 = record["versions"], record["settings"], record["trained"]["bf16"]["pairs"]["fp32"]
+    return (
+        f"{settings['responses']} responses of {settings['length']:,} tokens from each engine, on "
+        f"{record['machine']['processor']}: {record['vllm']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Entropy {bf16['entropy']:.2f} nats a token; the model solves "
+        f"{record['accuracy']:.0%} of held-out problems (greedy)."
+    )
 
 
 def table(titles: list[str], rows: list[list[str]], left: int) -> str:
@@ -254,20 +279,22 @@ def table(titles: list[str], rows: list[list[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def pair_table(record: dict[str, Any]) -> str:
-    longest = record["settings"]["length"]
-    shown = [n for n in LENGTHS if n <= longest]
-    titles = ["model", "engine", "trainer", "noise per token", "mean"]
-    titles += [f"rms, {shown[0]} tokens", *(f"{n:,}" for n in shown[1:]), "slope"]
-    titles += [f"clipped, {shown[0]} tokens", *(f"{n:,}" for n in shown[1:]), "under 5% from"]
+def pair_table(record: dict[str, Any], model: str) -> str:
+    shown = [n for n in LENGTHS if n <= record["settings"]["length"] and n not in (30, 300)]
+    titles = ["engine", "trainer", "noise", "mean", "slope", *(f"rms, {n:,}" for n in shown)]
+    titles += [*(f"clipped, {n:,}" for n in shown), "under 5% from", "measured"]
     rows = []
-    for model, engine, trainer in PAIRS:
+    for each, engine, trainer in PAIRS:
+        if each != model or engine not in record[model]:  # --quick does not measure all
+            continue
         found = record[model][engine]["pairs"][trainer]
         at = [found["lengths"].index(n) for n in shown]
-        rows.append([MODELS[model], ENGINES[engine], TRAINERS[trainer], size(found["noise"]), size(found["bias"])])
-        rows[-1] += [*(size(found["rms"][i]) for i in at), f"{found['slope']:.2f}"]
-        rows[-1] += [*(share(found["clipped"][i]) for i in at), tokens(found, longest)]
-    return table(titles, rows, 3)
+        rows.append([ENGINES[engine], TRAINERS[trainer], size(found["noise"]), size(found["mean"])])
+        rows[-1] += [f"{found['slope']:.2f}", *(size(found["rms"][i]) for i in at)]
+        rows[-1] += [*(share(found["clipped"][i]) for i in at), tokens(found["fitted_length"])]
+        measured = found["measured_length"]
+        rows[-1] += [f"more than {shown[-1]:,}" if measured is None else f"{measured:,}"]
+    return table(titles, rows, 2)
 
 
 def size(value: float) -> str:
@@ -278,20 +305,16 @@ def share(value: float) -> str:
     return f"{value:.0%}" if value else "0"
 
 
-def tokens(found: dict[str, Any], longest: int) -> str:
-    """The measured length; beyond the longest response, the fitted one."""
-    measured, fitted = found["measured_length"], found["fitted_length"]
-    if measured is not None:
-        return f"{measured:,}" if measured > found["lengths"][0] else f"{measured:,} or less"
-    return "never (fit)" if fitted is None else f"{round(fitted, -2):,.0f} (fit)"
+def tokens(length: float | None) -> str:
+    """With two digits."""
+    if length is None:
+        return "no length"
+    return "1" if length < 1 else f"{float(f'{length:.2g}'):,.0f}"
 
 
 def rule_table(record: dict[str, Any]) -> str:
-    rows = [
-        [f"{each['noise']:g}", "no length" if each["length"] is None else f"{lab.rounded(each['length'], 2):,.0f}"]
-        for each in record["rule"]
-    ]
-    return table(["noise per token, nats", "fewer than 5% clipped from, tokens"], rows, 0)
+    rows = [[f"{each['noise']:g}", tokens(each["length"])] for each in record["rule"]]
+    return table(["noise of a token, nats", "fewer than 5% clipped from"], rows, 0)
 
 
 def floor_table(record: dict[str, Any]) -> str:

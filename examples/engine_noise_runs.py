@@ -33,12 +33,12 @@ TRAINERS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    warmup_steps: int = 300  # on single problems, as in the demo
-    stream_steps: tuple[int, int] = (150, 40)  # on streams of problems, short and long ones
-    responses: int = 128
+    warmup_steps: int = 400  # on single problems, as in the demo
+    stream_steps: tuple[int, int] = (200, 60)  # on streams of problems, short and long ones
+    responses: int = 64
     length: int = 1600
-    short: tuple[int, int] = (512, 30)  # independent short responses: how many, tokens
-    again: int = 16  # responses that are computed a second time, for the floors
+    short: tuple[int, int] = (256, 30)  # independent short responses: how many, tokens
+    again: int = 4  # responses that are computed a second time, for the floors
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -50,9 +50,9 @@ def streams(tokenizer: PreTrainedTokenizerFast, problems: Problems, count: int, 
     for _ in range(count):
         row: list[int] = []
         while len(row) < length:
-            (problem,) = problems.draw(1)
-            answer = work_out(problem) if problems.rng.random() < 0.9 else solve(problem)
-            row += tokenizer(problem + answer + str(tokenizer.eos_token)).input_ids
+            for problem in problems.draw(8):
+                answer = work_out(problem) if problems.rng.random() < 0.9 else solve(problem)
+                row += tokenizer(problem + answer + str(tokenizer.eos_token)).input_ids
         rows.append(row[:length])
     return torch.tensor(rows)
 
@@ -71,8 +71,8 @@ def trained_model(sizes: Sizes, problems: Problems, tokenizer: PreTrainedTokeniz
     batches = [(8, 208)] * sizes.stream_steps[0] + [(2, sizes.length + 64)] * sizes.stream_steps[1]
     for step, shape in enumerate(tqdm(batches, "streams", unit="step")):
         ids = streams(tokenizer, problems, *shape)
-        loss = -token_logprobs(model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:]).logprobs.mean()
-        update(model, optimizer, loss, 7e-4 * min((step + 1) / 20, 1 - step / total), 1.0)
+        loss = -token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).logprobs.mean()
+        update(model, optimizer, loss, 2e-3 * min((step + 1) / 20, max(1 - step / total, 0.05)), 1.0)
     return model
 
 

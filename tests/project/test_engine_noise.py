@@ -48,17 +48,20 @@ def test_the_length_is_where_the_share_crosses_the_limit() -> None:
 
 def test_independent_errors_average_out_and_others_do_not() -> None:
     torch.manual_seed(0)
-    engine = torch.randn(400, 1000).double()
+    engine = torch.full((400, 1000), -1.0).double()
     independent = engine_noise.compare(engine + 3e-3 * torch.randn(400, 1000).double(), engine)
     assert independent["slope"] == pytest.approx(-0.5, abs=0.05)
     assert independent["noise"] == pytest.approx(3e-3, rel=0.01)
-    assert independent["spread"] == pytest.approx(3e-3, rel=0.1)
+    assert independent["bias"] == pytest.approx(-4.5e-6, rel=0.05)  # half of the variance
+    assert independent["mismatch"]["clip_fraction"] == pytest.approx(independent["clipped"][-1], abs=0.02)
     fitted, measured = independent["fitted_length"], independent["measured_length"]
     assert engine_noise.expected_length(3e-3) == pytest.approx(fitted, rel=0.25) == pytest.approx(measured, rel=0.5)
     shared = engine_noise.compare(engine + 3e-3 * torch.randn(400, 1).double(), engine)
     assert shared["slope"] == pytest.approx(0, abs=0.01)
     assert shared["measured_length"] is None
     assert shared["clipped"][-1] == pytest.approx(0.45, abs=0.03)
+    equal = engine_noise.compare(engine, engine)
+    assert equal["noise"] == 0 and equal["measured_length"] == 10
 
 
 def test_a_measured_length_is_followed_by_no_larger_share() -> None:
