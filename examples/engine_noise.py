@@ -67,9 +67,9 @@ PAIRS += [("trained", engine, "bf16, linear") for engine in ("bf16, fp32 head", 
 PAIRS += [("random", "bf16", "fp32"), ("random", "bf16", "bf16"), ("random", "bf16, linear_logits", "bf16, linear")]
 FLOORS = {
     ("bf16", "engine, prefill"): "engine bf16: decoding, and reading the response at once",
-    ("bf16", "bf16, one by one"): "trainer bf16, bf16 logits: batch of 16, one by one",
+    ("bf16", "bf16, one by one"): "trainer bf16, bf16 logits: in a batch, one by one",
     ("bf16", "bf16, packed"): "trainer bf16, bf16 logits: padded, packed",
-    ("bf16", "bf16, linear, one by one"): "trainer bf16, `linear_token_logprobs`: batch of 16, one by one",
+    ("bf16", "bf16, linear, one by one"): "trainer bf16, `linear_token_logprobs`: in a batch, one by one",
     ("bf16", "bf16, linear, packed"): "trainer bf16, `linear_token_logprobs`: padded, packed",
 }
 LINES = {  # of the figure: engine, trainer
@@ -289,7 +289,7 @@ def pair_table(record: dict[str, Any], model: str) -> str:
             continue
         found = record[model][engine]["pairs"][trainer]
         at = [found["lengths"].index(n) for n in shown]
-        rows.append([ENGINES[engine], TRAINERS[trainer], size(found["noise"]), size(found["mean"])])
+        rows.append([ENGINES[engine], TRAINERS[trainer], f"{found['noise']:.2e}", size(found["mean"])])
         rows[-1] += [f"{found['slope']:.2f}", *(size(found["rms"][i]) for i in at)]
         rows[-1] += [*(share(found["clipped"][i]) for i in at), tokens(found["fitted_length"])]
         measured = found["measured_length"]
