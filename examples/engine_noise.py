@@ -347,7 +347,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
         axes.minorticks_off()
         axes.set_xlabel("tokens of a response")
     rms.set(title="Log-ratio of a response, demo's model", ylabel="root mean square, nats", yscale="log")
-    rms.axhspan(-LOWEST, HIGHEST, color=lab.GREY, alpha=0.25, lw=0, label="GSPO's clip range ends")
+    rms.axhspan(-LOWEST, HIGHEST, color=lab.GREY, alpha=0.25, lw=0, label="edges of GSPO's clip range, 3e-4 and 4e-4")
     for axes, title in ((clipped, "Clipped, demo's model"), (random_weights, "Clipped, random weights")):
         axes.set(title=title, ylabel="responses that are clipped", ylim=(-0.01, 0.51))
         axes.axhline(LIMIT, color="black", lw=0.8, ls="--")
