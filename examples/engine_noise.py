@@ -61,7 +61,7 @@ SMOKE = Sizes(warmup_steps=2, stream_steps=(1, 1), responses=4, length=40, short
 MODELS = {"trained": "the demo's model", "random": "random weights"}
 JOBS = [("trained", engine) for engine in ENGINES] + [("random", "bf16"), ("random", "bf16, linear_logits")]
 QUICK_JOBS = [("trained", "bf16"), ("trained", "bf16, linear_logits")]
-PAIRS = [("trained", "fp32", trainer) for trainer in ("fp32", "bf16")]  # of the table
+PAIRS = [("trained", "fp32", trainer) for trainer in ("fp32", "fp32, bf16 weights", "bf16")]  # of the table
 PAIRS += [("trained", "bf16", trainer) for trainer in TRAINERS]
 PAIRS += [("trained", engine, "bf16, linear") for engine in ("bf16, fp32 head", "bf16, linear_logits")]
 PAIRS += [("random", "bf16", "fp32"), ("random", "bf16", "bf16"), ("random", "bf16, linear_logits", "bf16, linear")]
@@ -293,7 +293,8 @@ def pair_table(record: dict[str, Any], model: str) -> str:
         rows[-1] += [f"{found['slope']:.2f}", *(size(found["rms"][i]) for i in at)]
         rows[-1] += [*(share(found["clipped"][i]) for i in at), tokens(found["fitted_length"])]
         measured = found["measured_length"]
-        rows[-1] += [f"more than {shown[-1]:,}" if measured is None else f"{measured:,}"]
+        shortest = " or less" if measured == found["lengths"][0] else ""
+        rows[-1] += [f"more than {shown[-1]:,}" if measured is None else f"{measured:,}{shortest}"]
     return table(titles, rows, 2)
 
 
