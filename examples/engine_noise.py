@@ -353,7 +353,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
         axes.set(title=title, ylabel="responses that are clipped", ylim=(-0.01, 0.51))
         axes.axhline(LIMIT, color="black", lw=0.8, ls="--")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    rms.legend(frameon=False, fontsize=6.5, title="engine; trainer", title_fontsize=7)
+    rms.legend(frameon=False, fontsize=6.5, loc="center right", title="engine; trainer", title_fontsize=7)
     lab.write(figure, arguments)
 
 
