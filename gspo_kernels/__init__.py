@@ -34,8 +34,8 @@ from .losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
 from .report import explain
 from .rollout.advantages import group_advantages, group_token_counts, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
-from .rollout.diagnosis import diagnose_mismatch
-from .rollout.diagnosis_report import MismatchCandidate, MismatchDiagnosis
+from .rollout.diagnosis.diagnose import diagnose_mismatch
+from .rollout.diagnosis.report import MismatchCandidate, MismatchDiagnosis
 from .rollout.gae import GaeOutput, gae
 from .rollout.prompted import PromptedRollouts
 from .rollout.rollouts import Rollouts

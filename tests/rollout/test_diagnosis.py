@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo_kernels import KeptTokens, MismatchDiagnosis, diagnose_mismatch
-from gspo_kernels.rollout import diagnosis, distributions
+from gspo_kernels.rollout.diagnosis import distributions
 from gspo_kernels.rows import kept_filter
 
 pytestmark = DEFAULT_MODE
@@ -410,8 +410,8 @@ def test_mistakes_made_on_recorded_rollouts(case: str) -> None:
 @pytest.mark.parametrize("case", MISTAKES)
 def test_without_its_hypothesis_a_mistake_is_not_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cause, make = MISTAKES[case]
-    add = diagnosis._Scores.add
-    monkeypatch.setattr(diagnosis._Scores, "add", lambda self, x: None if x.name == cause else add(self, x))
+    add = diagnose._Scores.add
+    monkeypatch.setattr(diagnose._Scores, "add", lambda self, x: None if x.name == cause else add(self, x))
     given = make(sampled())
     assert diagnosed(without_logits(given) if case in WITHOUT_LOGITS else given).cause != cause
 

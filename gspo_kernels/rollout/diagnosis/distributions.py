@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.from_logits import token_logprobs
-from ..rows.kept import KeptTokens
+from ...losses.from_logits import token_logprobs
+from ...rows.kept import KeptTokens
 
 SAMPLED = 1 << 24  # logits of the sample
 MOST_ROWS = 4096

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.clipped import GSPO
+from ...losses.clipped import GSPO
 from .mistakes import rounded_to
 from .pairings import Batch
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import checks
-from ..base.layout import BatchShape, batch_shape, check_boundaries
-from ..losses.clipped import GSPO
-from ..rows.arguments import check_kept_tokens, check_logits, check_token_ids, row_arrays
-from ..rows.kept import KeptTokens
-from . import diagnosis_report as text
-from .diagnosis_report import MismatchCandidate, MismatchDiagnosis
+from ...base import checks
+from ...base.layout import BatchShape, batch_shape, check_boundaries
+from ...losses.clipped import GSPO
+from ...rows.arguments import check_kept_tokens, check_logits, check_token_ids, row_arrays
+from ...rows.kept import KeptTokens
+from . import report as text
 from .distributions import MOST, TEMPERATURES, Distribution, Sample
 from .mistakes import Trial, of_distribution, of_filters, of_pairing, of_pairs, of_rounding, of_sums, of_values
 from .pairings import LOWEST, SENTINEL, Batch, as_given, other_tokens, pairings, permutation
+from .report import MismatchCandidate, MismatchDiagnosis
 
 EQUAL = 2e-5  # nats a token: what float32 kernels of two programs differ by on average, ten times over
 EXACT = 1e-4  # what is left if the trainer's logits are rounded otherwise, and nothing else
