@@ -4,11 +4,15 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
+.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
 .PHONY: bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
+
+# The same with vLLM as the sampler, into runs/vllm (docs/vllm.md).
+demo-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python examples/train_vllm.py $(ARGS)
 
 # The same training by one process, by two that share out the batch, and by two that share out the LM head: one curve.
 demo-distributed: .venv/demo
@@ -140,5 +144,20 @@ bench-peers: .venv/peers
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
+# vLLM on a CPU: Linux on x86-64 with AVX2, or on aarch64; Python 3.11 to 3.14. Another environment than .venv, because
+# vLLM refuses the transformers of constraints.txt. 3.9 GB. On PyPI alone torch is the build for CUDA, 3 GB more:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo-vllm takes the one for CPUs.
+VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv-vllm/ready: constraints-vllm.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "vLLM needs Python 3.11 to" \
+	  "3.14, and $(PYTHON) is $$($(PYTHON) --version 2>&1): choose another, such as make $(or $(MAKECMDGOALS),demo-vllm)" \
+	  "PYTHON=python3.12" >&2; exit 1; }
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) "$$(grep ^torch== constraints-vllm.txt)"
+	$(VLLM_PIP) --no-deps --requirement constraints-vllm.txt
+	$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info gspo_kernels/*.so
+	rm -rf .venv .venv-vllm build dist *.egg-info gspo_kernels/*.so
