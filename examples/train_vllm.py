@@ -8,8 +8,8 @@ log-probabilities the loss compares with:
     trainer  recomputed by the trainer before the first update
     weights  recomputed, and `rollout_weights` correct for the engine: the geometric mean of each response
 
-The engine starts before the warm-up, with random weights. So the first push already shows whether pushing works: weights
-that did not arrive stop the training with an error.
+The engine starts before the warm-up, with random weights. So the first push already shows whether pushing works:
+weights that did not arrive stop the training with an error.
 
     python examples/train_vllm.py                                    # minutes on two CPU cores: make demo-vllm
     python examples/train_vllm.py --engine-dtype bfloat16 --old trainer
@@ -22,7 +22,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -65,6 +65,7 @@ SETTINGS = Settings(steps=80, digits=2, held_out=250, evaluations=8)
 HEAD_SIZE = 32  # the smallest that vLLM's attention has on a CPU
 MAX_LENGTH = 64  # tokens of a prompt and its response
 OLD = ("engine", "trainer", "weights")
+KEPT = ("engine", "trainer", "none")
 # Nats, the root mean square over a batch's tokens: above the noise of an engine of this dtype, below stale weights.
 NOISE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 
@@ -81,7 +82,11 @@ class Way:
     engine_dtype: str = "float32"
     top_p: float = 1.0
     temperature: float = 1.0
-    kept: bool = True  # whether the loss gets the sets that top-p kept
+    kept: str = "trainer"  # who says which columns top-p kept; "none": the loss is of all columns. One of KEPT
+
+    @property
+    def asks_for_sets(self) -> bool:
+        return self.top_p < 1 and self.kept == "engine"
 
 
 class Sampler(Protocol):
@@ -137,6 +142,7 @@ def roll_out(
         max_tokens=settings.max_response,
         temperature=way.temperature,
         top_p=way.top_p,
+        top_k=len(tokenizer) if way.asks_for_sets else 0,  # all: vLLM returns sets of requests with top-k alone
     )
     ids = [completion.token_ids for output in outputs for completion in output.outputs]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -151,11 +157,11 @@ def logits_of(model: PreTrainedModel, batch: PromptedRollouts) -> Tensor:
 
 
 def kept_of(logits: Tensor, batch: PromptedRollouts, way: Way) -> KeptTokens | None:
-    """The engine's kept sets; where it returned none, those of the trainer's logits and the sampled tokens.
+    """The columns that top-p kept, by the engine's output; or by the trainer's logits, and the sampled tokens.
 
-    Another rounding may have moved a sampled token out of its set.
+    The engine's rounding may have kept a token that the trainer's drops.
     """
-    if batch.kept is not None or way.top_p == 1:
+    if way.top_p == 1 or way.asks_for_sets:
         return batch.kept
     made = KeptTokens.from_logits(logits, top_p=way.top_p, temperature=way.temperature, mask=batch.mask)
     pairs = zip(made.to_lists(), batch.token_ids.tolist(), strict=True)
@@ -233,13 +239,14 @@ def reinforce(
     settings: Settings,
     engine: Sampler,
     way: Way,
-    steps: Any = tqdm,
+    quiet: bool = False,
+    on_step: Callable[[], object] = lambda: None,
 ) -> VllmHistory:
-    """A training from `model` on, which changes. `steps` makes the progress bar."""
+    """A training from `model` on, which changes. `on_step` is called after each step."""
     optimizer = build_optimizer(model)
     history = VllmHistory()
     history.add_evaluation(0, greedy_accuracy(model, tokenizer, problems.held_out))
-    bar = steps(range(1, settings.steps + 1), desc="GSPO", unit="step")
+    bar = tqdm(range(1, settings.steps + 1), desc="GSPO", unit="step", disable=quiet)
     for step in bar:
         with history.timed("pushing"):
             engine.push(model, version=str(step))
@@ -257,7 +264,7 @@ def reinforce(
                 weights = rollout_weights(recomputed, batch.old_logprobs, level="sequence_mean", **tokens).weights
             if way.old != "engine":
                 batch = replace(batch, old_logprobs=recomputed)
-            if not way.kept:
+            if way.kept == "none":
                 batch = replace(batch, kept=None)
             history.clip_fractions.append(learn(model, optimizer, batch, advantages, weights, way, settings, step))
         history.reward.append(rewards.mean().item())
@@ -266,6 +273,7 @@ def reinforce(
         if settings.is_evaluated(step):
             history.add_evaluation(step, greedy_accuracy(model, tokenizer, problems.held_out))
         bar.set_postfix(history.newest())
+        on_step()
     return history
 
 
@@ -274,7 +282,11 @@ def start_engine(
 ) -> Engine:
     """An engine with the model's present weights. On a GPU it shares the memory with the trainer; not tried there."""
     options: dict[str, Any] = {} if device == "cpu" else {"gpu_memory_utilization": 0.2}
-    return Engine(model, tokenizer, max_length=MAX_LENGTH, dtype=way.engine_dtype, seed=seed, **options)
+    if way.asks_for_sets:
+        options["return_sampling_mask"] = True
+    engine = Engine(model, tokenizer, max_length=MAX_LENGTH, dtype=way.engine_dtype, seed=seed, **options)
+    engine.sample([tokenizer("1+1=").input_ids], max_tokens=2, top_p=way.top_p)  # the first request compiles
+    return engine
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -286,14 +298,20 @@ def parse() -> tuple[argparse.Namespace, Settings, Way]:
     parser.add_argument("--engine-dtype", choices=NOISE_LIMITS, default="float32", help="default: %(default)s")
     parser.add_argument("--top-p", type=positive, default=1.0, help="of the sampling (default: 1, which is off)")
     parser.add_argument("--temperature", type=positive, default=1.0, help="of the sampling (default: %(default)s)")
-    parser.add_argument("--no-kept", action="store_true", help="a loss over all columns, to see what top-p does to it")
+    parser.add_argument(
+        "--kept",
+        choices=KEPT,
+        default="trainer",
+        help="the columns that top-p kept: from vLLM's output, which has none on a CPU; from the trainer's logits; or "
+        "none, a loss over all columns, to see what top-p does to it (default: %(default)s)",
+    )
     arguments, settings = parse_arguments(parser, Path("runs/vllm"), SETTINGS, replace(QUICK, digits=2))
     if arguments.top_p > 1:
         parser.error(f"--top-p: expected at most 1, got {arguments.top_p:g}")
-    if arguments.no_kept and (arguments.top_p == 1 or arguments.old != "engine"):
-        parser.error("--no-kept: only with --top-p below 1 and --old engine")
-    kept = not arguments.no_kept
-    return arguments, settings, Way(arguments.old, arguments.engine_dtype, arguments.top_p, arguments.temperature, kept)
+    if arguments.kept == "none" and arguments.old != "engine":
+        parser.error("--kept none: only with --old engine, because the trainer recomputes what was sampled from")
+    way = Way(arguments.old, arguments.engine_dtype, arguments.top_p, arguments.temperature, arguments.kept)
+    return arguments, settings, way
 
 
 def draw_noise(history: VllmHistory, axes: plt.Axes) -> None:
@@ -332,27 +350,31 @@ def main() -> None:
     seconds = time.perf_counter() - began
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"way": asdict(way), "parameters": parameters, "vllm": vllm_version(), "engine_start": round(started, 1)}
-    name = "-".join([way.old, way.engine_dtype] + [f"top-p-{way.top_p:g}"] * (way.top_p < 1) + ["all"] * (not way.kept))
+    name = "-".join([way.old, way.engine_dtype] + [f"top-p-{way.top_p:g}", "kept", way.kept] * (way.top_p < 1))
     path = arguments.output / f"{name}.png"
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     title = f"GSPO with vLLM ({way.engine_dtype}), {way.old}: a Qwen3 of {parameters:,} parameters learns to add"
     draw_plot(history, title, "responses", path, partial(draw_noise, history))
     report(history, path, seconds, started)
+    if way.top_p < 1:
+        sources = {"engine": "of vLLM's output", "trainer": "made from the trainer's logits", "none": "not used"}
+        print(f"Kept sets of top-p {way.top_p:g}: {sources[way.kept]}")
 
 
 def report(history: VllmHistory, path: Path, seconds: float, started: float) -> None:
     each = max(1, len(history.reward) // 16)
     first, last = (sum(part) / each for part in (history.reward[:each], history.reward[-each:]))
+    before, after = history.held_out_accuracy[0], history.held_out_accuracy[-1]
     by_part = [sum(values) / len(values) for values in zip(*history.clip_fractions, strict=True)]
+    by_noise = sum(history.clipped_by_noise) / len(history.reward)
     spent = ", ".join(f"{what} {sum(values):.1f} s" for what, values in history.seconds.items())
-    print(f"\nReward {first:.0%} -> {last:.0%}; held-out accuracy {history.held_out_accuracy[0]:.1%} -> ", end="")
-    print(f"{history.held_out_accuracy[-1]:.1%} in {seconds:.0f} s, of which the engine's start took {started:.0f} s")
+    print(f"\nReward {first:.0%} -> {last:.0%}; held-out accuracy {before:.1%} -> {after:.1%}")
     print(f"Clipped by mini-batch: {', '.join(f'{value:.1%}' for value in by_part)}")
-    print(f"Engine against trainer: {max(history.noise):.1e} nats at most; ratios off 1 by at most ", end="")
     print(
-        f"{max(history.sequence_off):.1e}; clipped before any update {sum(history.clipped_by_noise) / len(history.reward):.1%}"
+        f"Engine against trainer: at most {max(history.noise):.1e} nats (rms); ratios off 1 by at most "
+        f"{max(history.sequence_off):.1e}; clipped before any update {by_noise:.1%}"
     )
-    print(f"Time: {spent}\nPlot: {path}, numbers: {path.stem}.json")
+    print(f"{seconds:.0f} s: start of the engine {started:.1f} s, {spent}. Plot: {path}, numbers: {path.stem}.json")
 
 
 if __name__ == "__main__":
