@@ -7,7 +7,8 @@ trainer's own, or the trainer's own with correction weights. With top-p, the los
     .venv-vllm/bin/python examples/compare_vllm.py --quick
     python examples/compare_vllm.py --redraw --output docs        # the page's figure and tables, from docs/vllm.json
 
-Each finished training is a file in the folder `trainings`; those that are there are not repeated.
+Each finished training is a file in the folder `trainings`; those that are there with the same settings are not
+repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def file_of(folder: Path, name: str, seed: int) -> Path:
 
 def trainings(dtype: str, seed: int, settings: Settings, names: Sequence[str], folder: Path, device: str) -> None:
     """The ways `names` that have no file yet, with one engine, from the same warmed-up model."""
-    missing = [name for name in names if not file_of(folder, name, seed).exists()]
+    missing = [name for name in names if finished(folder, name, seed, settings) is None]
     lab.tick((len(names) - len(missing)) * settings.steps)
     if not missing:
         return
@@ -78,7 +79,10 @@ def trainings(dtype: str, seed: int, settings: Settings, names: Sequence[str], f
         history = reinforce(
             own.model, own.tokenizer, own.problems, settings, engine, WAYS[name], quiet=True, on_step=lab.tick
         )
-        content = summary(history) | {"total_seconds": time.perf_counter() - began}
+        content = summary(history) | {
+            "total_seconds": time.perf_counter() - began,
+            "settings": asdict(settings),
+        }
         path = file_of(folder, name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(lab.as_text(lab.rounded(content)) + "\n")
@@ -107,7 +111,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         (dtype, seed, settings, names, folder, arguments.device) for seed in seeds for dtype, names in by_dtype.items()
     ]
     lab.side_by_side(trainings, jobs, len(seeds) * len(WAYS) * settings.steps, arguments.workers, arguments.name)
-    found = {name: [json.loads(file_of(folder, name, seed).read_text()) for seed in seeds] for name in WAYS}
+    found = {name: [finished(folder, name, seed, settings) for seed in seeds] for name in WAYS}
     return lab.save(arguments, settings, began, {"vllm": vllm_version(), "trainings": found})
 
 

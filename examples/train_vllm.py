@@ -61,7 +61,7 @@ from gspo_kernels import (
     token_logprobs,
 )
 
-SETTINGS = Settings(steps=80, digits=2, held_out=250, evaluations=8)
+SETTINGS = Settings(warmup_steps=300, steps=80, digits=2, held_out=250, evaluations=8)
 HEAD_SIZE = 32  # the smallest that vLLM's attention has on a CPU
 MAX_LENGTH = 64  # tokens of a prompt and its response
 OLD = ("engine", "trainer", "weights")
