@@ -60,6 +60,15 @@ def file_of(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name.replace(', ', '-').replace(' ', '-')}-seed-{seed}.json"
 
 
+def finished(folder: Path, name: str, seed: int, settings: Settings) -> dict[str, Any] | None:
+    """What a training with these settings has written, if there was one."""
+    path = file_of(folder, name, seed)
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found if found.pop("settings") == asdict(settings) else None
+
+
 def trainings(dtype: str, seed: int, settings: Settings, names: Sequence[str], folder: Path, device: str) -> None:
     """The ways `names` that have no file yet, with one engine, from the same warmed-up model."""
     missing = [name for name in names if finished(folder, name, seed, settings) is None]
