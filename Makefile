@@ -149,7 +149,7 @@ bench-peers: .venv/peers
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo-vllm takes the one for CPUs.
 VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-pip-version-check
 
-.venv-vllm/ready: constraints-vllm.txt $(SOURCES)
+.venv-vllm/ready: constraints-vllm.txt $(filter-out constraints.txt,$(SOURCES))
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "vLLM needs Python 3.11 to" \
 	  "3.14, and $(PYTHON) is $$($(PYTHON) --version 2>&1): choose another, such as make $(or $(MAKECMDGOALS),demo-vllm)" \
 	  "PYTHON=python3.12" >&2; exit 1; }

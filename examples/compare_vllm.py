@@ -102,10 +102,10 @@ def summary(history: VllmHistory) -> dict[str, Any]:
     return {
         "reward": history.reward,
         "accuracy": history.held_out_accuracy,
-        "noise": history.noise,
-        "largest": max(history.sequence_off),
+        "apart": history.apart,
+        "largest": history.largest_off,
         "clipped": [mean(values) for values in zip(*history.clip_fractions, strict=True)],
-        "clipped_by_noise": mean(history.clipped_by_noise),
+        "clipped_by_noise": mean(history.mismatch["clip_fraction"]),
         "tokens": mean(history.response_length),
         "seconds": {what: sum(values) for what, values in history.seconds.items()},
     }
@@ -158,12 +158,12 @@ def training_table(record: dict[str, Any]) -> str:
 
 
 def mismatch_table(record: dict[str, Any]) -> str:
-    titles = ["engine, old log-probabilities", "nats per token, rms", "first step", "last step"]
+    titles = ["engine, old log-probabilities", "nats per token", "first step", "last step"]
     titles += ["ratio off 1, largest", "clipped by the engine's noise"]
     rows = []
     for name, runs in record["trainings"].items():
-        noise = [run["noise"] for run in runs]
-        cells = [mean(list(map(mean, noise))), mean([x[0] for x in noise]), mean([x[-1] for x in noise])]
+        apart = [run["apart"] for run in runs]
+        cells = [mean(list(map(mean, apart))), mean([x[0] for x in apart]), mean([x[-1] for x in apart])]
         cells.append(max(run["largest"] for run in runs))
         rows.append([name, *(f"{x:.1e}" for x in cells), percent(mean([run["clipped_by_noise"] for run in runs]))])
     return lab.table(titles, rows)
@@ -183,7 +183,7 @@ def seconds_table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
-    figure, (reward, accuracy, noise) = lab.panels(3, "GSPO on vLLM's samples, trainer in float32")
+    figure, (reward, accuracy, apart) = lab.panels(3, "GSPO on vLLM's samples, trainer in float32")
     for name, runs in record["trainings"].items():
         way = WAYS[name]
         if way.top_p < 1:
@@ -192,14 +192,14 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
         curves = [lab.smooth(run["reward"], 8) for run in runs]
         steps = range(1, len(curves[0]) + 1)
         lab.spread(reward, steps, curves, **style)
-        lab.spread(noise, steps, [run["noise"] for run in runs], **style)
+        lab.spread(apart, steps, [run["apart"] for run in runs], **style)
         last = len(runs[0]["accuracy"]) - 1
         at = [i * len(steps) / last for i in range(last + 1)]
         lab.spread(accuracy, at, [run["accuracy"] for run in runs], **style, marker="o", ms=3)
     reward.set(title="Reward", ylabel="sampled responses that are right")
     accuracy.set(title="Held-out accuracy", ylabel="problems solved, greedy decoding")
-    noise.set(title="Engine against trainer", ylabel="nats per token, root mean square", yscale="log")
-    for axes in (reward, accuracy, noise):
+    apart.set(title="Engine against trainer", ylabel="nats per token, mean", yscale="log")
+    for axes in (reward, accuracy, apart):
         axes.set_xlabel("step")
     for axes in (reward, accuracy):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

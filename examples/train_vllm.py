@@ -66,8 +66,8 @@ HEAD_SIZE = 32  # the smallest that vLLM's attention has on a CPU
 MAX_LENGTH = 64  # tokens of a prompt and its response
 OLD = ("engine", "trainer", "weights")
 KEPT = ("engine", "trainer", "none")
-# Nats, the root mean square over a batch's tokens: above the noise of an engine of this dtype, below stale weights.
-NOISE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
+# Nats per token, mean over a batch: above the noise of an engine of this dtype, below what stale weights make.
+LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class StaleWeights(RuntimeError):
@@ -88,6 +88,14 @@ class Way:
     def asks_for_sets(self) -> bool:
         return self.top_p < 1 and self.kept == "engine"
 
+    def sampling(self, columns: int) -> dict[str, float]:
+        """Parameters of a request. vLLM returns the sets of requests with top-k alone, which may be all columns."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": columns if self.asks_for_sets else 0,
+        }
+
 
 class Sampler(Protocol):
     """What the training needs of an engine."""
@@ -102,16 +110,18 @@ class VllmHistory(History):
     """The demo's numbers, and those of the engine; one per step."""
 
     clip_fractions: list[list[float]] = field(default_factory=list)  # of each mini-batch
-    noise: list[float] = field(default_factory=list)  # nats: rms over tokens of trainer's minus engine's log-prob
-    sequence_off: list[float] = field(default_factory=list)  # largest distance of a response's ratio from 1
-    clipped_by_noise: list[float] = field(default_factory=list)  # share that GSPO would clip before any update
+    apart: list[float] = field(default_factory=list)  # nats, mean over tokens: trainer's from engine's log-probability
+    mismatch: dict[str, list[float]] = field(default_factory=dict)  # `rollout_mismatch`, by name
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of pushing, sampling, recomputing, training
 
     def add_mismatch(self, mismatch: RolloutMismatch) -> None:
-        ends = mismatch.sequence_ratio_max.item() - 1, 1 - mismatch.sequence_ratio_min.item()
-        self.noise.append(mismatch.noise.item())
-        self.sequence_off.append(max(ends))
-        self.clipped_by_noise.append(mismatch.clip_fraction.item())
+        for name, value in mismatch.as_dict().items():
+            self.mismatch.setdefault(name, []).append(value.item())
+
+    @property
+    def largest_off(self) -> float:
+        """The largest distance of a response's ratio from 1 before any update."""
+        return max(max(self.mismatch["sequence_ratio_max"]) - 1, 1 - min(self.mismatch["sequence_ratio_min"]))
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -120,7 +130,7 @@ class VllmHistory(History):
         self.seconds.setdefault(what, []).append(time.perf_counter() - began)
 
     def newest(self) -> dict[str, str]:
-        return super().newest() | {"nats apart": f"{self.noise[-1]:.0e}"}
+        return super().newest() | {"nats apart": f"{self.apart[-1]:.0e}"}
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -140,9 +150,7 @@ def roll_out(
         [tokenizer(problem).input_ids for problem in drawn],
         n=settings.samples,
         max_tokens=settings.max_response,
-        temperature=way.temperature,
-        top_p=way.top_p,
-        top_k=len(tokenizer) if way.asks_for_sets else 0,  # all: vLLM returns sets of requests with top-k alone
+        **way.sampling(len(tokenizer)),
     )
     ids = [completion.token_ids for output in outputs for completion in output.outputs]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -182,19 +190,22 @@ def recompute(model: PreTrainedModel, batch: PromptedRollouts, way: Way, parts: 
     return replace(batch, kept=None if kept[0] is None else KeptTokens.cat(kept)), torch.cat(logprobs)
 
 
-def check_weights(noise: float, batch: PromptedRollouts, way: Way, step: int) -> None:
-    """Raises `StaleWeights` unless the batch was sampled with the weights that were pushed in this step."""
+def check_weights(apart: float, batch: PromptedRollouts, way: Way, step: int) -> None:
+    """Raises `StaleWeights` unless the batch was sampled with the weights that were pushed in this step.
+
+    `apart`: nats, the mean over tokens of the distance between the trainer's and the engine's log-probabilities.
+    """
     versions = batch.weight_versions
     if versions is not None and set(versions.labels) != {str(step)}:
         raise StaleWeights(
             f"step {step}: expected responses of weight version {step}, which was pushed last; the engine reports "
             f"{', '.join(versions.labels) or 'none'}. Push before sampling, with version=str(step)."
         )
-    limit = NOISE_LIMITS[way.engine_dtype]
-    if not noise <= limit:
+    limit = LIMITS[way.engine_dtype]
+    if not apart <= limit:
         raise StaleWeights(
-            f"step {step}: expected the engine's log-probabilities within {limit:g} nats of the trainer's (root mean "
-            f"square), because both have the same weights; got {noise:.2g}. The engine samples with other weights, or "
+            f"step {step}: expected the engine's log-probabilities within {limit:g} nats of the trainer's (mean over "
+            f"tokens), because both have the same weights; got {apart:.2g}. The engine samples with other weights, or "
             "its log-probabilities are of another distribution. Push model.state_dict(), not named_parameters(), which "
             'lacks a tied head; then reset the prefix cache; ask for logprobs_mode="processed_logprobs".'
         )
@@ -257,7 +268,8 @@ def reinforce(
             batch, recomputed = recompute(model, batch, way, settings.mini_batches)
         tokens = {"mask": batch.mask, "cu_seqlens": batch.cu_seqlens}
         history.add_mismatch(rollout_mismatch(recomputed, batch.old_logprobs, advantages, **tokens))
-        check_weights(history.noise[-1], batch, way, step)
+        history.apart.append((recomputed - batch.old_logprobs)[batch.mask].abs().mean().item())
+        check_weights(history.apart[-1], batch, way, step)
         with history.timed("training"):
             weights = None
             if way.old == "weights":
@@ -285,7 +297,7 @@ def start_engine(
     if way.asks_for_sets:
         options["return_sampling_mask"] = True
     engine = Engine(model, tokenizer, max_length=MAX_LENGTH, dtype=way.engine_dtype, seed=seed, **options)
-    engine.sample([tokenizer("1+1=").input_ids], max_tokens=2, top_p=way.top_p)  # the first request compiles
+    engine.sample([tokenizer("1+1=").input_ids], max_tokens=2, **way.sampling(len(tokenizer)))  # it compiles
     return engine
 
 
@@ -295,7 +307,7 @@ def start_engine(
 def parse() -> tuple[argparse.Namespace, Settings, Way]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Writes a plot and a JSON file.")
     parser.add_argument("--old", choices=OLD, default="engine", help="old log-probabilities (default: %(default)s)")
-    parser.add_argument("--engine-dtype", choices=NOISE_LIMITS, default="float32", help="default: %(default)s")
+    parser.add_argument("--engine-dtype", choices=LIMITS, default="float32", help="default: %(default)s")
     parser.add_argument("--top-p", type=positive, default=1.0, help="of the sampling (default: 1, which is off)")
     parser.add_argument("--temperature", type=positive, default=1.0, help="of the sampling (default: %(default)s)")
     parser.add_argument(
@@ -314,10 +326,10 @@ def parse() -> tuple[argparse.Namespace, Settings, Way]:
     return arguments, settings, way
 
 
-def draw_noise(history: VllmHistory, axes: plt.Axes) -> None:
-    draw_curve(axes, history.noise, "#CC79A7")
+def draw_apart(history: VllmHistory, axes: plt.Axes) -> None:
+    draw_curve(axes, history.apart, "#CC79A7")
     axes.yaxis.set_major_formatter("{x:.0e}")
-    axes.set(title="Engine against trainer", ylabel="nats per token, root mean square")
+    axes.set(title="Engine against trainer", ylabel="nats per token, mean")
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right", frameon=False)
 
@@ -354,7 +366,7 @@ def main() -> None:
     path = arguments.output / f"{name}.png"
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     title = f"GSPO with vLLM ({way.engine_dtype}), {way.old}: a Qwen3 of {parameters:,} parameters learns to add"
-    draw_plot(history, title, "responses", path, partial(draw_noise, history))
+    draw_plot(history, title, "responses", path, partial(draw_apart, history))
     report(history, path, seconds, started)
     if way.top_p < 1:
         sources = {"engine": "of vLLM's output", "trainer": "made from the trainer's logits", "none": "not used"}
@@ -366,13 +378,13 @@ def report(history: VllmHistory, path: Path, seconds: float, started: float) -> 
     first, last = (sum(part) / each for part in (history.reward[:each], history.reward[-each:]))
     before, after = history.held_out_accuracy[0], history.held_out_accuracy[-1]
     by_part = [sum(values) / len(values) for values in zip(*history.clip_fractions, strict=True)]
-    by_noise = sum(history.clipped_by_noise) / len(history.reward)
+    by_noise = sum(history.mismatch["clip_fraction"]) / len(history.reward)
     spent = ", ".join(f"{what} {sum(values):.1f} s" for what, values in history.seconds.items())
     print(f"\nReward {first:.0%} -> {last:.0%}; held-out accuracy {before:.1%} -> {after:.1%}")
     print(f"Clipped by mini-batch: {', '.join(f'{value:.1%}' for value in by_part)}")
     print(
-        f"Engine against trainer: at most {max(history.noise):.1e} nats (rms); ratios off 1 by at most "
-        f"{max(history.sequence_off):.1e}; clipped before any update {by_noise:.1%}"
+        f"Engine against trainer: at most {max(history.apart):.1e} nats per token; ratios off 1 by at most "
+        f"{history.largest_off:.1e}; clipped before any update {by_noise:.1%}"
     )
     print(f"{seconds:.0f} s: start of the engine {started:.1f} s, {spent}. Plot: {path}, numbers: {path.stem}.json")
 

@@ -117,7 +117,7 @@ def train(way: Way, steps: int = 2, **options: Any) -> tuple[train_vllm.VllmHist
 def test_a_training_pushes_samples_and_learns(old: str) -> None:
     history, engine, moved = train(Way(old, temperature=0.7))
     assert engine.version == "2" and [x["temperature"] for x in engine.requests] == [0.7, 0.7]
-    assert max(history.noise) < 1e-5 and max(history.sequence_off) < 1e-5 and history.clipped_by_noise == [0, 0]
+    assert max(history.apart) < 1e-5 and history.largest_off < 1e-5 and history.mismatch["clip_fraction"] == [0, 0]
     assert [values[0] for values in history.clip_fractions] == [0, 0], "the first update is on-policy"
     assert all(0 < x < 0.1 for x in moved)
     assert {what: len(values) for what, values in history.seconds.items()} == dict.fromkeys(
@@ -128,16 +128,16 @@ def test_a_training_pushes_samples_and_learns(old: str) -> None:
 
 def test_only_the_engines_log_probabilities_are_clipped_by_its_noise() -> None:
     found = {old: train(Way(old, "bfloat16"), steps=1, noise=0.05)[0] for old in train_vllm.OLD}
-    assert all(history.noise[0] == pytest.approx(0.05 / 3**0.5, rel=0.3) for history in found.values())
+    assert all(history.apart[0] == pytest.approx(0.025, rel=0.3) for history in found.values())
     first = {old: history.clip_fractions[0][0] for old, history in found.items()}
     assert first == {"engine": 0.75, "trainer": 0, "weights": 0}, "the noise raises every ratio, 3 of 4 advantages clip"
-    assert all(history.clipped_by_noise[0] == 0.75 for history in found.values())
+    assert all(history.mismatch["clip_fraction"] == [0.75] for history in found.values())
 
 
 @pytest.mark.parametrize("kept", train_vllm.KEPT)
 def test_top_p_clips_at_once_without_kept_sets_alone(kept: str) -> None:
     history, engine, _ = train(Way(top_p=0.8, kept=kept), steps=1, returns_sets=kept == "engine")
-    assert history.noise[0] < 1e-5, "the trainer recomputes what was sampled from"
+    assert history.apart[0] < 1e-5, "the trainer recomputes what was sampled from"
     assert history.clip_fractions[0][0] == (0.25 if kept == "none" else 0)
     assert engine.requests[0]["top_k"] == (16 if kept == "engine" else 0)
 
@@ -158,9 +158,9 @@ def versioned(*labels: str) -> Any:
     return SimpleNamespace(weight_versions=SimpleNamespace(labels=labels) if labels else None)
 
 
-@pytest.mark.parametrize(("dtype", "noise"), [("float32", 4e-4), ("bfloat16", 0.05)])
-def test_noise_of_the_engines_dtype_is_no_reason_to_stop(dtype: str, noise: float) -> None:
-    train_vllm.check_weights(noise, versioned(), Way(engine_dtype=dtype), 3)
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 4e-4), ("bfloat16", 0.05)])
+def test_noise_of_the_engines_dtype_is_no_reason_to_stop(dtype: str, apart: float) -> None:
+    train_vllm.check_weights(apart, versioned(), Way(engine_dtype=dtype), 3)
     for stale in (0.26, float("nan")):
         with pytest.raises(StaleWeights, match="step 3: expected the engine's log-probabilities within"):
             train_vllm.check_weights(stale, versioned("3"), Way(engine_dtype=dtype), 3)
