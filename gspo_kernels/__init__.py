@@ -35,10 +35,11 @@ from .report import explain
 from .rollout.advantages import group_advantages, group_token_counts, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
 from .rollout.gae import GaeOutput, gae
-from .rollout.prompted import PromptedRollouts, WeightVersions
+from .rollout.prompted import PromptedRollouts
 from .rollout.rollouts import Rollouts
 from .rollout.sglang import from_sglang
 from .rollout.vllm import from_vllm
+from .rollout.weight_versions import WeightVersions
 from .rows.arguments import next_token_targets
 from .rows.kept import KeptTokens
 from .rows.vocab_shard import VocabularyShard

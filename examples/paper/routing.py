@@ -6,7 +6,7 @@ measures what updates have changed: choices, and log ratios with the model's own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,9 @@ class RoutingReplay:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
+        modules = [(i, module) for i, layer in enumerate(model.model.layers) for module in layer.modules()]
+        found = [(i, module) for i, module in modules if isinstance(module, Qwen3MoeTopKRouter)]
+        self.layers, self.routers = [i for i, _ in found], [router for _, router in found]
 
     @contextmanager
     def record(self) -> Iterator[list[Tensor]]:
@@ -56,17 +58,24 @@ class RoutingReplay:
             yield choices
 
     @contextmanager
-    def replay(self, choices: Sequence[Tensor]) -> Iterator[None]:
-        """`choices`: [B * T, k] for each layer, of the tokens of the next forward pass."""
+    def replay(self, experts: Tensor) -> Iterator[None]:
+        """`experts`: [B * T, layers, k] of the tokens of the next forward pass, of any integer dtype, in any order.
+
+        Where they are -1 the model chooses itself: an engine returns none for a response's last token. The layers are
+        those that have routers, or all layers of the model, as vLLM counts them.
+        """
+        columns = range(len(self.routers)) if experts.shape[1] == len(self.routers) else self.layers
 
         def force(
             layer: int, router: Qwen3MoeTopKRouter, inputs: Any, output: tuple[Tensor, Tensor, Tensor]
         ) -> tuple[Tensor, Tensor, Tensor]:
-            logits, _, _ = output
-            weights = logits.softmax(-1, dtype=torch.float32).gather(-1, choices[layer])
+            logits, _, own = output
+            given = experts[:, columns[layer]].to(own.dtype)
+            chosen = given.where(given >= 0, own)
+            weights = logits.softmax(-1, dtype=torch.float32).gather(-1, chosen)
             if router.norm_topk_prob:
                 weights = weights / weights.sum(-1, keepdim=True)
-            return logits, weights.to(logits.dtype), choices[layer]
+            return logits, weights.to(logits.dtype), chosen
 
         with self._hooked(force):
             yield
@@ -93,7 +102,7 @@ class RoutedBatch(Batch):
         return (RoutedBatch(**vars(part), experts=experts) for part, experts in parts)
 
     def logits(self, model: PreTrainedModel) -> Tensor:
-        with RoutingReplay(model).replay(self.experts.flatten(0, 1).unbind(1)):
+        with RoutingReplay(model).replay(self.experts.flatten(0, 1)):
             return super().logits(model)
 
 

@@ -12,6 +12,12 @@ from torch import Tensor
 from ..base import checks
 
 HIGHEST_ID = 2**63 - 1  # of int64
+# Stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
+LOWEST = -9999.0
+LAST_PART = (
+    "the last part of a stream, which has only the newest tokens? Request whole responses: stream=false from a server, "
+    "SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY), or CUMULATIVE, from an engine"
+)
 
 
 def get(output: Any, name: str) -> Any:
@@ -79,15 +85,37 @@ def list_outputs(outputs: Any, marks: tuple[str, ...]) -> list[Any]:
     return list(outputs)
 
 
-def read_prompts(prompts: Any, count: int) -> list[list[int] | None]:
-    """The caller's prompts, one for each of `count` outputs, or None for each."""
+def read_prompts(prompts: Any, count: int) -> list[list[list[int]] | None]:
+    """The caller's prompts: for each of `count` outputs those of its requests, of which most have one; or None."""
     if prompts is None:
         return [None] * count
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompt_ids: expected a sequence of prompts; got {describe(prompts)}")
     if len(prompts) != count:
-        raise ValueError(f"prompt_ids: expected one prompt for each of the {count} outputs; got {len(prompts)}")
-    return [read_ids(f"prompt_ids[{k}]", prompt) for k, prompt in enumerate(prompts)]
+        raise ValueError(f"prompt_ids: expected one element for each of the {count} outputs; got {len(prompts)}")
+    found = list[list[list[int]] | None]()
+    for k, given in enumerate(prompts):
+        if _is_list(given) and len(given) and _is_list(given[0]):
+            found.append([read_ids(f"prompt_ids[{k}][{i}]", prompt) for i, prompt in enumerate(given)])
+        else:
+            found.append([read_ids(f"prompt_ids[{k}]", given)])
+    return found
+
+
+def _is_list(value: Any) -> bool:
+    return not isinstance(value, (str, bytes)) and hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+
+
+def only_prompt(k: int, given: list[list[int]] | None) -> list[int] | None:
+    """The prompt of an output that has one."""
+    if given is None:
+        return None
+    if len(given) != 1:
+        raise ValueError(
+            f"prompt_ids[{k}]: expected one prompt, as outputs[{k}] has; got {len(given)}. Only a response of "
+            "/v1/completions has several"
+        )
+    return given[0]
 
 
 def agreed_prompt(where: str, returned: Any, given: list[int] | None) -> list[int] | None:

@@ -12,18 +12,7 @@ from torch.nn import functional as F
 
 from ..base import checks
 from ..rows.kept import KeptTokens
-
-
-@dataclass(frozen=True)
-class WeightVersions:
-    """Which version of the weights sampled each token, as the engine reported it."""
-
-    labels: tuple[str, ...]  # distinct, in the order in which they appear
-    of_tokens: Tensor  # int64, one per token: an index into `labels`; -1 where nothing was sampled or reported
-
-    def masks(self, mask: Tensor) -> dict[str, Tensor]:
-        """For each label the tokens of `mask` (bool, one per token) that this version sampled."""
-        return {label: mask & (self.of_tokens == i) for i, label in enumerate(self.labels)}
+from .weight_versions import WeightVersions
 
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
@@ -49,12 +38,7 @@ class PromptedRollouts:
 
     def __getitem__(self, chosen: Any) -> PromptedRollouts:
         device = self.cu_seqlens.device
-        if not isinstance(chosen, (slice, Tensor, list)):
-            raise TypeError(
-                "responses: expected a slice (batch[3:4] for one response), int64 indices or a bool mask; got "
-                f"{checks.describe(chosen)}"
-            )
-        responses = torch.arange(len(self), device=device)[chosen]
+        responses = self._responses(chosen)
         lengths = self.cu_seqlens.diff()[responses]
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
         moved = (self.cu_seqlens[responses] - cu_seqlens[:-1]).repeat_interleave(lengths)
@@ -71,6 +55,28 @@ class PromptedRollouts:
             None if versions is None else WeightVersions(versions.labels, versions.of_tokens[rows]),
             None if experts is None else experts[rows],
         )
+
+    def _responses(self, chosen: Any) -> Tensor:
+        """The indices of the chosen responses, from 0."""
+        count, device = len(self), self.cu_seqlens.device
+        if isinstance(chosen, slice):
+            return torch.tensor(range(count)[chosen], dtype=torch.int64, device=device)
+        if isinstance(chosen, list):
+            chosen = torch.tensor(chosen, device=device) if chosen else torch.empty(0, dtype=torch.int64)
+        if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.bool, torch.int64, torch.int32):
+            raise TypeError(
+                "responses: expected a slice (batch[3:4] for one response), int64 indices or a bool mask; got "
+                f"{checks.describe(chosen)}"
+            )
+        found: Tensor = chosen.to(device)
+        if found.dtype == torch.bool:
+            checks.shape("responses", found, (count,), "a mask over the responses")
+            return found.nonzero()[:, 0]
+        if found.ndim != 1:
+            raise ValueError(f"responses: expected indices [chosen]; got shape {list(found.shape)}")
+        if bool(((found < -count) | (found >= count)).any()):
+            raise IndexError(f"responses: expected indices of the {count} responses; got {found.tolist()}")
+        return found.long() % max(1, count)
 
     def mini_batches(
         self, count: int, *, shuffle: bool = False, generator: torch.Generator | None = None

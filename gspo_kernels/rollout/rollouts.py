@@ -13,13 +13,17 @@ from torch import Tensor
 from ..base import checks
 from ..rows.kept import KeptTokens
 from .kept_sets import KeptSets, kept_rows
-from .prompted import PromptedRollouts, WeightVersions
+from .parsing import LOWEST
+from .prompted import PromptedRollouts
+from .routed_experts import RoutedExperts, check_rows, experts_of_tokens
+from .weight_versions import Span, WeightVersions, versions_of_tokens
 
-# Stands for minus infinity: vLLM's server writes -9999.0, SGLang the lowest float32; JSON has no infinity.
-LOWEST = -9999.0
+# Why a response ended: of vLLM "stop", "length", "abort", "repetition", "error" and a chat's "tool_calls"; of SGLang
+# "stop", "length" and "abort"; "content_filter" and "function_call" are OpenAI's.
+REASONS = ("stop", "length", "abort", "repetition", "error", "tool_calls", "content_filter", "function_call")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
 class Rollouts:
     """N tokens of S responses, packed in the order in which the engine returned them."""
 
@@ -33,7 +37,22 @@ class Rollouts:
     prompt_cu_seqlens: Tensor | None  # [S + 1] int64
     kept: KeptTokens | None = None  # of N rows: the ids from which each token was drawn. None: not returned
     weight_versions: WeightVersions | None = None  # of N tokens. None: not returned
-    routed_experts: Tensor | None = None  # int16 [P + N, layers, k] of prompts and responses. None: not returned
+    # int16 [P + N, layers, k], each prompt's, then its response's; -1 where not returned, as of a last token, which no
+    # router has read. None: not returned, or prompts not known
+    routed_experts: Tensor | None = None
+
+    def ended_by(self, *reasons: str) -> Tensor:
+        """Which responses ended for one of these `finish_reasons`: bool [S], for `batch[...]` and `rewards[...]`.
+
+        `~rollouts.ended_by("abort")` are the responses that were not cut off by an abort, `rollouts.ended_by("stop")`
+        those that ended by themselves.
+
+        Raises: ValueError for a reason that no engine gives.
+        """
+        for reason in reasons:
+            checks.choice("reasons", reason, tuple(dict.fromkeys((*REASONS, *self.finish_reasons))))
+        found = [reason in reasons for reason in self.finish_reasons]
+        return torch.tensor(found, dtype=torch.bool, device=self.cu_seqlens.device)
 
     def with_prompts(self) -> PromptedRollouts:
         """Targets for a causal model that reads prompt and response, shifted as `next_token_targets` does.
@@ -84,6 +103,8 @@ class Response(NamedTuple):
     finish_reason: str
     prompt: list[int] | None
     kept: KeptSets | None = None
+    versions: list[Span] | None = None  # of the weights, one after the other over all tokens
+    experts: RoutedExperts | None = None
 
 
 def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
@@ -104,6 +125,9 @@ def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
         raise ValueError(f"{without}: expected prompt token ids, as other responses have; got none. Pass prompt_ids=")
     known = len(prompts) == len(found)
     kept = kept_rows([(each.where, each.token_ids, each.kept) for each in found], mask.tolist(), exact.tolist())
+    for each in found:
+        if each.experts is not None and each.prompt is not None:
+            check_rows(each.experts, len(each.prompt), len(each.token_ids))
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     return Rollouts(
         token_ids=_integers([x for each in found for x in each.token_ids], device),
@@ -115,6 +139,12 @@ def pack(responses: Iterator[Response], missing: str, device: Any) -> Rollouts:
         prompt_ids=_integers([x for prompt in prompts for x in prompt], device) if known else None,
         prompt_cu_seqlens=_boundaries([len(prompt) for prompt in prompts], device) if known else None,
         kept=None if kept is None else _kept_tokens(kept).to(device),
+        weight_versions=versions_of_tokens([(len(each.token_ids), each.versions) for each in found], device),
+        routed_experts=experts_of_tokens(
+            [(len(each.prompt or ()), len(each.token_ids), each.experts) for each in found], device
+        )
+        if known
+        else None,
     )
 
 

@@ -17,16 +17,24 @@ from .parsing import (
     describe,
     get,
     list_outputs,
+    only_prompt,
     read_ids,
     read_list,
     read_logprobs,
     read_prompts,
 )
 from .rollouts import Response, Rollouts, pack
+from .routed_experts import RoutedExperts, read_experts
+from .weight_versions import Span, read_versions
 
 
 def from_sglang(
-    outputs: Any, *, prompt_ids: Sequence[Sequence[int]] | None = None, missing: str = "refuse", device: Any = None
+    outputs: Any,
+    *,
+    prompt_ids: Sequence[Sequence[int]] | None = None,
+    experts_shape: tuple[int, int] | None = None,
+    missing: str = "refuse",
+    device: Any = None,
 ) -> Rollouts:
     """SGLang's outputs as packed arrays.
 
@@ -45,26 +53,39 @@ def from_sglang(
     Args:
         prompt_ids: the prompt's token ids for each element of `outputs`, of which SGLang returns one per response
             (with n > 1, the n responses to a prompt are adjacent). None: those in `input_token_logprobs`, which
-            `logprob_start_len=0` requests, if any.
+            `logprob_start_len=0` requests, or `return_prompt_token_ids=True`, if any.
+        experts_shape: (layers, k), the number of layers and of experts per token in `routed_experts`, which
+            `return_routed_experts=True` returns without its shape. None: they are not read.
 
     The other arguments, the result and the errors are those of `from_vllm`. Token ids are also compared with
     `completion_tokens` and `output_ids`, which detects responses that are shifted by one.
     """
-    return pack(_responses(list_outputs(outputs, ("meta_info", "choices")), prompt_ids), missing, device)
+    if experts_shape is not None:
+        if not isinstance(experts_shape, (tuple, list)) or len(experts_shape) != 2:
+            raise TypeError(
+                f"experts_shape: expected (layers, experts per token); got {checks.describe(experts_shape)}"
+            )
+        layers, k = (checks.whole("experts_shape", x, "(layers, experts per token)", at_least=1) for x in experts_shape)
+        experts_shape = layers, k
+    found = _responses(list_outputs(outputs, ("meta_info", "choices")), prompt_ids, experts_shape)
+    return pack(found, missing, device)
 
 
-def _responses(outputs: list[Any], prompts: Any) -> Iterator[Response]:
+Shape = tuple[int, int] | None
+
+
+def _responses(outputs: list[Any], prompts: Any, shape: Shape) -> Iterator[Response]:
     given = read_prompts(prompts, len(outputs))
     for k, output in enumerate(outputs):
-        choices = get(output, "choices")
+        choices, prompt = get(output, "choices"), only_prompt(k, given[k])
         if choices is None:
-            yield _response(f"outputs[{k}]", output, None, given[k])
+            yield _response(f"outputs[{k}]", output, None, prompt, shape)
             continue
         for j, choice in enumerate(read_list(f"outputs[{k}].choices", choices, "choices")):
-            yield _response(f"outputs[{k}].choices[{j}]", choice, get(output, "prompt_token_ids"), given[k])
+            yield _response(f"outputs[{k}].choices[{j}]", choice, get(output, "prompt_token_ids"), prompt, shape)
 
 
-def _response(where: str, output: Any, prompt: Any, given: list[int] | None) -> Response:
+def _response(where: str, output: Any, prompt: Any, given: list[int] | None, shape: Shape) -> Response:
     """One output or choice with `meta_info`; `prompt`: as its response has it, `given`: as the caller passed it."""
     meta = get(output, "meta_info")
     if meta is None:
@@ -90,7 +111,19 @@ def _response(where: str, output: Any, prompt: Any, given: list[int] | None) -> 
         if inputs and len(inputs) == get(meta, "prompt_tokens"):  # otherwise they start later in the prompt
             prompt = read_ids(here, [token for _, token, *_ in inputs], "[1]")
     kind = str(get(reason, "type") if isinstance(reason, Mapping) else reason)
-    return Response(where, token_ids, logprobs, kind, agreed_prompt(where, prompt, given), kept)
+    prompt = agreed_prompt(where, prompt, given)
+    named = f"{where}.meta_info.routed_experts"
+    rows = None if shape is None else read_experts(named, get(meta, "routed_experts"), shape)
+    experts = None if rows is None else RoutedExperts(named, rows)
+    return Response(where, token_ids, logprobs, kind, prompt, kept, _versions(where, meta, len(token_ids)), experts)
+
+
+def _versions(where: str, meta: Any, tokens: int) -> list[Span] | None:
+    """Spans; in older versions one label, of the weights with which the response ended."""
+    spans, last = get(meta, "weight_versions"), get(meta, "weight_version")
+    if spans is None and last is not None:
+        spans = [{"version": last, "start": 0, "end": tokens}]
+    return read_versions(f"{where}.meta_info.weight_versions", spans, tokens)
 
 
 def _tokens(where: str, output: Any, meta: Any) -> tuple[list[int], list[float]]:

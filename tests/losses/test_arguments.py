@@ -100,7 +100,10 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "next_token_targets": {"input_ids": IDS, "mask": MASK},
     "from_vllm": {"outputs": VLLM, "prompt_ids": [[1, 2]], "missing": "mask", "device": None},
-    "from_sglang": {"outputs": [{"meta_info": META}], "prompt_ids": [[1, 2]], "missing": "mask", "device": None},
+    "from_sglang": {
+        "outputs": [{"meta_info": META}], "prompt_ids": [[1, 2]], "experts_shape": (1, 2), "missing": "mask",
+        "device": None,
+    },
     "GSPO": {"eps_low": 0.1, "eps_high": 0.1, "dual_clip": 3.0},
     "GMPO": {"eps_low": 0.1, "eps_high": 0.1},
     "SAPO": {"tau_pos": 1.0, "tau_neg": 2.0},
@@ -134,7 +137,7 @@ KINDS = {
                "normalize", "missing"),
     "flag": ("overwrite_logits", "skip_zero_advantage", "full_distribution", "sparse_weight_grad"),
     "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
-              "device", "kept"),
+              "device", "kept", "experts_shape"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on

@@ -17,6 +17,8 @@ import torch
 from modes import DEFAULT_MODE
 from torch import Tensor
 
+from gspo_kernels import from_vllm
+
 NEEDED = ("transformers", "tokenizers", "matplotlib", "tqdm")
 HERE = all(find_spec(name) for name in NEEDED) and int(version("transformers").split(".")[0]) >= 5
 pytestmark = [
@@ -157,10 +159,47 @@ def test_without_normalisation_weights_are_the_softmax(model: Any, batch: Any) -
     assert torch.equal(old.logits(model), logits)
 
 
+def test_an_engines_experts_are_replayed(model: Any, batch: Any) -> None:
+    """As vLLM returns them: uint8, in another order, without the last token, of all layers, dense ones too."""
+    tokens, ones = batch.input_ids[:3], torch.ones(3, 12, dtype=torch.long)
+    _, old = routed(model, routing().Batch(tokens, ones, ones))
+    of_layers = [old.experts[:, :, 0], torch.zeros_like(old.experts[:, :, 0]), old.experts[:, :, 1]]
+    engines = torch.stack(of_layers, 2).flip(3)[:, :11].to(torch.uint8).numpy()
+    outputs = [
+        {
+            "prompt_token_ids": row[:4],
+            "outputs": [
+                {
+                    "token_ids": row[4:],
+                    "logprobs": [{token: {"logprob": -1.0}} for token in row[4:]],
+                    "routed_experts": experts,
+                }
+            ],
+            "finished": True,
+        }
+        for row, experts in zip(tokens.tolist(), engines, strict=True)
+    ]
+    packed = from_vllm(outputs).with_prompts()
+    new = moved(model)
+    replay = routing().RoutingReplay(new)
+    replay.layers = [0, 2]  # the second of three layers is dense
+
+    def logits() -> Tensor:
+        called = new(input_ids=packed.input_ids[None], position_ids=packed.position_ids[None], use_cache=False)
+        return called.logits.view(3, 12, -1)[:, :11]  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        own = logits()
+        with replay.replay(packed.routed_experts):
+            found = logits()
+        torch.testing.assert_close(found, old.logits(new)[:, :11])
+    assert (own - found).abs().max() > 1e-3, "nothing was replayed"
+
+
 def test_hooks_go_even_after_an_error(model: Any, batch: Any) -> None:
     _, old = routed(model, batch)
     replay = routing().RoutingReplay(moved(model))
-    with pytest.raises(RuntimeError, match="an error"), replay.replay(old.experts.flatten(0, 1).unbind(1)):
+    with pytest.raises(RuntimeError, match="an error"), replay.replay(old.experts.flatten(0, 1)):
         raise RuntimeError("an error")
     assert not any(router._forward_hooks for router in replay.routers)
 

@@ -222,6 +222,10 @@ def named(token: int, as_id: bool) -> str:
     return f"token_id:{token}" if as_id else "word"
 
 
+def usage(k: int) -> dict[str, int]:
+    return {"prompt_tokens": len(PROMPTS[k]), "completion_tokens": sum(len(tokens) for tokens, _ in RESPONSES[k])}
+
+
 def completion_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
     """POST /v1/completions with logprobs=0, n=2."""
     return {
@@ -245,7 +249,7 @@ def completion_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str,
             }
             for j, (tokens, logprobs) in enumerate(RESPONSES[k])
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4},
+        "usage": usage(k),
     }
 
 
@@ -269,6 +273,7 @@ def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
             for j, (tokens, logprobs) in enumerate(RESPONSES[k])
         ],
         "prompt_token_ids": PROMPTS[k] if ids else None,
+        "usage": usage(k),
     }
 
 
@@ -360,11 +365,13 @@ def with_value(engine: str, value: Any) -> tuple[Callable[..., Rollouts], Any]:
     if engine == "vllm":
         outputs = request_outputs()
         outputs[0].outputs[0].logprobs[1][3] = Logprob(value)
+        outputs[0].outputs[0].cumulative_logprob = None
         return from_vllm, outputs
     if engine == "flat":
         outputs = request_outputs(as_flat)
         flat = outputs[0].outputs[0].logprobs
         flat.logprobs[flat.start_indices[1]] = value
+        outputs[0].outputs[0].cumulative_logprob = None
         return from_vllm, outputs
     if engine == "server":
         response = completion_json(0)
