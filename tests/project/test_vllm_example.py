@@ -42,6 +42,7 @@ class FakeEngine:
     tokenizer: Any
     noise: float = 0.0  # nats, added to each log-probability
     stale: bool = False  # later pushes do nothing
+    says_so: bool = False  # and the label stays that of the weights
     model: Any = None
     version: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -50,7 +51,9 @@ class FakeEngine:
     def push(self, model: Any, version: str | None = None) -> None:
         if self.model is None or not self.stale:
             self.model = copy.deepcopy(model)
-        self.version = version
+            self.version = version
+        if not self.says_so:
+            self.version = version
 
     def sample(self, prompts: Sequence[Sequence[int]], **parameters: Any) -> list[Any]:
         self.requests.append(parameters)
@@ -76,6 +79,7 @@ class FakeEngine:
                 token_ids=ids[i][:length],
                 logprobs=[{ids[i][t]: SimpleNamespace(logprob=logprobs[t][i].item())} for t in range(length)],
                 finish_reason="length" if length == width else "stop",
+                weight_versions=[SimpleNamespace(version=self.version, start=0, end=length)],
                 sampling_mask=[sets[t][i].nonzero()[:, 0].tolist() for t in range(length)]
                 if self.returns_sets
                 else None,
@@ -97,14 +101,16 @@ def seeded(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_vllm, "grade", lambda problems, texts: (torch.arange(len(problems)) % 4 > 0).float())
 
 
-def train(way: Way, steps: int = 2, **options: Any) -> tuple[train_vllm.VllmHistory, FakeEngine, list[float]]:
+def train(
+    way: Way, steps: int = 2, learning_rate: float = 4e-4, **options: Any
+) -> tuple[train_vllm.VllmHistory, FakeEngine, list[float]]:
     """A training from a random model -> its history, the engine, how far each parameter moved."""
     tokenizer = arithmetic.build_tokenizer()
     model = arithmetic.build_model(tokenizer, head_size=32)
     before = [x.detach().clone() for x in model.parameters()]
     engine = FakeEngine(tokenizer, **options)
     problems = arithmetic.Problems(random.Random(0), 2, BRIEF.held_out)
-    settings = replace(BRIEF, steps=steps)
+    settings = replace(BRIEF, steps=steps, learning_rate=learning_rate)
     history = train_vllm.reinforce(model, tokenizer, problems, settings, engine, way, quiet=True)
     return (
         history,
@@ -154,22 +160,21 @@ def test_weights_that_are_not_pushed_stop_the_training() -> None:
         train(Way(), stale=True)
 
 
-def versioned(*labels: str) -> Any:
-    return SimpleNamespace(weight_versions=SimpleNamespace(labels=labels) if labels else None)
+def test_noise_of_bfloat16_hides_weights_of_one_step_and_their_version_does_not() -> None:
+    options: dict[str, Any] = {"learning_rate": 4e-5, "stale": True}
+    train(Way(engine_dtype="bfloat16"), **options)
+    message = r"step 2: expected responses of weight version 2, .* the engine reports 1\."
+    with pytest.raises(StaleWeights, match=message):
+        train(Way(engine_dtype="bfloat16"), **options, says_so=True)
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 4e-4), ("bfloat16", 0.05)])
 def test_noise_of_the_engines_dtype_is_no_reason_to_stop(dtype: str, apart: float) -> None:
-    train_vllm.check_weights(apart, versioned(), Way(engine_dtype=dtype), 3)
+    unlabelled = SimpleNamespace(weight_versions=None)
+    train_vllm.check_weights(apart, unlabelled, Way(engine_dtype=dtype), 3)
     for stale in (0.26, float("nan")):
         with pytest.raises(StaleWeights, match="step 3: expected the engine's log-probabilities within"):
-            train_vllm.check_weights(stale, versioned("3"), Way(engine_dtype=dtype), 3)
-
-
-def test_responses_of_older_weights_stop_the_training() -> None:
-    train_vllm.check_weights(0.0, versioned("3"), Way(), 3)
-    with pytest.raises(StaleWeights, match=r"expected responses of weight version 3, .* the engine reports 2, 3\."):
-        train_vllm.check_weights(0.0, versioned("2", "3"), Way(), 3)
+            train_vllm.check_weights(stale, unlabelled, Way(engine_dtype=dtype), 3)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
