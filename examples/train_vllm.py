@@ -357,7 +357,10 @@ def main() -> None:
     torch.manual_seed(arguments.seed)  # vLLM has set its own
     problems = Problems(random.Random(arguments.seed), settings.digits, settings.held_out)
     warm_up(model, tokenizer, problems, settings)
-    history = reinforce(model, tokenizer, problems, settings, engine, way)
+    try:
+        history = reinforce(model, tokenizer, problems, settings, engine, way)
+    except StaleWeights as error:
+        raise SystemExit(f"\nstopped at {error}") from None
 
     seconds = time.perf_counter() - began
     parameters = sum(parameter.numel() for parameter in model.parameters())
