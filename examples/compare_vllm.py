@@ -57,7 +57,7 @@ STYLES = {  # of the figure: color, line
 
 
 def file_of(folder: Path, name: str, seed: int) -> Path:
-    return folder / f"{name.replace(', ', '-').replace(' ', '-')}-seed-{seed}.json"
+    return folder / f"{WAYS[name].name}-seed-{seed}.json"
 
 
 def finished(folder: Path, name: str, seed: int, settings: Settings) -> dict[str, Any] | None:

@@ -85,6 +85,13 @@ class Way:
     kept: str = "trainer"  # who says which columns top-p kept; "none": the loss is of all columns. One of KEPT
 
     @property
+    def name(self) -> str:
+        """Of its files."""
+        filtered = f"-top-p-{self.top_p:g}-kept-{self.kept}" if self.top_p < 1 else ""
+        heated = f"-temperature-{self.temperature:g}" if self.temperature != 1 else ""
+        return f"{self.old}-{self.engine_dtype}{heated}{filtered}"
+
+    @property
     def asks_for_sets(self) -> bool:
         return self.top_p < 1 and self.kept == "engine"
 
@@ -365,8 +372,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"way": asdict(way), "parameters": parameters, "vllm": vllm_version(), "engine_start": round(started, 1)}
-    name = "-".join([way.old, way.engine_dtype] + [f"top-p-{way.top_p:g}", "kept", way.kept] * (way.top_p < 1))
-    path = arguments.output / f"{name}.png"
+    path = arguments.output / f"{way.name}.png"
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     title = f"GSPO with vLLM ({way.engine_dtype}), {way.old}: a Qwen3 of {parameters:,} parameters learns to add"
     draw_plot(history, title, "responses", path, partial(draw_apart, history))
