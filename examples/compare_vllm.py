@@ -128,7 +128,23 @@ def run(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 
 
 def tables(record: dict[str, Any]) -> dict[str, str]:
-    return {"training": training_table(record), "mismatch": mismatch_table(record), "seconds": seconds_table(record)}
+    return {
+        "training": training_table(record),
+        "mismatch": mismatch_table(record),
+        "seconds": seconds_table(record),
+        "source": source(record),
+    }
+
+
+def source(record: dict[str, Any]) -> str:
+    machine, versions = record["machine"], record["versions"]
+    return (
+        f"{record['seeds']} seed{'s' * (record['seeds'] > 1)}, {record['settings']['steps']} steps of "
+        f"{record['settings']['groups'] * record['settings']['samples']} responses of "
+        f"{mean([run['tokens'] for runs in record['trainings'].values() for run in runs]):.0f} tokens on average, "
+        f"{machine['workers']} processes on {machine['processor']}, vLLM {record['vllm']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}."
+    )
 
 
 def percent(value: float) -> str:
