@@ -5,6 +5,7 @@ trainer's own, or the trainer's own with correction weights. With top-p, the los
 
     .venv-vllm/bin/python examples/compare_vllm.py                # 24 trainings, into runs/vllm (after make demo-vllm)
     .venv-vllm/bin/python examples/compare_vllm.py --quick
+    cp runs/vllm/vllm.json docs
     python examples/compare_vllm.py --redraw --output docs        # the page's figure and tables, from docs/vllm.json
 
 Each finished training is a file in the folder `trainings`; those that are there with the same settings are not

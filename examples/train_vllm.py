@@ -335,7 +335,7 @@ def parse() -> tuple[argparse.Namespace, Settings, Way]:
 
 def draw_apart(history: VllmHistory, axes: plt.Axes) -> None:
     draw_curve(axes, history.apart, "#CC79A7")
-    axes.yaxis.set_major_formatter("{x:.0e}")
+    axes.yaxis.set_major_formatter("{x:.1e}")
     axes.set(title="Engine against trainer", ylabel="nats per token, mean")
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right", frameon=False)
