@@ -145,7 +145,7 @@ bench-peers: .venv/peers
 	touch $@
 
 # vLLM on a CPU: Linux on x86-64 with AVX2, or on aarch64; Python 3.11 to 3.14. Another environment than .venv, because
-# vLLM refuses the transformers of constraints.txt. 3.9 GB. On PyPI alone torch is the build for CUDA, 3 GB more:
+# vLLM refuses the transformers of constraints.txt. 3.3 GB. On PyPI alone torch is the build for CUDA, 3 GB more:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo-vllm takes the one for CPUs.
 VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-pip-version-check
 

