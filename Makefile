@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-versions static lint sanitize
+.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
 .PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
@@ -38,6 +38,11 @@ test-triton: .venv/test
 # Inside the trainers themselves: those that `make bench-peers` has installed, on the CPU.
 test-trainers: .venv/test .venv/peers
 	$(BIN)/python -m pytest --numprocesses auto $(wildcard tests/integrations/test_integration_*.py) $(ARGS)
+
+# vLLM itself on the CPU, in its own environment: outputs, streams, the HTTP server, pushed weights. ARGS=--record writes
+# what it returned to tests/rollout/recorded, which `make test` reads.
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --numprocesses 2 --dist loadfile tests/vllm_engine $(ARGS)
 
 # The core of the suite at both ends of what pyproject.toml promises, each in an environment of its own: torch 2.7 with
 # Python 3.10, and the newest torch before 2.16 with Python 3.13. Some 6 GB each, with the CUDA build of torch that the

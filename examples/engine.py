@@ -22,6 +22,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from gspo_kernels.integrations.vllm import push_weights
+
 
 class Engine:
     """A vLLM engine with the weights of a model; `push` gives it the model's present ones.
@@ -58,11 +60,7 @@ class Engine:
         The state dict has the head's own name even where it is tied to the embedding; `named_parameters` has not, and
         would leave the engine's head as it was.
         """
-        weights = ((name, value.detach()) for name, value in model.state_dict().items())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.reset_prefix_cache()  # its keys and values are the old weights'
-        if version is not None:
-            self.llm.llm_engine.set_weight_version(version)
+        push_weights(self.llm, model.state_dict().items(), version)
 
     def sample(self, prompts: Sequence[Sequence[int]], *, quiet: bool = True, **parameters: Any) -> list[Any]:
         """One `RequestOutput` for each prompt of token ids; `parameters` are those of vLLM's `SamplingParams`."""

@@ -46,7 +46,7 @@ METHODS = {"gspo": "GSPO", "grpo": "GRPO", "replay": "GRPO with routing replay"}
 LINES = {"gspo": COLORS["gspo"], "grpo": COLORS["grpo"], "replay": GREEN}
 
 
-def build_experts(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+def build_experts(tokenizer: PreTrainedTokenizerFast, head_size: int = 16) -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -57,7 +57,7 @@ def build_experts(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
         norm_topk_prob=True,  # as in Qwen3-30B-A3B
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=16,
+        head_dim=head_size,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -20,10 +20,10 @@ def refuse_part(where: str, cumulative: Any, logprobs: list[float]) -> None:
     """Raises where `cumulative_logprob` is not the sum. Not every version and request has it."""
     if not isinstance(cumulative, (int, float)) or not math.isfinite(cumulative):
         return
-    if not all(LOWEST < x <= HIGHEST_LOGPROB for x in logprobs):  # refused for what they are, or masked
+    total = sum(logprobs)
+    if abs(cumulative - total) <= ROUNDING * (1 + len(logprobs)) * max(1.0, abs(cumulative)):
         return
-    total = math.fsum(logprobs)
-    if abs(cumulative - total) > ROUNDING * (1 + len(logprobs)) * max(1.0, abs(cumulative)):
+    if all(LOWEST < x <= HIGHEST_LOGPROB for x in logprobs):  # others are refused for what they are, or masked
         raise ValueError(
             f"{where}.cumulative_logprob: expected the sum of the {len(logprobs)} log-probabilities, {total:g}; got "
             f"{cumulative:g}: {LAST_PART}"

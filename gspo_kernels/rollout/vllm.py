@@ -139,7 +139,7 @@ def _sampled_logprobs(where: str, token_ids: list[int], positions: Any) -> list[
     """The sampled token's log-probability at each position of a list of {token id: Logprob}, or of FlatLogprobs."""
     starts, ends = get(positions, "start_indices"), get(positions, "end_indices")
     found: list[Any] = []
-    if starts is not None and ends is not None:  # FlatLogprobs may build its lists at each access
+    if starts is not None and ends is not None:  # read once: a container may build its lists at each access
         candidates, values = list(get(positions, "token_ids")), list(get(positions, "logprobs"))
         for token, start, end in zip(token_ids, list(starts), list(ends), strict=True):
             at = next((j for j in range(start, end) if candidates[j] == token), None)

@@ -1,7 +1,7 @@
 """vLLM's and SGLang's outputs as packed arrays, from fakes with the fields and the order of the engines' own.
 
-The fakes follow `vllm/outputs.py`, `vllm/logprobs.py`, `vllm/v1/engine/logprobs.py` and the OpenAI protocol of vLLM,
-and SGLang's `tokenizer_manager.py` and `docs/basic_usage/sampling_params.md`. Neither engine is installed or imported.
+vLLM's have the fields of its recorded outputs, which `test_recorded.py` checks. SGLang's follow `tokenizer_manager.py`
+and `docs/basic_usage/sampling_params.md`. Neither engine is installed or imported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recorded
 import torch
 from modes import DEFAULT_MODE
 from test_errors import check_message
@@ -95,7 +96,7 @@ class RequestOutput:
 
 @dataclass
 class FlatLogprobs:
-    """vLLM 0.11 and later, with `SamplingParams(flat_logprobs=True)`: lists for all positions, dicts on access."""
+    """As of vLLM 0.11 to 0.32, with `SamplingParams(flat_logprobs=True)`: lists for all positions, dicts on access."""
 
     start_indices: list[int] = field(default_factory=list)
     end_indices: list[int] = field(default_factory=list)
@@ -119,7 +120,7 @@ class FlatLogprobs:
 
 
 class ColumnLogprobs:
-    """Later versions of vLLM: numpy columns; each read of an attribute builds a new list."""
+    """A container with the fields of FlatLogprobs that builds a new list at each read of one."""
 
     def __init__(self, flat: FlatLogprobs) -> None:
         self.flat, self.reads = flat, 0
@@ -136,7 +137,7 @@ class ColumnLogprobs:
 
 def as_dicts(token_ids: Sequence[int], logprobs: Sequence[float]) -> Any:
     return [
-        {token: Logprob(x, rank) for rank, (token, x) in enumerate(top(*pair))}
+        {token: Logprob(x, rank, ".") for rank, (token, x) in enumerate(top(*pair))}
         for pair in zip(token_ids, logprobs, strict=True)
     ]
 
@@ -160,7 +161,7 @@ def request_outputs(container: Callable[..., Any] = as_dicts) -> list[RequestOut
             list(prompt),
             None,
             [
-                CompletionOutput(j, "..", tuple(tokens), sum(logprobs), container(tokens, logprobs), REASONS[k][j])
+                CompletionOutput(j, "..", tuple(tokens), sum(logprobs, 0.0), container(tokens, logprobs), REASONS[k][j])
                 for j, (tokens, logprobs) in enumerate(RESPONSES[k])
             ],
             True,
@@ -226,55 +227,68 @@ def usage(k: int) -> dict[str, int]:
     return {"prompt_tokens": len(PROMPTS[k]), "completion_tokens": sum(len(tokens) for tokens, _ in RESPONSES[k])}
 
 
+def from_recorded(name: str, k: int, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """A response that vLLM's server sent, with other choices: their further fields are those that it had."""
+    response = recorded.load(name)["outputs"][0]
+    first = response["choices"][0]
+    numbered = [
+        first | {"index": j, "finish_reason": REASONS[k][j], "stop_reason": None} | choice
+        for j, choice in enumerate(choices)
+    ]
+    return response | {"choices": numbered, "usage": usage(k)} | fields
+
+
 def completion_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
     """POST /v1/completions with logprobs=0, n=2."""
-    return {
-        "id": "cmpl-1",
-        "object": "text_completion",
-        "choices": [
-            {
-                "index": j,
-                "text": "..",
-                "logprobs": {
-                    "text_offset": [0] * len(tokens),
-                    "token_logprobs": list(logprobs),
-                    "tokens": [named(t, as_ids) for t in tokens],
-                    "top_logprobs": [{named(t, as_ids): x} for t, x in zip(tokens, logprobs, strict=True)],
-                },
-                "finish_reason": REASONS[k][j],
-                "stop_reason": None,
-                "token_ids": list(tokens) if ids else None,
-                "prompt_logprobs": None,
-                "prompt_token_ids": PROMPTS[k] if ids else None,
-            }
-            for j, (tokens, logprobs) in enumerate(RESPONSES[k])
-        ],
-        "usage": usage(k),
-    }
+    choices = [
+        {
+            "logprobs": {
+                "text_offset": [0] * len(tokens),
+                "token_logprobs": list(logprobs),
+                "tokens": [named(t, as_ids) for t in tokens],
+                "top_logprobs": [{named(t, as_ids): x} for t, x in zip(tokens, logprobs, strict=True)],
+            },
+            "token_ids": list(tokens) if ids else None,
+            "prompt_token_ids": PROMPTS[k] if ids else None,
+        }
+        for tokens, logprobs in RESPONSES[k]
+    ]
+    return from_recorded("server_completions", k, choices)
 
 
 def chat_json(k: int, ids: bool = True, as_ids: bool = False) -> dict[str, Any]:
-    """POST /v1/chat/completions with logprobs=true, n=2; /inference/v1/generate has no `object` and no `message`."""
-    return {
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": j,
-                "message": {"role": "assistant", "content": ".."},
-                "logprobs": {
-                    "content": [
-                        {"token": named(t, as_ids), "logprob": x, "bytes": None, "top_logprobs": []}
-                        for t, x in zip(tokens, logprobs, strict=True)
-                    ]
-                },
-                "finish_reason": REASONS[k][j],
-                "token_ids": list(tokens) if ids else None,
-            }
-            for j, (tokens, logprobs) in enumerate(RESPONSES[k])
-        ],
-        "prompt_token_ids": PROMPTS[k] if ids else None,
-        "usage": usage(k),
-    }
+    """POST /v1/chat/completions with logprobs=true, n=2."""
+    choices = [
+        {
+            "logprobs": {
+                "content": [
+                    {"token": named(t, as_ids), "logprob": x, "bytes": [46], "top_logprobs": []}
+                    for t, x in zip(tokens, logprobs, strict=True)
+                ]
+            },
+            "token_ids": list(tokens) if ids else None,
+        }
+        for tokens, logprobs in RESPONSES[k]
+    ]
+    return from_recorded("server_chat", k, choices, prompt_token_ids=PROMPTS[k] if ids else None)
+
+
+def generated_json(k: int, ids: bool = True) -> dict[str, Any]:
+    """POST /inference/v1/generate with logprobs=0, n=2."""
+    choices = [
+        {
+            "logprobs": {
+                "content": [
+                    {"token_id": t, "logprob": x, "rank": 1, "top_logprobs": []}
+                    for t, x in zip(tokens, logprobs, strict=True)
+                ]
+            },
+            "token_ids": list(tokens),
+            "weight_versions": [{"version": "default", "start": 0, "end": len(tokens)}] if tokens else [],
+        }
+        for tokens, logprobs in RESPONSES[k]
+    ]
+    return from_recorded("server_generate", k, choices, prompt_token_ids=PROMPTS[k] if ids else None)
 
 
 def as_objects(value: Any) -> Any:
@@ -293,13 +307,9 @@ def test_server_responses(response: Callable[..., Any], read: Callable[[Any], An
 
 
 def test_the_generate_endpoint() -> None:
-    responses = [chat_json(k, ids=True) for k in range(2)]
-    for response in responses:
-        del response["object"], response["prompt_token_ids"]
-        for choice in response["choices"]:
-            del choice["message"]
-    check(from_vllm(responses), prompts=False)
-    check(from_vllm(responses, prompt_ids=PROMPTS))
+    check(from_vllm([generated_json(k) for k in range(2)]))
+    check(from_vllm([generated_json(k, ids=False) for k in range(2)]), prompts=False)
+    check(from_vllm([generated_json(k, ids=False) for k in range(2)], prompt_ids=PROMPTS))
 
 
 # --- SGLang -----------------------------------------------------------------------------------------------------------

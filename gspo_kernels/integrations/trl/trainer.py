@@ -23,6 +23,7 @@ from .head import Found, head_tensors, run_at_head
 from .images import NAMES as IMAGES
 from .images import of_rows
 from .models import check_model, check_router, head_without_adapter, transform_at_head
+from .vllm import engine_given, generate_with_vllm
 
 Inputs = dict[str, Any]  # TRL's micro-batch: completions [B, C], and prompts [B, P] before them
 HeadJob = Callable[[Tensor, Tensor, dict[str, Any]], Found]  # of hidden states, mask, and a loss's other arguments
@@ -33,14 +34,27 @@ class GSPOTrainer(GRPOTrainer):
 
     Takes the arguments of `GRPOTrainer`; `args` is a GSPOConfig or a GRPOConfig. An option that is not supported raises
     a ValueError with its name.
+
+    Args:
+        llm: a vLLM engine of the same model, for `use_vllm=True` and `vllm_mode="colocate"`: a `vllm.LLM` with
+            `logprobs_mode="processed_logprobs"`, in this process. None: TRL starts one, and leaves its dtype to vLLM.
     """
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *others: Any,
+        llm: Any = None,
+        **options: Any,
+    ) -> None:
         args = GSPOConfig("gspo") if args is None else args
         check_options(args)
-        with head_without_adapter(model):
+        with head_without_adapter(model), engine_given(args, llm):
             super().__init__(model, reward_funcs, args, *others, **options)
         check_surroundings(self)
+        generate_with_vllm(self, llm)
         for part in (self.model, self.ref_model):
             if part is not None:
                 check_model(self.accelerator.unwrap_model(part), self.accelerator.device)
