@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo_kernels import KeptTokens, MismatchDiagnosis, diagnose_mismatch
-from gspo_kernels.rollout.diagnosis import distributions
+from gspo_kernels.rollout.diagnosis import diagnose, distributions
 from gspo_kernels.rows import kept_filter
 
 pytestmark = DEFAULT_MODE
