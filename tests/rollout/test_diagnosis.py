@@ -15,7 +15,7 @@ from modes import DEFAULT_MODE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo_kernels import KeptTokens, MismatchDiagnosis, diagnose_mismatch
+from gspo_kernels import KeptTokens, MismatchDiagnosis, diagnose_mismatch, token_logprobs
 from gspo_kernels.rollout.diagnosis import diagnose, distributions
 from gspo_kernels.rows import kept_filter
 
@@ -273,7 +273,7 @@ def test_a_temperature_for_each_token() -> None:
 
 
 FILTERS: list[Arrays] = [
-    {"top_p": 0.8}, {"top_p": 0.95}, {"top_k": 4}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9},
+    {"top_p": 0.8}, {"top_p": 0.95}, {"top_k": 4}, {"top_k": 15}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9},
     {"top_p": 0.8, "temperature": 0.7}, {"top_k": 5, "temperature": 0.6},
 ]  # fmt: skip
 
@@ -373,6 +373,46 @@ def test_missing_log_probabilities_do_not_agree() -> None:
     assert any("have no log-probability" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(("noise", "cause"), [(0.0, "mask_too_wide"), (0.01, "mask_too_wide")])
+def test_a_single_missing_log_probability_is_not_noise(noise: float, cause: str) -> None:
+    """The loss would be NaN."""
+    given = sampled(noise, rows=60)
+    one = given["mask"].flatten().nonzero()[100, 0]
+    given["old_logprobs"].view(-1)[one] = torch.nan
+    found = diagnosed(given)
+    assert not found.agrees and found.cause == cause and found.given.missing == 1
+    given["old_logprobs"].view(-1)[one] = -1.0
+    given["token_ids"].view(-1)[one] = V
+    found = diagnosed(given)
+    assert not found.agrees and "some tokens in the mask have no log-probability" in str(found)
+
+
+def test_one_missing_of_a_million_is_not_rounding() -> None:
+    logprobs = -torch.rand(1_100_000)
+    old, ids = logprobs.clone(), torch.zeros(1_100_000, dtype=torch.int64)
+    old[5] = torch.nan
+    boundaries = torch.tensor([0, 500_000, 1_100_000])
+    assert not diagnose_mismatch(None, ids, old, logprobs=logprobs, cu_seqlens=boundaries).agrees
+
+
+def test_one_response_of_another_policy_is_not_noise() -> None:
+    given = sampled(rows=60)
+    row = int(given["mask"].sum(1).argmax())
+    given["old_logprobs"][row] = -3 * torch.rand(T, generator=torch.Generator().manual_seed(3))
+    found = diagnosed(given)
+    assert found.given.mean < 0.05 and not found.agrees
+    assert f"The others begin with number {row}" in " ".join(str(found).split())
+
+
+def test_what_was_not_tried_is_no_evidence_of_stale_weights() -> None:
+    given = sampled(temperature=0.6, rows=48)
+    found = diagnosed(without_logits(given))
+    assert found.cause != "stale_weights" or "Another temperature or other filters" in found.text
+    given = sampled(temperature=0.95, rows=48, noise=0.02)
+    found = diagnosed(given)
+    assert found.cause == "another_temperature" or any("explains a part" in note for note in found.notes)
+
+
 # --- a rollout engine's own -------------------------------------------------------------------------------------------
 
 ENGINE: list[tuple[str, Arrays, str | None]] = [
@@ -443,11 +483,17 @@ def test_the_page_has_a_report_of_these_rollouts() -> None:
     assert {name for name in causes if " + " not in name and f"`{name}`" not in page} == set()
 
 
-def test_following_the_line_makes_the_arrays_agree() -> None:
-    given = MISTAKES["old one late"][1](sampled())
-    names = {"old_logprobs": given["old_logprobs"]}
-    exec(diagnosed(given).fix, {}, names)
-    assert diagnosed(given | names).agrees
+def divided(given: Arrays) -> Arrays:
+    return given | {"old_logprobs": given["old_logprobs"] / 0.7, "temperature": 0.7}
+
+
+@pytest.mark.parametrize("layout", [dict, packed])
+@pytest.mark.parametrize("case", ["old one late", "logits not shifted", "cumulative", "divided"])
+def test_following_the_line_makes_the_arrays_agree(case: str, layout: Callable[[Arrays], Arrays]) -> None:
+    given = layout((divided if case == "divided" else MISTAKES[case][1])(sampled()))
+    names = dict(given)
+    exec(diagnosed(given).fix, {"token_logprobs": token_logprobs}, names)
+    assert diagnosed({name: names[name] for name in given}).agrees
 
 
 def test_what_noise_means_for_the_clip_range_is_said() -> None:

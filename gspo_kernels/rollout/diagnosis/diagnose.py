@@ -188,7 +188,7 @@ class _Scores:
 
     @property
     def given_is_equal(self) -> bool:
-        return _distance(self.given) <= EQUAL
+        return _distance(self.given) <= EQUAL and not self.given.missing
 
     def add(self, trial: Trial) -> None:
         score = self._score(trial)
@@ -209,6 +209,8 @@ class _Scores:
         left = _distance(score)
         named = score.name == "logprobs_rounded"  # for which there is other evidence
         share = 0.5 if named or (before > NOISE and not score.fitted) else 0.25
+        if score.name == "mask_too_wide" and self.given.missing and not score.missing:
+            share = 1.0  # what was missing is proof
         if not left <= min(NOISE, share * before):
             return False
         telling = int((trial.counted & (trial.new < -1e-2) & trial.old.isfinite()).sum())
@@ -260,27 +262,33 @@ def _conclude(
     if winner is not None:
         others[winner.name] = winner
     candidates = (given, *sorted(others.values(), key=_distance))
-    facts = text.facts_of(batch, new, NOISE)
+    facts = text.facts_of(batch, new, equal=EQUAL, noise=NOISE)
+    untried: tuple[str, ...] = () if distribution is not None else text.NEEDS_LOGITS
+    if distribution is not None and distribution.kept is not None and not scores.given_is_equal:
+        untried = text.NEEDS_NO_KEPT
     agrees, cause, fix = False, None, ""
     if winner is not None:
         cause, said, fix = winner.name, winner.text, winner.fix
     elif facts.tokens == 0:
         agrees, said = not given.missing, text.NOTHING
+    elif given.missing and given.mean <= NOISE:
+        said = text.MISSING
+    elif facts.is_uneven:
+        said = text.UNEVEN
     elif scores.given_is_equal:
         agrees, said = True, text.EQUAL
     elif _distance(given) <= NOISE and not facts.is_one_sided:
         agrees, said = True, text.NOISE
     elif facts.looks_stale and not given.missing:
-        cause, said, fix = "stale_weights", text.STALE, text.STALE_FIX
+        cause, said, fix = "stale_weights", text.STALE + (text.OR_UNTRIED if untried else ""), text.STALE_FIX
     else:
         said = text.UNKNOWN
     notes = list(text.notes_of(batch, new, winner or given, given, agrees or winner is not None, facts))
     if agrees and facts.tokens and distribution is not None and distribution.kept is None:
         sample = Sample(distribution, _rows_to_sample(batch))
         notes += text.note_of_sampling(sample.likeliest_temperature(batch.mask), sample.given)
-    untried: tuple[str, ...] = () if distribution is not None else text.NEEDS_LOGITS
-    if distribution is not None and distribution.kept is not None and not scores.given_is_equal:
-        untried = text.NEEDS_NO_KEPT
+    if winner is None and not agrees:
+        notes += text.note_of_the_nearest(given, candidates[1:])
     return MismatchDiagnosis(
         agrees, cause, said, fix, candidates, tuple(notes), untried, facts.tokens, facts.sequences
     )  # fmt: skip

@@ -23,7 +23,8 @@ COLUMNS = 1024  # most likely columns of a row that filters are fitted to
 LOWEST, HIGHEST, STEPS = 0.1, 10.0, 47  # temperatures that are tried first
 TOP_P = (*(x / 100 for x in range(95, 0, -5)), *(x / 100 for x in range(99, 49, -1) if x % 5), 0.995, 0.999)
 ROUND = 19  # of these, that are tried together with top_k
-TOP_K = (*range(2, 11), 20, 30, 40, 50, 64, 100, 200, 500)
+TOP_K = (*range(2, 11), 20, 30, 40, 50, 64, 100, 200, 500)  # these first, and tried together with top_p
+MORE_TOP_K = (*range(11, 129), *range(130, COLUMNS, 10), 256, 512)
 MIN_P = (0.1, 0.05, 0.2, 0.01, 0.02, 0.3, 0.5, 0.03, 0.15, 0.25, 0.005, 0.001)
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 0.5, 1.2, 1.1, 0.4, 0.3, 1.5)  # tried together with filters
 
@@ -247,7 +248,7 @@ class Sample:
                 enough = known.sum(0) >= 8
                 means = torch.where(known, left.clamp(max=MOST), 0.0).sum(0) / known.sum(0).clamp(min=1)
                 means = torch.where(enough, means, MOST)
-                h = int(means.argmin())
+                h = int((means <= 1.05 * means.min()).int().argmax())  # of about equal ones the first: usual values
                 if kind not in best or float(means[h]) < 0.9 * best[kind].mean - 1e-9:
                     best[kind] = Filter(options[h], value, float(means[h]), rows, over_set[:, h])
         yield from best.values()
@@ -258,6 +259,7 @@ def _sets(probabilities: Tensor, mass: Tensor) -> dict[str, tuple[list[dict[str,
     rows, columns = mass.shape
     like: dict[str, Any] = {"dtype": mass.dtype, "device": mass.device}
     top_k = [k for k in TOP_K if k < columns]
+    alone = [*top_k, *(k for k in MORE_TOP_K if k < columns and k not in TOP_K)]
     k = torch.tensor(top_k, dtype=torch.int64, device=mass.device)
     p, fewer_p = torch.tensor(TOP_P, **like), torch.tensor(TOP_P[:ROUND], **like)
     m = torch.tensor(MIN_P, **like)
@@ -278,7 +280,7 @@ def _sets(probabilities: Tensor, mass: Tensor) -> dict[str, tuple[list[dict[str,
     if top_k:
         within = (mass[:, k - 1, None] * fewer_p).flatten(1)  # [R, K P]
         most = k[:, None].expand(-1, ROUND).flatten()
-        found["top_k"] = [{"top_k": x} for x in top_k], k.expand(rows, -1)
+        found["top_k"] = [{"top_k": x} for x in alone], torch.tensor(alone, device=mass.device).expand(rows, -1)
         pairs = [{"top_k": x, "top_p": y} for x in top_k for y in TOP_P[:ROUND]]
         found["top_k, top_p"] = pairs, torch.minimum(at_least(within), most)
     return {kind: found[kind] for kind in ("top_k", "top_p", "min_p", "top_k, top_p") if kind in found}

@@ -105,7 +105,8 @@ def of_sums(batch: Batch, new: Tensor) -> Iterator[Trial]:
         before[rows] = torch.where(starts, 0.0, previous)
     yield Trial(
         "cumulative_sums", "each token has the sum of the log-probabilities up to it",
-        "old_logprobs = old_logprobs.diff(dim=-1, prepend=...)  # of each response; its first token's is its own",
+        "old_logprobs = old_logprobs.diff(dim=-1, prepend=0 * old_logprobs[..., :1])  # a response's first token keeps "
+        "its own value: set it where the one before is not 0",
         new, old - before, mask,
     )  # fmt: skip
 
@@ -170,7 +171,8 @@ def of_distribution(batch: Batch, distribution: Distribution, sample: Sample) ->
                     name="temperature_divides_logprobs",
                     text=f"old_logprobs are log-probabilities of temperature 1 times {each.fitted[0][1]:.4g}: a "
                     "temperature divided log-probabilities",
-                    fix="old_logprobs = (logits / temperature).log_softmax(-1)  # divide before log_softmax, not after",
+                    fix="old_logprobs = token_logprobs(logits, token_ids, temperature=temperature).logprobs  # divide "
+                    "before log_softmax, not after",
                 )
 
 

@@ -120,11 +120,14 @@ def _shifts(batch: Batch, has_logits: bool) -> Iterator[Pairing]:
             f"token_ids = token_ids.roll({-by}, {dims})  # {row}; {targets}",
             by, given.source, both(by),
         )  # fmt: skip
-        cut = "logits[:, :-1] with token_ids[:, 1:], old_logprobs[:, 1:] and mask[:, 1:]"
         yield Pairing(
             "logits_shifted",
             f"token_ids and old_logprobs are both {_tokens(by)}: row t of the logits predicts token_ids[t {by:+d}]",
-            (f"{cut}, or roll all three by -1" if by > 0 else "do not shift token_ids and old_logprobs a second time")
+            (
+                f"token_ids, old_logprobs, mask = (x.roll(-1, {dims}) for x in (token_ids, old_logprobs, mask))"
+                if by > 0
+                else "do not shift token_ids, old_logprobs and mask a second time"
+            )
             + f"  # {row}; {targets}",
             by, _moved(batch, by), both(by),
         )  # fmt: skip

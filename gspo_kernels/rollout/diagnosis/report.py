@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,12 @@ STALE = (
 STALE_FIX = (
     "push the weights before sampling, and take old_logprobs before the first update  # push model.state_dict(): "
     "named_parameters() leaves out a tied lm_head, which then stays as it was; then llm.reset_prefix_cache()"
+)
+OR_UNTRIED = ". Another temperature or other filters look like that too, and were not tried"
+MISSING = "some tokens in the mask have no log-probability; the others agree"
+UNEVEN = (
+    "most responses agree to float32 rounding, and some do not at all: are their old_logprobs those of other "
+    "responses, or of older weights?"
 )
 UNKNOWN = "none of the usual mistakes explains the difference"
 NEEDS_LOGITS = (
@@ -92,22 +98,29 @@ class Facts(NamedTuple):
     tokens: int  # unmasked
     sequences: int  # with an unmasked token
     is_one_sided: bool  # nearly all differences have one sign
+    is_uneven: bool  # most responses agree exactly, and some by far not
     looks_stale: bool  # the old log-probabilities are of a distribution from which the tokens were sampled
     kl_k1: float
     kl_k3: float
     weight_mean: float  # of exp(logprob - old_logprob): 1 if the tokens were sampled from the old distribution
 
 
-def facts_of(batch: Batch, new: Tensor, noise: float) -> Facts:
+def facts_of(batch: Batch, new: Tensor, *, equal: float, noise: float) -> Facts:
+    """equal, noise: nats a token."""
     tokens = int(batch.mask.sum())
     sequences = int((batch.per_sequence(batch.mask.double()) > 0.5).sum())
     use = batch.mask & new.isfinite() & batch.old.isfinite()
     r = (new - batch.old)[use]
     n = r.numel()
     if n < 64:
-        return Facts(tokens, sequences, False, False, 0.0, 0.0, 1.0)
+        return Facts(tokens, sequences, False, False, False, 0.0, 0.0, 1.0)
     mean, size = float(r.mean()), float(r.abs().mean())
     is_one_sided = size > 1e-3 and abs(mean) > 0.5 * size and abs(mean) > 6 * float(r.std()) / math.sqrt(n)
+    telling = use & (new < -1e-2)
+    counts = batch.per_sequence(telling.double()).round()
+    means = batch.per_sequence(torch.where(telling, (new - batch.old).abs(), 0.0).nan_to_num(0.0))
+    means = (means / counts.clamp(min=1))[counts >= 8]
+    is_uneven = means.numel() > 2 and bool(means.median() <= equal) and bool(means.max() > noise)
     weight = r.clamp(-20.0, 20.0).exp()
     weight_mean, spread = float(weight.mean()), float(weight.std())
     k1, k3 = -mean, float((torch.expm1(r.clamp(-20.0, 20.0)) - r).mean())
@@ -120,7 +133,7 @@ def facts_of(batch: Batch, new: Tensor, noise: float) -> Facts:
         and k3 / 3 < k1 < 3 * k3
         and float(r.abs().median()) > 1e-4
     )
-    return Facts(tokens, sequences, is_one_sided, looks_stale, k1, k3, weight_mean)
+    return Facts(tokens, sequences, is_one_sided, is_uneven, looks_stale, k1, k3, weight_mean)
 
 
 def notes_of(
@@ -157,6 +170,18 @@ def note_of_sampling(sampled: tuple[float, float] | None, given: float) -> Itera
         )
 
 
+def note_of_the_nearest(given: MismatchCandidate, others: Sequence[MismatchCandidate]) -> Iterator[str]:
+    """Of a mistake that explains a part, which is not enough to name it."""
+    whole = [x for x in others if x.fitted and x.tokens >= given.tokens and not x.missing]
+    nearest = min(whole, key=lambda x: x.mean, default=None)
+    if nearest is not None and nearest.mean < 0.5 * given.mean:
+        fitted = ", ".join(f"{name} {value:.4g}" for name, value in nearest.fitted)
+        yield (
+            f"{nearest.name} ({fitted}) explains a part: the mean difference falls from {_number(given.mean)} to "
+            f"{_number(nearest.mean)} nats a token, which can be noise. Look at it first"
+        )
+
+
 def _about_clipping(chosen: MismatchCandidate) -> str:
     window = f"{GSPO.eps_low:g} below 1 to {GSPO.eps_high:g} above"
     clipped = f"{chosen.clip_fraction:.0%} of these responses are clipped before any update"
@@ -183,9 +208,11 @@ def _about_the_unexplained(batch: Batch, new: Tensor, facts: Facts) -> Iterator[
     far = batch.per_sequence((use & ~near).double())
     counted = batch.per_sequence(use.double())
     agreeing = int(((far < 0.5) & (counted > 0.5)).sum())
+    differing = (far > 0.5).nonzero()[:, 0]
+    some = f". The others begin with number {', '.join(map(str, differing[:4].tolist()))}" if agreeing else ""
     yield (
         f"{int(near.sum()) / max(1, int(use.sum())):.0%} of the tokens agree to {NEAR:g} nats, and {agreeing:,} of "
-        f"{facts.sequences:,} responses in all their tokens"
+        f"{facts.sequences:,} responses in all their tokens{some if differing.numel() else ''}"
     )
     rank = use.long().cumsum(0)
     of = batch.sequence_of
