@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from .weight_versions import WeightVersions
 class PromptedRollouts:
     """Each prompt followed by its response, packed: row t of a causal model's logits predicts `token_ids[t]`.
 
-    `batch[chosen]` are the chosen responses: a slice, or int64 indices or a bool mask of [S], as for `advantages`.
+    `batch[chosen]` are the chosen responses: a slice, or int64 indices or a bool mask of [S], as for `advantages`:
+    tensors, lists or numpy arrays.
     """
 
     input_ids: Tensor  # [P + N] int64, for the model: each prompt, then its response
@@ -61,8 +63,11 @@ class PromptedRollouts:
         count, device = len(self), self.cu_seqlens.device
         if isinstance(chosen, slice):
             return torch.tensor(range(count)[chosen], dtype=torch.int64, device=device)
-        if isinstance(chosen, list):
-            chosen = torch.tensor(chosen, device=device) if chosen else torch.empty(0, dtype=torch.int64)
+        if isinstance(chosen, list) and not chosen:
+            return torch.empty(0, dtype=torch.int64, device=device)
+        if isinstance(chosen, list) or type(chosen).__module__ == "numpy":
+            with suppress(TypeError, ValueError, RuntimeError):  # what is no array is refused below
+                chosen = torch.as_tensor(chosen, device=device)
         if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.bool, torch.int64, torch.int32):
             raise TypeError(
                 "responses: expected a slice (batch[3:4] for one response), int64 indices or a bool mask; got "
@@ -100,6 +105,6 @@ class PromptedRollouts:
             if shuffle
             else torch.arange(len(self), device="cpu")
         )
-        for chosen in order.to(self.cu_seqlens.device).tensor_split(count):
+        for chosen in order.to(self.cu_seqlens.device).tensor_split(min(count, max(1, len(self)))):
             if chosen.numel():
                 yield chosen, self[chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from modes import DEFAULT_MODE
@@ -58,6 +59,8 @@ def rows_of(batch: PromptedRollouts, i: int) -> dict[str, Any]:
         (torch.tensor([2], dtype=torch.int32), [2]),
         (torch.tensor([True, False, True, True]), [0, 2, 3]),
         ([False, False, True, False], [2]),
+        (np.array([2, 0]), [2, 0]),
+        (np.array([True, False, False, True]), [0, 3]),
         (torch.zeros(4, dtype=torch.bool), []),
     ],
     ids=str,
@@ -85,6 +88,10 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "beyond the beginning": ([-5], IndexError, "[-5]"),
     "floats": (torch.tensor([0.0]), TypeError, "float32"),
     "a matrix": (torch.tensor([[0]]), ValueError, "[1, 1]"),
+    "text": (["stop"], TypeError, "'stop'"),
+    "nothing": ([None], TypeError, "None"),
+    "lists": ([[0], [1, 2]], TypeError, "[1, 2]"),
+    "numpy's floats": (np.array([0.5]), TypeError, "float64"),
 }
 
 
@@ -96,7 +103,7 @@ def test_what_chooses_no_responses_is_refused(case: str) -> None:
     check_message(error.value, "responses", came)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("count", [1, 2, 3, 10**15])
 def test_mini_batches_have_each_response_once(count: int) -> None:
     batch = full_batch()
     for shuffle in (False, True):
