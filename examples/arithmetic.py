@@ -128,7 +128,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True, head_size: int = 16) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -136,7 +136,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwe
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=16,
+        head_dim=head_size,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,

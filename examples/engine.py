@@ -48,7 +48,8 @@ class Engine:
         with tempfile.TemporaryDirectory() as folder:  # read once
             model.save_pretrained(folder)
             tokenizer.save_pretrained(Path(folder))
-            settings = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True} | options
+            settings = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
+            settings |= {"use_tqdm_on_load": False} | options
             self.llm = LLM(
                 folder, dtype=dtype, max_model_len=max_length, logprobs_mode=logprobs_mode, seed=seed, **settings
             )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -336,12 +335,6 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
     return {"clipping": clipping_table(record), "bias": bias_table(record), "training": training_table(record)}
 
 
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are aligned to the right."""
-    lines = [titles, ["---"] + ["--:"] * (len(titles) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def clipping_table(record: dict[str, Any]) -> str:
     titles = ["filter", "columns", "one column", "p(S)", "clipped", "of the penalized", "ratio off 1, mean", "largest"]
     titles += ["with `kept=`: clipped", "ratio off 1, largest"]
@@ -352,7 +345,7 @@ def clipping_table(record: dict[str, Any]) -> str:
         off = [size(lab.mean(engine["mean"])), size(max(engine["largest"]))]
         own = [share(kept["clipped"]), size(max(kept["largest"]))]
         rows.append([name, f"{lab.mean(found['columns']):.1f}", *shares, *off, *own])
-    return table(titles, rows)
+    return lab.table(titles, rows)
 
 
 def share(values: list[float]) -> str:
@@ -370,7 +363,7 @@ def bias_table(record: dict[str, Any]) -> str:
         pairs = [(lab.mean(found[way]["error"]), lab.mean(found[way]["cosine"])) for way in WAYS]
         cells = [(f"{x:.0e}" if x < 1e-3 else f"{x:.1%}", f"{y:.3f}") for x, y in pairs]
         rows.append([name, *itertools.chain(*cells)])
-    return table(titles, rows)
+    return lab.table(titles, rows)
 
 
 def training_table(record: dict[str, Any]) -> str:
@@ -383,7 +376,7 @@ def training_table(record: dict[str, Any]) -> str:
         accuracy = [each[-1] for each in found["accuracy"]]
         cells = (lab.ranged(each, ".0%") for each in (reward, late, accuracy, first, clipped, mass))
         rows.append([TRAININGS[name][2], *cells])
-    return table(titles, rows)
+    return lab.table(titles, rows)
 
 
 def tail(values: list[float]) -> list[float]:
@@ -411,11 +404,7 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def fill(page: str, record: dict[str, Any]) -> str:
-    """The page with the record's tables: each from `<!-- kept sets: name -->` to `<!-- end -->`."""
-    for name, text in tables(record).items():
-        block = rf"(<!-- kept sets: {name} -->\n).*?(<!-- end -->)"
-        page = re.sub(block, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL)
-    return page
+    return lab.fill(page, "kept sets", tables(record))
 
 
 def main() -> None:

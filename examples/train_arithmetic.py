@@ -22,7 +22,9 @@ import json
 import platform
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -119,17 +121,28 @@ def reinforce(
     return history
 
 
-def draw_plot(history: History, title: str, clip_unit: str, path: Path) -> None:
-    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#666666"  # distinct for colour-blind readers
-    panels = 4 if history.explained_variance else 3
-    figure, (left, middle, right, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 4), layout="constrained")
-    steps = range(1, len(history.reward) + 1)
+def draw_curve(axes: plt.Axes, values: list[float], color: str) -> None:
+    """One value for each step, and their mean over the last few steps."""
+    steps = range(1, len(values) + 1)
+    window = max(1, len(values) // 16)
+    recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    axes.plot(steps, values, color=color, alpha=0.3, linewidth=1, label="each step")
+    axes.plot(steps, [sum(part) / len(part) for part in recent], color=color, label=f"mean of {window} steps")
 
-    def draw_curve(axes: plt.Axes, values: list[float], color: str) -> None:
-        window = max(1, len(values) // 16)
-        recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
-        axes.plot(steps, values, color=color, alpha=0.3, linewidth=1, label="each step")
-        axes.plot(steps, [sum(part) / len(part) for part in recent], color=color, label=f"mean of {window} steps")
+
+def draw_critic(history: History, axes: plt.Axes) -> None:
+    draw_curve(axes, history.explained_variance, "#CC79A7")
+    axes.set(title="Critic", ylabel="variance of the returns that it explains", ylim=(-0.5, 1))
+    axes.legend(loc="lower right", frameon=False)
+
+
+def draw_plot(
+    history: History, title: str, clip_unit: str, path: Path, fourth: Callable[[plt.Axes], None] | None = None
+) -> None:
+    """Three panels, and a fourth with what `fourth` draws in it."""
+    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#666666"  # distinct for colour-blind readers
+    panels = 3 if fourth is None else 4
+    figure, (left, middle, right, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 4), layout="constrained")
 
     draw_curve(left, history.reward, blue)
     left.set(title="Reward", ylabel="sampled responses that are right", ylim=(0, 1))
@@ -149,16 +162,13 @@ def draw_plot(history: History, title: str, clip_unit: str, path: Path) -> None:
     right.set_ylim(bottom=0)
     right.legend(loc="upper right", frameon=False)
 
-    for axes in rest:
-        draw_curve(axes, history.explained_variance, "#CC79A7")
-        axes.set(title="Critic", ylabel="variance of the returns that it explains", ylim=(-0.5, 1))
-        axes.legend(loc="lower right", frameon=False)
-
     for axes in (left, middle, right, *rest):
         axes.set_xlabel("step")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    if fourth is not None:
+        fourth(rest[0])
     figure.suptitle(title)
     figure.get_layout_engine().set(wspace=0.05)
     figure.savefig(path, dpi=150)
@@ -172,9 +182,10 @@ def positive(text: str) -> float:
     return value
 
 
-def parse_arguments(parser: argparse.ArgumentParser, output: Path) -> tuple[argparse.Namespace, Settings]:
+def parse_arguments(
+    parser: argparse.ArgumentParser, output: Path, default: Settings = Settings(), quick: Settings = QUICK
+) -> tuple[argparse.Namespace, Settings]:
     """Adds the options of every training to those of `parser`, and parses the command line."""
-    default = Settings()
     parser.add_argument("--warmup-steps", type=count, help=f"supervised steps (default: {default.warmup_steps})")
     parser.add_argument("--steps", type=count, help=f"steps of reinforcement learning (default: {default.steps})")
     parser.add_argument("--groups", type=count, help=f"problems per step (default: {default.groups})")
@@ -187,7 +198,7 @@ def parse_arguments(parser: argparse.ArgumentParser, output: Path) -> tuple[argp
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
     arguments = parser.parse_args()
 
-    settings = settings_of(parser, arguments, QUICK if arguments.quick else default)
+    settings = settings_of(parser, arguments, quick if arguments.quick else default)
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -270,7 +281,8 @@ def main() -> None:
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     name = arguments.loss.replace("_", "-").upper() + (" with a critic" if critic else "")
     title = f"{name}: a Qwen3 of {parameters:,} parameters learns to add (seed {arguments.seed})"
-    draw_plot(history, title, "responses" if objective.ratio_of == "sequence" else "tokens", path)
+    unit = "responses" if objective.ratio_of == "sequence" else "tokens"
+    draw_plot(history, title, unit, path, None if critic is None else partial(draw_critic, history))
 
     print("\nHeld-out problems, before and after:")
     for line in zip(shown, before, after, strict=True):

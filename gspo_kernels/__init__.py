@@ -34,6 +34,8 @@ from .losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
 from .report import explain
 from .rollout.advantages import group_advantages, group_token_counts, whiten_advantages
 from .rollout.correction import RolloutMismatch, RolloutWeights, RolloutWeightStats, rollout_mismatch, rollout_weights
+from .rollout.diagnosis.diagnose import diagnose_mismatch
+from .rollout.diagnosis.report import MismatchCandidate, MismatchDiagnosis
 from .rollout.gae import GaeOutput, gae
 from .rollout.prompted import PromptedRollouts
 from .rollout.rollouts import Rollouts
@@ -64,6 +66,8 @@ __all__ = [
     "Layout",
     "LogitTransform",
     "LossOutput",
+    "MismatchCandidate",
+    "MismatchDiagnosis",
     "Objective",
     "PromptedRollouts",
     "RolloutMismatch",
@@ -83,6 +87,7 @@ __all__ = [
     "VocabularyShard",
     "WeightVersions",
     "clipped_surrogate",
+    "diagnose_mismatch",
     "explain",
     "from_sglang",
     "from_vllm",

@@ -14,6 +14,7 @@ import os
 import platform
 import queue
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +122,7 @@ def parse(
     settings: Settings,
     quick: Settings = QUICK,
     parser: argparse.ArgumentParser | None = None,
+    output: Path = Path("runs/paper"),
 ) -> tuple[argparse.Namespace, Settings]:
     """Adds the options of every experiment to those of `parser`, and parses the command line."""
     parser = parser or argparse.ArgumentParser(description=(description or "").split("\n")[0])
@@ -130,7 +132,7 @@ def parse(
     parser.add_argument("--samples", type=count, help=f"responses per problem (default: {settings.samples})")
     parser.add_argument("--device", default="cpu", help="where torch runs: cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--workers", type=count, default=_cores(), help="processes (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=output, help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds that learns next to nothing")
     parser.add_argument("--redraw", action="store_true", help=f"only the figure, from the folder's {name}.json")
     arguments = parser.parse_args()
@@ -305,3 +307,17 @@ def ranged(values: Sequence[float], form: str | None = None) -> str:
         return format(value, form or (".2g" if abs(value) < 100 else ".0f"))
 
     return f"{text(mean(values))} ({text(min(values))} to {text(max(values))})" if len(values) > 1 else text(values[0])
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Markdown; all columns but the first `left` are aligned to the right."""
+    lines = [titles, ["---"] * left + ["--:"] * (len(titles) - left), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(page: str, kind: str, tables: dict[str, str]) -> str:
+    """The page with these tables: each from `<!-- kind: name -->` to `<!-- end -->`."""
+    for name, text in tables.items():
+        block = rf"(<!-- {re.escape(kind)}: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        page = re.sub(block, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL)
+    return page

@@ -80,6 +80,12 @@ def test_waits_for_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
         CALLS[call]()
 
 
+def test_the_diagnosis_waits_as_it_says() -> None:
+    assert "waits for the device" in (gspo_kernels.diagnose_mismatch.__doc__ or "")
+    with OnDevice(), pytest.raises(AssertionError, match="waits"):
+        gspo_kernels.diagnose_mismatch(None, GROUPS[None], R[:1, :3], logprobs=-V[:1, :3].abs())
+
+
 def test_a_call_that_waits_is_found() -> None:
     with OnDevice(), pytest.raises(AssertionError, match="waits"):
         V.max().item()
