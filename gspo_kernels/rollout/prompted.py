@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from torch.nn import functional as F
 from ..base import checks
 from ..rows.kept import KeptTokens
 from .weight_versions import WeightVersions
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+Batch = TypeVar("Batch", bound="DataclassInstance")
+
+
+def moved(batch: Batch, device: Any) -> Batch:
+    """All of its fields that have a device on this one."""
+    values = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
@@ -37,6 +49,10 @@ class PromptedRollouts:
     def __len__(self) -> int:
         """The number of responses, S."""
         return self.cu_seqlens.numel() - 1
+
+    def to(self, device: Any) -> PromptedRollouts:
+        """On another device."""
+        return moved(self, device)
 
     def __getitem__(self, chosen: Any) -> PromptedRollouts:
         device = self.cu_seqlens.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +17,15 @@ from test_routed_experts import vllm_outputs as with_experts
 from test_weight_versions import SPANS, WeightVersionSpan
 from torch import Tensor
 
-from gspo_kernels import KeptTokens, PromptedRollouts, from_sglang, from_vllm, gspo_loss, token_logprobs
+from gspo_kernels import (
+    KeptTokens,
+    PromptedRollouts,
+    WeightVersions,
+    from_sglang,
+    from_vllm,
+    gspo_loss,
+    token_logprobs,
+)
 
 pytestmark = DEFAULT_MODE
 
@@ -72,6 +82,22 @@ def test_chosen_responses_have_all_that_is_theirs(chosen: Any, responses: list[i
     assert part.cu_seqlens[-1] == len(part.input_ids) == len(part.mask)
     for i, response in enumerate(responses):
         assert rows_of(part, i) == rows_of(batch, response)
+
+
+def test_all_fields_move_to_a_device() -> None:
+    """As of a batch that another process made."""
+    for batch in (full_batch(), from_vllm(with_experts())):
+        there = copy.deepcopy(batch).to("meta")
+        for each in dataclasses.fields(batch):
+            was, now = getattr(batch, each.name), getattr(there, each.name)
+            assert type(now) is type(was)
+            if isinstance(was, WeightVersions):
+                assert now.labels == was.labels and now.of_tokens.device.type == "meta"
+            elif hasattr(was, "device"):
+                assert now.device.type == "meta" and was.device.type == "cpu"
+            else:
+                assert now == was
+    assert rows_of(full_batch().to("cpu"), 3) == rows_of(full_batch(), 3)
 
 
 def test_positions_start_again_with_each_prompt() -> None:
