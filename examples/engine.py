@@ -60,7 +60,7 @@ class Engine:
         The state dict has the head's own name even where it is tied to the embedding; `named_parameters` has not, and
         would leave the engine's head as it was.
         """
-        push_weights(self.llm, model.state_dict().items(), version)
+        push_weights(self.llm, model.state_dict(), version)
 
     def sample(self, prompts: Sequence[Sequence[int]], *, quiet: bool = True, **parameters: Any) -> list[Any]:
         """One `RequestOutput` for each prompt of token ids; `parameters` are those of vLLM's `SamplingParams`."""

@@ -1,4 +1,4 @@
-"""How an engine's log-probabilities differ from the trainer's, by response length: the section of docs/rollout.md.
+"""How an engine's log-probabilities differ from the trainer's, by response length: docs/engine-noise.md.
 
 vLLM samples with the weights of the demo's model, in float32 and in bfloat16, and the trainer computes the same
 log-probabilities. Nothing was learned in between, so GSPO's ratios should be 1. Measured: the error of a token, that of
@@ -6,7 +6,7 @@ the mean over a response, and the share of the responses that GSPO clips for it.
 shorter ones are its beginnings.
 With `linear_logits` the engine samples from logits that this package computes from its hidden states, in float32.
 
-    python examples/engine_noise.py                    # some 15 minutes on two CPU cores, into runs/paper; needs vLLM
+    python examples/engine_noise.py                    # 26 minutes on two busy CPU cores with 128 responses, into runs/paper; needs vLLM
     python examples/engine_noise.py --quick            # smoke test
     python examples/engine_noise.py --redraw --output docs  # figure and tables, from docs/engine-noise.json
 """
@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -273,12 +272,6 @@ def about(record: dict[str, Any]) -> str:
     )
 
 
-def table(titles: list[str], rows: list[list[str]], left: int) -> str:
-    """Markdown; all columns but the first `left` are aligned to the right."""
-    lines = [titles, ["---"] * left + ["--:"] * (len(titles) - left), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def pair_table(record: dict[str, Any], model: str) -> str:
     shown = [n for n in LENGTHS if n <= record["settings"]["length"] and n not in (30, 300)]
     titles = ["engine", "trainer", "noise", "mean", "slope", *(f"rms, {n:,}" for n in shown)]
@@ -295,7 +288,7 @@ def pair_table(record: dict[str, Any], model: str) -> str:
         measured = found["measured_length"]
         shortest = " or less" if measured == found["lengths"][0] else ""
         rows[-1] += [f"more than {shown[-1]:,}" if measured is None else f"{measured:,}{shortest}"]
-    return table(titles, rows, 2)
+    return lab.table(titles, rows, left=2)
 
 
 def size(value: float) -> str:
@@ -315,7 +308,7 @@ def tokens(length: float | None) -> str:
 
 def rule_table(record: dict[str, Any]) -> str:
     rows = [[f"{each['noise']:g}", tokens(each["length"])] for each in record["rule"]]
-    return table(["noise of a token, nats", "fewer than 5% clipped from"], rows, 0)
+    return lab.table(["noise of a token, nats", "fewer than 5% clipped from"], rows, left=0)
 
 
 def floor_table(record: dict[str, Any]) -> str:
@@ -325,7 +318,7 @@ def floor_table(record: dict[str, Any]) -> str:
         found = record["trained"][engine]["floors"][floor]
         last = found["lengths"].index(longest)
         rows.append([title, size(found["noise"]), size(found["rms"][last]), share(found["clipped"][last])])
-    return table(["compared", "noise per token", f"rms, {longest:,} tokens", "clipped"], rows, 1)
+    return lab.table(["compared", "noise per token", f"rms, {longest:,} tokens", "clipped"], rows)
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -357,14 +350,6 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     lab.write(figure, arguments)
 
 
-def fill(page: str, record: dict[str, Any]) -> str:
-    """The page with the record's tables: each from `<!-- engine noise: name -->` to `<!-- end -->`."""
-    for name, text in tables(record).items():
-        block = rf"(<!-- engine noise: {name} -->\n).*?(<!-- end -->)"
-        page = re.sub(block, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL)
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--responses", type=count, help=f"of each engine (default: {Sizes().responses})")
@@ -378,9 +363,9 @@ def main() -> None:
     sizes = replace(sizes, responses=arguments.responses or sizes.responses)
     record = lab.load(arguments) if arguments.redraw else run(arguments, sizes)
     draw(record, arguments)
-    page = arguments.output / "rollout.md"
+    page = arguments.output / "engine-noise.md"
     if page.exists():
-        page.write_text(fill(page.read_text(), record))
+        page.write_text(lab.fill(page.read_text(), "engine noise", tables(record)))
         print(f"page: {page}")
     print("", *tables(record).values(), sep="\n\n")
 

@@ -309,9 +309,9 @@ def ranged(values: Sequence[float], form: str | None = None) -> str:
     return f"{text(mean(values))} ({text(min(values))} to {text(max(values))})" if len(values) > 1 else text(values[0])
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; all columns but the first are aligned to the right."""
-    lines = [titles, ["---"] + ["--:"] * (len(titles) - 1), *rows]
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Markdown; all columns but the first `left` are aligned to the right."""
+    lines = [titles, ["---"] * left + ["--:"] * (len(titles) - left), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

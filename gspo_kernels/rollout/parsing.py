@@ -103,7 +103,7 @@ def read_prompts(prompts: Any, count: int) -> list[list[list[int]] | None]:
 
 
 def _is_list(value: Any) -> bool:
-    return not isinstance(value, (str, bytes)) and hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+    return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
 def only_prompt(k: int, given: list[list[int]] | None) -> list[int] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +15,25 @@ from ..base import checks
 from ..rows.kept import KeptTokens
 from .weight_versions import WeightVersions
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+Batch = TypeVar("Batch", bound="DataclassInstance")
+
+
+def moved(batch: Batch, device: Any) -> Batch:
+    """All of its fields that have a device on this one."""
+    values = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
+
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
 class PromptedRollouts:
     """Each prompt followed by its response, packed: row t of a causal model's logits predicts `token_ids[t]`.
 
-    `batch[chosen]` are the chosen responses: a slice, or int64 indices or a bool mask of [S], as for `advantages`.
+    `batch[chosen]` are the chosen responses: a slice, or int64 indices or a bool mask of [S], as for `advantages`:
+    tensors, lists or numpy arrays.
     """
 
     input_ids: Tensor  # [P + N] int64, for the model: each prompt, then its response
@@ -35,6 +49,10 @@ class PromptedRollouts:
     def __len__(self) -> int:
         """The number of responses, S."""
         return self.cu_seqlens.numel() - 1
+
+    def to(self, device: Any) -> PromptedRollouts:
+        """On another device."""
+        return moved(self, device)
 
     def __getitem__(self, chosen: Any) -> PromptedRollouts:
         device = self.cu_seqlens.device
@@ -61,8 +79,11 @@ class PromptedRollouts:
         count, device = len(self), self.cu_seqlens.device
         if isinstance(chosen, slice):
             return torch.tensor(range(count)[chosen], dtype=torch.int64, device=device)
-        if isinstance(chosen, list):
-            chosen = torch.tensor(chosen, device=device) if chosen else torch.empty(0, dtype=torch.int64)
+        if isinstance(chosen, list) and not chosen:
+            return torch.empty(0, dtype=torch.int64, device=device)
+        if isinstance(chosen, list) or type(chosen).__module__ == "numpy":
+            with suppress(TypeError, ValueError, RuntimeError):  # what is no array is refused below
+                chosen = torch.as_tensor(chosen, device=device)
         if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.bool, torch.int64, torch.int32):
             raise TypeError(
                 "responses: expected a slice (batch[3:4] for one response), int64 indices or a bool mask; got "
@@ -100,6 +121,6 @@ class PromptedRollouts:
             if shuffle
             else torch.arange(len(self), device="cpu")
         )
-        for chosen in order.to(self.cu_seqlens.device).tensor_split(count):
+        for chosen in order.to(self.cu_seqlens.device).tensor_split(min(count, max(1, len(self)))):
             if chosen.numel():
                 yield chosen, self[chosen]

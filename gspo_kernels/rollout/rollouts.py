@@ -14,7 +14,7 @@ from ..base import checks
 from ..rows.kept import KeptTokens
 from .kept_sets import KeptSets, kept_rows
 from .parsing import LOWEST
-from .prompted import PromptedRollouts
+from .prompted import PromptedRollouts, moved
 from .routed_experts import RoutedExperts, check_rows, experts_of_tokens
 from .weight_versions import Span, WeightVersions, versions_of_tokens
 
@@ -40,6 +40,10 @@ class Rollouts:
     # int16 [P + N, layers, k], each prompt's, then its response's; -1 where not returned, as of a last token, which no
     # router has read. None: not returned, or prompts not known
     routed_experts: Tensor | None = None
+
+    def to(self, device: Any) -> Rollouts:
+        """On another device."""
+        return moved(self, device)
 
     def ended_by(self, *reasons: str) -> Tensor:
         """Which responses ended for one of these `finish_reasons`: bool [S], for `batch[...]` and `rewards[...]`.

@@ -35,6 +35,8 @@ def read_experts(where: str, values: Any, raw: tuple[int, int] | None = None) ->
         raise TypeError(f"{where}: expected the numbers of experts, integers; got {found.dtype}")
     if found.ndim != 3:
         raise ValueError(f"{where}: expected [tokens, layers, experts per token]; got shape {list(found.shape)}")
+    if raw is not None and tuple(found.shape[1:]) != raw:
+        raise ValueError(f"{where}: expected [tokens, {raw[0]}, {raw[1]}], experts_shape; got {list(found.shape)}")
     found = found.to("cpu", torch.int64)  # uint16 has no minimum
     if found.numel() and not (int(found.min()) >= 0 and int(found.max()) <= HIGHEST_EXPERT):
         wrong = int(found.min()) if int(found.min()) < 0 else int(found.max())

@@ -94,6 +94,7 @@ def _response(where: str, output: Any, prompt: Any, given: list[int] | None, sha
             f"because other responses have no token ids; got {describe(output)}"
         )
     reason = get(meta, "finish_reason")
+    reason = get(reason, "type") if isinstance(reason, Mapping) else reason
     if reason is None:
         raise ValueError(
             f"{where}.meta_info.finish_reason: expected that of a whole response; got None, a part of a stream"
@@ -110,12 +111,18 @@ def _response(where: str, output: Any, prompt: Any, given: list[int] | None, sha
         inputs = _rows(here, inputs)
         if inputs and len(inputs) == get(meta, "prompt_tokens"):  # otherwise they start later in the prompt
             prompt = read_ids(here, [token for _, token, *_ in inputs], "[1]")
-    kind = str(get(reason, "type") if isinstance(reason, Mapping) else reason)
+    count = get(meta, "prompt_tokens")
+    if prompt is None and given is not None and count is not None and count != len(given):
+        raise ValueError(
+            f"prompt_ids: expected for {where} the {count} tokens that its meta_info.prompt_tokens counts; got "
+            f"{len(given)}"
+        )
     prompt = agreed_prompt(where, prompt, given)
     named = f"{where}.meta_info.routed_experts"
     rows = None if shape is None else read_experts(named, get(meta, "routed_experts"), shape)
     experts = None if rows is None else RoutedExperts(named, rows)
-    return Response(where, token_ids, logprobs, kind, prompt, kept, _versions(where, meta, len(token_ids)), experts)
+    versions = _versions(where, meta, len(token_ids))
+    return Response(where, token_ids, logprobs, str(reason), prompt, kept, versions, experts)
 
 
 def _versions(where: str, meta: Any, tokens: int) -> list[Span] | None:

@@ -7,6 +7,7 @@ last chunk has a finish reason; its `usage` is missing, or counts more tokens th
 from __future__ import annotations
 
 import math
+import numbers as abstract
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ ROUNDING = 2.0**-23  # of each addition, relative to the sum, where a version or
 
 def refuse_part(where: str, cumulative: Any, logprobs: list[float]) -> None:
     """Raises where `cumulative_logprob` is not the sum. Not every version and request has it."""
-    if not isinstance(cumulative, (int, float)) or not math.isfinite(cumulative):
+    if not isinstance(cumulative, abstract.Real) or not math.isfinite(cumulative):
         return
+    cumulative = float(cumulative)
     total = sum(logprobs)
     if abs(cumulative - total) <= ROUNDING * (1 + len(logprobs)) * max(1.0, abs(cumulative)):
         return
@@ -37,7 +39,9 @@ def refuse_chunk(where: str, response: Any) -> None:
         raise ValueError(f"{where}.object: expected that of a whole response; got {kind!r}: {LAST_PART}")
     stated = "usage" in response if isinstance(response, Mapping) else hasattr(response, "usage")
     if usage is None and (stated or kind == "text_completion"):
-        raise ValueError(f"{where}.usage: expected that of a whole response; got None: {LAST_PART}")
+        raise ValueError(
+            f"{where}.usage: expected that of a whole response; got None: {LAST_PART}. If it was removed, leave it in"
+        )
 
 
 def refuse_count(where: str, usage: Any, tokens: int) -> None:

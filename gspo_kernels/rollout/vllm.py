@@ -101,6 +101,9 @@ def _responses(requests: list[Any], prompts: Any) -> Iterator[Response]:
         prompt = agreed_prompt(where, get(request, "prompt_token_ids"), only_prompt(k, given[k]))
         for j, completion in enumerate(completions):
             here = f"{where}.outputs[{j}]"
+            reason = get(completion, "finish_reason")
+            if reason is None:
+                raise ValueError(f"{here}.finish_reason: expected that of a finished response; got None")
             positions = get(completion, "logprobs")
             if positions is None:
                 raise ValueError(
@@ -122,8 +125,7 @@ def _responses(requests: list[Any], prompts: Any) -> Iterator[Response]:
             kept = read_kept(named, masks, len(token_ids))
             versions = read_versions(f"{here}.weight_versions", get(completion, "weight_versions"), len(token_ids))
             experts = _experts(here, completion, where, request)
-            reason = str(get(completion, "finish_reason"))
-            yield Response(here, token_ids, values, reason, prompt, kept, versions, experts)
+            yield Response(here, token_ids, values, str(reason), prompt, kept, versions, experts)
 
 
 def _experts(where: str, completion: Any, whole: str, request: Any) -> RoutedExperts | None:
@@ -132,7 +134,14 @@ def _experts(where: str, completion: Any, whole: str, request: Any) -> RoutedExp
     before = read_experts(f"{whole}.prompt_routed_experts", get(request, "prompt_routed_experts"))
     if rows is None:
         return None if before is None else RoutedExperts(f"{whole}.prompt_routed_experts", before)
-    return RoutedExperts(f"{where}.routed_experts", rows if before is None else torch.cat((before, rows)))
+    if before is None:
+        return RoutedExperts(f"{where}.routed_experts", rows)
+    if before.shape[1:] != rows.shape[1:]:
+        raise ValueError(
+            f"{where}.routed_experts: expected {list(before.shape[1:])} experts for each token, as in "
+            f"{whole}.prompt_routed_experts; got {list(rows.shape[1:])}"
+        )
+    return RoutedExperts(f"{where}.routed_experts", torch.cat((before, rows)))
 
 
 def _sampled_logprobs(where: str, token_ids: list[int], positions: Any) -> list[float]:

@@ -23,6 +23,9 @@ class WeightVersions:
         """For each label the tokens of `mask` (bool, one per token) that this version sampled."""
         return {label: mask & (self.of_tokens == i) for i, label in enumerate(self.labels)}
 
+    def to(self, device: Any) -> WeightVersions:
+        return WeightVersions(self.labels, self.of_tokens.to(device))
+
 
 Span = tuple[str, int]  # a label, and how many tokens it sampled
 

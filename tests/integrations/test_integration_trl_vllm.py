@@ -17,6 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl_trainers import Build
 
 from gspo_kernels.integrations.trl import GSPOConfig, GSPOTrainer
+from gspo_kernels.integrations.vllm import push_weights
 
 pytestmark = [
     DEFAULT_MODE,
@@ -35,7 +36,12 @@ class Engine:
         own = SimpleNamespace(load_weights=lambda pairs: self.weights.update(pairs))
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=own))
         self.llm_engine = SimpleNamespace(
-            model_config=SimpleNamespace(dtype=dtype, logprobs_mode=mode, max_model_len=64),
+            model_config=SimpleNamespace(
+                dtype=dtype,
+                logprobs_mode=mode,
+                max_model_len=64,
+                hf_text_config=SimpleNamespace(tie_word_embeddings=True),
+            ),
             model_executor=SimpleNamespace(driver_worker=worker),
             vllm_config=SimpleNamespace(device_config=SimpleNamespace(device_type=device)),
         )
@@ -115,3 +121,46 @@ def test_engines_that_are_refused(build: Build) -> None:
     del elsewhere.llm_engine.model_executor
     with pytest.raises(ValueError, match=r"llm: expected an engine in this process.*VLLM_ENABLE_V1_MULTIPROCESSING=0"):
         build_with(build, elsewhere, use_vllm=True)
+    with pytest.raises(TypeError, match=r"llm: expected a vllm.LLM; got str 'Qwen/Qwen3-0.6B'"):
+        build_with(build, "Qwen/Qwen3-0.6B", use_vllm=True)
+
+
+# --- push_weights -----------------------------------------------------------------------------------------------------
+
+HEAD, BODY = ("lm_head.weight", torch.ones(2)), ("model.embed_tokens.weight", torch.zeros(2))
+
+
+@pytest.mark.parametrize("weights", [dict([BODY, HEAD]), [BODY, HEAD], iter([BODY, HEAD])])
+def test_weights_come_as_a_dict_or_as_pairs(weights: Any) -> None:
+    llm = Engine()
+    push_weights(llm, weights)
+    assert llm.weights == dict([BODY, HEAD]) and llm.resets == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind", "message"),
+    [
+        ([], ValueError, "weights: expected names and tensors; got none"),
+        ({}.items(), ValueError, "weights: expected names and tensors; got none"),
+        (torch.nn.Linear(1, 1), TypeError, r"weights: .*; got a Linear; pass its state_dict\(\)"),
+        (None, TypeError, "weights: .*; got a NoneType"),
+        (["lm_head.weight"], TypeError, "weights: .*; got, at 0, str 'lm_head.weight'"),
+        ([("lm_head.weight", torch.ones(2).numpy())], TypeError, "weights: .*; got, at 0, tuple .*array"),
+    ],
+    ids=str,
+)
+def test_what_is_no_weights_leaves_the_engine_as_it_was(weights: Any, kind: type[Exception], message: str) -> None:
+    llm = Engine()
+    llm.weights = dict([BODY])
+    with pytest.raises(kind, match=message):
+        push_weights(llm, weights)
+    assert llm.weights == dict([BODY]) and llm.resets == 0
+
+
+def test_a_tied_head_that_is_left_out_is_named() -> None:
+    llm = Engine()
+    with pytest.raises(ValueError, match=r"weights: expected lm_head.weight .* Pass model.state_dict\(\)"):
+        push_weights(llm, [BODY])
+    llm.llm_engine.model_config.hf_text_config.tie_word_embeddings = False
+    push_weights(llm, [BODY])
+    push_weights(Engine("cuda"), [BODY])

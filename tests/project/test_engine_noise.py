@@ -80,7 +80,9 @@ def test_shares_count_each_edge_for_the_sign_that_it_clips() -> None:
 def test_the_page_shows_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "write", lambda figure, arguments: lab.plt.close(figure))
     record = json.loads((ROOT / "docs" / "engine-noise.json").read_text())
-    page = (ROOT / "docs" / "rollout.md").read_text()
-    assert engine_noise.fill(page, record) == page, "python examples/engine_noise.py --redraw --output docs"
+    page = (ROOT / "docs" / "engine-noise.md").read_text()
+    assert engine_noise.lab.fill(page, "engine noise", engine_noise.tables(record)) == page, (
+        "python examples/engine_noise.py --redraw --output docs"
+    )
     assert all(text in page for text in engine_noise.tables(record).values())
     engine_noise.draw(record, SimpleNamespace(name="engine-noise", output=None))

@@ -685,9 +685,12 @@ def test_with_prompts_needs_them() -> None:
     with pytest.raises(ValueError) as error:
         from_sglang(generated()).with_prompts()
     check_message(error.value, "prompt_ids", "None")
+    outputs = generated()
+    for output in outputs:
+        del output["meta_info"]["prompt_tokens"]
     with pytest.raises(ValueError, match=r"prompt_ids.*at least one token"):
-        from_sglang(generated(), prompt_ids=[[1], [], [1], [1]]).with_prompts()
-    empty = from_sglang(generated(), prompt_ids=[[1], [1], [], [1]])  # the third response is empty
+        from_sglang(outputs, prompt_ids=[[1], [], [1], [1]]).with_prompts()
+    empty = from_sglang(outputs, prompt_ids=[[1], [1], [], [1]])  # the third response is empty
     assert empty.with_prompts().cu_seqlens.tolist() == [0, 4, 6, 6, 12]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from modes import DEFAULT_MODE
@@ -14,7 +17,15 @@ from test_routed_experts import vllm_outputs as with_experts
 from test_weight_versions import SPANS, WeightVersionSpan
 from torch import Tensor
 
-from gspo_kernels import KeptTokens, PromptedRollouts, from_sglang, from_vllm, gspo_loss, token_logprobs
+from gspo_kernels import (
+    KeptTokens,
+    PromptedRollouts,
+    WeightVersions,
+    from_sglang,
+    from_vllm,
+    gspo_loss,
+    token_logprobs,
+)
 
 pytestmark = DEFAULT_MODE
 
@@ -58,6 +69,8 @@ def rows_of(batch: PromptedRollouts, i: int) -> dict[str, Any]:
         (torch.tensor([2], dtype=torch.int32), [2]),
         (torch.tensor([True, False, True, True]), [0, 2, 3]),
         ([False, False, True, False], [2]),
+        (np.array([2, 0]), [2, 0]),
+        (np.array([True, False, False, True]), [0, 3]),
         (torch.zeros(4, dtype=torch.bool), []),
     ],
     ids=str,
@@ -69,6 +82,22 @@ def test_chosen_responses_have_all_that_is_theirs(chosen: Any, responses: list[i
     assert part.cu_seqlens[-1] == len(part.input_ids) == len(part.mask)
     for i, response in enumerate(responses):
         assert rows_of(part, i) == rows_of(batch, response)
+
+
+def test_all_fields_move_to_a_device() -> None:
+    """As of a batch that another process made."""
+    for batch in (full_batch(), from_vllm(with_experts())):
+        there = copy.deepcopy(batch).to("meta")
+        for each in dataclasses.fields(batch):
+            was, now = getattr(batch, each.name), getattr(there, each.name)
+            assert type(now) is type(was)
+            if isinstance(was, WeightVersions):
+                assert now.labels == was.labels and now.of_tokens.device.type == "meta"
+            elif hasattr(was, "device"):
+                assert now.device.type == "meta" and was.device.type == "cpu"
+            else:
+                assert now == was
+    assert rows_of(full_batch().to("cpu"), 3) == rows_of(full_batch(), 3)
 
 
 def test_positions_start_again_with_each_prompt() -> None:
@@ -85,6 +114,10 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "beyond the beginning": ([-5], IndexError, "[-5]"),
     "floats": (torch.tensor([0.0]), TypeError, "float32"),
     "a matrix": (torch.tensor([[0]]), ValueError, "[1, 1]"),
+    "text": (["stop"], TypeError, "'stop'"),
+    "nothing": ([None], TypeError, "None"),
+    "lists": ([[0], [1, 2]], TypeError, "[1, 2]"),
+    "numpy's floats": (np.array([0.5]), TypeError, "float64"),
 }
 
 
@@ -96,7 +129,7 @@ def test_what_chooses_no_responses_is_refused(case: str) -> None:
     check_message(error.value, "responses", came)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("count", [1, 2, 3, 10**15])
 def test_mini_batches_have_each_response_once(count: int) -> None:
     batch = full_batch()
     for shuffle in (False, True):

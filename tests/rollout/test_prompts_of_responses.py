@@ -10,6 +10,7 @@ import pytest
 import torch
 from modes import DEFAULT_MODE
 from test_engines import (
+    FLAT,
     PROMPTS,
     as_objects,
     chat_json,
@@ -96,6 +97,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str, str]] = {
     "of a chat, by its length": (
         lambda: from_vllm(chat_json(0, ids=False, as_ids=True), prompt_ids=[[5, 6]]), "prompt_ids[0]", "got 2",
     ),
+    "of SGLang, by its length": (
+        lambda: from_sglang([generate_json(k, j) for k, j in FLAT], prompt_ids=[PROMPTS[k] for _, k in FLAT]),
+        "prompt_ids", "outputs[1]",
+    ),
 }  # fmt: skip
 
 
@@ -111,3 +116,10 @@ def test_ids_in_several_prompts_are_named() -> None:
     with pytest.raises(TypeError) as error:
         from_vllm(joined(), prompt_ids=[[[5, 6, 7], [8, "x"]]])  # type: ignore[list-item]
     check_message(error.value, "prompt_ids[0][1][1]", "'x'")
+
+
+def test_what_llm_generate_takes_is_no_list_of_ids() -> None:
+    requests: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    with pytest.raises(TypeError) as error:
+        from_vllm(request_outputs(), prompt_ids=requests)
+    check_message(error.value, "prompt_ids[0]", "a dict with 'prompt_token_ids'")

@@ -149,7 +149,13 @@ def with_experts(value: Any) -> Callable[[], object]:
     return call
 
 
-def sglang_with(text: str, shape: Any = (LAYERS, K)) -> Callable[[], object]:
+def with_prompts_experts(value: Any) -> object:
+    outputs = vllm_outputs()
+    outputs[0].prompt_routed_experts = value
+    return from_vllm(outputs)
+
+
+def sglang_with(text: Any, shape: Any = (LAYERS, K)) -> Callable[[], object]:
     def call() -> object:
         outputs = sglang_outputs()
         outputs[0]["meta_info"]["routed_experts"] = text
@@ -179,6 +185,18 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str, str]] = {
     "sglang: another k": (sglang_with(RAW, (LAYERS, 4)), ValueError, META, "30"),
     "sglang: part of a number": (sglang_with(base64.b64encode(bytes(7)).decode()), ValueError, META, "none"),
     "sglang: k of 0": (sglang_with("", (LAYERS, 0)), ValueError, "experts_shape", "0"),
+    "other layers than the prompt's": (
+        lambda: with_prompts_experts(np.zeros((3, 4, K), int)),
+        ValueError,
+        HERE,
+        "[2, 3]",
+    ),
+    "sglang: an array of another k": (
+        sglang_with(np.zeros((5, LAYERS, K), int), (LAYERS, 4)),
+        ValueError,
+        META,
+        "[5, 2, 3]",
+    ),
     "sglang: k alone": (sglang_with("", K), TypeError, "experts_shape", "3"),
 }
 

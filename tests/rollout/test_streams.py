@@ -73,6 +73,27 @@ def test_the_last_part_is_refused_by_its_routed_experts() -> None:
         from_vllm(part)
 
 
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+def test_the_sum_may_be_of_any_type(number: Any) -> None:
+    assert len(from_vllm(delta(4, cumulative=number(sum(LOGPROBS)))).token_ids) == 4
+    with pytest.raises(ValueError, match="cumulative_logprob"):
+        from_vllm(delta(3, cumulative=number(sum(LOGPROBS))))
+
+
+def test_responses_that_have_not_ended_are_refused() -> None:
+    """By their reason, where the outputs do not say whether they are finished."""
+    output = request_outputs()[1]
+    output.outputs[1].finish_reason, output.finished = None, None  # type: ignore[assignment]
+    with pytest.raises(ValueError) as error:
+        from_vllm(output)
+    check_message(error.value, "outputs[0].outputs[1].finish_reason", "None")
+    running = generate_json(1, 1)
+    running["meta_info"]["finish_reason"] = {}
+    with pytest.raises(ValueError) as error:
+        from_sglang(running)
+    check_message(error.value, "outputs[0].meta_info.finish_reason", "None")
+
+
 def test_whole_responses_are_not_refused() -> None:
     """Sums without the engine's, of minus infinity, rounded to float32; responses without tokens."""
     outputs = request_outputs()

@@ -10,6 +10,7 @@ from test_outputs import NOISE
 from tiny import Tiny, check, facts, generate, start_engine, steps
 
 from gspo_kernels import rollout_mismatch
+from gspo_kernels.integrations.vllm import push_weights
 
 pytestmark = pytest.mark.plain_memory
 
@@ -41,6 +42,8 @@ def test_a_stale_head(tied: bool) -> None:
     stale = mismatch(own, engine)
     if tied:
         assert float(stale.noise) > 0.2 and float(stale.clip_fraction) > 0.4
+        with pytest.raises(ValueError, match=r"weights: expected lm_head\.weight"):
+            push_weights(engine.llm, own.model.named_parameters())
     else:
         assert float(stale.noise) < NOISE
     engine.push(own.model)

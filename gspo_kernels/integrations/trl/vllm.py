@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
-from ..vllm import is_on_cpu, push_weights
+from ..vllm import check_in_this_process, is_on_cpu, push_weights
 
 
 class RunningEngine(VLLMGeneration):
@@ -76,11 +76,7 @@ def check_engine(llm: Any, args: Any) -> None:
     }.items():
         if (value := getattr(args, name)) != expected:
             raise ValueError(f"{name}: expected {expected!r} with llm=, an engine that runs already; got {value!r}")
-    if not hasattr(llm.llm_engine, "model_executor"):
-        raise ValueError(
-            "llm: expected an engine in this process, which can be handed the weights; got one in a process of its own:"
-            " set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported"
-        )
+    check_in_this_process(llm)
     if (mode := llm.llm_engine.model_config.logprobs_mode) != "processed_logprobs":
         raise ValueError(
             "llm: expected logprobs_mode='processed_logprobs', log-probabilities at the temperature of the sampling, "
