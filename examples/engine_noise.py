@@ -6,7 +6,7 @@ the mean over a response, and the share of the responses that GSPO clips for it.
 shorter ones are its beginnings.
 With `linear_logits` the engine samples from logits that this package computes from its hidden states, in float32.
 
-    python examples/engine_noise.py                    # 26 minutes on two busy CPU cores with 128 responses, into runs/paper; needs vLLM
+    python examples/engine_noise.py  # half an hour on two CPU cores, into runs/paper; needs vLLM
     python examples/engine_noise.py --quick            # smoke test
     python examples/engine_noise.py --redraw --output docs  # figure and tables, from docs/engine-noise.json
 """

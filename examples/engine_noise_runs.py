@@ -35,7 +35,7 @@ TRAINERS = {
 class Sizes:
     warmup_steps: int = 400  # on single problems, as in the demo
     stream_steps: tuple[int, int] = (200, 60)  # on streams of problems, short and long ones
-    responses: int = 64
+    responses: int = 128
     length: int = 1600
     short: tuple[int, int] = (256, 30)  # independent short responses: how many, tokens
     again: int = 4  # responses that are computed a second time, for the floors

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -330,6 +331,11 @@ def parse() -> tuple[argparse.Namespace, Settings, Way]:
     if arguments.kept == "none" and arguments.old != "engine":
         parser.error("--kept none: only with --old engine, because the trainer recomputes what was sampled from")
     way = Way(arguments.old, arguments.engine_dtype, arguments.top_p, arguments.temperature, arguments.kept)
+    if way.asks_for_sets and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
+        parser.error(
+            "--kept engine: vLLM 0.32 returns kept sets from its second model runner, which needs Triton: set "
+            "VLLM_USE_V2_MODEL_RUNNER=1 on a GPU, and take --kept trainer on a CPU"
+        )
     return arguments, settings, way
 
 

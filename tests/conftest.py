@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from modes import INTERPRETED, ON_GPU
 
-pytest.register_assert_rewrite("batches", "checks", "linear", "row_batches", "trl_trainers")
+pytest.register_assert_rewrite("batches", "checks", "linear", "mistakes", "row_batches", "trl_trainers")
 
 
 with contextlib.suppress(ImportError):  # a GPU machine may have none

@@ -4,188 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diagnosis_page  # docs/scripts/diagnosis_page.py
-import numpy as np
 import pytest
 import torch
+from mistakes import (
+    EXACT,
+    MISTAKES,
+    WITHOUT_LOGITS,
+    Arrays,
+    B,
+    T,
+    V,
+    diagnosed,
+    packed,
+    padded,
+    recorded,
+    sampled,
+    without_logits,
+)
 from modes import DEFAULT_MODE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo_kernels import KeptTokens, MismatchDiagnosis, diagnose_mismatch, token_logprobs
+from gspo_kernels import diagnose_mismatch, token_logprobs
 from gspo_kernels.rollout.diagnosis import diagnose, distributions
 from gspo_kernels.rows import kept_filter
 
 pytestmark = DEFAULT_MODE
-
-RECORDED = Path(__file__).parent / "recorded" / "diagnosis.npz"
-Arrays = dict[str, Any]
-B, T, V = 24, 30, 64
-
-
-def sampled(
-    noise: float = 0.0, temperature: float = 1.0, seed: int = 0, rows: int = B, scale: float = 2.0, **filters: Any
-) -> Arrays:
-    """Prompts and responses of ragged lengths, sampled from peaked logits; 0 where there is no response."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(rows, T, V, generator=generator)
-    logits += 3.0 * (torch.rand(rows, T, V, generator=generator) < 0.05)
-    z = logits / temperature
-    if filters:
-        keep = torch.zeros(rows * T, V, dtype=torch.bool)
-        for row, ids in enumerate(KeptTokens.from_logits(logits, temperature=temperature, **filters).to_lists()):
-            keep[row, slice(None) if ids is None else ids] = True
-        z = z.masked_fill(~keep.view(rows, T, V), -torch.inf)
-    token_ids = torch.multinomial(z.softmax(-1).view(-1, V), 1, generator=generator).view(rows, T)
-    begin = torch.randint(2, 8, (rows, 1), generator=generator)
-    column = torch.arange(T)
-    mask = (column >= begin) & (column < begin + torch.randint(6, T - 8, (rows, 1), generator=generator))
-    old = z.log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
-    old = (old + noise * torch.randn(rows, T, generator=generator)).clamp(max=0.0)
-    return {"logits": logits, "token_ids": token_ids, "old_logprobs": old.masked_fill(~mask, 0.0), "mask": mask}
-
-
-def packed(given: Arrays) -> Arrays:
-    flat = {
-        name: x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim > 1 else x for name, x in given.items()
-    }  # fmt: skip
-    rows, width = given["token_ids"].shape
-    return flat | {"cu_seqlens": torch.arange(rows + 1) * width}
-
-
-def recorded(name: str) -> Arrays:
-    """Rollouts of vLLM 0.32 with the logits of the trainer's model: made by recorded/record_diagnosis.py."""
-    with np.load(RECORDED) as file:
-        arrays = {key.split(".")[1]: torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{name}.")}
-    return arrays | {"mask": arrays["mask"].bool(), "token_ids": arrays["token_ids"].long()}
-
-
-def padded(given: Arrays) -> Arrays:
-    """A packed batch with a row for each sequence."""
-    lengths = given["cu_seqlens"].diff().tolist()
-    arrays = {name: x for name, x in given.items() if name != "cu_seqlens"}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True) for name, x in arrays.items()
-    }
-
-
-def diagnosed(given: Arrays) -> MismatchDiagnosis:
-    return diagnose_mismatch(**{"logits": None} | given)
-
-
-# --- mistakes that need no logits: made on padded arrays --------------------------------------------------------------
-
-
-def change(**changes: Callable[[Arrays], Tensor]) -> Callable[[Arrays], Arrays]:
-    return lambda given: given | {name: make(given) for name, make in changes.items()}
-
-
-def rolled(name: str, by: int) -> Callable[[Arrays], Tensor]:
-    return lambda given: given[name].roll(by, 1)
-
-
-def of_old(make: Callable[[Tensor], Tensor]) -> Callable[[Arrays], Arrays]:
-    return change(old_logprobs=lambda given: make(given["old_logprobs"]))
-
-
-def at_the_start(given: Arrays) -> Tensor:
-    """Each response's values from column 0 on, 0 behind them."""
-    rows = zip(given["old_logprobs"], given["mask"], strict=True)
-    return torch.stack([torch.cat([old[mask], old.new_zeros(int((~mask).sum()))]) for old, mask in rows])
-
-
-def at_the_end(given: Arrays) -> Tensor:
-    rows = zip(given["old_logprobs"], given["mask"], strict=True)
-    return torch.stack([torch.cat([old.new_zeros(int((~mask).sum())), old[mask]]) for old, mask in rows])
-
-
-def total(given: Arrays) -> Tensor:
-    return torch.where(given["mask"], given["old_logprobs"].nan_to_num().sum(1, keepdim=True), 0.0)
-
-
-def of_logits(make: Callable[[Tensor], Tensor]) -> Callable[[Arrays], Arrays]:
-    def old_logprobs(given: Arrays) -> Tensor:
-        found = make(given["logits"]).float().log_softmax(-1).gather(-1, given["token_ids"][..., None])[..., 0]
-        return torch.where(given["mask"], found, 0.0)
-
-    return change(old_logprobs=old_logprobs)
-
-
-def nan_elsewhere(given: Arrays) -> Arrays:
-    return given | {"old_logprobs": given["old_logprobs"].masked_fill(~given["mask"], torch.nan)}
-
-
-MISTAKES: dict[str, tuple[str, Callable[[Arrays], Arrays]]] = {
-    "old one late": ("old_logprobs_shifted", change(old_logprobs=rolled("old_logprobs", 1))),
-    "old one early": ("old_logprobs_shifted", change(old_logprobs=rolled("old_logprobs", -1))),
-    "old three late": ("old_logprobs_shifted", change(old_logprobs=rolled("old_logprobs", 3))),
-    "ids one late": ("token_ids_shifted", change(token_ids=rolled("token_ids", 1))),
-    "ids one early": ("token_ids_shifted", change(token_ids=rolled("token_ids", -1))),
-    "logits not shifted": (
-        "logits_shifted",
-        change(**{name: rolled(name, 1) for name in ("token_ids", "old_logprobs", "mask")}),
-    ),
-    "shifted twice": (
-        "logits_shifted",
-        change(**{name: rolled(name, -1) for name in ("token_ids", "old_logprobs", "mask")}),
-    ),
-    "mask one late": ("mask_shifted", change(mask=rolled("mask", 1))),
-    "mask one early": ("mask_shifted", change(mask=rolled("mask", -1))),
-    "mask one early, NaN": ("mask_shifted", lambda given: nan_elsewhere(given) | {"mask": given["mask"].roll(-1, 1)}),
-    "mask inverted": ("mask_inverted", change(mask=lambda given: ~given["mask"])),
-    "mask of the prompt": (
-        "mask_of_other_tokens",
-        change(mask=lambda given: given["mask"].long().cumsum(1) == 0),
-    ),
-    "mask of all": ("mask_too_wide", change(mask=lambda given: torch.ones_like(given["mask"]))),
-    "mask of all, NaN": ("mask_too_wide", lambda given: nan_elsewhere(given) | {"mask": given["mask"] >= 0}),
-    "at the start": ("old_logprobs_at_the_start", change(old_logprobs=at_the_start)),
-    "at the end": ("old_logprobs_at_the_end", change(old_logprobs=at_the_end)),
-    "another order": ("responses_permuted", change(old_logprobs=lambda given: given["old_logprobs"].roll(5, 0))),
-    "probabilities": ("probabilities", of_old(torch.exp)),
-    "negative": ("negated", of_old(torch.neg)),
-    "base 2": ("base_2", of_old(lambda old: old / np.log(2.0))),
-    "base 10": ("base_10", of_old(lambda old: old / np.log(10.0))),
-    "times 3": ("scaled", of_old(lambda old: old * 3.0)),
-    "sum": ("sequence_sums", change(old_logprobs=total)),
-    "mean": (
-        "sequence_means",
-        change(old_logprobs=lambda given: total(given) / given["mask"].sum(1, keepdim=True).clamp(min=1)),
-    ),
-    "cumulative": (
-        "cumulative_sums",
-        change(old_logprobs=lambda given: given["old_logprobs"].nan_to_num().cumsum(1) * given["mask"]),
-    ),
-    "bfloat16": ("logprobs_rounded", of_old(lambda old: old.bfloat16().float())),
-    "bfloat16, as it is": ("logprobs_rounded", of_old(lambda old: old.bfloat16())),
-    "float16": ("logprobs_rounded", of_old(lambda old: old.half().float())),
-    "logits in bfloat16": ("logits_rounded_to_bfloat16", of_logits(lambda logits: logits.bfloat16())),
-    "most likely": (
-        "most_likely_token",
-        change(
-            old_logprobs=lambda given: torch.where(given["mask"], given["logits"].log_softmax(-1).amax(-1), 0.0)
-        ),
-    ),
-    "one late, negative": (
-        "old_logprobs_shifted + negated",
-        change(old_logprobs=lambda given: -given["old_logprobs"].roll(1, 1)),
-    ),
-    "one late, another temperature": (
-        "old_logprobs_shifted + another_temperature",
-        lambda given: of_logits(lambda logits: logits / 0.6)(given)
-        | {"old_logprobs": of_logits(lambda logits: logits / 0.6)(given)["old_logprobs"].roll(1, 1)},
-    ),
-}  # fmt: skip
-WITHOUT_LOGITS = [
-    case for case, (cause, _) in MISTAKES.items()
-    if not re.search("token_ids|logits_|most_likely|temperature", cause)
-]  # fmt: skip
-EXACT = {  # made of exact values
-    "logits in bfloat16", "bfloat16", "bfloat16, as it is", "float16", "most likely", "one late, another temperature",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -198,11 +45,6 @@ def test_a_mistake_is_named(case: str) -> None:
     best = next(x for x in found.candidates if x.name == cause)
     assert best.mean < 1e-5 + 1.2 * noise and best.mean < 0.25 * found.given.mean + 20 * (found.given.missing > 0)
     assert found.fix and found.text == best.text
-
-
-def without_logits(given: Arrays) -> Arrays:
-    right = given["logits"].log_softmax(-1).gather(-1, given["token_ids"][..., None])[..., 0]
-    return {name: x for name, x in given.items() if name != "logits"} | {"logprobs": right}
 
 
 @pytest.mark.parametrize("case", WITHOUT_LOGITS)
@@ -229,98 +71,6 @@ def test_padding_on_another_side() -> None:
         row[8 : 8 + int(mask.sum())] = values[mask]
     found = diagnosed(given | {"old_logprobs": old})
     assert found.cause == "old_logprobs_elsewhere" and "padding is on the other side" in found.text
-
-
-# --- distributions ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("engine", "loss", "cause", "change"),
-    [
-        (0.7, 1.0, "another_temperature", "pass temperature=0.7 to the loss"),
-        (1.0, 0.7, "temperature_not_applied", "pass no temperature= to the loss"),
-        (0.49, 0.7, "temperature_applied_twice", "pass temperature=0.49 to the loss"),
-        (1 / 0.7, 0.7, "temperature_inverted", "pass temperature=1.429 to the loss"),
-        (0.8, 0.6, "another_temperature", "pass temperature=0.8 to the loss"),
-        (0.83, 1.0, "another_temperature", "pass temperature=0.83 to the loss"),
-    ],
-)
-@pytest.mark.parametrize("noise", [0.0, 0.01])
-def test_a_temperature_is_fitted(engine: float, loss: float, cause: str, change: str, noise: float) -> None:
-    found = diagnosed(sampled(noise, temperature=engine) | {"temperature": loss})
-    assert found.cause == cause and found.fix.startswith(change)
-    label, value = next(x for x in found.candidates if x.name == cause).fitted[0]
-    assert label == "temperature" and value == pytest.approx(engine, rel=1e-3 if not noise else 0.02)
-
-
-def test_raw_log_probabilities_are_told_from_logits_that_were_divided_before() -> None:
-    """By the temperature at which the tokens themselves are most likely."""
-    given = sampled(temperature=0.7, rows=64)
-    raw = given["logits"].log_softmax(-1).gather(-1, given["token_ids"][..., None])[..., 0]
-    found = diagnosed(given | {"old_logprobs": raw, "temperature": 0.7})
-    assert found.cause == "temperature_not_applied" and 'logprobs_mode="processed_logprobs"' in found.fix
-    divided = diagnosed(given | {"logits": given["logits"] / 0.7, "temperature": 0.7})
-    assert divided.cause == "temperature_not_applied"
-    assert divided.fix.startswith("pass no temperature= to the loss: it sampled at 1, or the logits are divided by 0.7")
-
-
-def test_a_temperature_for_each_token() -> None:
-    given = sampled(temperature=0.6)
-    found = diagnosed(given | {"temperature": torch.full((B, T), 0.5)})
-    assert found.cause == "another_temperature"
-    assert found.candidates[1].fitted == (("times the given temperature", 1.2),)
-    assert diagnosed(given | {"temperature": torch.full((B, 1), 0.6)}).agrees
-
-
-FILTERS: list[Arrays] = [
-    {"top_p": 0.8}, {"top_p": 0.95}, {"top_k": 4}, {"top_k": 15}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9},
-    {"top_p": 0.8, "temperature": 0.7}, {"top_k": 5, "temperature": 0.6},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-@pytest.mark.parametrize("noise", [0.0, 0.01])
-def test_filters_are_inferred(filters: Arrays, noise: float) -> None:
-    found = diagnosed(sampled(noise, **filters, rows=40))
-    names = [name for name in filters if name != "temperature"]
-    assert found.cause == "_and_".join(names)
-    fitted = dict(next(x for x in found.candidates if x.name == found.cause).fitted)
-    assert fitted.get("temperature", 1.0) == filters.get("temperature", 1.0)
-    assert all(fitted[name] == pytest.approx(filters[name], rel=0.06) for name in names)
-    options = ", ".join(f"{name}={fitted[name]:g}" for name in names)
-    assert f"kept=KeptTokens.from_logits(logits, {options}" in found.fix
-
-
-def test_the_sets_that_the_diagnosis_suggests_make_the_arrays_agree() -> None:
-    given = sampled(top_p=0.8)
-    kept = KeptTokens.from_logits(given["logits"], top_p=0.8, mask=given["mask"])
-    assert diagnosed(given | {"kept": kept}).agrees
-    whole = diagnosed(sampled() | {"kept": KeptTokens.from_logits(sampled()["logits"], top_k=V - 1)})
-    assert whole.given.mean < 0.05
-    raw = given["logits"].log_softmax(-1).gather(-1, given["token_ids"][..., None])[..., 0]
-    found = diagnosed(given | {"kept": kept, "old_logprobs": raw})
-    assert found.cause == "whole_vocabulary" and "processed_logprobs" in found.fix
-    assert "top_p" in found.untried
-
-
-def test_a_temperature_that_divided_log_probabilities() -> None:
-    given = sampled()
-    old = given["logits"].log_softmax(-1).gather(-1, given["token_ids"][..., None])[..., 0] / 0.7
-    found = diagnosed(given | {"old_logprobs": old, "temperature": 0.7})
-    assert found.cause == "temperature_divides_logprobs" and "before log_softmax" in found.fix
-
-
-def test_other_weights_are_told_from_what_is_unknown() -> None:
-    """Tokens sampled from the old distribution have E[exp(new - old)] = 1; with anything else that would be chance."""
-    given = sampled(rows=48)
-    drift = torch.randn(given["logits"].shape, generator=torch.Generator().manual_seed(1))
-    found = diagnosed(given | {"logits": given["logits"] + 0.3 * drift})
-    assert found.cause == "stale_weights" and "named_parameters()" in found.fix
-    unknown = diagnosed(given | {"old_logprobs": -3.0 * torch.rand(48, T, generator=torch.Generator().manual_seed(2))})
-    assert unknown.cause is None and not unknown.agrees and unknown.fix == ""
-    assert "none of the usual mistakes" in str(unknown)
-    doubled = given["old_logprobs"] - given["old_logprobs"].square() * 0.5
-    assert diagnosed(given | {"old_logprobs": doubled}).cause is None
 
 
 # --- no false alarms --------------------------------------------------------------------------------------------------
