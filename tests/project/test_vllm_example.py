@@ -185,6 +185,7 @@ def test_noise_of_the_engines_dtype_is_no_reason_to_stop(dtype: str, apart: floa
     [
         (["--top-p", "1.5"], "--top-p: expected at most 1, got 1.5"),
         (["--kept", "none", "--old", "trainer"], "--kept none: only with --old engine"),
+        (["--kept", "engine", "--top-p", "0.8"], "VLLM_USE_V2_MODEL_RUNNER=1"),
         (["--engine-dtype", "auto"], "invalid choice: 'auto'"),
     ],
 )
