@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from arithmetic import Problems, Settings, build_model, build_tokenizer, warm_up
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from gspo_kernels import PromptedRollouts, from_vllm, token_logprobs
 
@@ -67,13 +67,11 @@ def differences(model: PreTrainedModel, batch: PromptedRollouts) -> dict[str, di
 
 
 def measure() -> dict[str, Any]:
-    from engine import Engine  # sets the environment for vLLM
+    from engine import Engine, vllm_version  # sets the environment for vLLM
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    config = build_model(tokenizer).config
-    config.head_dim = 32  # vLLM on a CPU has no kernel for 16
-    model = Qwen3ForCausalLM(config)
+    model = build_model(tokenizer, head_size=32)  # vLLM on a CPU has no kernel for 16
     problems = Problems(random.Random(0), SETTINGS.digits, SETTINGS.held_out)
     warm_up(model, tokenizer, problems, SETTINGS, quiet=True)
     old = copy.deepcopy(model)

