@@ -7,6 +7,8 @@ this one in every process; `verl.plugin.platform.set_platform` does in one that 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
+if os.environ.get("VERL_PLATFORM") == "cpu":
+    sys.modules.setdefault("megatron", None)  # type: ignore[arg-type]  # verl imports it for seconds, if it can
 NOTHING = dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), 0)
 
 

@@ -7,6 +7,7 @@ not installed, because verl 0.9.1 imports a class from it that TRL 1.14 to 1.16 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -67,11 +68,11 @@ def save_model(folder: Path) -> str:
     return str(folder)
 
 
-def config_of(model: str, *changes: str) -> Any:
+@functools.cache
+def config() -> Any:
     """`actor_rollout_ref` of verl's own PPO config, with the recipe's lines, and what a CPU needs."""
     overrides = [
         *RECIPE,
-        f"actor_rollout_ref.model.path={model}",
         "+actor_rollout_ref.model.load_tokenizer=False",
         "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",  # verl's default is flash_attention_2
         "actor_rollout_ref.model.enable_gradient_checkpointing=False",
@@ -87,7 +88,6 @@ def config_of(model: str, *changes: str) -> Any:
         f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
         "actor_rollout_ref.actor.optim.weight_decay=0.0",
         "actor_rollout_ref.actor.optim.total_training_steps=10",
-        *changes,
     ]
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
         return compose("ppo_trainer", overrides=overrides).actor_rollout_ref
@@ -142,11 +142,12 @@ def plain_log_probs(model: Any, arrays: dict[str, Tensor], rows: Sequence[int]) 
     return found
 
 
-def plain_update(model: Any, arrays: dict[str, Tensor], old: Tensor, mini_batches: Sequence[Sequence[int]]) -> float:
-    """GSPO by its formula: one step of SGD for each mini-batch, gradients clipped to 1; the share of clipped ratios."""
+def plain_update(model: Any, arrays: dict[str, Tensor], old: Tensor, mini_batches: Sequence[Sequence[int]]) -> list[float]:
+    """GSPO by its formula: one step of SGD for each mini-batch, gradients clipped to 1; each step's clip fraction."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    clipped, count = 0, 0
+    fractions = []
     for rows in mini_batches:
+        clipped, count = 0, 0
         optimizer.zero_grad()
         loss = torch.zeros((), dtype=torch.float64)
         for i, log_probs in zip(rows, plain_log_probs(model, arrays, rows), strict=True):
@@ -156,12 +157,13 @@ def plain_update(model: Any, arrays: dict[str, Tensor], old: Tensor, mini_batche
             advantage = arrays["advantages"][i, 0].double()
             bounded = ratio.clamp(1 - 3e-4, 1 + 4e-4)
             loss = loss - torch.minimum(ratio * advantage, bounded * advantage) / MINI_BATCH
-            clipped += int(bounded * advantage < ratio * advantage)
+            clipped += int((ratio - bounded) * advantage > 0)
             count += 1
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return clipped / count
+        fractions.append(clipped / count)
+    return fractions
 
 
 def environment(rank: int = 0, world: int = 1) -> dict[str, str]:
