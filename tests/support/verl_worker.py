@@ -1,8 +1,8 @@
 """verl's own actor worker on a CPU, a batch as verl's trainer passes it, and the same update in plain torch.
 
 What stands in for a GPU is `verl_cpu_platform`. Two more things differ from a run of verl's: the process group is
-opened first, because verl asks for "cpu:gloo,cpu:gloo" and torch refuses a device that is named twice; and TRL counts as
-not installed, because verl 0.9.1 imports a class from it that TRL 1.14 to 1.16 do not have.
+opened first, because verl asks for "cpu:gloo,cpu:gloo" and torch refuses a device that is named twice; and TRL counts
+as not installed, because verl 0.9.1 imports a class from it that TRL 1.14 to 1.16 do not have.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import verl
-import verl_cpu_platform as verl_cpu_platform  # in a worker process of Ray: before anything asks for the platform
+import verl_cpu_platform  # noqa: F401  # in a worker process of Ray: before anything asks for the platform
 from hydra import compose, initialize_config_dir
 from tensordict import TensorDict
 from torch import Tensor
@@ -142,7 +142,9 @@ def plain_log_probs(model: Any, arrays: dict[str, Tensor], rows: Sequence[int]) 
     return found
 
 
-def plain_update(model: Any, arrays: dict[str, Tensor], old: Tensor, mini_batches: Sequence[Sequence[int]]) -> list[float]:
+def plain_update(
+    model: Any, arrays: dict[str, Tensor], old: Tensor, mini_batches: Sequence[Sequence[int]]
+) -> list[float]:
     """GSPO by its formula: one step of SGD for each mini-batch, gradients clipped to 1; each step's clip fraction."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     fractions = []

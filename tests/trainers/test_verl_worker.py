@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from verl.plugin.platform import get_platform, set_platform
 from verl.utils import tensordict_utils as tu
-from verl.workers.utils.padding import no_padding_2_padding
 from verl.workers.engine import EngineRegistry
+from verl.workers.utils.padding import no_padding_2_padding
 from verl_cpu_platform import PlatformCPU
 
 from gspo_kernels.integrations import verl as integration
@@ -85,7 +85,7 @@ def test_an_actor_update(packed: bool, vendor: str, model: str, monkeypatch: pyt
 
 @pytest.mark.plain_memory
 def test_two_workers_of_ray(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes that verl starts with Ray: each finds the loss by the package's entry point, and shares the update."""
+    """Two processes that verl starts with Ray find the loss by the package's entry point, and share an update."""
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
@@ -108,6 +108,8 @@ def test_two_workers_of_ray(model: str, monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         ray.shutdown()
     changes, _ = reference(model, arrays, old, [[0, 1, 4, 5], [2, 3, 6, 7]])  # each rank has its half of the batch
-    assert metrics["actor/gspo_kernels/num_sequences"] == [2.0, 1.5], "the mean over micro-batches; one response is empty"
+    assert metrics["actor/gspo_kernels/num_sequences"] == [2.0, 1.5], (
+        "the mean over micro-batches; one response is empty"
+    )
     for one, other in zip(before, after, strict=True):
         check_update(one, other, changes)
