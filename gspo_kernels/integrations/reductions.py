@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from ..base import checks
 
+__all__ = ["Reduction", "reduction_of"]
+
 NORMALIZERS = {  # what a trainer divides by, over all micro-batches and ranks of an optimizer step unless said
     "tokens": "unmasked tokens",
     "responses": "responses",
@@ -22,11 +24,15 @@ NORMALIZERS = {  # what a trainer divides by, over all micro-batches and ranks o
 
 
 class Reduction(NamedTuple):
+    """How numbers per token become one loss."""
+
     aggregation: str  # of the losses here
-    normalizer: str  # what is counted: a key of NORMALIZERS
+    normalizer: str  # what the loss is divided by, in words: a key of NORMALIZERS
 
 
 class Option(NamedTuple):
+    """A trainer's option that selects the reduction."""
+
     name: str  # as the trainer's users write it
     values: dict[str, Reduction]
 
