@@ -48,3 +48,84 @@ def prime_rl_default(
 def prime_rl_step(losses: Sequence[Tensor], tokens: int) -> Tensor:
     """`compute_loss` of one micro-batch; `tokens`: of all ranks and micro-batches, at least 1."""
     return sum(losses, torch.zeros((), dtype=torch.float64)) / max(tokens, 1)
+
+
+# --- NeMo-RL: a micro-batch [B, T], its columns those of the tokens that are predicted ---------------------------------
+
+
+def nemo_mean(values: Tensor, mask: Tensor, dim: int | None = None, count: float | None = None) -> Tensor:
+    return (values * mask).sum(dim) / ((mask.sum(dim) if count is None else count) + 1e-8)
+
+
+def nemo_kl(logprobs: Tensor, ref: Tensor, kind: str, weights: Tensor) -> Tensor:
+    """With the default clamps: 20 of the log-ratio, 10 of the estimate."""
+    raw = ref - logprobs
+    d = raw.clamp(-20, 20)
+    weights = torch.where(raw == d, weights, weights.detach())
+    estimate = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[kind]
+    return (weights * estimate).clamp(-10, 10)
+
+
+def nemo_rl_loss(
+    logprobs: Tensor,
+    prev: Tensor,
+    sampled: Tensor,
+    ref: Tensor,
+    advantages: Tensor,
+    token_mask: Tensor,
+    sample_mask: Tensor,
+    responses: float,
+    tokens: float,
+    cfg: dict[str, object],
+) -> Tensor:
+    """The loss alone. `cfg`: ClippedPGLossConfig's names."""
+
+    def option(name: str, default: object = None) -> object:
+        return cfg.get(name, default)
+
+    low, high, bound = (option(f"ratio_clip_{x}", d) for x, d in (("min", 0.2), ("max", 0.2), ("c", None)))
+    by_sequence, forced = option("sequence_level_importance_ratios"), option("force_on_policy_ratio")
+    mask = token_mask * sample_mask[:, None]
+    prev = logprobs.detach() if forced else prev
+
+    def reduce(values: Tensor) -> Tensor:
+        if option("token_level_loss", True):
+            return nemo_mean(values, mask, count=tokens)
+        return nemo_mean(nemo_mean(values, token_mask, dim=-1), sample_mask, count=responses)
+
+    log_ratio = logprobs - prev
+    ratio = log_ratio.exp()
+    if by_sequence and not forced:
+        ratio = nemo_mean(log_ratio, token_mask, dim=-1)[:, None].exp().expand_as(logprobs)
+    clamped = ratio if forced else ratio.clamp(1 - low, 1 + high)  # type: ignore[operator]
+    if option("disable_ppo_ratio") and not forced:
+        ratio = clamped = logprobs
+    if option("use_cispo"):
+        loss = -advantages * clamped.detach() * logprobs
+    else:
+        loss = torch.maximum(-advantages * ratio, -advantages * clamped)
+    if bound is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * bound), loss)  # type: ignore[operator]
+
+    if option("use_importance_sampling_correction"):
+        diff = prev - sampled
+        weights = (diff * mask).sum(-1, keepdim=True).exp() if by_sequence else diff.exp()
+        weights = weights.detach().nan_to_num(0.0, 0.0, 0.0)
+        kind, most = option("truncated_importance_sampling_type"), option("truncated_importance_sampling_ratio")
+        least = option("truncated_importance_sampling_ratio_min")
+        if kind == "tis":
+            weights = weights.clamp(least or 0.0, most)  # type: ignore[call-overload]
+        elif kind == "icepop":
+            weights = torch.where((weights >= least) & (weights <= most), weights, 0.0)  # type: ignore[operator]
+        elif kind == "seq-mask-tis":
+            mean = nemo_mean(diff, token_mask, dim=-1).exp()[:, None]
+            weights = torch.where((mean >= least) & (mean <= most), weights, 0.0)  # type: ignore[operator]
+        loss = weights * loss
+    total = reduce(loss)
+    penalty = option("reference_policy_kl_penalty", 0.01)
+    if penalty and not option("use_kl_in_reward"):
+        base = sampled if option("use_on_policy_kl_approximation") else logprobs.detach()
+        weights = (logprobs - base).exp().nan_to_num(0.0, 0.0, 0.0)
+        kind = str(option("reference_policy_kl_type", "k3"))
+        total = total + penalty * reduce(nemo_kl(logprobs, ref, kind, weights))  # type: ignore[operator]
+    return total

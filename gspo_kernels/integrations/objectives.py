@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import fields
 
 from ..base import checks
 from ..losses.clipped import GMPO, GRPO, PPO, SAPO, GSPOToken
@@ -39,7 +39,7 @@ def objective_of(name: str, **parameters: float | str | None) -> Objective:
     """
     checks.choice("objective", name, tuple(OBJECTIVES))
     kind = OBJECTIVES[name]
-    known = [field.name for field in fields(kind)]
+    known = list(inspect.signature(kind).parameters)
     for parameter in parameters:
         if parameter not in known:
             names = ", ".join(known) or "none"
