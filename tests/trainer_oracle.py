@@ -50,7 +50,7 @@ def prime_rl_step(losses: Sequence[Tensor], tokens: int) -> Tensor:
     return sum(losses, torch.zeros((), dtype=torch.float64)) / max(tokens, 1)
 
 
-# --- NeMo-RL: a micro-batch [B, T], its columns those of the tokens that are predicted ---------------------------------
+# --- NeMo-RL: a micro-batch [B, T], its columns those of the tokens that are predicted --------------------------------
 
 
 def nemo_mean(values: Tensor, mask: Tensor, dim: int | None = None, count: float | None = None) -> Tensor:

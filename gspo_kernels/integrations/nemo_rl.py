@@ -63,7 +63,7 @@ class PolicyLossFn(ClippedPGLossFn):
     def __call__(
         self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The share of this micro-batch in the loss of the step. The host syncs are those of NeMo-RL's metrics, and one.
+        """This micro-batch's share of the loss of the step. The host syncs are those of NeMo-RL's metrics, and one.
 
         Args:
             next_token_logprobs: [B, S - 1] float32, differentiable; the first is that of `data["input_ids"][:, 1]`.
@@ -95,9 +95,9 @@ class PolicyLossFn(ClippedPGLossFn):
             loss = loss + self.kl_term(logprobs, data, generation, options)
 
         with torch.no_grad():
-            shares = torch.stack([stats.clip_fraction, stats.clip_fraction_low, stats.clip_fraction_high])
-            shares = shares * stats.num_tokens / torch.as_tensor(global_valid_toks).clamp(min=1)
-            value, *shares = torch.cat([loss.detach().double()[None], shares.double()]).tolist()
+            found = torch.stack([stats.clip_fraction, stats.clip_fraction_low, stats.clip_fraction_high])
+            found = found * stats.num_tokens / torch.as_tensor(global_valid_toks).clamp(min=1)
+            value, *shares = torch.cat([loss.detach().double()[None], found.double()]).tolist()
             _, metrics = super().__call__(
                 next_token_logprobs=logprobs, data=data, global_valid_seqs=global_valid_seqs,
                 global_valid_toks=global_valid_toks,
@@ -146,7 +146,7 @@ class LogitPolicyLossFn(PolicyLossFn):
 
     input_type = LossInputType.LOGIT
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, logits: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
         """As in `PolicyLossFn`, but for `logits` [B, S, V], divided by the temperature."""
