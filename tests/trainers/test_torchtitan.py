@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from checks import check_close, check_number
 from torch import Tensor
@@ -49,7 +50,8 @@ def samples() -> list[Any]:
         old = [x - drift - 0.8 * (draw.random() - 0.5) for x in now]
         found.append(
             TrainingSample(
-                min_policy_version=0, max_policy_version=0, rollout_id=RolloutTurnID(group_id=0, rollout_id=i, turn_id=0),
+                min_policy_version=0, max_policy_version=0,
+                rollout_id=RolloutTurnID(group_id=0, rollout_id=i, turn_id=0),
                 token_ids=ids, loss_mask=mask, logprobs=[min(x, 0.0) * m for x, m in zip(old, mask, strict=True)],
                 advantage=[advantage * m for m in mask],
             )
@@ -59,9 +61,9 @@ def samples() -> list[Any]:
     return found
 
 
-def packed(kind: Any, *, ranks: int = 1, rows: int = 4, **options: Any) -> Any:
+def packed(kind: Any, *, dp: int = 1, rows: int = 4, **options: Any) -> Any:
     config = kind.Config(batch=BatchConfig(local_batch_size=rows, seq_len=LENGTH), **options)
-    batcher = config.build(num_prompts_per_train_step=1, dp_degree=ranks, pad_id=0)
+    batcher = config.build(num_prompts_per_train_step=1, dp_degree=dp, pad_id=0)
     return batcher.add_training_samples(
         training_sample_group=TrainingSampleGroup(group_id=0, training_samples=samples(), metrics=[])
     )
@@ -136,11 +138,11 @@ def gspo_of(logits: list[Tensor], low: float, high: float, mean_of: str) -> Tens
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-@pytest.mark.parametrize(("ranks", "rows"), [(1, 4), (2, 1)])
-def test_gspo_over_micro_batches_and_ranks(aggregation: str, ranks: int, rows: int) -> None:
+@pytest.mark.parametrize(("dp", "rows"), [(1, 4), (2, 1)])
+def test_gspo_over_micro_batches_and_ranks(aggregation: str, dp: int, rows: int) -> None:
     """The sum of all shares is the loss of the step, however it is packed; so are the gradients of each sample."""
-    batch = packed(ResponseBatcher, ranks=ranks, rows=rows, aggregation=aggregation)
-    if ranks > 1:
+    batch = packed(ResponseBatcher, dp=dp, rows=rows, aggregation=aggregation)
+    if dp > 1:
         assert len(batch.microbatches) > 1
     loss_fn = PolicyLoss.Config(eps_low=0.05, eps_high=0.05).build()
     total, found, logged = 0.0, {}, []
@@ -236,3 +238,59 @@ def test_from_hidden_states(chunk_bytes: int | None) -> None:
         check_close("gradient", actual, wanted, 1e-5 * (wanted.abs() + 0.1 * wanted.abs().max()))
     for name, value in expected_metrics.items():
         check_number(name, float(metrics[name]), float(value), 1e-5 * (1 + abs(float(value))))
+
+
+# --- tensor parallelism and FSDP2 -------------------------------------------------------------------------------------
+
+
+def sharded(rank: int) -> dict[str, Tensor]:
+    """This rank's columns (9 and 8 of 17) in both forms that torchtitan's models return; and a head under FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+    from torchtitan.distributed.spmd_types import set_current_spmd_mesh
+
+    batch = packed(ResponseBatcher)
+    ((part,),), tokens, found = batch.microbatches, batch.num_global_valid_tokens, {}
+    options = {"eps_low": 0.05, "eps_high": 0.05}
+    mine = logits_of(part).split(9, -1)[rank].contiguous()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    loss_fn = PolicyLoss.Config(global_vocab_size=VOCAB, **options).build()
+    with set_current_spmd_mesh(mesh):
+        found["loss"], found["gradient"], metrics = called(loss_fn, part, tokens, mine.clone())
+    found["entropy"] = metrics["trainer/entropy/mean"]
+    global_logits = DTensor.from_local(
+        mine.clone(), mesh, [Shard(2)], run_check=False, shape=(*mine.shape[:2], VOCAB), stride=logits_of(part).stride()
+    )
+    found["loss, DTensor"], gradient, _ = called(PolicyLoss.Config(**options).build(), part, tokens, global_logits)
+    found["gradient, DTensor"] = gradient.to_local()  # type: ignore[attr-defined]
+
+    lm_head = head()
+    fully_shard(lm_head, mesh=init_device_mesh("cpu", (2,)))
+    linear = LinearPolicyLoss.Config(eps_low=0.99, eps_high=50.0).build()
+    linear.set_lm_head(lm_head)
+    found["loss, FSDP2"], found["hidden, FSDP2"], _ = called(linear, part, tokens, hidden_of(part))
+    found["weight, FSDP2"] = lm_head.weight.grad.full_tensor()
+    with set_current_spmd_mesh(mesh), pytest.raises(NotImplementedError, match="expected no tensor parallelism"):
+        called(linear, part, tokens, hidden_of(part))
+    return found
+
+
+def test_over_two_ranks() -> None:
+    batch = packed(ResponseBatcher)
+    ((part,),), tokens = batch.microbatches, batch.num_global_valid_tokens
+    loss, gradient, metrics = called(PolicyLoss.Config(eps_low=0.05, eps_high=0.05).build(), part, tokens)
+    linear, lm_head = LinearPolicyLoss.Config(eps_low=0.99, eps_high=50.0).build(), head()
+    linear.set_lm_head(lm_head)
+    linear_loss, of_hidden, _ = called(linear, part, tokens, hidden_of(part))
+    results = ranks.run(2, sharded)
+    for form in ("", ", DTensor"):
+        whole = torch.cat([found[f"gradient{form}"] for found in results], -1)
+        check_gradient(whole, gradient, part.labels, 1e-6)
+        for found in results:
+            check_number("loss", float(found[f"loss{form}"]), float(loss), 1e-6)
+    for found in results:
+        check_number("entropy", float(found["entropy"]), float(metrics["trainer/entropy/mean"]), 1e-6)
+        check_number("loss, FSDP2", float(found["loss, FSDP2"]), float(linear_loss), 1e-6)
+        for name, wanted in (("hidden", of_hidden), ("weight", lm_head.weight.grad)):  # both ranks have the same batch
+            check_close(name, found[f"{name}, FSDP2"], wanted, 1e-5 * (wanted.abs() + 0.1 * wanted.abs().max()))
