@@ -129,3 +129,34 @@ def nemo_rl_loss(
         kind = str(option("reference_policy_kl_type", "k3"))
         total = total + penalty * reduce(nemo_kl(logprobs, ref, kind, weights))  # type: ignore[operator]
     return total
+
+
+# --- open-instruct: a micro-batch [B, T] ------------------------------------------------------------------------------
+
+
+def open_instruct_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    rho: Tensor,
+    denominator: float,
+    *,
+    loss_fn: str = "dapo",
+    clip_lower: float = 0.2,
+    clip_higher: float = 0.272,
+    beta: float = 0.05,
+    kl_estimator: int = 2,
+) -> Tensor:
+    """`compute_grpo_loss`, the KL term and `masked_mean`."""
+    ratio = (logprobs - old).exp()
+    if loss_fn == "dapo":
+        policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_lower, 1 + clip_higher))
+    else:
+        policy = -advantages * ratio.detach().clamp(max=1 + clip_higher) * logprobs
+    loss = policy * rho
+    if ref is not None:
+        d = (logprobs - ref).clamp(-40, 40)
+        loss = loss + beta * (d, d**2 / 2, torch.expm1(-d) + d, ratio * d)[kl_estimator]
+    return torch.where(mask, loss, 0.0).sum() / denominator if denominator > 0 else torch.zeros(())

@@ -29,6 +29,7 @@ from ..losses.objectives import Objective
 from ..losses.stats import Stats
 from .head import Found, head_tensors, run_at_head
 from .objectives import objective_of
+from .packed_rows import bounds_of
 
 __all__ = ["LinearPolicyLoss", "PolicyLoss", "ResponseBatcher"]
 
@@ -260,10 +261,7 @@ class _Tokens:
         self.mask = (numbers > 0) & torch.isfinite(generator_logprobs.flatten())
         self.old_logprobs = generator_logprobs.flatten()
         self.advantages = advantages.flatten()
-        # A response's prompt follows the response before it. There are at most as many responses as tokens; those that
-        # a micro-batch does not have are empty.
-        bounds = torch.arange(len(numbers) + 2, device=numbers.device)
-        self.cu_seqlens = torch.searchsorted(numbers.cummax(0).values, bounds)
+        self.cu_seqlens = bounds_of(numbers.cummax(0).values)  # a prompt belongs to the response before it
         count = 1.0 if global_valid_tokens is None else global_valid_tokens
         self.count = torch.as_tensor(count, dtype=torch.float64, device=numbers.device).clamp(min=1.0)
 
