@@ -10,7 +10,7 @@ from ..losses.clipped import GMPO, GRPO, PPO, SAPO, GSPOToken
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, DRO, TOPRToken
 
-__all__ = ["OBJECTIVES", "objective_of"]
+__all__ = ["objective_of"]
 
 # All take one advantage per token, which is what trainers have. GSPO-token equals GSPO where the tokens of a response
 # have one advantage.

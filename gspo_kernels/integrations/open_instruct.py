@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.packed_rows import bounds_of
 from ..losses.clipped import PPO
 from ..losses.from_logits import policy_loss_from_logprobs
 from .objectives import objective_of
-from .packed_rows import bounds_of
 
 __all__ = ["Loss", "policy_loss"]
 

@@ -23,13 +23,13 @@ from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 from torchtitan.experiments.rl.components.batcher import Batcher
 
 from ..base import checks
+from ..base.packed_rows import bounds_of
 from ..linear.from_hidden import linear_policy_loss
+from ..linear.model_head import Found, head_tensors, run_at_head
 from ..losses.from_logits import policy_loss
 from ..losses.objectives import Objective
 from ..losses.stats import Stats
-from .head import Found, head_tensors, run_at_head
 from .objectives import objective_of
-from .packed_rows import bounds_of
 
 __all__ = ["LinearPolicyLoss", "PolicyLoss", "ResponseBatcher"]
 
