@@ -217,7 +217,7 @@ def trained(rank: int, ways: list[Way]) -> Found:
 
 
 def built(way: Way, state: Any, **options: Any) -> Any:
-    """A GPTModel of Megatron's local layers; the hook is that of Megatron-Core 0.18 where the installed one has none."""
+    """A GPTModel of Megatron's local layers. Where the installed version has no hook, it gets that of version 0.18."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -1,8 +1,8 @@
 """Losses over Megatron-Core's own process groups, and a GPTModel of it in training, against float64 on one process.
 
-Four ranks over gloo. Megatron cuts the batch for its context-parallel ranks (two of 2 cp parts of each sequence) and
-pads the vocabulary for its tensor-parallel ones. What remains of the four is data parallel, and Megatron scales and sums
-its gradients.
+Four ranks over gloo, of which those that are left over by tp x cp are data parallel. Megatron's function cuts the batch
+for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. In training,
+Megatron's schedule and its DistributedDataParallel scale and sum the gradients.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def multiplied(way: Way) -> int:
     return 2 * 2 if way.scaled == "by us" else int(all_responses().mask.sum())
 
 
-# --- modules around the model, and what is refused ----------------------------------------------------------------------
+# --- modules around the model, and what is refused --------------------------------------------------------------------
 
 
 def test_the_head_is_handed_over_as_it_is(of_training: list[Any]) -> None:
