@@ -35,9 +35,9 @@ test: .venv/test
 test-triton: .venv/test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
-# Inside the trainers themselves: those that `make bench-peers` has installed, on the CPU.
-test-trainers: .venv/test .venv/peers
-	$(BIN)/python -m pytest --numprocesses auto $(wildcard tests/integrations/test_integration_*.py) $(ARGS)
+# Inside the trainers themselves, on the CPU: Megatron-Core, verl, OpenRLHF, SkyRL, AReaL, ms-swift and torchtitan.
+test-trainers: .venv-trainers/ready
+	.venv-trainers/bin/python -m pytest --numprocesses auto tests/trainers $(ARGS)
 
 # vLLM itself on the CPU, in its own environment: outputs, streams, the HTTP server, pushed weights. ARGS=--record writes
 # what it returned to tests/rollout/recorded, which `make test` reads.
@@ -165,5 +165,17 @@ VLLM_PIP := .venv-vllm/bin/python -m pip install --no-compile --quiet --disable-
 	$(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
+# The trainers, in an environment on top of .venv, whose packages it sees: verl refuses the transformers and tensordict of
+# constraints.txt. constraints-trainers.txt pins what pip resolves for gspo-kernels[verl], and the other trainers. All
+# come without their dependencies: no two of these trainers agree on those.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+.venv-trainers/ready: constraints-trainers.txt .venv/peers
+	test -x .venv-trainers/bin/python || $(BIN)/python -m venv .venv-trainers
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$(.venv-trainers/bin/python $(PURELIB))/venv.pth"
+	.venv-trainers/bin/python -m pip install --no-deps --no-compile --quiet --disable-pip-version-check \
+	  --requirement constraints-trainers.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info gspo_kernels/*.so
+	rm -rf .venv .venv-trainers .venv-vllm build dist *.egg-info gspo_kernels/*.so

@@ -21,6 +21,7 @@ from ..losses.clipped import GRPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.from_rows import KeptLogprobs
 from ..rows.kept import KeptTokens
+from .reductions import reduction_of
 
 __all__ = ["policy_loss"]
 
@@ -87,7 +88,7 @@ def policy_loss(
     pg_loss, stats = policy_loss_from_logprobs(
         logprobs, advantages[None], old_logprobs, objective=objective, mask=mask, cu_seqlens=rows.cu_seqlens,
         importance_weights=None if by_token else rows.scatter(shares(batch, rows.counts))[None],
-        aggregation="token_mean" if by_token else "sequence_mean", normalizer=1.0, cp_group=cp_group,
+        aggregation=reduction_of("slime", str(bool(by_token))).aggregation, normalizer=1.0, cp_group=cp_group,
     )  # fmt: skip
 
     entropy_loss = sum_of_sample_mean(entropy[rows.indices])

@@ -21,19 +21,13 @@ from ..losses.clipped import GSPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
+from .reductions import reduction_of
 
 __all__ = ["gspo", "gspo_token", "log_probs_and_entropy", "register"]
 
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # VERL_ENGINE_VENDOR with this value selects the engines below
 
-AGGREGATIONS = {  # by verl's loss_agg_mode
-    "token-mean": "token_mean",
-    "token-sum": "token_mean",
-    "seq-mean-token-mean": "sequence_mean",
-    "seq-mean-token-sum": "sequence_sum",
-    "seq-mean-token-sum-norm": "sequence_sum",
-}
 LOGGED_BY_VERL = ("entropy", "ref_kl")  # stats left out of our metrics: verl adds and logs both terms itself
 
 logger = logging.getLogger(__name__)
@@ -132,11 +126,11 @@ def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
     A count of 0 is passed on as a tensor: the loss is 0 where no token counts. Where tokens do count, a count of 0 is
     refused, or gives NaN where the mask cannot be read without a host sync.
     """
-    checks.choice("loss_agg_mode", mode, tuple(AGGREGATIONS))
+    aggregation, counted = reduction_of("verl", mode)
     dp_size = checks.whole("dp_size", info.get("dp_size", 1), "how many ranks average their gradients", at_least=1)
-    of_tokens = AGGREGATIONS[mode] == "token_mean"
+    of_tokens = aggregation == "token_mean"
     name = "batch_num_tokens" if of_tokens else "global_batch_size"
-    count = 1 if mode == "token-sum" else info.get(name)
+    count = 1 if counted == "one" else info.get(name)
     if count is None:
         if dp_size > 1:
             raise ValueError(
@@ -151,12 +145,12 @@ def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
         if count == 0:
             count = torch.zeros((), dtype=torch.float64, device=mask.device)
     check_count(count, batch_shape(mask.shape, mask, None, mask.device), name)
-    if mode == "seq-mean-token-sum-norm":
+    if counted == "responses x length":
         factor = info.get("loss_scale_factor")
         if factor is None:
             factor = max(mask.shape[1], 1)
         count = count * checks.number("loss_scale_factor", factor, "what sequences' sums are divided by", above=0.0)
-    return AGGREGATIONS[mode], count / dp_size
+    return aggregation, count / dp_size
 
 
 @torch.no_grad()

@@ -11,27 +11,28 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from ... import GRPO, GSPO, GSPOToken
+from ..reductions import OPTIONS
 
 Normalizer = Callable[[Any, dict[str, Any], Tensor], Tensor | float]  # (trainer, micro-batch, loss mask)
 
 # importance_sampling_level -> the objective, whose default clip range is that of GSPOConfig
 LEVELS: dict[str, type[GSPO | GSPOToken | GRPO]] = {"sequence": GSPO, "sequence_token": GSPOToken, "token": GRPO}
 
-# loss_type -> the aggregation, and the normalizer of a micro-batch
-LOSS_TYPES: dict[str, tuple[str, Normalizer]] = {
-    "grpo": ("sequence_mean", lambda trainer, inputs, mask: trainer._per_step(inputs["num_sequences_in_batch"])),
-    "dapo": ("token_mean", lambda trainer, inputs, mask: trainer._per_step(inputs["num_items_in_batch"])),
-    "bnpo": ("token_mean", lambda trainer, inputs, mask: trainer._accumulated * mask.sum().clamp(min=1)),
-    "dr_grpo": (
-        "token_mean",
-        lambda trainer, inputs, mask: trainer._accumulated * float(len(mask) * trainer.max_completion_length),
+# What is counted -> the normalizer of a micro-batch
+NORMALIZERS: dict[str, Normalizer] = {
+    "responses": lambda trainer, inputs, mask: trainer._per_step(inputs["num_sequences_in_batch"]),
+    "tokens": lambda trainer, inputs, mask: trainer._per_step(inputs["num_items_in_batch"]),
+    "local tokens": lambda trainer, inputs, mask: trainer._accumulated * mask.sum().clamp(min=1),
+    "responses x length": lambda trainer, inputs, mask: (
+        trainer._accumulated * float(len(mask) * trainer.max_completion_length)
     ),
 }
+LOSS_TYPES = tuple(OPTIONS["TRL"].values)
 
 # Options of GRPOConfig -> the supported values
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": tuple(LEVELS),
-    "loss_type": tuple(LOSS_TYPES),
+    "loss_type": LOSS_TYPES,
     "off_policy_mask_threshold": (None,),
     "use_liger_kernel": (False,),
     "cast_lm_head_to_fp32": (False,),  # here logits are always accumulated in fp32

@@ -17,7 +17,8 @@ from ... import (
     linear_token_logprobs,
     policy_loss_from_logprobs,
 )
-from .config import LEVELS, LOSS_TYPES, GSPOConfig, check_options
+from ..reductions import reduction_of
+from .config import LEVELS, NORMALIZERS, GSPOConfig, check_options
 from .entropy import add_bonus, has_entropy_options, tokens_that_count
 from .head import Found, head_tensors, run_at_head
 from .images import NAMES as IMAGES
@@ -157,7 +158,7 @@ class GSPOTrainer(GRPOTrainer):
 
     def _loss_options(self, inputs: Inputs, mask: Tensor) -> dict[str, Any]:
         """The arguments of a loss that are a micro-batch's share of the step."""
-        aggregation, normalizer = LOSS_TYPES[self.loss_type]
+        aggregation, counted = reduction_of("TRL", self.loss_type)
         return {
             "advantages": inputs["advantages"],
             "old_logprobs": inputs.get("old_per_token_logps"),
@@ -168,7 +169,7 @@ class GSPOTrainer(GRPOTrainer):
             "beta": self.beta,
             "kl_weighting": "ratio" if self.args.use_bias_correction_kl else "none",
             "aggregation": aggregation,
-            "normalizer": normalizer(self, inputs, mask),
+            "normalizer": NORMALIZERS[counted](self, inputs, mask),
         }
 
     def _loss_of_logprobs(self, logprobs: Tensor, entropy: Tensor, inputs: Inputs, mask: Tensor) -> LossOutput:
