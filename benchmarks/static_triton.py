@@ -42,8 +42,8 @@ BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
 # With the tanh of a softcap, which takes two instructions more where no instruction bounds two logits at once.
 BUDGETS_CAPPED = {"read": 30.0, "write": 33.0}
 
-# Spills outside of all loops happen once a row, which moves 600 KB, a sequence or a batch: they cost no time. On sm_100 a
-# kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
+# Spills outside of all loops happen once a row, which moves 600 KB, once a sequence or once a batch: they cost no time.
+# On sm_100 a kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
 SPILLS = {
     "forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16),
     "kept_forward_backward": (2, 8), "batch, terms of GRPO": (10, 24), "batch, terms of CISPO": (4, 8),
