@@ -19,7 +19,6 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -67,9 +66,6 @@ class Batch:
         return len(self.mask)
 
 
-Driver = Callable[[Batch], tuple[Tensor, dict[str, float]]]  # (the loss to call backward on, metrics)
-
-
 def mini_batch(model: Any, rollout: Rollout) -> Batch:
     """With the tensors of the current model."""
     ids, attention = rollout.batch.input_ids, rollout.batch.attention_mask
@@ -97,7 +93,7 @@ def warmed_up(seed: int = 0) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def first_steps(model: Any, tokenizer: Any, driver: Driver) -> list[dict[str, float]]:
+def first_steps(model: Any, tokenizer: Any, driver: Any) -> list[dict[str, float]]:
     """The metrics of each step, and the mean reward and the gradient's norm, which every trainer logs."""
     torch.manual_seed(1)
     model, problems = copy.deepcopy(model), Problems(random.Random(1), SETTINGS.digits, 0)
@@ -105,10 +101,22 @@ def first_steps(model: Any, tokenizer: Any, driver: Driver) -> list[dict[str, fl
     while len(found) < STEPS:
         rollout = roll_out(model, tokenizer, problems, SETTINGS)
         for part in list(rollout.chunk(MINI_BATCHES))[: STEPS - len(found)]:
-            loss, metrics = driver(mini_batch(model, part))
+            loss, metrics = driver.step(mini_batch(model, part))
             norm = arithmetic.update(model, optimizer, loss, SETTINGS.learning_rate, SETTINGS.max_grad_norm)
             found.append({"reward": rollout.rewards.mean().item(), "grad_norm": norm.item(), **metrics})
     return found
+
+
+def history(model: Any, tokenizer: Any, driver: Any) -> list[dict[str, float]]:
+    """The same by a trainer that samples and updates by itself."""
+    torch.manual_seed(1)
+    problems = Problems(random.Random(1), SETTINGS.digits, 0).draw(SETTINGS.groups * -(-STEPS // MINI_BATCHES))
+    responses = SETTINGS.groups * SETTINGS.samples // MINI_BATCHES
+    return driver.history(
+        copy.deepcopy(model), tokenizer, problems, arithmetic.grade, max_steps=STEPS, seed=1,
+        per_device_train_batch_size=responses, steps_per_generation=MINI_BATCHES, num_generations=SETTINGS.samples,
+        learning_rate=SETTINGS.learning_rate, max_grad_norm=SETTINGS.max_grad_norm, adam_beta2=0.99,
+    )  # fmt: skip
 
 
 def table(steps: list[dict[str, float]]) -> str:
@@ -132,7 +140,9 @@ def main() -> None:
     model, tokenizer = warmed_up()
     for name in parser.parse_args().trainers:
         driver = importlib.import_module(f"drivers.{name}")
-        steps = first_steps(model, tokenizer, driver.step)
+        steps = (
+            history(model, tokenizer, driver) if hasattr(driver, "history") else first_steps(model, tokenizer, driver)
+        )
         results["trainers"][name] = {"version": driver.VERSION, "steps": steps}
         page = DOCS / f"{name.replace('_', '-')}.md"
         page.write_text(with_table(page.read_text(), steps))

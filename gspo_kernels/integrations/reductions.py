@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from ..base import checks
 
+__all__ = ["Reduction", "reduction_of"]
+
 NORMALIZERS = {  # what a trainer divides by, over all micro-batches and ranks of an optimizer step unless said
     "tokens": "unmasked tokens",
     "responses": "responses",
@@ -22,16 +24,42 @@ NORMALIZERS = {  # what a trainer divides by, over all micro-batches and ranks o
 
 
 class Reduction(NamedTuple):
+    """How numbers per token become one loss."""
+
     aggregation: str  # of the losses here
-    normalizer: str  # what is counted: a key of NORMALIZERS
+    normalizer: str  # what the loss is divided by, in words: a key of NORMALIZERS
 
 
 class Option(NamedTuple):
+    """A trainer's option that selects the reduction."""
+
     name: str  # as the trainer's users write it
     values: dict[str, Reduction]
 
 
 OPTIONS = {  # by the trainer's name
+    "OpenRLHF": Option(
+        "loss_agg_mode",
+        {
+            "token-mean": Reduction("token_mean", "tokens"),
+            "seq-mean-token-mean": Reduction("sequence_mean", "responses"),
+        },
+    ),
+    "SkyRL": Option(
+        "loss_reduction",
+        {
+            "token_mean": Reduction("token_mean", "tokens"),
+            "token_mean_legacy": Reduction("token_mean", "local tokens"),
+            "sequence_mean": Reduction("sequence_mean", "responses"),
+            "seq_mean_token_sum_norm": Reduction("sequence_sum", "responses x length"),
+            "prompt_mean": Reduction("group_mean", "prompts"),
+        },
+    ),
+    "NeMo-RL": Option(
+        "token_level_loss",
+        {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},
+    ),
+    "open-instruct": Option("loss_denominator", {"token": Reduction("token_mean", "tokens")}),
     "slime": Option(
         "calculate_per_token_loss",
         {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},

@@ -1,10 +1,9 @@
-"""Our objectives against the losses of TRL, SkyRL and prime-rl: value and gradient of one batch, in float64.
+"""Our objectives against the losses of TRL and SkyRL: value and gradient of one batch, in float64.
 
-TRL's own functions are called where it is installed. The formulas of SkyRL and prime-rl are written here again, in
-plain torch, from their sources
+TRL's own functions are called where it is installed. The formulas of SkyRL are written here again, in plain torch, from
+its source
 
     NovaSky-AI/SkyRL a9564572, skyrl/backends/skyrl_train/utils/ppo_utils.py
-    PrimeIntellect-ai/prime-rl 559b4477, src/prime_rl/trainer/rl/loss.py
 
 Where a result differs on purpose, a test shows by how much. verl's functions are in tests/trainers.
 """
@@ -242,7 +241,7 @@ def test_trl_top_entropy_quantile_of_gmpo() -> None:
     check(found, (theirs[0] + of_empty, theirs[1]))
 
 
-# --- SkyRL's and prime-rl's formulas, written again -------------------------------------------------------------------
+# --- SkyRL's formulas, written again ----------------------------------------------------------------------------------
 
 
 def of_formula(formula: Callable[[Tensor], Tensor], batch: Batch = BATCH) -> Result:
@@ -342,30 +341,6 @@ def test_skyrl_dppo(divergence: str, delta: float) -> None:
     value = (-BATCH.log_ratio.exp() * advantages * BATCH.logprobs)[keep].sum() / TOKENS
     check_number("our value", float(our_loss), float(value), 1e-13)
     assert abs(float(our_loss - loss)) > 0.1
-
-
-def test_prime_rl_default_loss() -> None:
-    """prime-rl's default: DPPO by probability, and a penalty of kl_tau times the squared log-ratio on every token.
-
-    Ours is DPPO with the k2 estimator, half the squared log-ratio, of the policy that sampled. The value of the policy
-    term differs as SkyRL's does.
-    """
-    advantages, kl_tau = BATCH.token_advantages, 1e-3
-    moved = BATCH.logprobs.exp() - BATCH.old_logprobs.exp()
-    dropped = torch.where(advantages > 0, moved > 0.2, moved < -0.2)
-
-    def formula(logprobs: Tensor) -> Tensor:
-        log_ratio = logprobs - BATCH.old_logprobs
-        policy = torch.where(dropped, 0.0, log_ratio.exp() * advantages)
-        return (kl_tau * log_ratio**2 - policy)[BATCH.mask].sum() / TOKENS
-
-    options: dict[str, Any] = {"beta": 2 * kl_tau, "kl_estimator": "k2", "ref_logprobs": BATCH.old_logprobs}
-    loss, gradient = of_formula(formula)
-    our_loss, our_gradient = ours(DPPO(0.2, 0.2, None), by_token=True, **options)
-    check((loss, our_gradient), (loss, gradient))
-    without, _ = ours(DPPO(0.2, 0.2, None), by_token=True)
-    penalty = kl_tau * float(BATCH.log_ratio[BATCH.mask].square().mean())
-    check_number("penalty", float(our_loss - without), penalty, 1e-14)
 
 
 @pytest.mark.parametrize("objective", [TOPRToken(), TOPR()], ids=["token", "response"])
