@@ -32,12 +32,11 @@ def required_by(name: str, extras: tuple[str, ...] = ()) -> list[Requirement]:
     return [x for x in found if x.marker is None or any(x.marker.evaluate({"extra": e}) for e in (*extras, ""))]
 
 
-def test_versions_are_what_pip_resolves_for_the_extra() -> None:
-    """Every installed package satisfies what verl requires of it, and what verl's requirements require, and so on."""
+def test_versions_are_what_pip_resolves_for_the_extras() -> None:
+    """Of [verl] and of [trl,verl]: every installed package satisfies what verl and TRL require, and so on."""
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
-    (extra,) = [Requirement(line.split('"')[1]) for line in lines if line.startswith("verl = [")]
-    assert extra.specifier.contains(VERL)
-    waiting, seen, wrong = [extra], set[str](), []
+    extras = [line.split('"')[1::2] for line in lines if line.startswith(("verl = [", "trl = ["))]
+    waiting, seen, wrong = [Requirement(x) for extra in extras for x in extra], set[str](), []
     while waiting:
         wanted = waiting.pop()
         try:
@@ -51,7 +50,17 @@ def test_versions_are_what_pip_resolves_for_the_extra() -> None:
             seen.add(canonicalize_name(wanted.name))
             waiting += required_by(wanted.name, tuple(wanted.extras))
     assert not wrong
-    assert {"transformers", "tensordict", "ray", "numpy", "torch", "tokenizers", "huggingface-hub"} <= seen
+    assert {
+        "verl",
+        "trl",
+        "transformers",
+        "tensordict",
+        "ray",
+        "numpy",
+        "torch",
+        "tokenizers",
+        "huggingface-hub",
+    } <= seen
 
 
 @pytest.mark.parametrize(("found", "warned"), [("0.9.1", False), ("0.9.7", False), ("0.10.0", True)])
