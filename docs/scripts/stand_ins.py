@@ -1,32 +1,52 @@
-"""The few classes that our losses take from trainers that are not on PyPI, with the fields that they have there."""
+"""Stand-ins for trainers that are not on PyPI: the few classes that our losses take from them, with their fields; and
+for modules that a trainer imports on its way to a function that does not need them.
+"""
 
 from __future__ import annotations
 
 import enum
+import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 
+class Empty(ModuleType):
+    """Has every name, as a class of its own."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
 @contextmanager
-def modules(**contents: dict[str, Any]) -> Iterator[None]:
-    """Modules that can be imported meanwhile, by dotted names with __ in place of the dots."""
-    found = {}
-    for key, content in contents.items():
-        parts = key.split("__")
-        for end in range(1, len(parts)):
-            found.setdefault(".".join(parts[:end]), ModuleType(".".join(parts[:end])))
-        module = found[".".join(parts)] = ModuleType(".".join(parts))
-        vars(module).update(content)
-    with mock.patch.dict(sys.modules, found):
+def modules(contents: Mapping[str, Mapping[str, Any] | None]) -> Iterator[None]:
+    """Modules that can be imported meanwhile: what each contains, by its name. None: every name."""
+    found = dict[str, ModuleType]()
+    for name, content in contents.items():
+        *parents, _ = itertools.accumulate(name.split("."), "{}.{}".format)
+        if find_spec(name.split(".")[0]) is None:
+            found.update({parent: ModuleType(parent) for parent in parents if parent not in found})
+        found[name] = Empty(name) if content is None else ModuleType(name)
+        found[name].__spec__ = ModuleSpec(name, None)
+        vars(found[name]).update(content or {})
+    before = {name: sys.modules[name] for name in found if name in sys.modules}
+    sys.modules.update(found)
+    try:
         yield
+    finally:
+        for name in found:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 # --- prime-rl 559b44772e47, src/prime_rl/trainer/rl/loss.py -----------------------------------------------------------
@@ -48,8 +68,8 @@ class LossOutputs:
     metrics: dict[str, Tensor]
 
 
-def with_prime_rl() -> Any:
-    return modules(prime_rl__trainer__rl__loss={"LossOutputs": LossOutputs})
+def with_prime_rl() -> AbstractContextManager[None]:
+    return modules({"prime_rl.trainer.rl.loss": {"LossOutputs": LossOutputs}})
 
 
 # --- NeMo-RL 7ea279abfbeb, nemo_rl/algorithms/loss --------------------------------------------------------------------
@@ -108,9 +128,19 @@ class ClippedPGLossFn:
 def nemo_rl_losses() -> Any:
     """The module `gspo_kernels.integrations.nemo_rl`."""
     names = {"LossType": LossType, "LossInputType": LossInputType, "MetricNormalizer": MetricNormalizer}
-    with modules(
-        nemo_rl__algorithms__loss__interfaces=names,
-        nemo_rl__algorithms__loss__loss_functions={"ClippedPGLossFn": ClippedPGLossFn},
-    ):
+    contents = {
+        "nemo_rl.algorithms.loss.interfaces": names,
+        "nemo_rl.algorithms.loss.loss_functions": {"ClippedPGLossFn": ClippedPGLossFn},
+    }
+    with modules(contents):
         from gspo_kernels.integrations import nemo_rl
     return nemo_rl
+
+
+# --- torchtitan: what its RL package imports for its generator, its renderers and its loggers -------------------------
+
+
+def with_torchtitan() -> AbstractContextManager[None]:
+    models = "torchtitan.experiments.rl.models"
+    names = ("renderers", "torch.utils.tensorboard", f"{models}.vllm_registry", f"{models}.vllm_wrapper")
+    return modules(dict.fromkeys(names))

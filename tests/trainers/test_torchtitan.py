@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 import ranks
+import stand_ins
 import torch
 from checks import check_close, check_number
 from torch import Tensor
-from trainer_modules import stubs
 
-with stubs(
-    "renderers",  # of chat templates
-    "torch.utils.tensorboard",  # imported for a logger
-    "torchtitan.experiments.rl.models.vllm_registry",  # the package imports vLLM
-    "torchtitan.experiments.rl.models.vllm_wrapper",
-):
+with stand_ins.with_torchtitan():
     from torchtitan.components.loss import ChunkedLossWrapper
     from torchtitan.experiments.rl.components.batcher import BatchConfig, Batcher
     from torchtitan.experiments.rl.controller_metrics import combine_microbatch_metrics

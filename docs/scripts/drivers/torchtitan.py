@@ -6,6 +6,7 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
+import stand_ins
 import torch
 from torch import Tensor
 
@@ -13,9 +14,9 @@ VERSION = f"torchtitan {version('torchtitan')}"
 
 
 def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
-    with warnings.catch_warnings():
+    with stand_ins.with_torchtitan(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        losses = load()
+        from gspo_kernels.integrations import torchtitan as losses
     from torchtitan.experiments.rl.components.batcher import BatchConfig
     from torchtitan.experiments.rl.types import TrainingBatch, TrainingMicrobatch
 
@@ -38,18 +39,3 @@ def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
         advantages=part.advantages, loss_mask=part.loss_mask,
     )  # fmt: skip
     return loss, {name: value.item() for name, value in metrics.items()}
-
-
-def load() -> Any:
-    """Our module, without what torchtitan's RL package imports for its generator and its loggers."""
-    import stand_ins
-
-    empty: dict[str, Any] = {name: type(name, (), {}) for name in ("Message", "SummaryWriter")}
-    with stand_ins.modules(
-        renderers=empty,
-        torch__utils__tensorboard=empty,
-        torchtitan__experiments__rl__models__vllm_registry={"register_to_vllm": None},
-        torchtitan__experiments__rl__models__vllm_wrapper={"VLLMModelWrapper": None},
-    ):
-        from gspo_kernels.integrations import torchtitan
-    return torchtitan
