@@ -137,10 +137,15 @@ def nemo_rl_losses() -> Any:
     return nemo_rl
 
 
-# --- torchtitan: what its RL package imports for its generator, its renderers and its loggers -------------------------
+# --- torchtitan: what its RL package imports for its actors, its generator, its renderers and its loggers ------------
+
+
+class Actor:
+    pass
 
 
 def with_torchtitan() -> AbstractContextManager[None]:
     models = "torchtitan.experiments.rl.models"
-    names = ("renderers", "torch.utils.tensorboard", f"{models}.vllm_registry", f"{models}.vllm_wrapper")
-    return modules(dict.fromkeys(names))
+    names = ("renderers", "torch.utils.tensorboard", f"{models}.vllm_registry", f"{models}.vllm_wrapper", "torchstore")
+    actor = {"Actor": Actor, "concurrent_endpoint": lambda method: method, "current_rank": None}
+    return modules({**dict.fromkeys(names), "monarch.actor": actor})

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 VERSION = "prime-rl 559b447"
-KWARGS = {"objective": "gspo", "eps_low": 3e-4, "eps_high": 4e-4, "tokens_per_response": 24}
+KWARGS = {
+    "objective": "gspo",
+    "eps_low": 3e-4,
+    "eps_high": 4e-4,
+    "tokens_per_response": 7,
+}  # about as long as a response here is
 
 
 def step(batch: Any) -> tuple[Tensor, dict[str, float]]:

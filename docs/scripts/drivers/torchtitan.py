@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 VERSION = f"torchtitan {version('torchtitan')}"
+SHOWN = (
+    "loss/mean", "loss/ratio_mean", "loss/ratio_clipped_low_frac", "loss/ratio_clipped_high_frac",
+    "bit_wise/logprob_diff/max", "trainer/entropy/mean",
+)  # fmt: skip
 
 
 def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
@@ -38,4 +42,4 @@ def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
         batch.logits, part.labels, packed.num_global_valid_tokens, generator_logprobs=part.generator_logprobs,
         advantages=part.advantages, loss_mask=part.loss_mask,
     )  # fmt: skip
-    return loss, {name: value.item() for name, value in metrics.items()}
+    return loss, {name: metrics[name].item() for name in SHOWN}
