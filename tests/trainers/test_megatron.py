@@ -1,7 +1,7 @@
 """Losses over Megatron-Core's own process groups, and a GPTModel of it in training, against float64 on one process.
 
 Four ranks over gloo, of which those that are left over by tp x cp are data parallel. Megatron's function cuts the batch
-for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. In training,
+for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. In training
 Megatron's schedule and its DistributedDataParallel scale and sum the gradients.
 """
 
