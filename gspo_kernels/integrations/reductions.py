@@ -38,6 +38,28 @@ class Option(NamedTuple):
 
 
 OPTIONS = {  # by the trainer's name
+    "OpenRLHF": Option(
+        "loss_agg_mode",
+        {
+            "token-mean": Reduction("token_mean", "tokens"),
+            "seq-mean-token-mean": Reduction("sequence_mean", "responses"),
+        },
+    ),
+    "SkyRL": Option(
+        "loss_reduction",
+        {
+            "token_mean": Reduction("token_mean", "tokens"),
+            "token_mean_legacy": Reduction("token_mean", "local tokens"),
+            "sequence_mean": Reduction("sequence_mean", "responses"),
+            "seq_mean_token_sum_norm": Reduction("sequence_sum", "responses x length"),
+            "prompt_mean": Reduction("group_mean", "prompts"),
+        },
+    ),
+    "NeMo-RL": Option(
+        "token_level_loss",
+        {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},
+    ),
+    "open-instruct": Option("loss_denominator", {"token": Reduction("token_mean", "tokens")}),
     "slime": Option(
         "calculate_per_token_loss",
         {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},
