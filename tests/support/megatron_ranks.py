@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -209,8 +210,12 @@ def all_responses() -> Responses:
 
 def trained(rank: int, ways: list[Way]) -> Found:
     """Three steps of each way over tp 2 and dp 2, and what `loss_from_hidden` does with modules around a model."""
+    from drivers import megatron
+
+    of_driver = with_driver(megatron.step)
     with model_parallel(2, 1) as state, without_cuda():
         return {
+            "driver": of_driver,
             "trained": [train(way, state) for way in ways],
             "wrapped": {path: wrapped(path, state) for path in ("flag", "hook")},
         }
@@ -399,4 +404,29 @@ def wrapped(path: str, state: Any) -> Found:
     )  # fmt: skip
     found["packed"], gpt.decoder, gpt.post_process = tuple(shape), decoder, False
     found["another stage"] = tuple(loss_from_hidden(model, loss, x.tokens, positions, None).shape)
+    return found
+
+
+# --- what the documentation's pages show ------------------------------------------------------------------------------
+
+
+def with_driver(step: Callable[[Any], tuple[Tensor, dict[str, float]]]) -> Found:
+    """A driver of docs/scripts/drivers and `gspo_loss` on one mini-batch, and both gradients."""
+    g = torch.Generator().manual_seed(4)
+    lengths, found = torch.tensor([5, 2, 7, 1]), dict[str, Any]()
+    leaf, ids = torch.randn(4, 7, VOCAB, generator=g), torch.randint(VOCAB, (4, 7), generator=g)
+    mask, advantages = torch.arange(7) < lengths[:, None], torch.tensor([1.0, -1.0, 0.5, -0.3])
+    old = token_logprobs(leaf, ids, mask=mask).logprobs - torch.tensor([[2e-4], [-6e-4], [6e-4], [-1e-4]]) * mask
+    for name in ("ours", "driver"):
+        logits = leaf.clone().requires_grad_()
+        if name == "ours":
+            loss, stats = gspo_loss(logits, ids, advantages, old, mask=mask)
+            log = {key: x.item() for key, x in stats.as_dict().items()}
+        else:
+            batch = SimpleNamespace(
+                logits=logits * 1, token_ids=ids, advantages=advantages, old_logprobs=old, mask=mask
+            )
+            loss, log = step(batch)
+        loss.backward()
+        found[name] = loss, log, logits.grad
     return found

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from checks import check_close, check_number
-from megatron_ranks import GRIDS, model_parallel
+from megatron_ranks import GRIDS, model_parallel, with_driver
 from ranks import grid
 from torch import Tensor
 
@@ -232,12 +232,15 @@ def stubbed_share(rank: int, tp: int, cp: int, case: Case) -> Found:
         return share(rank, tp, cp, case)
 
 
-def shares_over_megatron(rank: int, cases: list[Case]) -> dict[tuple[int, int], list[tuple[Found, Found | None]]]:
-    """By grid, of each case, the hook's and slime's own over Megatron's `mpu`. What is left of the ranks repeats it.
+def shares_over_megatron(rank: int, cases: list[Case]) -> dict[Any, Any]:
+    """By grid, of each case, (the hook's, slime's own) over Megatron's `mpu`. What is left of the ranks repeats it.
 
-    Where slime is not installed, its KL estimator is a stand-in, and there is nothing of its own.
+    Where slime is not installed, its KL estimator is a stand-in, and there is None of its own.
     """
-    found, installed = {}, find_spec("slime") is not None
+    from drivers import slime as driver
+
+    found: dict[Any, Any] = {"driver": with_driver(driver.step)}
+    installed = find_spec("slime") is not None
     modules = contextlib.nullcontext() if installed else mock.patch.dict(sys.modules, slime_stand_in())
     with modules:
         for tp, cp in GRIDS:

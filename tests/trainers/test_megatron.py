@@ -1,8 +1,8 @@
 """Losses over Megatron-Core's own process groups, and a GPTModel of it in training, against float64 on one process.
 
 Four ranks over gloo, of which those that are left over by tp x cp are data parallel. Megatron's function cuts the batch
-for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. In training
-Megatron's schedule and its DistributedDataParallel scale and sum the gradients.
+for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. Gradients
+of the model are scaled and summed by Megatron's schedule and its DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -273,3 +273,11 @@ def test_what_the_head_is_needed_for_is_refused(of_training: list[Any]) -> None:
         assert found["no model"].type == "TypeError" and found["no model"].message.startswith("model: expected")
         assert found["after an error"], "the model has its output layer again"
         assert found["another stage"] == (LENGTH, 2, HIDDEN), "a stage without a head returns hidden states to the next"
+
+
+def test_the_pages_first_steps_have_the_papers_loss(of_training: list[Any]) -> None:
+    found = of_training[0]["driver"]
+    (loss, stats, gradient), (theirs, log, of_driver) = found["ours"], found["driver"]
+    assert float(theirs) == pytest.approx(float(loss), rel=1e-6) and torch.allclose(of_driver, gradient, atol=1e-7)
+    assert log.pop("loss") == pytest.approx(float(loss), rel=1e-6) and log["clip_fraction"] == 0.5
+    assert log == pytest.approx({name: stats[name] for name in log}, rel=1e-6)

@@ -44,3 +44,10 @@ def test_slimes_own_loss_is_the_same(found: list[Any], tp: int, cp: int, case: s
             check_number(f"{name} of rank {rank}", float(x), float(theirs["log"][name]), 5e-6 * size)
         largest = float(theirs["gradient"].abs().max())
         assert torch.allclose(ours["gradient"], theirs["gradient"], rtol=0, atol=5e-6 * largest), f"rank {rank}"
+
+
+def test_the_pages_first_steps_have_the_papers_loss(found: list[Any]) -> None:
+    (loss, stats, gradient), (theirs, log, of_driver) = found[0]["driver"]["ours"], found[0]["driver"]["driver"]
+    assert float(theirs) == pytest.approx(float(loss), rel=1e-6) and torch.allclose(of_driver, gradient, atol=1e-7)
+    assert log["train/loss"] == log["train/pg_loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert log["train/pg_clipfrac"] == pytest.approx(stats["clip_fraction"], rel=1e-6) and log["train/pg_clipfrac"] > 0
