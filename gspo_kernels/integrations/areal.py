@@ -83,8 +83,9 @@ def ppo_actor_loss_fn(
     of_sequences = layout.mean(layout.of_tokens(advantages.detach())) if by_sequence else None
     loss, stats = policy_loss_from_logprobs(
         logprobs, _per_token(advantages, mask) if of_sequences is None else of_sequences[:, None], proximal_logprobs,
-        objective=objective, mask=mask, cu_seqlens=cu_seqlens, importance_weights=None if weights is None else _per_token(weights, mask),
-        aggregation=aggregation, normalizer=count, max_log_ratio=MAX_LOG_RATIO,
+        objective=objective, mask=mask, cu_seqlens=cu_seqlens,
+        importance_weights=None if weights is None else _per_token(weights, mask), aggregation=aggregation,
+        normalizer=count, max_log_ratio=MAX_LOG_RATIO,
     )  # fmt: skip
 
     if of_sequences is None:

@@ -17,7 +17,7 @@ from drivers._stubs import stubs
 from torch import Tensor
 from trainer_batch import BATCH, PROMPTS, RESPONSES, PaddedBatch, check_result
 
-from gspo_kernels import policy_loss, policy_loss_from_logprobs
+from gspo_kernels import GSPO, policy_loss, policy_loss_from_logprobs
 from gspo_kernels.integrations import areal as ours
 
 with stubs(*driver.NOT_CALLED):
@@ -194,7 +194,7 @@ def test_a_mean_over_responses_adds_up(rejection: str) -> None:
     if not rejection:
         logprobs = batch.logprobs.clone().requires_grad_()
         loss, _ = policy_loss_from_logprobs(
-            logprobs, batch.advantages, batch.old_logprobs, objective=ours.GSPO(0.2, 0.28), mask=batch.mask
+            logprobs, batch.advantages, batch.old_logprobs, objective=GSPO(0.2, 0.28), mask=batch.mask
         )
         loss.backward()
         assert logprobs.grad is not None

@@ -24,7 +24,7 @@ with stubs(*NOT_CALLED):
     from areal.trainer.ppo.actor import grpo_loss_fn
     from areal.utils import stats_tracker
 
-from gspo_kernels.integrations.areal import with_our_losses
+    from gspo_kernels.integrations.areal import with_our_losses
 
 LOSS = with_our_losses(
     functools.partial(
@@ -37,7 +37,7 @@ LOGGED = ("actor_loss", "approx_kl", "clip_ratio", "entropy", "importance_weight
 
 def packed(mask: Tensor, **arrays: Tensor) -> dict[str, Any]:
     """A micro-batch as AReaL packs it, of [B, T] arrays: [N], with one masked token, of the prompt, before each row."""
-    rows, width = mask.shape
+    width = mask.shape[1]
     lengths = torch.where(mask, torch.arange(1, width + 1, device=mask.device), 0).amax(1) + 1
     kept = torch.arange(width + 1, device=mask.device) < lengths[:, None]
     found: dict[str, Any] = {
