@@ -55,6 +55,11 @@ OPTIONS = {  # by the trainer's name
             "prompt_mean": Reduction("group_mean", "prompts"),
         },
     ),
+    "NeMo-RL": Option(
+        "token_level_loss",
+        {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},
+    ),
+    "open-instruct": Option("loss_denominator", {"token": Reduction("token_mean", "tokens")}),
     "slime": Option(
         "calculate_per_token_loss",
         {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},

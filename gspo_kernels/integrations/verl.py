@@ -1,4 +1,4 @@
-"""verl's policy losses `gspo_kernels` and `gspo_token_kernels`, and engines that read the logits once.
+"""Policy losses for verl, one for each objective, and engines that read the logits once.
 
 verl 0.9 imports this module through the entry point `verl.plugins`, or because VERL_USE_EXTERNAL_MODULES or
 `actor_rollout_ref.model.external_lib` names it. Importing it registers the losses with verl and changes nothing else
@@ -7,23 +7,30 @@ there. See docs/verl.md.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import os
+import re
+import typing
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+import gspo_kernels
+
 from ..base import checks
 from ..base.layout import as_bool, batch_shape
-from ..losses.clipped import GSPO, GSPOToken, clipped_surrogate
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
+from ..losses.objectives import Objective
 from ..losses.reduction import check_count
 from ..losses.stats import Stats
 from .reductions import reduction_of
 
-__all__ = ["gspo", "gspo_token", "log_probs_and_entropy", "register"]
+__all__ = ["LOSSES", "log_probs_and_entropy", "policy_loss", "register"]
 
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # VERL_ENGINE_VENDOR with this value selects the engines below
@@ -33,21 +40,68 @@ LOGGED_BY_VERL = ("entropy", "ref_kl")  # stats left out of our metrics: verl ad
 logger = logging.getLogger(__name__)
 
 
-# --- the losses -------------------------------------------------------------------------------------------------------
+# --- the losses by name -----------------------------------------------------------------------------------------------
+
+OBJECTIVES: list[type[Objective]] = [
+    x
+    for x in (getattr(gspo_kernels, name) for name in gspo_kernels.__all__)
+    if isinstance(x, type) and issubclass(x, Objective) and x not in (Objective, gspo_kernels.TopEntropy)
+]  # TopEntropy needs entropies, which verl passes to no loss
 
 
-def gspo(**arguments: Any) -> tuple[Tensor, dict[str, float]]:
-    """GSPO: one ratio, one clip and one advantage per response. The arguments are those of `policy_loss`."""
-    return policy_loss(GSPO, **arguments)
+def losses() -> dict[str, Callable[[Any], Objective]]:
+    """By `loss_mode`: what makes the objective from verl's ActorConfig.
+
+    The name is the objective's in lower case and "_kernels": `gspo_token_kernels`. An objective that has a choice has
+    one name for each: `dppo_tv_kernels`, `dppo_kl_kernels`.
+    """
+    found: dict[str, Callable[[Any], Objective]] = {}
+    for kind in OBJECTIVES:
+        name = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
+        choices: dict[str, dict[str, str]] = {f"{name}_kernels": {}}
+        for field, hint in typing.get_type_hints(kind).items():
+            if typing.get_origin(hint) is Literal:
+                choices = {f"{name}_{x}_kernels": {field: x} for x in typing.get_args(hint)}
+        found |= {mode: functools.partial(objective_of, kind, **choice) for mode, choice in choices.items()}
+    return found
 
 
-def gspo_token(**arguments: Any) -> tuple[Tensor, dict[str, float]]:
-    """GSPO-token: advantages and rollout weights may differ from token to token. Arguments as in `policy_loss`."""
-    return policy_loss(GSPOToken, **arguments)
+def objective_of(kind: type[Objective], config: Any, **choices: str) -> Objective:
+    """The objective with the numbers of verl's ActorConfig, from the fields that verl's own losses read."""
+
+    def bound(name: str) -> float:
+        value = getattr(config, name)
+        meaning = "how far the clip range reaches"
+        return checks.number(name, config.clip_ratio if value is None else value, meaning, at_least=0, or_infinite=True)
+
+    def factor(name: str) -> float | None:
+        value = getattr(config, name)
+        return None if value is None else checks.number(name, value, "the largest ratio that counts", above=1.0)
+
+    def beta() -> float:
+        meaning = "DRO's weight of the squared log-ratio (0: GPG)"
+        return checks.number("policy_loss.dro_beta", config.policy_loss.dro_beta, meaning, at_least=0.0)
+
+    read: dict[str, Callable[[], float | None]] = {
+        "eps_low": lambda: bound("clip_ratio_low"),
+        "eps_high": lambda: bound("clip_ratio_high"),
+        "delta_low": lambda: bound("clip_ratio_low"),
+        "delta_high": lambda: bound("clip_ratio_high"),
+        "dual_clip": lambda: factor("clip_ratio_c"),
+        "max_ratio": lambda: factor("clip_ratio_c"),
+        "tau_pos": lambda: config.tau_pos,
+        "tau_neg": lambda: config.tau_neg,
+        "penalty": beta,
+    }
+    given: dict[str, Any] = {x.name: read[x.name]() for x in dataclasses.fields(kind) if x.name not in choices}  # type: ignore[arg-type]
+    return kind(**given, **choices)
+
+
+LOSSES = losses()
 
 
 def policy_loss(
-    kind: type[GSPO] | type[GSPOToken],
+    loss_mode: str,
     *,
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -60,8 +114,11 @@ def policy_loss(
     """The loss that verl's `ppo_loss` calls, by keyword. Token arrays are [B, T]; one host sync, for the metrics.
 
     Args:
-        config: verl's ActorConfig. Honoured are `clip_ratio_low` and `clip_ratio_high` (`clip_ratio` where they are
-            None), `clip_ratio_c` (None: no dual clip) and `global_batch_info`.
+        loss_mode: a key of `LOSSES`.
+        loss_agg_mode: one of verl's five, for every objective.
+        config: verl's ActorConfig. Read are `global_batch_info` and, as the objective has them, `clip_ratio_low` and
+            `clip_ratio_high` (`clip_ratio` where they are None), `clip_ratio_c` (None: no dual clip and no truncation),
+            `tau_pos`, `tau_neg` and `policy_loss.dro_beta`.
         rollout_is_weights: constant factors of the policy term.
 
     Returns: the loss, scaled as verl scales it, and its metrics.
@@ -71,8 +128,8 @@ def policy_loss(
     if config is None:
         raise ValueError("config: expected verl's ActorConfig, which has the clip range; got None")
     mask = _check_arrays(log_prob, old_log_prob, advantages, response_mask, rollout_is_weights)
-    low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
-    objective = kind(low, high, config.clip_ratio_c)
+    objective = LOSSES[loss_mode](config)
+    by_response = not objective.advantages_per_token
     aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)
     advantages = advantages.detach()
     lowest = highest = advantages.new_zeros(mask.shape[0])
@@ -80,13 +137,13 @@ def policy_loss(
         lowest = torch.where(mask, advantages, torch.inf).amin(1)
         highest = torch.where(mask, advantages, -torch.inf).amax(1)
     loss, stats = policy_loss_from_logprobs(
-        log_prob, highest if kind is GSPO else advantages, old_log_prob, objective=objective, mask=mask,
+        log_prob, highest if by_response else advantages, old_log_prob, objective=objective, mask=mask,
         importance_weights=rollout_is_weights, aggregation=aggregation, normalizer=normalizer,
     )  # fmt: skip
     found = metrics(objective, stats, advantages, old_log_prob, log_prob, mask)
     found["differing"] = (lowest < highest).sum()
     values = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
-    if (differing := values.pop("differing")) and kind is GSPO:
+    if (differing := values.pop("differing")) and by_response:
         raise ValueError(
             "advantages: expected one value for all tokens of a response, as GSPO has one ratio for it; got "
             f"{differing:g} responses with several. For those, set policy_loss.loss_mode=gspo_token_kernels"
@@ -155,24 +212,26 @@ def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
 
 @torch.no_grad()
 def metrics(
-    objective: GSPO | GSPOToken, stats: Stats, advantages: Tensor, old_log_prob: Tensor, log_prob: Tensor, mask: Tensor
+    objective: Objective, stats: Stats, advantages: Tensor, old_log_prob: Tensor, log_prob: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
-    """verl's three metrics, by token as verl has them for all losses, and our stats."""
-    log_ratio = stats.log_ratio if stats.ratio_of == "token" else stats.log_ratio[:, None].expand(mask.shape)
-    signs = torch.where(mask, advantages, 0.0).double()
-    terms = clipped_surrogate(
-        log_ratio.double(), signs, eps_low=objective.eps_low, eps_high=objective.eps_high,
-        dual_clip=objective.dual_clip, max_log_ratio=log_ratio.new_tensor(20.0),
-    )  # fmt: skip
-    assert terms.clipped_low is not None and terms.clipped_high is not None
+    """verl's three metrics, by token as verl has them for all losses, and our stats.
+
+    `actor/pg_clipfrac_lower` is the share of tokens held by the dual clip; `actor/pg_clipfrac` that of all others that
+    are clipped.
+    """
+    low, high = (
+        x if stats.ratio_of == "token" else x[:, None].expand(mask.shape)
+        for x in (stats.clipped_low, stats.clipped_high)
+    )
+    dual = high & (advantages < 0) if hasattr(objective, "dual_clip") else torch.zeros_like(mask)
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)
 
     return {
-        "actor/pg_clipfrac": mean(terms.clipped_low | (terms.clipped_high & (signs > 0))),
+        "actor/pg_clipfrac": mean((low | high) & ~dual),
         "actor/ppo_kl": mean((old_log_prob - log_prob).clamp(-20.0, 20.0)),
-        "actor/pg_clipfrac_lower": mean(terms.clipped_high & (signs < 0)),
+        "actor/pg_clipfrac_lower": mean(dual),
         **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in LOGGED_BY_VERL},
     }
 
@@ -272,8 +331,8 @@ class LogProbsOfMegatron:
 def register_losses() -> None:
     from verl.trainer.ppo.core_algos import register_policy_loss
 
-    register_policy_loss("gspo_kernels")(gspo)
-    register_policy_loss("gspo_token_kernels")(gspo_token)
+    for name in LOSSES:
+        register_policy_loss(name)(functools.partial(policy_loss, name))
 
 
 def register_engines() -> list[str]:
@@ -305,8 +364,9 @@ def register() -> None:
         logger.exception("gspo_kernels is NOT available in verl %s: its registration failed", verl.__version__)
         raise
     logger.warning(
-        "gspo_kernels: registered the policy losses gspo_kernels and gspo_token_kernels with verl %s; engines: %s",
-        verl.__version__, ", ".join(engines) or "none (VERL_ENGINE_VENDOR is not gspo_kernels)",
+        "gspo_kernels: registered the policy losses %s with verl %s; engines: %s",
+        ", ".join(LOSSES), verl.__version__,
+        ", ".join(engines) or "none (VERL_ENGINE_VENDOR is not gspo_kernels)",
     )  # fmt: skip
     if not verl.__version__.startswith(TESTED):
         logger.warning("gspo_kernels: tested with verl %sx; this is %s", TESTED, verl.__version__)

@@ -103,7 +103,7 @@ def test_lora_of_the_head(build: Build, kind: str, change: str) -> None:
     rank = 6 if change == "two adapters" else 4
     with torch.no_grad():
         hidden = torch.randn(2, 3, head.in_features)
-        from gspo_kernels.integrations.trl.head import head_tensors
+        from gspo_kernels.linear.model_head import head_tensors
 
         u, right = head_tensors(head, hidden, torch.ones(2, 3))["low_rank"]
     assert u.shape == (2, 3, rank) and right.shape == (head.out_features, rank)

@@ -219,7 +219,7 @@ def test_several_calls_of_the_head(pair: Pair) -> None:
 
 
 def test_an_error_at_the_head_leaves_the_model_as_it_was() -> None:
-    from gspo_kernels.integrations.trl.head import run_at_head
+    from gspo_kernels.linear.model_head import run_at_head
 
     model, ids = tiny_model("llama").eval(), torch.ones(1, 4).long()
     expected = model(ids).logits

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import linear_logits
+from ...linear.model_head import Found, HeadTensors, head_of, head_tensors, run_at_head
 from ..transformers import IGNORED, LOGIT_OPTIONS, LogitTransform, logit_transform_of
-from .head import Found, HeadTensors, head_of, head_tensors, run_at_head
 
 # Model types of transformers that cannot be trained, and why. The sweep in the tests finds no others.
 REFUSED_TYPES = {

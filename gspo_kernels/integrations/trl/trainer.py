@@ -17,10 +17,10 @@ from ... import (
     linear_token_logprobs,
     policy_loss_from_logprobs,
 )
+from ...linear.model_head import Found, head_tensors, run_at_head
 from ..reductions import reduction_of
 from .config import LEVELS, NORMALIZERS, GSPOConfig, check_options
 from .entropy import add_bonus, has_entropy_options, tokens_that_count
-from .head import Found, head_tensors, run_at_head
 from .images import NAMES as IMAGES
 from .images import of_rows
 from .models import check_model, check_router, head_without_adapter, transform_at_head

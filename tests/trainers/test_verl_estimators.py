@@ -6,7 +6,6 @@ variance where we add `eps` to a deviation, and whitens over tokens, where `grou
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from types import ModuleType
 from typing import Any
@@ -18,11 +17,7 @@ from torch import Tensor
 
 from gspo_kernels import gae, group_advantages, value_loss, whiten_advantages
 
-VERL = importlib.util.find_spec("verl") is not None
-pytestmark = [
-    DEFAULT_MODE,
-    pytest.mark.skipif(not VERL, reason="verl is not installed (pip install --no-deps verl==0.9.1, and so on)"),
-]
+pytestmark = DEFAULT_MODE
 CLOSE = {"rtol": 1e-7, "atol": 1e-7}  # 1e-8 in a variance, 1e-6 in a deviation
 
 
