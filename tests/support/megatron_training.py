@@ -183,11 +183,11 @@ def train(way: Way, state: Any) -> Found:
     tp_group, cp_group = state.get_tensor_model_parallel_group(), state.get_context_parallel_group()
     with torch.no_grad():
         old = [old_logprobs_of(way, model, x, positions, tp_group) for x in parts]
-    masks = [get_batch_on_this_cp_rank({"mask": x.mask})["mask"] for x in parts]
+    masks = [get_batch_on_this_cp_rank({"mask": x.mask}, cp_group=cp_group)["mask"] for x in parts]
 
     def forward_step(data: Iterator[Any], model: Any) -> tuple[Any, Callable[..., Any]]:
         batch, advantages, normalizer = next(data)
-        batch = get_batch_on_this_cp_rank(batch)
+        batch = get_batch_on_this_cp_rank(batch, cp_group=cp_group)
         loss = partial(
             gspo_loss if way.path == "logits" else linear_gspo_loss,
             token_ids=batch["labels"], advantages=advantages, old_logprobs=batch["old_logprobs"],
