@@ -72,6 +72,5 @@ def policy_loss(
         "is_masked_low": stats.clip_fraction_low,
         "is_masked_high": stats.clip_fraction_high,
         "importance_ratio": stats.ratio_mean,
-        "mismatch_kl": stats.approx_kl,
     }
     return LossOutputs(loss=loss, metrics=metrics)

@@ -56,8 +56,10 @@ class ResponseBatcher(Batcher):
 
     def add_training_samples(self, *, training_sample_group: Any) -> Any:
         batch = super().add_training_samples(training_sample_group=training_sample_group)
-        if batch is None:
-            return None
+        return None if batch is None else self.numbered(batch)
+
+    def numbered(self, batch: Any) -> Any:
+        """A TrainingBatch of torchtitan's, with response numbers in its loss masks and weighted advantages."""
         parts = [[_numbered(part) for part in ranks] for ranks in batch.microbatches]
         if self.aggregation == "sequence_mean":
             counts = [[_lengths(part) for part in ranks] for ranks in parts]

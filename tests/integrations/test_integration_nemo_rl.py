@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import nemo_rl_modules
 import pytest
+import stand_ins
 import torch
 import torch.nn.functional as F
 import trainer_oracle
@@ -18,7 +18,7 @@ from gspo_kernels import token_logprobs
 
 pytestmark = DEFAULT_MODE
 
-nemo_rl = nemo_rl_modules.load()
+nemo_rl = stand_ins.nemo_rl_losses()
 BATCH = make_responses()
 SAMPLES = torch.ones(len(BATCH.mask))
 SAMPLES[6] = 0.0  # a sample that NeMo-RL has masked
@@ -41,7 +41,7 @@ def data_of(batch: Responses, samples: Tensor = SAMPLES, rows: slice = slice(Non
 
 def ours(batch: Responses = BATCH, rows: slice = slice(None), **cfg: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     logprobs = batch.logprobs.clone().requires_grad_()
-    loss_fn = nemo_rl.PolicyLossFn(nemo_rl_modules.config(**cfg))
+    loss_fn = nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**cfg))
     loss, metrics = loss_fn(
         data=data_of(batch, rows=rows), global_valid_seqs=torch.tensor(RESPONSES),
         global_valid_toks=torch.tensor(TOKENS), next_token_logprobs=logprobs[rows],
@@ -136,7 +136,7 @@ def test_advantages_that_differ_within_a_response() -> None:
     data["advantages"] = F.pad(advantages, (1, 0))
     logprobs = BATCH.logprobs.clone().requires_grad_()
     wide = GSPO | {"ratio_clip_min": 0.5, "ratio_clip_max": 0.5, "reference_policy_kl_penalty": 0.0}
-    loss_fn = nemo_rl.PolicyLossFn(nemo_rl_modules.config(**wide))
+    loss_fn = nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**wide))
     loss_fn(logprobs, data, torch.tensor(RESPONSES), torch.tensor(TOKENS))[0].backward()
     assert logprobs.grad is not None
     signs = logprobs.grad[0][BATCH.mask[0]].sign()
@@ -163,14 +163,14 @@ def test_from_logits() -> None:
     data["input_ids"] = torch.randint(11, data["input_ids"].shape, generator=generator)
     logits = (3 * torch.randn(*data["input_ids"].shape, 11, generator=generator)).requires_grad_()
     counts = torch.tensor(RESPONSES), torch.tensor(TOKENS)
-    found = nemo_rl.LogitPolicyLossFn(nemo_rl_modules.config(**GSPO))
-    assert found.input_type is nemo_rl_modules.LossInputType.LOGIT
+    found = nemo_rl.LogitPolicyLossFn(stand_ins.clipped_pg_loss_config(**GSPO))
+    assert found.input_type is stand_ins.LossInputType.LOGIT
     loss, metrics = found(logits=logits, data=data, global_valid_seqs=counts[0], global_valid_toks=counts[1])
     (gradient,) = torch.autograd.grad(loss, logits)
     expected = token_logprobs(logits[:, :-1], data["input_ids"][:, 1:]).logprobs
-    same, _ = nemo_rl.PolicyLossFn(nemo_rl_modules.config(**GSPO))(expected, data, *counts)
+    same, _ = nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**GSPO))(expected, data, *counts)
     (expected_gradient,) = torch.autograd.grad(same, logits)
-    assert float(loss) == float(same) and metrics["num_valid_samples"] == RESPONSES
+    assert float(loss.detach()) == float(same.detach()) and metrics["num_valid_samples"] == RESPONSES
     assert bool((gradient[:, :-1][~BATCH.mask] == 0).all()) and bool((gradient[:, -1] == 0).all())
     check_close("gradient", gradient, expected_gradient, 1e-6 * expected_gradient.abs())
     with pytest.raises(ValueError, match=r"logits: expected shape \[8, 13, 'V'\], .* got \[8, 6, 11\]"):
@@ -186,4 +186,4 @@ def test_from_logits() -> None:
 )
 def test_options_that_are_refused(error: type[Exception], cfg: dict[str, Any], message: str) -> None:
     with pytest.raises(error, match=message):
-        nemo_rl.PolicyLossFn(nemo_rl_modules.config(**cfg))
+        nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**cfg))

@@ -4,27 +4,27 @@ torchtitan's batcher packs: against its own DAPOLoss and GRPOLoss, and GSPO agai
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks
+import stand_ins
 import torch
 from checks import check_close, check_number
 from torch import Tensor
-from trainer_modules import stubs
 
-with stubs(
-    "renderers",  # of chat templates
-    "torch.utils.tensorboard",  # imported for a logger
-    "torchtitan.experiments.rl.models.vllm_registry",  # the package imports vLLM
-    "torchtitan.experiments.rl.models.vllm_wrapper",
-):
+with stand_ins.with_torchtitan():
     from torchtitan.components.loss import ChunkedLossWrapper
+    from torchtitan.experiments.rl.actors.trainer import PolicyTrainer
     from torchtitan.experiments.rl.components.batcher import BatchConfig, Batcher
     from torchtitan.experiments.rl.controller_metrics import combine_microbatch_metrics
     from torchtitan.experiments.rl.losses import DAPOLoss, GRPOLoss
+    from torchtitan.experiments.rl.models.cast_linear import CastLinear
     from torchtitan.experiments.rl.types import RolloutTurnID, TrainingSample, TrainingSampleGroup
     from torchtitan.models.common.linear import Linear
 
@@ -238,6 +238,74 @@ def test_from_hidden_states(chunk_bytes: int | None) -> None:
         check_close("gradient", actual, wanted, 1e-5 * (wanted.abs() + 0.1 * wanted.abs().max()))
     for name, value in expected_metrics.items():
         check_number(name, float(metrics[name]), float(value), 1e-5 * (1 + abs(float(value))))
+
+
+def test_a_head_that_casts() -> None:
+    """LMHeadCastConverter's head multiplies in float32 what is bf16; the loss does so, too."""
+    batch = packed(ResponseBatcher)
+    ((part,),), tokens = batch.microbatches, batch.num_global_valid_tokens
+    lm_head = CastLinear.Config(in_features=HIDDEN, out_features=VOCAB, bias=False).build().to(torch.bfloat16)
+    with torch.no_grad():
+        lm_head.weight.copy_(head().weight)
+    options = {"eps_low": 0.99, "eps_high": 50.0}
+    hidden = hidden_of(part).to(torch.bfloat16)
+    with torch.no_grad():
+        logits = lm_head(hidden)
+    assert logits.dtype == torch.float32
+    expected, _, metrics = called(PolicyLoss.Config(**options).build(), part, tokens, logits)
+    linear = LinearPolicyLoss.Config(**options).build()
+    linear.set_lm_head(lm_head)
+    loss, gradient, found = called(linear, part, tokens, hidden)
+    assert gradient.dtype == torch.bfloat16 == lm_head.weight.grad.dtype
+    check_number("loss", float(loss), float(expected), 1e-6)
+    check_number("entropy", float(found["trainer/entropy/mean"]), float(metrics["trainer/entropy/mean"]), 1e-5)
+
+
+class Model(torch.nn.Module):
+    """What the trainer calls of a model: it takes its head off for a loss that has the head."""
+
+    def __init__(self, skip_lm_head: bool) -> None:
+        super().__init__()
+        values = torch.randn(VOCAB, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(9))
+        self.table, self.lm_head, self._skip_lm_head = torch.nn.Parameter(values), head(), skip_lm_head
+
+    def get_attention_masks(self, positions: Tensor) -> None:
+        pass
+
+    def forward(self, token_ids: Tensor, *, attention_masks: None, positions: Tensor) -> Tensor:
+        hidden = self.table[token_ids, positions]
+        return hidden if self._skip_lm_head else self.lm_head(hidden)
+
+
+def trained(kind: Any, rows: int) -> tuple[Model, dict[str, float]]:
+    """A model after all calls of the trainer's own `forward_backward` of one step, and the step's metrics."""
+    loss_fn = kind.Config(eps_low=0.99, eps_high=50.0).build()
+    model = Model(skip_lm_head=isinstance(loss_fn, ChunkedLossWrapper))
+    if model._skip_lm_head:
+        loss_fn.set_lm_head(model.lm_head)
+    trainer = object.__new__(PolicyTrainer)
+    vars(trainer).update(
+        model_parts=[model], device=torch.device("cpu"), dp_rank=0, loss_fn=loss_fn, policy_version=0,
+        train_context=contextlib.nullcontext, parallel_dims=SimpleNamespace(get_optional_mesh=lambda name: None),
+    )  # fmt: skip
+    batch = packed(ResponseBatcher, rows=rows)
+    found = [asyncio.run(trainer.forward_backward(x, batch.num_global_valid_tokens)) for x in batch.microbatches]
+    assert len(found) == (1 if rows == 4 else 4)
+    return model, combine_microbatch_metrics(found)
+
+
+def test_the_trainers_own_forward_backward() -> None:
+    """From logits and from hidden states, in one micro-batch and in four: the same step."""
+    model, metrics = trained(PolicyLoss, 4)
+    for kind, rows in ((PolicyLoss, 1), (LinearPolicyLoss, 4), (LinearPolicyLoss, 1)):
+        other, found = trained(kind, rows)
+        for name, value in metrics.items():
+            check_number(name, found[name], value, 1e-5 * (1 + abs(value)))
+        for actual, wanted in zip(other.parameters(), model.parameters(), strict=True):
+            assert actual.grad is not None and wanted.grad is not None
+            check_close(
+                "gradient", actual.grad, wanted.grad, 1e-5 * (wanted.grad.abs() + 0.1 * wanted.grad.abs().max())
+            )
 
 
 # --- tensor parallelism and FSDP2 -------------------------------------------------------------------------------------
