@@ -42,11 +42,11 @@ BUDGETS_FP16 = {"read": 8.6, "write": 7.3}
 # With the tanh of a softcap, which takes two instructions more where no instruction bounds two logits at once.
 BUDGETS_CAPPED = {"read": 30.0, "write": 33.0}
 
-# Spills outside of all loops happen once a row, which moves 600 KB, or once a sequence: they cost no time. On sm_100 a
-# kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
+# Spills outside of all loops happen once a row, which moves 600 KB, once a sequence or once a batch: they cost no time.
+# On sm_100 a kernel that keeps blocks of a row in registers has them. Accesses a thread, bytes of its stack.
 SPILLS = {
     "forward": (2, 8), "forward, capped": (5, 8), "forward_backward": (48, 128), "sequence": (6, 16),
-    "kept_forward_backward": (2, 8),
+    "kept_forward_backward": (2, 8), "batch, terms of GRPO": (10, 24), "batch, terms of CISPO": (4, 8),
 }  # fmt: skip
 
 TABLE = {  # a row's words: (kernel and variant, its loop)
@@ -100,7 +100,7 @@ TOKEN_TYPES = {
     "sequences": "i32", "advantage_per_token": "i32", "weight_per_token": "i32", "p0": "fp32", "p1": "fp32",
     "p2": "fp32", "p3": "fp32", "max_log_ratio": "fp32", "beta": "fp32", "entropy_coef": "fp32", "normalizer": "fp32",
     "g_logprobs": "*fp32", "g_entropies": "*fp32", "token_advantages": "*fp32", "token_weights": "*fp32",
-    "log_ratios": "*fp32", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
+    "log_ratios": "*fp32", "clipped": "*i16", "partials": "*fp32", "loss": "*fp32", "scalars": "*fp32",
 }  # fmt: skip
 
 SPARSE_TYPES = {
@@ -138,7 +138,7 @@ _OPTIONAL = (
     "g_entropies",
 )  # fmt: skip
 _UNKNOWN = ("logprobs", "entropies")
-_TERMS = ("old_logprobs", "rollout_logprobs", *_KEPT, "log_ratios")
+_TERMS = ("old_logprobs", "rollout_logprobs", *_KEPT, "log_ratios", "clipped")
 _EVERYTHING = {"AGGREGATION": "group_mean", "KL_WEIGHTING": "ratio"}
 _SUMS, _OPERANDS = {"out": "*fp32"}, {"hidden": "*fp32", "weight": "*fp32"}
 _WIDE, _NARROW = {"ALIGNED": True}, {"ALIGNED": False}

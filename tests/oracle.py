@@ -407,6 +407,8 @@ class Result:
     stats: dict[str, float]
     log_ratio: list[float]  # by sequence for gspo, by token else; 0 where masked or empty
     log_ratio_by_sequence: bool
+    clipped_low: list[bool]  # by sequence or by token as log_ratio; False where masked or empty
+    clipped_high: list[bool]
     loss_size: float  # sum of the absolute terms of the loss
     d_logprobs_size: list[float]  # by token, the absolute parts of dL/dl before they cancel: per error of l
     loss_slope: list[float]  # by token, by how much an error of l changes the loss at most
@@ -447,6 +449,7 @@ def evaluate(
     margin = math.inf
     token_log_ratio, sequence_log_ratio = [0.0] * n_rows, [0.0] * len(kept)
     units: list[Unit] = []
+    token_clipped, sequence_clipped = [(False, False)] * n_rows, [(False, False)] * len(kept)
     parts: list[float] = []  # summands of the loss
     approx_kl: list[float] = []
     ref_kl: list[float] = []
@@ -471,6 +474,10 @@ def evaluate(
         units += policy.units
         margin = min(margin, policy.margin)
         sequence_log_ratio[i] = policy.units[0].log_ratio
+        sequence_clipped[i] = policy.units[0].clipped_low, policy.units[0].clipped_high
+        if not OBJECTIVES[objective].per_sequence:
+            for (_, t), unit in zip(rows, policy.units, strict=True):
+                token_clipped[t] = unit.clipped_low, unit.clipped_high
         gradient_size = policy.gradient_size or [abs(slope) for slope in policy.gradient]
         loss_size = policy.loss_size or [abs(slope) for slope in policy.gradient]
         for j, (_, t) in enumerate(rows):
@@ -525,6 +532,7 @@ def evaluate(
         "num_tokens": float(n_tokens),
     }
     by_sequence = OBJECTIVES[objective].per_sequence
+    clipped = sequence_clipped if by_sequence else token_clipped
     return Result(
         loss=math.fsum(parts),
         d_logprobs=d_logprobs,
@@ -532,6 +540,8 @@ def evaluate(
         stats=stats,
         log_ratio=sequence_log_ratio if by_sequence else token_log_ratio,
         log_ratio_by_sequence=by_sequence,
+        clipped_low=[low for low, _ in clipped],
+        clipped_high=[high for _, high in clipped],
         loss_size=math.fsum(abs(x) for x in parts),
         d_logprobs_size=size,
         loss_slope=loss_slope,

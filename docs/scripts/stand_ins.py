@@ -5,14 +5,37 @@ for modules that a trainer imports on its way to a function that does not need t
 from __future__ import annotations
 
 import enum
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from drivers._stubs import modules
+from drivers._stubs import stubs
 from torch import Tensor
+
+
+@contextmanager
+def modules(contents: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """What can be imported meanwhile, by its module's name. The packages above it are empty if they are missing."""
+    added = {}
+    before = {name: sys.modules[name] for name in contents if name in sys.modules}
+    for name, content in contents.items():
+        if find_spec(name.partition(".")[0]) is None:
+            added |= {x: ModuleType(x) for x in (name[:i] for i, letter in enumerate(name) if letter == ".")}
+        added[name] = ModuleType(name)
+        vars(added[name]).update(content)
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+        sys.modules.update(before)
+
 
 # --- prime-rl 559b44772e47, src/prime_rl/trainer/rl/loss.py -----------------------------------------------------------
 
@@ -109,8 +132,14 @@ class Actor:
     pass
 
 
-def with_torchtitan() -> AbstractContextManager[None]:
+@contextmanager
+def with_torchtitan() -> Iterator[None]:
     models = "torchtitan.experiments.rl.models"
-    names = ("renderers", "torch.utils.tensorboard", f"{models}.vllm_registry", f"{models}.vllm_wrapper", "torchstore")
-    actor = {"Actor": Actor, "concurrent_endpoint": lambda method: method, "current_rank": None}
-    return modules({**{name: {} for name in names}, "monarch.actor": actor})
+    contents = {
+        "monarch.actor": {"Actor": Actor, "concurrent_endpoint": lambda method: method, "current_rank": None},
+        "torch.utils.tensorboard": {"SummaryWriter": None},
+        f"{models}.vllm_registry": {"register_to_vllm": None},
+        f"{models}.vllm_wrapper": {"VLLMModelWrapper": None},
+    }
+    with modules(contents), stubs("renderers", "torchstore"):
+        yield

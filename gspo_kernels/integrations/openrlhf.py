@@ -22,7 +22,7 @@ from torch import Tensor
 from ..losses.clipped import PPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective, check_objective
-from .arrays import mask_of_padded
+from ._arrays import mask_of_padded
 from .reductions import reduction_of
 
 __all__ = ["PolicyLoss", "policy_model_actor"]

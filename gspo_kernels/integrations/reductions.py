@@ -55,6 +55,17 @@ OPTIONS = {  # by the trainer's name
             "prompt_mean": Reduction("group_mean", "prompts"),
         },
     ),
+    "ms-swift": Option(
+        "loss_type",
+        {
+            "grpo": Reduction("sequence_mean", "local responses"),
+            "sapo": Reduction("sequence_mean", "local responses"),
+            "bnpo": Reduction("token_mean", "local tokens"),
+            "dr_grpo": Reduction("token_mean", "responses x length"),
+            "dapo": Reduction("token_mean", "tokens"),
+            "cispo": Reduction("token_mean", "tokens"),
+        },
+    ),
     "NeMo-RL": Option(
         "token_level_loss",
         {"False": Reduction("sequence_mean", "responses"), "True": Reduction("token_mean", "tokens")},

@@ -26,9 +26,9 @@ from ..losses.clipped import GMPO, PPO, SAPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, TOPR, TOPRToken
-from .arrays import mask_of_padded
+from ._arrays import mask_of_padded
 
-__all__ = ["OBJECTIVES", "main", "policy_loss"]
+__all__ = ["main", "policy_loss"]
 
 DIVERGENCES = {"binary_tv": "tv", "binary_kl": "kl"}  # by SkyRL's dppo_type
 LOGGED = (

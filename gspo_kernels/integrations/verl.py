@@ -30,7 +30,7 @@ from ..losses.reduction import check_count
 from ..losses.stats import Stats
 from .reductions import reduction_of
 
-__all__ = ["LOSSES", "log_probs_and_entropy", "policy_loss", "register"]
+__all__ = ["log_probs_and_entropy", "policy_loss", "register"]
 
 TESTED = "0.9."
 ENGINE = "gspo_kernels"  # VERL_ENGINE_VENDOR with this value selects the engines below
@@ -114,7 +114,7 @@ def policy_loss(
     """The loss that verl's `ppo_loss` calls, by keyword. Token arrays are [B, T]; one host sync, for the metrics.
 
     Args:
-        loss_mode: a key of `LOSSES`.
+        loss_mode: an objective's name: `gspo_kernels`, `gspo_token_kernels`, `grpo_kernels`, `dppo_tv_kernels` ...
         loss_agg_mode: one of verl's five, for every objective.
         config: verl's ActorConfig. Read are `global_batch_info` and, as the objective has them, `clip_ratio_low` and
             `clip_ratio_high` (`clip_ratio` where they are None), `clip_ratio_c` (None: no dual clip and no truncation),

@@ -41,10 +41,13 @@ def linear_loss(arguments: HeadArguments, inputs: TokenInputs) -> LossOutput:
     with carried(inputs.objective):
         found = linear_loss_operator(arguments, arguments.operands().needs_grad(), inputs)
     with torch.no_grad():
+        low, high = found.clipped.unbind(-1)
         stats = Stats(
             **dict(zip(SCALARS, found.scalars.detach().unbind(), strict=True)),
             logprobs=found.logprobs.detach(),
             log_ratio=found.log_ratio.detach(),
+            clipped_low=low,
+            clipped_high=high,
             ratio_of=inputs.objective.ratio_of,
             head=HeadWork(*found.head_work.detach().unbind()),
         )
@@ -88,6 +91,7 @@ class LinearLoss(NamedTuple):
     scalars: Tensor  # fp32, of the stats, in the order of `SCALARS`
     logprobs: Tensor  # of the stats: token layout
     log_ratio: Tensor  # of the stats: [sequences] or token layout
+    clipped: Tensor  # bool, of the shape of log_ratio and a last dimension: clipped_low, clipped_high of the stats
     head_work: Tensor  # fp32, in the order of `HeadWork`
     hidden_gradient: Tensor  # this and all others: the fields of `Gradients`
     weight_gradient: Tensor
@@ -110,17 +114,18 @@ def _linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: TokenI
         gradients, work = head.gradients(), head.work
         stats = RowStats(*(to_all_rows(x, rows, tokens) for x in selected))
         if fused:
-            loss, scalars, log_ratio = triton_stage.loss(inputs, stats)
+            loss, scalars, log_ratio, clipped = triton_stage.loss(inputs, stats)
             if inputs.objective.ratio_of == "token":
-                log_ratio = log_ratio.reshape(tokens)
+                log_ratio, clipped = log_ratio.reshape(tokens), clipped.reshape(*tokens, 2)
             logprobs = stats.logprobs
         else:
             loss, of_stage = stage.loss(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
             scalars = torch.stack([getattr(of_stage, name) for name in SCALARS])
             logprobs, log_ratio = of_stage.logprobs, of_stage.log_ratio
+            clipped = torch.stack([of_stage.clipped_low, of_stage.clipped_high], dim=-1)
         of_rows = [x for x in (gradients.hidden, gradients.low_rank_hidden) if x.numel()]
         chunked_loss.propagate_nan(of_rows, inputs, stage, stats, scalars)
-    return LinearLoss(loss, scalars, logprobs, log_ratio, as_tensor(work, device), *gradients)
+    return LinearLoss(loss, scalars, logprobs, log_ratio, clipped, as_tensor(work, device), *gradients)
 
 
 def as_tensor(work: Work, device: torch.device) -> Tensor:
@@ -136,11 +141,10 @@ def _fake_linear_loss(arguments: HeadArguments, needs_grad: NeedsGrad, inputs: T
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     log_ratio = empty(batch.sequences) if inputs.objective.ratio_of == "sequence" else empty(*batch.tokens)
+    clipped = log_ratio.new_empty((*log_ratio.shape, 2), dtype=torch.bool)
     loss = torch.empty((), dtype=sum_dtype(arguments.dtype), device=device)
-    gradients = _empty_gradients(arguments, needs_grad)
-    return LinearLoss(
-        loss, empty(len(SCALARS)), empty(*batch.tokens), log_ratio, empty(len(HeadWork._fields)), *gradients
-    )
+    work, gradients = empty(len(HeadWork._fields)), _empty_gradients(arguments, needs_grad)
+    return LinearLoss(loss, empty(len(SCALARS)), empty(*batch.tokens), log_ratio, clipped, work, *gradients)
 
 
 def _save_linear_loss(

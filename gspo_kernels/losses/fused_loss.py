@@ -72,11 +72,9 @@ def has_row_slopes(inputs: TokenInputs, backend: Backend) -> bool:
 def policy_loss(rows: Rows, inputs: TokenInputs, options: RowOptions, one_pass: bool) -> LossOutput:
     """For a backend beside which the stage in Triton runs."""
     if one_pass:
-        loss, scalars, log_ratios, logprobs = _OnePass.apply(rows.logits, rows, inputs, options)
-    else:
-        found = fused_loss(rows, inputs, options)
-        loss, scalars, log_ratios, logprobs = found.loss, found.scalars, found.log_ratios, found.logprobs
-    return _output(inputs, loss, scalars, logprobs, log_ratios)
+        return _output(inputs, *_OnePass.apply(rows.logits, rows, inputs, options))
+    found = fused_loss(rows, inputs, options)
+    return _output(inputs, found.loss, found.scalars, found.log_ratios, found.clipped, found.logprobs)
 
 
 def loss_of_rows(inputs: TokenInputs, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
@@ -87,17 +85,24 @@ def loss_of_rows(inputs: TokenInputs, logprobs: Tensor, entropy: Tensor | None) 
     of_stats, mask = logprobs.detach(), inputs.batch.mask
     # In memory of their own: the caller may write to the log-probabilities afterwards.
     of_stats = of_stats.clone() if mask is None else torch.where(mask.reshape(of_stats.shape), of_stats, 0.0)
-    return _output(inputs, found.loss, found.scalars, of_stats, found.log_ratios)
+    return _output(inputs, found.loss, found.scalars, found.log_ratios, found.clipped, of_stats)
 
 
-def _output(inputs: TokenInputs, loss: Tensor, scalars: Tensor, logprobs: Tensor, log_ratios: Tensor) -> LossOutput:
+def _output(
+    inputs: TokenInputs, loss: Tensor, scalars: Tensor, log_ratios: Tensor, clipped: Tensor, logprobs: Tensor
+) -> LossOutput:
     """Of tensors of which the loss alone is differentiable."""
-    shape, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
+    tokens, ratio_of = inputs.batch.tokens, inputs.objective.ratio_of
     of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.unbind(), strict=True))
+    low, high = clipped.unbind(-1)
+    if ratio_of == "token" and log_ratios.shape != tokens:
+        log_ratios, low, high = log_ratios.reshape(tokens), low.reshape(tokens), high.reshape(tokens)
     stats = Stats(
         **of_batch,
-        logprobs=logprobs if logprobs.shape == shape else logprobs.reshape(shape),
-        log_ratio=log_ratios if ratio_of == "sequence" else log_ratios.reshape(shape),
+        logprobs=logprobs if logprobs.shape == tokens else logprobs.reshape(tokens),
+        log_ratio=log_ratios,
+        clipped_low=low,
+        clipped_high=high,
         ratio_of=ratio_of,
     )
     return LossOutput(loss, stats)
@@ -112,6 +117,7 @@ class FusedStage(NamedTuple):
     loss: Tensor  # 0-d
     scalars: Tensor  # in the order of SCALARS
     log_ratios: Tensor  # [sequences] or [tokens]
+    clipped: Tensor  # bool, [sequences, 2] or [tokens, 2]: at a lower bound, at an upper one
     grad_logprobs: Tensor  # [outer, inner]
     grad_entropy: Tensor  # the same, or empty without an entropy bonus
     partials: Tensor  # [PARTIALS, sequences]
@@ -126,7 +132,7 @@ def _fused_stage(logprobs: Tensor, entropy: Tensor | None, inputs: TokenInputs) 
 def _results(stage: TritonStage) -> FusedStage:
     """Of a stage whose sequences have seen the statistics."""
     bonus = stage.partials.new_empty(0) if stage.grad_entropy is None else stage.grad_entropy
-    return FusedStage(*stage.batch(None), stage.log_ratios, stage.grad_logprobs, bonus, stage.partials)
+    return FusedStage(*stage.batch(None), stage.log_ratios, stage.clipped, stage.grad_logprobs, bonus, stage.partials)
 
 
 def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
@@ -137,9 +143,10 @@ def _empty_results(shape: Sequence[int], inputs: TokenInputs) -> FusedStage:
 
     sequences = inputs.batch.sequences
     log_ratios = empty(sequences if inputs.objective.ratio_of == "sequence" else outer * inner)
+    clipped = log_ratios.new_empty((*log_ratios.shape, 2), dtype=torch.bool)
     bonus = empty(outer, inner) if inputs.entropy_bonus else empty(0)
     return FusedStage(
-        empty(), empty(len(SCALARS)), log_ratios, empty(outer, inner), bonus, empty(len(PARTIALS), sequences)
+        empty(), empty(len(SCALARS)), log_ratios, clipped, empty(outer, inner), bonus, empty(len(PARTIALS), sequences)
     )
 
 
@@ -202,6 +209,7 @@ class FusedLoss(NamedTuple):
     loss: Tensor
     scalars: Tensor
     log_ratios: Tensor
+    clipped: Tensor
     grad_logprobs: Tensor
     grad_entropy: Tensor
     partials: Tensor
@@ -278,9 +286,9 @@ class _OnePass(torch.autograd.Function):
         ctx.edge = edge_of(logits)
         ctx.vocab_size = rows.vocab_size
         ctx.nan_source = stage.nan_source(loss, stats)
-        ctx.mark_non_differentiable(scalars, stage.log_ratios, stats.logprobs)
+        ctx.mark_non_differentiable(scalars, stage.log_ratios, stage.clipped, stats.logprobs)
         ctx.set_materialize_grads(False)
-        return loss, scalars, stage.log_ratios, stats.logprobs
+        return loss, scalars, stage.log_ratios, stage.clipped, stats.logprobs
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor | None, *_: Tensor | None) -> Any:

@@ -30,7 +30,7 @@ class HeadWork(NamedTuple):
 
 @dataclass(frozen=True)
 class Stats:
-    """Detached fp32 tensors. A unit is what has a ratio: a sequence for GSPO, a token for all others.
+    """Detached tensors, fp32 but for two of bool. A unit is what has a ratio: a sequence for GSPO, a token for others.
 
     Units, tokens and sequences that are masked or empty are not counted; the mean of nothing is 0.
     """
@@ -51,11 +51,13 @@ class Stats:
     num_tokens: Tensor  # unmasked
     logprobs: Tensor  # token layout, 0 where masked
     log_ratio: Tensor  # [sequences] or token layout, 0 where masked
+    clipped_low: Tensor  # bool, of the shape of log_ratio: the units of clip_fraction_low; False where masked or empty
+    clipped_high: Tensor  # ... and those of clip_fraction_high
     ratio_of: str = "token"  # what a unit is: "sequence" or "token"
     head: HeadWork | None = None  # of a loss from hidden states
 
     def as_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The scalars by name, ready for a logger; the two arrays are left out."""
+        """The scalars by name, ready for a logger; the arrays are left out."""
         scalars = {name: getattr(self, name) for name in SCALARS}
         if self.head is not None:
             scalars |= {f"head_{name}": value for name, value in self.head._asdict().items()}
@@ -90,9 +92,8 @@ class Stats:
         return replace(self, **scalars)
 
 
-SCALARS = tuple(
-    field.name for field in fields(Stats) if field.name not in ("logprobs", "log_ratio", "ratio_of", "head")
-)
+ARRAYS = ("logprobs", "log_ratio", "clipped_low", "clipped_high")
+SCALARS = tuple(field.name for field in fields(Stats) if field.name not in (*ARRAYS, "ratio_of", "head"))
 _RATIO_MIN, _RATIO_MAX = SCALARS.index("ratio_min"), SCALARS.index("ratio_max")
 # The arrays [sequences] of the Triton stage: the sums (or extremes) behind each scalar, then those behind the loss.
 # "zero" is an array of zeros, which a row kernel may use as its counter.
@@ -113,6 +114,7 @@ def collect(
     """The stats of a batch. `terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens].
 
     Under context parallelism a rank counts its own tokens, and its share of each sequence; one collective adds these.
+    It also tells ranks without a token of a sequence whether that sequence is clipped.
     """
     log_ratio = terms.log_ratio.detach()
     counted = layout.held if per_sequence else layout.mask
@@ -132,7 +134,10 @@ def collect(
         found = torch.where(counted, ratio, fill)
         return found.amin() if fill > 0 else found.amax()
 
-    low, high = units(terms.clipped_low), units(terms.clipped_high)
+    clipped = torch.stack(
+        [torch.zeros_like(counted) if x is None else counted & x for x in (terms.clipped_low, terms.clipped_high)]
+    )
+    low, high = (units(x) for x in clipped)
     r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
     groups = (  # in the order of SCALARS
         (low + high, low, high, units(ratio)),
@@ -143,7 +148,11 @@ def collect(
     )
     sums = torch.stack([value for group in groups for value in group])
     if layout.ranks is not None:
-        of_ranks = gather(sums, layout.ranks)
+        decisions = clipped.double().reshape(-1) if per_sequence else sums[:0]
+        of_ranks, decisions = gather(torch.cat([sums, decisions]), layout.ranks).split(
+            [len(sums), len(decisions)], dim=1
+        )
+        clipped = (decisions != 0).any(0).reshape(clipped.shape) if per_sequence else clipped
         sums = of_ranks.sum(0)
         sums[_RATIO_MIN], sums[_RATIO_MAX] = of_ranks[:, _RATIO_MIN].amin(), of_ranks[:, _RATIO_MAX].amax()
     of_units, extremes, saturated, of_tokens, counts = sums.split([len(group) for group in groups])
@@ -153,9 +162,12 @@ def collect(
     extremes = torch.where(num_units > 0, extremes, 0.0)
     scalars = torch.cat([of_units / per_unit, extremes, saturated / per_unit, of_tokens / per_token, counts])
     of_batch: dict[str, Any] = dict(zip(SCALARS, scalars.float().unbind(), strict=True))
+    shape = log_ratio.shape if per_sequence else layout.shape
     return Stats(
         **of_batch,
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
-        log_ratio=log_ratio.float() if per_sequence else log_ratio.float().reshape(layout.shape),
+        log_ratio=log_ratio.float().reshape(shape),
+        clipped_low=clipped[0].reshape(shape),
+        clipped_high=clipped[1].reshape(shape),
         ratio_of="sequence" if per_sequence else "token",
     )

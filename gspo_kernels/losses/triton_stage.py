@@ -83,12 +83,12 @@ def gradient(inputs: TokenInputs, stats: RowStats) -> Upstream:
     return Upstream(stage.grad_logprobs.view(-1), bonus, counts=stage.counts)
 
 
-def loss(inputs: TokenInputs, stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, scalars of the stats, log-ratios) from the statistics of all rows, without a gradient."""
+def loss(inputs: TokenInputs, stats: RowStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scalars of the stats, log-ratios, which are clipped) from the statistics of all rows; no gradient."""
     tokens = inputs.batch.tokens
     stage = TritonStage((tokens[0], tokens[1]) if len(tokens) == 2 else (1, tokens[0]), inputs)
     stage.sequences(stats.logprobs, stats.entropy)
-    return *stage.batch(None), stage.log_ratios
+    return *stage.batch(None), stage.log_ratios, stage.clipped
 
 
 def compiled_variants() -> int:
@@ -124,6 +124,7 @@ class TritonStage:
         self.log_ratios = self.grad_logprobs.new_empty(
             self.sequence_count if objective.ratio_of == "sequence" else self.tokens
         )
+        self.clipped = self.log_ratios.new_empty((*self.log_ratios.shape, 2), dtype=torch.bool)
         self.token_advantages: Tensor | None = None
         self.token_weights: Tensor | None = None
         self.partials = self.grad_logprobs.new_empty((len(PARTIALS), self.sequence_count))
@@ -155,7 +156,7 @@ class TritonStage:
         )
 
     def sequences(self, logprobs: Tensor | None, entropy: Tensor | None) -> None:
-        """Fills the gradients, log-ratios and partial sums. Log-probabilities are None before the rows are read."""
+        """Fills gradients, log-ratios, clip decisions and partial sums. None before the rows are read."""
         if self.sequence_count == 0:
             return
         inputs = self.inputs
@@ -186,6 +187,7 @@ class TritonStage:
             token_advantages=self.token_advantages,
             token_weights=self.token_weights,
             log_ratios=self.log_ratios,
+            clipped=self.clipped.view(torch.int16),
             partials=self.partials,
             **self.functions,
             AGGREGATION=inputs.aggregation,
@@ -213,6 +215,7 @@ class TritonStage:
             token_weights=self.token_weights,
             tokens=self.tokens,
             log_ratios=self.log_ratios if terms else None,
+            clipped=self.clipped.view(torch.int16) if terms else None,
             loss=loss,
             scalars=scalars,
             TERM=self.functions["TERM"] if terms else None,

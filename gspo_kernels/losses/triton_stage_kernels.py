@@ -46,8 +46,14 @@ _VARIES = ["tokens", "length", "sequences", "advantage_per_token", "weight_per_t
            "max_log_ratio", "beta", "entropy_coef", "normalizer"]  # fmt: skip
 _ANY_ADDRESS = ["logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropies", "advantages", "weights",
                 "mask", "cu_seqlens", "group_tokens", "global_count", "g_logprobs", "g_entropies", "token_advantages",
-                "token_weights", "log_ratios", "partials", "loss", "scalars"]  # fmt: skip
+                "token_weights", "log_ratios", "clipped", "partials", "loss", "scalars"]  # fmt: skip
 _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANY_ADDRESS)
+
+
+@triton.jit
+def both(low, high):
+    """Two bools in the two bytes of an integer, the lower bound's first."""
+    return low.to(tl.int16) | (high.to(tl.int16) << 8)
 
 
 @_kernel()
@@ -55,7 +61,7 @@ def sequence_kernel(
     logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropies, advantages, weights, mask, cu_seqlens,
     group_tokens, global_count, tokens, length, sequences, advantage_per_token, weight_per_token,
     p0, p1, p2, p3, max_log_ratio, beta, entropy_coef, normalizer,
-    g_logprobs, g_entropies, token_advantages, token_weights, log_ratios, partials,
+    g_logprobs, g_entropies, token_advantages, token_weights, log_ratios, clipped, partials,
     TERM: tl.constexpr, HOLD: tl.constexpr, RATIO: tl.constexpr, AGGREGATION: tl.constexpr, ESTIMATOR: tl.constexpr,
     KL_WEIGHTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -146,6 +152,7 @@ def sequence_kernel(
         its_loss = tl.where(any_token, all_weights * share * term, 0.0)
         loss = tl.where(lane == 0, its_loss, 0.0)
         tl.store(log_ratios + i, tl.where(any_token, mean, 0.0))
+        tl.store(clipped + i, both(any_token & is_low, any_token & is_high))
 
     # Second pass. Tokens that no sequence claims (boundaries that a GPU does not check) get a NaN, not stale memory.
     first = tl.where(i == 0, 0, begin)
@@ -184,7 +191,9 @@ def sequence_kernel(
             low += (counts & is_low).to(tl.float32)
             high += (counts & is_high).to(tl.float32)
             saturated += (counts & (log_ratio > max_log_ratio)).to(tl.float32)
-            tl.store(log_ratios + at, tl.where(counts, log_ratio, 0.0), mask=at < last)
+            if token_advantages is None:  # else the batch kernel writes them
+                tl.store(log_ratios + at, tl.where(counts, log_ratio, 0.0), mask=at < last)
+                tl.store(clipped + at, both(counts & is_low, counts & is_high), mask=at < last)
         excess = exp_excess(between(token_ratio, max_log_ratio))
         approx_kl, approx_rest = add(approx_kl, approx_rest, tl.where(counts, excess * SHRINK, 0.0))
         if ref_logprobs is not None and logprobs is not None:
@@ -262,7 +271,7 @@ def sequence_kernel(
 @_kernel()
 def batch_kernel(
     partials, sequences, logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropies, mask, token_advantages,
-    token_weights, tokens, p0, p1, p2, p3, max_log_ratio, log_ratios, loss, scalars,
+    token_weights, tokens, p0, p1, p2, p3, max_log_ratio, log_ratios, clipped, loss, scalars,
     TERM: tl.constexpr, ESTIMATOR: tl.constexpr, KL_WEIGHTING: tl.constexpr, BLOCK: tl.constexpr,
     TOKENS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -309,10 +318,11 @@ def batch_kernel(
             if TERM is not None:
                 hi, lo, new, old = log_ratio_of(logprobs, old_logprobs, at, counts)
                 log_ratio = hi + lo
-                tl.store(log_ratios + at, log_ratio, mask=at < tokens)
                 a = load(token_advantages, at, counts)
                 rollout = rollout_of(rollout_logprobs, at, counts, old)
                 term, _, is_low, is_high = TERM(log_ratio, a, max_log_ratio, new, old, rollout, p0, p1, p2, p3)
+                tl.store(log_ratios + at, log_ratio, mask=at < tokens)
+                tl.store(clipped + at, both(counts & is_low, counts & is_high), mask=at < tokens)
                 ratio = ratio_of(log_ratio, max_log_ratio)
                 its_loss = tl.where(counts, term * load(token_weights, at, counts), 0.0)
                 losses, losses_rest = add(losses, losses_rest, its_loss)

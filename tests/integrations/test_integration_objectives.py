@@ -1,11 +1,7 @@
-"""Our objectives against the losses of TRL and SkyRL: value and gradient of one batch, in float64.
+"""Our objectives against the losses of TRL: value and gradient of one batch, in float64.
 
-TRL's own functions are called where it is installed. The formulas of SkyRL are written here again, in plain torch, from
-its source
-
-    NovaSky-AI/SkyRL a9564572, skyrl/backends/skyrl_train/utils/ppo_utils.py
-
-Where a result differs on purpose, a test shows by how much. verl's functions are in tests/trainers.
+TRL's own functions are called where it is installed. Where a result differs on purpose, a test shows by how much. The
+functions of verl and SkyRL are in tests/trainers.
 """
 
 from __future__ import annotations
@@ -40,7 +36,6 @@ from torch import Tensor
 
 from gspo_kernels import (
     CISPO,
-    DPPO,
     GMPO,
     GRPO,
     GSPO,
@@ -50,7 +45,6 @@ from gspo_kernels import (
     Objective,
     TopEntropy,
     TOPRToken,
-    group_token_counts,
 )
 
 pytestmark = [DEFAULT_MODE, pytest.mark.filterwarnings("ignore")]
@@ -241,7 +235,7 @@ def test_trl_top_entropy_quantile_of_gmpo() -> None:
     check(found, (theirs[0] + of_empty, theirs[1]))
 
 
-# --- SkyRL's formulas, written again ----------------------------------------------------------------------------------
+# --- formulas of others, written again --------------------------------------------------------------------------------
 
 
 def of_formula(formula: Callable[[Tensor], Tensor], batch: Batch = BATCH) -> Result:
@@ -251,96 +245,6 @@ def of_formula(formula: Callable[[Tensor], Tensor], batch: Batch = BATCH) -> Res
     loss.backward()
     assert logprobs.grad is not None
     return loss.detach(), logprobs.grad
-
-
-# SkyRL divides the advantages, and sums the losses: what it multiplies the advantages of a token by.
-PROMPTS = ((0, 4), (4, 5), (5, 9), (9, 12))  # the responses of each
-
-
-def skyrl_reduction(name: str) -> tuple[Tensor, dict[str, Any]]:
-    """[responses, 1], and our options for the same."""
-    mask = BATCH.mask.double()
-    lengths = mask.sum(1, keepdim=True)
-    if name == "token_mean":
-        return torch.full_like(lengths, 1 / TOKENS), {"aggregation": "token_mean"}
-    if name == "sequence_mean":
-        return 1 / (RESPONSES * lengths), {"aggregation": "sequence_mean"}
-    if name == "seq_mean_token_sum_norm":
-        of_all = torch.full_like(lengths, 1 / (RESPONSES * WIDTH))
-        return of_all, {"aggregation": "sequence_sum", "normalizer": float(RESPONSES * WIDTH)}
-    counts = torch.cat([lengths[start:end].sum().expand(end - start) for start, end in PROMPTS])
-    group_ids = torch.cat([torch.full((end - start,), i) for i, (start, end) in enumerate(PROMPTS)])
-    options = {"aggregation": "group_mean", "group_tokens": group_token_counts(BATCH.mask, group_ids=group_ids)}
-    return 1 / (len(PROMPTS) * counts[:, None]), options
-
-
-def skyrl_sapo(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    tau = torch.where(advantages > 0, 1.0, torch.tensor(1.05, dtype=torch.float64))
-    ratio = (logprobs - BATCH.old_logprobs).exp()
-    return -(4 / tau) / (1 + (-tau * (ratio - 1)).exp()) * advantages
-
-
-def skyrl_cispo(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    weight = (logprobs.detach() - BATCH.old_logprobs).exp().clamp(0.0, 5.0)
-    return -advantages * weight * logprobs
-
-
-SKYRL: dict[str, tuple[Objective, Callable[[Tensor, Tensor], Tensor]]] = {
-    "sapo": (SAPO(), skyrl_sapo),
-    "cispo": (CISPO(), skyrl_cispo),
-}
-
-
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "seq_mean_token_sum_norm", "prompt_mean"])
-@pytest.mark.parametrize("name", SKYRL)
-def test_skyrl(name: str, reduction: str) -> None:
-    objective, loss_of = SKYRL[name]
-    share, options = skyrl_reduction(reduction)
-
-    def formula(logprobs: Tensor) -> Tensor:
-        return loss_of(logprobs, BATCH.token_advantages * share)[BATCH.mask].sum()
-
-    expected = of_formula(formula)
-    check(ours(objective, by_token=True, **options), expected)
-    scaled = BATCH._replace(token_advantages=BATCH.token_advantages * share)  # as SkyRL calls a registered loss
-    check(ours(objective, scaled, by_token=True, aggregation="sequence_sum", normalizer=1.0), expected)
-
-
-def kept(logprobs: Tensor, advantages: Tensor, divergence: str, low: float, high: float) -> Tensor:
-    """Which tokens DPPO keeps, by SkyRL's formulas."""
-    p, q = logprobs.detach().exp(), BATCH.old_logprobs.exp()
-    distance = (p - q).abs()
-    if divergence == "kl":
-        distance = q * (BATCH.old_logprobs - logprobs.detach()) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
-    too_high = (advantages > 0) & (p > q) & (distance > high)
-    too_low = (advantages < 0) & (p < q) & (distance > low)
-    return ~(too_high | too_low)
-
-
-@pytest.mark.parametrize(("divergence", "delta"), [("tv", 0.2), ("kl", 0.05)])
-def test_skyrl_dppo(divergence: str, delta: float) -> None:
-    """The gradients are equal. The values are not: SkyRL's is that of -ratio A; here and in verl, -sg[ratio] A logprob.
-
-    SkyRL computes the ratio in float32, whatever the log-probabilities are.
-    """
-    advantages = BATCH.token_advantages
-
-    def formula(logprobs: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        ratio = (logprobs - BATCH.old_logprobs).to(dtype).exp().double()
-        keep = kept(logprobs, advantages, divergence, delta, delta)
-        return (-ratio * advantages)[BATCH.mask & keep].sum() / TOKENS
-
-    loss, gradient = of_formula(formula)
-    rounded = of_formula(lambda logprobs: formula(logprobs, torch.float32))
-    check(rounded, (loss, gradient), error=3e-7)
-    assert float((rounded[1] - gradient).abs().max()) > 1e-9
-    our_loss, our_gradient = ours(DPPO(delta, delta, None, divergence), by_token=True)  # type: ignore[arg-type]
-    check((loss, our_gradient), (loss, gradient))
-    keep = kept(BATCH.logprobs, advantages, divergence, delta, delta) & BATCH.mask
-    assert 0.1 < float(keep[BATCH.mask].double().mean()) < 0.9
-    value = (-BATCH.log_ratio.exp() * advantages * BATCH.logprobs)[keep].sum() / TOKENS
-    check_number("our value", float(our_loss), float(value), 1e-13)
-    assert abs(float(our_loss - loss)) > 0.1
 
 
 @pytest.mark.parametrize("objective", [TOPRToken(), TOPR()], ids=["token", "response"])

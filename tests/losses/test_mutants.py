@@ -288,6 +288,10 @@ def model_loss(
     def share(flag: Tensor) -> Tensor:
         return flag[unit].double().mean() if bool(unit.any()) else torch.tensor(0.0)
 
+    def of_units(flag: Tensor) -> Tensor:  # [N] -> [S] or [N]
+        flag = flag | ~mask if bug == "a masked token is clipped" else flag & mask
+        return total(flag.double()) > 0 if objective == "gspo" else flag
+
     kept = torch.where(mask, r, 0.0).clamp(-max_log_ratio, max_log_ratio)
     kept = -kept if bug == "approximate KL of the other direction" else kept
     units = ratio[unit] if bool(unit.any()) else torch.zeros(1)
@@ -308,6 +312,8 @@ def model_loss(
         num_tokens=n_tokens,
         logprobs=logprobs.detach().float(),
         log_ratio=(total(r / mean_of) if objective == "gspo" else torch.where(mask, x, 0.0)).detach(),
+        clipped_low=of_units(above | beyond if bug == "clip decisions swapped" else below),
+        clipped_high=of_units(below if bug == "clip decisions swapped" else above | beyond),
     )
     return loss if logits.dtype is torch.float64 else loss.float(), stats
 
@@ -435,6 +441,8 @@ MUTANTS: dict[str, Check] = {
     "gradient of the sequence form": losses("gspo_token", by_token=True),
     "clip fraction by tokens": losses(),
     "empty sequences in the ratio's mean": losses(),
+    "clip decisions swapped": losses(),
+    "a masked token is clipped": losses("grpo"),
     "approximate KL of the other direction": losses("grpo"),
     "weights ignored": losses(weights="sequence"),
     "weights on the KL term": losses(weights="token", ref=True, beta=0.1),

@@ -50,6 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gspo_kernels
 from gspo_kernels import Stats, global_count
 from gspo_kernels.losses.reduction import AGGREGATIONS
+from gspo_kernels.losses.stats import ARRAYS
 
 pytestmark = ranks.mark
 
@@ -273,7 +274,7 @@ def loss_of_split(split: Split, group: Any, inner_group: Any, i: int) -> Callabl
         else:
             loss, mine = Identity(objective, split.case.rows)(given, *rest, **keywords)
         every = mine.over(group)
-        assert every.logprobs is mine.logprobs and every.log_ratio is mine.log_ratio and every.head is mine.head
+        assert all(getattr(every, x) is getattr(mine, x) for x in (*ARRAYS, "head"))
         assert every.ratio_of == mine.ratio_of and (mine.head is not None) == ("hidden" in split.way)
         assert all(x.dtype == torch.float32 and x.shape == () for x in every.as_dict().values())
         return loss, every
@@ -342,7 +343,7 @@ def check(split: Split, found: Sequence[list[Found]]) -> None:
         torch.stack([one.loss.double() for one in outcomes]).sum().float() * factor,
         SimpleNamespace(**{name: torch.tensor(x) for name, x in expected.stats.items()}),  # checked above
         *(torch.cat([getattr(one, x) for one in outcomes]) for x in ("gradient", "padding_gradient")),
-        *(torch.cat([getattr(one, x) for one in outcomes]) for x in ("logprobs", "log_ratio")),
+        *(torch.cat([getattr(one, x) for one in outcomes]) for x in ("logprobs", "log_ratio", "clipped")),
     )
     merged.gradient = merged.gradient * factor
     check_outcome(merged, whole, objective, roundings=2, **options)

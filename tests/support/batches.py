@@ -492,6 +492,7 @@ class Outcome:
     padding_gradient: Tensor  # [*, V], empty when packed
     logprobs: Tensor  # [N]
     log_ratio: Tensor  # [S] or [N]
+    clipped: Tensor  # bool [S, 2] or [N, 2]: at the lower bound, at the upper one
 
 
 def flat(values: Tensor, batch: Batch, layout: str) -> Tensor:
@@ -516,7 +517,13 @@ def run(
     padding = gradient.flatten(0, -2)[:0]
     if layout == "padded":
         gradient, padding = from_padded(gradient, batch.lengths)
-    by_sequence = oracle.OBJECTIVES[objective].per_sequence
-    log_ratio = stats.log_ratio.cpu() if by_sequence else flat(stats.log_ratio.cpu(), batch, layout)
+    log_ratio, clipped = of_units(stats, batch, layout, oracle.OBJECTIVES[objective].per_sequence)
     logprobs = flat(stats.logprobs.cpu(), batch, layout)
-    return Outcome(loss.detach().cpu(), stats, gradient, padding, logprobs, log_ratio)
+    return Outcome(loss.detach().cpu(), stats, gradient, padding, logprobs, log_ratio, clipped)
+
+
+def of_units(stats: Any, batch: Batch, layout: str, by_sequence: bool) -> tuple[Tensor, Tensor]:
+    """(log-ratios [S] or [N], what is clipped [S, 2] or [N, 2]), on the CPU."""
+    found = [x.cpu() for x in (stats.log_ratio, stats.clipped_low, stats.clipped_high)]
+    log_ratio, low, high = found if by_sequence else [flat(x, batch, layout) for x in found]
+    return log_ratio, torch.stack([low, high], dim=-1)

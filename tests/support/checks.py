@@ -206,6 +206,7 @@ def check_outcome(
     check_stats(scalars, batch, expected, opt, stats_tol)
     check_rows(outcome.logprobs, None, None, batch.rows, stats_tol)
     check_log_ratio(outcome.log_ratio, batch, expected, stats_tol)
+    check_clipped(outcome.clipped, expected)
 
     g_error = [abs(upstream) * k * size for k, size in zip(slack, expected.d_logprobs_size, strict=True)]
     check_gradient(
@@ -227,6 +228,12 @@ def check_log_ratio(log_ratio: Tensor, batch: Batch, expected: oracle.Result, to
         slack = [max((slack[t] for t in rows), default=0.0) for rows in batch.sequences]
     value = torch.tensor(expected.log_ratio, dtype=torch.float64)
     check_close("log_ratio", log_ratio, value, torch.tensor(slack, dtype=torch.float64) * (1 + value.abs()))
+
+
+def check_clipped(clipped: Tensor, expected: oracle.Result) -> None:
+    """Which units are held at which bound, exactly; none where masked or empty."""
+    for k, (name, wanted) in enumerate({"low": expected.clipped_low, "high": expected.clipped_high}.items()):
+        assert clipped.dtype == torch.bool and clipped[:, k].tolist() == wanted, f"clipped_{name}: {clipped[:, k]}"
 
 
 def run_and_check(batch: Batch, layout: str, objective: str, *, upstream: float = 1.0, **options: Any) -> Outcome:

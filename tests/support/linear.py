@@ -278,6 +278,8 @@ def check_same_stats(found: Any, truth: Any, number: float = 3e-6) -> None:
     for name in ("logprobs", "log_ratio"):
         actual, expected = (getattr(x, name).detach().cpu() for x in (found, truth))
         check_close(name, actual, expected, number * (1 + expected.abs()))
+    for name in ("clipped_low", "clipped_high"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(truth, name).cpu()), name
 
 
 def approximately(value: float, number: float) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from batches import LINEAR, PUBLIC, Batch, arguments, flat, to_padded
+from batches import LINEAR, PUBLIC, Batch, arguments, flat, of_units, to_padded
 from linear import Gradients, Problem, Separate, check_same, chunk_of, with_low_rank, without_synchronization
 from linear import from_logits as one_process
 from ranks import grid, refused
@@ -318,6 +318,15 @@ class FlatStats:
     scalars: dict[str, Tensor]
     logprobs: Tensor  # [N]
     log_ratio: Tensor  # [S] or [N]
+    clipped: Tensor  # [S, 2] or [N, 2]
+
+    @property
+    def clipped_low(self) -> Tensor:
+        return self.clipped[:, 0]
+
+    @property
+    def clipped_high(self) -> Tensor:
+        return self.clipped[:, 1]
 
     def as_dict(self) -> dict[str, Tensor]:
         return self.scalars
@@ -337,10 +346,8 @@ def truth_of(case: Case) -> tuple[Problem, Gradients]:
         if "objective" in options:
             function = partial(policy_loss, objective=options.pop("objective"))
         truth = one_process(p, case.layout, case.objective, function=function, upstream=case.upstream, **options)
-        logprobs, log_ratio = truth.stats.logprobs, truth.stats.log_ratio
-        if truth.stats.ratio_of == "token":
-            log_ratio = flat(log_ratio, p.batch, case.layout)
-        stats = FlatStats(truth.stats.as_dict(), flat(logprobs, p.batch, case.layout), log_ratio)
+        units = of_units(truth.stats, p.batch, case.layout, truth.stats.ratio_of == "sequence")
+        stats = FlatStats(truth.stats.as_dict(), flat(truth.stats.logprobs, p.batch, case.layout), *units)
         _TRUTHS[repr(case)] = p, replace(truth, stats=stats)
     return _TRUTHS[repr(case)]
 
@@ -365,14 +372,16 @@ def put_together(found: Sequence[Found], at: HeadGrid, case: Case, p: Problem) -
     assert sorted(torch.cat(row_indices).tolist()) == list(range(n)), "every row is on one cp rank"
     by_sequence = found[0]["by_sequence"]
     logprobs = torch.full((n,), torch.nan)
-    log_ratio = found[0]["log_ratio"] if by_sequence else torch.full((n,), torch.nan)
+    log_ratio, clipped = torch.full((n,), torch.nan), torch.ones(n, 2, dtype=torch.bool)
+    if by_sequence:
+        log_ratio, clipped = found[0]["log_ratio"], found[0]["clipped"]
     hidden = torch.full_like(p.hidden, torch.nan)
     for r, one in enumerate(found):
         rows, first = row_indices[r // at.tp], found[r // at.tp * at.tp]
         assert one["steps"] == first["steps"], f"{case}: ranks of a tp group took other steps"
         logprobs[rows] = one["logprobs"]
         if not by_sequence:
-            log_ratio[rows] = one["log_ratio"]
+            log_ratio[rows], clipped[rows] = one["log_ratio"], one["clipped"]
         for name in ("hidden", "weight", "bias"):
             needed = name in case.needs_grad and getattr(p, name) is not None
             assert (one[name] is not None) == needed, f"{case}: gradient of {name} on rank {r}"
@@ -388,7 +397,7 @@ def put_together(found: Sequence[Found], at: HeadGrid, case: Case, p: Problem) -
             assert len(heads[name]) == vocab
     return Gradients(
         torch.stack([one["loss"] for one in found[:: at.tp]]).sum(),
-        FlatStats(found[0]["stats"], logprobs, log_ratio),
+        FlatStats(found[0]["stats"], logprobs, log_ratio, clipped),
         hidden if found[0]["hidden"] is not None else None,
         heads.get("weight"),
         heads.get("bias"),

@@ -42,7 +42,7 @@ mark = [
 
 START = 600.0  # seconds for the imports of a rank, before the clock of `timeout` runs
 GRACE = 10.0  # seconds beyond `timeout`, in which collectives that gave up can say so
-TEST_FOLDERS = (Path(__file__).parent, Path(__file__).parents[1])
+TEST_FOLDERS = (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2] / "docs" / "scripts")
 PRELOADED = ["torch", "torch.distributed", "pytest", "gspo_kernels", "ranks", "oracle", "batches", "checks", "linear"]
 
 

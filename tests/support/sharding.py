@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from batches import PUBLIC, Batch, Outcome, arguments, flat, ragged_batch
+from batches import PUBLIC, Batch, Outcome, arguments, flat, of_units, ragged_batch
 from linear import Problem, problem
 from ranks import grid
 from torch import Tensor
@@ -152,14 +152,13 @@ def dtensor(local: Tensor, group: Any, columns: int, dimension: int) -> Any:
 
 
 def found_of(loss: Tensor, stats: Any, batch: Batch, case: Case) -> Found:
-    log_ratio = stats.log_ratio
-    if stats.ratio_of == "token":
-        log_ratio = flat(log_ratio, batch, case.layout)
+    log_ratio, clipped = of_units(stats, batch, case.layout, stats.ratio_of == "sequence")
     return {
         "loss": loss,
         "stats": stats.as_dict(),
         "logprobs": flat(stats.logprobs, batch, case.layout),
         "log_ratio": log_ratio,
+        "clipped": clipped,
         "by_sequence": stats.ratio_of == "sequence",
     }
 
@@ -171,13 +170,13 @@ def agreed(found: Sequence[Found], at: Grid, case: Case) -> None:
     """What must be the same bits on several ranks: all of a tp group's, and the scalars and sequences of all."""
     for r, one in enumerate(found):
         first = found[r // at.tp * at.tp]
-        for name in ("loss", "logprobs", "log_ratio"):
+        for name in ("loss", "logprobs", "log_ratio", "clipped"):
             assert torch.equal(one[name], first[name]), f"{case}: {name} differs among the ranks of a tp group"
         names = [name for name in one["stats"] if not name.startswith("head_")]
         differing = [name for name in names if not torch.equal(one["stats"][name], found[0]["stats"][name])]
         assert not differing, f"{case}: {differing} of the stats differ among ranks"
-        if one["by_sequence"]:
-            assert torch.equal(one["log_ratio"], found[0]["log_ratio"]), f"{case}: log_ratio differs among ranks"
+        for name in ("log_ratio", "clipped") if one["by_sequence"] else ():
+            assert torch.equal(one[name], found[0][name]), f"{case}: {name} differs among ranks"
 
 
 def put_together(found: Sequence[Found], at: Grid, case: Case, batch: Batch) -> Outcome:
@@ -188,7 +187,9 @@ def put_together(found: Sequence[Found], at: Grid, case: Case, batch: Batch) -> 
     assert sorted(torch.cat(row_indices).tolist()) == list(range(n)), "every row is on one rank"
     gradient = torch.full((n, vocab), math.nan, dtype=batch.logits.dtype)
     logprobs = torch.full((n,), math.nan)
-    log_ratio = found[0]["log_ratio"] if found[0]["by_sequence"] else torch.full((n,), math.nan)
+    log_ratio, clipped = torch.full((n,), math.nan), torch.ones(n, 2, dtype=torch.bool)
+    if found[0]["by_sequence"]:
+        log_ratio, clipped = found[0]["log_ratio"], found[0]["clipped"]
     padding = []
     for r, one in enumerate(found):
         rows = row_indices[r // at.tp]
@@ -199,7 +200,7 @@ def put_together(found: Sequence[Found], at: Grid, case: Case, batch: Batch) -> 
         padding += [one["gradient"][:, inside:].flatten(), one["padding"].flatten()]
         logprobs[rows] = one["logprobs"]
         if not one["by_sequence"]:
-            log_ratio[rows] = one["log_ratio"]
+            log_ratio[rows], clipped[rows] = one["log_ratio"], one["clipped"]
     loss = torch.stack([one["loss"] for one in found[:: at.tp]]).sum()
     scalars = {name: value for name, value in found[0]["stats"].items()}
-    return Outcome(loss, SimpleNamespace(**scalars), gradient, torch.cat(padding), logprobs, log_ratio)
+    return Outcome(loss, SimpleNamespace(**scalars), gradient, torch.cat(padding), logprobs, log_ratio, clipped)

@@ -2,7 +2,7 @@
 
 What stands in for a GPU is `verl_cpu_platform`. Two more things differ from a run of verl's: the process group is
 opened first, because verl asks for "cpu:gloo,cpu:gloo" and torch refuses a device that is named twice; and TRL counts
-as not installed, because verl 0.9.1 imports a class from it that TRL 1.14 to 1.16 do not have.
+as not installed, because verl 0.9.1 imports a class from it that TRL 1.16 does not have.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Losses over Megatron-Core's own process groups, and a GPTModel of it in training, against float64 on one process.
 
 Four ranks over gloo, of which those that are left over by tp x cp are data parallel. Megatron's function cuts the batch
-for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. In training,
-Megatron's schedule and its DistributedDataParallel scale and sum the gradients.
+for context-parallel ranks: two of 2 cp parts of each sequence. The vocabulary is padded as Megatron pads it. Gradients
+of the model are scaled and summed by Megatron's schedule and its DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -18,25 +18,21 @@ import torch.nn.functional as F
 from batches import Outcome
 from checks import check_close, check_number, check_outcome
 from linear import Gradients, check_same, from_logits
-from megatron_ranks import (
+from megatron_ranks import GRIDS, PRELOADED, WORLD, Found, losses
+from megatron_training import (
     CLIP,
-    GRIDS,
     HEADS,
     HIDDEN,
     LAYERS,
     LENGTH,
-    PRELOADED,
     RATE,
     STEPS,
     VOCAB,
-    WORLD,
-    Found,
     Responses,
     Way,
     all_responses,
-    losses,
     trained,
-)
+)  # fmt: skip
 from sharding import Case
 from torch import Tensor
 
@@ -58,12 +54,12 @@ OF_HIDDEN = [
     Case("gspo", "padded", {"seed": 7, "weights": "token"}, {"aggregation": "token_mean", "dual_clip": 3.0}),
 ]
 WAYS = [
-    Way(),
+    Way(page=True),
     Way(dtype=torch.float64),
     Way(scaled="responses", sequence_parallel=True),
     Way(path="flag", scaled="tokens"),
     Way(path="flag", dtype=torch.float64, sequence_parallel=True),
-    Way(path="flag", tied=True),
+    Way(path="flag", tied=True, page=True),
     Way(path="hook", sequence_parallel=True),
     Way(path="hook", tied=True, scaled="responses"),
 ]
@@ -123,6 +119,13 @@ def test_losses_from_hidden_states_over_megatrons_groups(of_losses: list[Any], c
             if one["place"][2] == tp_rank:
                 hidden[one["rows"]] = one["gradient"]
         check_same(Gradients(loss_of(found), stats, hidden, weight[: len(p.weight)], None), truth, p)
+
+
+def test_log_probabilities_are_those_of_megatrons_cross_entropy(of_training: list[Any]) -> None:
+    for one in of_training:
+        (ours, gradient), (theirs, of_theirs) = one["cross entropy"]
+        check_close("cross entropy", ours, theirs, 2e-6 * (1 + theirs.abs()))
+        check_close("gradient", gradient, of_theirs, 2e-6 * of_theirs.abs().amax(-1, True).expand_as(gradient))
 
 
 def loss_of(found: list[Found]) -> Tensor:
@@ -273,3 +276,11 @@ def test_what_the_head_is_needed_for_is_refused(of_training: list[Any]) -> None:
         assert found["no model"].type == "TypeError" and found["no model"].message.startswith("model: expected")
         assert found["after an error"], "the model has its output layer again"
         assert found["another stage"] == (LENGTH, 2, HIDDEN), "a stage without a head returns hidden states to the next"
+
+
+def test_the_pages_first_steps_have_the_papers_loss(of_training: list[Any]) -> None:
+    found = of_training[0]["driver"]
+    (loss, stats, gradient), (theirs, log, of_driver) = found["ours"], found["driver"]
+    assert float(theirs) == pytest.approx(float(loss), rel=1e-6) and torch.allclose(of_driver, gradient, atol=1e-7)
+    assert log.pop("loss") == pytest.approx(float(loss), rel=1e-6) and log["clip_fraction"] == 0.5
+    assert log == pytest.approx({name: stats[name] for name in log}, rel=1e-6)

@@ -5,6 +5,8 @@ Beside OpenRLHF, flash-attn and vLLM are empty modules (see docs/scripts/drivers
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 from checks import check_close, check_number
 from drivers import openrlhf as driver  # first: it imports OpenRLHF without flash-attn and vLLM
 from drivers._stubs import stubs
+from objective_batch import check as check_result
 from openrlhf.models import PolicyLoss as TheirPolicyLoss
 from openrlhf.models import aggregate_loss
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 from torch import Tensor
-from trainer_batch import BATCH, TOKENS, PaddedBatch, check_result
+from trainer_batch import BATCH, TOKENS, PaddedBatch
 
 from gspo_kernels import CISPO, DPPO, GSPO, GSPOToken, policy_loss_from_logprobs
 from gspo_kernels.integrations.openrlhf import PolicyLoss, policy_model_actor
@@ -70,7 +73,7 @@ def test_loss_gradient_and_metrics(case: str, counts: dict[str, Any]) -> None:
     ours = run(PolicyLoss(**options), BATCH.with_garbage(), **counts)
     check_same(ours, theirs)
     clip_ratio = ours[1][0]
-    assert clip_ratio is not None and 0.02 < float(clip_ratio) < 0.6
+    assert clip_ratio is not None and 0.02 < float(clip_ratio) < 0.8
     if "gspo" not in case:
         check_same(run(PolicyLoss(**options), by_token=True), run(TheirPolicyLoss(**options), by_token=True))
 
@@ -126,7 +129,7 @@ def test_gspo_with_a_correction_takes_the_engines_log_probabilities_as_old() -> 
     check_same(ours, theirs)
     assert ours[1][2] is None and ours[1][3] is None
     without = run(PolicyLoss(policy_loss_type="gspo"))
-    assert float((ours[0][1] - without[0][1]).abs().max()) > 1e-3
+    assert float((ours[0][1] - without[0][1]).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("policy_loss_type", ["ppo", "gspo"])
@@ -282,6 +285,13 @@ def test_ppo_train(monkeypatch: pytest.MonkeyPatch) -> None:
     other = actor_of(policy_model_actor(CISPO()), monkeypatch, policy_loss_type="ppo")
     assert other.trainer.actor_loss_fn.objective == CISPO()
     assert float((trained(other)[0] - theirs).abs().max()) > 1e-4
+
+
+def test_the_line_to_replace_is_in_openrlhfs_script() -> None:
+    found = find_spec("openrlhf.cli.train_ppo_ray")
+    assert found is not None and found.origin is not None
+    lines = Path(found.origin).read_text().splitlines()
+    assert lines.count("from openrlhf.trainer.ray.ppo_actor import PolicyModelActor") == 1
 
 
 # --- where results differ, on purpose ---------------------------------------------------------------------------------

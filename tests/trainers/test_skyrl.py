@@ -15,6 +15,7 @@ import torch
 from checks import check_close, check_number
 from drivers import skyrl as driver
 from drivers._stubs import stubs
+from objective_batch import check as check_result
 from skyrl.backends.skyrl_train.utils.ppo_utils import (
     PolicyLossRegistry,
     apply_loss_reduction_to_advantages_minibatch,
@@ -27,7 +28,7 @@ from skyrl.train.config import (
     SAPOConfig,
 )
 from torch import Tensor
-from trainer_batch import BATCH, PROMPTS, RESPONSES, TOKENS, WIDTH, PaddedBatch, check_result
+from trainer_batch import BATCH, PROMPTS, RESPONSES, TOKENS, WIDTH, PaddedBatch
 
 from gspo_kernels import GMPO, GSPOToken, Objective, TOPRToken, group_token_counts
 from gspo_kernels import policy_loss_from_logprobs as our_loss

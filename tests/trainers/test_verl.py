@@ -397,10 +397,13 @@ def model_batch(batch: Batch, prompt: int = 3) -> tuple[Any, dict[str, Any], dic
     return data, given, {"nested": nested}
 
 
+KL_KINDS = dict(zip(MODES, ("kl", "abs", "mse", "low_var_kl", "k3+"), strict=True))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("mode", MODES)
 def test_through_verls_ppo_loss(name: str, mode: str) -> None:
-    """As a worker calls it: nested log-probabilities, verl's own entropy and KL terms added in place."""
+    """As a worker calls it: nested log-probabilities, verl's own entropy and KL terms, of each kind, added in place."""
     batch = ragged_batch(LOSSES[name], weights="sequence")
     found = {}
     for loss_mode in (name, "gspo"):
@@ -411,7 +414,7 @@ def test_through_verls_ppo_loss(name: str, mode: str) -> None:
         output["entropy"] = torch.nested.nested_tensor_from_jagged(leaf.detach() ** 2, offsets)
         at = config(
             clip_ratio_c=None, loss_agg_mode=mode, use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01,
-            policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+            policy_loss=PolicyLossConfig(loss_mode=loss_mode), kl_loss_type=KL_KINDS[mode],
         )  # fmt: skip
         loss, metrics = ppo_loss(at, output, data)
         loss.backward()

@@ -199,83 +199,46 @@ def test_fsdp_engine_refuses_by_name(option: str) -> None:
 # --- vocabulary-parallel ----------------------------------------------------------------------------------------------
 
 
-class Megatron:
-    """The parts of verl's engine that ours needs."""
-
-    engine_config = SimpleNamespace(use_fused_kernels=False)
-
-    def forward_step(self) -> str:
-        return "verl's"
-
-
-def processed(rank: int) -> dict[str, Tensor]:
-    """In a rank: our logits processor on its columns, with Megatron's group."""
-    state: Any = ModuleType("megatron.core.parallel_state")
-    state.get_tensor_model_parallel_group = lambda: torch.distributed.group.WORLD
-    core: Any = ModuleType("megatron.core")
-    core.parallel_state = state
-    engine = type("Engine", (integration.LogProbsOfMegatron, Megatron), {})()
-    logits, labels = peaky((2, 9), vocab=96)
-    leaf = logits.chunk(2, -1)[rank].clone().requires_grad_()
-    temperature = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) + 0.5
-    with mock.patch.dict(sys.modules, {"megatron": ModuleType("megatron"), "megatron.core": core}):
-        found = engine._lm_head_logits_processor(
-            leaf * 1, labels, temperature, calculate_entropy=True, calculate_sum_pi_squared=False,
-            distillation_use_topk=False, distillation_only=False, logits_processor_func=None, batch=None,
-            data_format="thd",
-        )  # fmt: skip
-        with pytest.raises(NotImplementedError, match=r"calculate_sum_pi_squared: expected it off"):
-            engine._lm_head_logits_processor(leaf, labels, 1.0, calculate_entropy=True, calculate_sum_pi_squared=True)
-    (found["log_probs"].sum() + 0.1 * found["entropy"].sum()).backward()
-    assert leaf.grad is not None
-    return found | {"gradient": leaf.grad}
+def megatron_engine(ours: bool) -> Any:
+    """An engine without a model."""
+    engines = registered_engines()._engines["language_model"]["megatron"]
+    cls = engines["cuda", "gspo_kernels"] if ours else engines["cuda"]
+    assert cls.__mro__[-1] is object and "Megatron" in cls.__name__
+    engine = cls.__new__(cls)
+    engine.engine_config = SimpleNamespace(use_fused_kernels=False, entropy_from_logits_with_chunking=False)
+    return engine
 
 
-@pytest.mark.parametrize("mark", [pytest.param(0, marks=ranks.mark)])
-def test_megatron_logits_over_two_ranks(mark: int) -> None:
-    """The logits processor over gloo, against the whole vocabulary in one process."""
-    found = ranks.run(2, processed)
+MEGATRON_OPTIONS: dict[str, Any] = {
+    "calculate_sum_pi_squared": False, "distillation_use_topk": False, "distillation_only": False,
+    "logits_processor_func": None, "batch": None, "data_format": "thd",
+}  # fmt: skip
+
+
+def megatron_logits() -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, labels, temperatures)."""
     logits, labels = peaky((2, 9), vocab=96)
     temperature = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) + 0.5
-    leaf = logits.clone().requires_grad_()
-    reference = token_logprobs(leaf, labels, temperature=temperature)
-    (reference.logprobs.sum() + 0.1 * reference.entropy.sum()).backward()
-    for one in found:
-        check_close("log_probs", one["log_probs"], reference.logprobs, 1e-6 * (1 + reference.logprobs.abs()))
-        check_close("entropy", one["entropy"], reference.entropy, 1e-6 * (1 + reference.entropy))
-    gradient = torch.cat([one["gradient"] for one in found], -1)
-    assert leaf.grad is not None
-    check_close("gradient", gradient, leaf.grad, 2e-6 * leaf.grad.abs() + 1e-7)
+    return logits, labels, temperature
 
 
-def beside_verls(rank: int) -> list[dict[str, Tensor]]:
-    """In a rank: ours, and verl's for Megatron's logits: its entropy, and Megatron's cross entropy."""
+def on_vocabulary_shards(rank: int) -> list[dict[str, Tensor]]:
+    """In a rank of Megatron-Core's tensor-parallel group: the logits processor of our engine, and verl's own."""
     from megatron.core import parallel_state
-    from verl.utils.megatron import tensor_parallel
 
-    group = torch.distributed.group.WORLD
-    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = group
-    logits, labels = peaky((2, 9), vocab=96)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    logits, labels, temperature = megatron_logits()
     found = []
     for ours in (True, False):
         leaf = logits.chunk(2, -1)[rank].clone().requires_grad_()
-        if ours:
-            log_probs, entropy = integration.log_probs_and_entropy(leaf, labels, tp_group=group)
-        else:
-            entropy = tensor_parallel.vocab_parallel_entropy((leaf * 1).clone())
-            log_probs = tensor_parallel.vocab_parallel_log_probs_from_logits(leaf * 1, labels)
-        (log_probs.sum() + 0.1 * entropy.sum()).backward()
+        out = megatron_engine(ours)._lm_head_logits_processor(
+            leaf * 1, labels, temperature.clone(), calculate_entropy=True, **MEGATRON_OPTIONS
+        )
+        (out["log_probs"].sum() + 0.1 * out["entropy"].sum()).backward()
         assert leaf.grad is not None
-        found.append({"log_probs": log_probs, "entropy": entropy, "gradient": leaf.grad})
+        found.append({"log_probs": out["log_probs"], "entropy": out["entropy"], "gradient": leaf.grad})
+    parallel_state.destroy_model_parallel()
     return found
-
-
-@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
-@pytest.mark.parametrize("mark", [pytest.param(0, marks=ranks.mark)])
-def test_against_verls_vocabulary_parallel_functions(mark: int) -> None:
-    for ours, theirs in ranks.run(2, beside_verls, plain_memory=True):
-        for name, bound in (("log_probs", 2e-6), ("entropy", 1e-5), ("gradient", 1e-6)):  # theirs: float32, lse of 15
-            check_close(name, ours[name], theirs[name], bound * (1 + theirs[name].abs()))
 
 
 def on_a_dtensor(rank: int) -> list[dict[str, Tensor]]:
@@ -301,16 +264,44 @@ def on_a_dtensor(rank: int) -> list[dict[str, Tensor]]:
     return found
 
 
+def on_shards(rank: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    return on_vocabulary_shards(rank), on_a_dtensor(rank)
+
+
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=ranks.mark)])
-def test_fsdp_engine_does_not_gather_a_sharded_vocabulary(mark: int) -> None:
-    for ours, theirs in ranks.run(2, on_a_dtensor, plain_memory=True):
-        for name, bound in (("log_probs", 2e-6), ("entropy", 4e-6), ("gradient", 1e-6)):
-            check_close(name, ours[name], theirs[name], bound * (1 + theirs[name].abs()))
+def test_logits_sharded_over_the_vocabulary(mark: int) -> None:
+    """Both engines on two ranks, beside verl's; Megatron's against the whole vocabulary in one process as well."""
+    ranks_found = ranks.run(2, on_shards, plain_memory=True)
+    for of_rank in ranks_found:
+        for ours, theirs in of_rank:
+            for name, bound in (("log_probs", 2e-6), ("entropy", 1e-5), ("gradient", 1e-6)):  # theirs: float32
+                check_close(name, ours[name], theirs[name], bound * (1 + theirs[name].abs()))
+    logits, labels, temperature = megatron_logits()
+    leaf = logits.clone().requires_grad_()
+    reference = token_logprobs(leaf, labels, temperature=temperature)
+    (reference.logprobs.sum() + 0.1 * reference.entropy.sum()).backward()
+    assert leaf.grad is not None
+    mine = [of_rank[0][0] for of_rank in ranks_found]
+    for one in mine:
+        check_close("log_probs", one["log_probs"], reference.logprobs, 1e-6 * (1 + reference.logprobs.abs()))
+        check_close("entropy", one["entropy"], reference.entropy, 1e-6 * (1 + reference.entropy))
+    gradient = torch.cat([one["gradient"] for one in mine], -1)
+    check_close("gradient", gradient, leaf.grad, 2e-6 * leaf.grad.abs() + 1e-7)
+
+
+@pytest.mark.parametrize("option", ["calculate_sum_pi_squared", "distillation_use_topk", "distillation_only"])
+def test_megatron_engine_refuses_by_name(option: str) -> None:
+    logits, labels, temperature = megatron_logits()
+    with pytest.raises(NotImplementedError, match=rf"^{option}: expected it off"):
+        megatron_engine(True)._lm_head_logits_processor(
+            logits, labels, temperature, calculate_entropy=True, **MEGATRON_OPTIONS | {option: True}
+        )
 
 
 def test_megatron_engine_refuses_its_fused_head() -> None:
-    engine = type("Engine", (integration.LogProbsOfMegatron, Megatron), {})()
-    assert engine.forward_step() == "verl's"
+    engine = megatron_engine(True)
+    with pytest.raises(StopIteration):  # verl's own asks for a micro-batch
+        engine.forward_step(iter(()), None, None, None)
     engine.engine_config = SimpleNamespace(use_fused_kernels=True)
     with pytest.raises(NotImplementedError, match=r"use_fused_kernels: expected it off"):
-        engine.forward_step()
+        engine.forward_step(iter(()), None, None, None)

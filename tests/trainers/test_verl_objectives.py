@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from checks import check_number
+from drivers import verl as verl_driver
 from modes import DEFAULT_MODE
 from objective_batch import (
     BATCH,
@@ -369,3 +371,22 @@ def test_verl_geo_mean_counts_responses_without_a_token() -> None:
     theirs, _ = verl("geo_mean", batch=NO_TOKENS, by_token=False, clip_ratio_low=0.4, clip_ratio_high=0.4)
     check(ours(GMPO(), NO_TOKENS, normalizer=float(RESPONSES)), theirs)
     assert abs(float(ours(GMPO(), NO_TOKENS)[0] / theirs[0]) - RESPONSES / (RESPONSES - 1)) < 1e-12
+
+
+# --- the driver of the first ten steps --------------------------------------------------------------------------------
+
+
+def test_the_driver_calls_verls_loss() -> None:
+    """Of a `Batch` of docs/scripts/first_steps.py: GSPO by its formula, and the names that verl logs."""
+    mask = torch.arange(WIDTH) < BATCH.mask.sum(1, keepdim=True)
+    leaf = BATCH.logprobs.clone().requires_grad_()
+    batch = SimpleNamespace(
+        logprobs=leaf, old_logprobs=BATCH.old_logprobs, advantages=BATCH.advantages, mask=mask, group_size=4,
+        token_ids=torch.zeros(mask.shape, dtype=torch.int64), global_tokens=int(mask.sum()), global_responses=RESPONSES,
+    )  # fmt: skip
+    loss, metrics = verl_driver.step(batch)
+    loss.backward()
+    assert leaf.grad is not None
+    check((loss.detach(), leaf.grad), ours(GSPO(dual_clip=10.0), BATCH._replace(mask=mask)))
+    assert {"actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/gspo_kernels/clip_fraction"} <= set(metrics)
+    assert metrics["actor/pg_loss"] == pytest.approx(float(loss))

@@ -1,51 +1,53 @@
-"""Modules that can be imported for a while: of packages that a trainer imports and does not call here, and of trainers
-that are not on PyPI.
-"""
+"""Empty modules in place of packages that a trainer imports and that are not called here."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 
 class _Empty(ModuleType):
-    """Every name in it is a class without members, but for those that it is given."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__spec__, self.__path__ = ModuleSpec(name, None), []
+    """Every name in it is a class without members, or, where it is not capitalized, an object with all."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        found = type(name, (), {}) if name[0].isupper() else MagicMock(name=name)
+        setattr(self, name, found)
+        return found
+
+
+class _Finder(MetaPathFinder, Loader):
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        for name in self.names:
+            if f"{name}.".startswith(f"{fullname}.") or fullname.startswith(f"{name}."):
+                return ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
 
 
 @contextmanager
-def modules(contents: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """What each module contains, by its name, in place of an installed one. Packages above it are added if missing."""
-    names = set(contents)
-    for name in contents:
-        if find_spec(name.partition(".")[0]) is None:
-            names |= {name[:i] for i, letter in enumerate(name) if letter == "."}
-    added = {name: _Empty(name) for name in sorted(names)}
-    for name, content in contents.items():
-        vars(added[name]).update(content)
-    before = {name: sys.modules[name] for name in added if name in sys.modules}
-    sys.modules.update(added)
+def stubs(*names: str) -> Iterator[None]:
+    """These modules, all within them and the packages above them are empty meanwhile, where they are not installed."""
+    finder = _Finder(names)
+    sys.meta_path.append(finder)
     try:
         yield
     finally:
-        for name in added:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Empty)]:
             del sys.modules[name]
-        sys.modules.update(before)
-
-
-def stubs(*names: str) -> AbstractContextManager[None]:
-    """Empty modules of these names, unless their package is installed."""
-    return modules({name: {} for name in names if find_spec(name.partition(".")[0]) is None})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._stubs import stubs
 
-VERSION = version("openrlhf")
+VERSION = f"OpenRLHF {version('openrlhf')}"
 GPU_MODULES = ("flash_attn.bert_padding", "flash_attn.utils.distributed", "vllm.inputs", "vllm.utils")
 
 with stubs(*GPU_MODULES):

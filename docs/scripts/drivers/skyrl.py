@@ -10,7 +10,7 @@ from typing import Any
 import typing_extensions
 from torch import Tensor
 
-VERSION = version("skyrl")
+VERSION = f"SkyRL {version('skyrl')}"
 if sys.version_info < (3, 12):  # where pydantic refuses the TypedDict that SkyRL imports from typing
     typing.TypedDict = typing_extensions.TypedDict  # type: ignore[misc]
 
