@@ -15,9 +15,11 @@ import torch
 from checks import check_number
 from drivers import swift as driver  # first: it imports ms-swift without what is not called
 from drivers._stubs import stubs
+from objective_batch import check as check_result
 from torch import Tensor
-from trainer_batch import BATCH, PROMPTS, RESPONSES, TOKENS, WIDTH, PaddedBatch, check_result
+from trainer_batch import BATCH, PROMPTS, RESPONSES, TOKENS, WIDTH, PaddedBatch
 
+from gspo_kernels.integrations import reductions
 from gspo_kernels.integrations.swift import GRPOTrainer, LinearLoss, MegatronLosses, objective_of
 
 with stubs(*driver.NOT_CALLED):
@@ -27,7 +29,7 @@ with stubs(*driver.NOT_CALLED):
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ENTROPY = (BATCH.rollout_logprobs.abs() * 7).sin().abs()
-REFERENCE = (BATCH.old_logprobs + 0.2 * (BATCH.logprobs * 5).sin() * BATCH.mask).clamp(max=0)
+REFERENCE = (BATCH.logprobs + 0.2 * (BATCH.logprobs * 5).sin() * BATCH.mask).clamp(max=0)
 Result = tuple[tuple[Tensor, Tensor], dict[str, Any]]
 
 
@@ -81,6 +83,11 @@ def test_loss_gradient_and_metrics(case: str) -> None:
     check_same(found, run(theirs.GRPOTrainer, **with_kl))
     if case not in ("sapo", "cispo"):
         assert 0.05 < found[1]["clipping"]["region_clip_mean"] < 0.9
+
+
+def test_every_name_of_a_reduction_was_compared() -> None:
+    compared = {options.get("loss_type", "grpo") for options in OPTIONS.values()}
+    assert compared == set(reductions.OPTIONS["ms-swift"].values)
 
 
 ARRAYS = {"rollout_per_token_logps": BATCH.rollout_logprobs}
@@ -302,6 +309,16 @@ def test_weights_multiply_the_kl_term_there() -> None:
     difference = (term.sum(1) / BATCH.mask.sum(1).clamp(min=1)).sum() / RESPONSES
     assert abs(float(difference)) > 1e-5
     check_number("difference", float(expected - found), float(difference), 1e-8)
+
+
+def test_a_kl_term_is_at_most_10_there() -> None:
+    """Beyond it has no gradient. Here the difference of the log-probabilities is clamped alone, at 20."""
+    reference = torch.where(BATCH.mask & (BATCH.logprobs < -3.0), 0.0, BATCH.logprobs)  # e^3 - 4 is 16
+    options: dict[str, Any] = {"beta": 0.1, "epsilon": 1e9, "arrays": {"ref_per_token_logps": reference}}
+    ((_, found), _), ((_, expected), _) = (run(cls, **options) for cls in (GRPOTrainer, theirs.GRPOTrainer))
+    far = BATCH.mask & (BATCH.logprobs < -3.0)
+    assert bool(far.any()) and bool((found[far] < expected[far]).all())
+    torch.testing.assert_close(found[~far], expected[~far])
 
 
 def test_garbage_at_masked_positions() -> None:
