@@ -5,46 +5,34 @@ for modules that a trainer imports on its way to a function that does not need t
 from __future__ import annotations
 
 import enum
-import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from drivers._stubs import stubs
 from torch import Tensor
 
 
-class Empty(ModuleType):
-    """Has every name, as a class of its own."""
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
 @contextmanager
-def modules(contents: Mapping[str, Mapping[str, Any] | None]) -> Iterator[None]:
-    """Modules that can be imported meanwhile: what each contains, by its name. None: every name."""
-    found = dict[str, ModuleType]()
+def modules(contents: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """What can be imported meanwhile, by its module's name. The packages above it are empty if they are missing."""
+    added = {}
+    before = {name: sys.modules[name] for name in contents if name in sys.modules}
     for name, content in contents.items():
-        *parents, _ = itertools.accumulate(name.split("."), "{}.{}".format)
-        if find_spec(name.split(".")[0]) is None:
-            found.update({parent: ModuleType(parent) for parent in parents if parent not in found})
-        found[name] = Empty(name) if content is None else ModuleType(name)
-        found[name].__spec__ = ModuleSpec(name, None)
-        vars(found[name]).update(content or {})
-    before = {name: sys.modules[name] for name in found if name in sys.modules}
-    sys.modules.update(found)
+        if find_spec(name.partition(".")[0]) is None:
+            added |= {x: ModuleType(x) for x in (name[:i] for i, letter in enumerate(name) if letter == ".")}
+        added[name] = ModuleType(name)
+        vars(added[name]).update(content)
+    sys.modules.update(added)
     try:
         yield
     finally:
-        for name in found:
+        for name in added:
             del sys.modules[name]
         sys.modules.update(before)
 
@@ -144,8 +132,14 @@ class Actor:
     pass
 
 
-def with_torchtitan() -> AbstractContextManager[None]:
+@contextmanager
+def with_torchtitan() -> Iterator[None]:
     models = "torchtitan.experiments.rl.models"
-    names = ("renderers", "torch.utils.tensorboard", f"{models}.vllm_registry", f"{models}.vllm_wrapper", "torchstore")
-    actor = {"Actor": Actor, "concurrent_endpoint": lambda method: method, "current_rank": None}
-    return modules({**dict.fromkeys(names), "monarch.actor": actor})
+    contents = {
+        "monarch.actor": {"Actor": Actor, "concurrent_endpoint": lambda method: method, "current_rank": None},
+        "torch.utils.tensorboard": {"SummaryWriter": None},
+        f"{models}.vllm_registry": {"register_to_vllm": None},
+        f"{models}.vllm_wrapper": {"VLLMModelWrapper": None},
+    }
+    with modules(contents), stubs("renderers", "torchstore"):
+        yield

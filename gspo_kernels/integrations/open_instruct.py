@@ -20,11 +20,11 @@ KL = (("k1", "none"), ("k2", "none"), ("k3", "none"), ("k1", "ratio"))  # by ope
 
 
 class Loss(NamedTuple):
-    """What grpo_fast.py calls by these names; the arrays are [B, T] and constant."""
+    """What grpo_fast.py calls by these names; the arrays are [B, T], and not differentiable."""
 
     loss: Tensor  # not yet multiplied by the number of ranks
     pg_loss_BT: Tensor  # the mean of the policy term at every token, because its mean alone is logged
-    clipfrac_BT: Tensor  # the clip fraction at every token, likewise
+    clipfrac_BT: Tensor  # 1 where a token is clipped and its `rho_weights` is not 0
     ratio_BT: Tensor
 
 
@@ -94,4 +94,5 @@ def policy_loss(
         )  # fmt: skip
         loss = loss + kl
     shape = new_logprobs.shape
-    return Loss(loss, policy.expand(shape), stats.clip_fraction.expand(shape), stats.log_ratio.exp().view(shape))
+    clipped = (stats.clipped_low | stats.clipped_high).view(shape) & (rho_weights != 0)
+    return Loss(loss, policy.expand(shape), clipped.to(loss.dtype), stats.log_ratio.exp().view(shape))

@@ -36,7 +36,7 @@ class PolicyLoss(TheirPolicyLoss):
     Args:
         options: those of OpenRLHF's class. `policy_loss_type` "gspo" selects GSPO-token, which equals GSPO where all
             tokens of a response have one advantage, and the mean over responses; "ppo" a ratio per token.
-        objective: in place of what `policy_loss_type` and the clip options select. One that takes advantages per token.
+        objective: in place of what `policy_loss_type` and the clip options select: one with a ratio per token.
             `policy_loss_type` still says what a correction for the rollout engine does: "gspo" takes the engine's
             log-probabilities as the old ones, "ppo" weighs the loss.
     """
@@ -49,10 +49,10 @@ class PolicyLoss(TheirPolicyLoss):
             kind = GSPOToken if self.policy_loss_type == "gspo" else PPO
             objective = kind(self.clip_eps_low, self.clip_eps_high, self.dual_clip)
         check_objective(objective)
-        if not objective.advantages_per_token:
+        if objective.ratio_of != "token" or not objective.advantages_per_token:
             raise ValueError(
-                "objective: expected one that takes an advantage per token, as OpenRLHF has them, such as GSPOToken(); "
-                f"got {objective}"
+                "objective: expected one with a ratio and an advantage per token, as OpenRLHF has them, such as "
+                f"GSPOToken(); got {objective}"
             )
         self.objective = objective
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.layout import as_bool
-from ..losses.clipped import GRPO, GSPOToken, clipped_surrogate
+from ..losses.clipped import GRPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.from_rows import KeptLogprobs
 from ..rows.kept import KeptTokens
@@ -93,15 +93,11 @@ def policy_loss(
 
     entropy_loss = sum_of_sample_mean(entropy[rows.indices])
     loss = pg_loss - args.entropy_coef * entropy_loss
-    terms = clipped_surrogate(
-        stats.log_ratio.double(), advantages.double(), eps_low=objective.eps_low, eps_high=objective.eps_high,
-        dual_clip=None, max_log_ratio=stats.log_ratio.new_tensor(20.0),
-    )  # fmt: skip
-    assert terms.clipped_low is not None and terms.clipped_high is not None
+    clipped = stats.clipped_low | (stats.clipped_high & (advantages > 0))  # slime does not count the dual clip
     log = {
         "pg_loss": pg_loss,
         "entropy_loss": entropy_loss,
-        "pg_clipfrac": sum_of_sample_mean((terms.clipped_low | terms.clipped_high).float()[rows.indices]),
+        "pg_clipfrac": sum_of_sample_mean(clipped.float()[rows.indices]),
         "ppo_kl": sum_of_sample_mean(-stats.log_ratio[rows.indices]),
     }
     if args.use_kl_loss:

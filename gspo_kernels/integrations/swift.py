@@ -25,12 +25,12 @@ from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import Objective
 from ..losses.reduction import global_count
 from ..losses.weighted import CISPO
-from .reductions import reduction_of
+from .reductions import Reduction, reduction_of
 
-__all__ = ["GRPOTrainer", "LinearLoss"]
+__all__ = ["GRPOTrainer", "LinearLoss", "MegatronLosses"]
 
 
-class GRPOTrainer(theirs.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(theirs.GRPOTrainer):
     """ms-swift's, with its options, its batches and its metrics.
 
     Log-probabilities and entropies take one read of the logits, and the gradient is written over them. With
@@ -54,54 +54,18 @@ class GRPOTrainer(theirs.GRPOTrainer):  # type: ignore[misc]
         found = logprobs.detach(), None if entropy is None else entropy.detach()
         measured._get_per_token_logps_and_entropies = lambda *_, **__: found
         _, metrics = super(GRPOTrainer, measured)._compute_loss_and_metrics(model, model_inputs, grpo_batch)
-        return self._policy_loss(objective, logprobs, entropy, grpo_batch), metrics
-
-    def _policy_loss(self, objective: Objective, logprobs: Tensor, entropy: Tensor | None, batch: Any) -> Tensor:
-        mask = batch.completion_mask.bool()
-        if self.top_entropy_quantile < 1.0:
-            assert entropy is not None
-            threshold = torch.nanquantile(
-                entropy.detach().float().masked_fill(~mask, torch.nan), 1 - self.top_entropy_quantile
-            )
-            weights = (entropy >= threshold).float()
-        else:
-            weights = None
-        if self.overlong_filter:
-            mask = mask & ~batch.truncated_mask.bool()[:, None]
-        rollout, old = batch.rollout_per_token_logps, batch.old_per_token_logps
-        compared = logprobs.detach() if old is None else old
         corrects = self.rollout_importance_sampling_mode is not None and not self.disable_rollout_importance_sampling
-        if corrects and all(theirs.gather_object([rollout is not None])):
-            _, correction = self._get_rollout_is_correction(compared, rollout, mask)
-            weights = correction if weights is None else weights * correction
-        advantages = batch.advantages
-        by_sequence = response_mean(advantages, mask)
-        if self.off_policy_sequence_mask_delta is not None:
-            keep = self._compute_off_policy_sequence_mask(
-                torch.where(mask, logprobs.detach(), 0.0),
-                torch.where(mask, compared if rollout is None else rollout, 0.0),
-                mask,
-                by_sequence,
-            )
-            mask = mask & keep[:, None]
-        with_kl = self.beta != 0.0 and not self.kl_in_reward
-        reduction = reduction_of("ms-swift", self.loss_type)
-        counts = {
-            "local responses": len(mask),
-            "local tokens": None,
-            "responses x length": len(mask) * self.max_completion_length,
-            "tokens": None if batch.num_items_in_batch is None else batch.num_items_in_batch / self._processes(),
-        }
-        loss, _ = policy_loss_from_logprobs(
-            logprobs, by_sequence if isinstance(objective, GSPO) else advantages, old, objective=objective, mask=mask,
-            ref_logprobs=batch.ref_per_token_logps if with_kl else None, beta=self.beta if with_kl else 0.0,
-            importance_weights=weights, aggregation=reduction.aggregation, normalizer=counts[reduction.normalizer],
+        corrects = corrects and all(theirs.gather_object([grpo_batch.rollout_per_token_logps is not None]))
+        mask = grpo_batch.completion_mask.bool()
+        chosen = high_entropy(self, entropy, mask)
+        step_tokens = None
+        if grpo_batch.num_items_in_batch is not None:
+            step_tokens = grpo_batch.num_items_in_batch / self.accelerator.num_processes
+        loss = loss_of(
+            self, objective, logprobs, grpo_batch, mask=counted(self, grpo_batch), chosen=chosen, corrects=corrects,
+            reduction=reduction_of("ms-swift", self.loss_type), step_tokens=step_tokens,
         )  # fmt: skip
-        scaled: Tensor = self._undo_gradient_accumulation_scaling(loss)
-        return scaled
-
-    def _processes(self) -> int:
-        return int(self.accelerator.num_processes)
+        return self._undo_gradient_accumulation_scaling(loss), metrics
 
     def _get_logps_via_local_forward(
         self, model: Any, model_inputs: Any, logits_to_keep: int, input_ids: Tensor, compute_entropy: bool = False
@@ -116,6 +80,99 @@ class GRPOTrainer(theirs.GRPOTrainer):  # type: ignore[misc]
         return found.logprobs, found.entropy if compute_entropy else None
 
 
+class MegatronLosses:
+    """To be mixed into ms-swift's trainer for Megatron: `class Trainer(MegatronLosses, MegatronGRPOTrainer)`."""
+
+    def loss_func(self: Any, output_tensor: Tensor, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, from log-probabilities [B, T], and ms-swift's own metrics, by its own function."""
+        from megatron.core import mpu
+
+        objective = objective_of(self)
+        batch = data["grpo_batch"]
+        with torch.no_grad():
+            _, metrics = super().loss_func(output_tensor.detach(), data)  # type: ignore[misc]
+        mask = counted(self, batch)
+        corrects = self.rollout_importance_sampling_mode is not None and not self.disable_rollout_importance_sampling
+        if corrects:
+            found = torch.tensor(batch.rollout_per_token_logps is not None, device=mask.device).int()
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN, group=group)
+            corrects = bool(found)
+        reduction = reduction_of("ms-swift", self.loss_type)
+        if self.loss_type == "bnpo":  # there of the optimizer step
+            reduction = reduction._replace(normalizer="tokens")
+        step_tokens = None
+        if reduction.normalizer == "tokens":
+            step_tokens = (batch.num_items_in_batch / mpu.get_data_parallel_world_size()).clamp(min=1.0)
+        loss = loss_of(
+            self, objective, output_tensor, batch, mask=mask, corrects=corrects, reduction=reduction,
+            chosen=high_entropy(self, data.get("per_token_entropy"), mask), step_tokens=step_tokens,
+        )  # fmt: skip
+        # Megatron divides by the number of micro-batches what counts the tokens of all of them.
+        return loss if step_tokens is None else loss * self.args.num_microbatches, metrics
+
+
+def counted(trainer: Any, batch: Any) -> Tensor:
+    """Bool [B, T]: the tokens that count; with `overlong_filter`, not those of truncated responses."""
+    mask: Tensor = batch.completion_mask.bool()
+    return mask & ~batch.truncated_mask.bool()[:, None] if trainer.overlong_filter else mask
+
+
+def high_entropy(trainer: Any, entropy: Tensor | None, mask: Tensor) -> Tensor | None:
+    """[B, T]: 1 for the tokens that `top_entropy_quantile` selects among those of this micro-batch, 0 for others."""
+    if trainer.top_entropy_quantile >= 1.0 or entropy is None:
+        return None
+    entropy = entropy.detach().float()
+    threshold = torch.nanquantile(entropy.masked_fill(~mask, torch.nan), 1 - trainer.top_entropy_quantile)
+    return (entropy >= threshold).float()
+
+
+def loss_of(
+    trainer: Any,
+    objective: Objective,
+    logprobs: Tensor,
+    batch: Any,
+    *,
+    mask: Tensor,
+    chosen: Tensor | None,
+    corrects: bool,
+    reduction: Reduction,
+    step_tokens: Tensor | None,
+) -> Tensor:
+    """The loss of a micro-batch as ms-swift's options define it.
+
+    Args:
+        logprobs: [B, T] float32 or float64, differentiable.
+        batch: ms-swift's GRPOBatch.
+        chosen: factors of the policy term, or None.
+        corrects: whether `rollout_importance_sampling_mode` weighs the policy term.
+        step_tokens: the tokens of the optimizer step, over the number of ranks.
+    """
+    rollout, old = batch.rollout_per_token_logps, batch.old_per_token_logps
+    compared = logprobs.detach() if old is None else old
+    weights = chosen
+    if corrects:
+        weights = trainer._apply_rollout_importance_sampling(torch.where(mask, compared - rollout, 0.0), mask)
+        weights = weights if chosen is None else weights * chosen
+    of_responses = response_mean(batch.advantages, mask)
+    if trainer.off_policy_sequence_mask_delta is not None:
+        new, before = (torch.where(mask, x, 0.0) for x in (logprobs.detach(), compared if rollout is None else rollout))
+        mask = mask & trainer._compute_off_policy_sequence_mask(new, before, mask, of_responses)[:, None]
+    counts: dict[str, float | Tensor | None] = {
+        "local responses": len(mask),
+        "local tokens": None,
+        "responses x length": len(mask) * trainer.max_completion_length,
+        "tokens": step_tokens,
+    }
+    with_kl = trainer.beta != 0.0 and not trainer.kl_in_reward
+    loss, _ = policy_loss_from_logprobs(
+        logprobs, of_responses if isinstance(objective, GSPO) else batch.advantages, old, objective=objective,
+        mask=mask, ref_logprobs=batch.ref_per_token_logps if with_kl else None, beta=trainer.beta if with_kl else 0.0,
+        importance_weights=weights, aggregation=reduction.aggregation, normalizer=counts[reduction.normalizer],
+    )  # fmt: skip
+    return loss
+
+
 def objective_of(trainer: Any) -> Objective:
     """The objective that ms-swift's options select; refuses those that have none here, by name."""
     level, low, high = trainer.importance_sampling_level, trainer.epsilon_low, trainer.epsilon_high
@@ -125,14 +182,15 @@ def objective_of(trainer: Any) -> Objective:
         raise NotImplementedError(
             f"importance_sampling_level: expected 'token' with loss_type {trainer.loss_type!r}; got {level!r}"
         )
-    if level == "sequence" and (trainer._has_teacher or trainer.advantage_reweight is not None):
+    reweighted = getattr(trainer, "advantage_reweight", None) is not None  # Megatron's trainer has none of these three
+    if level == "sequence" and (trainer._has_teacher or reweighted):
         raise NotImplementedError(
             "importance_sampling_level: expected 'sequence_token', because a teacher or advantage_reweight gives every "
             "token an advantage of its own; got 'sequence'"
         )
-    if trainer.sdar_loss_coef > 0:
-        raise NotImplementedError(f"sdar_loss_coef: expected 0 with this trainer; got {trainer.sdar_loss_coef}")
-    if trainer.chord_sft_iterator is not None:
+    if (coefficient := getattr(trainer, "sdar_loss_coef", 0.0)) > 0:
+        raise NotImplementedError(f"sdar_loss_coef: expected 0 with this trainer; got {coefficient}")
+    if getattr(trainer, "chord_sft_iterator", None) is not None:
         raise NotImplementedError("chord_sft_dataset: expected none with this trainer")
     if trainer.loss_type == "sapo":
         return SAPO(trainer.tau_pos, trainer.tau_neg)

@@ -265,7 +265,9 @@ class _Tokens:
         self.advantages = advantages.flatten()
         self.cu_seqlens = bounds_of(numbers.cummax(0).values)  # a prompt belongs to the response before it
         count = 1.0 if global_valid_tokens is None else global_valid_tokens
-        self.count = torch.as_tensor(count, dtype=torch.float64, device=numbers.device).clamp(min=1.0)
+        if not isinstance(count, Tensor):
+            count = torch.full((), count, dtype=torch.float64, device=numbers.device)
+        self.count = count.double().clamp(min=1.0)
 
     def arguments(self) -> dict[str, Any]:
         return {

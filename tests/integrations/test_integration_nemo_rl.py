@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import ranks
 import stand_ins
 import torch
 import torch.nn.functional as F
@@ -156,13 +157,20 @@ def test_the_kl_estimate_is_not_clamped() -> None:
     check_number("here", float(gradient[0, 5]), policy - 0.01 * 5 / TOKENS, 1e-9)
 
 
-def test_from_logits() -> None:
-    """[B, S, V]: the loss and its gradient are those of the log-probabilities; masked rows have none."""
+COUNTS = torch.tensor(RESPONSES), torch.tensor(TOKENS)
+
+
+def data_and_logits() -> tuple[dict[str, Any], Tensor]:
     generator = torch.Generator().manual_seed(3)
     data = data_of(BATCH)
     data["input_ids"] = torch.randint(11, data["input_ids"].shape, generator=generator)
-    logits = (3 * torch.randn(*data["input_ids"].shape, 11, generator=generator)).requires_grad_()
-    counts = torch.tensor(RESPONSES), torch.tensor(TOKENS)
+    return data, 3 * torch.randn(*data["input_ids"].shape, 11, generator=generator)
+
+
+def test_from_logits() -> None:
+    """[B, S, V]: the loss and its gradient are those of the log-probabilities; masked rows have none."""
+    (data, logits), counts = data_and_logits(), COUNTS
+    logits.requires_grad_()
     found = nemo_rl.LogitPolicyLossFn(stand_ins.clipped_pg_loss_config(**GSPO))
     assert found.input_type is stand_ins.LossInputType.LOGIT
     loss, metrics = found(logits=logits, data=data, global_valid_seqs=counts[0], global_valid_toks=counts[1])
@@ -175,6 +183,32 @@ def test_from_logits() -> None:
     check_close("gradient", gradient, expected_gradient, 1e-6 * expected_gradient.abs())
     with pytest.raises(ValueError, match=r"logits: expected shape \[8, 13, 'V'\], .* got \[8, 6, 11\]"):
         found(logits[:, :6], data, *counts)
+
+
+def of_sharded_logits(rank: int) -> tuple[Tensor, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    data, logits = data_and_logits()
+    mine = logits.split(6, -1)[rank].contiguous()
+    mesh = init_device_mesh("cpu", (2,))
+    shard = DTensor.from_local(mine, mesh, [Shard(2)], shape=logits.shape, stride=logits.stride()).requires_grad_()
+    loss, _ = nemo_rl.LogitPolicyLossFn(stand_ins.clipped_pg_loss_config(**GSPO))(shard, data, *COUNTS)
+    loss.backward()
+    return loss.detach(), shard.grad.to_local()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=ranks.mark)])
+def test_from_logits_that_are_sharded_over_the_vocabulary(world: int) -> None:
+    data, logits = data_and_logits()
+    logits.requires_grad_()
+    loss, _ = nemo_rl.LogitPolicyLossFn(stand_ins.clipped_pg_loss_config(**GSPO))(logits, data, *COUNTS)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    found = ranks.run(world, of_sharded_logits)
+    for value, _ in found:
+        check_number("loss", float(value), float(loss.detach()), 1e-6 * abs(float(loss.detach())))
+    whole = torch.cat([part for _, part in found], -1)
+    check_close("gradient", whole, gradient, 1e-5 * (gradient.abs() + 1e-3 * gradient.abs().amax(-1, keepdim=True)))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ def loss_of(case: Case, whole: Batch, problem: Problem | None, state: Any) -> Fo
     by_token["rows"] = padded(torch.tensor(rows), local, -1)
     if problem is not None:
         by_token["logits"] = padded(problem.hidden[rows], local, math.nan)
-    arrays, cu_seqlens = part_of_cp_rank(by_token, local.lengths, case.layout == "packed")
+    arrays, cu_seqlens = part_of_cp_rank(
+        by_token, local.lengths, case.layout == "packed", state.get_context_parallel_group()
+    )
 
     groups = {"tp_group": state.get_tensor_model_parallel_group(), "cp_group": state.get_context_parallel_group()}
     vocab = whole.logits.shape[-1]
@@ -144,15 +146,17 @@ def padded_vocabulary(vocab: int, tp: int, divisible_by: int = 8) -> int:
 
 
 def part_of_cp_rank(
-    arrays: dict[str, Tensor], lengths: list[int], packed: bool
+    arrays: dict[str, Tensor], lengths: list[int], packed: bool, group: Any
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Padded arrays [B, T, ..] as Megatron's own function cuts them; packed, each sequence padded and cut by itself."""
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     if not packed:
-        return get_batch_on_this_cp_rank(dict(arrays)), None
+        return get_batch_on_this_cp_rank(dict(arrays), cp_group=group), None
     parts = [
-        get_batch_on_this_cp_rank({name: x[i : i + 1, : -(-length // 4) * 4] for name, x in arrays.items()})
+        get_batch_on_this_cp_rank(
+            {name: x[i : i + 1, : -(-length // 4) * 4] for name, x in arrays.items()}, cp_group=group
+        )
         for i, length in enumerate(lengths)
     ]
     ends = torch.tensor([0, *(x["rows"].shape[1] for x in parts)]).cumsum(0)

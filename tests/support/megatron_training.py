@@ -21,7 +21,7 @@ from gspo_kernels import global_count, gspo_loss, linear_gspo_loss, linear_token
 from gspo_kernels.integrations.megatron import loss_from_hidden
 
 VOCAB, HIDDEN, HEADS, LAYERS, LENGTH = 61, 16, 4, 2, 12
-STEPS, MICRO_BATCHES, RATE = 3, 2, 0.003
+STEPS, MICRO_BATCHES = 3, 2
 CLIP = {"eps_low": 0.03, "eps_high": 0.04}  # steps that change parameters by more than float32 rounds them
 
 
@@ -35,6 +35,12 @@ class Way:
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
     tied: bool = False
+    cp: int = 1  # 2, in the place of data parallelism: without layers, whose attention needs Transformer Engine there
+
+    @property
+    def rate(self) -> float:
+        """A step after which some responses are clipped, but not all."""
+        return 0.003 if self.cp == 1 else 0.1
 
     @property
     def aggregation(self) -> str:
@@ -70,12 +76,15 @@ def trained(rank: int, ways: list[Way]) -> Found:
 
     of_driver = with_driver(megatron.step)
     with model_parallel(2, 1) as state, without_cuda():
-        return {
+        found = {
             "driver": of_driver,
             "cross entropy": cross_entropies(state),
-            "trained": [train(way, state) for way in ways],
             "wrapped": {path: wrapped(path, state) for path in ("flag", "hook")},
+            "trained": [train(way, state) for way in ways if way.cp == 1],
         }
+    with model_parallel(2, 2) as state, without_cuda():
+        found["trained"] += [train(way, state) for way in ways if way.cp == 2]
+    return found
 
 
 def built(way: Way, state: Any, **options: Any) -> Any:
@@ -117,6 +126,18 @@ class Norm(torch.nn.LayerNorm):
             x.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class Through(torch.nn.Module):
+    """A decoder without layers, whose attention takes neither packed sequences nor context parallelism on a CPU."""
+
+    layers = ()
+
+    def set_input_tensor(self, input_tensor: Tensor | None) -> None:
+        assert input_tensor is None
+
+    def forward(self, hidden_states: Tensor, **unused: Any) -> Tensor:
+        return hidden_states
+
+
 def with_hook(kind: Any) -> Any:
     """`output_processor` as Megatron-Core 0.18 passes it, by name, in the place of its own output layer."""
 
@@ -148,58 +169,69 @@ def with_hook(kind: Any) -> Any:
 def train(way: Way, state: Any) -> Found:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     gpt = built(way, state)
+    if way.cp > 1:
+        gpt.decoder = Through()
     initial = {name: x.detach().clone() for name, x in gpt.named_parameters()}
     model = DistributedDataParallel(gpt.config, DistributedDataParallelConfig(), gpt)
-    mine = all_responses()[state.get_data_parallel_rank() * 4 :][:4]
-    parts = [mine[0:2], mine[2:4]]
-    positions = torch.arange(LENGTH).expand(2, -1)
-    tp_group, group = state.get_tensor_model_parallel_group(), state.get_data_parallel_group(with_context_parallel=True)
+    count = 8 // state.get_data_parallel_world_size()
+    mine = all_responses()[state.get_data_parallel_rank() * count :][:count]
+    parts = [mine[: count // 2], mine[count // 2 :]]
+    positions = torch.arange(LENGTH).expand(count // 2, -1)
+    tp_group, cp_group = state.get_tensor_model_parallel_group(), state.get_context_parallel_group()
     with torch.no_grad():
         old = [old_logprobs_of(way, model, x, positions, tp_group) for x in parts]
-    normalizer = normalizer_of(way, [x.mask for x in parts], group)
+    masks = [get_batch_on_this_cp_rank({"mask": x.mask}, cp_group=cp_group)["mask"] for x in parts]
 
-    def forward_step(data: Iterator[tuple[Responses, Tensor]], model: Any) -> tuple[Any, Callable[..., Any]]:
-        x, old_logprobs = next(data)
+    def forward_step(data: Iterator[Any], model: Any) -> tuple[Any, Callable[..., Any]]:
+        batch, advantages, normalizer = next(data)
+        batch = get_batch_on_this_cp_rank(batch, cp_group=cp_group)
         loss = partial(
             gspo_loss if way.path == "logits" else linear_gspo_loss,
-            token_ids=x.labels, advantages=x.advantages.to(way.dtype), old_logprobs=old_logprobs, mask=x.mask,
-            normalizer=normalizer, vocab_size=VOCAB, aggregation=way.aggregation, **CLIP,
+            token_ids=batch["labels"], advantages=advantages, old_logprobs=batch["old_logprobs"],
+            mask=batch["loss_mask"], normalizer=normalizer, vocab_size=VOCAB, cp_group=cp_group,
+            aggregation=way.aggregation, **CLIP,
         )  # fmt: skip
         if way.path == "logits":
-            found = loss(model(x.tokens, positions, None), tp_group=tp_group)
+            found = loss(model(batch["tokens"], batch["position_ids"], None), tp_group=tp_group)
         else:
-            found = loss_from_hidden(model, loss, x.tokens, positions, None)
+            found = loss_from_hidden(model, loss, batch["tokens"], batch["position_ids"], None)
         log = {"loss": found.loss.detach().clone(), "clip_fraction": found.stats.clip_fraction}
-        return found, lambda out: (out.loss, counted(way, x.mask), log)  # Megatron divides the loss in place
+        return found, lambda out: (
+            out.loss,
+            counted(way, batch["loss_mask"]),
+            log,
+        )  # Megatron divides the loss in place
 
-    data: list[Any] = list(zip(parts, old, strict=True))
+    normalizer: Any = normalizer_of(way, masks, state)
     if way.page:
-        of_page = code_of_page([x.mask for x in parts])
+        of_page = code_of_page(masks)
         forward_step = of_page["forward_step of logits" if way.path == "logits" else "forward_step"]
-        data = [
-            (
-                {"tokens": x.tokens, "labels": x.labels, "loss_mask": x.mask, "position_ids": positions,
-                 "old_logprobs": old_logprobs}, x.advantages.to(way.dtype), of_page["normalizer"],
-            )
-            for x, old_logprobs in data
-        ]  # fmt: skip
+        normalizer = of_page["normalizer"]
+    data = [
+        (
+            {"tokens": x.tokens, "labels": x.labels, "loss_mask": x.mask, "position_ids": positions,
+             "old_logprobs": old_logprobs}, x.advantages.to(way.dtype), normalizer,
+        )
+        for x, old_logprobs in zip(parts, old, strict=True)
+    ]  # fmt: skip
 
     steps = []
     for _ in range(STEPS):
         model.zero_grad_buffer()
         logged = forward_backward_no_pipelining(
-            forward_step_func=forward_step, data_iterator=iter(data), model=model,
+            forward_step_func=forward_step, data_iterator=iter([(dict(x), *rest) for x, *rest in data]), model=model,
             num_microbatches=MICRO_BATCHES, seq_length=LENGTH, micro_batch_size=2,
         )  # fmt: skip
         gradients = {name: x.main_grad.clone() for name, x in gpt.named_parameters()}
         assert all(x.grad is None for x in gpt.parameters()), "Megatron added it to main_grad"
-        clipped = [log["clip_fraction"] * x.mask.any(-1).sum() for log, x in zip(logged, parts, strict=True)]
+        clipped = [log["clip_fraction"] * x.mask.any(-1).sum() / way.cp for log, x in zip(logged, parts, strict=True)]
         steps.append((sum(log["loss"] for log in logged), sum(clipped), gradients))
         with torch.no_grad():
             for x in gpt.parameters():
-                x -= RATE * x.main_grad
+                x -= way.rate * x.main_grad
     assert gpt.post_process, "put back"
     return {"initial": initial, "steps": steps, "parameters": dict(gpt.named_parameters())}
 
@@ -224,26 +256,21 @@ def old_logprobs_of(way: Way, model: Any, x: Responses, positions: Tensor, tp_gr
     return loss_from_hidden(model, logprobs, x.tokens, positions, None).logprobs
 
 
-def normalizer_of(way: Way, masks: list[Tensor], group: Any) -> Tensor | float:
+def normalizer_of(way: Way, masks: list[Tensor], state: Any) -> Tensor | float:
     """As docs/megatron.md has it: shares of the responses' mean add up after what Megatron multiplies them by."""
     if way.scaled == "tokens":
         return 1.0
+    group = state.get_data_parallel_group(with_context_parallel=True)
+    count = partial(global_count, group=group, cp_group=state.get_context_parallel_group())
     if way.scaled == "responses":
-        tokens = [global_count(mask, group=group, aggregation="token_mean") for mask in masks]
-        return torch.stack([global_count(mask, group=group) for mask in masks]).sum() / torch.stack(tokens).sum()
-    return torch.stack([global_count(mask, group=group, averaged=True) for mask in masks]).sum() / len(masks)
+        tokens = torch.stack([count(mask, aggregation="token_mean") for mask in masks]).sum()
+        return torch.stack([count(mask) for mask in masks]).sum() / tokens
+    return torch.stack([count(mask, averaged=True) for mask in masks]).sum() / len(masks)
 
 
 def counted(way: Way, mask: Tensor) -> Tensor:
     """`num_tokens` of a micro-batch."""
     return torch.ones((), dtype=torch.int) if way.scaled == "by us" else mask.sum().int()
-
-
-class Through(torch.nn.Module):
-    """For a decoder whose layers take packed sequences, as Megatron's local ones do not."""
-
-    def forward(self, hidden_states: Tensor, **unused: Any) -> Tensor:
-        return hidden_states
 
 
 def wrapped(path: str, state: Any) -> Found:

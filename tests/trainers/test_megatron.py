@@ -25,7 +25,6 @@ from megatron_training import (
     HIDDEN,
     LAYERS,
     LENGTH,
-    RATE,
     STEPS,
     VOCAB,
     Responses,
@@ -62,6 +61,10 @@ WAYS = [
     Way(path="flag", tied=True, page=True),
     Way(path="hook", sequence_parallel=True),
     Way(path="hook", tied=True, scaled="responses"),
+    Way(page=True, cp=2),  # the last: they are trained after the others
+    Way(path="flag", page=True, cp=2),
+    Way(path="flag", scaled="responses", cp=2),
+    Way(scaled="tokens", cp=2),
 ]
 
 
@@ -179,8 +182,8 @@ def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: whole(name).double() for name in parts[0]}
 
 
-def plain_model(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """The logits [B, T, V] of Megatron's GPTModel with local layers, written in torch."""
+def plain_model(w: dict[str, Tensor], tokens: Tensor, layers: int) -> Tensor:
+    """The logits [B, T, V] of Megatron's GPTModel with local layers, written in torch; without layers, of no norm."""
     h = w["embedding.word_embeddings.weight"][tokens] + w["embedding.position_embeddings.weight"][:LENGTH]
 
     def normed(name: str, x: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ def plain_model(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
-    for i in range(LAYERS):
+    for i in range(layers):
         at = f"decoder.layers.{i}"
         mixed = linear(f"{at}.self_attention.linear_qkv", normed(f"{at}.input_layernorm", h))
         q, k, v = mixed.unflatten(-1, (HEADS, 3, -1)).transpose(1, 2).unbind(-2)
@@ -198,7 +201,7 @@ def plain_model(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         inner = F.gelu(linear(f"{at}.mlp.linear_fc1", normed(f"{at}.pre_mlp_layernorm", h)))
         h = h + linear(f"{at}.mlp.linear_fc2", inner)
     head = w.get("output_layer.weight", w["embedding.word_embeddings.weight"])
-    return normed("decoder.final_layernorm", h) @ head[:VOCAB].T
+    return (normed("decoder.final_layernorm", h) if layers else h) @ head[:VOCAB].T
 
 
 def plain_loss(logits: Tensor, x: Responses, old: Tensor | None, aggregation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,14 +222,16 @@ def plain_loss(logits: Tensor, x: Responses, old: Tensor | None, aggregation: st
 
 
 @pytest.mark.parametrize("k", range(len(WAYS)), ids=lambda k: "-".join(str(x) for x in vars(WAYS[k]).values()))
-def test_three_steps_of_a_gpt_model_are_those_of_plain_torch(of_training: list[Any], k: int) -> None:
+def test_three_steps_of_a_gpt_model_are_those_of_plain_torch(of_training: list[Any], k: int, threads: None) -> None:
     """Ranks 0 and 1 are a tp group, and so are 2 and 3: losses, all gradients, their norm, and the parameters."""
+    torch.set_num_threads(1)
     way, found = WAYS[k], trained_ways(of_training, k)
     number = 1e-12 if way.dtype is torch.float64 else 2e-6
     w = {name: x.requires_grad_() for name, x in merged([found[0]["initial"], found[1]["initial"]]).items()}
     responses, old, clip_fractions = all_responses(), None, []
     for step in range(STEPS):
-        loss, logprobs, clip_fraction = plain_loss(plain_model(w, responses.tokens), responses, old, way.aggregation)
+        logits = plain_model(w, responses.tokens, LAYERS if way.cp == 1 else 0)
+        loss, logprobs, clip_fraction = plain_loss(logits, responses, old, way.aggregation)
         old = logprobs if old is None else old
         gradients = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
         clip_fractions.append(float(clip_fraction))
@@ -237,7 +242,7 @@ def test_three_steps_of_a_gpt_model_are_those_of_plain_torch(of_training: list[A
         assert logged[1] / int(responses.mask.any(-1).sum()) == pytest.approx(clip_fractions[-1], rel=1e-6)
         with torch.no_grad():
             for name, x in w.items():
-                x -= RATE * gradients[name]
+                x -= way.rate * gradients[name]
     assert clip_fractions[0] == 0 and 0 < clip_fractions[-1] < 1, f"steps of every kind: {clip_fractions}"
     for replica in (found[:2], found[2:]):
         for name, x in merged([one["parameters"] for one in replica]).items():

@@ -337,7 +337,7 @@ def test_openrlhf_reads_masked_positions_and_divides_by_no_tokens() -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(ValueError, match=r"objective: expected one that takes an advantage per token.*GSPO\("):
+    with pytest.raises(ValueError, match=r"objective: expected one with a ratio and an advantage per token.*GSPO\("):
         PolicyLoss(objective=GSPO())
     with pytest.raises(ValueError, match="policy_loss_type: expected 'ppo' or 'gspo'; got 'grpo'"):
         PolicyLoss(policy_loss_type="grpo")

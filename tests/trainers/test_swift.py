@@ -6,6 +6,7 @@ Some packages that ms-swift imports are empty modules (see docs/scripts/drivers/
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,15 @@ import pytest
 import torch
 from checks import check_number
 from drivers import swift as driver  # first: it imports ms-swift without what is not called
+from drivers._stubs import stubs
 from torch import Tensor
 from trainer_batch import BATCH, PROMPTS, RESPONSES, TOKENS, WIDTH, PaddedBatch, check_result
 
-from gspo_kernels.integrations.swift import GRPOTrainer, LinearLoss, objective_of, theirs
+from gspo_kernels.integrations.swift import GRPOTrainer, LinearLoss, MegatronLosses, objective_of
+
+with stubs(*driver.NOT_CALLED):
+    from swift.megatron.trainers.grpo_trainer import MegatronGRPOTrainer
+    from swift.rlhf_trainers import grpo_trainer as theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -138,6 +144,56 @@ def test_ranks_add_up() -> None:
     check_result((torch.tensor(total, dtype=torch.float64), torch.cat(parts)), (whole, gradient))
 
 
+# --- Megatron ---------------------------------------------------------------------------------------------------------
+
+
+class MegatronTrainer(MegatronLosses, MegatronGRPOTrainer):  # type: ignore[misc]
+    pass
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def run_megatron(cls: Any, batch: PaddedBatch, by_token: bool, arrays: dict[str, Any], **options: Any) -> Result:
+    trainer = driver.make_trainer(cls, **options)
+    vars(trainer).update(
+        log_entropy=False, micro_batch_size=len(batch.mask), unwrapped_models=[SimpleNamespace(training=True)], _step=2,
+        steps_per_generation=4, _all_reduce_metric=lambda metrics: metrics,
+    )  # fmt: skip
+    trainer.args.num_microbatches = options.get("num_microbatches", 1)
+    inputs = driver.make_batch(
+        batch.mask, batch.token_advantages if by_token else batch.spread_advantages,
+        old_per_token_logps=batch.old_logprobs, **arrays,
+    )  # fmt: skip
+    logprobs = batch.logprobs.clone().requires_grad_()
+    loss, metrics = trainer.loss_func(logprobs, {"grpo_batch": inputs, "per_token_entropy": ENTROPY[: len(logprobs)]})
+    loss.backward()
+    assert logprobs.grad is not None
+    return (loss.detach(), logprobs.grad), metrics
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("case", [*OPTIONS, "top_entropy_quantile", "rollout_importance_sampling_mode"])
+def test_megatron(case: str) -> None:
+    options = OPTIONS.get(case) or {"epsilon_high": 0.28, case: {"t": 0.4, "r": "token_truncate"}[case[0]]}
+    arrays = {"num_items_in_batch": torch.tensor(2 * TOKENS), "rollout_per_token_logps": BATCH.rollout_logprobs}
+    by_token = LEVELS[options.get("importance_sampling_level", "token")]
+    ours, expected = (
+        run_megatron(cls, BATCH, by_token, arrays, num_microbatches=3, **options)
+        for cls in (MegatronTrainer, MegatronGRPOTrainer)
+    )
+    check_same(ours, expected, 1e-7 if len(options) == 2 and case not in OPTIONS else 1e-13)
+    check_number("loss", float(ours[0][0]), float(ours[1]["loss"]), 1e-7)
+
+
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
@@ -168,10 +224,9 @@ def test_logprobs_and_entropies(padding_free: bool) -> None:
 
 
 LINEAR = [
-    (loss_type, level)
-    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo")
-    for level in ("token", "sequence")
-] + [("sapo", "token"), ("cispo", "token")]  # fmt: skip
+    ("grpo", "token"), ("grpo", "sequence"), ("bnpo", "token"), ("dr_grpo", "sequence"), ("dapo", "sequence"),
+    ("sapo", "token"), ("cispo", "token"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss_type", "level"), LINEAR)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._stubs import stubs
 
 VERSION = f"ms-swift {version('ms_swift')}"
-NOT_CALLED = ("modelscope", "msgspec", "trl.experimental.ppo")
+NOT_CALLED = ("mcore_bridge", "modelscope", "msgspec", "trl.experimental.ppo")
 
 with stubs(*NOT_CALLED):
     from swift.rl_core.data import GRPOBatch

@@ -205,12 +205,11 @@ class GSPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _record(self, stats: Stats, advantages: Tensor, mask: Tensor) -> None:
         """Logs TRL's metrics, without masked tokens and without sequences that have no other tokens."""
-        deviation, counted = torch.expm1(stats.log_ratio.double()), mask != 0
+        low, high, counted = stats.clipped_low, stats.clipped_high, mask != 0
         if stats.ratio_of == "sequence":
-            deviation, counted = deviation[:, None], counted.any(dim=1, keepdim=True)
+            low, high, counted = low[:, None], high[:, None], counted.any(dim=1, keepdim=True)
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages
-        low = counted & (advantages < 0) & (deviation < -self.epsilon_low)
-        high = counted & (advantages > 0) & (deviation > self.epsilon_high)
+        high = high & (advantages > 0)  # TRL does not count ratios above `delta`
         by_row = torch.stack([-low.sum(1), high.sum(1)], dim=1).float() / counted.sum(1, keepdim=True)  # NaN: empty row
         largest = self.accelerator.gather(by_row).nan_to_num(nan=-torch.inf).amax(dim=0)
 
