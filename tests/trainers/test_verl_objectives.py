@@ -150,7 +150,7 @@ def test_registered(name: str, mode: str, info: dict[str, Any], weighted: bool) 
     given: dict[str, Any] = {"by_token": not by_response, "weights": weights, **settings}
     theirs, their_metrics = verl(name, mode, global_batch_info=dict(info), **given)
     mine, metrics = verl(own_mode, mode, global_batch_info=dict(info), **given)
-    check(mine, theirs, 1e-7 if by_response else ROUNDING)  # verl adds 1e-10 to a weight and 1e-8 to a length
+    check(mine, theirs, 1e-7 if by_response else ROUNDING)  # verl adds 1e-10 to each weight
     if "actor/ppo_kl" in their_metrics:
         check_number("ppo_kl", metrics["actor/ppo_kl"], their_metrics["actor/ppo_kl"], 1e-7)
     if name in ("vanilla", "gspo"):  # others count other tokens: see below
