@@ -124,12 +124,14 @@ def loss_of(case: Case, whole: Batch, problem: Problem | None, state: Any) -> Fo
     )
     loss.backward()
     gradient, inside = leaves[0].grad, here >= 0
+    clipped = torch.stack([stats.clipped_low, stats.clipped_high], -1)
+    units = {"log_ratio": stats.log_ratio, "clipped": clipped}
     assert gradient is not None
     return {
         "loss": loss, "stats": stats.over(state.get_data_parallel_group()).as_dict(), "sequences": sequences,
         "rows": here[inside], "gradient": gradient[inside], "padding": gradient[~inside],
         "weight": leaves[-1].grad, "columns": tp_rank * columns, "logprobs": stats.logprobs[inside],
-        "log_ratio": stats.log_ratio if stats.ratio_of == "sequence" else stats.log_ratio[inside],
+        **{name: x if stats.ratio_of == "sequence" else x[inside] for name, x in units.items()},
         "place": (dp_rank, state.get_context_parallel_rank(), tp_rank),
     }  # fmt: skip
 

@@ -96,9 +96,8 @@ def test_losses_from_logits_over_megatrons_groups(of_losses: list[Any], case: in
         columns = torch.arange(one["columns"], one["columns"] + inside)
         gradient[one["rows"][:, None], columns] = one["gradient"][:, :inside]
         padding += [one["gradient"][:, inside:].flatten(), one["padding"].flatten()]
-    logprobs, log_ratio = arrays_of(found, len(batch.lengths), n)
     stats = SimpleNamespace(**agreed_stats(found))
-    outcome = Outcome(loss_of(found), stats, gradient, torch.cat(padding), logprobs, log_ratio)
+    outcome = Outcome(loss_of(found), stats, gradient, torch.cat(padding), *arrays_of(found, len(batch.lengths), n))
     check_outcome(outcome, batch, OF_LOGITS[case].objective, **OF_LOGITS[case].options)
 
 
@@ -108,14 +107,17 @@ def test_losses_from_hidden_states_over_megatrons_groups(of_losses: list[Any], c
     p, found = OF_HIDDEN[case].problem(), [one[at][1][case] for one in of_losses]
     n, width = p.hidden.shape
     weight = torch.zeros(64, width)  # 61 tokens, and padding
-    logprobs, log_ratio = arrays_of(found, len(p.batch.lengths), n)
+    logprobs, log_ratio, clipped = arrays_of(found, len(p.batch.lengths), n)
     truth = from_logits(p, "packed", OF_HIDDEN[case].objective, **OF_HIDDEN[case].options)
     for one in found:
         weight[one["columns"] : one["columns"] + len(one["weight"])] += one["weight"]
         assert bool((one["padding"] == 0).all()), "the padding has a gradient"
     assert bool((weight[len(p.weight) :] == 0).all()), "columns that pad the vocabulary have a gradient"
     agreed = agreed_stats(found)
-    stats = SimpleNamespace(as_dict=lambda: agreed, logprobs=logprobs, log_ratio=log_ratio)
+    stats = SimpleNamespace(
+        as_dict=lambda: agreed, logprobs=logprobs, log_ratio=log_ratio, clipped_low=clipped[:, 0],
+        clipped_high=clipped[:, 1],
+    )  # fmt: skip
     for tp_rank in range(at[0]):  # each has the whole gradient of the hidden states
         hidden = torch.full((n, width), math.nan)
         for one in found:
@@ -148,15 +150,17 @@ def agreed_stats(found: list[Found]) -> dict[str, Tensor]:
     return first
 
 
-def arrays_of(found: list[Found], sequences: int, n: int) -> tuple[Tensor, Tensor]:
-    """(logprobs [N], log_ratio [S] or [N])"""
+def arrays_of(found: list[Found], sequences: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs [N], log_ratio [S] or [N], clipped [S, 2] or [N, 2])"""
     by_sequence = len(found[0]["log_ratio"]) == len(found[0]["sequences"])
-    logprobs = torch.full((n,), math.nan)
-    log_ratio = torch.full((sequences if by_sequence else n,), math.nan)
+    units = sequences if by_sequence else n
+    logprobs, log_ratio = torch.full((n,), math.nan), torch.full((units,), math.nan)
+    clipped = torch.ones(units, 2, dtype=torch.bool)
     for one in found:
         logprobs[one["rows"]] = one["logprobs"]
-        log_ratio[one["sequences"] if by_sequence else one["rows"]] = one["log_ratio"]
-    return logprobs, log_ratio
+        here = one["sequences"] if by_sequence else one["rows"]
+        log_ratio[here], clipped[here] = one["log_ratio"], one["clipped"]
+    return logprobs, log_ratio, clipped
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
