@@ -37,7 +37,7 @@ test-triton: .venv/test
 
 # Inside the trainers themselves, on the CPU: Megatron-Core, verl, OpenRLHF, SkyRL, AReaL, ms-swift and torchtitan.
 test-trainers: .venv-trainers/ready
-	.venv-trainers/bin/python -m pytest --numprocesses auto tests/trainers $(ARGS)
+	.venv-trainers/bin/python -m pytest --numprocesses auto --dist loadfile tests/trainers $(ARGS)
 
 # vLLM itself on the CPU, in its own environment: outputs, streams, the HTTP server, pushed weights. ARGS=--record writes
 # what it returned to tests/rollout/recorded, which `make test` reads.
