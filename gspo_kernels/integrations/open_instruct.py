@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base.layout import batch_shape
 from ..base.packed_rows import bounds_of
 from ..losses.clipped import PPO
 from ..losses.from_logits import policy_loss_from_logprobs
-from ..losses.reduction import check_count
+from ._arrays import checked_count
 from .objectives import objective_of
 
 __all__ = ["Loss", "policy_loss"]
@@ -75,11 +74,8 @@ def policy_loss(
         parameters = {"eps_low": args.clip_lower, "eps_high": args.clip_higher} | parameters
     elif objective == "cispo":
         parameters = {"eps_low": 1.0, "eps_high": args.clip_higher} | parameters
-    old_logprob, count = old_logprob.detach(), loss_denominator
-    if not isinstance(count, Tensor) and not count > 0:  # 0 where no token counts
-        count = torch.full((), count, dtype=torch.float64, device=new_logprobs.device)
-    mask = response_mask.flatten()
-    check_count(count, batch_shape(mask[None].shape, mask[None], None, mask.device), "loss_denominator")
+    old_logprob, mask = old_logprob.detach(), response_mask.flatten()
+    count = checked_count("loss_denominator", loss_denominator, mask[None])
     changes = torch.nn.functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
     options: dict[str, Any] = {
         "mask": mask, "cu_seqlens": bounds_of(changes.flatten().cumsum(0)),
