@@ -227,6 +227,21 @@ def test_megatron(case: str) -> None:
     check_number("loss", float(ours[0][0]), float(ours[1]["loss"]), 1e-7)
 
 
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
+def test_megatron_averages_over_ranks(loss_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The normalizer is a rank's share of the tokens of the optimizer step."""
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda *_, **__: 2)
+    arrays = {"num_items_in_batch": torch.tensor(2 * TOKENS)}
+    ours, expected = (
+        run_megatron(cls, BATCH, False, arrays, num_microbatches=3, loss_type=loss_type)
+        for cls in (MegatronTrainer, MegatronGRPOTrainer)
+    )
+    check_same(ours, expected)
+
+
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
