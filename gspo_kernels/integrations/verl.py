@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import re
 import typing
@@ -216,22 +217,26 @@ def metrics(
 ) -> dict[str, Tensor]:
     """verl's three metrics, by token as verl has them for all losses, and our stats.
 
-    `actor/pg_clipfrac_lower` is the share of tokens held by the dual clip; `actor/pg_clipfrac` that of all others that
-    are clipped.
+    `actor/pg_clipfrac_lower` is the share of tokens held at `clip_ratio_c`: by the dual clip, or by DPPO's truncation;
+    `actor/pg_clipfrac` that of all others that are clipped.
     """
     low, high = (
         x if stats.ratio_of == "token" else x[:, None].expand(mask.shape)
         for x in (stats.clipped_low, stats.clipped_high)
     )
-    dual = high & (advantages < 0) if hasattr(objective, "dual_clip") else torch.zeros_like(mask)
+    held, most = torch.zeros_like(mask), getattr(objective, "max_ratio", None)
+    if hasattr(objective, "dual_clip"):
+        held = high & (advantages < 0)
+    elif most is not None:
+        held = (stats.log_ratio > math.log(most)) & ~low & ~high
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)
 
     return {
-        "actor/pg_clipfrac": mean((low | high) & ~dual),
+        "actor/pg_clipfrac": mean((low | high) & ~held),
         "actor/ppo_kl": mean((old_log_prob - log_prob).clamp(-20.0, 20.0)),
-        "actor/pg_clipfrac_lower": mean(dual),
+        "actor/pg_clipfrac_lower": mean(held),
         **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in LOGGED_BY_VERL},
     }
 
