@@ -1,4 +1,4 @@
-"""The checks of a trainer's padded arrays, whose errors have the trainer's names."""
+"""What adapters share: checks of padded arrays, whose errors have the trainer's names, and parts of their metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.layout import as_bool
+from ..losses.objectives import Objective
 
 
 def mask_of_padded(
@@ -55,3 +56,15 @@ def mask_of_padded(
     for name, value in logprobs.items():
         checks.log_probabilities(name, value, found)
     return found
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of unmasked values, 0 of none; of bools in float32."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def dual_clipped(objective: Objective, clipped_high: Tensor, advantages: Tensor) -> Tensor:
+    """Bool: which of the units held at an upper bound the dual clip holds. Trainers log them apart, or not at all."""
+    if getattr(objective, "dual_clip", None) is None:
+        return torch.zeros_like(clipped_high)
+    return clipped_high & (advantages < 0)
