@@ -20,7 +20,11 @@ from ..base.layout import Layout, batch_shape
 from ..losses.clipped import GRPO, GSPO, SAPO
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.stats import Stats
+<<<<<<< HEAD
 from ._arrays import dual_clipped
+=======
+from ._arrays import mask_of_padded, renamed
+>>>>>>> B1
 
 __all__ = ["PolicyLosses", "gather_logprobs_entropy", "ppo_actor_loss_fn", "sapo_loss_fn"]
 
@@ -63,7 +67,8 @@ def ppo_actor_loss_fn(
     Raises: ValueError, TypeError: naming AReaL's argument, what was expected and what came.
     """
     checks.choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-    mask, layout, count = _checked(loss_mask, logprobs, cu_seqlens, aggregation)
+    arrays = {"logprobs": logprobs, "proximal_logprobs": proximal_logprobs}
+    mask, layout, count = _checked(arrays, advantages, loss_mask, cu_seqlens, aggregation)
     given, weights, rejection = mask, None, {}
     if rejection_sampling is not None:
         from areal.utils.functional.functional import apply_rejection_sampling
@@ -80,7 +85,8 @@ def ppo_actor_loss_fn(
         }
     by_sequence = importance_sampling_level == "sequence"
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
-    objective = (GSPO if by_sequence else GRPO)(eps_clip, high, c_clip)
+    with renamed(eps_low="eps_clip", eps_high="eps_clip_higher", dual_clip="c_clip"):
+        objective = (GSPO if by_sequence else GRPO)(eps_clip, high, c_clip)
     of_sequences = layout.mean(layout.of_tokens(advantages.detach())) if by_sequence else None
     loss, stats = policy_loss_from_logprobs(
         logprobs, _per_token(advantages, mask) if of_sequences is None else of_sequences[:, None], proximal_logprobs,
@@ -125,7 +131,8 @@ def sapo_loss_fn(
 ) -> tuple[Tensor, dict[str, Any]]:
     """AReaL's function of this name, for the level "token". Shapes, dtypes and errors as in `ppo_actor_loss_fn`."""
     checks.choice("importance_sampling_level", importance_sampling_level, ("token",))
-    mask, layout, count = _checked(loss_mask, logprobs, cu_seqlens, aggregation)
+    arrays = {"logprobs": logprobs, "old_logprobs": old_logprobs}
+    mask, layout, count = _checked(arrays, advantages, loss_mask, cu_seqlens, aggregation)
     loss, stats = policy_loss_from_logprobs(
         logprobs, _per_token(advantages, mask), old_logprobs, objective=SAPO(tau_pos, tau_neg), mask=mask,
         cu_seqlens=cu_seqlens, aggregation=aggregation, normalizer=count, max_log_ratio=MAX_LOG_RATIO,
@@ -145,16 +152,15 @@ def sapo_loss_fn(
     }
 
 
-def _checked(loss_mask: Any, logprobs: Any, cu_seqlens: Any, aggregation: str) -> tuple[Tensor, Layout, Tensor]:
+def _checked(
+    logprobs: dict[str, Any], advantages: Any, loss_mask: Any, cu_seqlens: Any, aggregation: str
+) -> tuple[Tensor, Layout, Tensor]:
     """The mask as bool, the layout, and what the loss is divided by."""
     checks.choice("aggregation", aggregation, AGGREGATIONS)
-    checks.tensor("logprobs", logprobs, "log-probabilities, [B, T] or packed [N]")
     checks.tensor("loss_mask", loss_mask, "True or 1 where a token counts")
-    checks.shape("loss_mask", loss_mask, logprobs.shape, "that of logprobs, one per token")
-    batch = batch_shape(logprobs.shape, loss_mask, cu_seqlens, logprobs.device)
-    assert batch.mask is not None
-    layout = batch.layout()
-    return batch.mask, layout, layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
+    mask = mask_of_padded(logprobs, {"advantages": advantages}, ("loss_mask", loss_mask), or_packed=True)
+    layout = batch_shape(mask.shape, mask, cu_seqlens, mask.device).layout()
+    return mask, layout, layout.num_tokens if aggregation == "token_mean" else layout.num_sequences
 
 
 def _select(values: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.packed_rows import bounds_of
 from ..losses.clipped import PPO
 from ..losses.from_logits import policy_loss_from_logprobs
+from ._arrays import checked_count
 from .objectives import objective_of
 
 __all__ = ["Loss", "policy_loss"]
@@ -37,7 +38,7 @@ def policy_loss(
     attention_mask: Tensor,
     ref_logprobs: Tensor | None,
     rho_weights: Tensor,
-    loss_denominator: float,
+    loss_denominator: float | Tensor,
     *,
     objective: str = "gspo",
     aggregation: str = "sequence_mean",
@@ -73,19 +74,20 @@ def policy_loss(
         parameters = {"eps_low": args.clip_lower, "eps_high": args.clip_higher} | parameters
     elif objective == "cispo":
         parameters = {"eps_low": 1.0, "eps_high": args.clip_higher} | parameters
-    old_logprob = old_logprob.detach()
+    old_logprob, mask = old_logprob.detach(), response_mask.flatten()
+    count = checked_count("loss_denominator", loss_denominator, mask[None])
     changes = torch.nn.functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
     options: dict[str, Any] = {
-        "mask": response_mask.flatten(), "cu_seqlens": bounds_of(changes.flatten().cumsum(0)),
-        "aggregation": aggregation, "normalizer": loss_denominator if loss_denominator > 0 else 1.0,
+        "mask": mask, "cu_seqlens": bounds_of(changes.flatten().cumsum(0)),
+        "aggregation": aggregation, "normalizer": count,
     }  # fmt: skip
     logprobs, old = new_logprobs.flatten(), old_logprob.flatten()
     loss, stats = policy_loss_from_logprobs(
         logprobs, advantages.reshape(1, -1), old, objective=objective_of(objective, **parameters),
         importance_weights=rho_weights.reshape(1, -1), **options,
     )  # fmt: skip
-    count = stats.num_tokens if aggregation == "token_mean" else stats.num_sequences
-    policy = loss.detach() * options["normalizer"] / count.clamp(min=1)
+    units = stats.num_tokens if aggregation == "token_mean" else stats.num_sequences
+    policy = loss.detach() * count / units.clamp(min=1)
     if ref_logprobs is not None and args.beta:
         estimator, weighting = KL[args.kl_estimator]
         kl, _ = policy_loss_from_logprobs(

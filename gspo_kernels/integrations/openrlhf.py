@@ -19,10 +19,15 @@ import torch
 from openrlhf.models import PolicyLoss as TheirPolicyLoss
 from torch import Tensor
 
+from ..base import checks
 from ..losses.clipped import PPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective, check_objective
+<<<<<<< HEAD
 from ._arrays import dual_clipped, mask_of_padded, masked_mean
+=======
+from ._arrays import checked_count, mask_of_padded, renamed
+>>>>>>> B1
 from .reductions import reduction_of
 
 __all__ = ["PolicyLoss", "policy_model_actor"]
@@ -47,7 +52,8 @@ class PolicyLoss(TheirPolicyLoss):
             raise ValueError(f"policy_loss_type: expected 'ppo' or 'gspo'; got {self.policy_loss_type!r}")
         if objective is None:
             kind = GSPOToken if self.policy_loss_type == "gspo" else PPO
-            objective = kind(self.clip_eps_low, self.clip_eps_high, self.dual_clip)
+            with renamed(eps_low="clip_eps_low", eps_high="clip_eps_high"):
+                objective = kind(self.clip_eps_low, self.clip_eps_high, self.dual_clip)
         check_objective(objective)
         if objective.ratio_of != "token" or not objective.advantages_per_token:
             raise ValueError(
@@ -100,10 +106,15 @@ class PolicyLoss(TheirPolicyLoss):
                 weights, filtered = self.correction(old_log_probs, rollout_log_probs, mask)
                 vllm_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
         reduction = reduction_of("OpenRLHF", "token-mean" if self.token_level_loss else "seq-mean-token-mean")
-        count = batch_num_tokens if self.token_level_loss else global_batch_size
+        count, name = global_batch_size, "global_batch_size"
+        if self.token_level_loss:
+            count, name = batch_num_tokens, "batch_num_tokens"
+        if count is not None:
+            ranks = checks.whole("dp_size", dp_size, "how many ranks average their gradients", at_least=1)
+            count = checked_count(name, count, mask) / ranks
         loss, stats = policy_loss_from_logprobs(
             log_probs, advantages.detach(), sampled, objective=self.objective, mask=mask, importance_weights=weights,
-            aggregation=reduction.aggregation, normalizer=None if count is None else count / dp_size,
+            aggregation=reduction.aggregation, normalizer=count,
             rollout_logprobs=rollout_log_probs if self.objective.uses_rollout_logprobs else None,
         )  # fmt: skip
         with torch.no_grad():

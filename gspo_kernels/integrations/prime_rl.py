@@ -65,8 +65,10 @@ def policy_loss(
     if checks.number("kl_tau", kl_tau, "the weight of the squared log-ratio", at_least=0.0):
         log_ratio = torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs, 0.0)
         squares = log_ratio**2 if weights is None else log_ratio**2 * torch.where(mask, weights, 0.0)
-        scale = 1.0 if tokens_per_response is None else tokens_per_response / mask.sum().clamp(min=1)
-        loss = loss + kl_tau * scale * squares.sum()
+        penalty = kl_tau * squares.sum()
+        if tokens_per_response is not None:
+            penalty = penalty * tokens_per_response / mask.sum().clamp(min=1)
+        loss = loss + penalty
     metrics = {
         "is_masked": stats.clip_fraction,
         "is_masked_low": stats.clip_fraction_low,

@@ -26,7 +26,11 @@ from ..losses.clipped import GMPO, PPO, SAPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, TOPR, TOPRToken
+<<<<<<< HEAD
 from ._arrays import dual_clipped, mask_of_padded, masked_mean
+=======
+from ._arrays import mask_of_padded, renamed
+>>>>>>> B1
 
 __all__ = ["main", "policy_loss"]
 
@@ -55,6 +59,13 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "gmpo_kernels": lambda c: GMPO(c.eps_clip_low, c.eps_clip_high),
     "topr_kernels": lambda c: TOPR(),
     "topr_token_kernels": lambda c: TOPRToken(),
+}
+
+CLIP_RANGE = {"eps_low": "eps_clip_low", "eps_high": "eps_clip_high", "dual_clip": "clip_ratio_c"}
+NAMES = {  # in errors: of SkyRL's options by our parameters
+    "cispo_kernels": {"eps_low": "cispo.cispo_eps_clip_low", "eps_high": "cispo.cispo_eps_clip_high"},
+    "sapo_kernels": {"tau_pos": "sapo.tau_pos", "tau_neg": "sapo.tau_neg"},
+    "dppo_kernels": {"delta_low": "dppo.delta_low", "delta_high": "dppo.delta_high"},
 }
 
 
@@ -87,7 +98,8 @@ def policy_loss(
         {"log_probs": log_probs, "old_log_probs": old_log_probs}, {"advantages": advantages}, ("loss_mask", loss_mask),
         optional_logprobs={"rollout_logprobs": rollout_logprobs},
     )  # fmt: skip
-    objective = OBJECTIVES[name](config)
+    with renamed(**NAMES.get(name, CLIP_RANGE)):
+        objective = OBJECTIVES[name](config)
     weights, metrics = correction(old_log_probs, rollout_logprobs, mask, config.off_policy_correction)
     sampled = rollout_logprobs if isinstance(objective, DPPO) and rollout_logprobs is not None else old_log_probs
     loss, stats = policy_loss_from_logprobs(

@@ -24,12 +24,19 @@ from torch import Tensor
 import gspo_kernels
 
 from ..base import checks
+<<<<<<< HEAD
 from ..base.layout import batch_shape
+=======
+from ..base.layout import as_bool
+>>>>>>> B1
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import Objective
-from ..losses.reduction import check_count
 from ..losses.stats import Stats
+<<<<<<< HEAD
 from ._arrays import dual_clipped, mask_of_padded, masked_mean
+=======
+from ._arrays import checked_count
+>>>>>>> B1
 from .reductions import reduction_of
 
 __all__ = ["log_probs_and_entropy", "policy_loss", "register"]
@@ -176,13 +183,7 @@ def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
                 "got None"
             )
         count = (mask if of_tokens else mask.any(1)).sum(dtype=torch.float64)
-    elif isinstance(count, Tensor):
-        checks.shape(name, count, (), "one global count")
-    else:
-        count = checks.number(name, count, "the count of all ranks", at_least=0.0)
-        if count == 0:
-            count = torch.zeros((), dtype=torch.float64, device=mask.device)
-    check_count(count, batch_shape(mask.shape, mask, None, mask.device), name)
+    count = checked_count(name, count, mask)
     if counted == "responses x length":
         factor = info.get("loss_scale_factor")
         if factor is None:

@@ -25,6 +25,7 @@ SAMPLES = torch.ones(len(BATCH.mask))
 SAMPLES[6] = 0.0  # a sample that NeMo-RL has masked
 # With the empty response, which NeMo-RL counts: `sample_mask` says what is a response.
 RESPONSES, TOKENS = float(SAMPLES.sum()), float((BATCH.mask & SAMPLES.bool()[:, None]).sum())
+COUNTS = torch.tensor(RESPONSES), torch.tensor(TOKENS)
 GSPO = {
     "sequence_level_importance_ratios": True, "token_level_loss": False, "ratio_clip_min": 3e-4, "ratio_clip_max": 4e-4,
 }  # fmt: skip
@@ -146,6 +147,23 @@ def test_advantages_that_differ_within_a_response() -> None:
     assert signs.tolist() == (-advantages[0][BATCH.mask[0]].sign()).tolist()
 
 
+def test_the_kl_term_is_that_of_unfiltered_logprobs() -> None:
+    """NeMo-RL hands them over where sampling filters the vocabulary: the policy term keeps the filtered ones."""
+    unfiltered = (BATCH.logprobs - 0.3).requires_grad_()
+    cfg = {"reference_policy_kl_penalty": 0.3}
+    data = data_of(BATCH) | {"curr_logprobs_unfiltered": unfiltered}
+    loss_fn = nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**cfg))
+    logprobs = BATCH.logprobs.clone().requires_grad_()
+    loss_fn(logprobs, data, *COUNTS)[0].backward()
+    assert logprobs.grad is not None and unfiltered.grad is not None
+    policy = ours(reference_policy_kl_penalty=0.0)[1]
+    check_close("policy", logprobs.grad, policy, 1e-13 * policy.abs())
+    same = BATCH._replace(logprobs=unfiltered.detach())
+    wanted = ours(same, **cfg)[1] - ours(same, reference_policy_kl_penalty=0.0)[1]
+    assert float(wanted.abs().max()) > 1e-4
+    check_close("KL", unfiltered.grad, wanted, 1e-12 * (wanted.abs() + 1 / TOKENS))
+
+
 def test_the_kl_estimate_is_not_clamped() -> None:
     """At a log-ratio of 5, k3 is 142: NeMo-RL holds it at 10, without a gradient."""
     ref = BATCH.ref_logprobs.clone()
@@ -157,9 +175,6 @@ def test_the_kl_estimate_is_not_clamped() -> None:
     check_number("NeMo-RL", float(expected[0, 5]), policy, 1e-9)
     # k3 and its slope: e^5 - 6 through the sampling probability, 1 - e^5 through the estimate.
     check_number("here", float(gradient[0, 5]), policy - 0.01 * 5 / TOKENS, 1e-9)
-
-
-COUNTS = torch.tensor(RESPONSES), torch.tensor(TOKENS)
 
 
 def data_and_logits() -> tuple[dict[str, Any], Tensor]:

@@ -135,6 +135,26 @@ def test_gspo_is_that_of_the_responses() -> None:
     assert 0 < float(stats.clip_fraction) < 1
 
 
+def test_rows_without_padding() -> None:
+    """Where every row is full and has one response, the numbers do not change from row to row: rows never join."""
+    generator = torch.Generator().manual_seed(5)
+    old = -torch.rand(3, 6, generator=generator, dtype=torch.float64) - 0.1
+    new = (old + 0.02 * torch.randn(3, 6, generator=generator, dtype=torch.float64)).clamp(max=0)
+    advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    expected, _ = policy_loss_from_logprobs(new, advantages, old, objective=GSPO(), normalizer=3.0)
+    found = policy_loss(
+        args(loss_denominator="3", beta=0.0), new, old, advantages[:, None].expand(3, 6),
+        torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 6, dtype=torch.int64), None, torch.ones(3, 6), 3.0,
+    )  # fmt: skip
+    check_number("loss", float(found.loss), float(expected), 1e-14)
+
+
+@pytest.mark.parametrize("denominator", [0.0, -1.0])
+def test_a_denominator_that_counts_nothing(denominator: float) -> None:
+    with pytest.raises(ValueError, match="loss_denominator: expected"):
+        ours(denominator, aggregation="token_mean")
+
+
 def test_micro_batches_and_ranks_add_up() -> None:
     """grpo_fast.py multiplies by the number of ranks, because DeepSpeed averages."""
     changes = {"loss_denominator": "8", "beta": 0.3}

@@ -98,6 +98,17 @@ def test_each_token_or_each_sample_counts_once(objective: str) -> None:
         check_close("gradient", gradient, factor * logprobs.grad, 1e-13 * logprobs.grad.abs() + 1e-16)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_squared_log_ratio_counts_as_the_policy_term_does(weighted: bool) -> None:
+    """With `tokens_per_response`, each sample's penalty is that many times its mean over tokens."""
+    weights = torch.rand(BATCH.mask.shape, generator=torch.Generator().manual_seed(1)).double() if weighted else None
+    squares = torch.where(BATCH.mask, BATCH.logprobs - BATCH.old_logprobs, 0.0) ** 2
+    squares = squares if weights is None else squares * weights
+    means = squares.sum(1) / BATCH.mask.sum(1).clamp(min=1)
+    found, without = (ours(BATCH, weights, tokens_per_response=7.5, kl_tau=kl_tau)[0] for kl_tau in (0.3, 0.0))
+    check_number("penalty", float(found - without), float(0.3 * 7.5 * means.sum()) / TOKENS, 1e-13)
+
+
 def test_micro_batches_and_ranks_add_up() -> None:
     loss, gradient, _ = ours(BATCH, tokens_per_response=8.0)
     parts = [ours(BATCH, rows=rows, tokens_per_response=8.0) for rows in (range(3), range(3, 4), range(4, 8))]

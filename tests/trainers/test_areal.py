@@ -354,3 +354,25 @@ def test_nothing_to_learn_from() -> None:
         (loss, gradient), _ = run(function, arrays, **OPTIONS["sequence"])
         assert float(loss) == 0 and bool((gradient == 0).all())
     assert ours.num_responses(arrays) == 0 and RESPONSES > NONEMPTY
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("proximal_logprobs", BATCH.old_logprobs.bfloat16()),
+        ("proximal_logprobs", BATCH.old_logprobs[:, 1:]),
+        ("proximal_logprobs", None),
+        ("advantages", BATCH.advantages),
+        ("advantages", BATCH.token_advantages.bfloat16()),
+        ("loss_mask", 2 * BATCH.mask.long()),
+        ("eps_clip", -0.1),
+        ("eps_clip_higher", -0.1),
+        ("c_clip", 0.5),
+    ],
+)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_errors_name_areals_arguments(name: str, value: Any, level: str) -> None:
+    """AReaL has an `old_logprobs` of its own: what is wrong with the proximal ones must not be said of those."""
+    given = arrays_of(BATCH, "padded") | {"eps_clip": 0.2, "importance_sampling_level": level, name: value}
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        ours.ppo_actor_loss_fn(**given)

@@ -359,3 +359,22 @@ def test_the_driver_of_the_first_steps() -> None:
     assert set(metrics) == {"policy_loss", "ppo_clip_ratio", "ppo_kl", "entropy_loss"}
     check_number("entropy", metrics["entropy_loss"], 1.0, 1e-6)
     assert driver.LOSS.clip_eps_low == 3e-4 and metrics["ppo_clip_ratio"] > 0.3
+
+
+@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("kind", ["ppo", "gspo"])
+def test_a_step_without_a_token(kind: str, count: Any) -> None:
+    """Its counts are 0: so are loss and gradient. Where tokens count, a count of 0 is refused by OpenRLHF's name."""
+    name = "batch_num_tokens" if kind == "ppo" else "global_batch_size"
+    nothing = BATCH._replace(mask=torch.zeros_like(BATCH.mask))
+    (loss, gradient), _ = run(PolicyLoss(policy_loss_type=kind), nothing, dp_size=2, **{name: count})
+    assert float(loss) == 0 and not bool(gradient.any())
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        run(PolicyLoss(policy_loss_type=kind), dp_size=2, **{name: count})
+
+
+def test_errors_name_openrlhfs_options() -> None:
+    with pytest.raises(ValueError, match="clip_eps_low: expected"):
+        PolicyLoss(clip_eps_low=-0.1)
+    with pytest.raises(ValueError, match="dp_size: expected"):
+        run(PolicyLoss(), dp_size=0, batch_num_tokens=5)

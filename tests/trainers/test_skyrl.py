@@ -329,3 +329,17 @@ def test_the_driver_of_the_first_steps() -> None:
     check_number("loss", float(loss), metrics["policy_loss"], 1e-9)
     assert metrics["policy_entropy"] == pytest.approx(1.0) and metrics["loss_metrics/clip_ratio"] > 0.3
     assert (driver.CONFIG.eps_clip_low, driver.CONFIG.eps_clip_high) == (3e-4, 4e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "config"),
+    [
+        ("gspo_kernels", "eps_clip_low", {"eps_clip_low": -1.0}),
+        ("dual_clip_kernels", "clip_ratio_c", {"clip_ratio_c": 0.5}),
+        ("cispo_kernels", "cispo.cispo_eps_clip_high", {"cispo": CISPOConfig(0.2, -1.0)}),
+        ("sapo_kernels", "sapo.tau_neg", {"sapo": SAPOConfig(1.0, 0.0)}),
+    ],
+)
+def test_errors_name_skyrls_options(name: str, option: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{option}: expected"):
+        run(name, **config)

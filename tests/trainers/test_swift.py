@@ -114,6 +114,32 @@ def test_weights_and_masks(case: str, level: str) -> None:
     assert float((found[0][1] - plain[0][1]).abs().max()) > 1e-4
 
 
+def test_off_policy_responses_are_judged_by_the_engine() -> None:
+    """By its log-probabilities where there are some, by the old ones otherwise: here the first are far away."""
+    options = {"loss_type": "bnpo", "off_policy_sequence_mask_delta": 0.3}
+    far = {"rollout_per_token_logps": (BATCH.rollout_logprobs + 0.4).clamp(max=0)}
+    found = [run(GRPOTrainer, arrays=arrays, **options) for arrays in (far, {})]
+    check_same(found[0], run(theirs.GRPOTrainer, arrays=far, **options))
+    check_same(found[1], run(theirs.GRPOTrainer, **options))
+    assert float((found[0][0][1] - found[1][0][1]).abs().max()) > 1e-3
+
+
+def test_kl_in_the_reward() -> None:
+    """`kl_in_reward` leaves no KL term in the loss."""
+    results = []
+    for cls in (GRPOTrainer, theirs.GRPOTrainer):
+        trainer = driver.make_trainer(cls, beta=0.1)
+        trainer.kl_in_reward = True
+        logprobs = BATCH.logprobs.clone().requires_grad_()
+        arrays = {"old_per_token_logps": BATCH.old_logprobs, "ref_per_token_logps": REFERENCE}
+        inputs = driver.make_batch(BATCH.mask, BATCH.spread_advantages, **arrays)
+        loss, metrics = driver.loss_and_metrics(trainer, logprobs, ENTROPY, inputs)
+        loss.backward()
+        assert logprobs.grad is not None
+        results.append(((loss.detach(), logprobs.grad), metrics))
+    check_same(*results)
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "dr_grpo"])
 def test_micro_batches_add_up(loss_type: str) -> None:
     """Shares of the optimizer step, each divided by the number of micro-batches, as Trainer.training_step does."""
