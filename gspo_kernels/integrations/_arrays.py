@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""What adapters share: checks of padded arrays, whose errors have the trainer's names, and parts of their metrics."""
-=======
-"""The checks of a trainer's arrays, counts and options, whose errors have the trainer's names."""
->>>>>>> B1
+"""What adapters share: checks whose errors have the trainer's names, and parts of their metrics."""
 
 from __future__ import annotations
 
@@ -14,13 +10,9 @@ import torch
 from torch import Tensor
 
 from ..base import checks
-<<<<<<< HEAD
-from ..base.layout import as_bool
-from ..losses.objectives import Objective
-=======
 from ..base.layout import as_bool, batch_shape
+from ..losses.objectives import Objective
 from ..losses.reduction import check_count
->>>>>>> B1
 
 
 def mask_of_padded(
@@ -71,7 +63,6 @@ def mask_of_padded(
     return found
 
 
-<<<<<<< HEAD
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of unmasked values, 0 of none; of bools in float32."""
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
@@ -82,7 +73,8 @@ def dual_clipped(objective: Objective, clipped_high: Tensor, advantages: Tensor)
     if getattr(objective, "dual_clip", None) is None:
         return torch.zeros_like(clipped_high)
     return clipped_high & (advantages < 0)
-=======
+
+
 def checked_count(name: str, count: Any, mask: Tensor) -> float | Tensor:
     """A trainer's global count, a number or 0-d; 0, where no token counts, as a tensor. No host sync on a GPU.
 
@@ -110,4 +102,3 @@ def renamed(**names: str) -> Iterator[None]:
         if colon and name in names:
             raise type(error)(f"{names[name]}:{rest}") from None
         raise
->>>>>>> B1

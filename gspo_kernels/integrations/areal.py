@@ -20,11 +20,7 @@ from ..base.layout import Layout, batch_shape
 from ..losses.clipped import GRPO, GSPO, SAPO
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.stats import Stats
-<<<<<<< HEAD
-from ._arrays import dual_clipped
-=======
-from ._arrays import mask_of_padded, renamed
->>>>>>> B1
+from ._arrays import dual_clipped, mask_of_padded, renamed
 
 __all__ = ["PolicyLosses", "gather_logprobs_entropy", "ppo_actor_loss_fn", "sapo_loss_fn"]
 

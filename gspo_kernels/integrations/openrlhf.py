@@ -23,11 +23,7 @@ from ..base import checks
 from ..losses.clipped import PPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective, check_objective
-<<<<<<< HEAD
-from ._arrays import dual_clipped, mask_of_padded, masked_mean
-=======
-from ._arrays import checked_count, mask_of_padded, renamed
->>>>>>> B1
+from ._arrays import checked_count, dual_clipped, mask_of_padded, masked_mean, renamed
 from .reductions import reduction_of
 
 __all__ = ["PolicyLoss", "policy_model_actor"]

@@ -26,11 +26,7 @@ from ..losses.clipped import GMPO, PPO, SAPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, TOPR, TOPRToken
-<<<<<<< HEAD
-from ._arrays import dual_clipped, mask_of_padded, masked_mean
-=======
-from ._arrays import mask_of_padded, renamed
->>>>>>> B1
+from ._arrays import dual_clipped, mask_of_padded, masked_mean, renamed
 
 __all__ = ["main", "policy_loss"]
 

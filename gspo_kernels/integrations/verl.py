@@ -24,19 +24,10 @@ from torch import Tensor
 import gspo_kernels
 
 from ..base import checks
-<<<<<<< HEAD
-from ..base.layout import batch_shape
-=======
-from ..base.layout import as_bool
->>>>>>> B1
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import Objective
 from ..losses.stats import Stats
-<<<<<<< HEAD
-from ._arrays import dual_clipped, mask_of_padded, masked_mean
-=======
-from ._arrays import checked_count
->>>>>>> B1
+from ._arrays import checked_count, dual_clipped, mask_of_padded, masked_mean
 from .reductions import reduction_of
 
 __all__ = ["log_probs_and_entropy", "policy_loss", "register"]
