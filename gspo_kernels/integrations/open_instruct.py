@@ -75,6 +75,7 @@ def policy_loss(
         parameters = {"eps_low": 1.0, "eps_high": args.clip_higher} | parameters
     old_logprob = old_logprob.detach()
     changes = torch.nn.functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
+    # A denominator of 0 counts no token: the loss is 0, as in open-instruct.
     options: dict[str, Any] = {
         "mask": response_mask.flatten(), "cu_seqlens": bounds_of(changes.flatten().cumsum(0)),
         "aggregation": aggregation, "normalizer": loss_denominator if loss_denominator > 0 else 1.0,
