@@ -57,10 +57,10 @@ def nemo_mean(values: Tensor, mask: Tensor, dim: int | None = None, count: float
     return (values * mask).sum(dim) / ((mask.sum(dim) if count is None else count) + 1e-8)
 
 
-def nemo_kl(logprobs: Tensor, ref: Tensor, kind: str, weights: Tensor) -> Tensor:
-    """With the default clamps: 20 of the log-ratio, 10 of the estimate."""
+def nemo_kl(logprobs: Tensor, ref: Tensor, kind: str, weights: Tensor, most: float) -> Tensor:
+    """`most`: the clamp of the log-ratio. The estimate has its default one, 10."""
     raw = ref - logprobs
-    d = raw.clamp(-20, 20)
+    d = raw.clamp(-most, most)
     weights = torch.where(raw == d, weights, weights.detach())
     estimate = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[kind]
     return (weights * estimate).clamp(-10, 10)
@@ -126,8 +126,8 @@ def nemo_rl_loss(
     if penalty and not option("use_kl_in_reward"):
         base = sampled if option("use_on_policy_kl_approximation") else logprobs.detach()
         weights = (logprobs - base).exp().nan_to_num(0.0, 0.0, 0.0)
-        kind = str(option("reference_policy_kl_type", "k3"))
-        total = total + penalty * reduce(nemo_kl(logprobs, ref, kind, weights))  # type: ignore[operator]
+        kind, most = str(option("reference_policy_kl_type", "k3")), float(option("kl_input_clamp_value", 20.0))  # type: ignore[arg-type]
+        total = total + penalty * reduce(nemo_kl(logprobs, ref, kind, weights, most))  # type: ignore[operator]
     return total
 
 

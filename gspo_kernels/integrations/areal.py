@@ -100,11 +100,11 @@ def ppo_actor_loss_fn(
     ratio = _ratio(stats, layout, mask)
     held = torch.where(low_side, 1 - eps_clip, torch.where(high_side & ~dual, 1 + high, ratio))
     held = torch.where(dual, c_clip or 0.0, held)
-    values = -held * advantages.float() * (1.0 if weights is None else weights)
+    values = -held * advantages.detach().float() * (1.0 if weights is None else weights)
     return loss, {
         "loss": _select(values, mask),
         "importance_weight": ratio,
-        "approx_kl": _select(logprobs.detach() - proximal_logprobs, given),
+        "approx_kl": _select((logprobs - proximal_logprobs).detach(), given),
         "clip_mask": (low_side | high_side) & ~dual,
         "dual_clip_mask": dual,
         **rejection,
@@ -136,7 +136,7 @@ def sapo_loss_fn(
     return loss, {
         "loss": _select(-gate * advantages, mask),
         "importance_weight": ratio,
-        "approx_kl": _select(logprobs.detach() - old_logprobs, mask),
+        "approx_kl": _select((logprobs - old_logprobs).detach(), mask),
         "clip_mask": torch.zeros_like(mask),
         "dual_clip_mask": torch.zeros_like(mask),
         "sapo_soft_gate": gate,

@@ -46,6 +46,11 @@ class PolicyLossFn(ClippedPGLossFn):
                 f"ratio_clip_c: expected null with disable_ppo_ratio, which leaves no ratio to bound; got "
                 f"{self.ratio_clip_c}"
             )
+        if self.truncated_importance_sampling_ratio is not None and self.truncated_importance_sampling_type is None:
+            raise ValueError(
+                "truncated_importance_sampling_type: expected 'tis', 'icepop' or 'seq-mask-tis', because "
+                f"truncated_importance_sampling_ratio is {self.truncated_importance_sampling_ratio}; got null"
+            )
         for name in ("clip_fraction", "clip_fraction_low", "clip_fraction_high"):
             self.metric_normalizations[name] = MetricNormalizer.TOKENS
 
@@ -53,7 +58,7 @@ class PolicyLossFn(ClippedPGLossFn):
     def objective(self) -> Objective:
         """Of the package: GSPO-token, PPO, CISPO or the policy gradient without a ratio."""
         low, high = self.ratio_clip_min, self.ratio_clip_max
-        if self.disable_ppo_ratio:
+        if self.disable_ppo_ratio and not self.force_on_policy_ratio:  # NeMo-RL's order
             return DRO(0.0)
         if self.use_cispo:
             return CISPO(low, high)
@@ -125,14 +130,19 @@ class PolicyLossFn(ClippedPGLossFn):
         """The KL penalty, with the gradient through the sampling probability (arXiv 2506.09477).
 
         A ratio to `logprobs` themselves is 1, and has that gradient; with `use_on_policy_kl_approximation` the ratio is
-        to the engine's.
+        to the engine's. A difference of log-probabilities beyond `kl_input_clamp_value` is held there, and has no
+        gradient.
         """
-        logprobs = data.get("curr_logprobs_unfiltered", logprobs)
+        logprobs, ref = data.get("curr_logprobs_unfiltered", logprobs), data["reference_policy_logprobs"][:, 1:]
+        if (most := self.kl_input_clamp_value) is not None:
+            current = logprobs.detach()
+            far = (ref - current).abs() > most
+            logprobs = torch.where(far, current, logprobs)
+            ref = torch.where(far, current + (ref - current).clamp(-most, most), ref)
         found, _ = policy_loss_from_logprobs(
             logprobs, torch.zeros_like(logprobs), generation if self.use_on_policy_kl_approximation else None,
-            objective=PPO(), ref_logprobs=data["reference_policy_logprobs"][:, 1:],
-            beta=self.reference_policy_kl_penalty, kl_estimator=self.reference_policy_kl_type, kl_weighting="ratio",
-            max_log_ratio=20.0 if self.kl_input_clamp_value is None else self.kl_input_clamp_value, **options,
+            objective=PPO(), ref_logprobs=ref, beta=self.reference_policy_kl_penalty,
+            kl_estimator=self.reference_policy_kl_type, kl_weighting="ratio", **options,
         )  # fmt: skip
         return found
 

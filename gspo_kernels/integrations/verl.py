@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import re
 import typing
@@ -196,18 +197,20 @@ def metrics(
 ) -> dict[str, Tensor]:
     """verl's three metrics, by token as verl has them for all losses, and our stats.
 
-    `actor/pg_clipfrac_lower` is the share of tokens held by the dual clip; `actor/pg_clipfrac` that of all others that
-    are clipped.
+    `actor/pg_clipfrac_lower` is the share of tokens held at `clip_ratio_c`: by the dual clip, or by DPPO's truncation;
+    `actor/pg_clipfrac` that of all others that are clipped.
     """
     low, high = (
         x if stats.ratio_of == "token" else x[:, None].expand(mask.shape)
         for x in (stats.clipped_low, stats.clipped_high)
     )
-    dual = dual_clipped(objective, high, advantages)
+    held, most = dual_clipped(objective, high, advantages), getattr(objective, "max_ratio", None)
+    if most is not None:
+        held = (stats.log_ratio > math.log(most)) & ~low & ~high
     return {
-        "actor/pg_clipfrac": masked_mean(((low | high) & ~dual).double(), mask),
+        "actor/pg_clipfrac": masked_mean(((low | high) & ~held).double(), mask),
         "actor/ppo_kl": masked_mean((old_log_prob - log_prob).double().clamp(-20.0, 20.0), mask),
-        "actor/pg_clipfrac_lower": masked_mean(dual.double(), mask),
+        "actor/pg_clipfrac_lower": masked_mean(held.double(), mask),
         **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in LOGGED_BY_VERL},
     }
 

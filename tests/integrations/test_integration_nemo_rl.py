@@ -89,6 +89,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tis": truncated("tis", 0.9, 1.1),
     "icepop": truncated("icepop", 0.9, 1.1),
     "seq-mask-tis": truncated("seq-mask-tis", 0.97, 1.02),
+    "on policy without a ratio": {"force_on_policy_ratio": True, "disable_ppo_ratio": True},
+    "KL within a small clamp": {"kl_input_clamp_value": 0.05, "use_on_policy_kl_approximation": True},
     "KL to the engine's samples": {"use_on_policy_kl_approximation": True},
     "KL in the reward": {"use_kl_in_reward": True},
 }
@@ -216,8 +218,12 @@ def test_from_logits_that_are_sharded_over_the_vocabulary(world: int) -> None:
     [
         (NotImplementedError, {"positive_example_nll_weight": 0.1}, "positive_example_nll_weight: expected 0"),
         (ValueError, {"disable_ppo_ratio": True, "ratio_clip_c": 3.0}, "ratio_clip_c: expected null"),
+        (
+            ValueError, CORRECTED | {"truncated_importance_sampling_ratio": 2.0},
+            "truncated_importance_sampling_type: expected 'tis', 'icepop' or 'seq-mask-tis'",
+        ),
     ],
-)
+)  # fmt: skip
 def test_options_that_are_refused(error: type[Exception], cfg: dict[str, Any], message: str) -> None:
     with pytest.raises(error, match=message):
         nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**cfg))

@@ -333,6 +333,20 @@ def test_garbage_at_masked_positions() -> None:
         assert bool(gradient.isnan().any()) == (case == "token")
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "sapo"])
+def test_statistics_are_constants(level: str) -> None:
+    """Also where the arrays that are constants of the loss require a gradient, as AReaL's are."""
+    arrays = {name: x.clone().requires_grad_(name != "loss_mask") for name, x in arrays_of(BATCH, "padded").items()}
+    if level == "sapo":
+        arrays["old_logprobs"] = arrays.pop("proximal_logprobs")
+        loss, stat = ours.sapo_loss_fn(**arrays, tau_pos=1.0, tau_neg=1.05)
+    else:
+        loss, stat = ours.ppo_actor_loss_fn(**arrays, eps_clip=0.2, c_clip=1.5, importance_sampling_level=level)
+    assert not any(x.requires_grad for x in stat.values())
+    loss.backward()
+    assert all(arrays[name].grad is None for name in arrays if name != "logprobs")
+
+
 def test_a_ratio_that_overflows() -> None:
     """AReaL's gradient is NaN, though the loss, which is clipped, is finite."""
     row = {"logprobs": torch.tensor(-0.5), "old_logprobs": torch.tensor(-900.0), "token_advantages": torch.tensor(1.0)}

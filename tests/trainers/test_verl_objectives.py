@@ -332,6 +332,17 @@ def test_verl_truncates_dppo_at_3_unless_told_otherwise() -> None:
     check(ours(DPPO(max_ratio=None), by_token=True), large)
 
 
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_tokens_that_dppo_truncates_are_counted(name: str) -> None:
+    """verl's `pg_clipfrac_lower` for DPPO: the ratio is above `clip_ratio_c`, and the token is not dropped."""
+    settings = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3, "clip_ratio_c": 1.2}
+    _, theirs = verl(name, **settings)
+    _, metrics = verl(f"{name}_kernels", **settings)
+    assert theirs["actor/pg_clipfrac_lower"] > 0.05
+    check_number(name, metrics["actor/pg_clipfrac_lower"], theirs["actor/pg_clipfrac_lower"], 1e-6)
+    assert verl(f"{name}_kernels", **settings | {"clip_ratio_c": None})[1]["actor/pg_clipfrac_lower"] == 0
+
+
 def test_verl_adds_1e_8_in_the_binary_kl() -> None:
     """Of a token with probability 1 - 1e-12 the divergence is 1.2; verl (and SkyRL) find 0.72."""
     batch = changed_token(logprobs=math.log1p(-1e-12), old_logprobs=math.log(0.95), token_advantages=1.0)
