@@ -165,8 +165,11 @@ def plain_update(
 
 def environment(rank: int = 0, world: int = 1) -> dict[str, str]:
     """What verl's launcher sets for a worker, and the choice of its FSDP engine, which is registered for GPUs."""
+    import ranks
+
+    port = os.environ.get("MASTER_PORT") or str(ranks.free_port())  # verl's launcher has set it for several workers
     return {
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511"),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "VERL_ENGINE_DEVICE": "cuda",
     }  # fmt: skip

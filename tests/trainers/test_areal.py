@@ -12,6 +12,7 @@ from typing import Any
 
 import page_lines
 import pytest
+import ranks
 import torch
 from drivers import areal as driver  # first: it imports AReaL without what is not called
 from drivers._stubs import stubs
@@ -236,7 +237,7 @@ def test_an_update_of_the_fsdp_actor(folder: Path, monkeypatch: pytest.MonkeyPat
     """
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_PORT", "29653")
+    monkeypatch.setenv("MASTER_PORT", str(ranks.free_port()))
     config = PPOActorConfig(
         experiment_name="test", trial_name="test", path=str(folder), backend="fsdp:d1", dtype="float32",
         attn_impl="sdpa", optimizer=OptimizerConfig(lr=1e-3, gradient_clipping=1e9), mb_spec=MicroBatchSpec(n_mbs=6),
