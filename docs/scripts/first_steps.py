@@ -18,7 +18,9 @@ import importlib
 import json
 import platform
 import random
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -85,12 +87,12 @@ def mini_batch(model: Any, rollout: Rollout) -> Batch:
     )  # fmt: skip
 
 
-def warmed_up(seed: int = 0) -> tuple[Any, Any]:
+def warmed_up(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     arithmetic.warm_up(model, tokenizer, Problems(random.Random(seed), SETTINGS.digits, 0), SETTINGS, quiet=True)
-    return model, tokenizer
+    return model
 
 
 def first_steps(model: Any, tokenizer: Any, driver: Any) -> list[dict[str, float]]:
@@ -120,11 +122,16 @@ def history(model: Any, tokenizer: Any, driver: Any) -> list[dict[str, float]]:
 
 
 def table(steps: list[dict[str, float]]) -> str:
-    """One row a step; metrics that stay 0 are left out."""
-    names = [name for name in steps[0] if any(step[name] for step in steps)]
+    """One row a step. Metrics that never change are left out, and rounding errors are 0."""
+    shown = [{name: f"{value:.3g}" if abs(value) >= 1e-6 else "0" for name, value in step.items()} for step in steps]
+    names = [name for name in shown[0] if len({step[name] for step in shown}) > 1]
     rows = ["| step | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    rows += [f"| {i} | " + " | ".join(f"{step[name]:.3g}" for name in names) + " |" for i, step in enumerate(steps, 1)]
+    rows += [f"| {i} | " + " | ".join(step[name] for name in names) + " |" for i, step in enumerate(shown, 1)]
     return "\n".join(rows)
+
+
+def page_of(trainer: str) -> Path:
+    return DOCS / f"{trainer.replace('_', '-')}.md"
 
 
 def with_table(text: str, steps: list[dict[str, float]]) -> str:
@@ -132,26 +139,43 @@ def with_table(text: str, steps: list[dict[str, float]]) -> str:
     return f"{before}{BEGIN}\n\n{table(steps)}\n\n{END}{rest.split(END)[1]}"
 
 
+def write(trainer: str, state: str) -> None:
+    """From the weights after the warm-up."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    model.load_state_dict(torch.load(state))
+    driver = importlib.import_module(f"drivers.{trainer}")
+    run = history if hasattr(driver, "history") else first_steps
+    steps = run(model, tokenizer, driver)
+    shown = getattr(driver, "SHOWN", tuple(steps[0]))  # of a trainer that logs more than a page can show
+    steps = [{name: step[name] for name in ("reward", "grad_norm", *shown)} for step in steps]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[trainer] = {
+        "version": driver.VERSION, "machine": platform.machine(), "python": platform.python_version(),
+        "torch": torch.__version__, "transformers": version("transformers"), "steps": steps,
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    page_of(trainer).write_text(with_table(page_of(trainer).read_text(), steps))
+    print(f"{trainer}\n{table(steps)}\n")
+
+
 def main() -> None:
     drivers = sorted(path.stem for path in (DOCS / "scripts" / "drivers").glob("[a-z]*.py"))
     parser = argparse.ArgumentParser()
-    parser.add_argument("trainers", nargs="*", choices=[*drivers, []], default=drivers)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"trainers": {}}
-    model, tokenizer = warmed_up()
-    for name in parser.parse_args().trainers:
-        driver = importlib.import_module(f"drivers.{name}")
-        steps = (
-            history(model, tokenizer, driver) if hasattr(driver, "history") else first_steps(model, tokenizer, driver)
-        )
-        results["trainers"][name] = {"version": driver.VERSION, "steps": steps}
-        page = DOCS / f"{name.replace('_', '-')}.md"
-        page.write_text(with_table(page.read_text(), steps))
-        print(f"{name}\n{table(steps)}\n")
-    results["environment"] = {
-        "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    parser.add_argument("trainers", nargs="*", metavar="trainer", help=f"of {', '.join(drivers)}; none: all")
+    parser.add_argument("--state", help="the weights after the warm-up, of a file; for one trainer")
+    arguments = parser.parse_args()
+    chosen = arguments.trainers or drivers
+    if unknown := set(chosen) - set(drivers):
+        parser.error(f"expected drivers of docs/scripts/drivers; got {', '.join(sorted(unknown))}")
+    if arguments.state:
+        write(chosen[0], arguments.state)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        state = f"{folder}/state.pt"
+        torch.save(warmed_up().state_dict(), state)
+        for trainer in chosen:  # in processes of their own: some trainers patch the libraries of others
+            subprocess.run([sys.executable, __file__, trainer, "--state", state], check=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The checks of a trainer's arrays, counts and options, whose errors have the trainer's names."""
+"""What adapters share: checks whose errors have the trainer's names, and parts of their metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.layout import as_bool, batch_shape
+from ..losses.objectives import Objective
 from ..losses.reduction import check_count
 
 
@@ -60,6 +61,18 @@ def mask_of_padded(
     for name, value in logprobs.items():
         checks.log_probabilities(name, value, found)
     return found
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of unmasked values, 0 of none; of bools in float32."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def dual_clipped(objective: Objective, clipped_high: Tensor, advantages: Tensor) -> Tensor:
+    """Bool: which of the units held at an upper bound the dual clip holds. Trainers log them apart, or not at all."""
+    if getattr(objective, "dual_clip", None) is None:
+        return torch.zeros_like(clipped_high)
+    return clipped_high & (advantages < 0)
 
 
 def checked_count(name: str, count: Any, mask: Tensor) -> float | Tensor:

@@ -20,7 +20,7 @@ from ..base.layout import Layout, batch_shape
 from ..losses.clipped import GRPO, GSPO, SAPO
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.stats import Stats
-from ._arrays import mask_of_padded, renamed
+from ._arrays import dual_clipped, mask_of_padded, renamed
 
 __all__ = ["PolicyLosses", "gather_logprobs_entropy", "ppo_actor_loss_fn", "sapo_loss_fn"]
 
@@ -98,7 +98,7 @@ def ppo_actor_loss_fn(
         low_side, high_side = (
             layout.spread(x.double()).view(mask.shape) > 0 for x in (stats.clipped_low, stats.clipped_high)
         )
-    dual = high_side & (advantages < 0)
+    dual = dual_clipped(objective, high_side, advantages)
     ratio = _ratio(stats, layout, mask)
     held = torch.where(low_side, 1 - eps_clip, torch.where(high_side & ~dual, 1 + high, ratio))
     held = torch.where(dual, c_clip or 0.0, held)

@@ -77,6 +77,7 @@ def policy_loss(
     old_logprob, mask = old_logprob.detach(), response_mask.flatten()
     count = checked_count("loss_denominator", loss_denominator, mask[None])
     changes = torch.nn.functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
+    # A denominator of 0 counts no token: the loss is 0, as in open-instruct.
     options: dict[str, Any] = {
         "mask": mask, "cu_seqlens": bounds_of(changes.flatten().cumsum(0)),
         "aggregation": aggregation, "normalizer": count,

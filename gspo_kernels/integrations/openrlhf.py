@@ -23,7 +23,7 @@ from ..base import checks
 from ..losses.clipped import PPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective, check_objective
-from ._arrays import checked_count, mask_of_padded, renamed
+from ._arrays import checked_count, dual_clipped, mask_of_padded, masked_mean, renamed
 from .reductions import reduction_of
 
 __all__ = ["PolicyLoss", "policy_model_actor"]
@@ -100,7 +100,7 @@ class PolicyLoss(TheirPolicyLoss):
                 sampled = rollout_log_probs
             else:
                 weights, filtered = self.correction(old_log_probs, rollout_log_probs, mask)
-                vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
+                vllm_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
         reduction = reduction_of("OpenRLHF", "token-mean" if self.token_level_loss else "seq-mean-token-mean")
         count, name = global_batch_size, "global_batch_size"
         if self.token_level_loss:
@@ -113,11 +113,10 @@ class PolicyLoss(TheirPolicyLoss):
             aggregation=reduction.aggregation, normalizer=count,
             rollout_logprobs=rollout_log_probs if self.objective.uses_rollout_logprobs else None,
         )  # fmt: skip
-        clipped = stats.clipped_low | stats.clipped_high
-        if getattr(self.objective, "dual_clip", None) is not None:  # OpenRLHF counts what the clip range holds
-            clipped = stats.clipped_low | (stats.clipped_high & (advantages > 0))
         with torch.no_grad():
-            return loss, _mean(clipped, mask), _mean(old_log_probs - log_probs, mask), vllm_kl, filtered
+            dual = dual_clipped(self.objective, stats.clipped_high, advantages)  # not counted by OpenRLHF
+            clipped = masked_mean(stats.clipped_low | (stats.clipped_high & ~dual), mask)
+            return loss, clipped, masked_mean(old_log_probs - log_probs, mask), vllm_kl, filtered
 
     @torch.no_grad()
     def correction(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,12 +144,7 @@ class PolicyLoss(TheirPolicyLoss):
             factors = values.clamp(low, high)
         else:
             factors = torch.where(inside, log_weight.clamp(max=20.0).exp(), 0.0)
-        return factors, _mean(~inside, units)
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the units that count, 0 of none; float32 or better."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+        return factors, masked_mean(~inside, units)
 
 
 def policy_model_actor(objective: Objective | None = None) -> Any:

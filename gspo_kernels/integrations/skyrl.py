@@ -26,7 +26,7 @@ from ..losses.clipped import GMPO, PPO, SAPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, TOPR, TOPRToken
-from ._arrays import mask_of_padded, renamed
+from ._arrays import dual_clipped, mask_of_padded, masked_mean, renamed
 
 __all__ = ["main", "policy_loss"]
 
@@ -102,10 +102,8 @@ def policy_loss(
         log_probs, advantages.detach(), sampled, objective=objective, mask=mask, importance_weights=weights,
         aggregation="sequence_sum", normalizer=1.0,
     )  # fmt: skip
-    found = {"clip_ratio": stats.clip_fraction}
-    if getattr(objective, "dual_clip", None) is not None:  # SkyRL counts what the clip range holds
-        held = stats.clipped_low | (stats.clipped_high & (advantages > 0))
-        found["clip_ratio"] = held.sum() / mask.sum().clamp(min=1)
+    dual = dual_clipped(objective, stats.clipped_high, advantages)  # not counted by SkyRL
+    found = {"clip_ratio": masked_mean(stats.clipped_low | (stats.clipped_high & ~dual), mask)}
     found |= {f"gspo_kernels/{key}": getattr(stats, key) for key in LOGGED}
     values = torch.stack([x.float() for x in found.values()]).tolist()
     return loss, dict(zip(found, values, strict=True)) | metrics

@@ -21,6 +21,7 @@ from ..losses.clipped import GRPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.from_rows import KeptLogprobs
 from ..rows.kept import KeptTokens
+from ._arrays import dual_clipped
 from .reductions import reduction_of
 
 __all__ = ["policy_loss"]
@@ -93,7 +94,8 @@ def policy_loss(
 
     entropy_loss = sum_of_sample_mean(entropy[rows.indices])
     loss = pg_loss - args.entropy_coef * entropy_loss
-    clipped = stats.clipped_low | (stats.clipped_high & (advantages > 0))  # slime does not count the dual clip
+    dual = dual_clipped(objective, stats.clipped_high, advantages)  # not counted by slime
+    clipped = stats.clipped_low | (stats.clipped_high & ~dual)
     log = {
         "pg_loss": pg_loss,
         "entropy_loss": entropy_loss,

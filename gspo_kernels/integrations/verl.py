@@ -24,11 +24,10 @@ from torch import Tensor
 import gspo_kernels
 
 from ..base import checks
-from ..base.layout import as_bool
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import Objective
 from ..losses.stats import Stats
-from ._arrays import checked_count
+from ._arrays import checked_count, dual_clipped, mask_of_padded, masked_mean
 from .reductions import reduction_of
 
 __all__ = ["log_probs_and_entropy", "policy_loss", "register"]
@@ -128,7 +127,12 @@ def policy_loss(
     """
     if config is None:
         raise ValueError("config: expected verl's ActorConfig, which has the clip range; got None")
-    mask = _check_arrays(log_prob, old_log_prob, advantages, response_mask, rollout_is_weights)
+    checks.tensor("response_mask", response_mask, "True or 1 where a token counts, [B, T]")
+    weights = {} if rollout_is_weights is None else {"rollout_is_weights": rollout_is_weights}
+    mask = mask_of_padded(
+        {"log_prob": log_prob, "old_log_prob": old_log_prob}, {"advantages": advantages, **weights},
+        ("response_mask", response_mask),
+    )  # fmt: skip
     objective = LOSSES[loss_mode](config)
     by_response = not objective.advantages_per_token
     aggregation, normalizer = scale(mask, loss_agg_mode, config.global_batch_info)
@@ -150,32 +154,6 @@ def policy_loss(
             f"{differing:g} responses with several. For those, set policy_loss.loss_mode=gspo_token_kernels"
         )
     return loss, values
-
-
-def _check_arrays(log_prob: Any, old_log_prob: Any, advantages: Any, response_mask: Any, weights: Any) -> Tensor:
-    """Checks that all arrays are [B, T], with errors that use verl's names; returns the mask as bool."""
-    checks.tensor("log_prob", log_prob, "log-probabilities [B, T]")
-    if log_prob.ndim != 2:
-        raise ValueError(f"log_prob: expected shape [responses, tokens]; got {list(log_prob.shape)}")
-    arrays: list[tuple[str, Any, str, Any]] = [
-        ("old_log_prob", old_log_prob, "log-probabilities", checks.digits),
-        ("advantages", advantages, "advantages", checks.numbers),
-        ("response_mask", response_mask, "True or 1 where a token counts", None),
-        ("rollout_is_weights", weights, "factors of the policy term", checks.numbers),
-    ]
-    checks.digits("log_prob", log_prob)
-    for name, value, meaning, check_dtype in arrays:
-        if name == "rollout_is_weights" and value is None:
-            continue
-        checks.tensor(name, value, f"{meaning} [B, T]")
-        if check_dtype is not None:
-            check_dtype(name, value)
-        checks.shape(name, value, log_prob.shape, "that of log_prob, one per token")
-        checks.same_device(name, value, log_prob.device)
-    mask = as_bool("response_mask", response_mask)
-    checks.log_probabilities("log_prob", log_prob, mask)
-    checks.log_probabilities("old_log_prob", old_log_prob, mask)
-    return mask
 
 
 def scale(mask: Tensor, mode: str, info: Any) -> tuple[str, float | Tensor]:
@@ -218,19 +196,13 @@ def metrics(
         x if stats.ratio_of == "token" else x[:, None].expand(mask.shape)
         for x in (stats.clipped_low, stats.clipped_high)
     )
-    held, most = torch.zeros_like(mask), getattr(objective, "max_ratio", None)
-    if hasattr(objective, "dual_clip"):
-        held = high & (advantages < 0)
-    elif most is not None:
+    held, most = dual_clipped(objective, high, advantages), getattr(objective, "max_ratio", None)
+    if most is not None:
         held = (stats.log_ratio > math.log(most)) & ~low & ~high
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)
-
     return {
-        "actor/pg_clipfrac": mean((low | high) & ~held),
-        "actor/ppo_kl": mean((old_log_prob - log_prob).clamp(-20.0, 20.0)),
-        "actor/pg_clipfrac_lower": mean(held),
+        "actor/pg_clipfrac": masked_mean(((low | high) & ~held).double(), mask),
+        "actor/ppo_kl": masked_mean((old_log_prob - log_prob).double().clamp(-20.0, 20.0), mask),
+        "actor/pg_clipfrac_lower": masked_mean(held.double(), mask),
         **{f"actor/gspo_kernels/{name}": x for name, x in stats.as_dict().items() if name not in LOGGED_BY_VERL},
     }
 

@@ -17,6 +17,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import time
@@ -39,6 +40,14 @@ mark = [
     pytest.mark.plain_memory,  # of the test's own process: in ranks it is NaN
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo"),
 ]
+
+
+def free_port() -> int:
+    """For trainers that open a store at a port of the environment's."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
 
 START = 600.0  # seconds for the imports of a rank, before the clock of `timeout` runs
 GRACE = 10.0  # seconds beyond `timeout`, in which collectives that gave up can say so

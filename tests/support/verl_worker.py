@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import page_lines
 import torch
 import verl
 import verl_cpu_platform  # noqa: F401  # in a worker process of Ray: before anything asks for the platform
@@ -35,13 +36,7 @@ VOCAB, PROMPT, WIDTH = 97, 3, 6
 LENGTHS = (6, 1, 4, 0, 6, 2, 5, 3)  # of the responses; one is empty
 MINI_BATCH, LEARNING_RATE = 4, 0.5
 
-RECIPE = (  # the lines of docs/verl.md
-    "actor_rollout_ref.actor.policy_loss.loss_mode=gspo_kernels",
-    "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
-    "actor_rollout_ref.actor.clip_ratio_low=3e-4",
-    "actor_rollout_ref.actor.clip_ratio_high=4e-4",
-    "actor_rollout_ref.actor.clip_ratio_c=10.0",
-)
+RECIPE = page_lines.options("verl", 1)
 
 
 class Worker(ActorRolloutRefWorker):
@@ -70,7 +65,7 @@ def save_model(folder: Path) -> str:
 
 @functools.cache
 def config() -> Any:
-    """`actor_rollout_ref` of verl's own PPO config, with the recipe's lines, and what a CPU needs."""
+    """`actor_rollout_ref` of verl's own PPO config, with the lines of docs/verl.md, and what a CPU needs."""
     overrides = [
         *RECIPE,
         "+actor_rollout_ref.model.load_tokenizer=False",
@@ -170,8 +165,11 @@ def plain_update(
 
 def environment(rank: int = 0, world: int = 1) -> dict[str, str]:
     """What verl's launcher sets for a worker, and the choice of its FSDP engine, which is registered for GPUs."""
+    import ranks
+
+    port = os.environ.get("MASTER_PORT") or str(ranks.free_port())  # verl's launcher has set it for several workers
     return {
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511"),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "VERL_ENGINE_DEVICE": "cuda",
     }  # fmt: skip

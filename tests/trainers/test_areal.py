@@ -10,11 +10,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import page_lines
 import pytest
+import ranks
 import torch
 from drivers import areal as driver  # first: it imports AReaL without what is not called
 from drivers._stubs import stubs
 from objective_batch import check as check_result
+from omegaconf import OmegaConf
 from torch import Tensor
 from trainer_batch import BATCH, PROMPTS, RESPONSES, PaddedBatch
 
@@ -234,7 +237,7 @@ def test_an_update_of_the_fsdp_actor(folder: Path, monkeypatch: pytest.MonkeyPat
     """
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_PORT", "29653")
+    monkeypatch.setenv("MASTER_PORT", str(ranks.free_port()))
     config = PPOActorConfig(
         experiment_name="test", trial_name="test", path=str(folder), backend="fsdp:d1", dtype="float32",
         attn_impl="sdpa", optimizer=OptimizerConfig(lr=1e-3, gradient_clipping=1e9), mb_spec=MicroBatchSpec(n_mbs=6),
@@ -275,6 +278,14 @@ def test_an_update_of_the_fsdp_actor(folder: Path, monkeypatch: pytest.MonkeyPat
         assert parameter.grad is not None
         error = (actor.gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
+
+
+def test_the_pages_lines_are_areals_options() -> None:
+    page = OmegaConf.create(page_lines.blocks("areal", "yaml")[0])
+    page.gconfig = {"n_samples": 8}
+    found = OmegaConf.merge({"actor": OmegaConf.structured(PPOActorConfig), "gconfig": {}}, page).actor
+    assert (found.importance_sampling_level, found.eps_clip, found.eps_clip_higher) == ("sequence", 3e-4, 4e-4)
+    assert found.kl_ctl == 0 and OmegaConf.to_object(found.reward_norm).group_size == 8
 
 
 def test_logprobs_and_entropies() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import page_lines
 import pytest
 import torch
 from checks import check_close, check_number
@@ -287,11 +288,14 @@ def test_ppo_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((trained(other)[0] - theirs).abs().max()) > 1e-4
 
 
-def test_the_line_to_replace_is_in_openrlhfs_script() -> None:
+def test_the_pages_lines_are_those_of_openrlhfs_script() -> None:
     found = find_spec("openrlhf.cli.train_ppo_ray")
     assert found is not None and found.origin is not None
-    lines = Path(found.origin).read_text().splitlines()
-    assert lines.count("from openrlhf.trainer.ray.ppo_actor import PolicyModelActor") == 1
+    script = Path(found.origin).read_text()
+    (line,) = page_lines.before(page_lines.blocks("openrlhf", "diff")[0])
+    assert script.splitlines().count(line) == 1
+    options = [word for word in page_lines.options("openrlhf", 2) if word.startswith("--")]
+    assert len(options) == 4 and all(f'"{option}"' in script for option in options)
 
 
 # --- where results differ, on purpose ---------------------------------------------------------------------------------

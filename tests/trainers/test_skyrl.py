@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import page_lines
 import pytest
 import torch
 from checks import check_close, check_number
@@ -26,6 +27,7 @@ from skyrl.train.config import (
     DPPOConfig,
     OffPolicyCorrectionConfig,
     SAPOConfig,
+    SkyRLTrainConfig,
 )
 from torch import Tensor
 from trainer_batch import BATCH, PROMPTS, RESPONSES, TOKENS, WIDTH, PaddedBatch
@@ -250,6 +252,14 @@ def test_forward_backward(monkeypatch: pytest.MonkeyPatch) -> None:
                 check_number(name, metrics[name], value, 1e-5 * (1 + abs(value)))
     assert 0 < their_metrics["loss_metrics/clip_ratio"] < 1 and metrics["loss_metrics/gspo_kernels/ratio_max"] > 1
     assert float((theirs - worker_gradients("regular_kernels", 1, monkeypatch)[0]).abs().max()) > 1e-4
+
+
+def test_the_pages_lines_are_skyrls_options() -> None:
+    override, *lines = page_lines.options("skyrl", 1)
+    assert override == "trainer.override_entrypoint=gspo_kernels.integrations.skyrl"
+    found = SkyRLTrainConfig.from_cli_overrides(lines).trainer.algorithm
+    named = ("policy_loss_type", "loss_reduction", "eps_clip_low", "eps_clip_high", "use_kl_loss")
+    assert [getattr(found, name) for name in named] == [getattr(driver.CONFIG, name) for name in named]
 
 
 def test_a_worker_unpickles_what_the_driver_registered() -> None:

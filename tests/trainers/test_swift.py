@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
+import page_lines
 import pytest
 import torch
 from checks import check_number
@@ -392,6 +394,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "teacher": ({"has_teacher": True, "importance_sampling_level": "sequence"}, "importance_sampling_level: expected"),
     "sdar": ({"sdar_loss_coef": 0.1}, "sdar_loss_coef: expected 0"),
 }
+
+
+def test_the_pages_lines_are_swifts_options() -> None:
+    with stubs(*driver.NOT_CALLED):
+        from swift.arguments import RLHFArguments
+    options = [word[2:] for word in page_lines.options("swift", 1) if word.startswith("--")]
+    assert len(options) == 6 and set(options) <= {field.name for field in fields(RLHFArguments)}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import page_lines
 import pytest
 import ranks
 import stand_ins
@@ -292,6 +295,13 @@ def trained(kind: Any, rows: int) -> tuple[Model, dict[str, float]]:
     found = [asyncio.run(trainer.forward_backward(x, batch.num_global_valid_tokens)) for x in batch.microbatches]
     assert len(found) == (1 if rows == 4 else 4)
     return model, combine_microbatch_metrics(found)
+
+
+def test_the_pages_lines_are_in_torchtitans_recipe() -> None:
+    recipe = Path(inspect.getfile(Batcher)).parents[1] / "examples" / "dapo_math" / "config_registry.py"
+    pieces, text = page_lines.before(page_lines.blocks("torchtitan", "diff")[0]), recipe.read_text()
+    assert len(pieces) == 2 and [text.count(piece) for piece in pieces] == [1, 1]
+    assert "tensor_parallel_degree=2" in text.partition(pieces[1])[0], "what the page says of it"
 
 
 def test_the_trainers_own_forward_backward() -> None:

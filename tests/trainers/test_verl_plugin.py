@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import subprocess
 import sys
@@ -64,13 +63,13 @@ def test_versions_are_what_pip_resolves_for_the_extras() -> None:
 
 
 @pytest.mark.parametrize(("found", "warned"), [("0.9.1", False), ("0.9.7", False), ("0.10.0", True)])
-def test_other_versions_are_warned_about(
-    found: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_versions_are_warned_about(found: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
     monkeypatch.setattr(verl, "__version__", found)
-    with caplog.at_level(logging.WARNING):
-        importlib.reload(integration)
-    assert any("tested with verl 0.9." in x.message for x in caplog.records) is warned
+    # At the source: other trainers, imported in this process, change how records travel.
+    monkeypatch.setattr(integration.logger, "warning", lambda text, *values: messages.append(text % values))
+    importlib.reload(integration)
+    assert any("tested with verl 0.9." in x for x in messages) is warned
 
 
 # --- how verl loads it ------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def test_an_actor_update(packed: bool, vendor: str, model: str, monkeypatch: pyt
 
 
 @pytest.mark.plain_memory
+@pytest.mark.only_with_all
 def test_two_workers_of_ray(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes that verl starts with Ray find the loss by the package's entry point, and share an update."""
     import ray

@@ -23,6 +23,10 @@ from skyrl.train.config import AlgorithmConfig  # noqa: E402
 
 import gspo_kernels.integrations.skyrl  # noqa: E402, F401
 
+SHOWN = (
+    "policy_loss", "policy_entropy", "loss_metrics/clip_ratio", "loss_metrics/gspo_kernels/ratio_min",
+    "loss_metrics/gspo_kernels/ratio_max",
+)  # fmt: skip
 CONFIG = AlgorithmConfig(
     policy_loss_type="gspo_kernels", loss_reduction="sequence_mean", eps_clip_low=3e-4, eps_clip_high=4e-4,
     use_kl_loss=False,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 VERSION = f"TRL {version('trl')}"
-SHOWN = ("reward", "grad_norm", "loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean")
+SHOWN = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean")
 
 
 def history(
@@ -37,5 +37,5 @@ def history(
     found, steps = dict[str, float](), []
     for log in trainer.state.log_history[:-1]:  # the last entry is about the whole training
         found |= log  # the reward is logged where responses were sampled
-        steps.append({name: found[name] for name in SHOWN})
+        steps.append(dict(found))
     return steps

@@ -13,7 +13,11 @@ from verl.workers.utils.losses import ppo_loss
 
 import gspo_kernels.integrations.verl  # noqa: F401
 
-VERSION = verl.__version__
+VERSION = f"verl {verl.__version__}"
+SHOWN = (
+    "actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/gspo_kernels/clip_fraction",
+    "actor/gspo_kernels/ratio_min", "actor/gspo_kernels/ratio_max",
+)  # fmt: skip
 CONFIG: dict[str, Any] = {
     "loss_agg_mode": "seq-mean-token-mean", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4, "clip_ratio_c": 10.0,
 }  # fmt: skip

@@ -18,6 +18,7 @@ from ... import (
     policy_loss_from_logprobs,
 )
 from ...linear.model_head import Found, head_tensors, run_at_head
+from .._arrays import dual_clipped
 from ..reductions import reduction_of
 from .config import LEVELS, NORMALIZERS, GSPOConfig, check_options
 from .entropy import add_bonus, has_entropy_options, tokens_that_count
@@ -209,7 +210,7 @@ class GSPOTrainer(GRPOTrainer):
         if stats.ratio_of == "sequence":
             low, high, counted = low[:, None], high[:, None], counted.any(dim=1, keepdim=True)
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages
-        high = high & (advantages > 0)  # TRL does not count ratios above `delta`
+        high = high & ~dual_clipped(self._objective, high, advantages)  # TRL does not count ratios above `delta`
         by_row = torch.stack([-low.sum(1), high.sum(1)], dim=1).float() / counted.sum(1, keepdim=True)  # NaN: empty row
         largest = self.accelerator.gather(by_row).nan_to_num(nan=-torch.inf).amax(dim=0)
 
