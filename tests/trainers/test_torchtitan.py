@@ -205,10 +205,12 @@ def test_the_batcher_and_the_losses_belong_together() -> None:
 # --- from hidden states -----------------------------------------------------------------------------------------------
 
 
-def head(seed: int = 7) -> Any:
-    module = Linear.Config(in_features=HIDDEN, out_features=VOCAB, bias=False).build()
+def head(seed: int = 7, *, bias: bool = False) -> Any:
+    module = Linear.Config(in_features=HIDDEN, out_features=VOCAB, bias=bias).build()
     with torch.no_grad():
         module.weight.copy_(torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(seed)))
+        if bias:
+            module.bias.copy_(torch.linspace(-1.0, 1.0, VOCAB))
     return module
 
 
@@ -216,8 +218,8 @@ def hidden_of(part: Any) -> Tensor:
     return torch.randn(*part.labels.shape, HIDDEN, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("chunk_bytes", [None, 4 * VOCAB * 8])
-def test_from_hidden_states(chunk_bytes: int | None) -> None:
+@pytest.mark.parametrize(("chunk_bytes", "bias"), [(None, False), (4 * VOCAB * 8, True)])
+def test_from_hidden_states(chunk_bytes: int | None, bias: bool) -> None:
     """The trainer gives it the head as it does to its own wrapper. Loss, metrics and gradients are those of logits."""
     batch = packed(ResponseBatcher)
     ((part,),), tokens = batch.microbatches, batch.num_global_valid_tokens
@@ -225,7 +227,7 @@ def test_from_hidden_states(chunk_bytes: int | None) -> None:
     assert isinstance(loss_fn, ChunkedLossWrapper)
     with pytest.raises(RuntimeError, match="lm_head: expected the trainer to call set_lm_head first"):
         called(loss_fn, part, tokens, hidden_of(part))
-    lm_head, same = head(), head()
+    lm_head, same = head(bias=bias), head(bias=bias)
     loss_fn.set_lm_head(lm_head)
     loss, gradient, metrics = called(loss_fn, part, tokens, hidden_of(part))
 
@@ -236,7 +238,8 @@ def test_from_hidden_states(chunk_bytes: int | None) -> None:
     )  # fmt: skip
     expected.backward()
     check_number("loss", float(loss), float(expected.detach()), 1e-6)
-    for actual, wanted in ((gradient, hidden.grad), (lm_head.weight.grad, same.weight.grad)):
+    of_heads = [(x.grad, y.grad) for x, y in zip(lm_head.parameters(), same.parameters(), strict=True)]
+    for actual, wanted in ((gradient, hidden.grad), *of_heads):
         assert actual is not None and wanted is not None and float(wanted.abs().max()) > 1e-3
         check_close("gradient", actual, wanted, 1e-5 * (wanted.abs() + 0.1 * wanted.abs().max()))
     for name, value in expected_metrics.items():
