@@ -20,6 +20,7 @@ from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DRO
 from ..rollout.correction import rollout_weights
+from ._arrays import renamed
 from .reductions import reduction_of
 
 __all__ = ["LogitPolicyLossFn", "PolicyLossFn"]
@@ -60,10 +61,11 @@ class PolicyLossFn(ClippedPGLossFn):
         low, high = self.ratio_clip_min, self.ratio_clip_max
         if self.disable_ppo_ratio and not self.force_on_policy_ratio:  # NeMo-RL's order
             return DRO(0.0)
-        if self.use_cispo:
-            return CISPO(low, high)
-        kind = GSPOToken if self.sequence_level_importance_ratios else PPO
-        return kind(low, high, self.ratio_clip_c)
+        with renamed(eps_low="ratio_clip_min", eps_high="ratio_clip_max", dual_clip="ratio_clip_c"):
+            if self.use_cispo:
+                return CISPO(low, high)
+            kind = GSPOToken if self.sequence_level_importance_ratios else PPO
+            return kind(low, high, self.ratio_clip_c)
 
     def __call__(
         self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor

@@ -21,7 +21,7 @@ from ..losses.clipped import GRPO, GSPOToken
 from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.from_rows import KeptLogprobs
 from ..rows.kept import KeptTokens
-from ._arrays import dual_clipped
+from ._arrays import dual_clipped, renamed
 from .reductions import reduction_of
 
 __all__ = ["policy_loss"]
@@ -71,7 +71,8 @@ def policy_loss(
     old_logprobs = rows.scatter(_checked(batch, old_name, checks.digits)) if has_old else None
     high = args.eps_clip if args.eps_clip_high is None else args.eps_clip_high
     kind = GSPOToken if args.advantage_estimator == "gspo" else GRPO
-    objective = kind(args.eps_clip, high, args.eps_clip_c)
+    with renamed(eps_low="eps_clip", eps_high="eps_clip_high", dual_clip="eps_clip_c"):
+        objective = kind(args.eps_clip, high, args.eps_clip_c)
 
     by_token = args.calculate_per_token_loss
     kept = kept_tokens(batch, rows) if getattr(args, "rollout_top_p", 1.0) != 1.0 else None

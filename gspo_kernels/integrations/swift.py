@@ -25,6 +25,7 @@ from ..losses.from_logits import policy_loss_from_logprobs, token_logprobs
 from ..losses.objectives import Objective
 from ..losses.reduction import global_count
 from ..losses.weighted import CISPO
+from ._arrays import renamed
 from .reductions import Reduction, reduction_of
 
 __all__ = ["GRPOTrainer", "LinearLoss", "MegatronLosses"]
@@ -204,7 +205,8 @@ def objective_of(trainer: Any) -> Objective:
     delta = trainer.args.delta
     if delta is not None and delta < 1 + high:
         raise ValueError(f"delta: expected at least 1 + epsilon_high, {1 + high}; got {delta}")
-    return {"token": GRPO, "sequence": GSPO, "sequence_token": GSPOToken}[level](low, high, delta)
+    with renamed(eps_low="epsilon", eps_high="epsilon_high", dual_clip="delta"):
+        return {"token": GRPO, "sequence": GSPO, "sequence_token": GSPOToken}[level](low, high, delta)
 
 
 def response_mean(values: Tensor, mask: Tensor) -> Tensor:

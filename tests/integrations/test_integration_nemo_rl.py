@@ -242,3 +242,9 @@ def test_from_logits_that_are_sharded_over_the_vocabulary(world: int) -> None:
 def test_options_that_are_refused(error: type[Exception], cfg: dict[str, Any], message: str) -> None:
     with pytest.raises(error, match=message):
         nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(**cfg))
+
+
+def test_a_wrong_clip_range_has_its_option_name() -> None:
+    loss = nemo_rl.PolicyLossFn(stand_ins.clipped_pg_loss_config(ratio_clip_max=-0.1))
+    with pytest.raises(ValueError, match=r"^ratio_clip_max: expected"):
+        _ = loss.objective

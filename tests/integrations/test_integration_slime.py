@@ -58,6 +58,14 @@ def test_refusals_name_the_option(option: str, value: Any) -> None:
         slime.policy_loss(args(**{option: value}), whole(), torch.zeros(1, 1, VOCAB), torch.sum)
 
 
+def test_a_wrong_clip_range_has_its_option_name() -> None:
+    refused = pytest.raises(ValueError, match=r"^eps_clip_c: expected")
+    with mock.patch.dict(sys.modules, stand_ins(1, 1, (None, None), 0)), refused:
+        slime.policy_loss(
+            args(eps_clip_c=0.5), whole(), F.pad(torch.cat(whole()["logits"]), (0, 0, 0, PADDING))[None], torch.sum
+        )
+
+
 def hook(batch: dict[str, Any]) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
     """The hook on one rank, with all terms."""
     opt = args(recompute_loss_function=True, rollout_top_p=0.9 if "rollout_top_p_token_ids" in batch else 1.0)

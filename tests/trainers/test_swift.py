@@ -390,6 +390,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fipo": ({"loss_type": "fipo"}, "loss_type: expected"),
     "sapo": ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level: expected"),
     "cispo": ({"loss_type": "cispo"}, "epsilon_high: expected the largest ratio"),
+    "epsilon": ({"epsilon": -0.1}, "epsilon: expected"),
     "delta": ({"delta": 1.1}, "delta: expected at least"),
     "teacher": ({"has_teacher": True, "importance_sampling_level": "sequence"}, "importance_sampling_level: expected"),
     "sdar": ({"sdar_loss_coef": 0.1}, "sdar_loss_coef: expected 0"),
