@@ -51,8 +51,8 @@ class Stats:
     num_tokens: Tensor  # unmasked
     logprobs: Tensor  # token layout, 0 where masked
     log_ratio: Tensor  # [sequences] or token layout, 0 where masked
-    clipped_low: Tensor  # bool, of the shape of log_ratio: the units of clip_fraction_low; False where masked or empty
-    clipped_high: Tensor  # ... and those of clip_fraction_high
+    clipped_low: Tensor  # bool, of the shape of log_ratio: the units of clip_fraction_low; False where masked or empty,
+    clipped_high: Tensor  # and for a sequence of which this rank has no token; ... and those of clip_fraction_high
     ratio_of: str = "token"  # what a unit is: "sequence" or "token"
     head: HeadWork | None = None  # of a loss from hidden states
 
@@ -114,7 +114,6 @@ def collect(
     """The stats of a batch. `terms.log_ratio` is [sequences] if `per_sequence`; all other arrays are [tokens].
 
     Under context parallelism a rank counts its own tokens, and its share of each sequence; one collective adds these.
-    It also tells ranks without a token of a sequence whether that sequence is clipped.
     """
     log_ratio = terms.log_ratio.detach()
     counted = layout.held if per_sequence else layout.mask
@@ -134,10 +133,10 @@ def collect(
         found = torch.where(counted, ratio, fill)
         return found.amin() if fill > 0 else found.amax()
 
-    clipped = torch.stack(
-        [torch.zeros_like(counted) if x is None else counted & x for x in (terms.clipped_low, terms.clipped_high)]
+    clipped_low, clipped_high = (
+        torch.zeros_like(counted) if x is None else counted & x for x in (terms.clipped_low, terms.clipped_high)
     )
-    low, high = (units(x) for x in clipped)
+    low, high = units(clipped_low), units(clipped_high)
     r = token_log_ratio.detach().clamp(-max_log_ratio, max_log_ratio)
     groups = (  # in the order of SCALARS
         (low + high, low, high, units(ratio)),
@@ -148,11 +147,7 @@ def collect(
     )
     sums = torch.stack([value for group in groups for value in group])
     if layout.ranks is not None:
-        decisions = clipped.double().reshape(-1) if per_sequence else sums[:0]
-        of_ranks, decisions = gather(torch.cat([sums, decisions]), layout.ranks).split(
-            [len(sums), len(decisions)], dim=1
-        )
-        clipped = (decisions != 0).any(0).reshape(clipped.shape) if per_sequence else clipped
+        of_ranks = gather(sums, layout.ranks)
         sums = of_ranks.sum(0)
         sums[_RATIO_MIN], sums[_RATIO_MAX] = of_ranks[:, _RATIO_MIN].amin(), of_ranks[:, _RATIO_MAX].amax()
     of_units, extremes, saturated, of_tokens, counts = sums.split([len(group) for group in groups])
@@ -167,7 +162,7 @@ def collect(
         **of_batch,
         logprobs=layout.select(logprobs.detach()).float().reshape(layout.shape),
         log_ratio=log_ratio.float().reshape(shape),
-        clipped_low=clipped[0].reshape(shape),
-        clipped_high=clipped[1].reshape(shape),
+        clipped_low=clipped_low.reshape(shape),
+        clipped_high=clipped_high.reshape(shape),
         ratio_of="sequence" if per_sequence else "token",
     )

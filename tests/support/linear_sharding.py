@@ -18,7 +18,7 @@ from batches import LINEAR, PUBLIC, Batch, arguments, flat, of_units, to_padded
 from linear import Gradients, Problem, Separate, check_same, chunk_of, with_low_rank, without_synchronization
 from linear import from_logits as one_process
 from ranks import grid, refused
-from sharding import Case, Found, Grid, agreed, dtensor, found_of, keywords_of, part, shard_of
+from sharding import Case, Found, Grid, agreed, clipped_sequences, dtensor, found_of, keywords_of, part, shard_of
 from torch import Tensor
 
 from gspo_kernels import GSPO, explain, linear_policy_loss, linear_token_logprobs, policy_loss
@@ -374,7 +374,7 @@ def put_together(found: Sequence[Found], at: HeadGrid, case: Case, p: Problem) -
     logprobs = torch.full((n,), torch.nan)
     log_ratio, clipped = torch.full((n,), torch.nan), torch.ones(n, 2, dtype=torch.bool)
     if by_sequence:
-        log_ratio, clipped = found[0]["log_ratio"], found[0]["clipped"]
+        log_ratio, clipped = found[0]["log_ratio"], clipped_sequences(found, at, case, p.batch, row_indices)
     hidden = torch.full_like(p.hidden, torch.nan)
     for r, one in enumerate(found):
         rows, first = row_indices[r // at.tp], found[r // at.tp * at.tp]

@@ -175,8 +175,18 @@ def agreed(found: Sequence[Found], at: Grid, case: Case) -> None:
         names = [name for name in one["stats"] if not name.startswith("head_")]
         differing = [name for name in names if not torch.equal(one["stats"][name], found[0]["stats"][name])]
         assert not differing, f"{case}: {differing} of the stats differ among ranks"
-        for name in ("log_ratio", "clipped") if one["by_sequence"] else ():
-            assert torch.equal(one[name], found[0][name]), f"{case}: {name} differs among ranks"
+        if one["by_sequence"]:
+            assert torch.equal(one["log_ratio"], found[0]["log_ratio"]), f"{case}: log_ratio differs among ranks"
+
+
+def clipped_sequences(found: Sequence[Found], at: Any, case: Case, batch: Batch, row_indices: list[Tensor]) -> Tensor:
+    """bool [S, 2]. A rank knows it of the sequences of which it has a token, and says False of all others."""
+    whole = torch.stack([one["clipped"] for one in found]).any(0)
+    for r, one in enumerate(found):
+        mine = torch.zeros_like(batch.mask).index_fill(0, row_indices[r // at.tp], True) & batch.mask
+        held = torch.tensor([bool(mine[list(rows)].any()) for rows in batch.sequences], dtype=torch.bool)
+        assert torch.equal(one["clipped"], whole & held[:, None]), f"{case}: clip decisions of rank {r}"
+    return whole
 
 
 def put_together(found: Sequence[Found], at: Grid, case: Case, batch: Batch) -> Outcome:
@@ -189,7 +199,7 @@ def put_together(found: Sequence[Found], at: Grid, case: Case, batch: Batch) -> 
     logprobs = torch.full((n,), math.nan)
     log_ratio, clipped = torch.full((n,), math.nan), torch.ones(n, 2, dtype=torch.bool)
     if found[0]["by_sequence"]:
-        log_ratio, clipped = found[0]["log_ratio"], found[0]["clipped"]
+        log_ratio, clipped = found[0]["log_ratio"], clipped_sequences(found, at, case, batch, row_indices)
     padding = []
     for r, one in enumerate(found):
         rows = row_indices[r // at.tp]

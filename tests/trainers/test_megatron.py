@@ -155,11 +155,12 @@ def arrays_of(found: list[Found], sequences: int, n: int) -> tuple[Tensor, Tenso
     by_sequence = len(found[0]["log_ratio"]) == len(found[0]["sequences"])
     units = sequences if by_sequence else n
     logprobs, log_ratio = torch.full((n,), math.nan), torch.full((units,), math.nan)
-    clipped = torch.ones(units, 2, dtype=torch.bool)
+    clipped = torch.zeros(units, 2, dtype=torch.bool)
     for one in found:
         logprobs[one["rows"]] = one["logprobs"]
         here = one["sequences"] if by_sequence else one["rows"]
-        log_ratio[here], clipped[here] = one["log_ratio"], one["clipped"]
+        log_ratio[here] = one["log_ratio"]
+        clipped[here] |= one["clipped"]  # a rank without a token of a response says False
     return logprobs, log_ratio, clipped
 
 
