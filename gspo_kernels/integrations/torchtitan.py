@@ -92,6 +92,23 @@ def _weighted(part: Any, factors: Tensor) -> Any:
 # --- from logits ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig(BaseLoss.Config):
+    """The objective of both losses below."""
+
+    objective: str = "gspo"
+    """A name of `gspo_kernels.integrations.objectives`."""
+
+    eps_low: float | None = None
+    """Lower bound of the clip range, as a distance from 1. None: the objective's default, 3e-4 for GSPO."""
+
+    eps_high: float | None = None
+    """Upper bound, as a distance from 1. None: the objective's default, 4e-4 for GSPO."""
+
+    dual_clip: float | None = None
+    """The largest ratio that counts for a negative advantage. None: no bound."""
+
+
 class PolicyLoss(BaseLoss):
     """GSPO, or an objective with a ratio per token, from the logits [B, L, V] that the model returns.
 
@@ -99,19 +116,7 @@ class PolicyLoss(BaseLoss):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
-        objective: str = "gspo"
-        """A name of `gspo_kernels.integrations.objectives`."""
-
-        eps_low: float | None = None
-        """Lower bound of the clip range, as a distance from 1. None: the objective's default, 3e-4 for GSPO."""
-
-        eps_high: float | None = None
-        """Upper bound, as a distance from 1. None: the objective's default, 4e-4 for GSPO."""
-
-        dual_clip: float | None = None
-        """The largest ratio that counts for a negative advantage. None: no bound."""
-
+    class Config(ObjectiveConfig):
         global_vocab_size: int | None = None
         """Needed where tensor parallelism shards the vocabulary unevenly. None: evenly."""
 
@@ -178,14 +183,7 @@ class LinearPolicyLoss(ChunkedLossWrapper):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
-        objective: str = "gspo"
-        """As in `PolicyLoss.Config`, and so are the next three."""
-
-        eps_low: float | None = None
-        eps_high: float | None = None
-        dual_clip: float | None = None
-
+    class Config(ObjectiveConfig):
         chunk_bytes: int | None = None
         """Memory for a chunk of logits. None: 1.25 GiB on a GPU."""
 
@@ -239,7 +237,7 @@ class _Head:
 # --- what both have in common -----------------------------------------------------------------------------------------
 
 
-def _objective(config: Any) -> Objective:
+def _objective(config: ObjectiveConfig) -> Objective:
     given = {name: getattr(config, name) for name in ("eps_low", "eps_high", "dual_clip")}
     return objective_of(config.objective, **{name: x for name, x in given.items() if x is not None})
 
