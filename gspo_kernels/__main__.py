@@ -1,4 +1,4 @@
-"""`python -m gspo_kernels`: what runs on this machine, and whether it is right. `plan`: the memory that a batch takes."""
+"""`python -m gspo_kernels`: what runs here, and whether it is right. `plan`: the memory that a batch takes."""
 
 from __future__ import annotations
 
