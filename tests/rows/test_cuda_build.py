@@ -83,5 +83,5 @@ def test_the_extension_of_this_run_has_them() -> None:
     import gspo_kernels._native as native
 
     assert hasattr(native, "cuda_one_read") is (os.environ.get("GSPO_KERNELS_CUDA") != "0")
-    assert native.cuda_unavailable_reason(0) in ("", "there is no NVIDIA driver")
+    assert native.cuda_unavailable_reason(device=0) in ("", "there is no NVIDIA driver")
     assert native.cuda_variants()[0] == "default"
