@@ -51,7 +51,7 @@ bool supported(const std::string& name) {
 // What this processor has for products of bf16 matrices: tile units, or instructions of AVX-512.
 enum class BFloat16Units { kAmx, kAvx512 };
 
-bool has_bfloat16(BFloat16Units units) {
+bool has_bfloat16([[maybe_unused]] BFloat16Units units) {
 #if defined(__x86_64__)
   const bool amx = units == BFloat16Units::kAmx;
   unsigned eax, ebx, ecx, edx;

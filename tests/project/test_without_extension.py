@@ -1,4 +1,6 @@
-"""What a build makes: one extension for every Python. Without a compiler the installation continues with a warning, and the same losses run on plain torch.
+"""A build makes one extension for every Python.
+
+Without a compiler the installation continues with a warning, and the same losses run on plain torch.
 
 Messages are correct: where the extension was looked for, and which copy of the package has it.
 """
