@@ -88,7 +88,7 @@ if SANITIZE:
 
 
 class BuildExtension(build_ext):
-    in_place = False  # the extension goes into the source tree; `inplace` says that only before and after the build
+    in_place = False  # the extension goes into the source tree; setuptools clears `inplace` while it builds
 
     def run(self) -> None:
         self.in_place = bool(self.inplace)
@@ -106,6 +106,7 @@ class BuildExtension(build_ext):
             ) from error
 
     def copy_extensions_to_source(self) -> None:
+        """And removes earlier builds, for this Python alone, which it would import instead."""
         super().copy_extensions_to_source()
         for extension in self.extensions:
             built = Path(self.get_ext_fullpath(extension.name))

@@ -209,7 +209,7 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(called), METH_FASTCALL | METH_KEYWORDS, nullptr};
 }
 
-// The module that a PyInit function returns; `fill` adds its functions, and returns 0.
+// The module that a PyInit function returns. `fill` adds its functions and returns 0, or -1 with Python's error set.
 class Module {
  public:
   Module(const char* name, const char* documentation, int (*fill)(PyObject*)) {
