@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: the repository's own pages join the site, and every public name must be in it.
+"""Hooks of the documentation's build: pages and plots outside of docs/ join it, and every public name must be in it.
 
 A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. What the package
 itself imports from an integration is public by the package's name alone. The check only reads the source and the built
@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gspo_kernels"
-FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "SECURITY.md")
+PLOTS = "benchmarks/results"
 
 documented: set[str] = set()  # anchors of the pages that this build has written
 
@@ -48,16 +49,17 @@ def imported(source: Path, module: str) -> set[str]:
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File  # where the tests import this file there is no mkdocs
 
-    for name in FROM_ROOT:
+    plots = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / PLOTS).glob("*.png"))]
+    for name in (*PAGES, *plots):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links are written for the repository, where a page of the root is not beside those of docs/."""
-    if page.file.src_uri in FROM_ROOT:
+    if page.file.src_uri in PAGES:
         return markdown.replace("](docs/", "](")
-    for name in FROM_ROOT:
+    for name in (*PAGES, PLOTS):
         markdown = markdown.replace(f"](../{name}", f"]({name}")
     return markdown
 
