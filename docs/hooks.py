@@ -64,9 +64,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> None:
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """A plot is a link to itself, to be read in full size."""
     if page.file.src_uri.startswith("api/"):
         documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', html))
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 
 def on_post_build(**_: Any) -> None:
