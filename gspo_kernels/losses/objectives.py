@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.layout import Layout
+from ..base.torch_internals import constant_while_compiling
 from .reduction import AGGREGATIONS
 from .triton_term import TritonHold, TritonTerm
 
@@ -272,7 +273,7 @@ def carried(objective: Objective) -> AbstractContextManager[Any]:
     return _Carried(objective) if objective.packed_parameters() is None else nullcontext()
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _packed_fields(kind: type[Objective]) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
     """(name, choices of a string) of the fields that rebuild an instance; None if floats and choices alone do not."""
     if _class_of(_name_of(kind)) is not kind:  # defined in a function, or since defined again (in a notebook)
@@ -301,7 +302,7 @@ def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, tuple[str, ...]]
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _name_of(kind: type[Objective]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
