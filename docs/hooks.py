@@ -65,10 +65,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """A plot is a link to itself, to be read in full size."""
+    """A plot is a link to itself, to be read in full size. A short number such as 2.3e-09 stays on one line."""
     if page.file.src_uri.startswith("api/"):
         documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', html))
-    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+    html = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+    return re.sub(r'(?<=<td style="text-align: right;)(?=">[^<]{1,12}</td>)', " white-space: nowrap;", html)
 
 
 def on_post_build(**_: Any) -> None:

@@ -8,7 +8,7 @@ import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import dead_links  # docs/scripts/dead_links.py
@@ -125,6 +125,14 @@ def test_a_dead_link_of_the_site_fails_the_build(
     (site / "page.html").write_text(broken)
     assert dead_links.main([str(site)]) != 0
     assert named in "".join(capfd.readouterr())
+
+
+def test_a_plot_is_a_link_to_itself_and_short_numbers_stay_whole() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    image, cell = '<img alt="A plot" src="a.png" />', '<td style="text-align: right;">{}</td>'
+    html = hooks().on_page_content(image + cell.format("2.3e-09") + cell.format("84% (77% to 88%)"), page)
+    assert html.startswith(f'<a href="a.png">{image}</a>')
+    assert re.findall(r"; white-space: nowrap;\">(.+?)</td>", html) == ["2.3e-09"]
 
 
 def test_the_gallery_shows_every_plot() -> None:
