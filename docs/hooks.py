@@ -8,7 +8,9 @@ pages, so neither torch nor a trainer needs to be installed.
 from __future__ import annotations
 
 import ast
+import html
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links are written for the repository, where a page of the root is not beside those of docs/."""
+    page.meta.setdefault("description", description(markdown))
     if page.file.src_uri in PAGES:
         return markdown.replace("](docs/", "](")
     for name in (*PAGES, PLOTS):
@@ -64,12 +67,21 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> str:
+def description(markdown: str) -> str:
+    """The first paragraph of more than a few words, for search engines and for links to the page."""
+    prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    paragraphs = re.findall(r"^[\w`*[].*(?:\n\S.*)*", prose, flags=re.MULTILINE)
+    first = next((each for each in paragraphs if len(each) > 60), "")
+    text = re.sub(r"[`*]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", first))
+    return html.escape(textwrap.shorten(text, 200, placeholder="..."))
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
     """A plot is a link to itself, to be read in full size. A short number such as 2.3e-09 stays on one line."""
     if page.file.src_uri.startswith("api/"):
-        documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', html))
-    html = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
-    return re.sub(r'(?<=<td style="text-align: right;)(?=">[^<]{1,12}</td>)', " white-space: nowrap;", html)
+        documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', content))
+    content = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', content)
+    return re.sub(r'(?<=<td style="text-align: right;)(?=">[^<]{1,12}</td>)', " white-space: nowrap;", content)
 
 
 def on_post_build(**_: Any) -> None:

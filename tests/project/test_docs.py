@@ -135,6 +135,15 @@ def test_a_plot_is_a_link_to_itself_and_short_numbers_stay_whole() -> None:
     assert re.findall(r"; white-space: nowrap;\">(.+?)</td>", html) == ["2.3e-09"]
 
 
+def test_the_description_of_a_page_is_its_first_paragraph() -> None:
+    code = "```bash\npip install a-package-whose-name-has-more-characters-than-are-needed\n```"
+    first = "[`GSPOTrainer`](api.md) is a **trainer** that computes the loss,\nand nothing < else."
+    page = f"# TRL\n\n{code}\n\nTwo lines change:\n\n{first}\n\nNot this.\n"
+    assert hooks().description(page) == "GSPOTrainer is a trainer that computes the loss, and nothing &lt; else."
+    assert len(hooks().description(first * 9)) < 210
+    assert hooks().description("# Only\n\n## Headings\n") == ""
+
+
 def test_the_gallery_shows_every_plot() -> None:
     gallery = ROOT / "docs" / "gallery.md"
     shown = {(gallery.parent / path).resolve() for path in re.findall(r"!\[.+?\]\((\S+)\)", gallery.read_text())}
