@@ -77,11 +77,12 @@ def description(markdown: str) -> str:
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
-    """A plot is a link to itself, to be read in full size. A short number such as 2.3e-09 stays on one line."""
+    """A plot is a link to itself, to be read in full size. Short numbers in a table stay on one line."""
     if page.file.src_uri.startswith("api/"):
         documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', content))
     content = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', content)
-    return re.sub(r'(?<=<td style="text-align: right;)(?=">[^<]{1,12}</td>)', " white-space: nowrap;", content)
+    short = r"[^<]{1,12}|[^<(]{1,18}"  # such as 2.3e-09, 0.58 (101%) and 48.8% -&gt; 82.8%
+    return re.sub(rf'(?<=<td style="text-align: right;)(?=">({short})</td>)', " white-space: nowrap;", content)
 
 
 def on_post_build(**_: Any) -> None:

@@ -130,9 +130,10 @@ def test_a_dead_link_of_the_site_fails_the_build(
 def test_a_plot_is_a_link_to_itself_and_short_numbers_stay_whole() -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
     image, cell = '<img alt="A plot" src="a.png" />', '<td style="text-align: right;">{}</td>'
-    html = hooks().on_page_content(image + cell.format("2.3e-09") + cell.format("84% (77% to 88%)"), page)
+    short, long = ["2.3e-09", "0.58 (101%)", "48.8% -&gt; 82.8%"], ["84% (77% to 88%)", "its kernel needs a GPU"]
+    html = hooks().on_page_content(image + "".join(map(cell.format, short + long)), page)
     assert html.startswith(f'<a href="a.png">{image}</a>')
-    assert re.findall(r"; white-space: nowrap;\">(.+?)</td>", html) == ["2.3e-09"]
+    assert re.findall(r"; white-space: nowrap;\">(.+?)</td>", html) == short
 
 
 def test_the_description_of_a_page_is_its_first_paragraph() -> None:
