@@ -39,7 +39,7 @@ def advice(
         *_of_triton(gpus),
         *_of_extension(processor, source),
         *_of_cuda_kernels(gpus, source),
-        *_of_settings(processor, environment),
+        *_of_settings(processor, gpus, environment),
         *_of_threads(processor, environment),
         *_of_products(processor, services, environment),
     )
@@ -98,7 +98,9 @@ def _of_extension(processor: Processor, source: str) -> Iterator[Advice]:
         has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
         compiler = () if has_compiler else (_COMPILER.get(sys.platform, _COMPILER["linux"]),)
         commands = (*compiler, _reinstall(source))
-        yield Advice(f"losses on the CPU run on plain torch, many times slower: {reason}", commands)
+        yield Advice(
+            "losses on the CPU run on plain torch, many times slower, because the C++ extension is missing", commands
+        )
     units = "AVX512-BF16"
     if processor.product_kernels == "avx512" and units in processor.instruction_sets:
         yield Advice(
@@ -122,14 +124,14 @@ def _of_cuda_kernels(gpus: Sequence[Gpu], source: str) -> Iterator[Advice]:
         yield Advice(f"{gain}; building them needs nvcc", (toolkit, build))
 
 
-def _of_settings(processor: Processor, environment: Sequence[Variable]) -> Iterator[Advice]:
+def _of_settings(processor: Processor, gpus: Sequence[Gpu], environment: Sequence[Variable]) -> Iterator[Advice]:
     values = {each.name: each.value for each in environment}
     widest = next((kernels for kernels, name in _WIDEST.items() if name in processor.instruction_sets), None)
     if processor.kernels is not None and "GSPO_KERNELS_ISA" in values and widest not in (None, processor.kernels):
         yield Advice(
             f"this processor has {widest}, but the C++ kernels run {processor.kernels}", ("unset GSPO_KERNELS_ISA",)
         )
-    if values.get("GSPO_KERNELS_DEBUG", "0") not in ("", "0"):
+    if gpus and values.get("GSPO_KERNELS_DEBUG", "0") not in ("", "0"):
         yield Advice("every call on a GPU waits for its checks", ("unset GSPO_KERNELS_DEBUG",))
     if triton_rows.INTERPRETED:
         yield Advice("Triton kernels run in the interpreter, which is for tests", ("unset TRITON_INTERPRET",))

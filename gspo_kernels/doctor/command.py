@@ -1,4 +1,4 @@
-"""`python -m gspo_kernels`: what only has to be read comes first, so that a crash of a kernel leaves it on the screen."""
+"""`python -m gspo_kernels`: what has only to be read comes first, and stays on the screen if a kernel crashes."""
 
 from __future__ import annotations
 

@@ -78,5 +78,5 @@ def _refused(name: str) -> str:
     try:
         readers.get(name, str)()
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix(f"{name}: ")
     return ""

@@ -35,8 +35,10 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def processor() -> Processor:
     kernels = products = None
-    problem, chosen_by = cpu_rows.unavailable_reason(), ""
-    if not problem:
+    problem = chosen_by = ""
+    if cpu_rows.unavailable_reason():
+        problem = "none: the C++ extension does not run, see native"
+    else:
         try:
             kernels, products = cpu_rows.instruction_set(), product_instructions()
             requested = os.environ.get("GSPO_KERNELS_ISA")

@@ -27,7 +27,11 @@ def section(name: str, value: Any, width: int) -> str:
 
 def summary(findings: Findings, width: int) -> str:
     failed = [each for each in findings.checks if not each.passed]
-    found = f"{len(findings.checks)} checks pass." if not failed else f"{len(failed)} of {len(findings.checks)} FAIL."
+    found = (
+        f"{len(findings.checks)} checks pass."
+        if not failed
+        else f"{len(failed)} of {len(findings.checks)} checks FAIL."
+    )
     found += "" if findings.advice else " There is nothing to change."
     problems = sum(bool(each.problem) for each in findings.environment)
     found += f" {problems} environment variable{'s are' if problems > 1 else ' is'} wrong." if problems else ""
@@ -53,7 +57,9 @@ def _processor(found: Processor, width: int) -> Iterator[str]:
     cores = f"{found.cores} core{'s' * (found.cores > 1)}"
     cores += f", {found.usable_cores} of them usable" if found.usable_cores < found.cores else ""
     memory = f", {found.memory_bytes / 1e9:.0f} GB" if found.memory_bytes else ""
-    yield from _labelled("model", f"{found.model}, {cores}, {found.threads} threads{memory}", width)
+    yield from _labelled(
+        "model", f"{found.model}, {cores}, {found.threads} thread{'s' * (found.threads > 1)}{memory}", width
+    )
     seen = ", ".join(found.instruction_sets) or f"unknown; torch uses {found.torch_capability}"
     yield from _labelled("instructions", seen, width)
     if found.problem:
@@ -92,10 +98,10 @@ def _services(found: Sequence[Service], width: int) -> Iterator[str]:
             for line in text.splitlines():
                 mark, text = (line[:3], line[3:]) if line[:3] in ("-> ", "   ") else ("   ", line)
                 yield from _wrapped(text, width, f"  {mark}", "       ")
-        yield f"  {device}, products of hidden states and a head"
-        for dtypes, text in _together((each.dtype, each.products) for each in here):
-            if text:
-                yield from _wrapped(f"{dtypes}: {text}", width, "    ")
+        if any(each.products for each in here):
+            yield f"  {device}, products of hidden states and a head"
+        for dtypes, text in _together((each.dtype, each.products or f"PROBLEM: {each.problem}") for each in here):
+            yield from _wrapped(f"{dtypes}: {text}", width, "    ")
 
 
 def _backends(found: Service) -> Iterator[str]:
@@ -103,8 +109,6 @@ def _backends(found: Service) -> Iterator[str]:
         yield f"{'->' if each.runs else '  '} {each.name} ({each.description}): {'runs, ' * each.runs}{each.reason}"
     if found.token_stage:
         yield f"token stage: {found.token_stage}"
-    if found.problem:
-        yield f"PROBLEM: {found.problem}"
 
 
 def _checks(found: Sequence[Check], width: int) -> Iterator[str]:
@@ -125,9 +129,12 @@ def _checks(found: Sequence[Check], width: int) -> Iterator[str]:
         for row in (titles, *rows):
             numbers = "".join(f"{cell:>8}" for cell in row[1:])
             yield f"  {device if row is titles else row[0]:<{first}}{numbers}"
-    for each in found:
-        if not each.passed:
-            yield from _failure(each, width)
+    failures = ((f"{each.backend} {each.dtype} on {each.device}", _failure(each)) for each in found if not each.passed)
+    for names, lines in _together(failures):
+        yield ""
+        yield from _wrapped(f"FAIL {names}", width, "  ")
+        for line in lines.splitlines():
+            yield from _wrapped(line, width, "    ")
 
 
 def _cells(check: Check, columns: Sequence[str]) -> list[str]:
@@ -138,29 +145,29 @@ def _cells(check: Check, columns: Sequence[str]) -> list[str]:
     ]
 
 
-def _failure(check: Check, width: int) -> Iterator[str]:
-    yield ""
-    yield f"  FAIL {check.backend}, {check.dtype} on {check.device}"
+def _failure(check: Check) -> str:
+    lines = []
     for measure in check.measures:
         if not measure.passed:
             error = "not a number" if measure.error is None else f"off by {measure.error:.1e} of its size"
-            yield from _wrapped(f"{measure.detail}; {error}, {measure.allowed:.1e} is allowed", width, "    ")
-    if check.raised:
-        yield from _wrapped(f"raised {check.raised}", width, "    ")
-    yield from _wrapped(f"What to do: {check.advice}", width, "    ")
+            lines.append(f"{measure.detail}; {error}, {measure.allowed:.1e} is allowed")
+    lines += [f"raised {check.raised}"] if check.raised else []
+    return "\n".join([*lines, f"What to do: {check.advice}"])
 
 
 def _speed(found: Sequence[Speed], width: int) -> Iterator[str]:
+    """Bytes per second: of a copy, and of losses with their share of a copy's."""
+    if any(each.timings for each in found):
+        yield f"  {'':{_LABEL - 2}}{'a copy':<11}{'forward':<17}and backward"
     for each in found:
         if each.problem:
             yield from _labelled(each.device, f"not measured: {each.problem}", width)
         for dtype, of_dtype in groupby(each.timings, lambda timing: timing.dtype):
             timings = list(of_dtype)
-            shares = [f"{x.work} {_rate(x.bytes_per_second)} ({x.copy_share:.0%})" for x in timings]
-            first = timings[0]
-            of_copy = f"a copy {_rate(first.copy_bytes_per_second)}"
-            of_what = f"{first.backend}, {first.rows} x {each.vocab} logits"
-            yield from _labelled(f"{each.device}, {dtype}", ", ".join([of_copy, *shares, of_what]), width)
+            copy = _rate(timings[0].copy_bytes_per_second)
+            losses = "".join(f"{f'{_rate(x.bytes_per_second)} ({x.copy_share:.0%})':<17}" for x in timings)
+            backend = f"{timings[0].backend}, {timings[0].rows} rows"
+            yield f"  {f'{each.device}, {dtype}':<{_LABEL - 2}}{copy:<11}{losses}{backend}"
 
 
 def _advice(found: Sequence[Advice], width: int) -> Iterator[str]:
@@ -176,7 +183,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any, int], Iterator[str]]]] = {
     "environment": ("Environment variables", _environment),
     "services": ("What runs", _services),
     "checks": ("Checks against float64, the largest relative errors", _checks),
-    "speed": ("Speed, a quick measurement of the machine as it is loaded now", _speed),
+    "speed": ("Speed of a GSPO loss, measured quickly on the machine as it is loaded now", _speed),
     "advice": ("To get more", _advice),
 }
 
