@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning.add_arguments(plan)
     plan.set_defaults(run=planning.run)
     parser.set_defaults(run=doctor.run)
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    options.json |= "--json" in arguments  # also before the command, whose own default would hide it
     code: int = options.run(options)
     return code
 

@@ -222,6 +222,7 @@ def _measure(
 ) -> Measure:
     """The largest error of the selected numbers, relative to their sizes, beyond `tiny`."""
     actual = actual.detach().cpu().double()
+    expected = expected.expand_as(actual)
     select = torch.ones_like(actual, dtype=torch.bool) if select is None else select.expand_as(actual)
     error = ((actual - expected).abs() - tiny).clamp(min=0.0) / size
     error = torch.where(select, error.nan_to_num(nan=torch.inf), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import shutil
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 if a check fails."""
-    faulthandler.enable()  # a kernel that crashes says where
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # a standard error that is no file
+        faulthandler.enable()  # a kernel that crashes says where
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     found: dict[str, Any] = {}
     with warnings.catch_warnings():

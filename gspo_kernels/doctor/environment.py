@@ -65,7 +65,7 @@ def environment() -> tuple[Variable, ...]:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.upper(), OURS, n=1)
+    close = difflib.get_close_matches(name.upper(), OURS, n=1, cutoff=0.8)
     return f"no variable has this name; {close[0]} has a similar one" if close else "no variable has this name"
 
 

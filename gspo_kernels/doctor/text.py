@@ -26,16 +26,16 @@ def section(name: str, value: Any, width: int) -> str:
 
 
 def summary(findings: Findings, width: int) -> str:
-    failed = [each for each in findings.checks if not each.passed]
-    found = (
-        f"{len(findings.checks)} checks pass."
-        if not failed
-        else f"{len(failed)} of {len(findings.checks)} checks FAIL."
-    )
-    found += "" if findings.advice else " There is nothing to change."
-    problems = sum(bool(each.problem) for each in findings.environment)
-    found += f" {problems} environment variable{'s are' if problems > 1 else ' is'} wrong." if problems else ""
-    return "\n".join(_wrapped(found, width)) + "\n"
+    failed = sum(not each.passed for each in findings.checks)
+    problems, advice = sum(bool(each.problem) for each in findings.environment), len(findings.advice)
+    said = [f"{failed} of {len(findings.checks)} checks FAIL." if failed else f"{len(findings.checks)} checks pass."]
+    if problems:
+        said.append(f"{problems} environment variable{'s are' if problems > 1 else ' is'} wrong.")
+    if advice:
+        said.append(f"{advice} suggestion{'s' * (advice > 1)} above.")
+    elif not failed and not problems:
+        said.append("There is nothing to change.")
+    return "\n".join(_wrapped(" ".join(said), width)) + "\n"
 
 
 def _versions(found: Versions, width: int) -> Iterator[str]:
