@@ -17,6 +17,7 @@ from .findings import Advice, Gpu, Processor, Service, Variable, Versions
 
 OLDEST_TORCH = (2, 7)  # as in pyproject.toml
 _FLOAT32_SUMS = (2, 10)  # from this release on torch adds products of bf16 to a float32 matrix on a GPU
+_NVCC = Path("/usr/local/cuda/bin/nvcc")  # where setup.py looks for it, too
 _WIDEST = {"avx512": "AVX-512", "avx2": "AVX2"}  # the kernels for an instruction set, and the name of the latter
 _COMPILER = {
     "linux": "apt-get install g++   # or dnf install gcc-c++, apk add g++",
@@ -116,8 +117,7 @@ def _of_cuda_kernels(gpus: Sequence[Gpu], source: str) -> Iterator[Advice]:
         return
     gain = f"on an {faster[0]} the CUDA kernels are faster than Triton for on-policy losses and ratios per token"
     build = f"GSPO_KERNELS_CUDA=1 {_reinstall(source)}"
-    nvcc = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "nvcc")
-    if nvcc:
+    if shutil.which("nvcc") or _NVCC.exists():
         yield Advice(f"{gain}; nvcc is here, but they were not built", (build,))
     else:
         toolkit = "install CUDA's toolkit: https://developer.nvidia.com/cuda-downloads"

@@ -52,7 +52,7 @@ SHOWN = {
 
 
 def checks_on(device: torch.device) -> Iterator[tuple[str, str]]:
-    """(backend, dtype) of what can be checked there."""
+    """(backend, dtype) of what can be checked there. Raises what torch raises where the device does not work."""
     for dtype in DTYPES:
         yield from ((backend.name, dtype) for backend in able(device, dtype))
 
@@ -76,6 +76,11 @@ def check(device: torch.device, backend: str, dtype: str) -> Check:
     return Check(str(device), backend, dtype, not raised and all(m.passed for m in worst), worst, raised, "")
 
 
+def unusable(device: torch.device, error: Exception) -> Check:
+    """Of a device on which torch itself fails."""
+    return Check(str(device), "torch", "fp32", False, (), f"{type(error).__name__}: {error}", "")
+
+
 def with_advice(checks: Sequence[Check]) -> tuple[Check, ...]:
     """What to do about each failure: the name of a backend that is right, and where to report it."""
     right = {(each.device, each.dtype): each.backend for each in checks if each.passed}
@@ -85,6 +90,8 @@ def with_advice(checks: Sequence[Check]) -> tuple[Check, ...]:
 def _advice(failed: Check, right: dict[tuple[str, str], str]) -> str:
     if "GSPO_KERNELS_" in failed.raised:
         return "correct or unset the variable that the error names"
+    if failed.backend == "torch":
+        return f"torch cannot use {failed.device}: repair its driver or its torch first"
     other = right.get((failed.device, failed.dtype))
     instead = f"until then pass backend={other!r}, which is right here; " if other else ""
     return f"{instead}report it with the output of python -m gspo_kernels --json: {ISSUES}"

@@ -65,7 +65,12 @@ def _examine(measures_speed: bool) -> Iterator[tuple[str, Any]]:
 
 def _checked(devices: list[torch.device]) -> Iterator[Check]:
     for device in devices:
-        for backend, dtype in checks.checks_on(device):
+        try:
+            planned = list(checks.checks_on(device))
+        except Exception as error:
+            yield checks.unusable(device, error)
+            continue
+        for backend, dtype in planned:
             _progress(f"checking {backend}, {dtype} on {device}")
             yield checks.check(device, backend, dtype)
     _progress("")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ..linear.products import explain_products
@@ -38,4 +40,8 @@ def described(backend: dispatch.Backend) -> str:
 def able(device: torch.device, dtype: str) -> list[dispatch.Backend]:
     """The backends that can take logits of this dtype on this device, whether or not they are the default."""
     logits = torch.empty(1, 1, 16, dtype=DTYPES[dtype], device=device)
-    return [each for each in dispatch.BACKENDS if not each.unsupported_reasons(logits)]
+    found = []
+    for backend in dispatch.BACKENDS:
+        with contextlib.suppress(ValueError):  # why, `service` tells
+            found.append(dispatch.choose(logits, backend.name))
+    return found

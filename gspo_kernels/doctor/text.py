@@ -100,8 +100,12 @@ def _services(found: Sequence[Service], width: int) -> Iterator[str]:
                 yield from _wrapped(text, width, f"  {mark}", "       ")
         if any(each.products for each in here):
             yield f"  {device}, products of hidden states and a head"
-        for dtypes, text in _together((each.dtype, each.products or f"PROBLEM: {each.problem}") for each in here):
+        for dtypes, text in _together((each.dtype, each.products or _problem(each)) for each in here):
             yield from _wrapped(f"{dtypes}: {text}", width, "    ")
+
+
+def _problem(found: Service) -> str:
+    return f"{'PROBLEM' if found.backends else 'nothing runs'}: {found.problem}"
 
 
 def _backends(found: Service) -> Iterator[str]:
