@@ -162,14 +162,16 @@ class Findings:
 
 
 def as_json(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON has it: None in place of numbers that JSON does not know."""
+    """A dataclass as JSON has it: six digits of each number, and None in place of numbers that JSON does not know."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, Mapping):
             return {key: plain(each) for key, each in x.items()}
         if isinstance(x, (list, tuple)):
             return [plain(each) for each in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
+        if isinstance(x, float):
+            return float(f"{x:.6g}") if math.isfinite(x) else None
+        return x
 
     found: dict[str, Any] = plain(dataclasses.asdict(value))
     return found

@@ -77,7 +77,8 @@ def _gpus(found: Sequence[Gpu], width: int) -> Iterator[str]:
     for gpu in found:
         count = f"{gpu.count} x " if gpu.count > 1 else ""
         driver = f", driver {gpu.driver}" if gpu.driver else ""
-        text = f"{count}{gpu.name}, {gpu.memory_bytes / 1e9:.0f} GB, compute capability {gpu.capability}{driver}"
+        kind = "" if gpu.capability.startswith("gfx") else "compute capability "
+        text = f"{count}{gpu.name}, {gpu.memory_bytes / 1e9:.0f} GB, {kind}{gpu.capability}{driver}"
         yield from _labelled(gpu.device, text, width)
 
 

@@ -22,7 +22,7 @@ from gspo_kernels.doctor import checks, command, environment, speed, text
 from gspo_kernels.doctor.findings import Findings, as_json, without_names
 from gspo_kernels.doctor.oracle import Sizes
 from gspo_kernels.planning import command as planning
-from gspo_kernels.rows import cpu_rows, cuda_rows, torch_rows
+from gspo_kernels.rows import cpu_rows, cuda_rows, torch_rows, triton_rows
 
 pytestmark = DEFAULT_MODE
 ROOT = Path(__file__).parents[2]
@@ -146,14 +146,18 @@ def test_numbers_that_json_does_not_know(
     assert "NaN" in text.sections(findings[0], 100)
 
 
-def test_without_the_extension(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_and_without_triton(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_rows, "_VERSION", None)
     monkeypatch.setattr(cpu_rows, "_unavailable_reason", "the C++ extension is not in here")
     monkeypatch.setattr(cuda_rows, "_native", None)
     assert main(["--no-speed"]) == 0
     out = capsys.readouterr().out
     assert "-> reference (plain torch): runs" in out
     assert "native (C++, not installed): the C++ extension is not in here" in out
-    assert "pip install" in out.split("To get more")[1]
+    assert "triton (Triton, not installed): Triton is not installed" in out
+    assert len(re.findall(r"^      pip install .*", out.split("To get more")[1], re.MULTILINE)) == 1
     assert "native fp32" not in out
 
 
