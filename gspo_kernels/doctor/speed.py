@@ -20,7 +20,8 @@ from .services import DTYPES
 
 VOCAB = 151_936
 ROUNDS = 5
-MOST_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of the logits; a copy takes as much again
+LEAST_BYTES = 64 << 20  # of the logits, for kernels: fewer may stay in a cache
+MOST_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # a copy takes as much again
 SECONDS = 0.15  # of a loss and its gradient, at most
 MEASURED = ("fp32", "bf16")
 _FIRST_ROWS = 16
@@ -46,17 +47,18 @@ class _NotMeasured(Exception):
 
 
 def _timings(device: torch.device, dtype: str) -> Iterator[Timing]:
-    backend = choose(torch.empty(1, 1, 2, dtype=DTYPES[dtype], device=device), None, warn=False).name
-    if device.type == "cpu" and backend in ("triton", "cuda"):
+    backend = choose(torch.empty(1, 1, 2, dtype=DTYPES[dtype], device=device), None, warn=False)
+    if device.type == "cpu" and backend.runs_stage_in_triton:
         raise _NotMeasured("Triton's interpreter runs, which is for tests")
     row_bytes = VOCAB * DTYPES[dtype].itemsize
-    rows = min(MOST_BYTES[device.type], _free_bytes(device) // 4) // row_bytes
-    if rows < _FIRST_ROWS:
+    most = min(MOST_BYTES[device.type], _free_bytes(device) // 4) // row_bytes
+    if most < _FIRST_ROWS:
         raise _NotMeasured("too little memory is free")
     first = _Work(device, dtype, _FIRST_ROWS)
     first.timed(first.forward_and_backward)  # compiles, and wakes threads
     seconds = first.timed(first.forward_and_backward)
-    work = _Work(device, dtype, min(rows, max(_FIRST_ROWS, int(SECONDS / seconds * _FIRST_ROWS))))
+    least = LEAST_BYTES // row_bytes if backend.has_kernels else _FIRST_ROWS
+    work = _Work(device, dtype, min(most, max(least, int(SECONDS / seconds * _FIRST_ROWS))))
     runs: dict[str, Callable[[], object]] = {
         "copy": work.copy, "forward": work.forward, "forward and backward": work.forward_and_backward,
     }  # fmt: skip
@@ -70,7 +72,7 @@ def _timings(device: torch.device, dtype: str) -> Iterator[Timing]:
     copy = 2 * work.bytes / medians["copy"]  # read and written
     for name, passes in (("forward", 1), ("forward and backward", 3)):  # read; read twice and written
         rate = passes * work.bytes / medians[name]
-        yield Timing(dtype, name, backend, work.rows, medians[name], rate, copy, rate / copy)
+        yield Timing(dtype, name, backend.name, work.rows, medians[name], rate, copy, rate / copy)
 
 
 class _Work:
