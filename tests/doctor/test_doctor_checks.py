@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from modes import BACKENDS, DEFAULT_MODE, DEVICE, INTERPRETED
+from modes import BACKENDS, DEFAULT_MODE, DEVICE, GPU, INTERPRETED
 from torch import Tensor
 
-from gspo_kernels.doctor import checks
+from gspo_kernels.doctor import checks, speed
 from gspo_kernels.doctor.findings import Check
 from gspo_kernels.doctor.oracle import Sizes
 from gspo_kernels.linear.products import Products
@@ -29,6 +29,12 @@ def test_backends_pass(backend: str, dtype: str) -> None:
     assert found.passed and not found.raised, (found.raised, [each.detail for each in found.measures])
     assert {each.name for each in found.measures} == {*checks.SHOWN, "gradient, mean", "zero rows", "loss from hidden"}
     assert all(each.passed and not each.detail for each in found.measures)
+
+
+@GPU
+def test_speed_on_a_gpu() -> None:
+    found = speed.speed(HERE)
+    assert not found.problem and len(found.timings) == 4 and all(0.0 < each.copy_share < 2.0 for each in found.timings)
 
 
 def own_columns(rows: Rows) -> Tensor:
