@@ -178,7 +178,10 @@ def as_json(value: Any) -> dict[str, Any]:
 
 
 def without_names(value: Any) -> Any:
-    """The same dataclass, tuple or text without the home folder, the user's and the machine's names in paths."""
+    """The same dataclass, tuple or text without the home folder, and without the user's and machine's names in paths.
+
+    What a shell expands stands in place of them, so that commands can still be pasted.
+    """
     if isinstance(value, str):
         return _without_names(value)
     if isinstance(value, tuple):
@@ -190,17 +193,24 @@ def without_names(value: Any) -> Any:
 
 
 def _without_names(text: str) -> str:
-    home = Path.home()
-    for folder in {str(home), str(home.resolve())} - {"/"}:
+    for folder in _homes():
         text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w-])", "~", text)
-    for name, replacement in ((_user(), "<user>"), (platform.node(), "<host>")):
+    for name, replacement in ((_user(), "$USER"), (platform.node(), "$HOSTNAME")):
         if name:
             text = re.sub(rf"(?<=[/\\]){re.escape(name)}(?![\w.-])", replacement, text)
     return text
 
 
+def _homes() -> set[str]:
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one, as in some containers
+        return set()
+    return {str(home), str(home.resolve())} - {"/"}
+
+
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a user without a name, as in some containers
+    except (OSError, KeyError, ImportError):  # or without a name
         return ""

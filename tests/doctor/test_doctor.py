@@ -100,10 +100,16 @@ def test_what_is_private_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "node", lambda: "tower-7")
     said = "in /home/ada/src (/scratch/ada/x, /mnt/tower-7), /home/adam, ada.py, /data/adapters; 'file:///home/ada'"
     assert without_names(said) == (
-        "in ~/src (/scratch/<user>/x, /mnt/<host>), /home/adam, ada.py, /data/adapters; 'file://~'"
+        "in ~/src (/scratch/$USER/x, /mnt/$HOSTNAME), /home/adam, ada.py, /data/adapters; 'file://~'"
     )
     monkeypatch.setattr(Path, "home", lambda: Path("/"))
     assert without_names("/usr/lib") == "/usr/lib"
+
+    def unknown() -> Any:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    assert without_names("/home/ada/src") == "/home/$USER/src"
 
 
 def test_a_failing_check_is_named_and_decides_the_exit_code(
