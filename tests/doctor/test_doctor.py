@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import doctor_page  # docs/scripts/doctor_page.py
 import pytest
 import torch
 from modes import DEFAULT_MODE
@@ -222,11 +223,16 @@ def test_every_field_is_shown_or_is_a_detail() -> None:
 
 
 def test_the_page_shows_the_output() -> None:
-    page = (ROOT / "docs" / "doctor.md").read_text()
+    """With the sections and columns that it has now, and an explanation of each."""
+    page = doctor_page.PAGE.read_text()
+    output = page.partition(doctor_page.BEGIN)[2].partition(doctor_page.END)[0]
+    explained = page.partition("## How to read it")[2].partition("## Exit codes")[0]
     for title, _ in text.SECTIONS.values():
-        assert f"\n{title}\n" in page or title == "To get more", title
+        assert f"\n{title}\n" in output or title == "To get more", title
+        assert f"**{title.partition(',')[0].partition(' of a')[0]}.**" in explained or title == "GPUs", title
     for name in checks.SHOWN.values():
-        assert name in page
+        assert f" {name} " in f"{output} ".replace("\n", " ") and f"`{name}`" in explained, name
+    assert doctor_page.with_output(page, output.strip().removeprefix("```text\n").removesuffix("```")) == page
 
 
 def test_nothing_is_left_changed(monkeypatch: pytest.MonkeyPatch) -> None:
