@@ -102,6 +102,8 @@ def _of_extension(processor: Processor, source: str) -> Iterator[Advice]:
         yield Advice(
             "losses on the CPU run on plain torch, many times slower, because the C++ extension is missing", commands
         )
+    elif "another version" in processor.problem:
+        yield Advice("the C++ extension does not fit this package", (_reinstall(source),))
     units = "AVX512-BF16"
     if processor.product_kernels == "avx512" and units in processor.instruction_sets:
         yield Advice(

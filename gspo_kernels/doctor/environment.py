@@ -77,6 +77,8 @@ def _refused(name: str) -> str:
     }
     try:
         readers.get(name, str)()
+    except AttributeError:  # of an extension from another version
+        return ""
     except ValueError as error:
         return str(error).removeprefix(f"{name}: ")
     return ""

@@ -45,6 +45,8 @@ def processor() -> Processor:
             chosen_by = f"GSPO_KERNELS_ISA={requested}" if requested else "the widest that this processor has"
         except ValueError as error:  # GSPO_KERNELS_ISA names none
             problem = str(error)
+        except AttributeError as error:
+            problem = f"the C++ extension was compiled from another version of this package ({error})"
     return Processor(
         model=processor_model(),
         architecture=platform.machine(),

@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import doctor_page  # docs/scripts/doctor_page.py
@@ -166,6 +167,17 @@ def test_without_the_extension_and_without_triton(
     assert "triton (Triton, not installed): Triton is not installed" in out
     assert len(re.findall(r"^      pip install .*", out.split("To get more")[1], re.MULTILINE)) == 1
     assert "native fp32" not in out
+
+
+def test_an_extension_of_another_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an update of a source tree that was not compiled again."""
+    monkeypatch.setattr(cpu_rows, "_native", SimpleNamespace())
+    monkeypatch.setattr(cpu_rows, "_unavailable_reason", "")
+    monkeypatch.setenv("GSPO_KERNELS_ISA", "avx2")
+    assert main([]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "compiled from another version of this package" in out and "does not fit this package: pip install" in out
+    assert "FAIL native fp32" in out and "raised AttributeError" in out
 
 
 def test_a_setting_that_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
