@@ -58,7 +58,8 @@ def _timings(device: torch.device, dtype: str) -> Iterator[Timing]:
     first.timed(first.forward_and_backward)  # compiles, and wakes threads
     seconds = first.timed(first.forward_and_backward)
     least = LEAST_BYTES // row_bytes if backend.has_kernels else _FIRST_ROWS
-    work = _Work(device, dtype, min(most, max(least, int(SECONDS / seconds * _FIRST_ROWS))))
+    rows = min(most, max(least, int(SECONDS / seconds * _FIRST_ROWS)))
+    work = _Work(device, dtype, rows // _FIRST_ROWS * _FIRST_ROWS)
     runs: dict[str, Callable[[], object]] = {
         "copy": work.copy, "forward": work.forward, "forward and backward": work.forward_and_backward,
     }  # fmt: skip
@@ -79,10 +80,11 @@ class _Work:
     """A copy of the logits, a loss of them, and a loss with its gradient, which is written over them."""
 
     def __init__(self, device: torch.device, dtype: str, rows: int) -> None:
+        """`rows`: a multiple of `_FIRST_ROWS`, which are repeated."""
         made = torch.Generator().manual_seed(3)
         few = 2.0 * torch.randn(1, _FIRST_ROWS, VOCAB, generator=made)
         self.rows, self._device = rows, device
-        self._source = few.to(device, DTYPES[dtype]).repeat(1, -(-rows // _FIRST_ROWS), 1)[:, :rows].contiguous()
+        self._source = few.to(device, DTYPES[dtype]).repeat(1, rows // _FIRST_ROWS, 1)
         self._logits = torch.empty_like(self._source)
         self._token_ids = torch.randint(VOCAB, (1, rows), generator=made).to(device)
         self._advantages = torch.ones(1, device=device)
