@@ -14,6 +14,7 @@ import gspo_kernels
 
 from ..rows import cpu_rows, cuda_rows, triton_rows
 from .findings import Advice, Gpu, Processor, Service, Variable, Versions
+from .versions import PACKAGE, source_of
 
 OLDEST_TORCH = (2, 7)  # as in pyproject.toml
 _FLOAT32_SUMS = (2, 10)  # from this release on torch adds products of bf16 to a float32 matrix on a GPU
@@ -34,7 +35,7 @@ def advice(
     nvidia_driver: bool,
 ) -> tuple[Advice, ...]:
     """`nvidia_driver`: whether NVIDIA's driver finds a GPU, also one that torch cannot use."""
-    source = source_of(versions)
+    source = source_of(versions.installation, Path(gspo_kernels.__file__).resolve().parent)
     return (
         *_of_torch(versions, gpus, nvidia_driver),
         *_of_triton(gpus),
@@ -46,18 +47,11 @@ def advice(
     )
 
 
-def source_of(versions: Versions) -> str:
-    """What pip installs this package from."""
-    folder = Path(gspo_kernels.__file__).resolve().parents[1]
-    if versions.installation == "installed":
-        return "gspo-kernels"
-    return f"--editable {folder}" if versions.installation == "editable" or (folder / "setup.py").exists() else "."
-
-
 def _reinstall(source: str) -> str:
-    if source == "gspo-kernels":
-        return f"pip install --force-reinstall --no-deps --no-binary gspo-kernels {source}"
-    return f"pip install --no-deps {source}"
+    """`source`: what pip installs the package from."""
+    if source == PACKAGE:
+        return f"pip install --force-reinstall --no-deps --no-binary {PACKAGE} {PACKAGE}"
+    return f"pip install --force-reinstall --no-deps {source}"
 
 
 def _of_torch(versions: Versions, gpus: Sequence[Gpu], nvidia_driver: bool) -> Iterator[Advice]:

@@ -6,8 +6,11 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
+from urllib.request import url2pathname
 
 import torch
 
@@ -63,14 +66,38 @@ def version_of(package: str) -> str | None:
 def installation_of(folder: Path) -> tuple[str, str | None]:
     """How the package in this folder came there, and its commit."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        distribution = importlib.metadata.distribution(PACKAGE)
-        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        distribution, origin = importlib.metadata.distribution(PACKAGE), _origin()
         if Path(str(distribution.locate_file(folder.name))).resolve() == folder and not _is_source_tree(folder):
             return "installed", origin.get("vcs_info", {}).get("commit_id")
-        editable = origin.get("dir_info", {}).get("editable", False)
-        if editable and origin.get("url", "").removeprefix("file://") == str(folder.parent):
+        if origin.get("dir_info", {}).get("editable") and _path_of(origin) == str(folder.parent):
             return "editable", commit_of(folder.parent)
     return "a source tree that is not installed", commit_of(folder.parent)
+
+
+def source_of(installation: str, folder: Path) -> str:
+    """What pip installs this package from, once more."""
+    if installation != "installed":
+        return f"--editable {shlex.quote(str(folder.parent))}"
+    origin = _origin()
+    if "vcs_info" in origin:
+        return f"{origin['vcs_info']['vcs']}+{origin['url']}"
+    return shlex.quote(_path_of(origin) or PACKAGE)
+
+
+def _origin() -> dict[str, Any]:
+    """Where pip found the installed package, if it was not on an index (PEP 610)."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found: dict[str, Any] = json.loads(
+            importlib.metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}"
+        )
+        return found
+    return {}
+
+
+def _path_of(origin: dict[str, Any]) -> str:
+    """A folder, or the address of an archive; empty if it came from an index."""
+    address = str(origin.get("url", ""))
+    return url2pathname(address.removeprefix("file://")) if address.startswith("file://") else address
 
 
 def _is_source_tree(folder: Path) -> bool:

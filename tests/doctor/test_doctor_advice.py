@@ -51,6 +51,7 @@ def given(
     patch.setattr(cuda_rows, "is_built", lambda: True)
     patch.setattr(triton_rows, "unavailable_reason", lambda: "")
     patch.setattr(cpu_rows, "_unavailable_reason", "")
+    patch.setattr(advice, "source_of", lambda installation, folder: "gspo-kernels")
     for change in changes:
         change(patch)
     found = advice.advice(
@@ -241,6 +242,22 @@ def test_where_it_was_installed_from(kind: str, tmp_path: Path, monkeypatch: pyt
     distribution = SimpleNamespace(read_text=lambda name: origin, locate_file=lambda name: elsewhere / name)
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: distribution)
     assert versions.installation_of(folder) == (kind, "abc" if kind == "installed" else None)
+
+
+@pytest.mark.parametrize(
+    ("origin", "source"),
+    [
+        ("", "gspo-kernels"),
+        ('{"url": "file:///src/gspo%20kernels", "dir_info": {}}', "'/src/gspo kernels'"),
+        ('{"url": "https://host/it.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}', "git+https://host/it.git"),
+        ('{"url": "https://host/it.tar.gz", "archive_info": {}}', "https://host/it.tar.gz"),
+    ],
+)
+def test_what_it_is_reinstalled_from(origin: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution = SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: distribution)
+    assert versions.source_of("installed", Path("/site/gspo_kernels")) == source
+    assert versions.source_of("editable", Path("/tree/gspo_kernels")) == "--editable /tree"
 
 
 def test_a_trainer_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
