@@ -44,8 +44,8 @@ SHOWN = {
     "log-probability": "log p",
     "entropy": "entropy",
     "loss": "loss",
-    "gradient, token": "token",
-    "gradient, others": "others",
+    "gradient of token": "token",
+    "gradient of others": "others",
     "gradient of hidden": "hidden",
     "gradient of head": "head",
 }
@@ -93,8 +93,8 @@ def _advice(failed: Check, right: dict[tuple[str, str], str]) -> str:
     if failed.backend == "torch":
         return f"torch cannot use {failed.device}: repair its driver or its torch first"
     other = right.get((failed.device, failed.dtype))
-    instead = f"until then pass backend={other!r}, which is right here; " if other else ""
-    return f"{instead}report it with the output of python -m gspo_kernels --json: {ISSUES}"
+    instead = f"pass backend={other!r}, which is right here, and " if other else ""
+    return f"{instead}report this with the output of python -m gspo_kernels --json: {ISSUES}"
 
 
 # ---- from logits
@@ -164,13 +164,13 @@ def _gradient(case: _Case, gradient: Tensor, dtype: str) -> Iterator[Measure]:
     active = (size > 0).any(-1, keepdim=True)
     own = torch.zeros_like(wanted, dtype=torch.bool).scatter_(-1, case.batch.token_ids[..., None], True)
     allowed, flushed = GRADIENT + STORED[dtype], FLUSHED[dtype]
-    yield _measure(name, "gradient, token", gradient, wanted, size, allowed, select=own & active, tiny=flushed)
-    yield _measure(name, "gradient, others", gradient, wanted, size, allowed, select=~own & active, tiny=flushed)
+    yield _measure(name, "gradient of token", gradient, wanted, size, allowed, select=own & active, tiny=flushed)
+    yield _measure(name, "gradient of others", gradient, wanted, size, allowed, select=~own & active, tiny=flushed)
     # Rounding has no preference: the mean error of thousands of columns is far below the largest.
     large = (~own & active & (wanted.abs() > NORMAL[dtype])).nonzero(as_tuple=True)
     signed = ((gradient.detach().cpu().double() - wanted) * wanted.sign() / size)[large].mean()
     zero = torch.zeros_like(signed)
-    yield _measure(name, "gradient, mean", signed, zero, zero + 1.0, GRADIENT + STORED[dtype] / 20)
+    yield _measure(name, "mean error of others", signed, zero, zero + 1.0, GRADIENT + STORED[dtype] / 20)
     yield _zeros(f"{name} gradient", gradient, (~active).expand_as(gradient))
 
 

@@ -27,7 +27,12 @@ DTYPES = ["fp32"] if INTERPRETED else list(checks.DTYPES)  # the interpreter tak
 def test_backends_pass(backend: str, dtype: str) -> None:
     found = checks.check(HERE, backend, dtype)
     assert found.passed and not found.raised, (found.raised, [each.detail for each in found.measures])
-    assert {each.name for each in found.measures} == {*checks.SHOWN, "gradient, mean", "zero rows", "loss from hidden"}
+    assert {each.name for each in found.measures} == {
+        *checks.SHOWN,
+        "mean error of others",
+        "zero rows",
+        "loss from hidden",
+    }
     assert all(each.passed and not each.detail for each in found.measures)
 
 
@@ -113,16 +118,16 @@ def raises(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "others scaled": (of_statistics(lse=lambda x, rows: x - 1e-3), "gradient, mean"),
-    "others left out": (columns_scaled(0.0), "gradient, others"),
-    "others of the wrong sign": (columns_scaled(-1.0), "gradient, others"),
-    "token scaled": (columns_scaled(1.0, token=1.01), "gradient, token"),
+    "others scaled": (of_statistics(lse=lambda x, rows: x - 1e-3), "mean error of others"),
+    "others left out": (columns_scaled(0.0), "gradient of others"),
+    "others of the wrong sign": (columns_scaled(-1.0), "gradient of others"),
+    "token scaled": (columns_scaled(1.0, token=1.01), "gradient of token"),
     "next token": (next_token, "log-probability"),
     "NaN": (of_statistics(logprobs=lambda x, rows: x * torch.nan), "log-probability"),
     "entropy in bits": (of_statistics(entropy=lambda x, rows: x / 0.6931), "entropy"),
     "log-probabilities in bf16": (of_statistics(logprobs=lambda x, rows: x.bfloat16().float()), "log-probability"),
     "masked rows": (masked_rows_written, "zero rows"),
-    "one pass": (one_pass_wrong, "gradient, mean"),
+    "one pass": (one_pass_wrong, "mean error of others"),
     "raises": (raises, ""),
 }
 
