@@ -73,12 +73,18 @@ def has_amx() -> bool:
 
 def has_avx512_bf16() -> bool:
     """Whether this processor, and the compiler of the extension, have instructions for products of bf16."""
-    return not cpu_rows.unavailable_reason() and bool(_native.product_instructions() == _UNITS)
+    return not cpu_rows.unavailable_reason() and product_instructions() == _UNITS
+
+
+def product_instructions() -> str:
+    """The instruction set of the extension's products."""
+    name: str = _native.product_instructions()
+    return name
 
 
 def beats_mkl() -> bool:
     """Whether the extension multiplies float32 faster than MKL, which runs slower code on others' processors."""
-    return not cpu_rows.unavailable_reason() and not _native.is_intel() and _native.product_instructions() != "baseline"
+    return not cpu_rows.unavailable_reason() and not _native.is_intel() and product_instructions() != "baseline"
 
 
 def left_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -43,7 +43,13 @@ def reason_not_default(logits: Tensor) -> str:
 
 
 def describe() -> str:
-    return "C++, not installed" if _unavailable_reason else f"C++, {_native.instruction_set()}"
+    return "C++, not installed" if _unavailable_reason else f"C++, {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """The one that the kernels run. Raises ValueError where GSPO_KERNELS_ISA names none that this processor has."""
+    name: str = _native.instruction_set()
+    return name
 
 
 def unavailable_reason() -> str:

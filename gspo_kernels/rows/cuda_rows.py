@@ -42,7 +42,7 @@ FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"})
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
-    if not _built():
+    if not is_built():
         if cpu_rows.unavailable_reason():
             return ["the CUDA kernels are part of the C++ extension, which is missing: see native"]
         return ["the CUDA kernels were not built; reinstall with nvcc on PATH (GSPO_KERNELS_CUDA=1 tells what fails)"]
@@ -54,13 +54,13 @@ def unsupported_reasons(logits: Tensor) -> list[str]:
 
 
 def describe() -> str:
-    return f"CUDA C++, {_native.cuda_release()}" if _native is not None and _built() else "CUDA C++, not built"
+    return f"CUDA C++, {_native.cuda_release()}" if _native is not None and is_built() else "CUDA C++, not built"
 
 
 @constant_while_compiling
 def unavailable_reason(device: torch.device) -> str:
     """Why kernels that were built cannot run on a GPU; empty if they can."""
-    return _unavailable_reason(device.index or 0) if _built() and _serves(device) else ""
+    return _unavailable_reason(device.index or 0) if is_built() and _serves(device) else ""
 
 
 def reason_not_default(logits: Tensor) -> str:
@@ -116,7 +116,8 @@ def _slope(slope: TokenSlope | None) -> dict[str, Any]:
     }
 
 
-def _built() -> bool:
+def is_built() -> bool:
+    """Whether the extension has them."""
     return hasattr(_native, "cuda_one_read")
 
 
