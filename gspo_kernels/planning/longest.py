@@ -8,24 +8,29 @@ from .estimate import Estimate
 
 
 def longest(memory: int, estimate_of: Callable[[int], Estimate]) -> int:
-    """How many responses fit, hidden states and head included; 0 if not one does.
+    """How many responses fit, hidden states and head included, while one more does not; 0 if not one fits.
+
+    A long batch takes memory in proportion: every other guess interpolates, the others halve the range.
 
     Args:
-        estimate_of: of so many responses. More of them never take less memory.
+        estimate_of: of so many responses. More of them take more memory, but for some 0.2% where a chunk is full.
     """
 
-    def fits(responses: int) -> bool:
+    def total(responses: int) -> int:
         found = estimate_of(responses)
-        return found.peak + found.shape.operand_bytes <= memory
+        return found.peak + found.shape.operand_bytes
 
-    most = 1
-    while fits(most):
-        most *= 2
-    least = most // 2  # fits, or is 0; `most` does not
+    least, most, below, above = 0, 1, 0, total(1)  # `least` fits
+    while above <= memory:
+        least, most, below, above = most, 2 * most, above, total(2 * most)
+    interpolates = True
     while most - least > 1:
-        middle = (least + most) // 2
-        if fits(middle):
-            least = middle
+        share = (memory - below) / (above - below) if interpolates else 0.5
+        middle = min(max(least + int(share * (most - least)), least + 1), most - 1)
+        found = total(middle)
+        if found <= memory:
+            least, below = middle, found
         else:
-            most = middle
+            most, above = middle, found
+        interpolates = not interpolates
     return least

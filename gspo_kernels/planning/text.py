@@ -58,8 +58,8 @@ def _chunks(plan: Plan) -> str:
     head = estimate.head
     return (
         f"From hidden states: {head.chunks:,} chunks of up to {estimate.chunk.max_rows:,} rows of "
-        f"{str(dtype).removeprefix('torch.')} logits. {head.forward:,} rows forward, {head.recomputed:,} of them twice, "
-        f"{head.backward:,} backward."
+        f"{str(dtype).removeprefix('torch.')} logits. {head.forward:,} rows forward, {head.recomputed:,} of them "
+        f"twice, {head.backward:,} backward."
     )
 
 
@@ -68,16 +68,16 @@ def _choices(plan: Plan) -> Iterator[str]:
     shape, plain, hidden = plan.shape, plan.plain.estimate, plan.hidden.estimate
     yield (
         f"- linear_gspo_loss(hidden, head, ...) takes {hidden.peak / plain.peak:.0%} of the memory of plain torch and "
-        f"{hidden.products / plain.products:.0%} of its products: one chunk of logits exists at a time, masked rows are "
-        "not multiplied, and rows without a gradient only once."
+        f"{hidden.products / plain.products:.0%} of its products: one chunk of logits exists at a time, masked rows "
+        "are not multiplied, and rows without a gradient only once."
     )
     if hidden.head.recomputed and hidden.chunk is not None:
         longest = max(shape.batch.lengths)
         rows = -(-longest // hidden.chunk.multiple) * hidden.chunk.multiple
         bytes = rows * row_stride(shape.vocab, shape.device) * sum_dtype(shape.dtype).itemsize
         yield (
-            f"  Responses of {longest:,} rows are longer than a chunk: the logits of {hidden.head.recomputed:,} rows are "
-            f"computed twice. Chunks of {size(bytes)} (chunk_bytes={bytes}) hold one response, and nothing is."
+            f"  Responses of {longest:,} rows are longer than a chunk: the logits of {hidden.head.recomputed:,} rows "
+            f"are computed twice. Chunks of {size(bytes)} (chunk_bytes={bytes}) hold one response, and nothing is."
         )
     yield (
         "- gspo_loss(logits, ..., overwrite_logits=True) where all logits are there anyway: the gradient is written "
