@@ -28,6 +28,7 @@ from gspo_kernels.planning.from_logits import from_logits, plain_torch
 from gspo_kernels.planning.shape import Batch, Shape
 
 from .contestants import torch_logprobs, torch_loss_of_logprobs
+from .gpu_model import batch_of
 from .gpu_page import committed
 from .gpu_parts import table
 from .memory import peak_extra_bytes
@@ -169,10 +170,8 @@ def of_gpus() -> Iterator[list[str]]:
 
 def estimate_of_gpu(case: dict[str, Any], chunk_bytes: int | None = None) -> Estimate:
     """Of a case of `gpu_linear`, whose every other response is active, or so."""
-    sequences, length = case["sequences"], case["rows"] // case["sequences"]
-    active = [length * (int((i + 1) * case["active"]) - int(i * case["active"])) for i in range(sequences)]
     gradient = case["work"] != "forward"
-    batch = Batch(case["rows"], (length,) * sequences, tuple(active), mask=gradient)
+    batch = batch_of(case["rows"], case["sequences"], case["active"])._replace(mask=gradient)
     return from_hidden(
         Shape(
             batch, case["vocab"], case["width"], DTYPES[case["dtype"]], "cuda", gradient=gradient,

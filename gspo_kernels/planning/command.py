@@ -15,6 +15,7 @@ import torch
 from ..losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
+from ..rows import cpu_rows
 from .plan import Plan, plan_of
 from .shape import Shape, even_batch
 from .text import render, size
@@ -184,6 +185,8 @@ def device_here() -> str:
 
 def memory_of(device: str) -> int:
     if device == "cpu":
+        if not hasattr(os, "sysconf"):
+            raise Refused("--memory: expected the size of the memory, which this system does not tell; got none")
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available():
         return _MEMORY_OF_A_GPU
@@ -204,12 +207,14 @@ def _what(options: argparse.Namespace, plan: Plan) -> str:
     share += [] if options.active == 1.0 else [f"{options.active:.0%} of the unmasked rows with a gradient"]
     sharded = f" of {options.tp} ranks" if shape.sharded else ""
     free = f", of which {size(options.reserved)} are reserved" if options.reserved else ""
+    missing = cpu_rows.unavailable_reason() if shape.device == "cpu" else ""
     return "\n".join(
         [
             ", ".join([f"{options.tokens:,} tokens in {responses:,} responses of {plan.length:,}", *share]),
             f"V = {shape.vocab:,}{sharded}, D = {shape.width:,}, {options.dtype}, {type(shape.objective).__name__}, "
             f"{'on' if shape.on_policy else 'off'}-policy, head {'frozen' if shape.frozen_head else 'trained'}",
             f"planned for {where}; memory of {size(plan.memory + options.reserved)}{free}",
+            *([f"Rows in plain torch take more than is planned, and run here: {missing}"] if missing else []),
             f"Beside hidden states and head, {size(shape.operand_bytes)}, which every way begins with:",
         ]
     )

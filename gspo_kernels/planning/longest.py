@@ -13,7 +13,8 @@ def longest(memory: int, estimate_of: Callable[[int], Estimate]) -> int:
     A long batch takes memory in proportion: every other guess interpolates, the others halve the range.
 
     Args:
-        estimate_of: of so many responses. More of them take more memory, but for some 0.2% where a chunk is full.
+        estimate_of: of so many responses. More of them take more memory, but for up to 1% on a CPU, where a chunk is
+            full.
     """
 
     def total(responses: int) -> int:
