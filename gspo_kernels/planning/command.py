@@ -194,27 +194,38 @@ def memory_of(device: str) -> int:
 
 
 def _what(options: argparse.Namespace, plan: Plan) -> str:
-    """What the numbers are for, with every default that was taken."""
-    shape, here = plan.shape, device_here()
-    responses = len(shape.batch.lengths)
-    where = {
-        (True, True): f"{shape.device}, which is here",
-        (True, False): f"{shape.device}, which is not here; --device {here} plans for what is here",
-        (False, False): f"{shape.device}, because no GPU is here; --device cuda plans for one",
-        (False, True): f"{shape.device}, which is here",
-    }[options.device is not None, shape.device == here and not (options.device is None and here == "cpu")]
-    share = [] if not options.masked else [f"{options.masked:.0%} masked"]
-    share += [] if options.active == 1.0 else [f"{options.active:.0%} of the unmasked rows with a gradient"]
-    sharded = f" of {options.tp} ranks" if shape.sharded else ""
-    free = f", of which {size(options.reserved)} are reserved" if options.reserved else ""
-    missing = cpu_rows.unavailable_reason() if shape.device == "cpu" else ""
+    """What the numbers are for, with the defaults that were taken."""
+    shape = plan.shape
+    batch = [f"{options.tokens:,} tokens in {len(shape.batch.lengths):,} responses of {plan.length:,}"]
+    if options.masked:
+        batch.append(f"{options.masked:.0%} masked")
+    if options.active < 1.0 and options.skip_zero_advantage:
+        batch.append(f"{options.active:.0%} of the responses with an advantage, the others left out")
+    elif options.active < 1.0:
+        batch.append(f"{options.active:.0%} of the unmasked rows with a gradient")
+    head = [
+        f"V = {shape.vocab:,}" + (f" on each of {options.tp:,} ranks" if shape.sharded else ""),
+        f"D = {shape.width:,}",
+        options.dtype,
+        type(shape.objective).__name__,
+        "on-policy" if shape.on_policy else "off-policy",
+        "head frozen" if shape.frozen_head else "head trained",
+    ]
+    memory = f"memory of {size(plan.memory + options.reserved)}"
+    if options.memory is None and shape.device == "cuda" and device_here() != "cuda":
+        memory += " (assumed)"
+    if options.reserved:
+        memory += f", of which {size(options.reserved)} are reserved"
+    lines = [", ".join(batch), ", ".join(head), f"planned for {_where(options.device)}; {memory}"]
+    if shape.device == "cpu" and (missing := cpu_rows.unavailable_reason()):
+        lines.append(f"rows run in plain torch here and take more than is planned: {missing}")
     return "\n".join(
-        [
-            ", ".join([f"{options.tokens:,} tokens in {responses:,} responses of {plan.length:,}", *share]),
-            f"V = {shape.vocab:,}{sharded}, D = {shape.width:,}, {options.dtype}, {type(shape.objective).__name__}, "
-            f"{'on' if shape.on_policy else 'off'}-policy, head {'frozen' if shape.frozen_head else 'trained'}",
-            f"planned for {where}; memory of {size(plan.memory + options.reserved)}{free}",
-            *([f"Rows in plain torch take more than is planned, and run here: {missing}"] if missing else []),
-            f"Beside hidden states and head, {size(shape.operand_bytes)}, which every way begins with:",
-        ]
+        [*lines, f"Beside hidden states and head, {size(shape.operand_bytes)}, which every way begins with:"]
     )
+
+
+def _where(device: str | None) -> str:
+    here = device_here()
+    if device is None:
+        return "cuda, which is here" if here == "cuda" else "cpu, because no GPU is here (--device cuda plans for one)"
+    return "cuda (no GPU is here)" if device == "cuda" != here else device

@@ -58,8 +58,8 @@ def _chunks(plan: Plan) -> str:
     head = estimate.head
     return (
         f"From hidden states: {head.chunks:,} chunks of up to {estimate.chunk.max_rows:,} rows of "
-        f"{str(dtype).removeprefix('torch.')} logits. {head.forward:,} rows forward, {head.recomputed:,} of them "
-        f"twice, {head.backward:,} backward."
+        f"{str(dtype).removeprefix('torch.')} logits. {head.forward:,} rows forward"
+        f"{f', {head.recomputed:,} of them twice' if head.recomputed else ''}, {head.backward:,} backward."
     )
 
 

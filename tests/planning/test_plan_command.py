@@ -112,8 +112,9 @@ def test_every_objective_can_be_planned(capsys: pytest.CaptureFixture[str]) -> N
 def test_what_is_here_is_the_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "device_here", lambda: "cpu")
     found = printed(capsys, "plan", "--tokens", "4000", *HEAD)
-    assert "planned for cpu, because no GPU is here; --device cuda plans for one" in found
-    assert "memory of " in found and "32 responses of 125" in found
+    assert "planned for cpu, because no GPU is here (--device cuda plans for one); memory of " in found
+    assert "32 responses of 125" in found and "assumed" not in found
+    assert "memory of 80 GB (assumed)" in printed(capsys, "plan", "--tokens", "4000", *HEAD, "--device", "cuda")
 
 
 def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
