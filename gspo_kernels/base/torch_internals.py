@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,19 @@ def is_traced() -> bool:
 def forward_mode_is_on() -> bool:
     """Whether this code runs inside torch.autograd.forward_ad.dual_level."""
     return forward_ad._current_level >= 0
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """Lets torch.compile call a function while it traces, and treat the result as a constant.
+
+    `torch.compiler.assume_constant_result` sets the same attribute, but imports torch._dynamo first, which takes longer
+    than this whole package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 # ---- the dispatcher

@@ -45,12 +45,9 @@ from .arguments import (
     refuse_transforms,
     shard_of_head,
 )
-from .head_term import low_rank_products, padded_rows, write_logits
 from .kept_rows import kept_rows, logprobs_of_kept_rows, loss_of_kept_rows
-from .operators import linear_loss, linear_row_stats
-from .products import products
-from .schedule import row_stride
-from .types import HeadArguments, Operands
+from .operators import linear_logits_operator, linear_loss, linear_row_stats
+from .types import HeadArguments
 
 
 class LinearLossOptions(CommonOptions, total=False):
@@ -401,29 +398,14 @@ def linear_logits(
         low_rank: as in `linear_policy_loss`.
         vocab_size: how many rows of the weight are tokens; there are as many logits. None: all are tokens.
 
-    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. torch.compile
-    breaks its graph here. The errors are those of `linear_token_logprobs`.
+    Under autocast, hidden and weight are multiplied in autocast's dtype, else in the wider of their own. The errors
+    are those of `linear_token_logprobs`.
     """
     operands = operands_of(hidden, weight, bias, low_rank)
     refuse_transforms("linear_logits", operands)
     check_operands(operands)
-    logits: Tensor = _all_logits(operands, check_vocab_size(vocab_size, weight.shape[0]))
-    return logits
-
-
-@torch.compiler.disable  # torch does not see what multiplies
-@torch.no_grad()
-def _all_logits(operands: Operands, vocab: int) -> Tensor:
-    hidden, weight, bias, low_rank_hidden, low_rank_weight = operands
-    of, rows = [products(weight[:vocab], product_dtype(hidden, weight))], [hidden.flatten(0, -2)]
-    if low_rank_hidden is not None and low_rank_weight is not None:
-        of.append(low_rank_products(low_rank_weight[:vocab].to(of[0].sum_dtype), of[0]).of_logits)
-        rows.append(low_rank_hidden.flatten(0, -2))
-    count, stride = len(rows[0]), row_stride(vocab, hidden.device.type)
-    padded = torch.empty(padded_rows(of, count), stride, dtype=of[0].sum_dtype, device=hidden.device)[:, :vocab]
-    if count:
-        write_logits(of, rows, None if bias is None else bias[:vocab], padded)
-    return padded[:count].view(*hidden.shape[:-1], vocab)
+    vocab = check_vocab_size(vocab_size, weight.shape[0])
+    return linear_logits_operator(operands, vocab, product_dtype(hidden, weight))
 
 
 def without_zero_advantage(inputs: TokenInputs) -> TokenInputs:

@@ -1,4 +1,4 @@
-"""The torch operators of the hidden-state path: a loss, the statistics of rows, and the gradient of these statistics.
+"""The torch operators of the hidden-state path: a loss, logits, the statistics of rows, and the gradient of these.
 
 The gradients of all operands are complete when the loss's operator returns, and not yet rounded
 (`Gradients`). Its backward multiplies them by the incoming gradient of the loss and rounds them to the dtypes of the
@@ -28,7 +28,9 @@ from ..rows.operators import scale
 from ..rows.types import RowStats, Upstream
 from . import chunked_loss
 from .head import Head, Work
-from .products import sum_dtype
+from .head_term import low_rank_products, padded_rows, write_logits
+from .products import products, sum_dtype
+from .schedule import row_stride
 from .types import Gradients, HeadArguments, NeedsGrad, Operands, select_rows, to_all_rows
 from .weight_sums import Sums, empty_sums, rounded
 
@@ -189,6 +191,33 @@ linear_loss_operator = Operator(
     "linear_loss", _linear_loss, fake=_fake_linear_loss, save=_save_linear_loss, backward=_linear_loss_backward,
     operands=Operands._fields, outputs=1,
 )  # fmt: skip
+
+
+# ---- logits alone
+
+
+def _all_logits(operands: Operands, vocab: int, dtype: torch.dtype) -> Tensor:
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = operands
+    with _inside_an_operator(hidden.device):
+        terms, of_terms = [products(weight[:vocab], dtype)], [hidden.flatten(0, -2)]
+        if low_rank_hidden is not None and low_rank_weight is not None:
+            terms.append(low_rank_products(low_rank_weight[:vocab].to(sum_dtype(dtype)), terms[0]).of_logits)
+            of_terms.append(low_rank_hidden.flatten(0, -2))
+        count, stride = len(of_terms[0]), row_stride(vocab, hidden.device.type)
+        padded = hidden.new_empty(padded_rows(terms, count), stride, dtype=sum_dtype(dtype))[:, :vocab]
+        if count:
+            write_logits(terms, of_terms, None if bias is None else bias[:vocab], padded)
+        return padded[:count].view(*hidden.shape[:-1], vocab)
+
+
+def _fake_logits(operands: Operands, vocab: int, dtype: torch.dtype) -> Tensor:
+    hidden = operands.hidden
+    stride = row_stride(vocab, hidden.device.type)
+    return hidden.new_empty(*hidden.shape[:-1], stride, dtype=sum_dtype(dtype))[..., :vocab]
+
+
+# All logits [.., V] of the first `vocab` rows of the weight, multiplied in `dtype`.
+linear_logits_operator = Operator("linear_logits", _all_logits, fake=_fake_logits)
 
 
 # ---- statistics of rows alone

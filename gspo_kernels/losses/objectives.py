@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.layout import Layout
+from ..base.torch_internals import constant_while_compiling
 from .reduction import AGGREGATIONS
 from .triton_term import TritonHold, TritonTerm
 
@@ -231,6 +232,7 @@ class Objective:
             return _OWN.get()
         kind = _class_of(key.name)
         fields = _packed_fields(kind)
+        assert fields is not None
         if len(key.parameters) != len(fields):
             unread: Objective = object.__new__(kind)
             return unread
@@ -272,7 +274,7 @@ def carried(objective: Objective) -> AbstractContextManager[Any]:
     return _Carried(objective) if objective.packed_parameters() is None else nullcontext()
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _packed_fields(kind: type[Objective]) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
     """(name, choices of a string) of the fields that rebuild an instance; None if floats and choices alone do not."""
     if _class_of(_name_of(kind)) is not kind:  # defined in a function, or since defined again (in a notebook)
@@ -301,7 +303,7 @@ def _declared_fields(kind: type[Objective]) -> tuple[tuple[str, tuple[str, ...]]
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _name_of(kind: type[Objective]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
@@ -357,7 +359,7 @@ def check_class(kind: type[Objective]) -> None:
                 f"{kind.__name__}.{name}: expected a function under @{kind_of_function.__name__}; got "
                 f"{checks.describe(function)}"
             )
-    if term is not None and term.reads_logprobs() and not kind.uses_logprobs:
+    if term is not None and not kind.uses_logprobs and term.reads_logprobs():
         raise TypeError(f"{kind.__name__}.uses_logprobs: expected True, because triton_term reads them; got False")
     if inspect.isfunction(terms):
         signature = inspect.signature(terms)

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..base.torch_internals import constant_while_compiling
 from . import cpu_rows, triton_rows
 from .extension import address, row_arguments, stats_addresses
 from .triton_rows import backward as backward
@@ -55,7 +56,7 @@ def describe() -> str:
     return f"CUDA C++, {_native.cuda_release()}" if _native is not None and _built() else "CUDA C++, not built"
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def unavailable_reason(device: torch.device) -> str:
     """Why kernels that were built cannot run on a GPU; empty if they can."""
     return _unavailable_reason(device.index or 0) if _built() and _serves(device) else ""
@@ -126,7 +127,7 @@ def _built() -> bool:
     return hasattr(_native, "cuda_one_read")
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _unmeasured(device: torch.device) -> str:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's threads"
     if gpu in FASTER_ON:

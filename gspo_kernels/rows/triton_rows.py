@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.torch_internals import constant_while_compiling
 from . import types
 from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 
@@ -124,7 +125,7 @@ def _version() -> str | None:
 _VERSION = _version()
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _too_old(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
