@@ -10,6 +10,7 @@ the same cases at small sizes, where torch's profiler counts every tensor.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     options = parser.parse_args(arguments)
     heads = ["peak beside hidden states and head", "planned", "measured", "off by"]
-    print("\n".join(table(heads, [*on_this_cpu(options.smoke), *of_gpus()])))
+    print("\n".join(table(heads, [])))
+    for row in itertools.chain(on_this_cpu(options.smoke), of_gpus()):
+        print(table(heads, [row])[-1], flush=True)
     return 0
 
 
