@@ -35,7 +35,7 @@ def plain_torch(shape: Shape) -> Estimate:
 
 
 def compiled_torch(shape: Shape) -> Estimate:
-    """The same under torch.compile, head included: logits and one float32 array, as measured (torch 2.11 and 2.13)."""
+    """The same under torch.compile, head included: logits and one float32 array, as measured on two CPUs."""
     logits = logits_bytes(shape)
     wide = logits * _FLOAT32 // shape.dtype.itemsize
     return _of("torch.compile", shape, [{"logits": logits, "float32 copies": wide * shape.gradient}])
