@@ -126,6 +126,20 @@ def multiply(
     )
 
 
+def workspace_bytes(rows: int, columns: int, depth: int, dtype: torch.dtype) -> int:
+    """Memory that a product of the extension [rows, depth] x [depth, columns] takes: csrc/cpu/products.cpp packs the
+    operand with fewer lines, in words of 4 bytes, up to 16 MB at a time. A thread's 256 KB are left out.
+
+    Args:
+        dtype: of the left operand.
+    """
+    lines, words = min(rows, columns), -(-depth * dtype.itemsize // 4)
+    if not lines or not words:
+        return 0
+    block = -(-words // -(-words // 512))
+    return 4 * lines * min(words, max(1, (4 << 20) // (lines * block)) * block)
+
+
 @functools.cache
 def native_is_right(dtype: torch.dtype) -> bool:
     """Multiplies small integers, of which every sum is exact."""
