@@ -100,6 +100,9 @@ def build() -> tuple[Path, dict[str, Path]]:
     with step("sdist"):
         module("build", "--sdist", "--outdir", DIST, ROOT, more=dated)
         sdist = only(DIST.glob("*.tar.gz"), "sdist")
+        generated = {name for name in files_of(sdist) if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+        unknown = files_of(sdist) - generated - set(run("git", "ls-files").splitlines())
+        expect(not unknown, f"{sdist.name} has files that git has not: {', '.join(sorted(unknown))}")
     wheels = {}
     with step("wheel with the C++ kernels"):
         wheels["compiled"] = wheel_of(sdist, "compiled", {**dated, "GSPO_KERNELS_REQUIRE_NATIVE": "1"})
