@@ -96,6 +96,7 @@ def build() -> tuple[Path, dict[str, Path]]:
     for folder in (DIST, WORK):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+    # By the date of the commit, one tree and one compiler give the same wheels, to the bit.
     dated = {**BUILD, "SOURCE_DATE_EPOCH": run("git", "log", "-1", "--format=%ct").strip()}
     with step("sdist"):
         module("build", "--sdist", "--outdir", DIST, ROOT, more=dated)
