@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.
 
 .PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
 .PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry
-.PHONY: docs docs-links clean
+.PHONY: docs docs-links dist clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -113,6 +113,11 @@ docs: .venv/docs
 docs-links: docs
 	$(BIN)/python docs/scripts/dead_links.py --online
 
+# The artifacts of a release, into dist/: built, checked, and each tried in a fresh environment. ARGS=--full: with torch
+# from the index. GitHub builds those of the other platforms (.github/workflows/wheels.yml).
+dist: .venv/dist
+	$(BIN)/python .ci/dist.py $(ARGS)
+
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
@@ -151,7 +156,7 @@ bench-peers: .venv/peers
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-.venv/test .venv/bench .venv/demo .venv/docs: .venv/%: .venv/base
+.venv/test .venv/bench .venv/demo .venv/docs .venv/dist: .venv/%: .venv/base
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 

@@ -3,7 +3,8 @@
 The same kernel source is compiled once per instruction set, each file with its own flags. Where ninja is installed it
 runs the compiler, in parallel and only on changed files; otherwise a thread pool does. Where no compiler works, the
 installation continues without the extension: the wheel is then pure Python (py3-none-any), `gspo_kernels` runs on plain
-torch, and `explain()` says why. GSPO_KERNELS_REQUIRE_NATIVE=1 makes that an error.
+torch, and `explain()` says why. GSPO_KERNELS_REQUIRE_NATIVE=1 makes that an error. GSPO_KERNELS_PURE=1 makes the same
+wheel where there is a compiler.
 
 One wheel per platform serves every Python from 3.10 on (cp310-abi3), because csrc/python.h uses nothing but Python's
 stable ABI. Calls take a third to a half of the time that they took with pybind11, which does not offer that ABI: for
@@ -75,6 +76,11 @@ STRIP = ["-Wl,-S,-x"] if sys.platform == "darwin" else ["-s"]
 CUDA = os.environ.get("GSPO_KERNELS_CUDA", "")
 if CUDA not in ("", "0", "1"):
     raise SystemExit(f"GSPO_KERNELS_CUDA: expected 0 (leave the CUDA kernels out) or 1 (require them); got {CUDA!r}")
+PURE = os.environ.get("GSPO_KERNELS_PURE", "")
+if PURE not in ("", "0", "1"):
+    raise SystemExit(f"GSPO_KERNELS_PURE: expected 1 (build without the extension) or 0; got {PURE!r}")
+if PURE == "1" and (CUDA == "1" or os.environ.get("GSPO_KERNELS_REQUIRE_NATIVE")):
+    raise SystemExit("GSPO_KERNELS_PURE=1 leaves out what GSPO_KERNELS_CUDA=1 or GSPO_KERNELS_REQUIRE_NATIVE requires")
 ARCHITECTURES = ("80", "90", "100")  # one for each generation; newer GPUs compile the last one's PTX
 VARIANTS = os.environ.get("GSPO_CUDA_VARIANTS", "")
 if VARIANTS not in ("", "0", "1"):
@@ -95,6 +101,8 @@ class BuildExtension(build_ext):
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
+        if PURE == "1":
+            return self.make_pure(extension)
         try:
             self.compile_and_link(extension)
         except (OSError, subprocess.CalledProcessError, BaseError, CCompilerError) as error:
