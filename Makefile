@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
+.PHONY: hub demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
 .PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
 
 demo: .venv/demo
@@ -93,6 +93,10 @@ gpu-wheels:
 # The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
 gpu-carry:
 	$(PYTHON) -m benchmarks.gpu_carried build
+
+# The package as a kernel of the Hugging Face hub, into build/hub: hub/write.py.
+hub: .venv/base
+	$(BIN)/python hub/write.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
