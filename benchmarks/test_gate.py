@@ -9,6 +9,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
+from . import gate
+from .race import Outcome
 from .results import REPOSITORY
 
 CASE = "forward-bf16-151936-padded-ours"
@@ -66,3 +70,17 @@ def test_a_slower_loss_fails_the_gate(tmp_path: Path) -> None:
     code, printed = shell(*compare, "-p", "slow")
     assert code == 1, printed
     assert "SLOWER: median by more than 50%" in printed and "Traceback" not in printed, printed
+
+
+def test_figures_that_do_not_compare_are_refused(pytestconfig: pytest.Config) -> None:
+    now = {"unit": gate.MULTIPLES, "rows": 256, "cpu": "AMD EPYC", "threads": 2, "torch": "2.13.0"}
+    for key, then in (("rows", 64), ("threads", 1), ("cpu", "Xeon"), ("unit", gate.SECONDS)):
+        saved = {"machine_info": {**now, key: then}}
+        with pytest.raises(pytest.UsageError, match=f"of the same {key}: .* got {then!r} in the saved run"):
+            gate.pytest_benchmark_compare_machine_info(pytestconfig, now, saved)
+    with pytest.raises(pytest.UsageError, match="same unit"):  # saved by another project's benchmarks
+        gate.pytest_benchmark_compare_machine_info(pytestconfig, now, {"machine_info": {}})
+
+
+def test_multiples_pair_the_rounds() -> None:
+    assert gate.multiples(Outcome([1.0, 6.0]), Outcome([2.0, 3.0])) == [0.5, 2.0]
