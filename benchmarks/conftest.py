@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # the table below says more; -v brings the plugin's own back
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
     config.pluginmanager.register(gate)
+    if config.getoption("gate"):
+        torch.set_num_threads(1)  # threads that wait for others spin, and that counts as processor time
     # Compile times are to be a first run's, not those of a cache from an earlier one.
     if not config.getoption("smoke"):
         config.stash[COMPILED] = tempfile.TemporaryDirectory(prefix="gspo-bench-")

@@ -1,9 +1,9 @@
 """What pytest-benchmark saves and compares here: has a loss become slower than it was?
 
 With `--gate` a figure is a multiple: a call's processor time over that of the yardstick (`contestants.YARDSTICK`) in
-the same round. Time that the processor spends on other processes is not counted, and what those do to caches and clocks
-slows both. Without it, figures are seconds. docs/benchmark-gate.md shows the commands, and how often either form raises
-a false alarm.
+the same round, both on one thread. Time that the processor spends on other processes is not counted, and what those do
+to caches and clocks slows both. Without it, figures are seconds. docs/benchmark-gate.md shows the commands, and how
+often either form raises a false alarm.
 """
 
 from __future__ import annotations
