@@ -6,6 +6,7 @@ import functools
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # the table below says more; -v brings the plugin's own back
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
     config.pluginmanager.register(gate)
+    warnings.filterwarnings("ignore", "Benchmark machine_info is different")  # `gate.table` says what differs
     if config.getoption("gate"):
         torch.set_num_threads(1)  # threads that wait for others spin, and that counts as processor time
     # Compile times are to be a first run's, not those of a cache from an earlier one.
@@ -92,7 +94,7 @@ def outcomes_of(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Ou
     @functools.cache
     def measure(case: Case) -> dict[str, Outcome]:
         problem = build(case, rows_of(config))
-        outcomes = race(problem, [*selected[case], *([YARDSTICK] if gated else [])], rounds, meter)
+        outcomes = race(problem, [*selected[case], *([YARDSTICK] if gated else [])], rounds, meter, heap_kept=gated)
         if not gated and any(outcome.seconds for outcome in outcomes.values()):
             config.stash[FINISHED].append(case_result(problem, outcomes))
         return outcomes

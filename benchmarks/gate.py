@@ -25,6 +25,7 @@ from .results import machine, title
 ROUNDS, METER = Rounds(least=15, most=60, seconds=3.0), HostMeter(time.process_time)
 SECONDS, MULTIPLES = "seconds", f"multiples of {YARDSTICK.label}"
 FIXED = ("unit", "rows", "cpu", "threads")  # figures are compared only where these are equal
+NAMED = ("backend", "gspo_kernels", "torch", "python")  # what a comparison may be about; the table names what differs
 
 MACHINE = pytest.StashKey[dict[str, Any]]()
 FIGURES = pytest.StashKey[list[dict[str, Any]]]()  # pytest-benchmark's, of this run and of those it is compared with
@@ -68,7 +69,7 @@ def pytest_benchmark_compare_machine_info(
                 f"got {then.get(key)!r} in the saved run, {machine_info[key]!r} now. Save a baseline as you run now, "
                 "or compare with another run (--benchmark-compare=NUMBER)"
             )
-    changed = [key for key in machine_info if then.get(key) != machine_info[key]]
+    changed = [key for key in NAMED if then.get(key) != machine_info[key]]
     about = f"{compared_benchmark['datetime'][:16]}, commit {compared_benchmark['commit_info']['id'][:12]}"
     about += "".join(f"; {key} was {then.get(key)}" for key in changed)
     config.stash.setdefault(LOADED, []).append(about)
