@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def documented_arguments(docstring: str) -> dict[str, str]:
 
 def _merged(docstring: str, sources: list[str], names: set[str]) -> str:
     """The docstring with the paragraphs on `names` that it does not have itself, in the groups of the sources."""
-    before, own, after = _parsed(docstring)
+    before, found, after = _parsed(docstring)
+    own = dict(found)
     missing = names - documented_arguments(docstring).keys()
     groups: dict[str, list[str]] = {}
     for title, entries in [item for source in sources for item in _parsed(source)[1].items()]:
@@ -58,6 +60,7 @@ def _merged(docstring: str, sources: list[str], names: set[str]) -> str:
     return "\n\n".join(part for part in (before, *kept, *paragraphs, after) if part) + "\n"
 
 
+@functools.cache
 def _parsed(docstring: str) -> tuple[str, dict[str, dict[str, str]], str]:
     """The text before the groups, each group's paragraphs by the names they explain, and the text after."""
     groups: dict[str, dict[str, str]] = {}

@@ -245,7 +245,7 @@ def _tensor_positions(kind: Any) -> tuple[int, ...] | None:
     """Which fields of a dataclass or a named tuple may be tensors; None for any other class."""
     if not _has_fields(kind):
         return None
-    hints = list(typing.get_type_hints(kind).values())
+    hints = list(_fields(kind).values())
     for hint in hints:
         for inner in filter(_has_fields, (hint, *typing.get_args(hint))):
             assert not _tensor_positions(inner), f"{inner.__name__} inside {kind.__name__}: its tensors are not saved"
@@ -269,9 +269,8 @@ def _spec(name: str, kind: Any, taken: set[str], optional: bool, prefix: str = "
         return _Leaf(_unused(name, prefix, taken), kind, optional)
     present = _Leaf(_unused(f"has_{name}", prefix, taken), bool, False) if optional else None
     if _has_fields(kind):
-        hints = typing.get_type_hints(kind)
-        names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
-        return _Value(kind, tuple((each, _spec(each, hints[each], taken, optional, name)) for each in names), present)
+        fields = _fields(kind).items()
+        return _Value(kind, tuple((each, _spec(each, hint, taken, optional, name)) for each, hint in fields), present)
     travels_as = typing.get_type_hints(kind.packed)["return"]
     return _Packed(kind, _spec(name, travels_as, taken, optional, prefix), present)
 
@@ -313,6 +312,14 @@ def _tensors(count: int) -> str:
 
 def _has_fields(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or _is_named_tuple(kind)
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """The type of each field, by name."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
+    return {name: hints[name] for name in names}
 
 
 def _is_named_tuple(kind: Any) -> bool:

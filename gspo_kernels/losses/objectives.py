@@ -232,6 +232,7 @@ class Objective:
             return _OWN.get()
         kind = _class_of(key.name)
         fields = _packed_fields(kind)
+        assert fields is not None
         if len(key.parameters) != len(fields):
             unread: Objective = object.__new__(kind)
             return unread
@@ -358,7 +359,7 @@ def check_class(kind: type[Objective]) -> None:
                 f"{kind.__name__}.{name}: expected a function under @{kind_of_function.__name__}; got "
                 f"{checks.describe(function)}"
             )
-    if term is not None and term.reads_logprobs() and not kind.uses_logprobs:
+    if term is not None and not kind.uses_logprobs and term.reads_logprobs():
         raise TypeError(f"{kind.__name__}.uses_logprobs: expected True, because triton_term reads them; got False")
     if inspect.isfunction(terms):
         signature = inspect.signature(terms)

@@ -17,7 +17,7 @@ from test_autograd import Reinforce
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gspo_kernels import Objective, Terms, TokenBatch, linear_policy_loss, linear_token_logprobs
+from gspo_kernels import Objective, Terms, TokenBatch, linear_logits, linear_policy_loss, linear_token_logprobs
 
 pytestmark = pytest.mark.plain_memory  # deterministic fills slow compilers down
 
@@ -149,6 +149,17 @@ def test_log_probabilities() -> None:
         gradients.append(torch.autograd.grad(function(*leaves), leaves))
     for x, y in zip(*gradients, strict=True):
         assert torch.equal(x, y)
+
+
+@NOT_INTERPRETED
+def test_all_logits() -> None:
+    """In one graph, also for another number of rows, and under autocast."""
+    hidden, weight = on_device(torch.randn(2, 9, 16)), on_device(torch.randn(70, 16))
+    compiled = torch.compile(partial(linear_logits, vocab_size=67), fullgraph=True)
+    for rows in (hidden, hidden[:, :5], hidden.flatten(0, 1)):
+        assert torch.equal(compiled(rows, weight), linear_logits(rows, weight, vocab_size=67))
+    with torch.autocast(hidden.device.type, torch.bfloat16):
+        assert torch.equal(compiled(hidden, weight), linear_logits(hidden, weight, vocab_size=67))
 
 
 @NOT_INTERPRETED

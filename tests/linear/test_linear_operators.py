@@ -15,7 +15,12 @@ from gspo_kernels.base.layout import batch_shape
 from gspo_kernels.base.operators import Operator, _flatten
 from gspo_kernels.base.scalars import run_time_list
 from gspo_kernels.linear.both_heads import both_heads_operator
-from gspo_kernels.linear.operators import linear_loss_operator, linear_row_gradient_operator, linear_row_stats_operator
+from gspo_kernels.linear.operators import (
+    linear_logits_operator,
+    linear_loss_operator,
+    linear_row_gradient_operator,
+    linear_row_stats_operator,
+)
 from gspo_kernels.linear.sparse_head import kept_gradient_operator, kept_logits_operator
 from gspo_kernels.linear.types import HeadArguments, KeptColumns, NeedsGrad
 from gspo_kernels.losses.token_stage import TokenInputs, token_inputs
@@ -92,6 +97,8 @@ def samples(operator: str, everything: bool) -> tuple[Operator[Any], tuple[Any, 
         return linear_loss_operator, (arguments, needs_grad, inputs(arguments, everything))
     if operator == "row_stats":
         return linear_row_stats_operator, (arguments, needs_grad)
+    if operator == "logits":
+        return linear_logits_operator, (detached(arguments).operands(), 15, torch.float32)
     if operator.startswith("kept"):
         return kept_samples(operator, arguments, needs_grad)
     stats = RowStats(-numbers(2, 3).abs(), numbers(2, 3).abs(), numbers(2, 3).double())
@@ -125,7 +132,7 @@ def kept_samples(operator: str, arguments: HeadArguments, needs_grad: NeedsGrad)
 
 
 @pytest.mark.parametrize(
-    "operator", ["loss", "row_stats", "row_gradient", "kept_logits", "kept_gradient", "kept_and_full"]
+    "operator", ["loss", "logits", "row_stats", "row_gradient", "kept_logits", "kept_gradient", "kept_and_full"]
 )
 @pytest.mark.parametrize("everything", [True, False], ids=["every argument", "few"])
 def test_operators_keep_their_contract(operator: str, everything: bool) -> None:

@@ -80,6 +80,20 @@ def test_tracing() -> None:
     assert seen == [False, True], f"torch {torch.__version__}: make_fx is not seen"
 
 
+def test_constant_while_compiling() -> None:
+    """A compiler calls the function while it traces. A function that it traces itself would append in every call."""
+    calls: list[str] = []
+
+    @torch_internals.constant_while_compiling
+    def constant() -> int:
+        calls.append("called")
+        return 2
+
+    compiled = torch.compile(lambda x: x * constant(), fullgraph=True, backend="eager")
+    assert [compiled(torch.ones(1)).item() for _ in range(3)] == [2.0] * 3
+    assert len(calls) == 1, missing("_dynamo_marked_constant", AttributeError(f"called {len(calls)} times"))
+
+
 def test_forward_mode() -> None:
     try:
         assert not torch_internals.forward_mode_is_on()
