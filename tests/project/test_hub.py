@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from modes import KERNELS, on_device
+from modes import DEFAULT_MODE, KERNELS, on_device
 
 import gspo_kernels
 
@@ -56,6 +56,7 @@ def builds(folder: Path) -> Iterator[list[ModuleType]]:
             del sys.modules[name]
 
 
+@DEFAULT_MODE
 def test_imports_are_relative_or_of_python_and_torch(folder: Path, write: ModuleType) -> None:
     allowed = {*sys.stdlib_module_names, "torch", "triton", "typing_extensions"}  # torch depends on these
     paths = list((folder / "torch-ext" / "gspo_kernels").rglob("*.py"))
@@ -71,6 +72,7 @@ def test_imports_are_relative_or_of_python_and_torch(folder: Path, write: Module
         assert list(write.absolute_imports(text))
 
 
+@DEFAULT_MODE
 def test_a_build_has_the_metadata_of_its_files(folder: Path) -> None:
     assert not list((folder / "torch-ext").rglob("_ops.py")), "kernel-builder writes it"
     for backend in ("cpu", "cuda", "rocm"):
@@ -117,10 +119,12 @@ def test_a_build_computes_the_same_bits(builds: list[ModuleType]) -> None:
         assert all(torch.equal(mine, its) for mine, its in zip(computed(build), expected, strict=True))
 
 
+@DEFAULT_MODE
 def test_a_build_says_why_it_has_no_extension(builds: list[ModuleType]) -> None:
     assert "kernels of the Hugging Face hub have no C++ extension" in builds[0].explain(torch.zeros(1, 1, 2))
 
 
+@DEFAULT_MODE
 def test_a_rewrite_that_finds_nothing_is_an_error(write: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"base/operators\.py: expected .* once; got it 0 times"):
         write.adapted(Path("base/operators.py"), "x = 1\n")
