@@ -71,7 +71,7 @@ build/venv-ceiling/ready: TORCH_OF_END = $(CEILING_TORCH)
 build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(@D)/bin/python || $(PYTHON_OF_END) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check "$(TORCH_OF_END)" \
-	  "setuptools>=77" pybind11 ninja hypothesis numpy pytest pytest-xdist
+	  "setuptools>=77" ninja hypothesis numpy pytest pytest-xdist
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -91,7 +91,7 @@ gpu-more:
 gpu-wheels:
 	$(PYTHON) -m benchmarks.gpu_carried wheels
 
-# The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
+# The same of the extension, with its CUDA kernels, for every Python: nvcc and setuptools are needed.
 gpu-carry:
 	$(PYTHON) -m benchmarks.gpu_carried build
 
@@ -151,7 +151,7 @@ bench-peers: .venv/peers
 
 .venv/base: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch setuptools pybind11 ninja
+	$(PIP) torch setuptools ninja
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
