@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.
 
 .PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
 .PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry
-.PHONY: docs docs-links dist clean
+.PHONY: docs docs-links dist hub clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -94,6 +94,10 @@ gpu-wheels:
 # The same of the extension, with its CUDA kernels, for every Python: nvcc and setuptools are needed.
 gpu-carry:
 	$(PYTHON) -m benchmarks.gpu_carried build
+
+# The package as a kernel of the Hugging Face hub, into build/hub: hub/write.py.
+hub: .venv/base
+	$(BIN)/python hub/write.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
     pytest benchmarks                             from logits, every case, 2,048 rows: about 20 minutes, 9 GB
     pytest benchmarks --smoke                     64 rows, five cases that cover every option; and this folder's tests
     pytest benchmarks -k "bf16 and on_policy"     some cases, all contestants
+    pytest benchmarks --gate                      figures for pytest-benchmark to save and compare: gate.py
     pytest benchmarks --save-results benchmarks/results/cpu-<name>.json
     python -m benchmarks.linear                   from hidden states: 20 minutes, 10 GB
     python -m benchmarks.linear_precision         which sequences are clipped, from bf16 hidden states: a minute

@@ -136,8 +136,9 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
 def title(machine: dict[str, Any]) -> str:
     """The machine and the versions, in a line or two."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items() if version)
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}, "
+        f"{machine['cpu']}, {threads}, {machine['backend']}, torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}" + (f"\n{versions}" if versions else "")
     )
 

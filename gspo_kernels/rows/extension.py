@@ -61,6 +61,8 @@ def why_missing(error: ImportError, package: Path = _PACKAGE) -> str:
         return (
             f"the C++ extension {usable} does not load ({error}); reinstall gspo_kernels to compile it for this machine"
         )
+    if (package / "metadata.json").exists():  # written by hub/write.py
+        return "kernels of the Hugging Face hub have no C++ extension; pip install gspo-kernels has it"
     found = f"the C++ extension is not in {package}"
     others = sorted(path.name for path in package.glob("_native*") if path.suffix in (".so", ".pyd"))
     if others:
