@@ -5,7 +5,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
-.PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry docs clean
+.PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry
+.PHONY: docs docs-links clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -103,9 +104,14 @@ lint: .venv/test
 sanitize: .venv/test
 	PYTHON=$(CURDIR)/$(BIN)/python tests/support/sanitize.sh
 
-# The documentation site, into build/site. A broken link, or a public name without a page, fails the build.
+# The documentation site, into site/. A dead link, or a public name without a page, fails the build.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+	$(BIN)/python docs/scripts/dead_links.py
+
+# Links to other sites too, which needs a network.
+docs-links: docs
+	$(BIN)/python docs/scripts/dead_links.py --online
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -178,4 +184,4 @@ PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 	touch $@
 
 clean:
-	rm -rf .venv .venv-trainers .venv-vllm build dist *.egg-info gspo_kernels/*.so
+	rm -rf .venv .venv-trainers .venv-vllm build dist site *.egg-info gspo_kernels/*.so

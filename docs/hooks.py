@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: the repository's own pages join the site, and every public name must be in it.
+"""Hooks of the documentation's build: pages and plots outside of docs/ join it, and every public name must be in it.
 
 A name is public if `__all__` of `gspo_kernels`, or of a module of `gspo_kernels.integrations`, has it. What the package
 itself imports from an integration is public by the package's name alone. The check only reads the source and the built
@@ -8,14 +8,17 @@ pages, so neither torch nor a trainer needs to be installed.
 from __future__ import annotations
 
 import ast
+import html
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gspo_kernels"
-FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "SECURITY.md")
+PLOTS = "benchmarks/results"
 
 documented: set[str] = set()  # anchors of the pages that this build has written
 
@@ -48,23 +51,38 @@ def imported(source: Path, module: str) -> set[str]:
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File  # where the tests import this file there is no mkdocs
 
-    for name in FROM_ROOT:
+    plots = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / PLOTS).glob("*.png"))]
+    for name in (*PAGES, *plots):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links are written for the repository, where a page of the root is not beside those of docs/."""
-    if page.file.src_uri in FROM_ROOT:
+    page.meta.setdefault("description", description(markdown))
+    if page.file.src_uri in PAGES:
         return markdown.replace("](docs/", "](")
-    for name in FROM_ROOT:
+    for name in (*PAGES, PLOTS):
         markdown = markdown.replace(f"](../{name}", f"]({name}")
     return markdown
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> None:
+def description(markdown: str) -> str:
+    """The first paragraph of more than a few words, for search engines and for links to the page."""
+    prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    paragraphs = re.findall(r"^[\w`*[].*(?:\n\S.*)*", prose, flags=re.MULTILINE)
+    first = next((each for each in paragraphs if len(each) > 60), "")
+    text = re.sub(r"[`*]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", first))
+    return html.escape(textwrap.shorten(text, 200, placeholder="..."))
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """A plot is a link to itself, to be read in full size. Short numbers in a table stay on one line."""
     if page.file.src_uri.startswith("api/"):
-        documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', html))
+        documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', content))
+    content = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', content)
+    short = r"[^<]{1,12}|[^<(]{1,18}"  # such as 2.3e-09, 0.58 (101%) and 48.8% -&gt; 82.8%
+    return re.sub(rf'(?<=<td style="text-align: right;)(?=">({short})</td>)', " white-space: nowrap;", content)
 
 
 def on_post_build(**_: Any) -> None:

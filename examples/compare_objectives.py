@@ -91,6 +91,8 @@ def draw(record: Record, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(names) :]:
         axes.set_visible(False)
+    for axes in panels.flat[max(0, len(names) - columns) : len(names)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     seeds = len(next(iter(record.values())))
     figure.supxlabel("step")
     figure.supylabel("held-out problems solved")

@@ -335,8 +335,11 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     rms.axhspan(-LOWEST, HIGHEST, color=lab.GREY, alpha=0.25, lw=0, label="edges of GSPO's clip range, 3e-4 and 4e-4")
     for axes, title in ((clipped, "Clipped, demo's model"), (random_weights, "Clipped, random weights")):
         axes.set(title=title, ylabel="responses that are clipped", ylim=(-0.01, 0.51))
-        axes.axhline(LIMIT, color="black", lw=0.8, ls="--")
+        axes.axhline(LIMIT, color="black", lw=0.8, ls="--", label=f"{LIMIT:.0%}")
+        axes.plot([], [], "k:", lw=0.8, label="computed from mean and deviation")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    dashed_and_dotted = clipped.get_legend_handles_labels()[0][-2:]
+    clipped.legend(handles=dashed_and_dotted, frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 0.12))
     rms.legend(frameon=False, fontsize=6.5, loc="center right", title="engine; trainer", title_fontsize=7)
     lab.write(figure, arguments)
 

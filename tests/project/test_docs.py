@@ -8,9 +8,10 @@ import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import dead_links  # docs/scripts/dead_links.py
 import logit_table  # docs/scripts/logit_table.py
 import objective_table  # docs/scripts/objective_table.py
 import pytest
@@ -84,6 +85,79 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     """In backticks, such as `csrc/row_math.h`; in a log of changes too."""
     names = re.findall(r"`((?:gspo_kernels|csrc|tests|benchmarks|examples|docs)/[\w/.-]+)`", page.read_text())
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+# --- the built site ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    if not Path(dead_links.command(tmp_path, online=False)[0]).exists():
+        pytest.skip("needs lychee, which make docs installs")
+    (tmp_path / "style.css").touch()
+    (tmp_path / "index.html").write_text(
+        '<link rel="stylesheet" href="style.css"><h2 id="here">A page</h2>'
+        f'<a href="#here">here</a><a href="{dead_links.URL}index.html#here">published</a>'
+    )
+    return tmp_path
+
+
+def test_links_of_the_site_that_lead_somewhere_pass(site: Path) -> None:
+    assert dead_links.main([str(site)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ('<a href="#there">', "#there"),
+        ('<a href="index.html#there">', "#there"),
+        (f'<a href="{dead_links.URL}gone.html">', "gone.html"),
+        ('<img src="gone.png">', "gone.png"),
+        ('<script src="gone.js"></script>', "gone.js"),
+        ('<link rel="stylesheet" href="gone.css">', "gone.css"),
+        ('<script src="https://example.com/far.js"></script>', "far.js"),
+        ('<link href="//example.com/far.css" rel="stylesheet">', "far.css"),
+    ],
+)
+def test_a_dead_link_of_the_site_fails_the_build(
+    broken: str, named: str, site: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (site / "page.html").write_text(broken)
+    assert dead_links.main([str(site)]) != 0
+    assert named in "".join(capfd.readouterr())
+
+
+def test_a_plot_is_a_link_to_itself_and_short_numbers_stay_whole() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    image, cell = '<img alt="A plot" src="a.png" />', '<td style="text-align: right;">{}</td>'
+    short, long = ["2.3e-09", "0.58 (101%)", "48.8% -&gt; 82.8%"], ["84% (77% to 88%)", "its kernel needs a GPU"]
+    html = hooks().on_page_content(image + "".join(map(cell.format, short + long)), page)
+    assert html.startswith(f'<a href="a.png">{image}</a>')
+    assert re.findall(r"; white-space: nowrap;\">(.+?)</td>", html) == short
+
+
+def test_the_description_of_a_page_is_its_first_paragraph() -> None:
+    code = "```bash\npip install a-package-whose-name-has-more-characters-than-are-needed\n```"
+    first = "[`GSPOTrainer`](api.md) is a **trainer** that computes the loss,\nand nothing < else."
+    page = f"# TRL\n\n{code}\n\nTwo lines change:\n\n{first}\n\nNot this.\n"
+    assert hooks().description(page) == "GSPOTrainer is a trainer that computes the loss, and nothing &lt; else."
+    assert len(hooks().description(first * 9)) < 210
+    assert hooks().description("# Only\n\n## Headings\n") == ""
+
+
+def test_the_gallery_shows_every_plot() -> None:
+    gallery = ROOT / "docs" / "gallery.md"
+    shown = {(gallery.parent / path).resolve() for path in re.findall(r"!\[.+?\]\((\S+)\)", gallery.read_text())}
+    assert shown == {*ROOT.glob("docs/**/*.png"), *ROOT.glob("benchmarks/results/*.png")}
+
+
+# --- the release ------------------------------------------------------------------------------------------------------
+
+
+def test_the_citation_is_of_the_newest_release() -> None:
+    cited = dict(re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    released = re.search(r"^## \[(\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released and (cited["version"], cited["date-released"]) == released.groups()
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
