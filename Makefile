@@ -45,33 +45,45 @@ test-trainers: .venv-trainers/ready
 test-vllm: .venv-vllm/ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --numprocesses 2 --dist loadfile tests/vllm_engine $(ARGS)
 
-# The core of the suite at both ends of what pyproject.toml promises, each in an environment of its own: torch 2.7 with
-# Python 3.10, and the newest torch before 2.16 with Python 3.13. Some 6 GB each, with the CUDA build of torch that the
-# package index has, and 10 minutes each on 2 cores. ENDS=floor or ENDS=ceiling: one of them.
-ENDS := floor ceiling
+# What users may have, each in an environment of its own: the core of the suite with torch 2.7, with the newest torch and
+# with its next one, and the tests inside TRL with the oldest and the newest TRL. ENDS=floor: one of them. TORCH_INDEX has
+# torch without CUDA; where it cannot be reached, an environment has 6 GB. 10 minutes each on 2 cores.
+ENDS := floor ceiling pre-release trl-floor trl-newest
 python_at = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) python$(1))
-FLOOR_PYTHON ?= $(call python_at,3.10)
-CEILING_PYTHON ?= $(call python_at,3.13)
-FLOOR_TORCH := torch==2.7.*
-CEILING_TORCH := torch>=2.14,<2.16
+PYTHON_floor ?= $(call python_at,3.10)
+PYTHON_ceiling ?= $(call python_at,3.13)
+PYTHON_pre-release ?= $(call python_at,3.13)
+PYTHON_trl-floor ?= $(call python_at,3.11)
+PYTHON_trl-newest ?= $(call python_at,3.13)
+NIGHTLY_INDEX ?= https://download.pytorch.org/whl/nightly/cpu
+NEEDS_floor := "torch==2.7.*"
+NEEDS_ceiling := "torch>=2.15; python_version >= '3.11'" "torch>=2.14; python_version == '3.10'"
+NEEDS_pre-release := --pre --extra-index-url $(NIGHTLY_INDEX) torch
+NEEDS_trl-floor := torch "trl==1.14.*" "transformers==5.10.*" peft
+NEEDS_trl-newest := torch trl transformers peft
+# The oldest that compiles the kernels. torch 2.7 depends on 3.3, which does not.
+TRITON_floor := "triton==3.4.*"
+TRITON_ceiling := triton
+TRITON_pre-release := triton
 CORE := $(foreach each,rows losses autograd stats linear linear_compile compile errors rollout,$(wildcard tests/*/test_$(each).py))
+CORE += tests/project/test_import_time.py tests/project/test_torch_internals.py
 CORE_INTERPRETED := tests/rows/test_triton_rows.py
+IN_TRL := $(wildcard tests/integrations/test_integration_trl*.py) tests/integrations/test_logit_transform.py
 
 test-versions: $(ENDS:%=build/venv-%/ready)
 	status=0; for end in $(ENDS); do python=build/venv-$$end/bin/python; \
 	  $$python -c "import sys, torch; print('$$end: Python', sys.version.split()[0], 'torch', torch.__version__)"; \
+	  if [ $${end#trl-} != $$end ]; then $$python -m pytest --numprocesses auto $(IN_TRL) $(ARGS) || status=1; continue; fi; \
 	  $$python -m pytest --numprocesses auto $(CORE) $(ARGS) || status=1; \
 	  TRITON_INTERPRET=1 $$python -m pytest --numprocesses auto $(CORE_INTERPRETED) $(ARGS) || status=1; \
 	done; exit $$status
 
-build/venv-floor/ready: PYTHON_OF_END = $(FLOOR_PYTHON)
-build/venv-floor/ready: TORCH_OF_END = $(FLOOR_TORCH)
-build/venv-ceiling/ready: PYTHON_OF_END = $(CEILING_PYTHON)
-build/venv-ceiling/ready: TORCH_OF_END = $(CEILING_TORCH)
 build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-	test -x $(@D)/bin/python || $(PYTHON_OF_END) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check "$(TORCH_OF_END)" \
-	  "setuptools>=77" ninja hypothesis numpy pytest pytest-xdist
+	test -x $(@D)/bin/python || $(PYTHON_$*) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  $(NEEDS_$*)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=77" ninja hypothesis numpy pytest pytest-xdist
+	$(if $(TRITON_$*),$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps $(TRITON_$*))
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

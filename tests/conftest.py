@@ -38,8 +38,6 @@ def hasten_interpreter() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # forgotten in Triton 3.3
-        interpreter.InterpreterBuilder.get_int1_ty = lambda builder: tl.int1
     if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.5 and later
         interpreter._patch_attr = patch_attribute
         interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))

@@ -71,6 +71,8 @@ LOGIT_OPTIONS = {
     "hyperclovax": LogitOptions(multiplied_by="logits_scaling"),
     "hyperclovax_vision_v2": LogitOptions(multiplied_by="logits_scaling"),
     "inkling2": CAPPED_AND_CUT,
+    "inkling2_loop": FINAL_SOFTCAP,
+    "inkling2_loop_text": FINAL_SOFTCAP,
     "inkling2_text": CAPPED_AND_CUT,
     "inkling_mm_model": MUP_WIDTH,
     "inkling_text": MUP_WIDTH,

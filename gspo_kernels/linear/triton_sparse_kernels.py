@@ -30,7 +30,8 @@ _kernel = functools.partial(triton.jit, do_not_specialize=_VARIES, do_not_specia
 def _load(data, stride, rows, there, column, depth, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """float32 of columns of some rows, rounded to DTYPE first; 0 where a row is not `there`, and past the end."""
     READ: tl.constexpr = data.dtype.element_ty
-    BYTES: tl.constexpr = min(16, WIDTH * READ.primitive_bitwidth // 8)
+    BITS: tl.constexpr = WIDTH * READ.primitive_bitwidth
+    BYTES: tl.constexpr = 16 if BITS > 128 else BITS // 8  # Triton 3.4 has no `min` of constants
     here = data + (rows.to(tl.int64) * stride)[:, None] + column[None, :]
     inside = column < depth
     if ALIGNED:
@@ -45,7 +46,8 @@ def _load(data, stride, rows, there, column, depth, ALIGNED: tl.constexpr, WIDTH
 
 @triton.jit
 def _store(data, stride, row, column, depth, values, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    BYTES: tl.constexpr = min(16, WIDTH * data.dtype.element_ty.primitive_bitwidth // 8)
+    BITS: tl.constexpr = WIDTH * data.dtype.element_ty.primitive_bitwidth
+    BYTES: tl.constexpr = 16 if BITS > 128 else BITS // 8
     here = data + row.to(tl.int64) * stride + column
     inside = column < depth
     if ALIGNED:

@@ -29,7 +29,7 @@ computes_slopes = False
 
 _LOG2_E = 1.0 / math.log(2.0)
 _EXACT_FROM = 2.0**29  # nats; from here on the kernels' lse is that of the exact temperature
-_OLDEST = (3, 3)
+_OLDEST = (3, 4)  # Triton 3.3 compiles `scale` alone: it knows no width of a dtype in a condition
 _NOTHING = contextlib.nullcontext()
 
 
@@ -111,7 +111,7 @@ def unavailable_reason() -> str:
     if _VERSION is None:
         return "Triton is not installed; torch for CUDA or ROCm brings it"
     if tuple(map(int, _VERSION.split(".", 2)[:2])) < _OLDEST:
-        return f"Triton is {_VERSION}, these kernels need 3.3 or newer"
+        return f"Triton is {_VERSION}, these kernels need 3.4 or newer: install torch 2.8 or newer, which brings it"
     return ""
 
 

@@ -530,7 +530,7 @@ def test_explain_names_what_runs_and_why(backend: str) -> None:
     [
         ("3.8.0", torch.float32, "triton (Triton 3.8.0): logits are on the CPU, these kernels run on a GPU"),
         ("3.8.0", torch.float64, "logits are torch.float64, these kernels take float32, bfloat16 and float16"),
-        ("3.2.0", torch.float32, "Triton is 3.2.0, these kernels need 3.3 or newer"),
+        ("3.3.1", torch.float32, "Triton is 3.3.1, these kernels need 3.4 or newer: install torch 2.8 or newer"),
         (None, torch.float32, "triton (Triton, not installed): Triton is not installed; torch for CUDA or ROCm"),
     ],
     ids=str,

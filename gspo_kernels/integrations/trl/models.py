@@ -16,6 +16,7 @@ from ..transformers import IGNORED, LOGIT_OPTIONS, LogitTransform, logit_transfo
 
 # Model types of transformers that cannot be trained, and why. The sweep in the tests finds no others.
 REFUSED_TYPES = {
+    "dory": "its LM head multiplies each logit by a learned factor of the token",
     "prophetnet": "its LM head predicts several tokens at once from one position",
     "xlm-prophetnet": "its LM head predicts several tokens at once from one position",
 }
@@ -41,7 +42,7 @@ def check_model(model: Any, device: torch.device) -> None:
     kind = type(base)
     if base.config.model_type in REFUSED_TYPES:
         raise ValueError(
-            f"model: expected an LM head that predicts one token; got {kind.__name__}: "
+            f"model: expected an LM head of which logits are products with one weight; got {kind.__name__}: "
             f"{REFUSED_TYPES[base.config.model_type]}"
         )
     if not getattr(base.config, "return_dict", True):
