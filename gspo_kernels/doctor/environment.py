@@ -26,6 +26,7 @@ OURS = {
     "TRITON_INTERPRET": "Triton kernels run in its interpreter on CPU tensors, thousands of times slower; for tests",
     "VERL_ENGINE_VENDOR": "gspo_kernels: verl's engines take log-probabilities and entropies from this package",
     "GSPO_KERNELS_REQUIRE_NATIVE": _BUILD,
+    "GSPO_KERNELS_PURE": _BUILD,
     "GSPO_KERNELS_CUDA": _BUILD,
     "GSPO_CUDA_VARIANTS": _BUILD,
     "GSPO_KERNELS_SANITIZE": _BUILD,
