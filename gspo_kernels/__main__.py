@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     options.json |= "--json" in arguments  # also before the command, whose own default would hide it
-    code: int = options.run(options)
+    try:
+        code: int = options.run(options)
+        print(end="", flush=True)
+    except BrokenPipeError:  # of `| head`; Python would flush again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 

@@ -155,7 +155,10 @@ def _statistics(device: torch.device, backend: str, logits: Tensor, case: _Case)
     yield _measure("", "log-probability", found.logprobs, expected.logprobs, size, STATISTIC, select=batch.mask)
     size = 1.0 + expected.entropy
     yield _measure("", "entropy", found.entropy, expected.entropy, size, STATISTIC, select=batch.mask)
-    yield _zeros("log-probability", found.logprobs, ~batch.mask)
+    size = expected.lse.abs() + FLUSHED["fp32"]
+    yield _measure("", "log-sum-exp", found.lse, expected.lse, size, STATISTIC, select=batch.mask)
+    for name, values in (("log-probability", found.logprobs), ("entropy", found.entropy), ("log-sum-exp", found.lse)):
+        yield _zeros(name, values, ~batch.mask)
 
 
 def _gradient(case: _Case, gradient: Tensor, dtype: str) -> Iterator[Measure]:

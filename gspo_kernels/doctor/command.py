@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         faulthandler.enable()  # a kernel that crashes says where
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     found: dict[str, Any] = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _defaults_of_torch():
         warnings.simplefilter("ignore")  # what they would say is found here
         for name, value in _examine(measures_speed=not options.no_speed):
             found[name] = without_names(value)
@@ -43,6 +43,18 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(text.summary(findings, width), end="")
     return 0 if findings.passed else 1
+
+
+@contextlib.contextmanager
+def _defaults_of_torch() -> Iterator[None]:
+    """Those that torch begins with: others would be no fault of a backend."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _examine(measures_speed: bool) -> Iterator[tuple[str, Any]]:

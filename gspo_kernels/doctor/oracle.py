@@ -40,6 +40,7 @@ class Expected(NamedTuple):
     loss_size: float  # what its rounding errors are relative to: the sum of the absolute values of its terms
     logprobs: Tensor  # [sequences, tokens]
     entropy: Tensor
+    lse: Tensor
     gradient: Tensor  # of the logits, [sequences, tokens, vocab]
     gradient_size: Tensor  # what its rounding errors are relative to, column by column
 
@@ -100,8 +101,10 @@ def loss_of(logits: Tensor, batch: Batch, loss: Loss, entropy_coef: float = 0.0)
         own = -torch.expm1(logprobs) * by_logprob.abs()  # of the token's own column: 1 - p
         at = batch.token_ids[..., None]
         sizes.scatter_(-1, at, own[..., None] + (p * through_entropy).gather(-1, at))
-        logprobs, entropy = (x.detach().masked_fill(~batch.mask, 0.0) for x in (logprobs, entropy))
-    return Expected(value.detach(), size, logprobs, entropy, gradient, sizes)
+        logprobs, entropy, lse = (
+            x.detach().masked_fill(~batch.mask, 0.0) for x in (logprobs, entropy, leaf.logsumexp(-1))
+        )
+    return Expected(value.detach(), size, logprobs, entropy, lse, gradient, sizes)
 
 
 def _value(logprobs: Tensor, entropy: Tensor, batch: Batch, loss: Loss, entropy_coef: float) -> tuple[Tensor, float]:

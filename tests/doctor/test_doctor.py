@@ -67,6 +67,27 @@ def test_text_and_json_are_of_one_value(
     assert json.loads(capsys.readouterr().out) == as_json(found) == as_json(findings[1])
 
 
+@pytest.mark.parametrize("arguments", [["--no-speed"], ["plan", "--tokens", "9", "--vocab", "99", "--hidden", "9"]])
+def test_a_reader_that_has_left(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `| head -1`: no traceback, and nothing left to be written when Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(arguments) == 1
+
+
+def test_defaults_of_torch_that_somebody_changed() -> None:
+    """Such as in sitecustomize.py."""
+    with torch.device("meta"), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert main(["--no-speed"]) == 0
+            assert torch.get_default_dtype() == torch.bfloat16
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 KEYS = {
     "": "schema versions processor gpus environment services checks speed advice passed",
     "versions": "gspo_kernels location installation commit python torch torch_build triton trainers system libc",

@@ -29,6 +29,7 @@ def test_backends_pass(backend: str, dtype: str) -> None:
     assert found.passed and not found.raised, (found.raised, [each.detail for each in found.measures])
     assert {each.name for each in found.measures} == {
         *checks.SHOWN,
+        "log-sum-exp",
         "mean error of others",
         "zero rows",
         "loss from hidden",
@@ -88,6 +89,10 @@ def of_statistics(**wrong: Callable[[Tensor, Rows], Tensor]) -> Callable[[pytest
     return apply
 
 
+def of_masked_rows(values: Tensor, rows: Rows) -> Tensor:
+    return values if rows.mask is None else values.masked_fill(~rows.mask, 1e-20)
+
+
 def masked_rows_written(patch: pytest.MonkeyPatch) -> None:
     right = torch_rows.backward
 
@@ -126,7 +131,10 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "NaN": (of_statistics(logprobs=lambda x, rows: x * torch.nan), "log-probability"),
     "entropy in bits": (of_statistics(entropy=lambda x, rows: x / 0.6931), "entropy"),
     "log-probabilities in bf16": (of_statistics(logprobs=lambda x, rows: x.bfloat16().float()), "log-probability"),
+    "lse scaled": (of_statistics(lse=lambda x, rows: x * (1.0 + 2e-6)), "log-sum-exp"),
     "masked rows": (masked_rows_written, "zero rows"),
+    "entropy of masked rows": (of_statistics(entropy=of_masked_rows), "zero rows"),
+    "lse of masked rows": (of_statistics(lse=of_masked_rows), "zero rows"),
     "one pass": (one_pass_wrong, "mean error of others"),
     "raises": (raises, ""),
 }
