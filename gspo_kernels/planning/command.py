@@ -15,6 +15,7 @@ import torch
 from ..losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
+from ..linear.schedule import chunk_size
 from ..rows import cpu_rows
 from .plan import Plan, plan_of
 from .shape import Shape, even_batch
@@ -32,6 +33,8 @@ _UNITS = {
     "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
+_LARGEST = 10**12  # of a number of tokens, columns or bytes
+_MOST_RESPONSES = _MOST_CHUNKS = 4_000_000  # their plan takes seconds
 _MEMORY_OF_A_GPU = 80 * 10**9  # where none is here
 
 
@@ -45,6 +48,8 @@ class Refused(Exception):
 def whole_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0; got {text!r}")
+    if int(text) > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected at most {_LARGEST:,}; got {text}")
     return int(text)
 
 
@@ -71,7 +76,7 @@ def _number(text: str) -> float:
 
 def memory_size(text: str) -> int:
     """80GB is 80 x 10^9 bytes, 80GiB is 80 x 2^30."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", text.lower())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([a-z]+)", text.strip().lower(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(
             f"expected a number and a unit, such as 80GB (80 x 10^9 bytes) or 80GiB (80 x 2^30 bytes); got {text!r}"
@@ -149,12 +154,16 @@ def run(options: argparse.Namespace) -> int:
 def plan_for_options(options: argparse.Namespace) -> Plan:
     """Raises Refused; ValueError where a loss would refuse `chunk_bytes`."""
     device = options.device or device_here()
-    memory = options.memory or memory_of(device)
+    memory = memory_of(device) if options.memory is None else options.memory
     sequences = options.sequences or min(_RESPONSES, options.tokens)
     if options.length is not None:
+        if options.length > options.tokens:
+            raise Refused(f"--length: expected at most {options.tokens:,}, all tokens; got {options.length:,}")
         sequences = -(-options.tokens // options.length)
     if sequences > options.tokens:
         raise Refused(f"--sequences: expected at most {options.tokens:,}, one for each token; got {sequences:,}")
+    if sequences > _MOST_RESPONSES:
+        raise Refused(f"--tokens: expected at most {_MOST_RESPONSES:,} responses of them; got {sequences:,}")
     if options.kept is not None and options.kept > options.vocab:
         raise Refused(f"--kept: expected at most {options.vocab:,}, the columns that there are; got {options.kept:,}")
     if options.tp > options.vocab:
@@ -169,6 +178,12 @@ def plan_for_options(options: argparse.Namespace) -> Plan:
         frozen_head=options.frozen_head, on_policy=options.on_policy, chunk_bytes=options.chunk_bytes,
         sharded=options.tp > 1, kept=options.kept or 0, objective=OBJECTIVES[options.objective](),
     )  # fmt: skip
+    rows = chunk_size(shape.chunk_bytes, shape.vocab, shape.dtype, device, shape.needs_grad.any()).max_rows
+    if options.tokens > _MOST_CHUNKS * rows:
+        raise Refused(
+            f"--tokens: expected at most {_MOST_CHUNKS * rows:,}, which are {_MOST_CHUNKS:,} chunks of {rows:,} rows; "
+            f"got {options.tokens:,}"
+        )
     free, head = memory - options.reserved, shape.vocab * shape.width * shape.dtype.itemsize
     if free < head:
         raise Refused(
@@ -176,7 +191,7 @@ def plan_for_options(options: argparse.Namespace) -> Plan:
             f"reserved ({size(options.reserved)}); got {size(memory)}, {size(head - free)} too little"
         )
     length = options.length or -(-options.tokens // sequences)
-    return plan_of(shape, length, free, lambda responses: even(responses * length, responses))
+    return plan_of(shape, length, free, even)
 
 
 def device_here() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from .estimate import Estimate
 
 
-def longest(memory: int, estimate_of: Callable[[int], Estimate]) -> int:
+def longest(memory: int, estimate_of: Callable[[int], Estimate], most_estimated: int) -> int:
     """How many responses fit, hidden states and head included, while one more does not; 0 if not one fits.
 
     A long batch takes memory in proportion: every other guess interpolates, the others halve the range.
@@ -15,6 +15,8 @@ def longest(memory: int, estimate_of: Callable[[int], Estimate]) -> int:
     Args:
         estimate_of: of so many responses. More of them take more memory, but for up to 1% on a CPU, where a chunk is
             full.
+        most_estimated: an estimate of more responses would take long. Where more fit, the result is on the line
+            through the last two estimates.
     """
 
     def total(responses: int) -> int:
@@ -23,6 +25,8 @@ def longest(memory: int, estimate_of: Callable[[int], Estimate]) -> int:
 
     least, most, below, above = 0, 1, 0, total(1)  # `least` fits
     while above <= memory:
+        if least and 2 * most > most_estimated:
+            return most + (memory - above) * (most - least) // (above - below)
         least, most, below, above = most, 2 * most, above, total(2 * most)
     interpolates = True
     while most - least > 1:

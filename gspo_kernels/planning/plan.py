@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..linear.schedule import chunk_size
 from .estimate import Estimate
 from .from_hidden import from_hidden, from_kept
 from .from_logits import compiled_torch, from_logits, plain_torch
 from .longest import longest
 from .shape import Batch, Shape
+
+MOST_ESTIMATED = 1 << 13  # responses, and chunks, of a batch in the search for the longest one: each takes time
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,23 @@ class Plan:
         }
 
 
-def plan_of(shape: Shape, length: int, memory: int, batch_of: Callable[[int], Batch]) -> Plan:
+def plan_of(shape: Shape, length: int, memory: int, batch_of: Callable[[int, int], Batch]) -> Plan:
     """
     Args:
         length: tokens of a response.
-        batch_of: the batch of so many responses.
+        batch_of: the batch of so many tokens in so many responses.
     """
 
+    chunk = chunk_size(shape.chunk_bytes, shape.vocab, shape.dtype, shape.device, shape.needs_grad.any())
+    most = MOST_ESTIMATED * chunk.max_rows // length
+
+    def batch_for(responses: int) -> Batch:
+        """Of very many responses fewer and longer ones, each still less than a chunk: they take the same memory."""
+        tokens = responses * length
+        return batch_of(tokens, min(responses, max(MOST_ESTIMATED, 2 * tokens // chunk.max_rows)))
+
     def way(estimate: Callable[[Shape], Estimate]) -> Way:
-        fitting = longest(memory, lambda responses: estimate(replace(shape, batch=batch_of(responses))))
+        fitting = longest(memory, lambda responses: estimate(replace(shape, batch=batch_for(responses))), most)
         return Way(estimate(shape), fitting)
 
     return Plan(

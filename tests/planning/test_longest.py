@@ -37,12 +37,19 @@ def test_one_response_more_does_not_fit(way: Callable[[Shape], Estimate], memory
         found = estimate(way, responses, 700)
         return found.peak + found.shape.operand_bytes
 
-    found = longest(memory, partial(estimate, way, length=700))
+    found = longest(memory, partial(estimate, way, length=700), 1 << 15)
     assert found >= 1 and total(found) <= memory < total(found + 1)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=["torch", "compile", "logits", "overwrite", "hidden", "kept"])
+def test_beyond_what_is_estimated_it_follows_a_line(way: Callable[[Shape], Estimate]) -> None:
+    estimate_of = partial(estimate, way, length=700, shape=replace(SHAPE, chunk_bytes=2_048 * 32_000 * 4))
+    exact, by_line = (longest(320 * 10**9, estimate_of, most) for most in (1 << 17, 1 << 11))
+    assert by_line == pytest.approx(exact, rel=0.01)
+
+
 def test_none_fits() -> None:
-    assert longest(10**6, partial(estimate, from_hidden, length=700)) == 0
+    assert longest(10**6, partial(estimate, from_hidden, length=700), 1 << 15) == 0
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["torch", "compile", "logits", "overwrite", "hidden", "kept"])

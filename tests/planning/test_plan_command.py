@@ -11,7 +11,8 @@ import torch
 from modes import DEFAULT_MODE
 
 from gspo_kernels.__main__ import main
-from gspo_kernels.planning import command
+from gspo_kernels.planning import command, plan
+from gspo_kernels.planning.shape import Batch, even_batch
 
 pytestmark = DEFAULT_MODE
 
@@ -84,6 +85,12 @@ def test_advice_on_chunks_avoids_the_second_product(capsys: pytest.CaptureFixtur
         (["--memory", "1GB"], "for the head (1.24 GB) and what is reserved (0 B); got 1 GB, 245 MB too little"),
         (["--reserved", "79GB"], "got 80 GB, 245 MB too little"),
         (["--chunk-bytes", "1000"], "chunk_bytes: expected at least 607744, one row of 151936 logits"),
+        (["--length", "40000"], "--length: expected at most 32,768, all tokens; got 40,000"),
+        (["--tokens", "9" * 13], "argument --tokens: expected at most 1,000,000,000,000; got 9999999999999"),
+        (["--tokens", "9000000", "--length", "1"], "expected at most 4,000,000 responses of them; got 9,000,000"),
+        (["--tokens", "9" * 12], "which are 4,000,000 chunks of 2,048 rows; got 999,999,999,999"),
+        (["--memory", "0GB"], "got 0 B, 1.24 GB too little"),
+        (["--memory", "9" * 400 + "GB"], "argument --memory: expected a number and a unit"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--length", "10", "--sequences", "10"], "not allowed with argument"),
     ],
@@ -98,7 +105,7 @@ def test_what_it_refuses(options: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes"), [("80GB", 80 * 10**9), ("80GiB", 80 << 30), ("1.5 gb", 1_500_000_000), ("512MiB", 512 << 20)]
+    ("text", "bytes"), [("80GB", 80 * 10**9), ("80GiB", 80 << 30), (" 1.5 gb", 1_500_000_000), ("512MiB", 512 << 20)]
 )
 def test_sizes(text: str, bytes: int) -> None:
     assert command.memory_size(text) == bytes
@@ -115,6 +122,23 @@ def test_what_is_here_is_the_default(capsys: pytest.CaptureFixture[str], monkeyp
     assert "planned for cpu, because no GPU is here (--device cuda plans for one); memory of " in found
     assert "32 responses of 125" in found and "assumed" not in found
     assert "memory of 80 GB (assumed)" in printed(capsys, "plan", "--tokens", "4000", *HEAD, "--device", "cuda")
+
+
+def test_millions_of_short_responses_that_would_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search estimates fewer and longer ones; the batch that is given is estimated as it is."""
+    estimated: list[int] = []
+
+    def counted(tokens: int, sequences: int, **shares: object) -> Batch:
+        estimated.append(sequences)
+        return even_batch(tokens, sequences)
+
+    monkeypatch.setattr(command, "even_batch", counted)
+    small = ["plan", "--tokens", "160000", "--length", "4", "--vocab", "1000", "--hidden", "64", "--kept", "8"]
+    found = numbers(capsys, *small, "--device", "cuda", "--memory", "80GB")
+    assert all(way["longest_batch"] > 4_000_000 for way in found["ways"])
+    assert estimated[0] == 40_000 and max(estimated[1:]) <= 2 * plan.MOST_ESTIMATED
 
 
 def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
