@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..linear.schedule import chunk_size
 from ..losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken
 from ..losses.objectives import Objective
 from ..losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
-from ..linear.schedule import chunk_size
 from ..rows import cpu_rows
 from .plan import Plan, plan_of
 from .shape import Shape, even_batch
