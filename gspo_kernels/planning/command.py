@@ -19,7 +19,7 @@ from ..losses.weighted import CISPO, DPPO, DRO, TOPR, TOPRToken
 from ..rows import cpu_rows
 from .plan import Plan, plan_of
 from .shape import Shape, even_batch
-from .text import render, size
+from .text import counted, render, size
 
 SUMMARY = "Peak memory and products of a loss, beside plain torch's, and the longest batch that fits."
 
@@ -211,7 +211,9 @@ def memory_of(device: str) -> int:
 def _what(options: argparse.Namespace, plan: Plan) -> str:
     """What the numbers are for, with the defaults that were taken."""
     shape = plan.shape
-    batch = [f"{options.tokens:,} tokens in {len(shape.batch.lengths):,} responses of {plan.length:,}"]
+    count = len(shape.batch.lengths)
+    of = "of up to" if options.tokens % count else "of"
+    batch = [f"{counted(options.tokens, 'token')} in {counted(count, 'response')} {of} {-(-options.tokens // count):,}"]
     if options.masked:
         batch.append(f"{options.masked:.0%} masked")
     if options.active < 1.0 and options.skip_zero_advantage:

@@ -28,6 +28,10 @@ def size(count: float) -> str:
     return f"{count:,.4g} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _row(way: Way, plan: Plan) -> tuple[str, ...]:
     found = way.estimate
     logits = sum(bytes for name, bytes in found.held.items() if "logits" in name or "float32" in name)
@@ -57,8 +61,8 @@ def _chunks(plan: Plan) -> str:
     assert estimate.chunk is not None
     head = estimate.head
     return (
-        f"From hidden states: {head.chunks:,} chunks of up to {estimate.chunk.max_rows:,} rows of "
-        f"{str(dtype).removeprefix('torch.')} logits. {head.forward:,} rows forward"
+        f"From hidden states: {counted(head.chunks, 'chunk')} of up to {counted(estimate.chunk.max_rows, 'row')} of "
+        f"{str(dtype).removeprefix('torch.')} logits. {counted(head.forward, 'row')} forward"
         f"{f', {head.recomputed:,} of them twice' if head.recomputed else ''}, {head.backward:,} backward."
     )
 

@@ -141,6 +141,15 @@ def test_millions_of_short_responses_that_would_fit(
     assert estimated[0] == 40_000 and max(estimated[1:]) <= 2 * plan.MOST_ESTIMATED
 
 
+def test_responses_that_are_not_of_one_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, *GPU, "--length", "32000").startswith("32,768 tokens in 2 responses of 16,384\n")
+    assert printed(capsys, *GPU, "--sequences", "5").startswith("32,768 tokens in 5 responses of up to 6,554\n")
+    one = [*GPU, "--tokens", "1"]
+    assert printed(capsys, *one).startswith("1 token in 1 response of 1\n") and "1 chunk of up to" in printed(
+        capsys, *one
+    )
+
+
 def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         assert main([*GPU, "--kept", "8"]) == 0
