@@ -148,7 +148,8 @@ def check(artifacts: Sequence[Path], ref: str = "") -> None:
 
 def check_wheel(wheel: Path, sources: set[str], version: str) -> None:
     """The sdist's package, the licence and, unless the wheel is pure, one small extension. No tests, no libraries."""
-    tags = parse_wheel_filename(wheel.name)[3]
+    _, of_wheel, _, tags = parse_wheel_filename(wheel.name)
+    expect(str(of_wheel) == version, f"{wheel.name} is not of the version of the sdist, {version}")
     pure, information = all(tag.platform == "any" for tag in tags), f"{NAME}-{version}.dist-info/"
     names = files_of(wheel)
     extensions = {name for name in names if is_extension(name)}

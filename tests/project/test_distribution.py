@@ -179,6 +179,11 @@ def test_what_may_be_in_a_wheel(
         dist.check_wheel(wheel, PACKAGE, "1.0")
 
 
+def test_a_wheel_of_another_version(dist: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(dist.Failure, match=r"gspo_kernels-1\.1-py3-none-any\.whl is not of the version .*, 1\.0"):
+        dist.check_wheel(tmp_path / "gspo_kernels-1.1-py3-none-any.whl", PACKAGE, "1.0")
+
+
 def test_a_tag_is_that_of_the_version(dist: ModuleType, tmp_path: Path) -> None:
     sdist = tmp_path / "gspo_kernels-1.0.tar.gz"
     with pytest.raises(dist.Failure, match=r"refs/tags/v1\.1 is not the tag of 1\.0"):
