@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.
 
 .PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
 .PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry
-.PHONY: docs docs-links clean
+.PHONY: docs docs-links dist hub clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -82,7 +82,7 @@ build/venv-%/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(@D)/bin/python || $(PYTHON_$*) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  $(NEEDS_$*)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=77" pybind11 ninja hypothesis numpy pytest pytest-xdist
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=77" ninja hypothesis numpy pytest pytest-xdist
 	$(if $(TRITON_$*),$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps $(TRITON_$*))
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
@@ -103,9 +103,13 @@ gpu-more:
 gpu-wheels:
 	$(PYTHON) -m benchmarks.gpu_carried wheels
 
-# The same of the extension, with its CUDA kernels, for the Python that builds it: nvcc, setuptools and pybind11 are needed.
+# The same of the extension, with its CUDA kernels, for every Python: nvcc and setuptools are needed.
 gpu-carry:
 	$(PYTHON) -m benchmarks.gpu_carried build
+
+# The package as a kernel of the Hugging Face hub, into build/hub: hub/write.py.
+hub: .venv/base
+	$(BIN)/python hub/write.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -124,6 +128,11 @@ docs: .venv/docs
 # Links to other sites too, which needs a network.
 docs-links: docs
 	$(BIN)/python docs/scripts/dead_links.py --online
+
+# The artifacts of a release, into dist/: built, checked, and each tried in a fresh environment. ARGS=--full: with torch
+# from the index. GitHub builds those of the other platforms (.github/workflows/wheels.yml).
+dist: .venv/dist
+	$(BIN)/python .ci/dist.py $(ARGS)
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -159,11 +168,11 @@ bench-peers: .venv/peers
 
 .venv/base: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch setuptools pybind11 ninja
+	$(PIP) torch setuptools ninja
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-.venv/test .venv/bench .venv/demo .venv/docs: .venv/%: .venv/base
+.venv/test .venv/bench .venv/demo .venv/docs .venv/dist: .venv/%: .venv/base
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 

@@ -26,22 +26,14 @@ from typing import Any
 
 import gspo_kernels
 
-from .cases import CASES, build
-from .contestants import BY_NAME
+from .cases import GATE, GATE_ROWS, build
+from .contestants import GATED, contestants_of
 from .race import Rounds, race
 from .results import REPOSITORY
 
-ROWS = 256
 LEAST_SLOWDOWN = 0.05
 STANDARD_ERRORS = 3.0
 IN_PROCESS = Rounds(least=5, most=15, seconds=0.7)
-
-# The large vocabulary in one layout, and one small packed case for the work around the kernels.
-# Not kept columns: a base before them has none.
-COMPARED = tuple(c for c in CASES if c.vocab == 151_936 and c.layout == "padded" and not c.work.kept) + tuple(
-    c for c in CASES if c.id == "forward_backward-bf16-32000-packed"
-)
-CONTESTANTS = ("ours", "ours_fresh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,10 +60,9 @@ def measure(only: str) -> dict[str, float]:
     """Seconds by case and contestant, in this process, whose working directory has the package that is measured."""
     assert Path(gspo_kernels.__file__).resolve().parents[1] == Path.cwd().resolve(), gspo_kernels.__file__
     seconds: dict[str, float] = {}
-    for case in COMPARED:
-        names = [name for name in CONTESTANTS if case.work.gradient or name == "ours"]
-        chosen = [BY_NAME[name] for name in names if only in f"{case.id}-{name}"]
-        for name, outcome in race(build(case, ROWS), chosen, IN_PROCESS).items() if chosen else ():
+    for case in GATE:
+        chosen = [c for c in contestants_of(case.work) if c.name in GATED and only in f"{case.id}-{c.name}"]
+        for name, outcome in race(build(case, GATE_ROWS), chosen, IN_PROCESS).items() if chosen else ():
             if outcome.error is not None:
                 raise outcome.error
             seconds[f"{case.id}-{name}"] = min(outcome.seconds)  # whatever else the machine does only adds
@@ -96,7 +87,7 @@ def report(ratios: dict[str, list[float]], base: str) -> int:
     if not ratios:
         print("no case has that word in its name")
         return 2
-    print(f"time of this tree / time of {base[:12]}, {ROWS} rows\n")
+    print(f"time of this tree / time of {base[:12]}, {GATE_ROWS} rows\n")
     print(f"{'case':<48} {'median':>7} {'spread':>15} {'limit':>7}")
     slower = 0
     for key, values in ratios.items():

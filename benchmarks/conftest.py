@@ -6,6 +6,7 @@ import functools
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import CASES, ROWS, SEQUENCES, SMOKE, SMOKE_ROWS, Case, Problem, build
-from .contestants import BY_NAME, Contestant, contestants_of
-from .race import SMOKE_ROUNDS, Outcome, Rounds, race
+from . import gate
+from .cases import CASES, GATE, SEQUENCES, SMOKE, SMOKE_ROWS, Case, Problem, build
+from .contestants import BY_NAME, GATED, YARDSTICK, Contestant, contestants_of
+from .gate import rows_of
+from .race import SMOKE_ROUNDS, HostMeter, Outcome, Rounds, race
 from .results import machine, record, save, title
 
 FINISHED = pytest.StashKey[list[dict[str, Any]]]()
@@ -36,6 +39,7 @@ MEANINGS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gspo-kernels benchmarks")
     group.addoption("--smoke", action="store_true", help=f"{SMOKE_ROWS} rows, {len(SMOKE)} cases: does it run at all?")
+    group.addoption("--gate", action="store_true", help="few cases; figures are multiples of torch.exp's time")
     group.addoption("--save-results", type=Path, metavar="PATH", help="write the results here, if no check failed")
 
 
@@ -43,7 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FINISHED] = []
     config.option.benchmark_quiet = True  # the table below says more; -v brings the plugin's own back
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
-    if not config.getoption("smoke"):  # compile times are to be a first run's, not those of a cache from an earlier one
+    config.pluginmanager.register(gate)
+    warnings.filterwarnings("ignore", "Benchmark machine_info is different")  # `gate.table` says what differs
+    if config.getoption("gate"):
+        torch.set_num_threads(1)  # threads that wait for others spin, and that counts as processor time
+    # Compile times are to be a first run's, not those of a cache from an earlier one.
+    if not config.getoption("smoke"):
         config.stash[COMPILED] = tempfile.TemporaryDirectory(prefix="gspo-bench-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.stash[COMPILED].name
 
@@ -53,22 +62,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[COMPILED].cleanup()
 
 
-def rows_of(config: pytest.Config) -> int:
-    """`GSPO_BENCH_ROWS`, but in a smoke run."""
-    return SMOKE_ROWS if config.getoption("smoke") else ROWS
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests of this folder's commands are no part of the gate, and their imports take seconds."""
+    ignored = config.getoption("gate") and collection_path.suffix == ".py" and collection_path.name != "test_speed.py"
+    return True if ignored and collection_path.name.startswith("test_") else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"case", "contestant"} <= set(metafunc.fixturenames):
-        cases = SMOKE if metafunc.config.getoption("smoke") else CASES
-        pairs = [(case, c) for case in cases for c in contestants_of(case.work)]
+        gated = metafunc.config.getoption("gate")
+        cases = GATE if gated else SMOKE if metafunc.config.getoption("smoke") else CASES
+        pairs = [(case, c) for case in cases for c in contestants_of(case.work) if not gated or c.name in GATED]
         metafunc.parametrize(("case", "contestant"), pairs, ids=[f"{case.id}-{c.name}" for case, c in pairs])
 
 
 @pytest.fixture(scope="session")
 def outcomes_of(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Outcome]]:
     """What a case's selected contestants made of it; all are measured, in turn, at the first of their tests."""
-    config = request.config
+    config, gated = request.config, request.config.getoption("gate")
     selected: dict[Case, list[Contestant]] = {}
     for item in request.session.items:
         parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
@@ -77,13 +88,14 @@ def outcomes_of(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Ou
     if config.getoption("benchmark_disable"):
         rounds = Rounds(least=0, most=0)  # answers are still checked
     else:
-        rounds = SMOKE_ROUNDS if config.getoption("smoke") else Rounds()
+        rounds = gate.ROUNDS if gated else SMOKE_ROUNDS if config.getoption("smoke") else Rounds()
+    meter = gate.METER if gated else HostMeter()
 
     @functools.cache
     def measure(case: Case) -> dict[str, Outcome]:
         problem = build(case, rows_of(config))
-        outcomes = race(problem, selected[case], rounds)
-        if any(outcome.seconds for outcome in outcomes.values()):
+        outcomes = race(problem, [*selected[case], *([YARDSTICK] if gated else [])], rounds, meter, heap_kept=gated)
+        if not gated and any(outcome.seconds for outcome in outcomes.values()):
             config.stash[FINISHED].append(case_result(problem, outcomes))
         return outcomes
 

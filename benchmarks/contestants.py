@@ -197,6 +197,16 @@ def _copy(problem: Problem) -> Run:
     return copy
 
 
+def _yardstick(problem: Problem) -> Run:
+    """Reads and writes the same bytes, does arithmetic of the same kind, and takes about as long as a fused loss."""
+    logits, out = problem.sampled.pristine[0], problem.sampled.working[0].detach()
+
+    def exponentiate() -> None:
+        torch.exp(logits, out=out)
+
+    return exponentiate
+
+
 def _products(problem: Problem) -> Run:
     """The matrix products that any way needs, into memory that has been touched; the logits are all there."""
     hidden, weight = problem.sampled.pristine
@@ -225,6 +235,9 @@ CONTESTANTS = (
     COMPILED,
     Contestant("copy", "memory copy", _copy),
 )
+# Of `pytest benchmarks --gate`: whose time is compared, and what it is a multiple of.
+GATED = ("ours", "ours_fresh")
+YARDSTICK = Contestant("exp", "torch.exp of the same logits", _yardstick, overwrites=True)
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
 
 

@@ -135,8 +135,8 @@ def markdown(content: dict[str, Any]) -> str:
             "",
             *table(heads, rows),
             "",
-            f"By the model of docs/gpu.md, 1,048,576 rows with D = 4,096 in bf16 take {size(on_gpu.peak())} of a GPU, "
-            f"returned gradients included, beside the operands ({size(on_gpu.operands())}).",
+            f"By the model of docs/gpu.md, 1,048,576 rows with D = 4,096 in bf16 take {size(on_gpu.estimate.peak)} of "
+            f"a GPU, returned gradients included, beside the operands ({size(on_gpu.shape.operand_bytes)}).",
         ]
     )
 

@@ -1,7 +1,7 @@
 """What a GPU run may find in carried/, which git ignores: peers as wheels, a built extension, a Triton cache.
 
     make gpu-wheels                               carried/wheels/: peers, their imports, pytest-xdist; Python 3.12
-    make gpu-carry PYTHON=python3.12              carried/_native*.so: the extension with CUDA kernels; needs nvcc
+    make gpu-carry                                carried/_native*.so: the extension with CUDA kernels; needs nvcc
     python -m benchmarks.gpu_carried cache [90]   carried/triton-cache.tar for a compute capability, without a GPU
     make gpu ARGS="--save-cache carried/triton-cache.tar"    the same file from a run on a GPU
 
@@ -136,8 +136,10 @@ def use_extension() -> str:
 
 
 def installed() -> Path:
-    """Where this Python looks for the extension."""
-    return REPOSITORY / "gspo_kernels" / f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    """Where this Python looks for the extension: one for every Python, unless this one is free-threaded."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    suffix = next((suffix for suffix in suffixes if suffix.startswith(".abi3")), suffixes[0])
+    return REPOSITORY / "gspo_kernels" / f"_native{suffix}"
 
 
 def probe(path: Path) -> str:

@@ -119,7 +119,7 @@ def on_device(profile: torch.profiler.profile) -> list[Any]:
     return sorted((e for e in events if not e.name.endswith(" Sync")), key=lambda e: e.time_range.start)
 
 
-PACKAGES = ("triton", "liger-kernel", "trl", "transformers", "pytest", "hypothesis", "numpy", "pybind11", "ninja")
+PACKAGES = ("triton", "liger-kernel", "trl", "transformers", "pytest", "hypothesis", "numpy", "ninja")
 QUERY = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit", "ecc.mode.current", "mig.mode.current")
 
 

@@ -8,6 +8,7 @@ clock under load are left out. A table of docs/gpu.md is its output.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
-from gspo_kernels.linear.gradient_rows import CHUNKS_OF_GRADIENTS
-from gspo_kernels.linear.products import PRODUCT_ROWS
-from gspo_kernels.linear.schedule import chunk_size
+from gspo_kernels.planning.estimate import Estimate
+from gspo_kernels.planning.from_hidden import from_hidden
+from gspo_kernels.planning.head_walk import Pass
+from gspo_kernels.planning.shape import Batch, Shape, even_batch
 
 from .gpu_page import committed
 from .gpu_parts import table
@@ -66,86 +68,51 @@ class Speed:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one loss with bf16 operands. Bytes: 4 a logit, 2 a gradient of one, 4 a sum, 2 an operand and its gradient."""
+    """Of one loss with bf16 operands; rows, products and memory are those of `gspo_kernels/planning`."""
 
     plan: Plan
     rows: int = ROWS
     vocab: int = VOCAB
     width: int = WIDTH
 
-    @property
-    def _gradient(self) -> bool:
-        return self.plan.mode != "statistics"
+    @functools.cached_property
+    def shape(self) -> Shape:
+        long = self.plan.mode in ("deferred_scale", "recompute")
+        gradient = self.plan.mode != "statistics"
+        batch = batch_of(self.rows, 2 if long else 64, self.plan.active)
+        if long:  # of responses that are active in part
+            batch = even_batch(self.rows, 2, active=self.plan.active)
+        return Shape(
+            batch._replace(mask=gradient), self.vocab, self.width, torch.bfloat16, "cuda",
+            frozen_head=not self.plan.trained, gradient=gradient,
+        )  # fmt: skip
 
-    @property
-    def _active(self) -> int:
-        return round(self.rows * self.plan.active) if self._gradient else 0
-
-    @property
-    def _chunk_rows(self) -> int:
-        """The rows of a chunk."""
-        chunk = chunk_size(None, self.vocab, torch.bfloat16, "cuda", self._gradient)
-        return min(chunk.max_rows, self.rows)
-
-    @property
-    def _gradient_rows(self) -> int:
-        """The rows of a product with the gradients of logits, at most."""
-        if not self._gradient:
-            return 0
-        return min(CHUNKS_OF_GRADIENTS * self._chunk_rows, self.rows) if self.plan.trained else self._chunk_rows
-
-    def _products_of_the_head(self) -> int:
-        """How many add to its gradient: gradients wait until those of a whole further chunk would not fit."""
-        rows = self._active if self.plan.mode == "recompute" else self.rows
-        chunks = -(-rows // self._chunk_rows)
-        pending, count = 0.0, 1
-        for _ in range(chunks):
-            if pending + self._chunk_rows > self._gradient_rows:
-                pending, count = 0.0, count + 1
-            pending += self._active / chunks
-        return count
-
-    def products(self) -> float:
-        """In products of all rows with the head."""
-        again = self._active if self.plan.mode == "recompute" else 0
-        of_gradients = (2 if self.plan.trained else 1) * self._active
-        return (_padded(self.rows) + again + of_gradients) / self.rows
-
-    def operations(self) -> float:
-        return self.products() * 2 * self.rows * self.vocab * self.width
+    @functools.cached_property
+    def estimate(self) -> Estimate:
+        return from_hidden(self.shape)
 
     def bytes_moved(self) -> float:
-        """Beside the products."""
+        """Beside the products. 4 a logit, 2 a gradient of one, 4 a sum, 2 an operand and its gradient."""
+        found, active = Pass(self.shape), self.estimate.head.backward
         head, hidden = self.vocab * self.width, self.rows * self.width
-        moved = 4 * self.rows * self.vocab + 6 * self._active * self.vocab  # statistics; logits -> gradients
-        if self._gradient:
+        moved = 4 * self.rows * self.vocab + 6 * active * self.vocab  # statistics; logits -> gradients
+        if self.shape.gradient:
             moved += (4 + 8 + 6) * hidden  # sums filled with 0, written at their rows, and rounded
-        if self.plan.mode == "deferred_scale":
+        if found.scaled:
             moved += 16 * hidden  # gathered, scaled, and written back
         if self.plan.trained:
-            additions = self._products_of_the_head() - 1  # each reads the sums once more
+            additions = found.additions - 1  # each reads the sums once more
             moved += (4 * additions + 6) * head + 8 * hidden  # sums rounded at the end; hidden states gathered
         return moved
 
     def seconds(self, speed: Speed) -> float:
-        return self.operations() / speed.products + self.bytes_moved() / speed.copy
-
-    def operands(self) -> float:
-        return 2.0 * (self.rows + self.vocab) * self.width
-
-    def peak(self) -> float:
-        """Bytes of memory beside the operands, what is returned included."""
-        head, hidden = self.vocab * self.width, self.rows * self.width
-        buffers = 4 * _padded(self._chunk_rows) * self.vocab + 2 * self._gradient_rows * self.vocab
-        if not self._gradient:
-            return buffers
-        product = (4 + 2) * self._gradient_rows * self.width  # of hidden states, and those gathered
-        sums = 4 * hidden + 4 * head * self.plan.trained
-        return max(buffers + product + sums, 1.5 * sums)
+        return self.estimate.operations / speed.products + self.bytes_moved() / speed.copy
 
 
-def _padded(rows: int) -> int:
-    return -(-rows // PRODUCT_ROWS["cuda"]) * PRODUCT_ROWS["cuda"]
+def batch_of(rows: int, sequences: int, active: float) -> Batch:
+    """Responses of one length, which are active or not, evenly mixed."""
+    lengths = even_batch(rows, sequences).lengths
+    return Batch(rows, lengths, tuple(n * (int((i + 1) * active) - int(i * active)) for i, n in enumerate(lengths)))
 
 
 def predictions(contents: Sequence[dict[str, Any]], rows: int = ROWS) -> str:
@@ -157,7 +124,7 @@ def predictions(contents: Sequence[dict[str, Any]], rows: int = ROWS) -> str:
 
     def row(plan: Plan) -> list[str]:
         work = Work(plan, rows)
-        cells = [plan.title, f"{work.products():.2f}", f"{work.peak() / 1e9:.2f}"]
+        cells = [plan.title, f"{work.estimate.products:.2f}", f"{work.estimate.peak / 1e9:.2f}"]
         cells += [f"{work.seconds(speed) * 1e3:.1f}" for speed in speeds]
         return cells + [_measured(content, plan) for content in contents] if rows == ROWS else cells
 

@@ -78,7 +78,7 @@ def variants_of(kernel: str, most: int = MOST) -> dict[str, Use]:
     """By name; the first is the package's own."""
     if kernel == "one_read":
         native: Any = cuda_rows._native
-        return {name: functools.partial(native.cuda_use_variant, name) for name in _cuda_variants()[:most]}
+        return {name: functools.partial(native.cuda_use_variant, name=name) for name in _cuda_variants()[:most]}
     return {
         name_of(launch): functools.partial(LAUNCH.__setitem__, kernel, launch) for launch in launches_of(kernel)[:most]
     }

@@ -30,13 +30,16 @@ class Meter(Protocol):
         """Frees what a contestant that failed has left in caches."""
 
 
+@dataclass(frozen=True)
 class HostMeter:
+    clock: Callable[[], float] = time.perf_counter
+
     def timed(self, run: Callable[[], object]) -> float:
         gc.disable()
         try:
-            start = time.perf_counter()
+            start = self.clock()
             answer = run()
-            seconds = time.perf_counter() - start
+            seconds = self.clock() - start
             del answer  # a gradient is freed outside the timing
         finally:
             gc.enable()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,15 +109,17 @@ def default_path(kind: str, by_products: bool = False) -> Path:
 
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     """What the numbers of this process depend on; `packages` with their versions, None for what is not installed."""
-    # Here, for compare.py runs these files on older commits, which lack it.
+    # Here, for compare.py runs these files on older commits, which lack them.
+    from gspo_kernels.doctor.machine import memory_bytes, processor_model
+    from gspo_kernels.doctor.versions import version_of
     from gspo_kernels.linear.cpu_products import cpu_products
 
     backend = gspo_kernels.explain(torch.empty(1, 1, 2)).split(": ")[0]
     found: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": processor_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "backend": backend,  # with its instruction set
         "bf16_products": cpu_products(torch.bfloat16).name,
@@ -130,14 +130,15 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
-    return {**found, "packages": {name: _version(name) for name in packages}} if packages else found
+    return {**found, "packages": {name: version_of(name) for name in packages}} if packages else found
 
 
 def title(machine: dict[str, Any]) -> str:
     """The machine and the versions, in a line or two."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items() if version)
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['backend']}, torch {machine['torch']}, "
+        f"{machine['cpu']}, {threads}, {machine['backend']}, torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}" + (f"\n{versions}" if versions else "")
     )
 
@@ -155,32 +156,6 @@ def commit() -> str:
     """
     if told := os.environ.get("GSPO_BENCH_COMMIT"):
         return told
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+    from gspo_kernels.doctor.versions import commit_of
 
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return commit_of(REPOSITORY) or "unknown"

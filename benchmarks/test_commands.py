@@ -113,7 +113,7 @@ def test_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_million_rows_fit_into_one_gpu() -> None:
     work = gpu_model.Work(gpu_model.Plan("", "recompute", trained=True), rows=1_048_576, width=4_096)
-    assert 30e9 < work.peak() + work.operands() < 60e9
+    assert 30e9 < work.estimate.peak + work.shape.operand_bytes < 60e9
 
 
 def test_linear_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +145,7 @@ def test_gpu_model(capsys: pytest.CaptureFixture[str]) -> None:
             if plan.measured:
                 work, measured = gpu_model.Work(plan), cases[plan.measured]["contestants"]["ours"]
                 assert 0.7 < work.seconds(speed) / measured["median"] < 1.03, plan
-                assert 0.9 < work.peak() / measured["extra_bytes"] < 1.15, plan
+                assert 0.9 < work.estimate.peak / measured["extra_bytes"] < 1.15, plan
 
 
 def test_gpu_kept_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 The times were taken in turn with those of the other contestants (`race.py`), which pytest-benchmark cannot do. A clock
 that advances by the recorded times hands them over: its statistics, --benchmark-json and --benchmark-compare all work.
+With --gate it advances by multiples of the yardstick's time in place of seconds (`gate.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .cases import Case
-from .contestants import Contestant
+from .contestants import YARDSTICK, Contestant
+from .gate import multiples
 from .race import Outcome
 
 _now = 0.0
@@ -26,11 +28,14 @@ def recorded_time() -> float:
 def test_speed(
     benchmark: BenchmarkFixture, outcomes_of: Callable[[Case], dict[str, Outcome]], case: Case, contestant: Contestant
 ) -> None:
-    outcome = outcomes_of(case)[contestant.name]
+    outcomes = outcomes_of(case)
+    outcome = outcomes[contestant.name]
     assert not outcome.absent
     if outcome.error is not None:
         raise outcome.error
-    times = iter(outcome.seconds or [0.0])
+    yardstick = outcomes.get(YARDSTICK.name)
+    figures = (outcome.seconds if yardstick is None else multiples(outcome, yardstick)) or [0.0]
+    times = iter(figures)
 
     def replay() -> None:
         global _now
@@ -39,4 +44,4 @@ def test_speed(
     benchmark.group = case.id
     benchmark.extra_info["extra_bytes"] = outcome.extra_bytes
     benchmark.extra_info["compile_seconds"] = outcome.compile_seconds
-    benchmark.pedantic(replay, rounds=max(len(outcome.seconds), 1))  # type: ignore[no-untyped-call]
+    benchmark.pedantic(replay, rounds=len(figures))  # type: ignore[no-untyped-call]

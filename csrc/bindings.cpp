@@ -1,11 +1,12 @@
 // The only extension module. It takes addresses, sizes and a thread count, and nothing of torch's ABI: one build works
 // with any torch. The Python side owns shapes and lifetimes, and checks token ids before it comes here (rows/operators.py).
-#include <pybind11/pybind11.h>
+#include "row_arguments.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/parallel.h"
 #include "cpu/products.h"
@@ -22,11 +23,11 @@
 #include <cpuid.h>
 #endif
 
-namespace py = pybind11;
-
 namespace {
 
 using namespace gspo;
+using gspo::python::Arguments;
+using gspo::python::Released;
 
 #if defined(__x86_64__)
 bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
@@ -50,7 +51,7 @@ bool supported(const std::string& name) {
 // What this processor has for products of bf16 matrices: tile units, or instructions of AVX-512.
 enum class BFloat16Units { kAmx, kAvx512 };
 
-bool has_bfloat16(BFloat16Units units) {
+bool has_bfloat16([[maybe_unused]] BFloat16Units units) {
 #if defined(__x86_64__)
   const bool amx = units == BFloat16Units::kAmx;
   unsigned eax, ebx, ecx, edx;
@@ -108,17 +109,26 @@ const ProductKernels& product_kernels(const std::string& dtype) {
 }
 
 // left [rows, depth], right [depth, columns]; strides in elements.
-void multiply_matrices(const std::string& dtype, int64_t rows, int64_t columns, int64_t depth, uintptr_t left,
-                       int64_t left_row_stride, int64_t left_depth_stride, uintptr_t right, int64_t right_depth_stride,
-                       int64_t right_column_stride, uintptr_t out, int64_t out_stride, uintptr_t bias, bool add,
-                       double factor, int threads) {
+void multiply(Arguments& in) {
+  const ProductKernels& kernels = product_kernels(in["dtype"].text());
+  const auto rows = in["rows"].integer(), columns = in["columns"].integer(), depth = in["depth"].integer();
   if (rows < 1 || columns < 1 || depth < 1) throw std::invalid_argument("multiply: sizes out of range");
-  const Product product{
-      {reinterpret_cast<const void*>(left), rows, left_row_stride, left_depth_stride},
-      {reinterpret_cast<const void*>(right), columns, right_column_stride, right_depth_stride},
-      depth, reinterpret_cast<float*>(out), out_stride, reinterpret_cast<const float*>(bias), add,
-      static_cast<float>(factor)};
-  multiply(product_kernels(dtype), product, threads);
+  const auto* left = in["left"].address<const void>();
+  const auto left_row_stride = in["left_row_stride"].integer(), left_depth_stride = in["left_depth_stride"].integer();
+  const auto* right = in["right"].address<const void>();
+  const auto right_depth_stride = in["right_depth_stride"].integer();
+  const auto right_column_stride = in["right_column_stride"].integer();
+  const Product product{{left, rows, left_row_stride, left_depth_stride},
+                        {right, columns, right_column_stride, right_depth_stride},
+                        depth,
+                        in["out"].address<float>(),
+                        in["out_stride"].integer(),
+                        in["bias"].address<const float>(),
+                        in["add"].boolean(),
+                        static_cast<float>(in["factor"].real())};
+  const int threads = in["threads"].integer<int>();
+  const Released released(in);
+  gspo::multiply(kernels, product, threads);
 }
 
 const RowKernels& kernels(const std::string& dtype) {
@@ -127,11 +137,6 @@ const RowKernels& kernels(const std::string& dtype) {
   if (dtype == "bfloat16") return isa.bfloat16;
   if (dtype == "float16") return isa.float16;
   throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 KeptForm form_of(const std::string& name) {
@@ -144,37 +149,38 @@ KeptForm form_of(const std::string& name) {
 
 // One call's rows: the logits, the inputs of each row, the columns that rows keep, and the number of threads.
 struct Rows {
+  const RowKernels& kernels;
   RowShape shape;
-  RowInputs inputs;
-  KeptColumns kept;
-  const RowKernels* kernels;
-  int threads;
-  int64_t columns = 0;  // that all rows keep
+  RowInputs inputs{};
+  KeptColumns kept{KeptForm::kAll, nullptr, nullptr, 0, nullptr};
+  int threads = 1;
+  int64_t columns;  // that all rows keep
   size_t buffer_bytes = 0;
 
-  Rows(const std::string& dtype, uintptr_t logits, int64_t outer, int64_t inner, int64_t vocab, int64_t outer_stride,
-       int64_t inner_stride, uintptr_t token_ids, uintptr_t mask, double temperature, uintptr_t row_temperature,
-       uintptr_t row_indices, double tanh_scale, const std::string& kept_form, uintptr_t kept_ids,
-       uintptr_t kept_offsets, int64_t kept_entries, int threads)
-      : shape{outer * inner, inner, vocab},
-        inputs{{pointer<char>(logits), outer_stride, inner_stride}, pointer<const int64_t>(token_ids),
-               pointer<const bool>(mask), pointer<const float>(row_temperature), temperature,
-               pointer<const int64_t>(row_indices), tanh_scale},
-        kept{form_of(kept_form), pointer<const int32_t>(kept_ids), pointer<const int64_t>(kept_offsets), kept_entries,
-             nullptr},
-        kernels(&::kernels(dtype)),
-        threads(threads) {
-    if (outer < 0 || inner < 0 || vocab < (gathered() ? 0 : 1) || kept_entries < 0)
-      throw std::invalid_argument("rows: sizes out of range");
+  // Of numbers alone, such as a gradient.
+  explicit Rows(Arguments& in)
+      : kernels(::kernels(in["dtype"].text())), shape(shape_of(in)), columns(shape.rows * shape.vocab) {
+    inputs.logits = view_of(in, "logits");
+  }
+
+  void read_inputs(Arguments& in) {
+    inputs = inputs_of(in, inputs.logits);
+    inputs.row_indices = in["row_indices"].address<const int64_t>();
+    if (in.has("kept_form")) {
+      kept.form = form_of(in["kept_form"].text());
+      kept.ids = in["kept_ids"].address<const int32_t>();
+      kept.offsets = in["kept_offsets"].address<const int64_t>();
+      kept.entries = in["kept_entries"].integer();
+    }
+    threads = in["threads"].integer<int>();
+    if (shape.vocab < (gathered() ? 0 : 1) || kept.entries < 0) throw std::invalid_argument("rows: sizes out of range");
     count_columns();
   }
 
   void count_columns() {
-    if (kept.form == KeptForm::kAll) {
-      columns = shape.rows * shape.vocab;
-      return;
-    }
+    if (kept.form == KeptForm::kAll) return;
     int64_t most = 0;
+    columns = 0;
     for (int64_t row = 0; row < shape.rows; ++row) {
       const int64_t entries = entries_of(kept, row).count();
       columns += entries == 0 && kept.form == KeptForm::kSome ? shape.vocab : entries;
@@ -205,45 +211,61 @@ struct Rows {
 
   bool gathered() const { return kept.form == KeptForm::kGathered; }
   int64_t columns_of_gradient() const { return gathered() ? columns : shape.rows * shape.vocab; }
-
-  void forward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse) const {
-    const RowOutputs out{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
-    for_each(columns, [&](const KeptColumns& own, int64_t begin, int64_t end) {
-      kernels->forward(shape, inputs, own, out, begin, end);
-    });
-  }
-
-  void backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy,
-                uintptr_t grad_lse, uintptr_t gradient, int64_t outer_stride, int64_t inner_stride,
-                bool gradient_is_bfloat16) const {
-    const auto run = gradient_is_bfloat16 ? kernels->backward_bfloat16 : kernels->backward;
-    const RowOutputs saved{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
-    const UpstreamArrays upstream{pointer<const float>(grad_logprobs), pointer<const float>(grad_entropy),
-                                  pointer<const double>(grad_lse)};
-    const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
-    for_each(columns_of_gradient(), [&](const KeptColumns& own, int64_t begin, int64_t end) {
-      run(shape, inputs, own, saved, upstream, view, begin, end);
-    });
-  }
-
-  void forward_backward(uintptr_t logprobs, uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs,
-                        uintptr_t gradient, int64_t outer_stride, int64_t inner_stride) const {
-    const RowOutputs out{pointer<float>(logprobs), pointer<float>(entropy), pointer<double>(lse)};
-    const UpstreamArrays upstream{pointer<const float>(grad_logprobs), nullptr, nullptr};
-    const LogitsView view{pointer<char>(gradient), outer_stride, inner_stride};
-    for_each(columns_of_gradient(), [&](const KeptColumns& own, int64_t begin, int64_t end) {
-      kernels->forward_backward(shape, inputs, own, out, upstream, view, begin, end);
-    });
-  }
-
-  // Multiplies the numbers (such as a saved gradient) in place; a factor of exactly 1 writes nothing.
-  void scale(double factor) const {
-    if (factor == 1.0) return;
-    for_each(columns, [&](const KeptColumns&, int64_t begin, int64_t end) {
-      kernels->scale(shape, inputs.logits, static_cast<float>(factor), begin, end);
-    });
-  }
 };
+
+Rows rows_with_inputs(Arguments& in) {
+  Rows rows(in);
+  rows.read_inputs(in);
+  return rows;
+}
+
+void forward(Arguments& in) {
+  const Rows rows = rows_with_inputs(in);
+  const RowOutputs out = outputs_of(in);
+  const Released released(in);
+  rows.for_each(rows.columns, [&](const KeptColumns& own, int64_t begin, int64_t end) {
+    rows.kernels.forward(rows.shape, rows.inputs, own, out, begin, end);
+  });
+}
+
+void backward(Arguments& in) {
+  const Rows rows = rows_with_inputs(in);
+  const RowOutputs saved = outputs_of(in);
+  UpstreamArrays upstream;
+  upstream.logprobs = in["grad_logprobs"].address<const float>();
+  upstream.entropy = in["grad_entropy"].address<const float>();
+  upstream.lse = in["grad_lse"].address<const double>();
+  const LogitsView gradient = view_of(in, "gradient");
+  const bool bfloat16 = in["gradient_is_bfloat16"].boolean();
+  const auto run = bfloat16 ? rows.kernels.backward_bfloat16 : rows.kernels.backward;
+  const Released released(in);
+  rows.for_each(rows.columns_of_gradient(), [&](const KeptColumns& own, int64_t begin, int64_t end) {
+    run(rows.shape, rows.inputs, own, saved, upstream, gradient, begin, end);
+  });
+}
+
+void forward_backward(Arguments& in) {
+  const Rows rows = rows_with_inputs(in);
+  const RowOutputs out = outputs_of(in);
+  const UpstreamArrays upstream{in["grad_logprobs"].address<const float>(), nullptr, nullptr};
+  const LogitsView gradient = view_of(in, "gradient");
+  const Released released(in);
+  rows.for_each(rows.columns_of_gradient(), [&](const KeptColumns& own, int64_t begin, int64_t end) {
+    rows.kernels.forward_backward(rows.shape, rows.inputs, own, out, upstream, gradient, begin, end);
+  });
+}
+
+// Multiplies numbers (such as a saved gradient) in place; a factor of exactly 1 writes nothing.
+void scale(Arguments& in) {
+  Rows rows(in);
+  const double factor = in["factor"].real();
+  rows.threads = in["threads"].integer<int>();
+  const Released released(in);
+  if (factor == 1.0) return;
+  rows.for_each(rows.columns, [&](const KeptColumns&, int64_t begin, int64_t end) {
+    rows.kernels.scale(rows.shape, rows.inputs.logits, static_cast<float>(factor), begin, end);
+  });
+}
 
 // ---- a sparse head
 
@@ -263,122 +285,159 @@ ElementType element_type(const std::string& dtype) {
   throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
 }
 
-Matrix matrix(const std::string& dtype, uintptr_t data, int64_t rows, int64_t columns, int64_t row_stride) {
-  if (rows < 0 || columns < 0) throw std::invalid_argument("matrix: sizes out of range");
-  return {element_type(dtype), pointer<char>(data), rows, columns, row_stride};
+Matrix matrix_of(Arguments& in, const char* name) {
+  const auto [dtype, data, rows, columns, row_stride] =
+      in[name].items("dtype", "address", "rows", "columns", "row stride");
+  const Matrix matrix{element_type(dtype.text()), data.address<char>(), rows.integer(), columns.integer(),
+                      row_stride.integer()};
+  if (matrix.rows < 0 || matrix.columns < 0)
+    throw std::invalid_argument(std::string(name) + ": sizes out of range");
+  return matrix;
 }
 
-SparseEntries sparse_entries(int64_t count, int64_t rows, uintptr_t ids, uintptr_t offsets, uintptr_t row_of,
-                             uintptr_t active) {
-  if (count < 0 || rows < 0) throw std::invalid_argument("entries: sizes out of range");
-  return {count, rows, pointer<const int32_t>(ids), pointer<const int64_t>(offsets), pointer<const int64_t>(row_of),
-          pointer<const bool>(active)};
+SparseEntries entries_of(Arguments& in) {
+  SparseEntries entries;
+  entries.count = in["count"].integer();
+  entries.rows = in["rows"].integer();
+  entries.ids = in["ids"].address<const int32_t>();
+  entries.offsets = in["offsets"].address<const int64_t>();
+  entries.row_of = in["row_of"].address<const int64_t>();
+  entries.active = in["active"].address<const bool>();
+  if (entries.count < 0 || entries.rows < 0) throw std::invalid_argument("entries: sizes out of range");
+  return entries;
 }
 
-// Sums in 24 bits, and `count` numbers of a product to add to them from sum `first` on.
+void kept_logits(Arguments& in) {
+  const Matrix hidden = matrix_of(in, "hidden"), weight = matrix_of(in, "weight");
+  const ElementType rounded_to = element_type(in["rounded_to"].text());
+  const SparseEntries entries = entries_of(in);
+  float* const out = in["out"].address<float>();
+  const bool add = in["add"].boolean();
+  const int threads = in["threads"].integer<int>();
+  const SparseInstructions& instructions = sparse_instructions();
+  const Released released(in);
+  gspo::kept_logits(instructions, hidden, weight, rounded_to, entries, out, add, threads);
+}
+
+void hidden_gradient(Arguments& in) {
+  const auto* gradient = in["gradient"].address<const float>();
+  const Matrix weight = matrix_of(in, "weight");
+  const ElementType rounded_to = element_type(in["rounded_to"].text());
+  const SparseEntries entries = entries_of(in);
+  const Matrix out = matrix_of(in, "out");
+  const int threads = in["threads"].integer<int>();
+  const SparseInstructions& instructions = sparse_instructions();
+  const Released released(in);
+  gspo::hidden_gradient(instructions, gradient, weight, rounded_to, entries, out, threads);
+}
+
+void weight_gradient(Arguments& in) {
+  const auto* gradient = in["gradient"].address<const float>();
+  const Matrix hidden = matrix_of(in, "hidden");
+  const ElementType rounded_to = element_type(in["rounded_to"].text());
+  const SparseEntries entries = entries_of(in);
+  const auto* order = in["order"].address<const int64_t>();
+  const auto* destination = in["destination"].address<const int64_t>();
+  const Matrix out = matrix_of(in, "out");
+  const int threads = in["threads"].integer<int>();
+  const SparseInstructions& instructions = sparse_instructions();
+  const Released released(in);
+  gspo::weight_gradient(instructions, gradient, hidden, rounded_to, entries, order, destination, out, threads);
+}
+
+// ---- sums in 24 bits
+
 template <class F>
 void for_each_sum(int64_t count, int threads, const F& run) {
   constexpr int64_t kSumsPerTask = 1 << 14;
   parallel_for(count, kSumsPerTask, threads, run);
 }
 
-void add_to_sums(uintptr_t high, uintptr_t low, int64_t first, uintptr_t product, int64_t count, uint32_t pass,
-                 int threads) {
-  const Sums24 sums{pointer<uint16_t>(high), pointer<uint8_t>(low)};
-  for_each_sum(count, threads, [&](int64_t begin, int64_t end) {
-    instruction_set().sums.add(sums, first, pointer<const float>(product), pass, begin, end);
-  });
+Sums24 sums_of(Arguments& in) {
+  uint16_t* const high = in["high"].address<uint16_t>();
+  return {high, in["low"].address<uint8_t>()};
 }
 
-void round_sums(uintptr_t high, uintptr_t low, int64_t count, float factor, int threads) {
-  const Sums24 sums{pointer<uint16_t>(high), pointer<uint8_t>(low)};
+// Adds `count` numbers of a product to sums from number `first` on.
+void add_to_sums(Arguments& in) {
+  const Sums24 sums = sums_of(in);
+  const auto first = in["first"].integer();
+  const auto* product = in["product"].address<const float>();
+  const auto count = in["count"].integer();
+  const auto pass = in["pass_number"].integer<uint32_t>();
+  const int threads = in["threads"].integer<int>();
+  const SumKernels& kernels = instruction_set().sums;
+  const Released released(in);
   for_each_sum(count, threads,
-               [&](int64_t begin, int64_t end) { instruction_set().sums.round(sums, factor, begin, end); });
+               [&](int64_t begin, int64_t end) { kernels.add(sums, first, product, pass, begin, end); });
+}
+
+void round_sums(Arguments& in) {
+  const Sums24 sums = sums_of(in);
+  const auto count = in["count"].integer();
+  const auto factor = static_cast<float>(in["factor"].real());
+  const int threads = in["threads"].integer<int>();
+  const SumKernels& kernels = instruction_set().sums;
+  const Released released(in);
+  for_each_sum(count, threads, [&](int64_t begin, int64_t end) { kernels.round(sums, factor, begin, end); });
 }
 
 // Page faults on a newly allocated gradient cost more than the arithmetic: request 2 MiB pages before the first write.
-void request_huge_pages(uintptr_t address, size_t bytes) {
+void request_huge_pages(Arguments& in) {
+  char* const begin = in["address"].address<char>();
+  const auto bytes = in["bytes"].integer();
+  in.end();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
-  if (end > begin) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
-  (void)address, (void)bytes;
+  (void)begin, (void)bytes;
 #endif
+}
+
+// ---- the module
+
+std::string name_of_instruction_set() { return instruction_set().name; }
+std::string name_of_product_instructions() { return product_instructions().name; }
+bool multiplies_bfloat16() { return product_instructions().multiplies_bfloat16; }
+bool has_amx_bfloat16() { return has_bfloat16(BFloat16Units::kAmx); }
+bool shares_threads_with_torch() { return openmp_of_process() != nullptr; }
+
+using python::method;
+
+PyMethodDef kMethods[] = {
+    method<&name_of_instruction_set>("instruction_set"),
+    method<&name_of_product_instructions>("product_instructions"),
+    method<&multiplies_bfloat16>("multiplies_bfloat16"),
+    method<&has_amx_bfloat16>("has_amx_bfloat16"),
+    method<&is_intel>("is_intel"),
+    method<&shares_threads_with_torch>("shares_threads_with_torch"),
+    method<&request_huge_pages>("request_huge_pages"),
+    method<&forward>("forward"),
+    method<&backward>("backward"),
+    method<&forward_backward>("forward_backward"),
+    method<&scale>("scale"),
+    method<&multiply>("multiply"),
+    method<&kept_logits>("kept_logits"),
+    method<&hidden_gradient>("hidden_gradient"),
+    method<&weight_gradient>("weight_gradient"),
+    method<&add_to_sums>("add_to_sums"),
+    method<&round_sums>("round_sums"),
+    {},
+};
+
+int fill(PyObject* module) {
+#if defined(GSPO_CUDA)
+  if (PyModule_AddFunctions(module, gpu::kMethods)) return -1;
+#endif
+  return PyModule_AddFunctions(module, kMethods);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "Row kernels of gspo_kernels (see csrc/).";
-#if defined(GSPO_CUDA)
-  gspo::gpu::bind(m);
-#endif
-  m.def("instruction_set", [] { return std::string(instruction_set().name); });
-  m.def("product_instructions", [] { return std::string(product_instructions().name); });
-  m.def("multiplies_bfloat16", [] { return product_instructions().multiplies_bfloat16; });
-  m.def("has_amx_bfloat16", [] { return has_bfloat16(BFloat16Units::kAmx); });
-  m.def("is_intel", &is_intel);
-  m.def("shares_threads_with_torch", [] { return openmp_of_process() != nullptr; });
-  m.def("request_huge_pages", &request_huge_pages, py::arg("address"), py::arg("bytes"));
-
-  using released = py::call_guard<py::gil_scoped_release>;
-  m.def("multiply", &multiply_matrices, released(), py::kw_only(), py::arg("dtype"), py::arg("rows"),
-        py::arg("columns"), py::arg("depth"), py::arg("left"), py::arg("left_row_stride"),
-        py::arg("left_depth_stride"), py::arg("right"), py::arg("right_depth_stride"), py::arg("right_column_stride"),
-        py::arg("out"), py::arg("out_stride"), py::arg("bias"), py::arg("add"), py::arg("factor"), py::arg("threads"));
-  m.def("add_to_sums", &add_to_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("first"),
-        py::arg("product"), py::arg("count"), py::arg("pass_number"), py::arg("threads"));
-  m.def("round_sums", &round_sums, released(), py::kw_only(), py::arg("high"), py::arg("low"), py::arg("count"),
-        py::arg("factor"), py::arg("threads"));
-  py::class_<Matrix>(m, "Matrix", py::module_local())
-      .def(py::init(&matrix), py::kw_only(), py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("columns"),
-           py::arg("row_stride"));
-  py::class_<SparseEntries>(m, "SparseEntries", py::module_local())
-      .def(py::init(&sparse_entries), py::kw_only(), py::arg("count"), py::arg("rows"), py::arg("ids"),
-           py::arg("offsets"), py::arg("row_of"), py::arg("active"));
-  m.def(
-      "kept_logits",
-      [](const Matrix& hidden, const Matrix& weight, const std::string& rounded_to, const SparseEntries& entries,
-         uintptr_t out, bool add, int threads) {
-        kept_logits(sparse_instructions(), hidden, weight, element_type(rounded_to), entries, pointer<float>(out), add,
-                    threads);
-      },
-      released(), py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("rounded_to"), py::arg("entries"),
-      py::arg("out"), py::arg("add"), py::arg("threads"));
-  m.def(
-      "hidden_gradient",
-      [](uintptr_t gradient, const Matrix& weight, const std::string& rounded_to, const SparseEntries& entries,
-         const Matrix& out, int threads) {
-        hidden_gradient(sparse_instructions(), pointer<const float>(gradient), weight, element_type(rounded_to),
-                        entries, out, threads);
-      },
-      released(), py::kw_only(), py::arg("gradient"), py::arg("weight"), py::arg("rounded_to"), py::arg("entries"),
-      py::arg("out"), py::arg("threads"));
-  m.def(
-      "weight_gradient",
-      [](uintptr_t gradient, const Matrix& hidden, const std::string& rounded_to, const SparseEntries& entries,
-         uintptr_t order, uintptr_t destination, const Matrix& out, int threads) {
-        weight_gradient(sparse_instructions(), pointer<const float>(gradient), hidden, element_type(rounded_to),
-                        entries, pointer<const int64_t>(order), pointer<const int64_t>(destination), out, threads);
-      },
-      released(), py::kw_only(), py::arg("gradient"), py::arg("hidden"), py::arg("rounded_to"), py::arg("entries"),
-      py::arg("order"), py::arg("destination"), py::arg("out"), py::arg("threads"));
-  py::class_<Rows>(m, "Rows")
-      .def(py::init<const std::string&, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t,
-                    double, uintptr_t, uintptr_t, double, const std::string&, uintptr_t, uintptr_t, int64_t, int>(),
-           py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
-           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("token_ids") = 0, py::arg("mask") = 0,
-           py::arg("temperature") = 1.0, py::arg("row_temperature") = 0, py::arg("row_indices") = 0,
-           py::arg("tanh_scale") = 0.0, py::arg("kept_form") = "all", py::arg("kept_ids") = 0,
-           py::arg("kept_offsets") = 0, py::arg("kept_entries") = 0, py::arg("threads") = 1)
-      .def("forward", &Rows::forward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
-           py::arg("lse"))
-      .def("backward", &Rows::backward, released(), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
-           py::arg("lse"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
-           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("gradient_is_bfloat16"))
-      .def("forward_backward", &Rows::forward_backward, released(), py::kw_only(), py::arg("logprobs"),
-           py::arg("entropy"), py::arg("lse"), py::arg("grad_logprobs"), py::arg("gradient"), py::arg("outer_stride"),
-           py::arg("inner_stride"))
-      .def("scale", &Rows::scale, released(), py::arg("factor"));
+PyMODINIT_FUNC PyInit__native() {
+  static python::Module module("_native", "Kernels of gspo_kernels (see csrc/).", &fill);
+  return module.start();
 }

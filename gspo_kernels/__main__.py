@@ -13,12 +13,15 @@ from .planning import command as planning
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gspo_kernels", description=doctor.SUMMARY)
     doctor.add_arguments(parser)
-    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.epilog = "Exit code 0: all is right; 1: a check failed; 2: wrong usage."
+    commands = parser.add_subparsers(title="commands", metavar="[COMMAND]")
     plan = commands.add_parser("plan", help=planning.SUMMARY, description=planning.SUMMARY)
     planning.add_arguments(plan)
     plan.set_defaults(run=planning.run)
     parser.set_defaults(run=doctor.run)
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    options.json |= "--json" in arguments  # also before the command, whose own default would hide it
     code: int = options.run(options)
     return code
 

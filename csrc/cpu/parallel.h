@@ -36,7 +36,7 @@ void parallel_for(int64_t count, int64_t grain, int threads, const F& run) {
     int64_t count, grain;
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
-    std::exception_ptr failure;
+    std::exception_ptr failure{};
 
     static void drain(void* self) {
       Work& work = *static_cast<Work*>(self);

@@ -1,10 +1,10 @@
 // The CUDA kernels' part of the extension module.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "../python.h"
 
 namespace gspo::gpu {
 
-void bind(pybind11::module_& m);
+extern PyMethodDef kMethods[];
 
 }  // namespace gspo::gpu

@@ -44,7 +44,7 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
         return coefficients.of_step(step, RowStats(*(x[step.start : step.stop] for x in stats)))
 
     for step in plan_steps(inputs, stage.layout, lengths, head):
-        parts = head.chunk_size.parts(step.start, step.stop)
+        parts = list(head.chunk_size.parts(step.start, step.stop))
         if step.mode == "statistics":
             _forward(head, stats, step.start, step.stop)
         elif step.mode == "single_pass":
@@ -57,7 +57,8 @@ def run_chunks(head: Head, stage: TokenStage, inputs: TokenInputs, fused: bool) 
             head.finish_products()
             g_logprobs, _, _ = upstream(step).by_statistic()
             assert g_logprobs is not None
-            head.scale_hidden(slice(step.start, step.stop), g_logprobs)
+            for start, stop in parts:  # by parts, because scaling takes three times their memory
+                head.scale_hidden(slice(start, stop), g_logprobs[start - step.start : stop - step.start])
         else:
             for start, stop in parts:
                 _forward(head, stats, start, stop)

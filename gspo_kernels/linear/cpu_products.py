@@ -73,12 +73,18 @@ def has_amx() -> bool:
 
 def has_avx512_bf16() -> bool:
     """Whether this processor, and the compiler of the extension, have instructions for products of bf16."""
-    return not cpu_rows.unavailable_reason() and bool(_native.product_instructions() == _UNITS)
+    return not cpu_rows.unavailable_reason() and product_instructions() == _UNITS
+
+
+def product_instructions() -> str:
+    """The instruction set of the extension's products."""
+    name: str = _native.product_instructions()
+    return name
 
 
 def beats_mkl() -> bool:
     """Whether the extension multiplies float32 faster than MKL, which runs slower code on others' processors."""
-    return not cpu_rows.unavailable_reason() and not _native.is_intel() and _native.product_instructions() != "baseline"
+    return not cpu_rows.unavailable_reason() and not _native.is_intel() and product_instructions() != "baseline"
 
 
 def left_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,6 +124,20 @@ def multiply(
         factor=factor,
         threads=torch.get_num_threads(),
     )
+
+
+def workspace_bytes(rows: int, columns: int, depth: int, dtype: torch.dtype) -> int:
+    """Memory that a product of the extension [rows, depth] x [depth, columns] takes: csrc/cpu/products.cpp packs the
+    operand with fewer lines, in words of 4 bytes, up to 16 MB at a time. A thread's 256 KB are left out.
+
+    Args:
+        dtype: of the left operand.
+    """
+    lines, words = min(rows, columns), -(-depth * dtype.itemsize // 4)
+    if not lines or not words:
+        return 0
+    block = -(-words // -(-words // 512))
+    return 4 * lines * min(words, max(1, (4 << 20) // (lines * block)) * block)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def kept_logits(hidden: Tensor, weight: Tensor, entries: Entries, dtype: torch.d
         hidden=_matrix(hidden),
         weight=_matrix(weight),
         rounded_to=KERNEL_DTYPES[dtype],
-        entries=_bind(entries),
+        **_arguments(entries),
         out=out.data_ptr(),
         add=add,
         threads=torch.get_num_threads(),
@@ -38,7 +38,7 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, entries: Entries, dtype: t
         gradient=gradient.data_ptr(),
         weight=_matrix(weight),
         rounded_to=KERNEL_DTYPES[dtype],
-        entries=_bind(entries),
+        **_arguments(entries),
         out=_matrix(out),
         threads=torch.get_num_threads(),
     )
@@ -61,7 +61,7 @@ def weight_gradient(
         gradient=gradient.data_ptr(),
         hidden=_matrix(hidden),
         rounded_to=KERNEL_DTYPES[dtype],
-        entries=_bind(entries),
+        **_arguments(entries),
         order=order.data_ptr(),
         destination=destination.data_ptr(),
         out=_matrix(out),
@@ -73,28 +73,22 @@ def _check_gradient(gradient: Tensor, entries: Entries) -> None:
     assert gradient.dtype == torch.float32 and gradient.is_contiguous() and len(gradient) == len(entries.ids)
 
 
-def _matrix(matrix: Tensor) -> _native.Matrix:
+def _matrix(matrix: Tensor) -> tuple[str, int, int, int, int]:
     rows, columns = matrix.shape
     assert matrix.stride(1) == 1 or columns <= 1
-    return _native.Matrix(
-        dtype=KERNEL_DTYPES[matrix.dtype],
-        data=matrix.data_ptr(),
-        rows=rows,
-        columns=columns,
-        row_stride=matrix.stride(0),
-    )
+    return KERNEL_DTYPES[matrix.dtype], matrix.data_ptr(), rows, columns, matrix.stride(0)
 
 
-def _bind(entries: Entries) -> _native.SparseEntries:
+def _arguments(entries: Entries) -> dict[str, int]:
     ids, offsets, rows, active = entries
     assert all(x is None or x.is_contiguous() for x in entries)
     assert (ids.dtype, offsets.dtype, rows.dtype) == (torch.int32, torch.int64, torch.int64) and len(rows) == len(ids)
     assert active is None or (active.dtype == torch.bool and len(active) == len(offsets) - 1)
-    return _native.SparseEntries(
-        count=len(ids),
-        rows=len(offsets) - 1,
-        ids=ids.data_ptr(),
-        offsets=offsets.data_ptr(),
-        row_of=rows.data_ptr(),
-        active=address(active),
-    )
+    return {
+        "count": len(ids),
+        "rows": len(offsets) - 1,
+        "ids": ids.data_ptr(),
+        "offsets": offsets.data_ptr(),
+        "row_of": rows.data_ptr(),
+        "active": address(active),
+    }

@@ -75,9 +75,12 @@ class ActiveCount:
         if self._event is not None:
             self._event.synchronize()
         count, exponent = self._numbers.tolist()
-        if self._event is not None:
-            count = min(-(-count // _ROUND_ON_GPU) * _ROUND_ON_GPU, self._rows)
-        return count, exponent
+        return multiplied_rows(count, self._rows, "cpu" if self._event is None else "cuda"), exponent
+
+
+def multiplied_rows(active: int, rows: int, device: str) -> int:
+    """Rows of a chunk that enter the gradient products: the active ones, and on a GPU some more."""
+    return active if device != "cuda" else min(-(-active // _ROUND_ON_GPU) * _ROUND_ON_GPU, rows)
 
 
 def fp16_exponent(upstream: Upstream, temperature: Tensor, tanh_scale: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..rows.dispatch import Backend, choose
 from ..rows.types import Rows, RowStats, Upstream
 from ..rows.vocab_shard import VocabShard, merged, of_this_rank
+from .buffers import buffers_for
 from .gradient_rows import (
-    CHUNKS_OF_GRADIENTS,
     ActiveCount,
     PendingProducts,
     doubling_ranges,
@@ -63,23 +63,18 @@ class Head:
         self._terms = self._head_terms(arguments)
         device = weight.device
         self.chunk_size = chunk_size(arguments.chunk_bytes, columns, dtype, device.type, needs_grad.any())
-        self._max_rows = max_rows = min(self.chunk_size.max_rows, max(rows.count, 1))
         self._stride = row_stride(vocab, device.type)
-        buffer_rows = max(term.of_logits.buffer_rows(max_rows) for term in self._terms)
-        self._logits_buffer = torch.empty(buffer_rows * self._stride, dtype=self.sum_dtype, device=device)
-        self.backend: Backend = choose(
-            self._view(self._logits_buffer, 0, max_rows)[None], arguments.backend, rows.fields()
-        )
+        one_row = torch.empty(self._stride, dtype=self.sum_dtype, device=device)
+        self.backend: Backend = choose(self._view(one_row, 0, 1)[None], arguments.backend, rows.fields())
         # Where one thread computes a whole row, it writes the gradient over the logits that it has read.
         self._in_place = device.type == "cpu" and not self.backend.runs_stage_in_triton
+        of_logits = [term.of_logits for term in self._terms]
+        self._buffers = buffers_for(rows.count, self.chunk_size, of_logits, needs_grad, self._in_place)
+        self._logits_buffer = torch.empty(self._buffers.logits * self._stride, dtype=self.sum_dtype, device=device)
         self._gradient_buffer = self._logits_buffer.view(self._products.gradient_dtype)
-        self._gradient_rows = max_rows  # of the buffer
-        if needs_grad.any() and not self._in_place:
-            dtype = self._products.gradient_dtype
-            # fp16 gradients are scaled chunk by chunk. float32 products are so slow that their number does not matter.
-            if needs_grad.weight and dtype == torch.bfloat16:
-                self._gradient_rows = min(CHUNKS_OF_GRADIENTS * max_rows, max(rows.count, 1))
-            self._gradient_buffer = torch.empty(self._gradient_rows * self._stride, dtype=dtype, device=device)
+        if self._buffers.gradients:
+            rows_of_gradients, dtype = self._buffers.gradients, self._products.gradient_dtype
+            self._gradient_buffer = torch.empty(rows_of_gradients * self._stride, dtype=dtype, device=device)
         bias_rows = weight.shape[0] if needs_grad.bias else 0
         self._bias_gradient = torch.zeros(bias_rows, dtype=self.sum_dtype, device=device)
         self._range: RowRange = slice(0, 0)  # the loaded rows
@@ -118,8 +113,7 @@ class Head:
             self.work.forward_rows += count
         if not self._in_place and self._pending is not None:  # queued behind the logits of this chunk
             self._pending = self._pending.counted()
-            together = self._products.gradient_dtype != torch.float16
-            if not together or self._pending_rows + count > self._gradient_rows:
+            if not self._buffers.take(count, self._pending_rows):
                 self.finish_products()
 
     def statistics(self) -> RowStats:
@@ -279,11 +273,9 @@ class Head:
         """Where the logits buffer has memory for `rows`: behind pending gradients, else at 0 once they are done."""
         if not self._in_place:
             return 0
-        first = -(-self._pending_rows * self._products.gradient_dtype.itemsize // self.sum_dtype.itemsize)
-        if first + rows <= self._max_rows:
-            return first
-        self.finish_products()
-        return 0
+        if not self._buffers.take(rows, self._pending_rows):
+            self.finish_products()
+        return self._buffers.first_row(self._pending_rows)
 
     def _view(self, buffer: Tensor, first: int, rows: int) -> Tensor:
         """[rows, V] of a buffer, from row `first` on."""

@@ -63,8 +63,8 @@ class HeadTerm:
     def add_gradients(self, gradient: Tensor, row_indices: Tensor, active: Tensor | None, factor: float) -> None:
         """Multiplies gradients of logits [n, V], times a factor. `active` as in `PendingProducts`."""
         if self._needs_hidden:
-            of_rows = self._of_gradients.hidden_gradient(gradient, factor)
-            self.hidden_gradient.index_copy_(0, row_indices, of_rows)
+            # Not kept in a variable: the product of the weight below takes as much memory again.
+            self.hidden_gradient.index_copy_(0, row_indices, self._of_gradients.hidden_gradient(gradient, factor))
         if self._needs_weight:
             hidden = self.hidden.index_select(0, row_indices)
             if active is not None:  # hidden states of an inactive row may be NaN, and zero times NaN is NaN

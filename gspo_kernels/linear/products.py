@@ -53,18 +53,21 @@ class Products:
     vocabulary at a time. A product of two bf16 or fp16 numbers is exact in float32.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    # `device`: the type of device to decide for; that of a weight on "meta" alone, which has no memory.
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, device: str | None = None) -> None:
+        device = device or weight.device.type
         self.weight, self.dtype = weight, dtype
         self.sum_dtype = sum_dtype(dtype)  # of every result
         self.gradient_dtype = self.sum_dtype  # of the logits' gradient, which is an operand too
-        block = _BLOCK_BYTES.get(weight.device.type, _BLOCK_BYTES_ELSEWHERE)
+        block = _BLOCK_BYTES.get(device, _BLOCK_BYTES_ELSEWHERE)
         self._vocab = weight.shape[0]
         self._step = max(1, block // (weight.shape[1] * self.sum_dtype.itemsize))
         self._converts = not weight.dtype == dtype == self.sum_dtype
         self._converted: Tensor | None = None  # a block of the weight
         self._min_rows = self._min_columns = 1
-        self._product_rows = PRODUCT_ROWS.get(weight.device.type)  # None: all rows in one product
-        self._in_blocks = weight.device.type == "cpu"
+        self._product_rows = PRODUCT_ROWS.get(device)  # None: all rows in one product
+        self._in_blocks = device == "cpu"
         if self._in_blocks:
             threads = torch.get_num_threads()
             self._min_rows = _round_up(_ROWS_PER_THREAD * threads, _ROWS)
@@ -168,8 +171,8 @@ class Products:
 class HalfProducts(Products):
     """Products of bf16 or fp16 operands by hardware units made for them; the logits' gradient is such an operand."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(weight.to(dtype).contiguous(), dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype, device: str | None = None) -> None:
+        super().__init__(weight.to(dtype).contiguous(), dtype, device)
         self.gradient_dtype = dtype
         self._step, self._converts = self._vocab, False
 
@@ -219,8 +222,8 @@ class NativeProducts(Products):
     beside float32 hidden states, without a copy of it.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(weight if self.widens(weight, dtype) else weight.to(dtype), dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype, device: str | None = None) -> None:
+        super().__init__(weight if self.widens(weight, dtype) else weight.to(dtype), dtype, device)
         self.gradient_dtype = left_dtype(self.weight.dtype)
         self._in_blocks = self._converts = False
         self._step = self._vocab
@@ -243,17 +246,34 @@ class NativeProducts(Products):
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
     """The fastest products for this device and dtype."""
-    if weight.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return _cuda_products(weight.device, dtype)(weight, dtype)
-    if weight.device.type == "cpu":
+    return _products_on(weight.device, weight, dtype)(weight, dtype)
+
+
+def planned_products(weight: Tensor, dtype: torch.dtype, device: str) -> Products:
+    """What would multiply this weight on a type of device; it multiplies nothing. A GPU may be elsewhere.
+
+    Args:
+        weight: on "meta".
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        kind = CudaProducts if dtype in (torch.bfloat16, torch.float16) else Products
+    else:
+        kind = _products_on(torch.device(device), weight, dtype)
+    return kind(weight, dtype, device)
+
+
+def _products_on(device: torch.device, weight: Tensor, dtype: torch.dtype) -> type[Products]:
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return _cuda_products(device, dtype)
+    if device.type == "cpu":
         name = cpu_products(dtype).name
         if name == "native" and weight.dtype.itemsize < dtype.itemsize and not NativeProducts.widens(weight, dtype):
             name = "float32"  # which converts a block of the head at a time
-        return _CPU_PRODUCTS[name](weight, dtype)
-    return Products(weight, dtype)
+        return _CPU_PRODUCTS[name]
+    return Products
 
 
-_CPU_PRODUCTS = {"mkl": MklProducts, "native": NativeProducts, "float32": Products}
+_CPU_PRODUCTS: dict[str, type[Products]] = {"mkl": MklProducts, "native": NativeProducts, "float32": Products}
 
 
 def explain_products(device: torch.device, dtype: torch.dtype) -> str:

@@ -30,14 +30,21 @@ class Sums(NamedTuple):
 
 def empty_sums(weight: Tensor, sum_dtype: torch.dtype) -> Sums:
     """Uninitialized sums for the gradient of a head [V, D]."""
-    if not _in_24_bits(weight, sum_dtype):
+    if not in_24_bits(weight.device.type, weight.dtype, sum_dtype):
         return Sums(weight.new_empty(weight.shape, dtype=sum_dtype), weight.new_empty(0, dtype=torch.uint8))
     return Sums(weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=torch.uint8))
 
 
-def _in_24_bits(weight: Tensor, sum_dtype: torch.dtype) -> bool:
-    cpu_kernels = weight.device.type == "cpu" and not cpu_rows.unavailable_reason()
-    return cpu_kernels and weight.dtype == torch.bfloat16 and sum_dtype == torch.float32
+def in_24_bits(device: str, dtype: torch.dtype, sum_dtype: torch.dtype) -> bool:
+    """Whether the gradient of a head of this dtype is summed in 24 bits."""
+    cpu_kernels = device == "cpu" and not cpu_rows.unavailable_reason()
+    return cpu_kernels and dtype == torch.bfloat16 and sum_dtype == torch.float32
+
+
+def block_rows(vocab: int, width: int) -> int:
+    """Rows of the head's gradient in the float32 block that a product passes through, where sums are in 24 bits."""
+    bytes = min(_BLOCK_BYTES_PER_THREAD * torch.get_num_threads(), _MAX_BLOCK_BYTES)
+    return min(max(1, bytes // (4 * width)), vocab)
 
 
 class WeightSums:
@@ -53,9 +60,8 @@ class WeightSums:
             yield slice(0, self._vocab), high[: self._vocab], self._products > 0
         else:
             width = high.shape[1]
-            bytes = min(_BLOCK_BYTES_PER_THREAD * torch.get_num_threads(), _MAX_BLOCK_BYTES)
-            rows = max(1, bytes // (4 * width))
-            buffer = high.new_empty(min(rows, self._vocab), width, dtype=torch.float32)
+            rows = block_rows(self._vocab, width)
+            buffer = high.new_empty(rows, width, dtype=torch.float32)
             for start in range(0, self._vocab, rows):
                 columns = slice(start, min(start + rows, self._vocab))
                 product = buffer[: columns.stop - start]

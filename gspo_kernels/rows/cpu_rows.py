@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extension import KERNEL_DTYPES, address, row_arguments, stats_addresses, why_missing
+from .extension import KERNEL_DTYPES, address, row_arguments, stats_addresses, view, why_missing
 from .types import Rows, RowStats, TokenSlope, Upstream, empty_stats
 from .types import scaled_logits as scaled_logits
 
@@ -43,7 +43,13 @@ def reason_not_default(logits: Tensor) -> str:
 
 
 def describe() -> str:
-    return "C++, not installed" if _unavailable_reason else f"C++, {_native.instruction_set()}"
+    return "C++, not installed" if _unavailable_reason else f"C++, {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """The one that the kernels run. Raises ValueError where GSPO_KERNELS_ISA names none that this processor has."""
+    name: str = _native.instruction_set()
+    return name
 
 
 def unavailable_reason() -> str:
@@ -53,7 +59,7 @@ def unavailable_reason() -> str:
 
 def forward(rows: Rows) -> RowStats:
     stats = empty_stats(rows)
-    _bind(rows).forward(**stats_addresses(stats))
+    _native.forward(**_arguments(rows), **stats_addresses(stats))
     return stats
 
 
@@ -64,14 +70,13 @@ def backward(rows: Rows, stats: RowStats, upstream: Upstream, gradient: Tensor) 
         request_huge_pages(gradient)
     grad_logprobs, grad_entropy, grad_lse = upstream.by_statistic()
     grad_lse = None if grad_lse is None else grad_lse.double()
-    _bind(rows).backward(
+    _native.backward(
+        **_arguments(rows),
         **stats_addresses(stats),
         grad_logprobs=address(grad_logprobs),
         grad_entropy=address(grad_entropy),
         grad_lse=address(grad_lse),
-        gradient=gradient.data_ptr(),
-        outer_stride=gradient.stride(0),
-        inner_stride=gradient.stride(1),
+        gradient=view(gradient),
         gradient_is_bfloat16=gradient.dtype == torch.bfloat16,
     )
 
@@ -81,32 +86,36 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
     stats = empty_stats(rows)
     request_huge_pages(gradient)
     grad_logprobs, _, _ = upstream.by_statistic()
-    _bind(rows).forward_backward(
+    _native.forward_backward(
+        **_arguments(rows),
         **stats_addresses(stats),
         grad_logprobs=address(grad_logprobs),
-        gradient=gradient.data_ptr(),
-        outer_stride=gradient.stride(0),
-        inner_stride=gradient.stride(1),
+        gradient=view(gradient),
     )
     return stats
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
     outer, inner, vocab = values.shape
-    sizes = {"dtype": KERNEL_DTYPES[values.dtype], "outer": outer, "inner": inner, "vocab": vocab}
-    _native.Rows(**sizes, **_memory(values)).scale(float(factor))  # a CPU tensor: reading it waits for nothing
-
-
-def _bind(rows: Rows) -> _native.Rows:
-    """The rows as the kernels take them."""
-    tanh_scale = 0.0 if rows.tanh_scale is None else float(rows.tanh_scale)
-    return _native.Rows(
-        **row_arguments(rows),
-        **_memory(rows.logits),
-        **_kept(rows),
-        row_indices=address(rows.row_indices),
-        tanh_scale=tanh_scale,
+    _native.scale(
+        dtype=KERNEL_DTYPES[values.dtype],
+        outer=outer,
+        inner=inner,
+        vocab=vocab,
+        logits=view(values),
+        factor=float(factor),  # a CPU tensor: reading it waits for nothing
+        threads=torch.get_num_threads(),
     )
+
+
+def _arguments(rows: Rows) -> dict[str, Any]:
+    """The rows as the kernels take them."""
+    return {
+        **row_arguments(rows),
+        "row_indices": address(rows.row_indices),
+        **_kept(rows),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _kept(rows: Rows) -> dict[str, Any]:
@@ -123,20 +132,10 @@ def _kept(rows: Rows) -> dict[str, Any]:
     }
 
 
-def _memory(logits: Tensor) -> dict[str, Any]:
-    """Address and strides of [outer, inner, vocab] numbers, and the number of threads."""
-    return {
-        "logits": logits.data_ptr(),
-        "outer_stride": logits.stride(0),
-        "inner_stride": logits.stride(1),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def request_huge_pages(gradient: Tensor) -> None:
     """Page faults on a newly allocated gradient cost more than the arithmetic."""
     storage = gradient.untyped_storage()
-    _native.request_huge_pages(storage.data_ptr(), storage.nbytes())
+    _native.request_huge_pages(address=storage.data_ptr(), bytes=storage.nbytes())
 
 
 # ---- sums in 24 bits

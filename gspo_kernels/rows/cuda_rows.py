@@ -11,13 +11,14 @@ import contextlib
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.torch_internals import constant_while_compiling
 from . import cpu_rows, triton_rows
-from .extension import address, row_arguments, stats_addresses
+from .extension import address, row_arguments, stats_addresses, view
 from .triton_rows import backward as backward
 from .triton_rows import forward as forward
 from .triton_rows import scale as scale
@@ -41,7 +42,7 @@ FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"})
 
 
 def unsupported_reasons(logits: Tensor) -> list[str]:
-    if not _built():
+    if not is_built():
         if cpu_rows.unavailable_reason():
             return ["the CUDA kernels are part of the C++ extension, which is missing: see native"]
         return ["the CUDA kernels were not built; reinstall with nvcc on PATH (GSPO_KERNELS_CUDA=1 tells what fails)"]
@@ -53,13 +54,13 @@ def unsupported_reasons(logits: Tensor) -> list[str]:
 
 
 def describe() -> str:
-    return f"CUDA C++, {_native.cuda_release()}" if _native is not None and _built() else "CUDA C++, not built"
+    return f"CUDA C++, {_native.cuda_release()}" if _native is not None and is_built() else "CUDA C++, not built"
 
 
 @constant_while_compiling
 def unavailable_reason(device: torch.device) -> str:
     """Why kernels that were built cannot run on a GPU; empty if they can."""
-    return _unavailable_reason(device.index or 0) if _built() and _serves(device) else ""
+    return _unavailable_reason(device.index or 0) if is_built() and _serves(device) else ""
 
 
 def reason_not_default(logits: Tensor) -> str:
@@ -85,14 +86,12 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
         _native.cuda_one_read(
             **row_arguments(rows),
             **stats_addresses(stats),
-            tanh_scale=0.0 if rows.tanh_scale is None else float(rows.tanh_scale),
-            logits=_view(rows.logits),
             grad_logprobs=upstream.logprobs.data_ptr(),
             factor=address(upstream.factor),
             counts=address(counts),
             count_size=0 if counts is None else counts.numel(),
-            slope=_slope(slope),
-            gradient=_view(gradient),
+            **_slope(slope),
+            gradient=view(gradient),
             tickets=tickets.data_ptr(),
             device=rows.logits.device.index or 0,
             stream=torch.cuda.current_stream(rows.logits.device).cuda_stream if rows.logits.is_cuda else 0,
@@ -100,30 +99,25 @@ def forward_backward(rows: Rows, upstream: Upstream, gradient: Tensor, slope: To
     return stats
 
 
-def _slope(slope: TokenSlope | None) -> object:
-    assert _native is not None
+def _slope(slope: TokenSlope | None) -> dict[str, Any]:
     if slope is None:
-        return _native.TokenSlope()
-    return _native.TokenSlope(
-        old_logprobs=slope.old_logprobs.data_ptr(),
-        advantages=slope.advantages.data_ptr(),
-        rollout_logprobs=address(slope.rollout_logprobs),
-        positive=slope.positive,
-        negative=slope.negative,
-        hold=slope.outside == "hold",
-        measure=slope.measure,
-        max_weight=slope.max_weight,
-        penalty=slope.penalty,
-        max_log_ratio=slope.max_log_ratio,
-    )
+        return {}
+    return {
+        "old_logprobs": slope.old_logprobs.data_ptr(),
+        "advantages": slope.advantages.data_ptr(),
+        "rollout_logprobs": address(slope.rollout_logprobs),
+        "positive": slope.positive,
+        "negative": slope.negative,
+        "hold": slope.outside == "hold",
+        "measure": slope.measure,
+        "max_weight": slope.max_weight,
+        "penalty": slope.penalty,
+        "max_log_ratio": slope.max_log_ratio,
+    }
 
 
-def _view(numbers: Tensor) -> object:
-    assert _native is not None
-    return _native.View(numbers.data_ptr(), *numbers.stride()[:2])
-
-
-def _built() -> bool:
+def is_built() -> bool:
+    """Whether the extension has them."""
     return hasattr(_native, "cuda_one_read")
 
 
@@ -152,5 +146,5 @@ def _unavailable_reason(device: int) -> str:
     assert _native is not None
     restored = torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
     with restored:  # the query makes the device the current one
-        found: str = _native.cuda_unavailable_reason(device)
+        found: str = _native.cuda_unavailable_reason(device=device)
     return found

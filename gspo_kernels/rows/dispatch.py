@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Collection
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -125,14 +125,27 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def compare(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> str:
-    """Which backend runs for these logits, and why the others do not."""
+class Candidate(NamedTuple):
+    backend: Backend
+    runs: bool  # whether it is the one that runs
+    reason: str  # why, or why not
+
+
+def candidates(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> list[Candidate]:
+    """The backend that runs for these logits, then the others."""
     chosen = choose(logits, backend, fields, warn=False)
-    why = "as requested" if backend is not None else "the first that takes these logits"
-    lines = [f"{chosen.name} ({chosen.describe()}): runs, {why}"]
+    found = [Candidate(chosen, True, "as requested" if backend is not None else "the first that takes these logits")]
     for other in BACKENDS:
         if other is not chosen:
             reasons = [*other.unsupported_reasons(logits), *_not_honoured(other, fields)]
             reasons = reasons or [other.reason_not_default(logits) or "could run, not chosen"]
-            lines.append(f"{other.name} ({other.describe()}): {'; '.join(reasons)}")
-    return "\n".join(lines)
+            found.append(Candidate(other, False, "; ".join(reasons)))
+    return found
+
+
+def compare(logits: Tensor, backend: str | None, fields: Collection[str] = ()) -> str:
+    """Which backend runs for these logits, and why the others do not."""
+    return "\n".join(
+        f"{each.name} ({each.describe()}): {'runs, ' * runs}{reason}"
+        for each, runs, reason in candidates(logits, backend, fields)
+    )

@@ -23,8 +23,14 @@ def address(array: Tensor | None) -> int:
     return 0 if array is None else array.data_ptr()
 
 
+def view(numbers: Tensor) -> tuple[int, int, int]:
+    """Address and strides of [outer, inner, vocab] numbers."""
+    outer, inner, _ = numbers.stride()
+    return numbers.data_ptr(), outer, inner
+
+
 def row_arguments(rows: Rows) -> dict[str, Any]:
-    """Sizes and arrays of the rows; their logits are passed in another form by each backend."""
+    """In the order in which the kernels read them (csrc/row_arguments.h): any order works, and this one is fastest."""
     outer, inner = rows.token_ids.shape
     per_row = rows.temperature.ndim > 0
     return {
@@ -32,10 +38,12 @@ def row_arguments(rows: Rows) -> dict[str, Any]:
         "outer": outer,
         "inner": inner,
         "vocab": rows.vocab_size,
+        "logits": view(rows.logits),
         "token_ids": rows.token_ids.data_ptr(),
         "mask": address(rows.mask),
         "temperature": 1.0 if per_row else float(rows.temperature),  # a CPU tensor: reading it waits for nothing
         "row_temperature": address(rows.temperature if per_row else None),
+        "tanh_scale": 0.0 if rows.tanh_scale is None else float(rows.tanh_scale),
     }
 
 
@@ -53,6 +61,8 @@ def why_missing(error: ImportError, package: Path = _PACKAGE) -> str:
         return (
             f"the C++ extension {usable} does not load ({error}); reinstall gspo_kernels to compile it for this machine"
         )
+    if (package / "metadata.json").exists():  # written by hub/write.py
+        return "kernels of the Hugging Face hub have no C++ extension; pip install gspo-kernels has it"
     found = f"the C++ extension is not in {package}"
     others = sorted(path.name for path in package.glob("_native*") if path.suffix in (".so", ".pyd"))
     if others:

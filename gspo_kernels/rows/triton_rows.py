@@ -115,6 +115,11 @@ def unavailable_reason() -> str:
     return ""
 
 
+def version() -> str | None:
+    """Of the Triton that is installed; None if none is."""
+    return _VERSION
+
+
 def _version() -> str | None:
     for package in ("triton", "pytorch-triton-rocm", "pytorch-triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

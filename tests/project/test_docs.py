@@ -27,6 +27,8 @@ EXAMPLES = (
     "docs/kept-sets.md",
 )  # fmt: skip
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+REPOSITORY = "https://github.com/gspo-kernels/gspo-kernels/blob/main/"
+FILES = "https://raw.githubusercontent.com/gspo-kernels/gspo-kernels/main/"  # of the same; an image needs this address
 
 pytestmark = DEFAULT_MODE
 
@@ -65,14 +67,27 @@ def test_the_readme_is_short_and_begins_with_what_it_is_speed_and_memory() -> No
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_and_headings(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" in target:
+    for target in targets_of(page):
+        own = target.startswith((REPOSITORY, FILES))
+        if "://" in target and not own:
             continue
-        name, _, anchor = target.partition("#")
-        found = (page.parent / name).resolve() if name else page
+        name, _, anchor = target.removeprefix(REPOSITORY).removeprefix(FILES).partition("#")
+        found = ((ROOT if own else page.parent) / name).resolve() if name else page
         assert found.exists() and found.is_relative_to(ROOT), target
         assert not anchor or anchor in anchors_of(found), target
+
+
+def test_links_of_the_readme_work_on_the_package_index() -> None:
+    """It has no folder beside the README, and shows images from their own address."""
+    readme = ROOT / "README.md"
+    assert [target for target in targets_of(readme) if not target.startswith(("https://", "#"))] == []
+    images = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", readme.read_text())
+    assert images and all(image.startswith(FILES) for image in images)
+
+
+def targets_of(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -289,6 +304,7 @@ def test_the_page_of_environment_variables_has_all_of_ours() -> None:
     """Those that Python or C++ reads; macros of the C++ source are not among them."""
     folders = ("gspo_kernels", "csrc", "benchmarks", "examples", "tests/support", "tests")
     files = [ROOT / "setup.py", *(path for name in folders for path in (ROOT / name).rglob("*.*"))]
+    files = [path for path in files if path.parent.name != "doctor"]  # which tells about all of them
     source = [path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h", ".sh")]
     ours = {name for text in source for name in (*READ.findall(text), *OWN.findall(text)) if name.startswith("GSPO_")}
     assert len(ours) > 8

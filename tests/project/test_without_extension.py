@@ -1,4 +1,6 @@
-"""Without a compiler the installation continues with a warning, and the same losses run on plain torch.
+"""A build makes one extension for every Python.
+
+Without a compiler the installation continues with a warning, and the same losses run on plain torch.
 
 Messages are correct: where the extension was looked for, and which copy of the package has it.
 """
@@ -23,7 +25,8 @@ from gspo_kernels.rows.extension import why_missing
 pytestmark = needs("native")
 
 ROOT = Path(__file__).resolve().parents[2]
-SUFFIX = EXTENSION_SUFFIXES[0]
+SUFFIX = EXTENSION_SUFFIXES[0]  # of this Python alone
+EVERY_PYTHON = next((suffix for suffix in EXTENSION_SUFFIXES if suffix.startswith(".abi3")), SUFFIX)
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "GSPO_KERNELS_CUDA": "0"}
 
 
@@ -56,11 +59,51 @@ def test_a_build_without_a_compiler(tmp_path: Path, required: bool, compiler: st
     assert not list(tmp_path.rglob("*.so"))
 
 
+def copy_sources(folder: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("gspo_kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__py*"))
+
+
+@pytest.mark.parametrize("command", [["bdist_wheel"], ["build_ext", "--inplace"]], ids=lambda each: each[0])
+def test_one_extension_for_every_python(command: list[str], tmp_path: Path) -> None:
+    """It replaces what an earlier version built for one Python, which would be imported first.
+
+    A stand-in for the compiler writes empty files; the test looks at the commands.
+    """
+    copy_sources(tmp_path)
+    old = tmp_path / "gspo_kernels" / f"_native{SUFFIX}"
+    old.touch()
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho "$@" >> commands\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n')
+    compiler.chmod(0o755)
+    compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    done = subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=tmp_path,
+        env=environment(GSPO_KERNELS_CUDA="0", GSPO_KERNELS_REQUIRE_NATIVE="1", **compilers),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    link = (tmp_path / "commands").read_text().splitlines()[-1].split()
+    assert link[link.index("-o") + 1].endswith(f"_native{EVERY_PYTHON}")
+    stripped = {"-s", "-Wl,-S,-x"} & set(link)
+    if command[0] == "build_ext":
+        assert [path.name for path in old.parent.glob("*.so")] == [f"_native{EVERY_PYTHON}"]
+        assert not stripped, "symbols are needed here"
+        return
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert stripped and (EVERY_PYTHON == SUFFIX or "-cp310-abi3-" in wheel.name), wheel.name
+    with zipfile.ZipFile(wheel) as packed:
+        names = [name for name in packed.namelist() if "_native" in name]
+    assert names == [f"gspo_kernels/_native{EVERY_PYTHON}"]
+
+
 def test_a_wheel_without_the_extension_is_pure(tmp_path: Path) -> None:
     """It fits every Python and platform, and does not contain an earlier build's extension."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "gspo_kernels", tmp_path / "gspo_kernels", ignore=shutil.ignore_patterns("*.so", "__py*"))
+    copy_sources(tmp_path)
     script = f"""
         import sys
         from pathlib import Path
@@ -68,9 +111,10 @@ def test_a_wheel_without_the_extension_is_pure(tmp_path: Path) -> None:
         from setuptools.dist import Distribution
         build = Distribution().get_command_obj("build")
         build.ensure_finalized()
-        stale = Path(build.build_platlib, "gspo_kernels", "_native{SUFFIX}")
-        stale.parent.mkdir(parents=True)
-        stale.write_text("of an earlier build")
+        folder = Path(build.build_platlib, "gspo_kernels")
+        folder.mkdir(parents=True)
+        for suffix in ("{SUFFIX}", "{EVERY_PYTHON}"):
+            Path(folder, "_native" + suffix).write_text("of an earlier build")
         build_meta.build_wheel("wheels")
     """
     done = subprocess.run(
@@ -98,7 +142,7 @@ def test_losses_run_on_plain_torch_and_say_so_once(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "gspo_kernels", tree / "gspo_kernels", ignore=ignored)
     (tree / "setup.py").touch()
     (site / "gspo_kernels").mkdir(parents=True)
-    (site / "gspo_kernels" / f"_native{SUFFIX}").touch()
+    (site / "gspo_kernels" / f"_native{EVERY_PYTHON}").touch()
     script = """
         import sys, warnings
         editable = [found for found in sys.meta_path if getattr(found, "__name__", "") == "_EditableFinder"]
@@ -185,7 +229,7 @@ def test_a_flag_that_the_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch)
         ([], "reinstall with a C++17 compiler (GCC or Clang) present"),
         (["setup.py"], "a source tree; compile it there: pip install --editable"),
         (["gspo_kernels/_native.cpython-37m-x86_64-linux-gnu.so"], "which has _native.cpython-37m-x86_64-linux-gnu.so"),
-        ([f"gspo_kernels/_native{SUFFIX}"], "does not load (GLIBCXX_3.4.99 not found); reinstall gspo_kernels"),
+        ([f"gspo_kernels/_native{EVERY_PYTHON}"], "does not load (GLIBCXX_3.4.99 not found); reinstall gspo_kernels"),
     ],
     ids=["installed without", "source tree", "of another Python", "does not load"],
 )

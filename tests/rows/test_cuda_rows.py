@@ -436,7 +436,7 @@ def test_rows_off_a_boundary_run_by_triton_unless_it_is_named(
 
 @NOT_ON_GPU
 def test_a_failure_of_cuda_is_an_exception_with_its_words(kernels: Any) -> None:
-    kernels.fail_next("cudaLaunchKernelEx", 719)
+    kernels.fail_next(function="cudaLaunchKernelEx", error=719)
     with pytest.raises(RuntimeError, match=r"one_read, float32: unspecified launch failure"):
         a_loss()
     assert kernels.last_error() == 0  # or the next caller, torch perhaps, would get the error
@@ -466,7 +466,7 @@ def test_a_build_that_does_not_fit_the_driver(kernels: Any, settings: dict[str, 
 
 @NOT_ON_GPU
 def test_a_gpu_that_the_build_has_no_code_for(kernels: Any) -> None:
-    kernels.fail_next("cudaFuncGetAttributes", 209)
+    kernels.fail_next(function="cudaFuncGetAttributes", error=209)
     forget()
     assert "CUDA cannot load them: no kernel image is available" in gspo_kernels.explain(LOGITS)
 
@@ -490,9 +490,9 @@ def variant(request: pytest.FixtureRequest, kernels: Any) -> Iterator[str]:
     name: str = request.param
     if name not in kernels.cuda_variants():
         pytest.skip("built without GSPO_CUDA_VARIANTS=1")
-    kernels.cuda_use_variant(name)
+    kernels.cuda_use_variant(name=name)
     yield name
-    kernels.cuda_use_variant("default")
+    kernels.cuda_use_variant(name="default")
 
 
 @pytest.mark.parametrize("variant", ["four blocks of 256"], indirect=True)
@@ -507,16 +507,16 @@ def test_variants(variant: str, launches: list[bool]) -> None:
 def test_variants_have_names(kernels: Any) -> None:
     assert kernels.cuda_variants()[0] == "default"
     with pytest.raises(ValueError, match=r"name: expected a variant of this build, 'default'.*; got 'fast'"):
-        kernels.cuda_use_variant("fast")
+        kernels.cuda_use_variant(name="fast")
 
 
 @NOT_ON_GPU
 def test_a_variant_has_its_own_layout(kernels: Any) -> None:
     ask = {"dtype": "bfloat16", "vocab": 1003, "rows": 10**6, "device": 0}
     default = kernels.cuda_layout(**ask)
-    kernels.cuda_use_variant("four blocks of 256")
+    kernels.cuda_use_variant(name="four blocks of 256")
     other = kernels.cuda_layout(**ask)
-    kernels.cuda_use_variant("default")
+    kernels.cuda_use_variant(name="default")
     assert (default["threads"], other["threads"]) == (96, 64)  # for 160, an odd number of warps, and 256
     assert kernels.cuda_layout(**ask) == default
 

@@ -34,8 +34,6 @@ FLAGS = (
 @functools.cache
 def on_host() -> ModuleType:
     """Built once for all processes of a run, and again when a source has changed."""
-    import pybind11
-
     parts = [*sorted((ROOT / "csrc").rglob("*.*")), *sorted(HERE.glob("*.*"))]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.is_file())).hexdigest()[:16]
     folder = ROOT / "build" / "gpu_on_host"
@@ -46,7 +44,7 @@ def on_host() -> ModuleType:
         if not target.exists():
             for old in folder.glob("*.so"):
                 old.unlink()
-            includes = [f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_paths()["include"])]
+            includes = [f"-I{path}" for path in (HERE, sysconfig.get_paths()["include"])]
             objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
             commands = [
                 [COMPILER, *FLAGS, *includes, "-c", "-x", "c++", str(source), "-o", made]

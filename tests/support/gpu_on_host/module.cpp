@@ -1,11 +1,10 @@
 // The CUDA kernels and their launches as a module for Python, on a machine that tests make up (cuda_runtime.h): its
 // addresses are those of tensors on the CPU.
-#include <pybind11/pybind11.h>
-
 #include "../../../csrc/cuda/bindings.h"
 #include "cuda_runtime.h"
 
-namespace py = pybind11;
+using gspo::python::Arguments;
+using gspo::python::method;
 using on_host::machine;
 using on_host::Machine;
 
@@ -25,36 +24,63 @@ const std::map<std::string, int Machine::*> kSettings = {
 };
 
 // What is not said is as at first, the current device 0, and no call fails.
-void set_machine(const py::kwargs& settings) {
+void set_machine(Arguments& in) {
   Machine made;
-  for (const auto& [name, value] : settings) {
-    const auto setting = py::cast<std::string>(name);
-    const auto found = kSettings.find(setting);
-    if (found == kSettings.end()) throw py::type_error("set_machine: there is no setting " + setting);
-    made.*found->second = py::cast<int>(value);
-  }
+  for (const auto& [name, setting] : kSettings)
+    if (in.has(name.c_str())) made.*setting = in[name.c_str()].integer<int>();
+  in.end();
   made.latest.count = machine.latest.count;
   machine = made;
   on_host::device = 0;
   on_host::last_error = cudaSuccess;
 }
 
-py::dict latest_launch() {
+void fail_next(Arguments& in) {
+  const std::string function = in["function"].text();
+  machine.fails[function] = in["error"].integer<int>();
+}
+
+PyObject* latest_launch() {
   const on_host::Launch& latest = machine.latest;
-  return py::dict(py::arg("count") = latest.count, py::arg("device") = latest.device, py::arg("stream") = latest.stream,
-                  py::arg("blocks") = latest.blocks, py::arg("cluster") = latest.cluster,
-                  py::arg("threads") = latest.threads, py::arg("shared_bytes") = latest.shared_bytes,
-                  py::arg("static_bytes") = latest.static_bytes, py::arg("carveout") = latest.carveout);
+  const std::pair<const char*, int64_t> fields[] = {
+      {"count", latest.count},
+      {"device", latest.device},
+      {"stream", latest.stream},
+      {"blocks", latest.blocks},
+      {"cluster", latest.cluster},
+      {"threads", latest.threads},
+      {"shared_bytes", latest.shared_bytes},
+      {"static_bytes", latest.static_bytes},
+      {"carveout", latest.carveout},
+  };
+  PyObject* const found = PyDict_New();
+  for (const auto& [name, value] : fields) {
+    PyObject* const number = PyLong_FromLongLong(value);
+    PyDict_SetItemString(found, name, number);
+    Py_DECREF(number);
+  }
+  return found;
+}
+
+PyObject* current_device() { return PyLong_FromLong(on_host::device); }
+PyObject* last_error() { return PyLong_FromLong(on_host::last_error); }  // that nobody has taken
+
+PyMethodDef kHostMethods[] = {
+    method<&set_machine>("set_machine"),
+    method<&fail_next>("fail_next"),
+    method<&latest_launch>("latest_launch"),
+    method<&current_device>("current_device"),
+    method<&last_error>("last_error"),
+    {},
+};
+
+int fill(PyObject* module) {
+  return PyModule_AddFunctions(module, gspo::gpu::kMethods) || PyModule_AddFunctions(module, kHostMethods) ? -1 : 0;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(gpu_on_host, m) {
-  gspo::gpu::bind(m);
-  m.def("set_machine", &set_machine);
-  m.def("fail_next", [](const std::string& function, int error) { machine.fails[function] = error; },
-        py::arg("function"), py::arg("error"));
-  m.def("latest_launch", &latest_launch);
-  m.def("current_device", [] { return on_host::device; });
-  m.def("last_error", [] { return on_host::last_error; });  // that nobody has taken
+PyMODINIT_FUNC PyInit_gpu_on_host() {
+  static gspo::python::Module module("gpu_on_host", "csrc/cuda on this machine.", &fill);
+  return module.start();
 }
