@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from .estimate import Estimate
 
+_FARTHEST = 512  # times `most_estimated`: one estimate so far away takes seconds
+
 
 def longest(memory: int, estimate_of: Callable[[int], Estimate], most_estimated: int) -> int:
     """How many responses fit, hidden states and head included, while one more does not; 0 if not one fits.
@@ -26,7 +28,11 @@ def longest(memory: int, estimate_of: Callable[[int], Estimate], most_estimated:
     least, most, below, above = 0, 1, 0, total(1)  # `least` fits
     while above <= memory:
         if least and 2 * most > most_estimated:
-            return most + (memory - above) * (most - least) // (above - below)
+            found = most + (memory - above) * (most - least) // (above - below)
+            if found <= _FARTHEST * most and (taken := total(found)) > memory:
+                # Beyond some length memory grows faster, where the rounding of gradients takes the most of it.
+                found = most + (memory - above) * (found - most) // (taken - above)
+            return found
         least, most, below, above = most, 2 * most, above, total(2 * most)
     interpolates = True
     while most - least > 1:

@@ -48,6 +48,14 @@ def test_beyond_what_is_estimated_it_follows_a_line(way: Callable[[Shape], Estim
     assert by_line == pytest.approx(exact, rel=0.01)
 
 
+def test_the_line_is_not_followed_beyond_the_memory() -> None:
+    """Products of 2,048 rows of a wide vocabulary: the peak moves to the rounding of gradients late."""
+    shape = replace(SHAPE, vocab=151_936, width=64, chunk_bytes=151_936 * 4 * 2_048)
+    estimate_of = partial(estimate, from_hidden, length=16_000, shape=shape)
+    found = estimate_of(longest(40 * 10**9, estimate_of, 16))
+    assert 0.9 * 40e9 < found.peak + found.shape.operand_bytes <= 40e9
+
+
 def test_none_fits() -> None:
     assert longest(10**6, partial(estimate, from_hidden, length=700), 1 << 15) == 0
 
