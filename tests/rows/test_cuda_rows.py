@@ -52,7 +52,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def forget() -> None:
     cuda_rows._unavailable_reason.cache_clear()
-    dispatch._warn.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 @pytest.fixture
