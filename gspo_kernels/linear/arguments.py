@@ -71,7 +71,8 @@ def shard_of_head(operands: Operands, vocabulary: VocabularyShard) -> tuple[Oper
     hidden, weight = operands.hidden, operands.weight
     if not checks.is_dtensor(weight):
         weight, shard = shard_of("weight", weight, 0, vocabulary)
-        return operands._replace(weight=weight), shard
+        # Not `_replace`, which torch.compile cannot trace before torch 2.8.
+        return Operands(hidden, weight, operands.bias, operands.low_rank_hidden, operands.low_rank_weight), shard
     if vocabulary.group is None and not _is_replicated(hidden, weight):
         return operands, None  # refused below
     local, shard = shard_of("weight", weight, 0, vocabulary)

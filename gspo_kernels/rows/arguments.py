@@ -28,15 +28,25 @@ class RowArrays(NamedTuple):
     def rows(self, logits: Tensor, vocab_size: int, kept: KeptTokens | None = None) -> Rows:
         """With logits as [outer, inner, columns], packed ones as [1, N, columns]."""
         of_rows = logits if logits.ndim == 3 else logits[None]
-        rows = Rows(of_rows, self.token_ids, self.mask, self.temperature, vocab_size, tanh_scale=self.tanh_scale)
-        if kept is None:
-            return rows
-        return rows._replace(kept_ids=kept.token_ids, kept_offsets=kept.offsets, kept_form=kept_form(kept, self.mask))
+        form = None if kept is None else kept_form(kept, self.mask)
+        return self._rows(of_rows, vocab_size, kept, form)
 
     def gathered(self, logits: Tensor, kept: KeptTokens) -> Rows:
         """With the logits [entries] of the kept columns alone."""
-        rows = self.rows(logits[None, None], logits.shape[0])
-        return rows._replace(kept_ids=kept.token_ids, kept_offsets=kept.offsets, kept_form="gathered")
+        return self._rows(logits[None, None], logits.shape[0], kept, "gathered")
+
+    def _rows(self, logits: Tensor, vocab_size: int, kept: KeptTokens | None, form: KeptForm | None) -> Rows:
+        return Rows(
+            logits,
+            self.token_ids,
+            self.mask,
+            self.temperature,
+            vocab_size,
+            tanh_scale=self.tanh_scale,
+            kept_ids=None if kept is None else kept.token_ids,
+            kept_offsets=None if kept is None else kept.offsets,
+            kept_form=form,
+        )
 
 
 def kept_form(kept: KeptTokens, mask: Tensor | None) -> KeptForm:

@@ -26,7 +26,9 @@ pytestmark = [
 
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
 LOSS = 2e-5  # a ratio of two sequences, from log-probabilities of size 20 in float32
-GRADIENT = 2e-5  # of the largest element: that is what float32 leaves of two backwards of some models (Inkling: 1.3e-5)
+GRADIENT = 1e-5  # of the largest element: that is what float32 leaves of two backwards of some models
+# Embeddings differ by up to 1.7e-5, losses by 1e-6. These do not run in float64: which is nearer is not known.
+GRADIENT_OF = dict.fromkeys(("inkling2_loop", "inkling2_loop_text", "inkling2_text"), 2e-5)
 
 SEED = 9  # of dropout
 # In training it takes one length alone, and draws its hashes and dropout from the clock: not with these options.
@@ -102,7 +104,7 @@ def differences(pair: Pair, model: Any) -> list[str]:
     assert largest > 1e-4
     for name, gradient in gradients.items():
         error = (ours[name] - gradient).abs().max() / largest if name in ours else torch.tensor(1.0)
-        if not error <= GRADIENT:
+        if not error <= GRADIENT_OF.get(model.config.model_type, GRADIENT):
             found.append(f"gradient of {name}: {error:.1e}")
     return found
 

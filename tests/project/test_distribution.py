@@ -97,7 +97,8 @@ def test_a_workflow_runs_pinned_code_and_may_only_read(workflow: Path) -> None:
     assert re.search(r"^permissions:\n  contents: read\n", text, flags=re.MULTILINE)
     actions = re.findall(r"uses: (\S+)", text)
     assert actions and [each for each in actions if not re.search(r"@(v\d+|release/v\d+|[0-9a-f]{40})$", each)] == []
-    installed = re.findall(r"pip install (.*)", text)
+    newest = r"--no-deps --upgrade \w+$" if workflow.name == "versions.yml" else "$^"  # which tries what is not pinned
+    installed = [each for each in re.findall(r"pip install (.*)", text) if not re.match(newest, each)]
     assert all(arguments.startswith("--constraint constraints.txt ") for arguments in installed), installed
     requirements = {normal(name) for arguments in installed for name in arguments.split()[2:]}
     assert requirements - pinned() == set()

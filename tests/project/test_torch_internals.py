@@ -18,7 +18,7 @@ from gspo_kernels.base import torch_internals
 
 PACKAGE = Path(gspo_kernels.__file__).parent
 PRIVATE = re.compile(
-    r"torch\._\w|\btorch\.[\w.]*\._\w|functorch\._|_functorch\b|forward_ad\._|\bdist\._\w|distributed_c10d|\bctypes\b"
+    r"torch\._[a-zA-Z]|\btorch\.[\w.]*\._\w|functorch\._|_functorch\b|forward_ad\._|\bdist\._\w|distributed_c10d|\bctypes\b"
     r"|\b_device_types\b|DispatchKey"
 )
 
