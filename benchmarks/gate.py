@@ -108,7 +108,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Gen
         for text in table(config, figures):
             terminalreporter.write_line(text)
     if config.getoption("benchmark_compare_fail") and all(figure["path"] is None for figure in figures):
-        terminalreporter.write_line("\nno figure of this run is in the saved run: save a baseline of the same cases")
+        why = "save a baseline of the same cases" if figures else "it measured none (pytest -n measures none either)"
+        terminalreporter.write_line(f"\nno figure of this run is in the saved run: {why}")
         config.stash[FAILED] = True
     try:
         yield

@@ -158,13 +158,15 @@ class Arguments {
 };
 
 // Other Python threads run while it lives. No Python object may be touched, so all arguments must have been read.
+// Once Python has begun to exit, PyEval_RestoreThread ends a daemon thread: glibc unwinds the thread's stack for that,
+// and stops the process at a function that is noexcept.
 class Released {
  public:
   explicit Released(const Arguments& in) {
     in.end();
     state_ = PyEval_SaveThread();
   }
-  ~Released() { PyEval_RestoreThread(state_); }
+  ~Released() noexcept(false) { PyEval_RestoreThread(state_); }
   Released(const Released&) = delete;
   Released& operator=(const Released&) = delete;
 
@@ -176,9 +178,10 @@ inline PyObject* to_python(bool value) { return PyBool_FromLong(value); }
 inline PyObject* to_python(const std::string& text) { return PyUnicode_FromStringAndSize(text.data(), text.size()); }
 inline PyObject* to_python(PyObject* made) { return made; }
 
-// Exceptions become Python's: invalid_argument a ValueError, bad_alloc a MemoryError, others a RuntimeError.
+// Exceptions become Python's: invalid_argument a ValueError, bad_alloc a MemoryError, others a RuntimeError. Not
+// noexcept: see Released.
 template <auto function>
-PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) noexcept {
+PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
   try {
     Arguments in(values, positional, names);
     if constexpr (!std::is_invocable_v<decltype(function), Arguments&>) {

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 URL = "https://gspo-kernels.github.io/gspo-kernels/"  # mkdocs.yml's site_url: what is below it is below `site` here
 TAG = re.compile(r"<(?:script|img|iframe|link)\b[^>]*>")
-ELSEWHERE = re.compile(r'\b(?:src|href)="((?:https?:)?//[^"]*)"')
+ELSEWHERE = re.compile(r"""\b(?:src|href)=["']((?:https?:)?//[^"']*)["']""")
 
 
 def command(site: Path, *, online: bool) -> list[str]:

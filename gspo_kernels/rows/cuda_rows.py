@@ -106,12 +106,12 @@ def _slope(slope: TokenSlope | None) -> dict[str, Any]:
         "old_logprobs": slope.old_logprobs.data_ptr(),
         "advantages": slope.advantages.data_ptr(),
         "rollout_logprobs": address(slope.rollout_logprobs),
-        "positive": slope.positive,
-        "negative": slope.negative,
+        "positive": tuple(map(float, slope.positive)),  # an own loss may give numbers of numpy
+        "negative": tuple(map(float, slope.negative)),
         "hold": slope.outside == "hold",
         "measure": slope.measure,
-        "max_weight": slope.max_weight,
-        "penalty": slope.penalty,
+        "max_weight": float(slope.max_weight),
+        "penalty": float(slope.penalty),
         "max_log_ratio": slope.max_log_ratio,
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base import checks
 from ..base.devices import check_float64
+from ..base.torch_internals import constant_while_compiling
 from . import cpu_rows, cuda_rows, torch_rows, triton_rows
 from .types import Rows, RowStats, TokenSlope, Upstream
 
@@ -120,9 +121,14 @@ def _no_kernels_reason(logits: Tensor, fields: Collection[str]) -> str:
     return f"logits are on {device}; there are kernels for CPUs, NVIDIA GPUs and AMD GPUs (which torch calls cuda)"
 
 
-@functools.cache
+@constant_while_compiling  # a warning is a graph break, which fullgraph=True refuses
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    _warn_once(message)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 class Candidate(NamedTuple):

@@ -132,6 +132,7 @@ def test_links_of_the_site_that_lead_somewhere_pass(site: Path) -> None:
         ('<link rel="stylesheet" href="gone.css">', "gone.css"),
         ('<script src="https://example.com/far.js"></script>', "far.js"),
         ('<link href="//example.com/far.css" rel="stylesheet">', "far.css"),
+        ("<img src='https://example.com/far.png'>", "far.png"),
     ],
 )
 def test_a_dead_link_of_the_site_fails_the_build(

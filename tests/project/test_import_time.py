@@ -15,7 +15,9 @@ from modes import DEFAULT_MODE
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import json, sys, torch
+import json, sys
+sys.modules["numpy"] = None  # torch imports it where it is installed, and does without it elsewhere
+import torch
 
 class Watch:
     '''Finds nothing, and notes who imports what: the nearest module of this package among the callers.'''

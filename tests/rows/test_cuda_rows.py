@@ -6,6 +6,7 @@ pass that a loss with a ratio per token takes only here.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import cuda_module
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -26,6 +28,7 @@ from torch import Tensor
 import gspo_kernels
 from gspo_kernels import grpo_loss, gspo_loss
 from gspo_kernels.losses import fused_loss
+from gspo_kernels.losses.objectives import RowSlope
 from gspo_kernels.rows import cuda_rows, dispatch
 from gspo_kernels.rows.types import Rows, TokenSlope, Upstream
 
@@ -52,7 +55,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def forget() -> None:
     cuda_rows._unavailable_reason.cache_clear()
-    dispatch._warn.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -199,6 +202,24 @@ def test_the_same_bits_again() -> None:
         assert leaf.grad is not None
         found.append((out.loss.detach(), out.stats.logprobs, leaf.grad))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class NumpyBounds(gspo_kernels.GRPO):
+    def row_slope(self) -> RowSlope:
+        low, high = np.float32(-0.2), np.float32(0.27)
+        return RowSlope([-math.inf, high], [low, np.float32(math.inf)], "drop")  # type: ignore[arg-type]
+
+
+def test_bounds_may_be_numbers_of_numpy(launches: list[bool]) -> None:
+    args = arguments(ragged_batch("grpo", seed=41), "packed")
+    losses = [
+        gspo_kernels.policy_loss(args.logits, *args.rest, **args.keywords, backend="cuda", objective=objective).loss
+        for objective in (NumpyBounds(), gspo_kernels.GRPO())
+    ]
+    gradients = [torch.autograd.grad(loss, args.logits)[0] for loss in losses]
+    torch.testing.assert_close(*gradients)
+    assert launches == [True, True]
 
 
 @pytest.mark.parametrize("bad", ["NaN", "all -inf"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from modes import DEFAULT_MODE
+from torch import Tensor
 
 from gspo_kernels.rows import cpu_rows, dispatch, torch_rows
 from gspo_kernels.rows.types import OPTIONAL_FIELDS, Rows
@@ -24,7 +25,7 @@ def only_torch_honours(monkeypatch: pytest.MonkeyPatch) -> Rows:
     """Rows with a field that plain torch alone computes with."""
     for backend in dispatch.BACKENDS:
         monkeypatch.setattr(backend, "honours", frozenset({"row_indices"} if backend is torch_rows else ()))
-    dispatch._warn.cache_clear()
+    dispatch._warn_once.cache_clear()
     return ROWS._replace(row_indices=torch.arange(3))
 
 
@@ -43,6 +44,16 @@ def test_a_backend_that_does_not_honour_a_field_is_not_chosen(only_torch_honours
     lines = dispatch.compare(LOGITS, None, only_torch_honours.fields_set()).splitlines()
     assert lines[0].startswith("reference")
     assert any(line.startswith("native") and "does not support row_indices" in line for line in lines)
+
+
+def test_the_warning_of_a_slow_default_is_no_graph_break(only_torch_honours: Rows) -> None:
+    """Where there is no extension, the first loss may be a compiled one, with fullgraph=True."""
+
+    def name(logits: Tensor) -> tuple[str, Tensor]:
+        return dispatch.choose(logits, None, only_torch_honours.fields_set()).name, logits + 1.0
+
+    with pytest.warns(UserWarning, match="plain torch, many times slower"):
+        assert torch.compile(name, backend="eager", fullgraph=True)(LOGITS)[0] == "reference"
 
 
 def test_backends_honour_fields_that_exist() -> None:

@@ -197,6 +197,31 @@ def test_other_python_threads_run_meanwhile() -> None:
     assert ran_meanwhile
 
 
+def test_python_exits_while_a_daemon_thread_is_in_a_kernel() -> None:
+    """Python then ends the thread inside the kernel's call: with C++ in the way, the process would abort."""
+    done = run(
+        """
+        import ctypes, threading, time
+        count = 1 << 20
+        numbers = (ctypes.c_float * count)()
+        begun = threading.Event()
+
+        def work():
+            begun.set()
+            while True:
+                native.scale(
+                    dtype="float32", outer=1, inner=1, vocab=count, logits=(ctypes.addressof(numbers), 0, 0),
+                    factor=0.5, threads=1,
+                )
+
+        threading.Thread(target=work, daemon=True).start()
+        begun.wait()
+        time.sleep(0.05)
+        """
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
 @pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="needs binutils")
 def test_no_instruction_set_shares_a_function() -> None:
     """The linker takes one of the objects that define a weak symbol: an old processor might get AVX-512 code."""
