@@ -1,4 +1,4 @@
-"""Advice is given where something is to be gained, with a command; and no system is asked for what it does not have."""
+"""Advice is given where something is to be gained, with a command. Systems without /proc or sysconf work, too."""
 
 from __future__ import annotations
 
