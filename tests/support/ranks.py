@@ -52,7 +52,9 @@ def free_port() -> int:
 START = 600.0  # seconds for the imports of a rank, before the clock of `timeout` runs
 GRACE = 10.0  # seconds beyond `timeout`, in which collectives that gave up can say so
 TEST_FOLDERS = (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2] / "docs" / "scripts")
-PRELOADED = ["torch", "torch.distributed", "pytest", "gspo_kernels", "ranks", "oracle", "batches", "checks", "linear"]
+# torch._dynamo: torch's operators import it when they are first called, which would take each rank a second.
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "pytest", "gspo_kernels"]
+PRELOADED += ["ranks", "oracle", "batches", "checks", "linear"]
 
 
 # --- outside ----------------------------------------------------------------------------------------------------------
