@@ -12,6 +12,7 @@ from .linear.from_hidden import (
     linear_token_logprobs,
 )
 from .linear.value_head import linear_value_loss, linear_values
+from .losses.clip_range import ClipRange, suggest_clip_range
 from .losses.clipped import GMPO, GRPO, GSPO, PPO, SAPO, GSPOToken, clipped_surrogate
 from .losses.from_logits import (
     grpo_loss,

@@ -18,8 +18,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,21 @@ def _begin(ticks: Any) -> None:
     torch.set_num_threads(1)
 
 
-def side_by_side(run: Callable[..., Any], jobs: Sequence[Job], total: int, workers: int, title: str) -> list[Any]:
+def side_by_side(
+    run: Callable[..., Any],
+    jobs: Sequence[Job],
+    total: int,
+    workers: int,
+    title: str,
+    finished: Callable[[Job, Any], None] | None = None,
+) -> list[Any]:
     """`run(*job)` for each job, in processes of one thread -> results in the jobs' order; `total`: all runs' ticks.
 
-    `run` must be a function of a module's top level, because each process imports it.
+    `run` must be a function of a module's top level, because each process imports it. `finished(job, result)` is called
+    after each run, in any order.
     """
+    if not jobs:
+        return []
     context = multiprocessing.get_context("spawn")
     ticks = context.Queue()
     with (
@@ -175,6 +186,9 @@ def side_by_side(run: Callable[..., Any], jobs: Sequence[Job], total: int, worke
         tqdm(total=total, desc=title, unit="step") as bar,
     ):
         futures = [executor.submit(run, *job) for job in jobs]
+        if finished is not None:
+            for job, future in zip(jobs, futures, strict=True):
+                future.add_done_callback(partial(_report, finished, job))
         while not all(future.done() for future in futures):
             if any(future.done() and future.exception() for future in futures):
                 executor.shutdown(cancel_futures=True)
@@ -186,6 +200,39 @@ def side_by_side(run: Callable[..., Any], jobs: Sequence[Job], total: int, worke
         while not ticks.empty():
             bar.update(ticks.get())
         return [future.result() for future in futures]
+
+
+def _report(finished: Callable[[Job, Any], None], job: Job, future: Future[Any]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        finished(job, future.result())
+
+
+class Journal:
+    """The results of finished runs, a line of JSON each, so that a long experiment goes on where it was stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results: dict[str, Any] = {}
+        if path.exists():  # a line that a stopped program left unfinished is run again
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.results = {(found := json.loads(line))["run"]: found["result"] for line in lines}
+            path.write_text("".join(lines))
+
+    def run(
+        self, run: Callable[..., Any], jobs: Sequence[Job], workers: int, title: str, name: Callable[[Job], str]
+    ) -> list[Any]:
+        """As `side_by_side`, one tick a run; runs whose `name(job)` is in the journal are read from it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        left = {name(job): job for job in jobs if name(job) not in self.results}
+        with self.path.open("a") as lines:
+
+            def finished(job: Job, result: Any) -> None:
+                self.results[name(job)] = rounded(result)
+                lines.write(json.dumps({"run": name(job), "result": self.results[name(job)]}) + "\n")
+                lines.flush()
+
+            side_by_side(run, list(left.values()), len(left), workers, title, finished)
+        return [self.results[name(job)] for job in jobs]
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
