@@ -18,13 +18,14 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lab
 import running_sums
 import torch
+from arithmetic import count
 from lab import COLORS, GREY, Journal, mean
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -72,7 +73,7 @@ class Arm:
     """One way to train."""
 
     objective: Objective
-    clips: Literal["a token", "a response", "nothing"]  # at once
+    clips: Literal["tokens", "responses", "nothing"]
     max_grad_norm: float = Trial.max_grad_norm
     rates: tuple[float, ...] = ()  # () for all
 
@@ -85,32 +86,33 @@ DUAL_CLIP, LOW_NORM = 3.0, 0.1
 GRPO_NARROW, GRPO_WIDE, GSPO_BEST = (
     f"{loss} {low:g}/{high:g}" for loss, (low, high) in (("GRPO", NARROW), ("GRPO", WIDE), ("GSPO", SEQUENCE))
 )
-COUNTED = (GRPO_NARROW, GRPO_WIDE, GSPO_BEST)
+WHOLE = f"{GRPO_NARROW}, whole responses clipped"
+COUNTED = (GRPO_NARROW, GRPO_WIDE, GSPO_BEST, WHOLE)  # `Pushes` of the others are not recorded
 ARMS: dict[str, Arm] = {
-    GRPO_NARROW: Arm(GRPO(*NARROW), "a token"),
-    GRPO_WIDE: Arm(GRPO(*WIDE), "a token"),
-    GSPO_BEST: Arm(GSPO(*SEQUENCE), "a response"),
+    GRPO_NARROW: Arm(GRPO(*NARROW), "tokens"),
+    GRPO_WIDE: Arm(GRPO(*WIDE), "tokens"),
+    GSPO_BEST: Arm(GSPO(*SEQUENCE), "responses"),
     "GRPO, no clipping": Arm(GRPO(math.inf, math.inf), "nothing"),
     "GSPO, no clipping": Arm(GSPO(math.inf, math.inf), "nothing"),
-    "GRPO, responses clipped by GSPO's rule": Arm(Mixed("token", "sequence", *SEQUENCE), "a response"),
-    f"{GRPO_NARROW}, whole responses clipped": Arm(Mixed("token", "any token", *NARROW), "a response"),
-    f"{GRPO_WIDE}, whole responses clipped": Arm(Mixed("token", "any token", *WIDE), "a response"),
-    f"GSPO, tokens clipped by {GRPO_NARROW}": Arm(Mixed("sequence", "token", *NARROW), "a token"),
-    f"{GRPO_WIDE}, dual clip {DUAL_CLIP:g}": Arm(GRPO(*WIDE, dual_clip=DUAL_CLIP), "a token"),
-    f"{GRPO_NARROW}, clipped if A < 0": Arm(GRPO(NARROW[0], math.inf), "a token"),
-    f"{GRPO_NARROW}, clipped if A > 0": Arm(GRPO(math.inf, NARROW[1]), "a token"),
-    f"{GSPO_BEST}, clipped if A < 0": Arm(GSPO(SEQUENCE[0], math.inf), "a response"),
-    f"{GSPO_BEST}, clipped if A > 0": Arm(GSPO(math.inf, SEQUENCE[1]), "a response"),
-    f"{GRPO_NARROW}, norm up to {LOW_NORM:g}": Arm(GRPO(*NARROW), "a token", LOW_NORM, HIGH),
-    f"{GRPO_NARROW}, norm unlimited": Arm(GRPO(*NARROW), "a token", math.inf, HIGH),
-    f"{GSPO_BEST}, norm up to {LOW_NORM:g}": Arm(GSPO(*SEQUENCE), "a response", LOW_NORM, HIGH),
-    f"{GSPO_BEST}, norm unlimited": Arm(GSPO(*SEQUENCE), "a response", math.inf, HIGH),
+    "GRPO, responses clipped by GSPO's rule": Arm(Mixed("token", "sequence", *SEQUENCE), "responses"),
+    WHOLE: Arm(Mixed("token", "any token", *NARROW), "responses"),
+    f"{GRPO_WIDE}, whole responses clipped": Arm(Mixed("token", "any token", *WIDE), "responses"),
+    f"GSPO, tokens clipped by {GRPO_NARROW}": Arm(Mixed("sequence", "token", *NARROW), "tokens"),
+    f"{GRPO_WIDE}, dual clip {DUAL_CLIP:g}": Arm(GRPO(*WIDE, dual_clip=DUAL_CLIP), "tokens"),
+    f"{GRPO_NARROW}, clipped if A < 0": Arm(GRPO(NARROW[0], math.inf), "tokens"),
+    f"{GRPO_NARROW}, clipped if A > 0": Arm(GRPO(math.inf, NARROW[1]), "tokens"),
+    f"{GSPO_BEST}, clipped if A < 0": Arm(GSPO(SEQUENCE[0], math.inf), "responses"),
+    f"{GSPO_BEST}, clipped if A > 0": Arm(GSPO(math.inf, SEQUENCE[1]), "responses"),
+    f"{GRPO_NARROW}, norm up to {LOW_NORM:g}": Arm(GRPO(*NARROW), "tokens", LOW_NORM, HIGH),
+    f"{GRPO_NARROW}, norm unlimited": Arm(GRPO(*NARROW), "tokens", math.inf, HIGH),
+    f"{GSPO_BEST}, norm up to {LOW_NORM:g}": Arm(GSPO(*SEQUENCE), "responses", LOW_NORM, HIGH),
+    f"{GSPO_BEST}, norm unlimited": Arm(GSPO(*SEQUENCE), "responses", math.inf, HIGH),
 }
 
 
 # --- what is pushed down ----------------------------------------------------------------------------------------------
 
-DEPTHS = 8  # parts of a rollout's updates
+DEPTHS = 8  # parts of a rollout's updates, the eighths of the table
 
 
 def right_tokens(prompts: Tensor, responses: Tensor) -> Tensor:
@@ -139,6 +141,9 @@ class Pushes:
     The wrong token is a response's first one. A clipped token has no gradient; the push of any other is its weight in
     the loss, which is a ratio. Log-ratios are those before an update learns from the response: what earlier updates of
     the rollout, on other problems, did to it.
+
+    `down` and `up` are the gradients of right tokens, weight times |advantage|: of responses with a negative advantage
+    and with a positive one.
     """
 
     def __init__(self, trial: Trial) -> None:
@@ -169,6 +174,8 @@ class Pushes:
             "right": right_here.sum(),
             "right_change": log_ratio[negative][right_here].sum(),
             "wrong_change": log_ratio[negative].gather(1, wrong).sum(),
+            "down": (push * right_here * -part.advantages[negative, None]).sum(),
+            "up": (weights[positive].nan_to_num(0.0) * right[positive] * part.advantages[positive, None]).sum(),
             "rewarded": right[positive].sum(),
             "rewarded_change": log_ratio[positive][right[positive]].sum(),
         }.items():
@@ -247,8 +254,12 @@ def content(trials: Sequence[Trial], results: Sequence[dict[str, Any]]) -> dict[
 
 # --- figure and tables ------------------------------------------------------------------------------------------------
 
-CLIPS = {"a token": COLORS["grpo"], "a response": COLORS["gspo"], "nothing": GREY}  # colours
-LINES = dict(zip(COUNTED, ((COLORS["grpo"], "-"), (COLORS["grpo"], "--"), (COLORS["gspo"], "-")), strict=True))
+COLOR_OF = {"tokens": COLORS["grpo"], "responses": COLORS["gspo"], "nothing": GREY}
+LINES = {
+    GRPO_NARROW: {"color": COLORS["grpo"], "ls": "-"},
+    GRPO_WIDE: {"color": COLORS["grpo"], "ls": "--"},
+    GSPO_BEST: {"color": COLORS["gspo"], "ls": "-"},
+}
 
 
 def rates_of(record: dict[str, Any]) -> list[float]:
@@ -261,7 +272,7 @@ def arm_of(record: dict[str, Any], name: str, rate: float) -> dict[str, Any] | N
 
 def share(runs: Sequence[dict[str, list[float]]], part: str, whole: str) -> list[float]:
     """One sum as a share of another, or as a mean: over all updates, a number for each run."""
-    return [sum(each[part]) / max(1.0, sum(each[whole])) for each in runs]
+    return [sum(each[part]) / max(1e-9, sum(each[whole])) for each in runs]
 
 
 def at_depths(runs: Sequence[dict[str, list[float]]], part: str, whole: str) -> list[list[float]]:
@@ -270,46 +281,52 @@ def at_depths(runs: Sequence[dict[str, list[float]]], part: str, whole: str) -> 
 
 
 def draw(record: dict[str, Any], arguments: Namespace) -> None:
-    rates = rates_of(record)
-    figure, axes = lab.panels(len(rates), "Which parts of the losses stabilise", rows=2)
-    figure.set_size_inches(11, 10)
-    for axis, rate in zip(axes, rates, strict=False):
-        draw_accuracy(axis, record, rate, labelled=axis is axes[0])
-    handles = [Line2D([], [], color=color, marker="o", label=f"clips {name} at once") for name, color in CLIPS.items()]
-    axes[len(rates) - 1].legend(handles=handles, loc="upper left", fontsize=8)
+    figure, (accuracy, left, changes) = lab.panels(3, "Which parts of the losses stabilise")
+    figure.set_size_inches(13.2, 6.5)
+    draw_accuracy(accuracy, record)
 
-    left, changes = axes[len(rates) :][:2]
-    counts = [each for each in record["counts"] if each["rate"] == rates[0]]
-    depths = [(i + 0.5) / DEPTHS for i in range(DEPTHS)]
-    for each in counts:
+    rate = rates_of(record)[-1]
+    updates = record["settings"]["mini_batches"]
+    depths = [(i + 0.5) * updates / DEPTHS for i in range(DEPTHS)]
+    for each in record["counts"]:
         name, runs = each["name"], each["runs"]
-        color, line = LINES[name]
-        lab.spread(left, depths, at_depths(runs, "left", "responses"), color, name, ls=line)
-        lab.spread(changes, depths, at_depths(runs, "right_change", "right"), color, name, ls=line)
-    at_rate = f"learning rate {rates[0]:g}"
-    left.set(title=f"A < 0: wrong token clipped, right ones pushed\n({at_rate})", ylabel="responses", ylim=(0, None))
+        if name in LINES and each["rate"] == rate:
+            lab.spread(left, depths, at_depths(runs, "left", "responses"), label=name, **LINES[name])
+            lab.spread(changes, depths, at_depths(runs, "right_change", "right"), label=name, **LINES[name])
+    left.set(title=f"A < 0, rate {rate:g}: wrong token clipped,\nright tokens pushed down", ylim=(-0.02, 1))
+    left.set_ylabel("responses")
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    changes.set(title=f"A < 0: change of log π of right tokens\n({at_rate})", ylabel="nats")
+    changes.set(title=f"A < 0, rate {rate:g}: change of the\nlog-probability of right tokens", ylabel="nats")
     changes.axhline(0, color="black", lw=0.8)
     for axis in (left, changes):
         axis.set_xlabel("updates since the rollout")
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    left.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=9)
     lab.write(figure, arguments)
 
 
-def draw_accuracy(axis: Axes, record: dict[str, Any], rate: float, labelled: bool) -> None:
-    """A row for each arm: its seeds, and their mean."""
+def draw_accuracy(axis: Axes, record: dict[str, Any]) -> None:
+    """A row for each arm, a line in it for each rate: the seeds, and their mean."""
+    rates = rates_of(record)
     for row, (name, arm) in enumerate(ARMS.items()):
-        found = arm_of(record, name, rate)
-        if found is not None:
-            color, values = CLIPS[arm.clips], found["accuracy"]
-            axis.plot([min(values), max(values)], [row, row], color=color, lw=1.5)
-            axis.scatter(values, [row] * len(values), color=color, s=14, alpha=0.5, lw=0)
-            axis.plot(mean(values), row, "o", color=color)
-    axis.set_yticks(range(len(ARMS)), ARMS if labelled else [""] * len(ARMS), fontsize=8)
-    axis.set(title=f"Accuracy at the end, learning rate {rate:g}", xlim=(-0.02, 1), ylim=(len(ARMS) - 0.5, -0.5))
+        color = COLOR_OF[arm.clips]
+        for index, rate in enumerate(rates):
+            found = arm_of(record, name, rate)
+            if found is not None:
+                y, values = row + 0.36 * (index - (len(rates) - 1) / 2), found["accuracy"]
+                axis.plot([min(values), max(values)], [y, y], color=color, lw=1)
+                axis.plot(mean(values), y, "o", ms=5, color=color, mfc="white" if index == 0 else color)
+    axis.set_yticks(range(len(ARMS)), list(ARMS), fontsize=8)
+    axis.set(title="Accuracy at the end", xlim=(-0.02, 1), ylim=(len(ARMS) - 0.5, -0.5))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    dots = {"color": GREY, "marker": "o", "ls": "", "ms": 5}
+    handles = [
+        *(Line2D([], [], color=color, label=f"clips {name}") for name, color in COLOR_OF.items()),
+        *(
+            Line2D([], [], **dots, mfc="white" if index == 0 else GREY, label=f"learning rate {rate:g}")
+            for index, rate in enumerate(rates)
+        ),
+    ]
+    axis.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def section(record: dict[str, Any]) -> str:
@@ -351,6 +368,7 @@ def table_of_pushes(record: dict[str, Any]) -> str:
                 f"{mean(share(runs, 'left_tokens', 'left')):.1f}",
                 lab.ranged(share(runs, "push_right", "push"), ".1%"),
                 lab.ranged(share(runs, "push_left", "push"), ".1%"),
+                lab.ranged(share(runs, "down", "up"), ".2f"),
                 *(f"{change:+.3f}" for change in changes),
             ]
         )
@@ -359,11 +377,12 @@ def table_of_pushes(record: dict[str, Any]) -> str:
         "responses with A < 0",
         "wrong token clipped",
         "right ones pushed nevertheless",
-        f"the same, last {1 / DEPTHS:.0%} of the updates",
+        "the same, last eighth of a rollout",
         "right tokens pushed in such a response",
         "push on right tokens, of all",
         "on those of such responses",
-        "change of log π at the end of a rollout: wrong token",
+        "gradient of right tokens, down / up",
+        "change of log π, last eighth: wrong token",
         "right tokens",
         "right tokens, A > 0",
     ]
@@ -372,9 +391,11 @@ def table_of_pushes(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=count, help=f"how many (default: {PLAN.seeds})")
     arguments = lab.parse_study(parser, "mechanism")
     if not arguments.redraw:
-        run(arguments, QUICK if arguments.quick else PLAN)
+        plan = QUICK if arguments.quick else PLAN
+        run(arguments, replace(plan, seeds=arguments.seeds or plan.seeds))
     draw(lab.load(arguments), arguments)
 
 
