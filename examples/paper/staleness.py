@@ -120,13 +120,13 @@ class Plan:
         return max(((rate, of(rate)) for rate in self.rates), key=lambda pair: pair[1])
 
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 LONG_NAMES = tuple(name for name in ARMS if name not in ("GSPO x300", "GRPO 0.5"))
 FRESH_NAMES = ("GRPO 0.2", "GRPO 0.8", "GSPO x10", "GSPO x30")
 PLANS = {
     21: [Plan(SHORT, RATES, (64, 16, 4), tuple(ARMS), seeds=8)],
     101: [
-        Plan(LONG, (2e-4, 4e-4, 8e-4), (64,), LONG_NAMES, seeds=4),
+        Plan(LONG, (4e-4, 8e-4, 1.6e-3), (64,), LONG_NAMES, seeds=4),
         Plan(LONG, (4e-4, 8e-4), (16, 4), FRESH_NAMES, seeds=4),
     ],
 }
@@ -231,7 +231,17 @@ def style_of(name: str) -> dict[str, Any]:
     plain = name.split(",")[0]
     depth = 0.35 + 0.6 * family.index(plain) / (len(family) - 1) if plain in family else 0.6
     line = ":" if name in ADAPTIVE else "--" if "dual" in name else "-"
-    return {"color": plt.get_cmap("Oranges" if loss == "GRPO" else "Blues")(depth), "linestyle": line, "label": name}
+    color = plt.get_cmap("Oranges" if loss == "GRPO" else "Blues")(depth)
+    return {"color": color, "linestyle": line, "label": title_of(name)}
+
+
+def title_of(name: str) -> str:
+    """For readers: the loss and its range, as in `GSPO 0.03/0.04`."""
+    if name in ADAPTIVE:
+        return f"{name[:4]} adapted to {SHARE:.0%}"
+    arm: Any = ARMS[name]
+    dual = f", dual clip {arm.dual_clip:g}" if arm.dual_clip else ""
+    return f"{name[:4]} {arm.eps_low:g}/{arm.eps_high:g}{dual}"
 
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -289,13 +299,13 @@ def verdict(record: dict[str, Any]) -> str:
         chosen, best = chosen_of(record, tokens, updates), best_of(record, tokens, updates)
         grpo, gspo = (chosen[best[loss]] for loss in LOSSES)
         pairs = list(zip(grpo["accuracy"][count:], gspo["accuracy"][count:], strict=True))
-        cells = [f"{arm['name']}, {arm['rate']:g}: {cell(arm['accuracy'][count:])}" for arm in (grpo, gspo)]
+        cells = [f"{title_of(arm['name'])}, {arm['rate']:g}: {cell(arm['accuracy'][count:])}" for arm in (grpo, gspo)]
         cells.append(f"{sum(b > a for a, b in pairs)} of {len(pairs)}")
         for name in (*DEFAULTS, *ADAPTIVE):
             cells.append(cell(chosen[name]["accuracy"][count:]) if name in chosen else "")
         rows.append([f"{tokens}, {updates}", *cells])
     titles = ["tokens, updates per rollout", "GRPO's best", "GSPO's best", "seeds where GSPO's is better"]
-    return lab.table([*titles, "GRPO's default", "GSPO's", *ADAPTIVE], rows)
+    return lab.table([*titles, *map(title_of, (*DEFAULTS, *ADAPTIVE))], rows)
 
 
 def agreement(record: dict[str, Any]) -> str:
@@ -316,7 +326,7 @@ def grid(record: dict[str, Any], tokens: int, updates: int) -> str:
     rows = []
     for name, each in arms.items():
         by_rate = {arm["rate"]: cell(arm["accuracy"]) for arm in each}
-        rows.append([name, *(by_rate.get(rate, "") for rate in rates)])
+        rows.append([title_of(name), *(by_rate.get(rate, "") for rate in rates)])
     return lab.table([f"{tokens} tokens, {updates} updates per rollout", *(f"{rate:g}" for rate in rates)], rows)
 
 
