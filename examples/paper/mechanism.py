@@ -78,8 +78,8 @@ class Arm:
     rates: tuple[float, ...] = ()  # () for all
 
 
-NARROW, WIDE = (0.2, 0.27), (0.8, 3.0)  # of token ratios: the default, and the best range of `staleness.py`
-SEQUENCE = (3e-2, 4e-2)  # of GSPO: the best range
+NARROW, WIDE = (0.2, 0.27), (0.5, 1.0)  # of token ratios: the best ranges of `staleness.py` at 8e-4 and at 4e-4
+SEQUENCE = (3e-2, 4e-2)  # of response ratios: the best range
 RATES = (4e-4, 8e-4)
 HIGH = RATES[1:]
 DUAL_CLIP, LOW_NORM = 3.0, 0.1
