@@ -1,8 +1,17 @@
-"""Fills docs/paper.md from the records in docs/paper: each experiment's figure, its tables and where it ran.
+"""Fills pages of docs/ from the records in docs/paper: figures, tables, and where the experiments ran.
 
-A block from `<!-- name -->` to `<!-- end -->` gets the experiment's `section(record)`. The rest of the page, with the
-conclusions, is written by hand. A block whose experiment has no record stays unchanged.
+A block from `<!-- kind: experiment -->` to `<!-- end -->` is filled by the script of that name. The kinds are
 
+    figure    docs/paper/<experiment>.png, described by the first line of the script's docstring
+    table     the script's `section(record)`
+    source    seeds, time, machine and versions, from the record
+
+A script may have more figures, and its `section(record)` may be a dictionary of tables:
+`<!-- figure: experiment-part -->` is `<experiment>-<part>.png`, described by the script's `FIGURES[part]`;
+`<!-- table: experiment-part -->` is `section(record)[part]`. The rest of a page, with the conclusions, is written by
+hand. A block whose experiment has no record stays unchanged.
+
+    cp runs/paper/*.json runs/paper/*.png docs/paper    # after new runs
     python examples/paper/page.py
 """
 
@@ -10,33 +19,85 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
-BLOCK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
+RECORDS = DOCS / "paper"
+BLOCK = re.compile(
+    r"<!-- (?P<kind>figure|table|source): (?P<name>\w+)(?:-(?P<part>[\w-]+))? -->\n.*?<!-- end -->", re.DOTALL
+)
 
 
-def fill(page: str, folder: Path) -> str:
-    def block(found: re.Match[str]) -> str:
-        name = found["name"]
-        module_file = Path(__file__).with_name(f"{name}.py")
-        if not module_file.exists():
+@dataclass(frozen=True)
+class Block:
+    """What a comment of a page asks for."""
+
+    kind: str
+    name: str  # of the script
+    part: str | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}: {self.name}" + (f"-{self.part}" if self.part else "")
+
+
+def block_of(found: re.Match[str]) -> Block:
+    return Block(found["kind"], found["name"], found["part"])
+
+
+def pages() -> list[Path]:
+    """All pages with blocks."""
+    return [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text())]
+
+
+def fill(page: Path, records: Path = RECORDS) -> str:
+    """The page's text with its blocks filled."""
+
+    def filled(found: re.Match[str]) -> str:
+        block = block_of(found)
+        if find_spec(block.name) is None:
             return found[0]
-        module = importlib.import_module(name)
-        path = folder / f"{getattr(module, 'RECORD', name)}.json"  # RECORD: the experiment whose record it draws
+        script = importlib.import_module(block.name)
+        path = records / f"{record_of(script)}.json"
         if not path.exists():
             return found[0]
-        record = json.loads(path.read_text())
-        figure = f"![{title(module.__doc__)}]({folder.name}/{name}.png)"
-        parts = [figure, module.section(record).strip(), source(record)]
-        return f"<!-- {name} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
+        text = content(block, script, json.loads(path.read_text()), os.path.relpath(records, page.parent))
+        return f"<!-- {block.title} -->\n{text}\n<!-- end -->"
 
-    return BLOCK.sub(block, page)
+    return BLOCK.sub(filled, page.read_text())
 
 
-def title(docstring: str | None) -> str:
+def record_of(script: ModuleType) -> str:
+    """The experiment whose record the script shows: another one's if it says so."""
+    found: str = getattr(script, "RECORD", script.__name__)
+    return found
+
+
+def content(block: Block, script: ModuleType, record: dict[str, Any], folder: str) -> str:
+    if block.kind == "source":
+        return source(record)
+    if block.kind == "table":
+        tables = script.section(record)
+        return chosen(block, {None: tables} if isinstance(tables, str) else tables).strip()
+    text = chosen(block, {None: first_line(script.__doc__), **getattr(script, "FIGURES", {})})
+    file = f"{block.name}-{block.part}.png" if block.part else f"{block.name}.png"
+    return f"![{text}]({os.path.normpath(f'{folder}/{file}')})"
+
+
+def chosen(block: Block, parts: dict[str | None, str]) -> str:
+    if block.part not in parts:
+        expected = ", ".join(f"`{Block(block.kind, block.name, part).title}`" for part in parts)
+        raise ValueError(f"expected one of {expected}, got `{block.title}`: change the page's comment")
+    return parts[block.part]
+
+
+def first_line(docstring: str | None) -> str:
     return (docstring or "").split("\n")[0].rstrip(".")
 
 
@@ -51,9 +112,9 @@ def source(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    page = DOCS / "paper.md"
-    page.write_text(fill(page.read_text(), DOCS / "paper"))
-    print(f"filled: {page}")
+    for page in pages():
+        page.write_text(fill(page))
+        print(f"filled: {page}")
 
 
 if __name__ == "__main__":
