@@ -25,7 +25,7 @@ demo-distributed: .venv/demo
 # The GSPO paper's claims (docs/paper.md), into runs/paper: by experiments of minutes, and with stale rollouts by those of
 # hours, which go on where they were stopped. ARGS=--quick: a smoke test.
 paper: EXPERIMENTS := stability clipping width noise experts precision weights
-staleness: EXPERIMENTS := staleness mechanism stale_experts
+staleness: EXPERIMENTS := staleness clip_share mechanism stale_experts
 
 paper staleness: .venv/demo
 	set -e; for each in $(EXPERIMENTS); do $(BIN)/python examples/paper/$$each.py $(ARGS); done

@@ -6,10 +6,9 @@ A block from `<!-- kind: experiment -->` to `<!-- end -->` is filled by the scri
     table     the script's `section(record)`
     source    seeds, time, machine and versions, from the record
 
-A script may have more figures, and its `section(record)` may be a dictionary of tables:
-`<!-- figure: experiment-part -->` is `<experiment>-<part>.png`, described by the script's `FIGURES[part]`;
-`<!-- table: experiment-part -->` is `section(record)[part]`. The rest of a page, with the conclusions, is written by
-hand. A block whose experiment has no record stays unchanged.
+Where `section(record)` is a dictionary of tables, `<!-- table: experiment-part -->` is one of them. A script may show
+another one's record, which it names as `RECORD`. The rest of a page, with the conclusions, is written by hand. A block
+whose experiment has no record stays unchanged.
 
     cp runs/paper/*.json runs/paper/*.png docs/paper    # after new runs
     python examples/paper/page.py
@@ -30,7 +29,7 @@ from typing import Any
 DOCS = Path(__file__).parents[2] / "docs"
 RECORDS = DOCS / "paper"
 BLOCK = re.compile(
-    r"<!-- (?P<kind>figure|table|source): (?P<name>\w+)(?:-(?P<part>[\w-]+))? -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- (?P<kind>figure|table|source): (?P<name>\w+)(?:-(?P<part>\w+))? -->\n.*?<!-- end -->", re.DOTALL
 )
 
 
@@ -40,7 +39,7 @@ class Block:
 
     kind: str
     name: str  # of the script
-    part: str | None
+    part: str | None = None  # of its tables
 
     @property
     def title(self) -> str:
@@ -67,7 +66,12 @@ def fill(page: Path, records: Path = RECORDS) -> str:
         path = records / f"{record_of(script)}.json"
         if not path.exists():
             return found[0]
-        text = content(block, script, json.loads(path.read_text()), os.path.relpath(records, page.parent))
+        record = json.loads(path.read_text())
+        if block.kind == "figure":
+            file = os.path.relpath(records / f"{block.name}.png", page.parent)
+            text = f"![{first_line(script.__doc__)}]({file})"
+        else:
+            text = source(record) if block.kind == "source" else table(block, script.section(record))
         return f"<!-- {block.title} -->\n{text}\n<!-- end -->"
 
     return BLOCK.sub(filled, page.read_text())
@@ -79,22 +83,12 @@ def record_of(script: ModuleType) -> str:
     return found
 
 
-def content(block: Block, script: ModuleType, record: dict[str, Any], folder: str) -> str:
-    if block.kind == "source":
-        return source(record)
-    if block.kind == "table":
-        tables = script.section(record)
-        return chosen(block, {None: tables} if isinstance(tables, str) else tables).strip()
-    text = chosen(block, {None: first_line(script.__doc__), **getattr(script, "FIGURES", {})})
-    file = f"{block.name}-{block.part}.png" if block.part else f"{block.name}.png"
-    return f"![{text}]({os.path.normpath(f'{folder}/{file}')})"
-
-
-def chosen(block: Block, parts: dict[str | None, str]) -> str:
-    if block.part not in parts:
-        expected = ", ".join(f"`{Block(block.kind, block.name, part).title}`" for part in parts)
+def table(block: Block, tables: str | dict[str, str]) -> str:
+    found: dict[str | None, str] = {None: tables} if isinstance(tables, str) else {**tables}
+    if block.part not in found:
+        expected = ", ".join(f"`{Block('table', block.name, part).title}`" for part in found)
         raise ValueError(f"expected one of {expected}, got `{block.title}`: change the page's comment")
-    return parts[block.part]
+    return found[block.part].strip()
 
 
 def first_line(docstring: str | None) -> str:
