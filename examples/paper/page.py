@@ -96,13 +96,19 @@ def first_line(docstring: str | None) -> str:
 
 
 def source(record: dict[str, Any]) -> str:
-    seeds, machine, versions = record["seeds"], record["machine"], record["versions"]
+    machine, versions = record["machine"], record["versions"]
+    time = f"{record['seconds']} s in {counted(machine['workers'], 'process', 'es')}"
+    if "cpu_seconds" in record:  # of an experiment that may have been stopped and continued
+        time = f"{record['cpu_seconds'] / 60:.0f} CPU minutes"
     where = machine["processor"] if record["device"] == "cpu" else record["device"]
     return (
-        f"(`examples/paper/{record['experiment']}.py`: {seeds} seed{'s' * (seeds > 1)}, {record['seconds']} s in "
-        f"{machine['workers']} process{'es' * (machine['workers'] > 1)} on {where}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}.)"
+        f"(`examples/paper/{record['experiment']}.py`: {counted(record['seeds'], 'seed')}, {time} on {where}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}.)"
     )
+
+
+def counted(count: int, name: str, plural: str = "s") -> str:
+    return f"{count} {name}{plural * (count > 1)}"
 
 
 def main() -> None:

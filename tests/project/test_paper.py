@@ -101,7 +101,9 @@ def test_a_script_may_have_several_tables(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # Where a record's numbers come from.
-ORIGIN = {*("experiment", "seeds", "seed", "device", "machine", "seconds", "versions", "settings", "long")}
+ORIGIN = {
+    *("experiment", "seeds", "seed", "device", "machine", "seconds", "cpu_seconds", "versions", "settings", "long")
+}
 
 
 class Watched(dict[str, Any]):
