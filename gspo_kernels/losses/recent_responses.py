@@ -19,6 +19,7 @@ from ..base.scalars import FINITE, run_time
 from ..base.torch_internals import device_types_of
 
 KINDS = ("sequence", "token")
+MEANING = "log-ratios, such as stats.log_ratio"
 Arrays = tuple[Any, Any, Any, Any]  # log_ratio, advantages, mask, cu_seqlens of one update
 
 
@@ -94,6 +95,9 @@ def _updates(log_ratio: Any, advantages: Any, mask: Any, cu_seqlens: Any, empty:
         return [(log_ratio, advantages, mask, cu_seqlens)]
     if not log_ratio and not empty:
         raise ValueError("log_ratio: expected the log-ratios of at least one update; got an empty list")
+    for index, value in enumerate(log_ratio):
+        with _of_update(index, len(log_ratio)):
+            checks.tensor("log_ratio", value, MEANING)
     lists = [list(log_ratio)]
     for name, value in (("advantages", advantages), ("mask", mask), ("cu_seqlens", cu_seqlens)):
         if value is None and name != "advantages":
@@ -142,7 +146,7 @@ def _responses(
     log_ratio: Any, advantages: Any, mask: Any, cu_seqlens: Any, ratio_of: str | None, *, lengths_needed: bool
 ) -> _Update:
     """One column for each response: of this rank's tokens, if context-parallel ranks share them."""
-    checks.digits("log_ratio", checks.tensor("log_ratio", log_ratio, "log-ratios, such as stats.log_ratio"))
+    checks.digits("log_ratio", checks.tensor("log_ratio", log_ratio, MEANING))
     for name, value in (("mask", mask), ("cu_seqlens", cu_seqlens)):
         if value is not None:
             checks.tensor(name, value, "True or 1 where a token counts" if name == "mask" else "boundaries")
