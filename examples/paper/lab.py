@@ -142,6 +142,17 @@ def parse(
     return arguments, settings_of(parser, arguments, quick if arguments.quick else settings)
 
 
+def parse_study(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Adds the options of an experiment that has its own plan and a journal, and parses the command line."""
+    parser.add_argument("--workers", type=count, default=_cores(), help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test that learns next to nothing")
+    parser.add_argument("--redraw", action="store_true", help=f"only the figure, from the folder's {name}.json")
+    arguments = parser.parse_args()
+    arguments.name, arguments.device = name, "cpu"
+    return arguments
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -238,8 +249,8 @@ class Journal:
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-def save(arguments: argparse.Namespace, settings: Settings, began: float, content: dict[str, Any]) -> dict[str, Any]:
-    """Writes the record -> the record, as `load` reads it."""
+def save(arguments: argparse.Namespace, settings: Any, began: float, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes the record -> the record, as `load` reads it. `settings`: a dataclass."""
     record = {
         "experiment": arguments.name,
         "seeds": arguments.seeds,

@@ -10,7 +10,6 @@ that the mini-batches of a rollout say how stale its last ones are.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import random
@@ -29,7 +28,7 @@ from lab import mean, tick
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gspo_kernels import GRPO, GSPO, Objective, Stats, group_advantages, policy_loss, suggest_clip_range, token_logprobs
+from gspo_kernels import Objective, Stats, group_advantages, policy_loss, suggest_clip_range, token_logprobs
 
 EOS, PAD, DIGIT, ANSWER = 10, 11, 12, 13  # after the ten digits: the end, padding, "a digit follows", "answer"
 VOCABULARY = 14
@@ -181,9 +180,7 @@ def warm_up(task: Task, seed: int, experts: int = 0) -> PreTrainedModel:
         prompts = torch.tensor([prompt(digits) for digits in problems])
         answers = torch.tensor([demonstration(digits, rng, task.slip) for digits in problems])
         loss = -token_logprobs(logits_of(model, prompts, answers), answers).logprobs.mean()
-        rate = task.warmup_learning_rate * min(
-            (index + 1) / 30, 1, max(0.1, 2 * (1 - index / task.warmup_steps))
-        )
+        rate = task.warmup_learning_rate * min((index + 1) / 30, 1, max(0.1, 2 * (1 - index / task.warmup_steps)))
         step(model, optimizer, loss, rate, 1.0)
     return model
 
@@ -317,9 +314,7 @@ def rate_at(trial: Trial, update: int) -> float:
     return trial.learning_rate * min(1.0, update / rise) * (1 - 0.9 * update / trial.updates)
 
 
-def train(
-    trial: Trial, folder: Path, observe: Callable[[Trial], Observer] | None = None
-) -> dict[str, Any]:
+def train(trial: Trial, folder: Path, observe: Callable[[Trial], Observer] | None = None) -> dict[str, Any]:
     """The trial's accuracy at the end, its rewards, clip fractions and ratios; with what the observer has seen."""
     began = time.process_time()
     model = warmed_up(folder, trial.task, trial.seed, trial.experts)
