@@ -259,6 +259,7 @@ LINES = {
     GRPO_NARROW: {"color": COLORS["grpo"], "ls": "-"},
     GRPO_WIDE: {"color": COLORS["grpo"], "ls": "--"},
     GSPO_BEST: {"color": COLORS["gspo"], "ls": "-"},
+    WHOLE: {"color": COLORS["gspo"], "ls": "--"},
 }
 
 
@@ -281,7 +282,7 @@ def at_depths(runs: Sequence[dict[str, list[float]]], part: str, whole: str) -> 
 
 
 def draw(record: dict[str, Any], arguments: Namespace) -> None:
-    figure, (accuracy, left, changes) = lab.panels(3, "Which parts of the losses stabilise")
+    figure, (accuracy, left, balance) = lab.panels(3, "Which parts of the losses stabilise")
     figure.set_size_inches(13.2, 6.5)
     draw_accuracy(accuracy, record)
 
@@ -290,17 +291,18 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     depths = [(i + 0.5) * updates / DEPTHS for i in range(DEPTHS)]
     for each in record["counts"]:
         name, runs = each["name"], each["runs"]
-        if name in LINES and each["rate"] == rate:
+        if each["rate"] == rate:
             lab.spread(left, depths, at_depths(runs, "left", "responses"), label=name, **LINES[name])
-            lab.spread(changes, depths, at_depths(runs, "right_change", "right"), label=name, **LINES[name])
-    left.set(title=f"A < 0, rate {rate:g}: wrong token clipped,\nright tokens pushed down", ylim=(-0.02, 1))
-    left.set_ylabel("responses")
+            lab.spread(balance, depths, at_depths(runs, "down", "up"), label=name, **LINES[name])
+    left.set(
+        title="A < 0: the wrong token is clipped,\nright tokens are pushed down", ylabel="responses", ylim=(-0.02, 1)
+    )
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    changes.set(title=f"A < 0, rate {rate:g}: change of the\nlog-probability of right tokens", ylabel="nats")
-    changes.axhline(0, color="black", lw=0.8)
-    for axis in (left, changes):
-        axis.set_xlabel("updates since the rollout")
-        axis.legend(frameon=False, fontsize=9)
+    balance.set(title="Gradient of right tokens:\ndown (A < 0) / up (A > 0)", ylim=(0, 1.3))
+    balance.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper left")
+    balance.axhline(1, color="black", lw=0.8)
+    for axis in (left, balance):
+        axis.set(xlabel=f"updates since the rollout, rate {rate:g}", xticks=[updates * i / 4 for i in range(5)])
     lab.write(figure, arguments)
 
 
