@@ -299,7 +299,7 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
     )
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     balance.set(title="Gradient of right tokens:\ndown (A < 0) / up (A > 0)", ylim=(0, 1.3))
-    balance.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper left")
+    balance.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left")
     balance.axhline(1, color="black", lw=0.8)
     for axis in (left, balance):
         axis.set(xlabel=f"updates since the rollout, rate {rate:g}", xticks=[updates * i / 4 for i in range(5)])
