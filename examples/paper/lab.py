@@ -16,6 +16,7 @@ import queue
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -173,6 +174,15 @@ def _begin(ticks: Any) -> None:
     global _ticks
     _ticks = ticks
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_program, daemon=True).start()
+
+
+def _end_with_the_program() -> None:
+    """A killed program does not leave a run behind, which nobody would hear from."""
+    program = multiprocessing.parent_process()
+    assert program is not None
+    program.join()
+    os._exit(1)
 
 
 def side_by_side(
