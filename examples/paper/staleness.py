@@ -122,7 +122,7 @@ class Plan:
 
 
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
-LONG_NAMES = tuple(name for name in ARMS if name not in ("GSPO x300", "GRPO 0.5"))
+LONG_NAMES = tuple(name for name in RANGES if name not in ("GSPO x300", "GRPO 0.5"))
 FRESH_NAMES = ("GRPO 0.2", "GSPO x10")
 PLANS = {
     21: [Plan(SHORT, RATES, (64, 16, 4), tuple(ARMS), seeds=8)],
