@@ -356,6 +356,7 @@ def table_of_pushes(record: dict[str, Any]) -> str:
     for each in sorted(record["counts"], key=lambda each: each["rate"]):
         runs = each["runs"]
         last = [run[-1] for run in at_depths(runs, "left", "responses")]
+        tokens = share(runs, "left_tokens", "left")
         changes = [
             mean([run[-1] for run in at_depths(runs, f"{kind}_change", whole)])
             for kind, whole in (("wrong", "responses"), ("right", "right"), ("rewarded", "rewarded"))
@@ -364,12 +365,12 @@ def table_of_pushes(record: dict[str, Any]) -> str:
             [
                 f"{each['name']}, {each['rate']:g}",
                 f"{sum(sum(run['responses']) for run in runs):.0f}",
-                lab.ranged(share(runs, "clipped", "responses"), ".1%"),
-                lab.ranged(share(runs, "left", "responses"), ".1%"),
-                lab.ranged(last, ".1%"),
-                f"{mean(share(runs, 'left_tokens', 'left')):.1f}",
-                lab.ranged(share(runs, "push_right", "push"), ".1%"),
-                lab.ranged(share(runs, "push_left", "push"), ".1%"),
+                percent(share(runs, "clipped", "responses")),
+                percent(share(runs, "left", "responses")),
+                percent(last),
+                f"{mean(tokens):.1f}" if any(tokens) else "",
+                percent(share(runs, "push_right", "push")),
+                percent(share(runs, "push_left", "push")),
                 lab.ranged(share(runs, "down", "up"), ".2f"),
                 *(f"{change:+.3f}" for change in changes),
             ]
@@ -389,6 +390,10 @@ def table_of_pushes(record: dict[str, Any]) -> str:
         "right tokens, A > 0",
     ]
     return lab.table(titles, rows)
+
+
+def percent(values: Sequence[float]) -> str:
+    return lab.ranged(values, ".1%") if any(values) else "none"
 
 
 def main() -> None:
