@@ -238,7 +238,7 @@ class Journal:
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-def save(arguments: argparse.Namespace, settings: Settings, began: float, content: dict[str, Any]) -> dict[str, Any]:
+def save(arguments: argparse.Namespace, settings: Any, began: float, content: dict[str, Any]) -> dict[str, Any]:
     """Writes the record -> the record, as `load` reads it."""
     record = {
         "experiment": arguments.name,
