@@ -4,9 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo demo-vllm demo-distributed paper test test-triton test-trainers test-vllm test-versions static lint sanitize
-.PHONY: bench bench-compare bench-linear bench-context bench-precision bench-peers gpu gpu-more gpu-wheels gpu-carry
-.PHONY: docs docs-links dist hub clean
+.PHONY: demo demo-vllm demo-distributed paper staleness test test-triton test-trainers test-vllm test-versions static
+.PHONY: lint sanitize bench bench-compare bench-linear bench-context bench-precision bench-peers
+.PHONY: gpu gpu-more gpu-wheels gpu-carry docs docs-links dist hub clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_arithmetic.py $(ARGS)
@@ -22,10 +22,12 @@ demo-distributed: .venv/demo
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --parallel vocabulary $(ARGS)
 	$(BIN)/python examples/train_distributed.py --compare $(ARGS)
 
-# The GSPO paper's claims, by experiments of minutes (docs/paper.md), into runs/paper.
-EXPERIMENTS := stability clipping width noise experts precision weights
+# The GSPO paper's claims (docs/paper.md), into runs/paper: by experiments of minutes, and with stale rollouts by those of
+# hours, which go on where they were stopped. ARGS=--quick: a smoke test.
+paper: EXPERIMENTS := stability clipping width noise experts precision weights
+staleness: EXPERIMENTS := staleness clip_share mechanism stale_experts
 
-paper: .venv/demo
+paper staleness: .venv/demo
 	set -e; for each in $(EXPERIMENTS); do $(BIN)/python examples/paper/$$each.py $(ARGS); done
 
 # Of each test's product of parameters every pair of values. ARGS=--all: the whole product, here and in the two below.

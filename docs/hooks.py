@@ -77,12 +77,15 @@ def description(markdown: str) -> str:
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
-    """A plot is a link to itself, to be read in full size. Short numbers in a table stay on one line."""
+    """A plot is a link to itself, to be read in full size. Numbers and ranges in a table stay on one line each."""
     if page.file.src_uri.startswith("api/"):
         documented.update(re.findall(r'id="(gspo_kernels[\w.]*)"', content))
     content = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', content)
     short = r"[^<]{1,12}|[^<(]{1,18}"  # such as 2.3e-09, 0.58 (101%) and 48.8% -&gt; 82.8%
-    return re.sub(rf'(?<=<td style="text-align: right;)(?=">({short})</td>)', " white-space: nowrap;", content)
+    content = re.sub(rf'(?<=<td style="text-align: right;)(?=">({short})</td>)', " white-space: nowrap;", content)
+    ranged = r"([^<(]{1,12}) (\([^<()]{1,24}\))"  # such as 84% (77% to 88%), which may take two lines
+    whole = [rf'<span style="white-space: nowrap;">\{part}</span>' for part in (1, 2)]
+    return re.sub(rf'(?<=<td style="text-align: right;">){ranged}(?=</td>)', " ".join(whole), content)
 
 
 def on_post_build(**_: Any) -> None:

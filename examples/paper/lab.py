@@ -16,6 +16,7 @@ import queue
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -142,6 +143,17 @@ def parse(
     return arguments, settings_of(parser, arguments, quick if arguments.quick else settings)
 
 
+def parse_study(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Adds the options of an experiment that has its own plan and a journal, and parses the command line."""
+    parser.add_argument("--workers", type=count, default=_cores(), help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test that learns next to nothing")
+    parser.add_argument("--redraw", action="store_true", help=f"only the figure, from the folder's {name}.json")
+    arguments = parser.parse_args()
+    arguments.name, arguments.device = name, "cpu"
+    return arguments
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -162,6 +174,15 @@ def _begin(ticks: Any) -> None:
     global _ticks
     _ticks = ticks
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_program, daemon=True).start()
+
+
+def _end_with_the_program() -> None:
+    """A killed program does not leave a run behind, which nobody would hear from."""
+    program = multiprocessing.parent_process()
+    assert program is not None
+    program.join()
+    os._exit(1)
 
 
 def side_by_side(
@@ -239,7 +260,7 @@ class Journal:
 
 
 def save(arguments: argparse.Namespace, settings: Any, began: float, content: dict[str, Any]) -> dict[str, Any]:
-    """Writes the record -> the record, as `load` reads it."""
+    """Writes the record -> the record, as `load` reads it. `settings`: a dataclass."""
     record = {
         "experiment": arguments.name,
         "seeds": arguments.seeds,

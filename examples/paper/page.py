@@ -1,8 +1,16 @@
-"""Fills docs/paper.md from the records in docs/paper: each experiment's figure, its tables and where it ran.
+"""Fills pages of docs/ from the records in docs/paper: figures, tables, and where the experiments ran.
 
-A block from `<!-- name -->` to `<!-- end -->` gets the experiment's `section(record)`. The rest of the page, with the
-conclusions, is written by hand. A block whose experiment has no record stays unchanged.
+A block from `<!-- kind: experiment -->` to `<!-- end -->` is filled by the script of that name. The kinds are
 
+    figure    docs/paper/<experiment>.png, described by the first line of the script's docstring
+    table     the script's `section(record)`
+    source    seeds, time, machine and versions, from the record
+
+Where `section(record)` is a dictionary of tables, `<!-- table: experiment-part -->` is one of them. A script may show
+another one's record, which it names as `RECORD`. The rest of a page, with the conclusions, is written by hand. A block
+whose experiment has no record stays unchanged.
+
+    cp runs/paper/*.json runs/paper/*.png docs/paper    # after new runs
     python examples/paper/page.py
 """
 
@@ -10,50 +18,103 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
-BLOCK = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
+RECORDS = DOCS / "paper"
+BLOCK = re.compile(
+    r"<!-- (?P<kind>figure|table|source): (?P<name>\w+)(?:-(?P<part>\w+))? -->\n.*?<!-- end -->", re.DOTALL
+)
 
 
-def fill(page: str, folder: Path) -> str:
-    def block(found: re.Match[str]) -> str:
-        name = found["name"]
-        module_file = Path(__file__).with_name(f"{name}.py")
-        if not module_file.exists():
+@dataclass(frozen=True)
+class Block:
+    """What a comment of a page asks for."""
+
+    kind: str
+    name: str  # of the script
+    part: str | None = None  # of its tables
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}: {self.name}" + (f"-{self.part}" if self.part else "")
+
+
+def block_of(found: re.Match[str]) -> Block:
+    return Block(found["kind"], found["name"], found["part"])
+
+
+def pages() -> list[Path]:
+    """All pages with blocks."""
+    return [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text())]
+
+
+def fill(page: Path, records: Path = RECORDS) -> str:
+    """The page's text with its blocks filled."""
+
+    def filled(found: re.Match[str]) -> str:
+        block = block_of(found)
+        if find_spec(block.name) is None:
             return found[0]
-        module = importlib.import_module(name)
-        path = folder / f"{getattr(module, 'RECORD', name)}.json"  # RECORD: the experiment whose record it draws
+        script = importlib.import_module(block.name)
+        path = records / f"{record_of(script)}.json"
         if not path.exists():
             return found[0]
         record = json.loads(path.read_text())
-        figure = f"![{title(module.__doc__)}]({folder.name}/{name}.png)"
-        parts = [figure, module.section(record).strip(), source(record)]
-        return f"<!-- {name} -->\n" + "\n\n".join(parts) + "\n<!-- end -->"
+        if block.kind == "figure":
+            file = os.path.relpath(records / f"{block.name}.png", page.parent)
+            text = f"![{first_line(script.__doc__)}]({file})"
+        else:
+            text = source(record) if block.kind == "source" else table(block, script.section(record))
+        return f"<!-- {block.title} -->\n{text}\n<!-- end -->"
 
-    return BLOCK.sub(block, page)
+    return BLOCK.sub(filled, page.read_text())
 
 
-def title(docstring: str | None) -> str:
+def record_of(script: ModuleType) -> str:
+    """The experiment whose record the script shows: another one's if it says so."""
+    found: str = getattr(script, "RECORD", script.__name__)
+    return found
+
+
+def table(block: Block, tables: str | dict[str, str]) -> str:
+    found: dict[str | None, str] = {None: tables} if isinstance(tables, str) else {**tables}
+    if block.part not in found:
+        expected = ", ".join(f"`{Block('table', block.name, part).title}`" for part in found)
+        raise ValueError(f"expected one of {expected}, got `{block.title}`: change the page's comment")
+    return found[block.part].strip()
+
+
+def first_line(docstring: str | None) -> str:
     return (docstring or "").split("\n")[0].rstrip(".")
 
 
 def source(record: dict[str, Any]) -> str:
-    seeds, machine, versions = record["seeds"], record["machine"], record["versions"]
+    machine, versions = record["machine"], record["versions"]
+    time = f"{record['seconds']} s in {counted(machine['workers'], 'process', 'es')}"
+    if "cpu_seconds" in record:  # of an experiment that may have been stopped and continued
+        time = f"{record['cpu_seconds'] / 60:.0f} CPU minutes"
     where = machine["processor"] if record["device"] == "cpu" else record["device"]
     return (
-        f"(`examples/paper/{record['experiment']}.py`: {seeds} seed{'s' * (seeds > 1)}, {record['seconds']} s in "
-        f"{machine['workers']} process{'es' * (machine['workers'] > 1)} on {where}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}.)"
+        f"(`examples/paper/{record['experiment']}.py`: {counted(record['seeds'], 'seed')}, {time} on {where}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}.)"
     )
 
 
+def counted(count: int, name: str, plural: str = "s") -> str:
+    return f"{count} {name}{plural * (count > 1)}"
+
+
 def main() -> None:
-    page = DOCS / "paper.md"
-    page.write_text(fill(page.read_text(), DOCS / "paper"))
-    print(f"filled: {page}")
+    for page in pages():
+        page.write_text(fill(page))
+        print(f"filled: {page}")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ import argparse
 import random
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lab
 import torch
+from arithmetic import count
 from lab import COLORS, GREEN, GREY, Journal, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from routing import changed
@@ -71,7 +72,7 @@ class Grid:
 @dataclass(frozen=True)
 class Plan:
     task: Task
-    grids: tuple[Grid, ...]  # the first one's trainings are looked at, too
+    grids: tuple[Grid, ...]  # the first one's first rollouts are looked at, too
     updates: int = 320
 
     def trials(self, grid: Grid) -> list[Trial]:
@@ -86,8 +87,24 @@ class Plan:
             for replay in (False, True)
         ]
 
+    def jobs(self) -> list[tuple[str, Trial]]:
+        trials = [trial for grid in self.grids for trial in self.trials(grid)]
+        looked = [trial for trial in self.trials(self.grids[0]) if not trial.replay]
+        return [("train", trial) for trial in trials] + [("look", trial) for trial in looked]
 
-PLAN = Plan(SHORT, (Grid(64, tuple(ARMS), RATES, seeds=3), Grid(4, ("GRPO 0.2", "GSPO x100"), (4e-4, 8e-4), seeds=2)))
+    def with_seeds(self, seeds: int) -> Plan:
+        """Not more of them."""
+        return replace(self, grids=tuple(replace(grid, seeds=min(grid.seeds, seeds)) for grid in self.grids))
+
+
+PLAN = Plan(
+    SHORT,
+    (
+        Grid(64, ("GRPO 0.2", "GSPO x100"), RATES, seeds=3),
+        Grid(64, ("GRPO 0.5",), RATES, seeds=3),
+        Grid(4, ("GRPO 0.2", "GSPO x100"), (4e-4, 8e-4), seeds=2),
+    ),
+)
 TINY = Task(digits=3, slip=0.1, warmup_steps=20)
 QUICK = Plan(TINY, (Grid(4, tuple(ARMS), (SHOWN, 8e-4), seeds=2), Grid(2, ("GRPO 0.2",), (SHOWN,), seeds=1)), updates=8)
 
@@ -162,11 +179,6 @@ class Watch:
         return {"by_depth": self.by_depth}
 
 
-def watched(trial: Trial, folder: Path) -> dict[str, Any]:
-    """One training."""
-    return train(trial, folder, Watch)
-
-
 def look(trial: Trial, folder: Path) -> dict[str, Any]:
     """The first rollout of a training: each mini-batch with the model's own experts, and with the old ones."""
     began = time.process_time()
@@ -195,7 +207,7 @@ def look(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def start(task: Task, seed: int, folder: Path) -> dict[str, Any]:
-    """The model after its warm-up: its accuracy, and each expert's share of a layer's choices for response tokens."""
+    """The model after its warm-up: its accuracy, and the busiest expert's share of each layer's choices."""
     trial = Trial(task, seed, "GRPO 0.2", ARMS["GRPO 0.2"], SHOWN, mini_batches=16, experts=EXPERTS)
     model = warmed_up(folder, task, seed, EXPERTS)
     torch.manual_seed(seed)
@@ -203,11 +215,10 @@ def start(task: Task, seed: int, folder: Path) -> dict[str, Any]:
     used = [part.experts[:, part.prompts.shape[1] - 1 :][part.mask] for part in parts if part.experts is not None]
     chosen = torch.cat(used)  # [tokens, layers, k]
     counts = torch.stack([layer.flatten().bincount(minlength=EXPERTS) for layer in chosen.unbind(1)]).double()
-    load = (counts / counts.sum(1, keepdim=True)).sort(descending=True).values.tolist()
     lab.tick()
     return {
         "accuracy": accuracy(model, trial),
-        "load": load,
+        "busiest": (counts / counts.sum(1, keepdim=True)).amax(1).tolist(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
@@ -218,33 +229,25 @@ def start(task: Task, seed: int, folder: Path) -> dict[str, Any]:
 def work(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
     """Runs what the journal lacks -> what figure and tables show."""
     journal = Journal(folder / "stale_experts.jsonl")
-    seeds = range(max(grid.seeds for grid in plan.grids))
-    starts = [(plan.task, seed, folder) for seed in seeds]
-    found = journal.run(start, starts, workers, "warm-up", lambda job: f"start; {job[0]!r}; seed {job[1]}")
-    trainings, seconds = [], 0.0
-
-    def results(run: Callable[..., Any], kind: str, trials: list[Trial]) -> Iterator[tuple[Trial, list[Any]]]:
-        """One trial for each arm and rate, with the results of its seeds."""
-        nonlocal seconds
-        jobs = [(trial, folder) for trial in trials]
-        of_trials = journal.run(run, jobs, workers, kind, lambda job: f"{kind}; {name_of(job[0])}")
-        seconds += sum(result["seconds"] for result in of_trials)
-        for first in (trial for trial in trials if trial.seed == 0):
-            yield first, [of for trial, of in zip(trials, of_trials, strict=True) if replace(trial, seed=0) == first]
-
-    for grid in plan.grids:
-        trainings += [summary(trial, runs, found) for trial, runs in results(watched, "train", plan.trials(grid))]
-    unforced = [trial for trial in plan.trials(plan.grids[0]) if not trial.replay]
-    looks = [compared(trial, runs) for trial, runs in results(look, "look", unforced)]
+    starts = [(plan.task, seed, folder) for seed in range(max(grid.seeds for grid in plan.grids))]
+    before = journal.run(start, starts, workers, "warm-up", lambda job: f"start; {job[0]!r}; seed {job[1]}")
+    jobs = [(kind, trial, folder) for kind, trial in plan.jobs()]
+    found = journal.run(perform, jobs, workers, "trainings", lambda job: f"{job[0]}; {name_of(job[1])}")
+    runs: dict[tuple[str, Trial], list[dict[str, Any]]] = {}  # of all seeds, by the first one's trial
+    for (kind, trial, _), result in zip(jobs, found, strict=True):
+        runs.setdefault((kind, replace(trial, seed=0)), []).append(result)
     return {
-        "start": [each["accuracy"] for each in found],
-        "parameters": found[0]["parameters"],
-        "load": [mean([run["load"][layer][0] for run in found]) for layer in range(len(found[0]["load"]))],
-        "least": [mean([run["load"][layer][-1] for run in found]) for layer in range(len(found[0]["load"]))],
-        "trainings": trainings,
-        "looks": looks,
-        "seconds": round(seconds / workers),
+        "start": [each["accuracy"] for each in before],
+        "parameters": before[0]["parameters"],
+        "load": [mean(shares) for shares in zip(*(each["busiest"] for each in before), strict=True)],
+        "trainings": [summary(trial, of, before) for (kind, trial), of in runs.items() if kind == "train"],
+        "looks": [compared(trial, of) for (kind, trial), of in runs.items() if kind == "look"],
+        "cpu_seconds": round(sum(result["seconds"] for result in found)),
     }
+
+
+def perform(kind: str, trial: Trial, folder: Path) -> dict[str, Any]:
+    return train(trial, folder, Watch) if kind == "train" else look(trial, folder)
 
 
 def identity(trial: Trial) -> dict[str, Any]:
@@ -425,19 +428,14 @@ def _pairs(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test that learns next to nothing")
-    parser.add_argument("--redraw", action="store_true", help="only the figure, from the folder's stale_experts.json")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else PLAN
-    arguments.name, arguments.device, arguments.seeds = "stale_experts", "cpu", plan.grids[0].seeds
-    began = time.perf_counter()
-    if arguments.redraw:
-        record = lab.load(arguments)
-    else:
-        record = lab.save(arguments, plan, began, work(plan, arguments.output, arguments.workers))
-    draw(record, arguments)
+    parser.add_argument("--seeds", type=count, default=3, help="at most, from 0 on (default: %(default)s)")
+    arguments = lab.parse_study(parser, "stale_experts")
+    plan = (QUICK if arguments.quick else PLAN).with_seeds(arguments.seeds)
+    arguments.seeds = plan.grids[0].seeds
+    if not arguments.redraw:
+        began = time.perf_counter()
+        lab.save(arguments, plan, began, work(plan, arguments.output, arguments.workers))
+    draw(lab.load(arguments), arguments)
 
 
 if __name__ == "__main__":

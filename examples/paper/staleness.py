@@ -15,13 +15,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lab
 import running_sums
-from lab import Journal, mean
+from arithmetic import count
+from lab import Journal, mean, plt
+from matplotlib.ticker import PercentFormatter
 from running_sums import LONG, SHORT, Task, Trial, name_of
 
 from gspo_kernels import GRPO, GSPO, GSPOToken, Objective
@@ -117,13 +120,13 @@ class Plan:
         return max(((rate, of(rate)) for rate in self.rates), key=lambda pair: pair[1])
 
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 LONG_NAMES = tuple(name for name in ARMS if name not in ("GSPO x300", "GRPO 0.5"))
 FRESH_NAMES = ("GRPO 0.2", "GRPO 0.8", "GSPO x10", "GSPO x30")
 PLANS = {
     21: [Plan(SHORT, RATES, (64, 16, 4), tuple(ARMS), seeds=8)],
     101: [
-        Plan(LONG, (2e-4, 4e-4, 8e-4), (64,), LONG_NAMES, seeds=4),
+        Plan(LONG, (4e-4, 8e-4, 1.6e-3), (64,), LONG_NAMES, seeds=4),
         Plan(LONG, (4e-4, 8e-4), (16, 4), FRESH_NAMES, seeds=4),
     ],
 }
@@ -149,18 +152,213 @@ def work(plans: Sequence[Plan], folder: Path, workers: int) -> dict[str, Any]:
     return journal.results
 
 
+# --- record -----------------------------------------------------------------------------------------------------------
+
+
+def content(plans: Sequence[Plan], results: dict[str, Any]) -> dict[str, Any]:
+    """The record's numbers: for each arm at each rate the accuracies by seed, and means over the seeds."""
+    arms, chosen, spent = [], [], 0.0
+    for plan in plans:
+        cells: dict[tuple[int, str, float], list[dict[str, Any]]] = {}
+        for trial in [*plan.first(), *plan.second(results), *plan.check(results)]:
+            found = results[name_of(trial)]
+            spent += found["seconds"]
+            cells.setdefault((trial.mini_batches, trial.name, trial.learning_rate), []).append(found)
+        arms += [
+            {"tokens": plan.task.tokens, "updates": stale, "name": name, "rate": rate, **summary(runs)}
+            for (stale, name, rate), runs in cells.items()
+        ]
+        chosen += [
+            {"tokens": plan.task.tokens, "updates": stale, "name": name, "rate": rate}
+            for stale, name, rate in plan.chosen(results)
+        ]
+    return {"cpu_seconds": round(spent), "choosing": len(plans[0].choosing), "arms": arms, "chosen": chosen}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one arm at one rate; `runs`: one for each seed."""
+    late = [fit for run in runs for fit in run["ranges"][len(run["ranges"]) // 5 :]]  # the first rise from no drift
+    return {
+        "accuracy": [run["accuracy"] for run in runs],
+        "clipped": mean([run["clipped_sequences"] for run in runs]),
+        "clipped_tokens": mean([run["clipped_tokens"] for run in runs]),
+        "fit": [median(side) for side in zip(*late, strict=True)],  # would have clipped `SHARE` of the responses
+    }
+
+
+# --- figure and tables ------------------------------------------------------------------------------------------------
+
+
+def settings_of(record: dict[str, Any]) -> list[tuple[int, int]]:
+    """(tokens of a response, updates per rollout) of the panels, by length and staleness."""
+    return sorted({(arm["tokens"], arm["updates"]) for arm in record["arms"]})
+
+
+def arms_of(record: dict[str, Any], tokens: int, updates: int) -> dict[str, list[dict[str, Any]]]:
+    """By name, the arms of one setting at rising rates; without the check of GSPO-token."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in sorted(record["arms"], key=lambda arm: arm["rate"]):  # type: ignore[no-any-return]
+        if (arm["tokens"], arm["updates"]) == (tokens, updates) and arm["name"] in ARMS:
+            found.setdefault(arm["name"], []).append(arm)
+    return {name: found[name] for name in ARMS if name in found}
+
+
+def chosen_of(record: dict[str, Any], tokens: int, updates: int) -> dict[str, dict[str, Any]]:
+    """By name, the arms that were chosen in one setting, at their best rate."""
+    arms = arms_of(record, tokens, updates)
+    return {
+        each["name"]: next(arm for arm in arms[each["name"]] if arm["rate"] == each["rate"])
+        for each in record["chosen"]
+        if (each["tokens"], each["updates"]) == (tokens, updates)
+    }
+
+
+def best_of(record: dict[str, Any], tokens: int, updates: int) -> dict[str, str]:
+    """By loss, the name of the constant range that was chosen: by the choosing seeds, at its best rate."""
+    count = record["choosing"]
+    chosen = chosen_of(record, tokens, updates)
+    found = {}
+    for loss in LOSSES:
+        names = [name for name in chosen if name in RANGES and name.startswith(loss)]
+        found[loss] = max(names, key=lambda name: mean(chosen[name]["accuracy"][:count]))
+    return found
+
+
+def style_of(name: str) -> dict[str, Any]:
+    """GRPO in reds and GSPO in blues, the wider the range the darker; dual clip dashed, adaptive ranges dotted."""
+    loss = name[:4]
+    family = [each for each in RANGES if each.startswith(loss) and "dual" not in each]
+    plain = name.split(",")[0]
+    depth = 0.35 + 0.6 * family.index(plain) / (len(family) - 1) if plain in family else 0.6
+    line = ":" if name in ADAPTIVE else "--" if "dual" in name else "-"
+    color = plt.get_cmap("Oranges" if loss == "GRPO" else "Blues")(depth)
+    return {"color": color, "linestyle": line, "label": title_of(name)}
+
+
+def title_of(name: str) -> str:
+    """For readers: the loss and its range, as in `GSPO 0.03/0.04`."""
+    if name in ADAPTIVE:
+        return f"{name[:4]} adapted to {SHARE:.0%}"
+    arm: Any = ARMS[name]
+    dual = f", dual clip {arm.dual_clip:g}" if arm.dual_clip else ""
+    return f"{name[:4]} {arm.eps_low:g}/{arm.eps_high:g}{dual}"
+
+
+def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
+    settings = settings_of(record)
+    lengths = sorted({tokens for tokens, _ in settings})
+    columns = max(sum(tokens == length for tokens, _ in settings) for length in lengths)
+    figure, axes = lab.panels(columns, "Accuracy at the end, by learning rate and clip range", len(lengths))
+    for row, length in enumerate(lengths):
+        here = [setting for setting in settings if setting[0] == length]
+        for column in range(columns):
+            axis = axes[row * columns + column]
+            if column >= len(here):
+                axis.set_axis_off()
+                continue
+            tokens, updates = here[column]
+            best = best_of(record, tokens, updates).values()
+            for name, arms in arms_of(record, tokens, updates).items():
+                rates = [arm["rate"] for arm in arms]
+                style = style_of(name) | {"marker": "o", "markersize": 3, "linewidth": 2.6 if name in best else 1}
+                axis.plot(rates, [mean(arm["accuracy"]) for arm in arms], **style)
+                if name in best:
+                    low, high = ([pick(arm["accuracy"]) for arm in arms] for pick in (min, max))
+                    axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, lw=0)
+            ticks = sorted({arm["rate"] for arm in record["arms"] if arm["tokens"] == length})
+            axis.set(xscale="log", ylim=(0, 1), title=f"{tokens} tokens, {updates} updates per rollout")
+            axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+            axis.minorticks_off()
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_xlabel("learning rate")
+    handles = {
+        line.get_label(): line
+        for axis in axes
+        for line in axis.get_lines()
+        if not str(line.get_label()).startswith("_")
+    }
+    figure.legend(
+        handles=[handles[name] for name in ARMS if name in handles], loc="outside right center", frameon=False
+    )
+    lab.write(figure, arguments)
+
+
+def cell(values: Sequence[float]) -> str:
+    return lab.ranged(values, ".0%")
+
+
+def section(record: dict[str, Any]) -> str:
+    """The comparison of what was chosen, then the accuracy of every arm at every rate."""
+    return "\n\n".join([verdict(record), agreement(record), *(grid(record, *each) for each in settings_of(record))])
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """A line for each setting: the confirming seeds alone, each loss at the rate that the choosing seeds chose."""
+    count, rows = record["choosing"], []
+    for tokens, updates in settings_of(record):
+        chosen, best = chosen_of(record, tokens, updates), best_of(record, tokens, updates)
+        grpo, gspo = (chosen[best[loss]] for loss in LOSSES)
+        pairs = list(zip(grpo["accuracy"][count:], gspo["accuracy"][count:], strict=True))
+        cells = [f"{title_of(arm['name'])}, {arm['rate']:g}: {cell(arm['accuracy'][count:])}" for arm in (grpo, gspo)]
+        cells.append(f"{sum(b > a for a, b in pairs)} of {len(pairs)}")
+        for name in (*DEFAULTS, *ADAPTIVE):
+            cells.append(cell(chosen[name]["accuracy"][count:]) if name in chosen else "")
+        rows.append([f"{tokens}, {updates}", *cells])
+    titles = ["tokens, updates per rollout", "GRPO's best", "GSPO's best", "seeds where GSPO's is better"]
+    return lab.table([*titles, *map(title_of, (*DEFAULTS, *ADAPTIVE))], rows)
+
+
+def agreement(record: dict[str, Any]) -> str:
+    """How far GSPO-token's accuracies are from GSPO's."""
+    pairs = []
+    for arm in record["arms"]:
+        if arm["name"].startswith("GSPO-token"):
+            same = arms_of(record, arm["tokens"], arm["updates"])["GSPO" + arm["name"][10:]]
+            other = next(each for each in same if each["rate"] == arm["rate"])
+            pairs += list(zip(arm["accuracy"], other["accuracy"], strict=False))
+    equal = sum(a == b for a, b in pairs)
+    return f"GSPO-token ends with GSPO's accuracy in {equal} of {len(pairs)} pairs of trainings."
+
+
+def grid(record: dict[str, Any], tokens: int, updates: int) -> str:
+    arms = arms_of(record, tokens, updates)
+    rates = sorted({arm["rate"] for each in arms.values() for arm in each})
+    rows = []
+    for name, each in arms.items():
+        by_rate = {arm["rate"]: cell(arm["accuracy"]) for arm in each}
+        rows.append([title_of(name), *(by_rate.get(rate, "") for rate in rates)])
+    return lab.table([f"{tokens} tokens, {updates} updates per rollout", *(f"{rate:g}" for rate in rates)], rows)
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trainings have in common."""
+
+    updates: int
+    samples: int = Trial.samples
+    max_grad_norm: float = Trial.max_grad_norm
+    share: float = SHARE
+    recent: int = running_sums.RECENT
+    tested: int = running_sums.TESTED
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="*", help="lengths of right responses")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--tokens", type=count, nargs="+", help=f"lengths of responses (default: {[*PLANS]})")
+    arguments = lab.parse_study(parser, "staleness")
     plans = QUICK if arguments.quick else PLANS
+    if unknown := set(arguments.tokens or ()) - set(plans):
+        parser.error(f"--tokens: expected some of {', '.join(map(str, plans))}; got {min(unknown)}")
     chosen = [plan for tokens in arguments.tokens or plans for plan in plans[tokens]]
-    began = time.perf_counter()
-    work(chosen, arguments.output, arguments.workers)
-    print(time.perf_counter() - began)
+    if not arguments.redraw:
+        began = time.perf_counter()
+        results = work(chosen, arguments.output, arguments.workers)
+        arguments.seeds = max(len(plan.choosing) + len(plan.confirming) for plan in chosen)
+        lab.save(arguments, Shared(chosen[0].updates), began, content(chosen, results))
+    draw(lab.load(arguments), arguments)
 
 
 if __name__ == "__main__":

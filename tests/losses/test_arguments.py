@@ -82,6 +82,10 @@ VALID: dict[str, dict[str, Any]] = {
         "logprobs": OLD, "rollout_logprobs": REF, "advantages": torch.tensor([1.0, -2.0]), **OF_ROLLOUT,
         "eps_low": 0.1, "eps_high": 0.2, "noise": 0.5,
     },
+    "suggest_clip_range": {
+        "log_ratio": REF + 1.5, "advantages": torch.tensor([1.0, -2.0]), "share": 0.6, "mask": MASK, "cu_seqlens": None,
+        "ratio_of": "sequence", "current": (0.1, 0.2), "noise": torch.tensor(0.01), "cp_group": None, "group": None,
+    },
     "diagnose_mismatch": {
         "logits": LOGITS, "token_ids": IDS, "old_logprobs": OLD, "mask": MASK, "cu_seqlens": None,
         "temperature": torch.full((B, T), 1.25), "kept": None, "vocab_size": V, "logprobs": None,
@@ -132,21 +136,30 @@ KINDS = {
     "boundaries": ("cu_seqlens",),
     "mask": ("mask",),
     "numbers": ("advantages", "importance_weights", "rewards", "group_tokens", "returns", "last_values"),
-    "floats": ("values", "old_values"),
+    "floats": ("values", "old_values", "log_ratio"),
     "log-probabilities": ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy"),
     "number or tensor": ("temperature", "normalizer"),
     "number": ("beta", "entropy_coef", "max_log_ratio", "eps", "eps_low", "eps_high", "dual_clip", "noise", "lower",
                "upper", "tau_pos", "tau_neg", "delta_low", "delta_high", "max_ratio", "penalty", "gamma", "lam",
                "clip_range", "logit_scale", "softcap"),
+    "share": ("share",),
     "whole": ("vocab_size", "chunk_bytes", "group_size"),
     "choice": ("kl_estimator", "kl_weighting", "divergence", "aggregation", "backend", "level", "mode", "baseline",
-               "normalize", "missing"),
+               "normalize", "missing", "ratio_of"),
     "flag": ("overwrite_logits", "skip_zero_advantage", "full_distribution", "sparse_weight_grad"),
     "other": ("objective", "low_rank", "tp_group", "cp_group", "group", "vocab_start", "outputs", "prompt_ids",
-              "device", "kept", "experts_shape"),
+              "device", "kept", "experts_shape", "current"),
 }  # fmt: skip
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
-FIRST = ("logits", "hidden", "logprobs", "rewards", "values", "input_ids")  # whose device the others have to be on
+FIRST = (
+    "logits",
+    "hidden",
+    "logprobs",
+    "rewards",
+    "values",
+    "input_ids",
+    "log_ratio",
+)  # whose device the others have to be on
 DIFFERENTIABLE = ("logits", "hidden", "logprobs", "values")
 F8 = torch.float8_e4m3fn
 
@@ -162,7 +175,7 @@ def valid(case: str) -> dict[str, Any]:
 
 def wrong(case: str, name: str, x: Any) -> Iterator[Any]:
     """Values that are refused whatever the rest is."""
-    kind = KIND_OF[name]
+    kind = "number or tensor" if isinstance(x, Tensor) and name == "noise" else KIND_OF[name]
     if x is None and kind in ("boundaries", "mask", "operand", "log-probabilities"):
         yield from ([0, 6], "text", np.zeros(2))
         return
@@ -188,7 +201,10 @@ def wrong(case: str, name: str, x: Any) -> Iterator[Any]:
         yield x.exp()  # probabilities
         yield -x  # negative log-likelihoods
     if kind == "number or tensor":
-        yield from (0.0, -1.0, math.nan, 10**400, True, "1", 1j)
+        yield from (-1.0, math.nan, 10**400, True, "1", 1j)
+        yield from () if name == "noise" else (0.0,)
+    if kind == "share":
+        yield from (0.0, 1.0, 15, math.nan, "1", True, torch.tensor(0.1), [0.1])
     if kind == "number":
         yield from (math.nan, -math.inf, 10**400, "1", True, 1j, torch.tensor(0.1), [0.1], np.array([0.1, 0.2]))
     if kind == "whole":

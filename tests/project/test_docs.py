@@ -150,6 +150,7 @@ def test_a_plot_is_a_link_to_itself_and_short_numbers_stay_whole() -> None:
     html = hooks().on_page_content(image + "".join(map(cell.format, short + long)), page)
     assert html.startswith(f'<a href="a.png">{image}</a>')
     assert re.findall(r"; white-space: nowrap;\">(.+?)</td>", html) == short
+    assert re.findall(r"<span style=\"white-space: nowrap;\">(.+?)</span>", html) == ["84%", "(77% to 88%)"]
 
 
 def test_the_description_of_a_page_is_its_first_paragraph() -> None:

@@ -1,4 +1,4 @@
-"""The paper's experiments: docs/paper.md and its records agree, records hold nothing else, and clipping is counted."""
+"""The paper's experiments: pages and records agree, records hold nothing else, and clipping is counted."""
 
 from __future__ import annotations
 
@@ -46,22 +46,64 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logprobs, old, advantages, mask
 
 
-def test_the_page_shows_the_records() -> None:
-    text = page.DOCS.joinpath("paper.md").read_text()
-    assert page.fill(text, page.DOCS / "paper") == text, "run examples/paper/page.py"
+def test_the_pages_show_the_records() -> None:
+    changed = [path.name for path in page.pages() if page.fill(path) != path.read_text()]
+    assert not changed, "run examples/paper/page.py"
 
 
-def test_every_record_is_shown() -> None:
-    text = page.DOCS.joinpath("paper.md").read_text()
-    missing = [path.name for path in (page.DOCS / "paper").glob("*.png") if f"(paper/{path.name})" not in text]
+BLOCKS = {page.block_of(found) for path in page.pages() for found in page.BLOCK.finditer(path.read_text())}
+SCRIPTS: dict[str, list[str]] = {path.stem: [] for path in sorted(page.RECORDS.glob("*.json"))}  # that show a record
+for script in sorted({block.name for block in BLOCKS if find_spec(block.name)}):
+    if (name := page.record_of(import_module(script))) in SCRIPTS:
+        SCRIPTS[name].append(script)
+
+
+def test_every_figure_is_shown() -> None:
+    figures = {block.title.removeprefix("figure: ") for block in BLOCKS if block.kind == "figure"}
+    missing = {path.stem for path in page.RECORDS.glob("*.png")} - figures
     assert not missing
 
 
-RECORDS = {"stability": ("stability", "clipping")} | {
-    name: (name,) for name in ("experts", "noise", "precision", "weights", "width")
-}
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_table_and_where_it_is_from_is_shown(name: str) -> None:
+    record = json.loads(page.RECORDS.joinpath(f"{name}.json").read_text())
+    sections = {script: import_module(script).section(record) for script in SCRIPTS[name]}
+    tables = {
+        page.Block("table", script, part)
+        for script, found in sections.items()
+        for part in ([None] if isinstance(found, str) else found)
+    }
+    assert tables and not tables - BLOCKS
+    assert BLOCKS & {page.Block("source", script) for script in SCRIPTS[name]}
+
+
+SCRIPT = """'All of it. Here.'
+section = lambda record: {"a": "| 1 |", "b_c": record["b"]}
+"""
+
+
+def test_a_script_may_have_several_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "two_tables.py").write_text(SCRIPT)
+    records, text = tmp_path / "docs" / "records", tmp_path / "docs" / "text.md"
+    records.mkdir(parents=True)
+    (records / "two_tables.json").write_text('{"b": "| 2 |"}')
+    shown = {
+        "figure: two_tables": "![All of it. Here](records/two_tables.png)",
+        "table: two_tables-a": "| 1 |",
+        "table: two_tables-b_c": "| 2 |",
+    }
+    text.write_text("\n".join(f"<!-- {block} -->\n<!-- end -->" for block in shown))
+    assert page.fill(text, records) == "\n".join(f"<!-- {block} -->\n{it}\n<!-- end -->" for block, it in shown.items())
+    text.write_text("<!-- table: two_tables -->\n<!-- end -->")
+    with pytest.raises(ValueError, match=r"one of `table: two_tables-a`, `.*-b_c`, got `table: two_tables`"):
+        page.fill(text, records)
+
+
 # Where a record's numbers come from.
-ORIGIN = {*("experiment", "seeds", "seed", "device", "machine", "seconds", "versions", "settings", "long")}
+ORIGIN = {
+    *("experiment", "seeds", "seed", "device", "machine", "seconds", "cpu_seconds", "versions", "settings", "long")
+}
 
 
 class Watched(dict[str, Any]):
@@ -96,14 +138,14 @@ def keys(value: Any, path: str = "") -> Iterator[str]:
             yield from keys(item, path)
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_record_holds_what_figures_and_tables_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "write", lambda figure, arguments: lab.plt.close(figure))
-    text = page.DOCS.joinpath("paper", f"{name}.json").read_text()
+    text = page.RECORDS.joinpath(f"{name}.json").read_text()
     record, seen = json.loads(text), set[str]()
-    for shown in RECORDS[name]:
-        module, whole = import_module(shown), watched(record, "", seen)
-        module.draw(whole, SimpleNamespace(name=shown, output=None))
+    for script in SCRIPTS[name]:
+        module, whole = import_module(script), watched(record, "", seen)
+        module.draw(whole, SimpleNamespace(name=script, output=None))
         module.section(whole)
     unread = {key for key in keys(record) if key not in seen and not ORIGIN & set(key.split("/"))}
     assert not unread, f"neither figure nor table reads {sorted(unread)}"
@@ -111,8 +153,10 @@ def test_a_record_holds_what_figures_and_tables_read(name: str, monkeypatch: pyt
 
 
 def test_a_block_without_a_record_stays(tmp_path: Path) -> None:
-    text = "before\n<!-- weights -->\nas it was\n<!-- end -->\nafter"
-    assert page.fill(text, tmp_path) == text
+    text = tmp_path / "text.md"
+    for name in ("weights", "not_a_script"):
+        text.write_text(f"before\n<!-- table: {name} -->\nas it was\n<!-- end -->\nafter")
+        assert page.fill(text, tmp_path) == text.read_text()
 
 
 def test_weights_are_ratios_where_they_are_not_clipped() -> None:
