@@ -88,9 +88,9 @@ class Plan:
         ]
 
     def jobs(self) -> list[tuple[str, Trial]]:
-        trials = [trial for grid in self.grids for trial in self.trials(grid)]
-        looked = [trial for trial in self.trials(self.grids[0]) if not trial.replay]
-        return [("train", trial) for trial in trials] + [("look", trial) for trial in looked]
+        first, *others = [self.trials(grid) for grid in self.grids]
+        looked = [("look", trial) for trial in first if not trial.replay]
+        return [("train", trial) for trial in first] + looked + [("train", trial) for grid in others for trial in grid]
 
     def with_seeds(self, seeds: int) -> Plan:
         """Not more of them."""
@@ -326,17 +326,17 @@ def draw(record: dict[str, Any], arguments: Namespace) -> None:
 
 
 def _routes(axis: Any, record: dict[str, Any], stale: int) -> None:
-    for replay, style in ((False, "-"), (True, "--")):
-        for i, each in enumerate(chosen(record, mini_batches=stale, arm="GRPO 0.2", replay=replay)):
-            label = f"{each['rate']:g}{', replayed' if replay else ''}"
-            shades = [GREY, COLORS["gspo_token"], COLORS["grpo"], COLORS["ppo"]]
-            axis.plot(each["by_depth"], color=shades[i % 4], linestyle=style, marker="o", markersize=4, label=label)
-    names = depth_names(len(record["trainings"][0]["by_depth"]))
-    axis.set(title=f"Rerouted tokens, {title_of('GRPO 0.2')}", ylim=(0, None))
+    for arm, style in {"GRPO 0.2": "-", "GSPO x100": "--"}.items():
+        found = chosen(record, mini_batches=stale, arm=arm, replay=False)
+        for i, each in enumerate(found, start=1):
+            line = {"color": COLOR[arm], "alpha": i / len(found), "linestyle": style, "marker": "o", "markersize": 4}
+            axis.plot(each["by_depth"], label=f"{arm.split()[0]}, rate {each['rate']:g}", **line)
+    names = depth_names(len(found[0]["by_depth"]))
+    axis.set(title="Rerouted tokens without replay", ylim=(0, None))
     axis.set(xlabel="updates since the rollout", ylabel="share of response tokens")
     axis.set_xticks(range(len(names)), names)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.legend(frameon=False, fontsize="small", title="learning rate")
+    axis.legend(frameon=False, fontsize="small")
 
 
 def _ratios(axis: Any, record: dict[str, Any]) -> None:
@@ -348,7 +348,7 @@ def _ratios(axis: Any, record: dict[str, Any]) -> None:
             label = GROUPS[group] + (", old experts" if experts == "replayed" else "")
             values = found[experts]["by_depth"][group][1:]
             axis.plot(range(1, len(names)), values, color=color, linestyle=style, marker="o", label=label)
-    axis.set(title=f"Log ratios in the first rollout, rate {SHOWN:g}", yscale="log")
+    axis.set(title=f"Log ratios in the first rollout (GRPO, rate {SHOWN:g})", yscale="log")
     axis.set(xlabel="updates since the rollout", ylabel="root mean square")
     axis.set_xticks(range(1, len(names)), names[1:])
     axis.legend(frameon=False, fontsize="small")
