@@ -27,7 +27,6 @@ from typing import Any
 
 import lab
 import torch
-from arithmetic import count
 from lab import COLORS, GREEN, GREY, Journal, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from routing import changed
@@ -92,10 +91,6 @@ class Plan:
         looked = [("look", trial) for trial in first if not trial.replay]
         return [("train", trial) for trial in first] + looked + [("train", trial) for grid in others for trial in grid]
 
-    def with_seeds(self, seeds: int) -> Plan:
-        """Not more of them."""
-        return replace(self, grids=tuple(replace(grid, seeds=min(grid.seeds, seeds)) for grid in self.grids))
-
 
 PLAN = Plan(
     SHORT,
@@ -138,15 +133,8 @@ def routed_sums(part: Part, stats: Stats, choices: Sequence[Tensor]) -> Sums:
     return found
 
 
-def add(some: Sums, more: Sums) -> Sums:
-    return {name: some.get(name, 0) + more[name] for name in more}
-
-
 def total(sums: Sequence[Sums]) -> Sums:
-    found: Sums = {}
-    for each in sums:
-        found = add(found, each)
-    return found
+    return {name: sum(each.get(name, 0) for each in sums) for name in sums[-1]}
 
 
 def share(sums: Sums) -> float:
@@ -173,7 +161,7 @@ class Watch:
         self.put(depth, routed_sums(part, stats, part.choices))
 
     def put(self, depth: int, sums: Sums) -> None:
-        self.by_depth[depth.bit_length()] = add(self.by_depth[depth.bit_length()], sums)
+        self.by_depth[depth.bit_length()] = total([self.by_depth[depth.bit_length()], sums])
 
     def result(self) -> dict[str, Any]:
         return {"by_depth": self.by_depth}
@@ -371,7 +359,20 @@ def _clips(axis: Any, record: dict[str, Any], stale: int) -> None:
 
 
 def section(record: dict[str, Any]) -> dict[str, str]:
-    return {"trainings": _trainings(record), "ratios": _first_rollout(record), "pairs": _pairs(record)}
+    return {
+        "model": _model(record),
+        "pairs": _pairs(record),
+        "trainings": _trainings(record),
+        "ratios": _first_rollout(record),
+    }
+
+
+def _model(record: dict[str, Any]) -> str:
+    return (
+        f"The model has {record['parameters']:,} parameters, and in each of its {len(record['load'])} layers {EXPERTS} "
+        f"experts, two to a token. After the warm-up its accuracy is {ranged(record['start'], '.0%')}, and the busiest "
+        f"expert has {' and '.join(f'{share:.0%}' for share in record['load'])} of a layer's choices."
+    )
 
 
 def _trainings(record: dict[str, Any]) -> str:
@@ -400,37 +401,41 @@ def _first_rollout(record: dict[str, Any]) -> str:
 
 
 def _pairs(record: dict[str, Any]) -> str:
-    """Accuracy with replay less accuracy without it, of pairs with the same seed and rate."""
-    titles = ["updates", "loss, range", "pairs", "higher with replay", "difference of accuracies, mean"]
-    titles += ["best rate without replay", "with replay"]
+    """Accuracies at the end, of pairs of trainings with the same seed and rate."""
+    titles = ["updates", "loss, range", "best rate's accuracy without replay", "with replay", "pairs"]
+    titles += ["higher with replay", "gain by replay, mean", f"higher than {title_of('GRPO 0.2')}, both without replay"]
     rows = []
     for stale in dict.fromkeys(each["mini_batches"] for each in record["trainings"]):
-        for arm in ARMS:
-            own = chosen(record, mini_batches=stale, arm=arm, replay=False)
-            replayed = chosen(record, mini_batches=stale, arm=arm, replay=True)
-            if own:
-                rises = [
-                    high - low
-                    for one, other in zip(own, replayed, strict=True)
-                    for low, high in zip(one["accuracy"], other["accuracy"], strict=True)
-                ]
-                row = [str(stale), title_of(arm), str(len(rises)), str(sum(rise > 0 for rise in rises))]
-                row.append(f"{mean(rises):+.1%}")
-                for found in (own, replayed):
-                    best = max(found, key=lambda each: mean(each["accuracy"]))
-                    row.append(f"{ranged(best['accuracy'], '.0%')} at {best['rate']:g}")
-                rows.append(row)
+        default = gathered(record, stale, "GRPO 0.2", replay=False)
+        for arm in dict.fromkeys(each["arm"] for each in record["trainings"] if each["mini_batches"] == stale):
+            own, replayed = (gathered(record, stale, arm, replay) for replay in (False, True))
+            row = [str(stale), title_of(arm)]
+            for found in (own, replayed):
+                rate = max(found, key=lambda rate: mean(found[rate]))
+                row.append(f"{ranged(found[rate], '.0%')} at {rate:g}")
+            gains = differences(replayed, own)
+            row += [str(len(gains)), str(sum(gain > 0 for gain in gains)), f"{mean(gains):+.1%}"]
+            over = differences(own, default)
+            rows.append([*row, f"{sum(gain > 0 for gain in over)} of {len(over)}" if arm != "GRPO 0.2" else ""])
     return lab.table(titles, rows, left=2)
+
+
+def gathered(record: dict[str, Any], stale: int, arm: str, replay: bool) -> dict[float, list[float]]:
+    """The accuracies by rate and seed."""
+    found = chosen(record, mini_batches=stale, arm=arm, replay=replay)
+    return {each["rate"]: each["accuracy"] for each in found}
+
+
+def differences(more: dict[float, list[float]], less: dict[float, list[float]]) -> list[float]:
+    return [a - b for rate in more for a, b in zip(more[rate], less[rate], strict=True)]
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=count, default=3, help="at most, from 0 on (default: %(default)s)")
-    arguments = lab.parse_study(parser, "stale_experts")
-    plan = (QUICK if arguments.quick else PLAN).with_seeds(arguments.seeds)
+    arguments = lab.parse_study(argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]), "stale_experts")
+    plan = QUICK if arguments.quick else PLAN
     arguments.seeds = plan.grids[0].seeds
     if not arguments.redraw:
         began = time.perf_counter()
