@@ -13,6 +13,7 @@ decoding on held-out problems; and the share of responses or tokens, whichever h
     python examples/train_arithmetic.py                      # two minutes on one CPU core
     python examples/train_arithmetic.py --loss grpo          # the same training with another objective of the package
     python examples/train_arithmetic.py --loss ppo --critic  # with a value model and an advantage for each token
+    python examples/train_arithmetic.py --clip-share 0.15    # with a clip range that fits the updates so far
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from arithmetic import (
     update,
     warm_up,
 )
+from clip_range import Clipping, Fit, add_option, check_option
 from critic import Critic
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -69,6 +71,8 @@ class History:
     held_out_step: list[int] = field(default_factory=list)
     held_out_accuracy: list[float] = field(default_factory=list)
     explained_variance: list[float] = field(default_factory=list)  # of the returns, by a critic; one number per step
+    clip_range: list[list[float]] = field(default_factory=list)  # eps_low and eps_high of each step, if they change
+    clip_fit: Fit | None = None  # at the end, for an objective whose range can be fitted
 
     def add_evaluation(self, step: int, accuracy: float) -> None:
         self.held_out_step.append(step)
@@ -91,8 +95,10 @@ def reinforce(
     settings: Settings,
     objective: Objective,
     critic: Critic | None = None,
+    clip_share: float | None = None,
 ) -> History:
     optimizer = build_optimizer(model)
+    clipping = Clipping(objective, clip_share)
     history = History()
     history.add_evaluation(0, greedy_accuracy(model, tokenizer, problems.held_out))
     bar = tqdm(range(1, settings.steps + 1), desc=type(objective).__name__, unit="step")
@@ -104,6 +110,7 @@ def reinforce(
             history.explained_variance.append(explained.item())
         # The first update is on-policy; each later one is further off-policy.
         clip_fractions = []
+        objective = clipping.objective
         for part in rollout.chunk(settings.mini_batches):
             token_ids, mask = part.batch.targets()
             loss, stats = policy_loss(
@@ -111,6 +118,10 @@ def reinforce(
             )
             update(model, optimizer, loss, settings.learning_rate_at(step), settings.max_grad_norm)
             clip_fractions.append(stats.clip_fraction)
+            clipping.see(stats, part.advantages, mask)
+        if clip_share is not None:
+            history.clip_range.append(clipping.bounds)
+            clipping.adapt()
 
         history.reward.append(rollout.rewards.mean().item())
         history.clip_fraction.append(torch.stack(clip_fractions).mean().item())
@@ -118,6 +129,8 @@ def reinforce(
         if settings.is_evaluated(step):
             history.add_evaluation(step, greedy_accuracy(model, tokenizer, problems.held_out))
         bar.set_postfix(history.newest())
+    if clipping.fits:
+        history.clip_fit = clipping.fit(objective)
     return history
 
 
@@ -255,8 +268,10 @@ def main() -> None:
     )
     parser.add_argument("--critic", action="store_true", help="train a value model, for an advantage for each token")
     parser.add_argument("--lam", type=float, default=1.0, help="of the critic's advantages (default: %(default)s)")
+    add_option(parser)
     arguments, settings = parse_arguments(parser, Path("runs/arithmetic"))
     objective, clip = chosen_objective(parser, arguments)
+    check_option(parser, arguments.clip_share, arguments.loss, objective)
     started = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -269,7 +284,7 @@ def main() -> None:
 
     shown = problems.held_out[:4]
     _, before = generate(model, tokenizer, shown, most_likely)
-    history = reinforce(model, tokenizer, problems, settings, objective, critic)
+    history = reinforce(model, tokenizer, problems, settings, objective, critic, arguments.clip_share)
     _, after = generate(model, tokenizer, shown, most_likely)
 
     seconds = time.perf_counter() - started
@@ -277,7 +292,10 @@ def main() -> None:
     facts = {"loss": arguments.loss, "clip": clip or "default", "parameters": parameters}
     if critic is not None:
         facts |= {"critic": sum(parameter.numel() for parameter in critic.parameters()), "lam": arguments.lam}
-    path = arguments.output / f"{arguments.loss}{'-critic' if critic else ''}.png"
+    if arguments.clip_share is not None:
+        facts["clip_share"] = arguments.clip_share
+    clipped = "" if arguments.clip_share is None else f"-clip-share-{arguments.clip_share:g}"
+    path = arguments.output / f"{arguments.loss}{'-critic' if critic else ''}{clipped}.png"
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     name = arguments.loss.replace("_", "-").upper() + (" with a critic" if critic else "")
     title = f"{name}: a Qwen3 of {parameters:,} parameters learns to add (seed {arguments.seed})"
@@ -288,6 +306,8 @@ def main() -> None:
     for line in zip(shown, before, after, strict=True):
         print("  {:10}{:34}{}".format(*line))
     first, last = history.held_out_accuracy[0], history.held_out_accuracy[-1]
+    if history.clip_fit is not None:
+        print(history.clip_fit.lines())
     print(f"Held-out accuracy {first:.1%} -> {last:.1%} in {seconds:.0f} s. Plot: {path}, numbers: {path.stem}.json")
 
 

@@ -14,6 +14,7 @@ weights that did not arrive stop the training with an error.
     python examples/train_vllm.py                                    # minutes on two CPU cores: make demo-vllm
     python examples/train_vllm.py --engine-dtype bfloat16 --old trainer
     python examples/train_vllm.py --top-p 0.8                        # with kept sets
+    python examples/train_vllm.py --clip-share 0.15                  # with a clip range that fits the updates so far
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from arithmetic import (
     update,
     warm_up,
 )
+from clip_range import Clipping, add_option
 from engine import Engine, vllm_version  # before anything imports vLLM, which reads the environment then
 from torch import Tensor
 from tqdm import tqdm
@@ -50,6 +52,7 @@ from train_arithmetic import History, draw_curve, draw_plot, parse_arguments, pl
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gspo_kernels import (
+    GSPO,
     KeptTokens,
     PromptedRollouts,
     RolloutMismatch,
@@ -227,6 +230,7 @@ def learn(
     batch: PromptedRollouts,
     advantages: Tensor,
     weights: Tensor | None,
+    clipping: Clipping,
     way: Way,
     settings: Settings,
     step: int,
@@ -244,9 +248,12 @@ def learn(
             kept=part.kept,
             temperature=way.temperature,
             importance_weights=None if weights is None else weights[chosen],
+            eps_low=clipping.bounds[0],
+            eps_high=clipping.bounds[1],
         )
         update(model, optimizer, loss, settings.learning_rate_at(step), settings.max_grad_norm)
         clip_fractions.append(stats.clip_fraction)
+        clipping.see(stats, advantages[chosen], part.mask, part.cu_seqlens)
     return torch.stack(clip_fractions).tolist()
 
 
@@ -259,9 +266,11 @@ def reinforce(
     way: Way,
     quiet: bool = False,
     on_step: Callable[[], object] = lambda: None,
+    clip_share: float | None = None,
 ) -> VllmHistory:
     """A training from `model` on, which changes. `on_step` is called after each step."""
     optimizer = build_optimizer(model)
+    clipping = Clipping(GSPO(), clip_share)
     history = VllmHistory()
     history.add_evaluation(0, greedy_accuracy(model, tokenizer, problems.held_out))
     bar = tqdm(range(1, settings.steps + 1), desc="GSPO", unit="step", disable=quiet)
@@ -274,7 +283,8 @@ def reinforce(
         with history.timed("recomputing"):
             batch, recomputed = recompute(model, batch, way, settings.mini_batches)
         tokens = {"mask": batch.mask, "cu_seqlens": batch.cu_seqlens}
-        history.add_mismatch(rollout_mismatch(recomputed, batch.old_logprobs, advantages, **tokens))
+        mismatch = rollout_mismatch(recomputed, batch.old_logprobs, advantages, **tokens)
+        history.add_mismatch(mismatch)
         history.apart.append((recomputed - batch.old_logprobs)[batch.mask].abs().mean().item())
         check_weights(history.apart[-1], batch, way, step)
         with history.timed("training"):
@@ -285,7 +295,13 @@ def reinforce(
                 batch = replace(batch, old_logprobs=recomputed)
             if way.kept == "none":
                 batch = replace(batch, kept=None)
-            history.clip_fractions.append(learn(model, optimizer, batch, advantages, weights, way, settings, step))
+            clipped = learn(model, optimizer, batch, advantages, weights, clipping, way, settings, step)
+            history.clip_fractions.append(clipped)
+        noise = mismatch.noise if way.old == "engine" else None  # else the ratio does not contain it
+        objective = clipping.objective
+        if clip_share is not None:
+            history.clip_range.append(clipping.bounds)
+            clipping.adapt(noise)
         history.reward.append(rewards.mean().item())
         history.clip_fraction.append(math.fsum(history.clip_fractions[-1]) / len(history.clip_fractions[-1]))
         history.response_length.append((batch.mask.sum() / len(batch)).item())
@@ -293,6 +309,7 @@ def reinforce(
             history.add_evaluation(step, greedy_accuracy(model, tokenizer, problems.held_out))
         bar.set_postfix(history.newest())
         on_step()
+    history.clip_fit = clipping.fit(objective, noise)
     return history
 
 
@@ -324,6 +341,7 @@ def parse() -> tuple[argparse.Namespace, Settings, Way]:
         help="the columns that top-p kept: from vLLM's output, which has none on a CPU; from the trainer's logits; or "
         "none, a loss over all columns, to see what top-p does to it (default: %(default)s)",
     )
+    add_option(parser)
     arguments, settings = parse_arguments(parser, Path("runs/vllm"), SETTINGS, replace(QUICK, digits=2))
     if arguments.top_p > 1:
         parser.error(f"--top-p: expected at most 1, got {arguments.top_p:g}")
@@ -361,14 +379,17 @@ def main() -> None:
     problems = Problems(random.Random(arguments.seed), settings.digits, settings.held_out)
     warm_up(model, tokenizer, problems, settings)
     try:
-        history = reinforce(model, tokenizer, problems, settings, engine, way)
+        share = arguments.clip_share
+        history = reinforce(model, tokenizer, problems, settings, engine, way, clip_share=share)
     except StaleWeights as error:
         raise SystemExit(f"\nstopped at {error}") from None
 
     seconds = time.perf_counter() - began
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"way": asdict(way), "parameters": parameters, "vllm": vllm_version(), "engine_start": round(started, 1)}
-    path = arguments.output / f"{way.name}.png"
+    if share is not None:
+        facts["clip_share"] = share
+    path = arguments.output / f"{way.name}{'' if share is None else f'-clip-share-{share:g}'}.png"
     write_record(path.with_suffix(".json"), facts, arguments, settings, seconds, history)
     title = f"GSPO with vLLM ({way.engine_dtype}), {way.old}: a Qwen3 of {parameters:,} parameters learns to add"
     draw_plot(history, title, "responses", path, partial(draw_apart, history))
@@ -391,6 +412,8 @@ def report(history: VllmHistory, path: Path, seconds: float, started: float) -> 
         f"Engine against trainer: at most {max(history.apart):.1e} nats per token; ratios off 1 by at most "
         f"{history.largest_off:.1e}; clipped before any update {by_noise:.1%}"
     )
+    if history.clip_fit is not None:
+        print(history.clip_fit.lines())
     print(f"{seconds:.0f} s: start of the engine {started:.1f} s, {spent}. Plot: {path}, numbers: {path.stem}.json")
 
 

@@ -50,7 +50,16 @@ def points(arms: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def section(record: dict[str, Any]) -> str:
-    titles = ["tokens", "updates per rollout", "loss", "best range", "rate", "responses clipped", "accuracy"]
+    titles = [
+        "tokens",
+        "updates per rollout",
+        "loss",
+        "best range",
+        "rate",
+        "responses clipped",
+        "tokens clipped",
+        "accuracy",
+    ]
     titles += [f"range that clips {SHARE:.0%} there", f"accuracy, range adapted to {SHARE:.0%}"]
     rows = []
     for tokens, updates in settings_of(record):
@@ -63,6 +72,7 @@ def section(record: dict[str, Any]) -> str:
                 [
                     *(str(tokens), str(updates), loss, title_of(arm["name"])[5:], f"{arm['rate']:g}"),
                     f"{arm['clipped']:.0%}",
+                    f"{100 * arm['clipped_tokens']:.2g}%",
                     ranged(arm["accuracy"], ".0%"),
                     f"{low:.2g}/{high:.2g}",
                     ranged(adapted[0]["accuracy"], ".0%") if adapted else "",

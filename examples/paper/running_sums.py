@@ -14,6 +14,7 @@ import math
 import os
 import random
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -383,13 +384,15 @@ def train(trial: Trial, folder: Path, observe: Callable[[Trial], Observer] | Non
 def fitting_range(share: float, recent: Sequence[tuple[Part, Tensor]], objective: Objective) -> tuple[float, float]:
     """The clip range that would have clipped this share of the responses; the objective's on a side without any."""
     ratios = [log_ratio for _, log_ratio in recent]
-    found = suggest_clip_range(
-        ratios,
-        [part.advantages for part, _ in recent],
-        share,
-        mask=[part.mask for part, _ in recent] if ratios[0].ndim == 2 else None,
-        current=(objective.eps_low, objective.eps_high),  # type: ignore[attr-defined]
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "advantages: expected at least", UserWarning)  # few responses at first
+        found = suggest_clip_range(
+            ratios,
+            [part.advantages for part, _ in recent],
+            share,
+            mask=[part.mask for part, _ in recent] if ratios[0].ndim == 2 else None,
+            current=(objective.eps_low, objective.eps_high),  # type: ignore[attr-defined]
+        )
     return found.eps_low, found.eps_high
 
 

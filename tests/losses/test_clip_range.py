@@ -19,6 +19,7 @@ from torch import Tensor
 
 import gspo_kernels
 from gspo_kernels import ClipRange, policy_loss_from_logprobs
+from gspo_kernels.base import layout
 
 pytestmark = NOT_INTERPRETED
 
@@ -113,14 +114,14 @@ def by_hand(
 
 
 @pytest.mark.parametrize("share", [0.15, 0.01, 0.3])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("by_token", [False, True])
-def test_the_bounds_are_those_by_hand(kind: str, layout: str, by_token: bool, share: float) -> None:
+def test_the_bounds_are_those_by_hand(kind: str, packs: bool, by_token: bool, share: float) -> None:
     given = batch()
     name = "by_token" if by_token else "advantages"
     arrays: dict[str, Any] = {"log_ratio": given["log_ratio"], "advantages": given[name], "mask": given["mask"]}
-    if layout == "packed":
+    if packs:
         arrays = dict(zip(("log_ratio", "cu_seqlens"), packed(given, "log_ratio"), strict=True))
         arrays["advantages"] = packed(given, name)[0] if by_token else given[name]
     with warnings.catch_warnings():
@@ -324,7 +325,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # changed arguments, wh
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case: str) -> None:
+def test_refuses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSPO_KERNELS_DEBUG", "1")  # a GPU's boundaries are not read otherwise
     change, argument, came = REFUSED[case]
     given = {"log_ratio": ROWS, "advantages": ONES, **change}
     if isinstance(given.get("noise"), Tensor):
@@ -332,6 +334,17 @@ def test_refuses(case: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         suggest(**given)
     check_message(caught.value, argument, came)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_boundaries_that_are_not_read_at_first_are_refused_at_the_end(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(layout, "may_read", lambda boundaries: False)
+    log_ratio = ROWS.view(-1) if kind == "token" else ROWS[0]
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected boundaries that start at 0"):
+        suggest(log_ratio, ONES[:3], cu_seqlens=torch.tensor([0, 9, 8, 24]))
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------

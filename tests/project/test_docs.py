@@ -24,7 +24,7 @@ from gspo_kernels.rows.dispatch import Backend
 ROOT = Path(__file__).parents[2]
 EXAMPLES = (
     "README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md", "docs/objectives.md", "docs/ppo.md",
-    "docs/kept-sets.md",
+    "docs/kept-sets.md", "docs/clip-range.md",
 )  # fmt: skip
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 REPOSITORY = "https://github.com/gspo-kernels/gspo-kernels/blob/main/"

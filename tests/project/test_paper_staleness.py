@@ -115,16 +115,16 @@ def test_a_journal_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_ranges_and_rates_are_chosen_by_the_first_two_seeds_alone() -> None:
-    plan = staleness.Plan(TASK, (1e-4, 2e-4), (4,), tuple(staleness.ARMS), seeds=4)
+    plan = staleness.Plan(TASK, (1e-4, 2e-4, 4e-4), (4,), tuple(staleness.ARMS), seeds=4)
     best = {"GRPO 0.5": 2e-4, "GSPO x10": 1e-4}
 
     def result(trial: Trial) -> dict[str, float]:
         good = best.get(trial.name) == trial.learning_rate
-        return {"accuracy": 0.9 if good else 0.5 + 100 * trial.learning_rate}
+        return {"accuracy": 0.9 if good else 0.5 - abs(trial.learning_rate - 2e-4)}
 
     first = plan.first()
     assert {trial.seed for trial in first} == {0, 1}
-    assert len(first) == 2 * 2 * len(staleness.ARMS)
+    assert len(first) == 2 * 3 * len(staleness.ARMS)
     results = {name_of(trial): result(trial) for trial in first}
     chosen = {name: rate for _, name, rate in plan.chosen(results)}
     assert chosen == {
@@ -133,7 +133,9 @@ def test_ranges_and_rates_are_chosen_by_the_first_two_seeds_alone() -> None:
     }
     second = plan.second(results)
     assert {trial.seed for trial in second} == {2, 3}
-    assert sum(trial.name == "GSPO x10" for trial in second) == 2 * 2  # every rate
+    assert (
+        sum(trial.name == "GSPO x10" for trial in second) == 2 * 2
+    )  # its best rate and the next, which is the lowest's only neighbour
     assert sum(trial.name == "GSPO x1" for trial in second) == 2  # its best rate
     assert not set(map(name_of, second)) & set(results)
     (check, _) = plan.check(results)

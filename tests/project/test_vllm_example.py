@@ -102,7 +102,7 @@ def seeded(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(
-    way: Way, steps: int = 2, learning_rate: float = 4e-4, **options: Any
+    way: Way, steps: int = 2, learning_rate: float = 4e-4, clip_share: float | None = None, **options: Any
 ) -> tuple[train_vllm.VllmHistory, FakeEngine, list[float]]:
     """A training from a random model -> its history, the engine, how far each parameter moved."""
     tokenizer = arithmetic.build_tokenizer()
@@ -111,7 +111,7 @@ def train(
     engine = FakeEngine(tokenizer, **options)
     problems = arithmetic.Problems(random.Random(0), 2, BRIEF.held_out)
     settings = replace(BRIEF, steps=steps, learning_rate=learning_rate)
-    history = train_vllm.reinforce(model, tokenizer, problems, settings, engine, way, quiet=True)
+    history = train_vllm.reinforce(model, tokenizer, problems, settings, engine, way, quiet=True, clip_share=clip_share)
     return (
         history,
         engine,
@@ -138,6 +138,21 @@ def test_only_the_engines_log_probabilities_are_clipped_by_its_noise() -> None:
     first = {old: history.clip_fractions[0][0] for old, history in found.items()}
     assert first == {"engine": 0.75, "trainer": 0, "weights": 0}, "the noise raises every ratio, 3 of 4 advantages clip"
     assert all(history.mismatch["clip_fraction"] == [0.75] for history in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:advantages. expected at least")  # a step has 16 responses
+def test_a_fitted_clip_range_knows_the_noise_that_is_in_the_ratios() -> None:
+    """The engine's log-probabilities are up to 0.05 nats off, more than two steps of learning move them."""
+    way = Way("engine", "bfloat16")
+    with pytest.warns(UserWarning, match=r"^noise: .* clip \d+% at eps_low .*Recompute old_logprobs") as caught:
+        history, _, _ = train(way, clip_share=0.3, noise=0.05)
+    assert len([each for each in caught if "noise:" in str(each.message)]) == 1, "once, not after each rollout"
+    first, second = history.clip_range
+    assert first == [3e-4, 4e-4] and second[1] > 1e-3
+    assert second[0] == 3e-4, "no ratio is below 1"
+    assert history.clip_fit is not None and "the engine's noise alone" in history.clip_fit.lines()
+    recomputed, _, _ = train(Way("trainer", "bfloat16"), clip_share=0.3, noise=0.05)
+    assert recomputed.clip_fit is not None and recomputed.clip_fit.noise_low is None
 
 
 @pytest.mark.parametrize("kept", train_vllm.KEPT)
@@ -206,6 +221,7 @@ def test_the_program_writes_a_plot_and_a_record(
     monkeypatch.setattr(sys, "argv", ["train_vllm.py", *line, "--output", str(tmp_path)])
     train_vllm.main()
     record = json.loads((tmp_path / "engine-float32-top-p-0.9-kept-trainer.json").read_text())
+    assert record["history"]["clip_fit"]["eps_low"] == 3e-4 and "clip_share" not in record
     assert record["way"]["old"] == "engine" and len(record["history"]["clip_fractions"][0]) == 4
     assert (tmp_path / "engine-float32-top-p-0.9-kept-trainer.png").stat().st_size > 10_000
     assert "Kept sets of top-p 0.9: made from the trainer's logits" in capsys.readouterr().out
