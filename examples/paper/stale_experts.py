@@ -54,7 +54,7 @@ EXPERTS = 8  # of which a token uses two
 ARMS: dict[str, Objective] = {name: RANGES[name] for name in ("GRPO 0.2", "GRPO 0.5", "GSPO x100")}
 COLOR = {"GRPO 0.2": COLORS["grpo"], "GRPO 0.5": COLORS["ppo"], "GSPO x100": COLORS["gspo"]}
 RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-SHOWN = 4e-4  # the rate of the figure's ratios
+SHOWN = 8e-4  # the rate of the figure's ratios
 GROUPS = {"rerouted": "rerouted tokens", "other": "other tokens"}
 
 
@@ -101,7 +101,7 @@ PLAN = Plan(
     ),
 )
 TINY = Task(digits=3, slip=0.1, warmup_steps=20)
-QUICK = Plan(TINY, (Grid(4, tuple(ARMS), (SHOWN, 8e-4), seeds=2), Grid(2, ("GRPO 0.2",), (SHOWN,), seeds=1)), updates=8)
+QUICK = Plan(TINY, (Grid(4, tuple(ARMS), (4e-4, SHOWN), seeds=2), Grid(2, ("GRPO 0.2",), (SHOWN,), seeds=1)), updates=8)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -347,10 +347,10 @@ def _clips(axis: Any, record: dict[str, Any], stale: int) -> None:
         for replay, style in ((False, "-"), (True, "--")):
             found = chosen(record, mini_batches=stale, arm=arm, replay=replay)
             values = [each["clipped_sequences"] for each in found]
-            label = f"{arm}{', replay' if replay else ''}"
+            label = f"{title_of(arm)}{', replay' if replay else ''}"
             axis.plot([each["rate"] for each in found], values, style, color=COLOR[arm], marker="o", label=label)
     rates = [each["rate"] for each in found]
-    axis.set(title="Responses clipped, GRPO's in a token", xscale="log", xlabel="learning rate", ylim=(0, None))
+    axis.set(title="Responses clipped (GRPO: in some token)", xscale="log", xlabel="learning rate", ylim=(0, 0.6))
     axis.set(ylabel="share of responses")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
