@@ -97,8 +97,7 @@ PLAN = Plan(
     (
         Grid(64, ("GRPO 0.2", "GSPO x100"), RATES, seeds=3),
         Grid(64, ("GRPO 0.5",), RATES, seeds=3),
-        Grid(4, ("GRPO 0.2", "GSPO x100"), (4e-4,), seeds=2),
-        Grid(4, ("GRPO 0.2", "GSPO x100"), (8e-4,), seeds=6),  # of which four were added after the first two
+        Grid(4, ("GRPO 0.2", "GSPO x100"), (4e-4, 8e-4), seeds=2),
     ),
 )
 TINY = Task(digits=3, slip=0.1, warmup_steps=20)
