@@ -239,17 +239,15 @@ def perform(kind: str, trial: Trial, folder: Path) -> dict[str, Any]:
     return train(trial, folder, Watch) if kind == "train" else look(trial, folder)
 
 
-def identity(trial: Trial) -> dict[str, Any]:
-    return {"mini_batches": trial.mini_batches, "arm": trial.name, "rate": trial.learning_rate}
-
-
 def summary(trial: Trial, runs: list[dict[str, Any]], starts: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm at one rate, with or without replay; `runs`: one for each seed."""
     depths = [total(of_seeds) for of_seeds in zip(*(run["by_depth"] for run in runs), strict=True)]
     whole = total(depths)
     ends = [run["accuracy"] for run in runs]
     return {
-        **identity(trial),
+        "mini_batches": trial.mini_batches,
+        "arm": trial.name,
+        "rate": trial.learning_rate,
         "replay": trial.replay,
         "accuracy": ends,
         "collapsed": sum(end < begin["accuracy"] for end, begin in zip(ends, starts, strict=False)),
@@ -263,7 +261,7 @@ def summary(trial: Trial, runs: list[dict[str, Any]], starts: list[dict[str, Any
 
 def compared(trial: Trial, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The first rollout of one arm at one rate, with own experts and with the old ones, by staleness and over all."""
-    found = identity(trial)
+    found: dict[str, Any] = {"arm": trial.name, "rate": trial.learning_rate}
     for experts in ("own", "replayed"):
         depths = [total(of_seeds) for of_seeds in zip(*(run[experts] for run in runs), strict=True)]
         whole = total(depths)
