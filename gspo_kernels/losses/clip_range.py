@@ -193,7 +193,7 @@ def _eps(name: str, reach: Tensor, share: float) -> float | str:
     responses, count = _responses(name), len(reach)
     if not count:
         return f"there are no {responses}"
-    bound = torch.quantile(reach, 1 - share)
+    bound = _quantile(reach, 1 - share)
     if bound <= 0:
         where = "below" if name == "low" else "above"
         return f"at most {share:.0%} of the {count} {responses} have a ratio {where} 1, as with on-policy updates alone"
@@ -205,6 +205,14 @@ def _eps(name: str, reach: Tensor, share: float) -> float | str:
         f"{share:.0%} or more of the {count} {responses} have a ratio of at least exp({MAX_LOG_RATIO:g}), which "
         "usually means that old_logprobs belong to another policy or to other tokens"
     )
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """As torch.quantile, which refuses more than 2**24 numbers."""
+    position = q * (len(values) - 1)
+    below = math.floor(position)
+    ordered = values.sort().values
+    return torch.lerp(ordered[below], ordered[min(below + 1, len(values) - 1)], position - below)
 
 
 def _by_noise(name: str, lengths: Tensor, eps: float, noise: float, ratio_of: str) -> float:

@@ -241,6 +241,16 @@ def test_saturated_ratios_count_as_the_losses_count_them() -> None:
     assert below.eps_low == 1.0, "a ratio of 0 is not below any bound"
 
 
+def test_more_responses_than_a_quantile_of_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(values: Tensor, q: float) -> Tensor:
+        raise RuntimeError("quantile() input tensor is too large")  # as torch above 2**24 numbers
+
+    expected = torch.quantile(ROW.double(), 0.85)
+    monkeypatch.setattr(torch, "quantile", limited)
+    found = suggest(ROW, torch.ones(40), current=(0.1, 0.1))
+    assert found.eps_high == float(expected.expm1())
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
