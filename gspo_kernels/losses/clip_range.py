@@ -18,7 +18,7 @@ from .recent_responses import KINDS, RecentResponses, Settings, recent_responses
 from .weighted import CISPO
 
 SIDES = ("low", "high")
-MAX_LOG_RATIO = 20.0  # where the losses' ratios saturate by default: a higher bound clips nothing
+MAX_LOG_RATIO = 20.0  # the losses' default: a bound above exp(20) clips nothing, and one below exp(-20) almost nothing
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def suggest_clip_range(
 
     Args:
         log_ratio: float32 or float64, `stats.log_ratio` of an update or a list of them: [S] of sequences, or [B, T] or
-            packed [N] of tokens. Log-ratios of tokens are also `stats.logprobs - old_logprobs`. Infinite ones are
-            ratios of 0, or saturated (above exp(20)). NaN is refused, unless masked.
+            packed [N] of tokens. Log-ratios of tokens are also `stats.logprobs - old_logprobs`. Log-ratios
+            beyond -20 and 20, also infinite ones, count as -20 and 20. NaN is refused, unless masked.
         advantages: the losses' own, one per sequence or, with log-ratios of tokens, per token. A list if `log_ratio` is
             one.
         share: of the responses of a side, above 0 and below 1.
@@ -79,7 +79,8 @@ def suggest_clip_range(
             shape. "sequence" with log-ratios of tokens takes their mean over each response, as GSPO does.
         current: the range in use, `(eps_low, eps_high)`, or an objective or a `ClipRange` that has them. It is kept on
             a side that says nothing: no response has that advantage; or the quantile is not beyond 1, as with
-            on-policy updates alone; or it is saturated. None: such a side is a ValueError.
+            on-policy updates alone; or the ratio there is below exp(-20) or above exp(20). None: such a side is a
+            ValueError.
         noise: standard deviation in nats of the error of one token's log-probability, such as
             `rollout_mismatch(...).noise`, if `old_logprobs` are the engine's. It needs the lengths of responses: `mask`
             or `cu_seqlens`. Errors are taken as independent and normal. Their mean is -noise**2 / 2, minus the KL
@@ -106,7 +107,7 @@ def suggest_clip_range(
         log_ratio, advantages, mask, cu_seqlens, ratio_of, noise, ranks_of("cp_group", cp_group),
         ranks_of("group", group), Settings(share, low, high),
     )  # fmt: skip
-    reaches = batch.low, batch.high.clamp(max=MAX_LOG_RATIO)
+    reaches = batch.low.clamp(max=MAX_LOG_RATIO), batch.high.clamp(max=MAX_LOG_RATIO)
     sides = [
         _side(name, reach[reach > -torch.inf], batch.lengths[reach > -torch.inf], batch, share, kept)
         for name, reach, kept in zip(SIDES, reaches, (low, high), strict=True)
@@ -195,15 +196,17 @@ def _eps(name: str, reach: Tensor, share: float) -> float | str:
         return f"there are no {responses}"
     bound = _quantile(reach, 1 - share)
     if bound <= 0:
-        where = "below" if name == "low" else "above"
-        return f"at most {share:.0%} of the {count} {responses} have a ratio {where} 1, as with on-policy updates alone"
-    if name == "low":
-        return float(-torch.expm1(-bound))
+        where, beyond = "below" if name == "low" else "above", int((reach > 0).sum())
+        return (
+            f"{beyond} of the {count} {responses} have a ratio {where} 1, too few for a share of {share:g}, as with "
+            "on-policy updates alone"
+        )
     if bound < MAX_LOG_RATIO:
-        return float(torch.expm1(bound))
+        return float(torch.expm1(bound) if name == "high" else -torch.expm1(-bound))
+    where = f"at most exp(-{MAX_LOG_RATIO:g})" if name == "low" else f"at least exp({MAX_LOG_RATIO:g})"
     return (
-        f"{share:.0%} or more of the {count} {responses} have a ratio of at least exp({MAX_LOG_RATIO:g}), which "
-        "usually means that old_logprobs belong to another policy or to other tokens"
+        f"{int((reach >= MAX_LOG_RATIO).sum())} of the {count} {responses} have a ratio of {where}, which usually "
+        "means that old_logprobs belong to another policy or to other tokens"
     )
 
 
