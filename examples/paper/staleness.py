@@ -272,15 +272,10 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
             axis.minorticks_off()
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axis.set_xlabel("learning rate")
-    handles = {
-        line.get_label(): line
-        for axis in axes
-        for line in axis.get_lines()
-        if not str(line.get_label()).startswith("_")
-    }
-    figure.legend(
-        handles=[handles[name] for name in ARMS if name in handles], loc="outside right center", frameon=False
-    )
+        axes[row * columns].set_ylabel("accuracy")
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    shown = [lines[title] for title in map(title_of, ARMS) if title in lines]
+    figure.legend(handles=shown, loc="outside right center", frameon=False, title="clip range; thick: the best")
     lab.write(figure, arguments)
 
 
