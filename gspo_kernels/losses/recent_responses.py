@@ -99,6 +99,16 @@ def _noise(noise: Any, device: torch.device) -> Tensor:
 def _updates(log_ratio: Any, advantages: Any, mask: Any, cu_seqlens: Any, empty: bool) -> list[Arrays]:
     """One tuple for each update. `empty`: whether there may be none."""
     if not _is_list(log_ratio):
+        if not isinstance(log_ratio, Tensor) and isinstance(log_ratio, Iterator):
+            raise TypeError(
+                f"log_ratio: expected a tensor, or a list of one per update; got {checks.describe(log_ratio)}"
+            )
+        for name, value in (("advantages", advantages), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+            if _is_list(value) and any(isinstance(x, Tensor) for x in value):
+                raise TypeError(
+                    f"{name}: expected one tensor, as log_ratio is; got a list of {len(value)}. For several updates, "
+                    "pass lists of all of them"
+                )
         return [(log_ratio, advantages, mask, cu_seqlens)]
     if not log_ratio and not empty:
         raise ValueError("log_ratio: expected the log-ratios of at least one update; got an empty list")

@@ -343,6 +343,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # changed arguments, wh
     "tokens of sequences": ({"log_ratio": ROWS[:, 0], "ratio_of": "token"}, "log_ratio", "[8]"),
     "sequences for GRPO": ({"log_ratio": ROWS[:, 0], "current": gspo_kernels.GRPO()}, "log_ratio", "[8]"),
     "tokens for GSPO": ({"ratio_of": "token", "current": gspo_kernels.GSPO()}, "ratio_of", "'token'"),
+    "a generator": ({"log_ratio": (x for x in (ROWS, ROWS))}, "log_ratio", "list of one per update; got generator"),
+    "a list beside a tensor": ({"advantages": [ONES, ONES]}, "advantages", "a list of 2"),
     "a class": ({"current": gspo_kernels.GSPO}, "current", "GSPO"),
     "advantages of tokens": ({"log_ratio": ROWS[:, 0], "advantages": ROWS}, "advantages", "[8, 3]. If all tokens"),
     "kind": ({"ratio_of": "response"}, "ratio_of", "'response'"),
