@@ -16,8 +16,8 @@ import random
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ LONGER = 16  # tokens that a response may have beyond a right one
 OLD_CHUNK = 64  # responses whose old log-probabilities are computed at once
 RECENT = 64  # updates that a clip range is fitted to
 TESTED = 384  # fresh problems of the accuracy at the end
+BALANCE = 0.01  # weight of the load-balancing loss in a warm-up with experts, as in Switch Transformer
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,18 @@ def build(experts: int = 0) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(moe_intermediate_size=96, **routing, **sizes))
 
 
-def logits_of(model: PreTrainedModel, prompts: Tensor, responses: Tensor) -> Tensor:
-    """[B, T, V] of the responses [B, T]. They are padded on the right, where causal attention needs no mask."""
+def forward(model: PreTrainedModel, prompts: Tensor, responses: Tensor, **options: Any) -> Any:
+    """The model's output with logits [B, T, V] of the responses [B, T].
+
+    They are padded on the right, where causal attention needs no mask.
+    """
     ids = torch.cat([prompts, responses[:, :-1]], dim=1)
-    return model(ids, use_cache=False, logits_to_keep=responses.shape[1]).logits
+    return model(ids, use_cache=False, logits_to_keep=responses.shape[1], **options)
+
+
+def logits_of(model: PreTrainedModel, prompts: Tensor, responses: Tensor) -> Tensor:
+    logits: Tensor = forward(model, prompts, responses).logits
+    return logits
 
 
 @torch.no_grad()
@@ -171,7 +180,7 @@ def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: Tensor,
 
 
 def warm_up(task: Task, seed: int, experts: int = 0) -> PreTrainedModel:
-    """Supervised training on demonstrations."""
+    """Supervised training on demonstrations; of experts with a load-balancing loss, so that all are used."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = build(experts)
@@ -180,7 +189,10 @@ def warm_up(task: Task, seed: int, experts: int = 0) -> PreTrainedModel:
         problems = draw(rng, task.warmup_batch, task.digits)
         prompts = torch.tensor([prompt(digits) for digits in problems])
         answers = torch.tensor([demonstration(digits, rng, task.slip) for digits in problems])
-        loss = -token_logprobs(logits_of(model, prompts, answers), answers).logprobs.mean()
+        output = forward(model, prompts, answers, **({"output_router_logits": True} if experts else {}))
+        loss = -token_logprobs(output.logits, answers).logprobs.mean()
+        if experts:
+            loss = loss + BALANCE * output.aux_loss
         rate = task.warmup_learning_rate * min((index + 1) / 30, 1, max(0.1, 2 * (1 - index / task.warmup_steps)))
         step(model, optimizer, loss, rate, 1.0)
     return model
@@ -217,15 +229,22 @@ class Part:
     mask: Tensor  # [B, T] bool
     advantages: Tensor  # [B]
     old_logprobs: Tensor  # [B, T]
-    experts: Tensor | None = None  # [B, P + T - 1, layers, k], of the old policy
+    experts: Tensor | None = None  # [B, P + T - 1, layers, k], of the old policy; None: the model is dense
+    replay: bool = False
+    choices: list[Tensor] = field(default_factory=list)  # of its update: [B * (P + T - 1), k], by layer
 
-    def replayed(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Within it the model uses the experts that it had under the old policy, if they were recorded."""
+    @contextmanager
+    def routed(self, model: PreTrainedModel) -> Iterator[None]:
+        """A forward pass within it records the routers' choices, and with `replay` uses the old policy's experts."""
         if self.experts is None:
-            return nullcontext()
+            yield
+            return
         from routing import RoutingReplay
 
-        return RoutingReplay(model).replay(self.experts.flatten(0, 1))
+        routing = RoutingReplay(model)
+        forced = routing.replay(self.experts.flatten(0, 1)) if self.replay else nullcontext()
+        with routing.record() as self.choices, forced:  # in this order: recorded is what the routers prefer
+            yield
 
 
 def roll_out(model: PreTrainedModel, trial: Trial, rng: random.Random) -> tuple[list[Part], Tensor]:
@@ -235,35 +254,36 @@ def roll_out(model: PreTrainedModel, trial: Trial, rng: random.Random) -> tuple[
     responses = sample(model, prompts, trial.task.tokens + LONGER - 1)
     rewards = grade(responses, problems)
     advantages = group_advantages(rewards, group_size=trial.samples)
-    old, experts = old_policy(model, prompts, responses, trial.replay)
+    old, experts = old_policy(model, prompts, responses, bool(trial.experts))
     parts = []
     for first in range(0, len(problems), trial.samples):
         rows = slice(first, first + trial.samples)
         width = int((responses[rows] != PAD).sum(1).max())
         taken = responses[rows, :width]
         routed = None if experts is None else experts[rows, : prompts.shape[1] + width - 1]
-        parts.append(Part(prompts[rows], taken, taken != PAD, advantages[rows], old[rows, :width], routed))
+        part = Part(prompts[rows], taken, taken != PAD, advantages[rows], old[rows, :width], routed, trial.replay)
+        parts.append(part)
     return parts, rewards
 
 
 @torch.no_grad()
 def old_policy(
-    model: PreTrainedModel, prompts: Tensor, responses: Tensor, replay: bool
+    model: PreTrainedModel, prompts: Tensor, responses: Tensor, routed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """-> log-probabilities [B, T], and the experts that gave them if they are to be replayed"""
+    """-> log-probabilities [B, T], and the experts that gave them if the model has any"""
     logprobs, experts = [], []
     for some, taken in zip(prompts.split(OLD_CHUNK), responses.split(OLD_CHUNK), strict=True):
         recording: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if replay:
+        if routed:
             from routing import RoutingReplay
 
             recording = RoutingReplay(model).record()
         with recording as choices:
             logits = logits_of(model, some, taken)
         logprobs.append(token_logprobs(logits, taken, mask=taken != PAD).logprobs)
-        if replay:
+        if routed:
             experts.append(torch.stack(choices, dim=1).unflatten(0, (len(some), -1)))
-    return torch.cat(logprobs), torch.cat(experts) if replay else None
+    return torch.cat(logprobs), torch.cat(experts) if routed else None
 
 
 # --- a training -------------------------------------------------------------------------------------------------------
@@ -331,7 +351,7 @@ def train(trial: Trial, folder: Path, observe: Callable[[Trial], Observer] | Non
         parts, graded = roll_out(model, trial, rng)
         rewards.append(graded.mean().item())
         for depth, part in enumerate(parts):
-            with part.replayed(model):
+            with part.routed(model):
                 logits = logits_of(model, part.prompts, part.responses)
             loss, stats = policy_loss(
                 logits, part.responses, part.advantages, part.old_logprobs, objective=objective, mask=part.mask
@@ -340,10 +360,8 @@ def train(trial: Trial, folder: Path, observe: Callable[[Trial], Observer] | Non
             if observer is not None:
                 observer.see(part, stats, depth)
             recent.append((part, stats.log_ratio))
-            with part.replayed(model):  # a checkpointed layer would route again
-                norm = step(
-                    model, optimizer, loss, rate_at(trial, index * trial.mini_batches + depth + 1), trial.max_grad_norm
-                )
+            rate = rate_at(trial, index * trial.mini_batches + depth + 1)
+            norm = step(model, optimizer, loss, rate, trial.max_grad_norm)
             norms.append(norm)
             if not math.isfinite(norm):
                 raise FloatingPointError(f"{trial.name}, seed {trial.seed}: the gradient's norm is {norm}")
