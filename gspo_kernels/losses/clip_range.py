@@ -14,11 +14,12 @@ from torch import Tensor
 from ..base import checks
 from ..base.collectives import ranks_of
 from .clipped import GMPO
+from .objectives import Objective
 from .recent_responses import KINDS, RecentResponses, Settings, recent_responses
 from .weighted import CISPO
 
 SIDES = ("low", "high")
-MAX_LOG_RATIO = 20.0  # where the losses' ratios saturate by default: a higher bound clips nothing
+MAX_LOG_RATIO = 20.0  # the losses' default: a bound above exp(20) clips nothing, and one below exp(-20) almost nothing
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,23 @@ def suggest_clip_range(
     updates. This is no loss: it waits for the device once a call, or twice with `group`.
 
     Args:
-        log_ratio: float32 or float64, `stats.log_ratio` of an update or a list of them: [S] of sequences, or [B, T] or
-            packed [N] of tokens. Log-ratios of tokens are also `stats.logprobs - old_logprobs`. Infinite ones are
-            ratios of 0, or saturated (above exp(20)). NaN is refused, unless masked.
+        log_ratio: float32 or float64, `stats.log_ratio` of an update or a list of them: [S] of sequences, [B, T] of
+            tokens, or packed [N] of tokens with `cu_seqlens`. Log-ratios of tokens are also
+            `stats.logprobs - old_logprobs`. Those beyond -20 and 20, also infinite ones, count as -20 and 20. NaN is
+            refused, unless masked.
         advantages: the losses' own, one per sequence or, with log-ratios of tokens, per token. A list if `log_ratio` is
             one.
         share: of the responses of a side, above 0 and below 1.
         mask: one per token, True (or 1) where it counts; or a list. With log-ratios of sequences it is needed for their
             lengths alone.
         cu_seqlens: int32 or int64 boundaries of packed sequences: 0, ..., N; or a list.
-        ratio_of: what the range is for, "sequence" (GSPO) or "token" (GRPO, PPO). None: what `log_ratio` has by its
-            shape. "sequence" with log-ratios of tokens takes their mean over each response, as GSPO does.
+        ratio_of: what the range is for, "sequence" (GSPO, GSPO-token) or "token" (GRPO, PPO). None: what `current`
+            clips, if it is an objective or a `ClipRange`; else what `log_ratio` has by its shape. "sequence" with
+            log-ratios of tokens takes their mean over each response, as GSPO does.
         current: the range in use, `(eps_low, eps_high)`, or an objective or a `ClipRange` that has them. It is kept on
             a side that says nothing: no response has that advantage; or the quantile is not beyond 1, as with
-            on-policy updates alone; or it is saturated. None: such a side is a ValueError.
+            on-policy updates alone; or the ratio there is below exp(-20) or above exp(20). None: such a side is a
+            ValueError.
         noise: standard deviation in nats of the error of one token's log-probability, such as
             `rollout_mismatch(...).noise`, if `old_logprobs` are the engine's. It needs the lengths of responses: `mask`
             or `cu_seqlens`. Errors are taken as independent and normal. Their mean is -noise**2 / 2, minus the KL
@@ -102,11 +106,12 @@ def suggest_clip_range(
     if ratio_of is not None:
         checks.choice("ratio_of", ratio_of, KINDS)
     low, high = _current(current)
+    ratio_of = _ratio_of(ratio_of, current)
     batch = recent_responses(
         log_ratio, advantages, mask, cu_seqlens, ratio_of, noise, ranks_of("cp_group", cp_group),
         ranks_of("group", group), Settings(share, low, high),
     )  # fmt: skip
-    reaches = batch.low, batch.high.clamp(max=MAX_LOG_RATIO)
+    reaches = batch.low.clamp(max=MAX_LOG_RATIO), batch.high.clamp(max=MAX_LOG_RATIO)
     sides = [
         _side(name, reach[reach > -torch.inf], batch.lengths[reach > -torch.inf], batch, share, kept)
         for name, reach, kept in zip(SIDES, reaches, (low, high), strict=True)
@@ -141,7 +146,7 @@ def _current(current: Any) -> tuple[float | None, float | None]:
             "current: expected the range of a loss that clips a ratio on the side that the advantage penalizes (GSPO, "
             f"GSPOToken, GRPO, PPO); got {current}, whose range {why}"
         )
-    if hasattr(current, "eps_low") and hasattr(current, "eps_high"):
+    if hasattr(current, "eps_low") and hasattr(current, "eps_high") and not isinstance(current, type):
         pair = current.eps_low, current.eps_high
     elif isinstance(current, (tuple, list)) and len(current) == 2:
         pair = current[0], current[1]
@@ -156,6 +161,21 @@ def _current(current: Any) -> tuple[float | None, float | None]:
         for name, x in zip(names, pair, strict=True)
     )
     return float(low), float(high)
+
+
+def _ratio_of(ratio_of: str | None, current: Any) -> str | None:
+    """What the range is for, if an argument says it."""
+    if isinstance(current, Objective):
+        by_sequence = "sequence" in (current.ratio_of, current.depends_on)  # GSPO-token's ratio has a sequence's value
+        of_current = "sequence" if by_sequence else "token" if current.depends_on == "token" else None
+    else:
+        of_current = current.ratio_of if isinstance(current, ClipRange) else None
+    if None not in (ratio_of, of_current) and ratio_of != of_current:
+        raise ValueError(
+            f"ratio_of: expected {of_current!r} or None, because that is what current, {current}, clips; got "
+            f"{ratio_of!r}. To keep its numbers in any case, pass current as (eps_low, eps_high)"
+        )
+    return ratio_of or of_current
 
 
 # ---- a side
@@ -193,18 +213,28 @@ def _eps(name: str, reach: Tensor, share: float) -> float | str:
     responses, count = _responses(name), len(reach)
     if not count:
         return f"there are no {responses}"
-    bound = torch.quantile(reach, 1 - share)
+    bound = _quantile(reach, 1 - share)
     if bound <= 0:
-        where = "below" if name == "low" else "above"
-        return f"at most {share:.0%} of the {count} {responses} have a ratio {where} 1, as with on-policy updates alone"
-    if name == "low":
-        return float(-torch.expm1(-bound))
+        where, beyond = "below" if name == "low" else "above", int((reach > 0).sum())
+        return (
+            f"{beyond} of the {count} {responses} have a ratio {where} 1, too few for a share of {share:g}, as with "
+            "on-policy updates alone"
+        )
     if bound < MAX_LOG_RATIO:
-        return float(torch.expm1(bound))
+        return float(torch.expm1(bound) if name == "high" else -torch.expm1(-bound))
+    where = f"at most exp(-{MAX_LOG_RATIO:g})" if name == "low" else f"at least exp({MAX_LOG_RATIO:g})"
     return (
-        f"{share:.0%} or more of the {count} {responses} have a ratio of at least exp({MAX_LOG_RATIO:g}), which "
-        "usually means that old_logprobs belong to another policy or to other tokens"
+        f"{int((reach >= MAX_LOG_RATIO).sum())} of the {count} {responses} have a ratio of {where}, which usually "
+        "means that old_logprobs belong to another policy or to other tokens"
     )
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """As torch.quantile, which refuses more than 2**24 numbers."""
+    position = q * (len(values) - 1)
+    below = math.floor(position)
+    ordered = values.sort().values
+    return torch.lerp(ordered[below], ordered[min(below + 1, len(values) - 1)], position - below)
 
 
 def _by_noise(name: str, lengths: Tensor, eps: float, noise: float, ratio_of: str) -> float:

@@ -55,18 +55,25 @@ def recent_responses(
     """The arguments of `suggest_clip_range`, checked, gathered and read."""
     given = _updates(log_ratio, advantages, mask, cu_seqlens, empty=ranks is not None)
     with Agreement("log_ratio", given[0][0] if given else None, cp=cp) as agreement:
+        kinds = _kinds(given)
+        known = _known_kind(given, kinds) or ("token" if ratio_of == "token" else None)
         found: list[_Update] = []
-        for index, arrays in enumerate(given):
+        for index, (arrays, own) in enumerate(zip(given, kinds, strict=True)):
             with _of_update(index, len(given)):
-                found.append(_responses(*arrays, ratio_of, lengths_needed=noise is not None))
+                checks.same_device("log_ratio", arrays[0], given[0][0].device)
+                if own is None and known is None:
+                    _check_lengths_are_1(arrays, cp)
+                found.append(_responses(*arrays, own or known, ratio_of, lengths_needed=noise is not None))
                 _same_kind(found)
         device = found[0].numbers.device if found else _device_of(ranks)
         unread = _noise(noise, device)
-        kind = ratio_of or next((update.ratio_of for update in found if update.numbers.numel()), None)
+        kind = ratio_of or known
+        if kind is None and any(update.numbers.numel() for update in found) and not checks.may_read(given[0][0]):
+            kind = "sequence"
         if agreement.active:
             sizes = tuple(update.numbers.shape[1] for update in found)
             agreement.same(settings._asdict() | {"ratio_of": kind, "log_ratio (responses of updates)": sizes})
-    parts = [_reach(_whole(update, cp), kind) for update in found]
+    parts = [_reach(_whole(update, cp), kind or "sequence") for update in found]
     numbers = torch.cat([torch.zeros(4, 0, dtype=torch.float64, device=device), *parts], dim=1)
     return _on_host(numbers, [part.shape[1] for part in parts], settings, kind, unread, ranks)
 
@@ -92,6 +99,16 @@ def _noise(noise: Any, device: torch.device) -> Tensor:
 def _updates(log_ratio: Any, advantages: Any, mask: Any, cu_seqlens: Any, empty: bool) -> list[Arrays]:
     """One tuple for each update. `empty`: whether there may be none."""
     if not _is_list(log_ratio):
+        if not isinstance(log_ratio, Tensor) and isinstance(log_ratio, Iterator):
+            raise TypeError(
+                f"log_ratio: expected a tensor, or a list of one per update; got {checks.describe(log_ratio)}"
+            )
+        for name, value in (("advantages", advantages), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+            if _is_list(value) and any(isinstance(x, Tensor) for x in value):
+                raise TypeError(
+                    f"{name}: expected one tensor, as log_ratio is; got a list of {len(value)}. For several updates, "
+                    "pass lists of all of them"
+                )
         return [(log_ratio, advantages, mask, cu_seqlens)]
     if not log_ratio and not empty:
         raise ValueError("log_ratio: expected the log-ratios of at least one update; got an empty list")
@@ -142,22 +159,38 @@ class _Update(NamedTuple):
 TOTAL, LENGTH, LOW, HIGH, UNKNOWN = range(5)
 
 
+def _kinds(given: list[Arrays]) -> list[str | None]:
+    """What the log-ratios of each update belong to, by their shape; None: either, or there is no response."""
+    kinds = []
+    for index, (log_ratio, _, mask, cu_seqlens) in enumerate(given):
+        with _of_update(index, len(given)):
+            checks.digits("log_ratio", checks.tensor("log_ratio", log_ratio, MEANING))
+            for name, value in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+                if value is not None:
+                    checks.tensor(name, value, "True or 1 where a token counts" if name == "mask" else "boundaries")
+            kinds.append(_kind(log_ratio.shape, mask, cu_seqlens))
+    return kinds
+
+
 def _responses(
-    log_ratio: Any, advantages: Any, mask: Any, cu_seqlens: Any, ratio_of: str | None, *, lengths_needed: bool
+    log_ratio: Tensor,
+    advantages: Any,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str | None,
+    ratio_of: str | None,
+    *,
+    lengths_needed: bool,
 ) -> _Update:
     """One column for each response: of this rank's tokens, if context-parallel ranks share them."""
-    checks.digits("log_ratio", checks.tensor("log_ratio", log_ratio, MEANING))
-    for name, value in (("mask", mask), ("cu_seqlens", cu_seqlens)):
-        if value is not None:
-            checks.tensor(name, value, "True or 1 where a token counts" if name == "mask" else "boundaries")
     check_float64(log_ratio.device)
     ratios = log_ratio.detach().clamp(-FINITE, FINITE)  # keeps NaN; no inf - inf can arise
-    if _is_per_token(ratios, mask, cu_seqlens):
+    if kind == "token":
         return _Update("token", _of_tokens(ratios, advantages, mask, cu_seqlens, by_mean=ratio_of == "sequence"))
     if ratio_of == "token" and len(ratios):
         raise ValueError(
-            "ratio_of: expected 'sequence' or None, because log_ratio has one number per response, of shape "
-            f"{list(log_ratio.shape)}; got 'token'. Pass the log-ratios of tokens, stats.logprobs - old_logprobs, of "
+            "log_ratio: expected the log-ratios of tokens, because the range is one of token ratios (by ratio_of or "
+            f"current); got one per response, of shape {list(log_ratio.shape)}. Pass stats.logprobs - old_logprobs, of "
             "shape [B, T], or packed with cu_seqlens"
         )
     if lengths_needed and mask is None and cu_seqlens is None:
@@ -168,27 +201,41 @@ def _responses(
     return _Update("sequence", _of_sequences(ratios.reshape(-1), advantages, mask, cu_seqlens))
 
 
-def _is_per_token(ratios: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-    """By the shape: padded [B, T], or what is packed and not [S]; [1, N] and [S, 1] say so where N is S."""
-    if ratios.ndim not in (1, 2):
+def _kind(shape: torch.Size, mask: Tensor | None, cu_seqlens: Tensor | None) -> str | None:
+    """One of `KINDS`; None for packed [S] where there may be S tokens, unless [1, N] and [S, 1] say what they are."""
+    if len(shape) not in (1, 2):
         raise ValueError(
-            "log_ratio: expected [sequences] or, of tokens, [sequences, tokens] or packed [tokens]; got "
-            f"{list(ratios.shape)}"
+            f"log_ratio: expected [sequences] or, of tokens, [sequences, tokens] or packed [tokens]; got {list(shape)}"
         )
     if cu_seqlens is None or cu_seqlens.ndim != 1:
-        return ratios.ndim == 2
+        column = mask is not None and mask.ndim == 2 and mask.shape[1] != 1 and shape == (mask.shape[0], 1)
+        return "sequence" if len(shape) == 1 or column else "token"
     count = cu_seqlens.shape[0] - 1
-    if ratios.ndim == 2 or len(ratios) != count:
-        return ratios.shape != (count, 1)
-    if checks.may_read(cu_seqlens) and count and not bool((cu_seqlens.diff() == 1).all()):
-        tokens = len(mask) if mask is not None and mask.ndim else int(cu_seqlens[-1])
-        if tokens == count:
-            raise ValueError(
-                f"log_ratio: expected a second dimension that says what the numbers belong to, because this packed "
-                f"batch has {count} tokens and {count} sequences: log_ratio[None] for tokens, log_ratio[:, None] for "
-                f"sequences; got shape {[count]}"
-            )
-    return False
+    if shape.numel() != count or (len(shape) == 2 and count != 1):
+        return "sequence" if shape == (count, 1) else "token"
+    if mask is not None and mask.ndim == 1:
+        tokens = len(mask)
+    else:
+        tokens = int(cu_seqlens[-1]) if checks.may_read(cu_seqlens) else count
+    return None if tokens == count else "sequence"
+
+
+def _known_kind(given: list[Arrays], kinds: list[str | None]) -> str | None:
+    """That of the updates whose shape says it."""
+    return next((kind for (log_ratio, *_), kind in zip(given, kinds, strict=True) if kind and log_ratio.numel()), None)
+
+
+def _check_lengths_are_1(arrays: Arrays, cp: Ranks | None) -> None:
+    """Of a packed batch with as many tokens as sequences: log-ratios of either are then the same."""
+    log_ratio, _, _, cu_seqlens = arrays
+    count = log_ratio.numel()
+    if not checks.may_read(cu_seqlens) or (cp is None and bool((cu_seqlens.diff() == 1).all())) or not count:
+        return
+    raise ValueError(
+        f"log_ratio: expected a second dimension that says what the numbers belong to, because this packed batch has "
+        f"{count} tokens and {count} sequences: log_ratio[None] for tokens, log_ratio[:, None] for sequences; got "
+        f"shape {list(log_ratio.shape)}. For token ratios, ratio_of='token' says so too"
+    )
 
 
 def _of_tokens(ratios: Tensor, advantages: Any, mask: Any, cu_seqlens: Any, *, by_mean: bool) -> Tensor:
@@ -229,8 +276,12 @@ def _of_sequences(ratios: Tensor, advantages: Any, mask: Any, cu_seqlens: Any) -
     checks.numbers("advantages", signs)
     if signs.shape not in ((count,), (count, 1)):
         raise ValueError(
-            f"advantages: expected shape {[count]} (one per sequence, as log_ratio); got {list(signs.shape)}. If "
-            "log_ratio has packed tokens, pass cu_seqlens"
+            f"advantages: expected shape {[count]} (one per sequence, as log_ratio); got {list(signs.shape)}. "
+            + (
+                "If all tokens of a response have the same, pass (advantages * mask).sum(1) / mask.sum(1)"
+                if signs.ndim == 2 and len(signs) == count
+                else "If log_ratio has packed tokens, pass cu_seqlens"
+            )
         )
     signs = signs.reshape(-1).double()
     low, high = (torch.where((sign * signs > 0) & (lengths > 0), 0.0, -torch.inf).double() for sign in (-1.0, 1.0))

@@ -191,6 +191,36 @@ def test_log_ratios_of_sequences_are_means_of_tokens() -> None:
     assert with_empty.responses_low > expected.responses_low, "nothing says which responses are empty"
 
 
+def test_the_loss_of_current_says_what_the_range_is_for() -> None:
+    """As its name does: GSPO's range is one of sequences, also with log-ratios of tokens."""
+    given = batch()
+    arrays = {"log_ratio": given["log_ratio"], "advantages": given["advantages"], "mask": given["mask"], "noise": 0.001}
+    by_sequence, by_token = (suggest(**arrays, ratio_of=kind) for kind in KINDS)
+    for name, expected in {"GSPO": by_sequence, "GSPOToken": by_sequence, "GRPO": by_token, "PPO": by_token}.items():
+        assert suggest(**arrays, current=getattr(gspo_kernels, name)()) == expected, name
+    assert suggest(**arrays, current=by_sequence) == by_sequence
+
+
+def test_a_column_of_sequences_is_not_one_of_tokens() -> None:
+    """[S, 1], as TRL has the log-ratios of sequences, beside a mask of [S, T]."""
+    given = batch()
+    expected = suggest(means(given), given["advantages"], mask=given["mask"])
+    assert suggest(means(given)[:, None], given["advantages"], mask=given["mask"]) == expected
+
+
+def test_a_packed_update_of_responses_of_one_token() -> None:
+    """It could have one log-ratio per token or per sequence; the other updates, or `ratio_of`, say which."""
+    given = batch()
+    whole, cu_seqlens = packed(given, "log_ratio")
+    short, ones = whole[:8], torch.ones(8)
+    log_ratios, advantages = [short, whole], [ones, given["advantages"]]
+    found = suggest(log_ratios, advantages, cu_seqlens=[torch.arange(9), cu_seqlens])
+    assert found == suggest([short[:, None], given["log_ratio"]], advantages, mask=[ones[:, None], given["mask"]])
+    assert suggest(short, ones, cu_seqlens=torch.arange(9), ratio_of="token", current=(0.1, 0.1)) == suggest(
+        short[:, None], ones, current=(0.1, 0.1)
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_list_of_updates_is_all_their_responses(kind: str) -> None:
     """Also of different widths, and with updates without a response."""
@@ -210,10 +240,12 @@ def test_a_list_of_updates_is_all_their_responses(kind: str) -> None:
 ROW = torch.linspace(-0.4, 0.3, 40)
 SILENT: dict[str, tuple[Tensor, Tensor, str, str]] = {  # log-ratios, advantages, which side, why
     "no response": (ROW, torch.ones(40), "low", "there are no responses with a negative advantage"),
-    "on-policy": (torch.zeros(40), torch.ones(40), "high", r"at most 15% of the 40 .* have a ratio above 1, as with"),
+    "on-policy": (torch.zeros(40), torch.ones(40), "high", "0 of the 40 .* have a ratio above 1, too few"),
     "the other way": (ROW.abs() + 0.1, -torch.ones(40), "low", "have a ratio below 1"),
     "saturated": (torch.full((40,), 25.0), torch.ones(40), "high", r"at least exp\(20\).*old_logprobs"),
-    "infinite": (torch.full((40,), math.inf), torch.ones(40), "high", r"at least exp\(20\)"),
+    "infinite": (torch.full((40,), math.inf), torch.ones(40), "high", r"40 of the 40 .* at least exp\(20\)"),
+    "ratios of 0": (torch.full((40,), -math.inf), -torch.ones(40), "low", r"40 of the 40 .* at most exp\(-20\)"),
+    "two ratios": (torch.tensor([-1.0, 0.1]), torch.ones(2), "high", "1 of the 2 responses"),
     "nothing": (torch.zeros(0), torch.zeros(0), "high", "there are no responses with a positive advantage"),
 }
 
@@ -238,7 +270,17 @@ def test_saturated_ratios_count_as_the_losses_count_them() -> None:
     assert found.eps_high == pytest.approx(math.expm1(0.25), rel=1e-6)
     with pytest.warns(UserWarning, match="100 responses"):
         below = suggest(log_ratio, -advantages, 0.01, current=(0.2, 0.2))
-    assert below.eps_low == 1.0, "a ratio of 0 is not below any bound"
+    assert 0.99 < below.eps_low < 1.0, "a ratio of 0 is below the bound"
+
+
+def test_more_responses_than_a_quantile_of_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(values: Tensor, q: float) -> Tensor:
+        raise RuntimeError("quantile() input tensor is too large")  # as torch above 2**24 numbers
+
+    expected = torch.quantile(ROW.double(), 0.85)
+    monkeypatch.setattr(torch, "quantile", limited)
+    found = suggest(ROW, torch.ones(40), current=(0.1, 0.1))
+    assert found.eps_high == float(expected.expm1())
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -298,7 +340,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # changed arguments, wh
     "fewer advantages": ({"log_ratio": [ROWS, ROWS], "advantages": [ONES]}, "advantages", "got 1"),
     "which update": ({"log_ratio": [ROWS, ROWS], "advantages": [ONES, ONES[1:]]}, "advantages", "(update 2 of 2)"),
     "kinds": ({"log_ratio": [ROWS, ROWS[:, 0]], "advantages": [ONES, ONES]}, "log_ratio", "one per sequence"),
-    "tokens of sequences": ({"log_ratio": ROWS[:, 0], "ratio_of": "token"}, "ratio_of", "'token'"),
+    "tokens of sequences": ({"log_ratio": ROWS[:, 0], "ratio_of": "token"}, "log_ratio", "[8]"),
+    "sequences for GRPO": ({"log_ratio": ROWS[:, 0], "current": gspo_kernels.GRPO()}, "log_ratio", "[8]"),
+    "tokens for GSPO": ({"ratio_of": "token", "current": gspo_kernels.GSPO()}, "ratio_of", "'token'"),
+    "a generator": ({"log_ratio": (x for x in (ROWS, ROWS))}, "log_ratio", "list of one per update; got generator"),
+    "a list beside a tensor": ({"advantages": [ONES, ONES]}, "advantages", "a list of 2"),
+    "a class": ({"current": gspo_kernels.GSPO}, "current", "GSPO"),
+    "advantages of tokens": ({"log_ratio": ROWS[:, 0], "advantages": ROWS}, "advantages", "[8, 3]. If all tokens"),
     "kind": ({"ratio_of": "response"}, "ratio_of", "'response'"),
     "packed without boundaries": ({"log_ratio": ROWS.view(-1)}, "advantages", "pass cu_seqlens"),
     "packed": ({"log_ratio": ROWS.view(-1), "cu_seqlens": CU}, "advantages", "[8]"),
@@ -334,6 +382,11 @@ def test_refuses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         suggest(**given)
     check_message(caught.value, argument, came)
+
+
+def test_updates_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^log_ratio: expected a tensor on cpu, .* meta \(update 2 of 2\)"):
+        gspo_kernels.suggest_clip_range([ROWS, ROWS.to("meta")], [ONES, ONES.to("meta")])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,14 +427,17 @@ def on_data_parallel_rank(rank: int, kind: str) -> tuple[ClipRange, list[Any]]:
     return found, [refused(share=0.1 + 0.1 * (rank == 1)), refused(log_ratio=broken)]
 
 
-def on_context_parallel_rank(rank: int, kind: str) -> ClipRange:
-    """The even columns of a padded batch, or the odd ones."""
+def on_context_parallel_rank(rank: int, kind: str) -> tuple[ClipRange, ranks.Refused | None]:
+    """The even columns of a padded batch, or the odd ones; and two packed responses with a token on each rank."""
     given = batch()
     columns = slice(rank, None, 2)
     log_ratio = means(given) if kind == "sequence" else given["log_ratio"][:, columns]
-    return gspo_kernels.suggest_clip_range(
+    found = gspo_kernels.suggest_clip_range(
         log_ratio, given["advantages"], mask=given["mask"][:, columns], noise=0.001, cp_group=dist.group.WORLD
     )
+    tokens = torch.tensor([0.1, 0.2])
+    either = {"cu_seqlens": torch.tensor([0, 1, 2]), "current": (0.1, 0.1), "cp_group": dist.group.WORLD}
+    return found, ranks.refused(lambda: gspo_kernels.suggest_clip_range(tokens, torch.ones(2), **either))
 
 
 class TestRanks:
@@ -409,5 +465,6 @@ class TestRanks:
         given = batch()
         log_ratio = means(given) if kind == "sequence" else given["log_ratio"]
         expected = gspo_kernels.suggest_clip_range(log_ratio, given["advantages"], mask=given["mask"], noise=0.001)
-        for found in ranks.run(2, on_context_parallel_rank, kind):
+        for found, either in ranks.run(2, on_context_parallel_rank, kind):
             assert found == expected
+            assert either is not None and either.message.startswith("log_ratio: expected a second dimension")
