@@ -115,7 +115,7 @@ def test_a_journal_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_ranges_and_rates_are_chosen_by_the_first_two_seeds_alone() -> None:
-    plan = staleness.Plan(TASK, (1e-4, 2e-4, 4e-4), (4,), tuple(staleness.ARMS), seeds=4)
+    plan = staleness.Plan(TASK, (1e-4, 2e-4, 4e-4), (4,), tuple(staleness.ARMS), seeds=range(4))
     best = {"GRPO 0.5": 2e-4, "GSPO x10": 1e-4}
 
     def result(trial: Trial) -> dict[str, float]:
