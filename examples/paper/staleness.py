@@ -128,7 +128,7 @@ FRESH_NAMES = ("GRPO 0.2", "GSPO x10")
 PLANS = {
     21: [Plan(SHORT, RATES, (64, 16, 4), tuple(ARMS), seeds=range(8))],
     101: [
-        Plan(LONG, (4e-4, 8e-4, 1.6e-3), (64,), LONG_NAMES, LONG_SEEDS),
+        Plan(LONG, RATES[:4], (64,), LONG_NAMES, LONG_SEEDS),
         Plan(LONG, (4e-4, 8e-4), (4,), FRESH_NAMES, LONG_SEEDS),
     ],
 }
