@@ -129,7 +129,7 @@ PLANS = {
     21: [Plan(SHORT, RATES, (64, 16, 4), tuple(ARMS), seeds=range(8))],
     101: [
         Plan(LONG, RATES[:4], (64,), LONG_NAMES, LONG_SEEDS),
-        Plan(LONG, (4e-4, 8e-4), (4,), FRESH_NAMES, LONG_SEEDS),
+        Plan(LONG, (4e-4, 8e-4), (16, 4), FRESH_NAMES, LONG_SEEDS),
     ],
 }
 TINY = Task(digits=3, slip=0.1, warmup_steps=20)
