@@ -23,7 +23,9 @@ RECORD = "staleness"  # the experiment whose record this draws
 
 def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
     settings = settings_of(record)
-    figure, axes = lab.panels(len(settings), "Accuracy at the end, by the share of responses that are clipped")
+    lengths = len({tokens for tokens, _ in settings})
+    title = "Accuracy at the end, by the share of responses that are clipped"
+    figure, axes = lab.panels(len(settings) // lengths, title, lengths)
     for axis, (tokens, updates) in zip(axes, settings, strict=True):
         chosen, best = chosen_of(record, tokens, updates), best_of(record, tokens, updates)
         for loss in LOSSES:
