@@ -35,7 +35,13 @@ def draw(record: dict[str, Any], arguments: argparse.Namespace) -> None:
             axis.scatter(*points(arms), color=color, s=14, alpha=0.45, lw=0)
             at_best = [arm for arm in arms if arm["rate"] == rate and "dual" not in arm["name"]]
             axis.plot(*points(sorted(at_best, key=lambda arm: arm["clipped"])), color=color, marker="o", markersize=5)
-        axis.set(title=f"{tokens} tokens, {updates} updates", xlabel="responses clipped", xlim=(0, None), ylim=(0, 1))
+        axis.set(
+            title=f"{tokens} tokens, {updates} updates",
+            xlabel="responses clipped",
+            ylabel="accuracy",
+            xlim=(0, None),
+            ylim=(0, 1),
+        )
         for each in (axis.xaxis, axis.yaxis):
             each.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [

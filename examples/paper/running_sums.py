@@ -25,6 +25,7 @@ from typing import Any, Protocol
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is built here; nothing is downloaded
 
 import torch
+from arithmetic import update
 from lab import mean, tick
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -168,17 +169,6 @@ def build_optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True)
 
 
-def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, max_norm: float) -> float:
-    """One update -> the gradient's norm before clipping."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return norm.item()
-
-
 def warm_up(task: Task, seed: int, experts: int = 0) -> PreTrainedModel:
     """Supervised training on demonstrations; of experts with a load-balancing loss, so that all are used."""
     torch.manual_seed(seed)
@@ -194,7 +184,7 @@ def warm_up(task: Task, seed: int, experts: int = 0) -> PreTrainedModel:
         if experts:
             loss = loss + BALANCE * output.aux_loss
         rate = task.warmup_learning_rate * min((index + 1) / 30, 1, max(0.1, 2 * (1 - index / task.warmup_steps)))
-        step(model, optimizer, loss, rate, 1.0)
+        update(model, optimizer, loss, rate, 1.0)
     return model
 
 
@@ -361,7 +351,7 @@ def train(trial: Trial, folder: Path, observe: Callable[[Trial], Observer] | Non
                 observer.see(part, stats, depth)
             recent.append((part, stats.log_ratio))
             rate = rate_at(trial, index * trial.mini_batches + depth + 1)
-            norm = step(model, optimizer, loss, rate, trial.max_grad_norm)
+            norm = update(model, optimizer, loss, rate, trial.max_grad_norm).item()
             norms.append(norm)
             if not math.isfinite(norm):
                 raise FloatingPointError(f"{trial.name}, seed {trial.seed}: the gradient's norm is {norm}")

@@ -27,6 +27,7 @@ from typing import Any
 
 import lab
 import torch
+from arithmetic import update
 from lab import COLORS, GREEN, GREY, Journal, mean, ranged
 from matplotlib.ticker import PercentFormatter
 from routing import changed
@@ -41,7 +42,6 @@ from running_sums import (
     name_of,
     rate_at,
     roll_out,
-    step,
     train,
     warmed_up,
 )
@@ -190,7 +190,7 @@ def look(trial: Trial, folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             _, stats = loss_of(replace(part, replay=True))
         replayed.put(depth, routed_sums(part, stats, part.choices))  # grouped by the choices of the first pass
-        step(model, optimizer, loss, rate_at(trial, depth + 1), trial.max_grad_norm)
+        update(model, optimizer, loss, rate_at(trial, depth + 1), trial.max_grad_norm)
     lab.tick()
     return {"own": own.by_depth, "replayed": replayed.by_depth, "seconds": time.process_time() - began}
 

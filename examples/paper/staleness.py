@@ -6,7 +6,7 @@ are those of `running_sums.py`; all arms have the same updates, responses and pr
 seeds at every rate; for each loss the one whose best rate is best is confirmed on the other seeds, at that rate and at
 its neighbours.
 
-    python examples/paper/staleness.py                     # 1.5 CPU hours; goes on where it was stopped
+    python examples/paper/staleness.py                     # three CPU hours; goes on where it was stopped
     python examples/paper/staleness.py --quick             # a smoke run of a minute
     python examples/paper/staleness.py --tokens 21         # the short responses alone
 """
